@@ -1,0 +1,222 @@
+"""
+Settings: a script's defaults, overridden by executed config files and --key=value flags, in order.
+
+$ python train.py config/quickstart.py --max_iters=200    # a path, or just: quickstart
+$ python train.py --help                                  # every setting, its default and meaning
+
+A script declares each setting once, as a plain assignment at its top, and then says
+
+    config = configure(globals(), sys.argv[1:])
+    globals().update(config)
+
+A config file is Python that starts with the current values as its globals, so
+`lr_decay_iters = max_iters` works. What it assigns passes the same check as a flag.
+"""
+
+import ast
+import difflib
+import inspect
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+SCALARS = (bool, int, float, str, type(None))
+EXAMPLES = {
+    'bool': 'True or False',
+    'int': 'a whole number',
+    'float': 'a number',
+    'str': 'text',
+    'NoneType': 'None',
+}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: its text says where it came from, what is wrong and the cure."""
+
+
+class ConfigError(UserError):
+    """A setting, a flag or a config file that cannot be used."""
+
+
+def one_line_errors() -> None:
+    """Let a UserError end the program with one line on standard error and status 2."""
+
+    def hook(kind, error, trace):
+        if issubclass(kind, UserError):
+            rank = os.environ.get('RANK', '0')
+            print(f'error{"" if rank == "0" else f" (rank {rank})"}: {error}', file=sys.stderr)
+            raise SystemExit(2)  # an exception hook may end the program; 1 is for crashes
+        if issubclass(kind, KeyboardInterrupt):
+            print('interrupted', file=sys.stderr)
+            raise SystemExit(130)  # what a shell reports for Ctrl-C
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def configure(defaults: dict, argv: list[str], positional: str | None = None) -> dict:
+    """Settings in force: `defaults` overridden by the config files and flags in `argv`, in order.
+
+    defaults: a script's globals(), or any dict of scalars.
+    positional: the setting that takes an argument which is neither a flag nor a config.
+    Prints the settings and leaves for --help. A mistake raises ConfigError, which from here on
+    ends the program with one line (see one_line_errors).
+    """
+    one_line_errors()
+    script = defaults.get('__file__')
+    schema = read_settings(script) if script else {k: '' for k in defaults if k[0] != '_'}
+    schema = {k: v for k, v in schema.items() if isinstance(defaults.get(k, schema), SCALARS)}
+    values = {name: defaults[name] for name in schema}
+    kinds = {name: kinds_of(schema[name], values[name]) for name in schema}
+    if '--help' in argv or '-h' in argv:
+        print(help_text(defaults))
+        raise SystemExit(0)
+    for arg in argv:
+        path = None if arg.startswith('--') else find_config(arg)
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')
+            known(key, kinds, arg)
+            values[key] = parse(text, kinds[key], arg) if equals else True
+            check(key, values[key], kinds[key], arg)
+        elif path is None and positional:
+            values[positional] = arg
+        elif path is None:
+            raise ConfigError(missing_config(arg, kinds))
+        else:
+            elsewhere = {} if script and Path(script).name == 'train.py' else train_settings()
+            for key, value in run_config(path, values).items():
+                if key not in kinds and key in elsewhere:
+                    continue  # a train.py setting, which this script has no use for
+                known(key, kinds, str(path))
+                values[key] = check(key, value, kinds[key], f'{path}: {key} = {value!r}')
+    return {k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()}
+
+
+def run_config(path: Path, values: dict) -> dict:
+    """What the config file assigns: names that do not begin with _, without modules and functions."""
+    try:
+        namespace = runpy.run_path(str(path), init_globals=dict(values))
+    except SyntaxError as error:
+        raise ConfigError(f'{path}, line {error.lineno}: {error.msg}') from error
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = frames[-1].lineno if frames else '?'
+        raise ConfigError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
+    return {
+        key: value
+        for key, value in namespace.items()
+        if not key.startswith('_') and not inspect.ismodule(value) and not callable(value)
+    }
+
+
+def find_config(arg: str) -> Path | None:
+    """The config file that `arg` means: a .py path, or a bare name found in config/."""
+    bare = ROOT / 'config' / f'{arg}.py'
+    if arg.endswith('.py'):
+        for path in (Path(arg), ROOT / arg):
+            if path.is_file():
+                return path
+        raise ConfigError(missing_config(arg, {}))
+    return bare if arg.isidentifier() and bare.is_file() else None
+
+
+def missing_config(arg: str, settings) -> str:
+    names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
+    if arg.partition('=')[0] in settings:
+        return f'{arg}: a setting needs two dashes: --{arg}'
+    near = difflib.get_close_matches(Path(arg).stem, names, 1)
+    hint = f'did you mean {near[0]}? ' if near else ''
+    return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
+
+
+def known(key: str, settings, source: str) -> None:
+    if key in settings:
+        return
+    near = difflib.get_close_matches(key, settings, 1)
+    hint = f'did you mean {near[0]}?' if near else '--help lists them all'
+    if not near and source.startswith('--') and key in train_settings():
+        hint = 'it belongs to train.py'
+    raise ConfigError(f'{source}: no setting is called {key!r}; {hint}')
+
+
+def kinds_of(annotation: str, default) -> tuple[str, ...]:
+    """Names of the types a setting takes: its annotation's, otherwise its default's."""
+    if annotation:
+        return tuple(p.strip().replace('None', 'NoneType') for p in annotation.split('|'))
+    return (type(default).__name__,)
+
+
+def parse(text: str, kinds: tuple, source: str):
+    """The value that a flag's text means. A setting that takes text gets it verbatim."""
+    if 'NoneType' in kinds and text == 'None':
+        return None
+    if 'bool' in kinds and text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    if 'str' in kinds:
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        raise ConfigError(f'{source}: needs {expected(kinds)}') from None
+
+
+def check(key: str, value, kinds: tuple, source: str):
+    """`value`, if it has one of the types `kinds`; an int serves where a float is asked for."""
+    kind = type(value).__name__
+    if kind in kinds or (kind == 'int' and 'float' in kinds):
+        return value
+    raise ConfigError(f'{source}: {key} needs {expected(kinds)}, not {kind} {value!r}')
+
+
+def expected(kinds: tuple) -> str:
+    return ' or '.join(EXAMPLES[kind] for kind in kinds)
+
+
+def settings_block(script: str) -> tuple[list[ast.stmt], list[str]]:
+    """The assignments at the top of a script that declare its settings, and its source lines."""
+    source = Path(script).read_text(encoding='utf-8')
+    block = []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
+            break
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == 'configure':
+                break
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if isinstance(target, ast.Name) and target.id.islower() and target.id[0] != '_':
+                block.append(node)
+    return block, source.splitlines()
+
+
+def name_of(node: ast.stmt) -> str:
+    return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
+
+
+def read_settings(script: str) -> dict[str, str]:
+    """Setting -> annotation ('' without one), read from the script's source without running it."""
+    block, _ = settings_block(script)
+    return {name_of(n): ast.unparse(n.annotation) if hasattr(n, 'annotation') else '' for n in block}
+
+
+def train_settings() -> dict[str, str]:
+    train = ROOT / 'train.py'
+    return read_settings(str(train)) if train.is_file() else {}
+
+
+def help_text(defaults: dict) -> str:
+    """The script's docstring and its settings: name, default and comment, in their groups."""
+    block, lines = settings_block(defaults['__file__'])
+    out = [inspect.cleandoc(defaults.get('__doc__') or ''), '', 'Settings, given as --name=value:']
+    last = block[0].lineno - 2 if block else 0
+    for node in block:
+        for line in lines[last : node.lineno - 1]:
+            if line.startswith('#') and line.strip('# -'):
+                out.append(f'\n{line.strip("# ")}')
+        last = node.end_lineno
+        comment = lines[last - 1][node.end_col_offset :].strip().lstrip('# ')
+        name = name_of(node)
+        out.append(f'  {f"{name} = {defaults[name]!r}":<44} {comment}'.rstrip())
+    return '\n'.join(out)
