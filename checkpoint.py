@@ -1,0 +1,395 @@
+"""
+Checkpoints: the only place that knows how a trained model lies on disk.
+
+$ python checkpoint.py inspect out/my_run     # a table of its checkpoints
+$ python checkpoint.py verify out/my_run      # recompute every hash
+
+A run's folder holds checkpoints/step-00002000/ and so on, each complete in itself:
+
+    model.safetensors       parameters, float32, under model.py's names
+    optimizer.safetensors   the optimizer's state, as <parameter>.<key>
+    tokenizer.json          the vocabulary, so that sampling never needs data/
+    state.json              step, losses, the model's shape, the settings
+    manifest.json           sha256 of every file above, written last
+
+A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a folder
+called step-... is whole whenever the power went. None is ever overwritten. No pickle anywhere.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from configurator import UserError, one_line_errors
+from data.tokenizer import Tokenizer, tiktoken_tokenizer
+from model import TRANSPOSED, GPT, GPTConfig
+
+MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
+STATE, MANIFEST = 'state.json', 'manifest.json'
+STEP = re.compile(r'step-(\d{8,})')
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or does not fit."""
+
+
+# -----------------------------------------------------------------------------
+# write
+
+
+def save(
+    out_dir: str | Path,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer | None,
+    state: dict,
+    keep_evaluated: bool = False,
+) -> Path:
+    """Write checkpoints/step-<state['step']> and drop what is no longer needed -> its path.
+
+    state: plain values for state.json. 'step' names the folder; 'val_loss' (None before the first
+    evaluation) decides which checkpoint is the best; 'evaluated' says whether it is this step's own.
+    Kept are the last two, the best, and with keep_evaluated every one that was evaluated.
+    Raises OSError if the disk fails or is full; what was there before is then still there.
+    """
+    folder = Path(out_dir) / 'checkpoints'
+    final = folder / f'step-{state["step"]:08d}'
+    if final.exists():
+        return final  # the same step of the same run: equal, and never overwritten
+    tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer)}
+    check_space(folder, tensors)
+    for leftover in folder.glob('.*'):  # of a save or a removal that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    parts = folder / f'.{final.name}'
+    parts.mkdir(parents=True)
+    try:
+        for name, named in tensors.items():
+            save_file(named, parts / name, metadata={'format': 'pt'})
+        if tokenizer is not None:
+            write_json(parts / TOKENIZER, tokenizer.to_dict())
+        write_json(parts / STATE, {**state, 'model': asdict(model.config)})
+        write_json(parts / MANIFEST, {p.name: sha256(p) for p in sorted(parts.iterdir())})
+        for path in [*parts.iterdir(), parts]:
+            flush(path)
+    except BaseException:
+        shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
+        raise
+    parts.rename(final)
+    flush(folder)
+    prune(folder, keep_evaluated)
+    return final
+
+
+def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """Parameters by name, on the host. named_parameters() gives a tied matrix once."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+
+
+def optimizer_tensors(model: GPT, optimizer) -> dict[str, torch.Tensor]:
+    named = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            named[f'{name}.{key}'] = torch.as_tensor(value).detach().cpu().contiguous()
+    return named
+
+
+def check_space(folder: Path, tensors: dict) -> None:
+    """Refuse before writing what cannot fit: a half-written file helps nobody."""
+    folder.mkdir(parents=True, exist_ok=True)
+    need = sum(t.nbytes for named in tensors.values() for t in named.values()) + 2**22
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(f'needs {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free')
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n', encoding='utf-8')
+
+
+def sha256(path: Path) -> str:
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold a file, or a folder's list of names, before anything relies on it."""
+    if path.is_dir() and os.name == 'nt':
+        return  # Windows does not open folders, and writes their names through
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def prune(folder: Path, keep_evaluated: bool) -> None:
+    """Remove all but the last two, the best and, if asked for, the evaluated ones."""
+    paths = listed(folder.parent)
+    keep = {*paths[-2:], *best_first(paths)[:1]}
+    for path in paths:
+        if path not in keep and not (keep_evaluated and val_loss(path) < math.inf):
+            trash = folder / f'.{path.name}'  # the rename is atomic, the removal is not
+            path.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint so that it no longer counts and its step can be written again."""
+    number = 1
+    while (aside := path.with_name(f'{path.name}.aside{number}')).exists():
+        number += 1
+    return path.rename(aside)
+
+
+# -----------------------------------------------------------------------------
+# find and verify
+
+
+def listed(out_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, oldest first, unverified."""
+    paths = [p for p in (Path(out_dir) / 'checkpoints').glob('step-*') if STEP.fullmatch(p.name)]
+    return sorted(paths, key=lambda path: int(path.name[5:]))
+
+
+def best_first(paths: list[Path]) -> list[Path]:
+    """Lowest validation loss first, the later of two equals; those not evaluated come last."""
+    return sorted(reversed(paths), key=val_loss)
+
+
+def val_loss(path: Path) -> float:
+    """Validation loss measured at a checkpoint's own step, infinite if there was none."""
+    state = read_state(path) or {}
+    return state['val_loss'] if state.get('evaluated') else math.inf
+
+
+def newest_run() -> Path:
+    """The folder below out/ with the newest checkpoint."""
+    paths = [p for p in Path('out').glob('*/checkpoints/step-*') if STEP.fullmatch(p.name)]
+    if not paths:
+        raise CheckpointError(
+            'there is no trained model in out/; train one (python train.py config/quickstart.py) '
+            'or name its folder with --out_dir'
+        )
+    return max(paths, key=lambda path: path.stat().st_mtime_ns).parents[1]
+
+
+def find(where: str | Path, which: str = 'best') -> Path:
+    """The verified checkpoint that `which` ('last', 'best', or its path) means in a run's folder.
+
+    A damaged one is named on standard error and the next choice is taken: for 'last' the one
+    before, for 'best' the next lowest validation loss. CheckpointError if none is left.
+    """
+    where = Path(where)
+    if which not in ('last', 'best'):
+        where = Path(which)
+    if (where / MANIFEST).is_file() or STEP.fullmatch(where.name):
+        verify(where)
+        return where
+    paths = best_first(listed(where)) if which == 'best' else listed(where)[::-1]
+    for path in paths:
+        try:
+            verify(path)
+            return path
+        except CheckpointError as error:
+            print(f'warning: {error}; trying another one', file=sys.stderr)
+    if paths:
+        raise CheckpointError(f'{where}: every checkpoint is damaged; start anew in another --out_dir')
+    other = 'is not a folder' if not where.is_dir() else 'has no checkpoint'
+    raise CheckpointError(
+        f'{where} {other}; --out_dir names the folder of a run, and training writes '
+        'its first checkpoint at --eval_interval steps'
+    )
+
+
+def verify(path: Path) -> None:
+    """Recompute every hash of a checkpoint; CheckpointError names the first file that differs."""
+    if not path.is_dir():
+        raise CheckpointError(f'{path}: no such checkpoint')
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
+        for name, digest in manifest.items():
+            if not (path / name).is_file():
+                raise CheckpointError(f'{path} is damaged: {name} is missing')
+            if sha256(path / name) != digest:
+                raise CheckpointError(f'{path} is damaged: {name} is not what was written')
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f'{path} is damaged: {MANIFEST}: {error}') from error
+
+
+def read_state(path: Path) -> dict | None:
+    """state.json of a checkpoint, None if it cannot be read."""
+    try:
+        return json.loads((path / STATE).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+
+
+# -----------------------------------------------------------------------------
+# read
+
+
+def load(path: Path) -> tuple[GPT, Tokenizer | None, dict]:
+    """The model (float32, on the host), tokenizer and state of a verified checkpoint."""
+    state = read_state(path)
+    unknown = set(state['model']) - {field.name for field in fields(GPTConfig)}
+    if unknown:
+        raise CheckpointError(
+            f'{path} is of an architecture that this version does not have ({", ".join(unknown)})'
+        )
+    model = GPT(GPTConfig(**state['model']))
+    fill(model, path / MODEL)
+    tokenizer = path / TOKENIZER
+    return model, Tokenizer.load(tokenizer) if tokenizer.exists() else None, state
+
+
+def load_model(where: str | Path | None, which: str = 'best', device: str = 'cpu'):
+    """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
+
+    where: a run's folder, a checkpoint, a `transformers` GPT-2 (a folder, or a name such as
+    'gpt2'), or None for the newest run.
+    """
+    where = newest_run() if where is None else where
+    if is_pretrained(where):
+        model, tokenizer, state = *load_pretrained(where), {}
+    else:
+        model, tokenizer, state = load(find(where, which))
+    return model.to(device).eval(), tokenizer, state
+
+
+@torch.no_grad()
+def fill(model: GPT, path: Path, foreign: bool = False) -> None:
+    """Copy a file's tensors into the model one at a time, so that memory holds it about once.
+
+    foreign: the file is `transformers`', with or without its prefix, Conv1D the other way round.
+    """
+    parameters = dict(model.named_parameters())
+    try:
+        with safe_open(path, framework='pt') as file:
+            names = {key: key for key in file.keys()}
+            if foreign:
+                names = {'transformer.' + key.removeprefix('transformer.'): key for key in names}
+            missing = parameters.keys() - names.keys()
+            for name in parameters.keys() & names.keys():
+                tensor = file.get_tensor(names[name])
+                if foreign and name.endswith(TRANSPOSED):
+                    tensor = tensor.T
+                if tensor.shape != parameters[name].shape:
+                    raise CheckpointError(
+                        f'{path}: {name} has shape {tuple(tensor.shape)}, and the model needs '
+                        f'{tuple(parameters[name].shape)}: another architecture'
+                    )
+                parameters[name].copy_(tensor)
+    except SafetensorError as error:
+        raise CheckpointError(f'{path}: {error}') from error
+    if missing:
+        raise CheckpointError(f'{path} lacks {sorted(missing)[0]}: another architecture')
+
+
+def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    """Give `optimizer` the state a checkpoint holds for each of the model's parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[p] for group in optimizer.param_groups for p in group['params']]
+    packed = {'state': {}, 'param_groups': optimizer.state_dict()['param_groups']}
+    with safe_open(path / OPTIMIZER, framework='pt') as file:
+        for key in file.keys():
+            name, _, entry = key.rpartition('.')
+            packed['state'].setdefault(order.index(name), {})[entry] = file.get_tensor(key)
+    optimizer.load_state_dict(packed)
+
+
+# -----------------------------------------------------------------------------
+# models that `transformers` wrote
+
+
+def is_pretrained(where: str | Path) -> bool:
+    """Whether `where` is a transformers folder, or a name such as gpt2-xl and no folder of ours."""
+    if Path(where).is_dir():
+        return (Path(where) / 'config.json').is_file()
+    return re.fullmatch(r'(distil)?gpt2(-\w+)?|[\w.-]+/[\w.-]*gpt2[\w.-]*', str(where)) is not None
+
+
+def load_pretrained(name: str | Path) -> tuple[GPT, Tokenizer]:
+    """A GPT-2 from a transformers folder or, by its name, from the hub or its local cache."""
+    folder = Path(name) if Path(name).is_dir() else download(str(name))
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    if config.get('model_type') != 'gpt2':
+        raise CheckpointError(f'{name} is a {config.get("model_type")} model; only GPT-2 is read')
+    model = GPT(
+        GPTConfig(
+            block_size=config['n_positions'],
+            dropout=0.0,
+            **{key: config[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')},
+        )
+    )
+    if not (folder / MODEL).is_file():
+        raise CheckpointError(f'{name}: {MODEL} is missing; save the model with save_pretrained()')
+    fill(model, folder / MODEL, foreign=True)
+    return model, tiktoken_tokenizer('gpt2')
+
+
+def download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = name if '/' in name else f'openai-community/{name}'
+    try:
+        return Path(snapshot_download(name, allow_patterns=['config.json', MODEL]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f'{name} is neither in the local cache nor to be had from the hub '
+            f'({type(error).__name__}); put its config.json and {MODEL} into a folder and name that'
+        ) from error
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def report(out_dir: str) -> bool:
+    """Print one line a checkpoint (step, losses, size, integrity) -> whether all are whole."""
+    print(f'{"checkpoint":<16}{"train loss":>12}{"val loss":>12}{"MB":>9}  integrity')
+    whole = True
+    for path in listed(out_dir):
+        state = read_state(path) or {}
+        losses = [state.get(key) for key in ('train_loss', 'val_loss') if state.get('evaluated')]
+        cells = ''.join(f'{loss:12.4f}' for loss in losses) or f'{"-":>12}{"-":>12}'
+        size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+        try:
+            verify(path)
+            integrity = 'ok'
+        except CheckpointError as error:
+            integrity, whole = str(error).partition('is ')[2], False
+        print(f'{path.name:<16}{cells}{size:9.1f}  {integrity}')
+    return whole
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('command', choices=['inspect', 'verify'])
+    parser.add_argument('out_dir', help="a run's folder")
+    args = parser.parse_args(argv)
+    if not listed(args.out_dir):
+        find(args.out_dir)  # raises, saying what is missing
+    if not report(args.out_dir) and args.command == 'verify':
+        raise CheckpointError(f'{args.out_dir} has damaged checkpoints')
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    main()

@@ -1,0 +1,203 @@
+"""
+The machine a script finds itself on: device, number format, processes, and what they can do.
+
+    runtime = start(device='auto', dtype='auto', backend='auto')
+    with runtime.autocast(): ...
+"""
+
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from configurator import ConfigError
+
+DTYPES = {
+    'float32': torch.float32,
+    'bfloat16': torch.bfloat16,
+    'float16': torch.float16,
+}
+
+# Dense 16-bit matrix products, TFLOP/s, from the makers' data sheets. The first name that the
+# device's own name contains counts, so the longer names come first.
+PEAK_TFLOPS = {
+    'B300': 2250,
+    'B200': 2250,
+    'GB200': 2500,
+    'H200': 989,
+    'H100 PCIe': 756,
+    'H100 NVL': 835,
+    'H100': 989,
+    'GH200': 989,
+    'H20': 148,
+    'A100': 312,
+    'A800': 312,
+    'A40': 150,
+    'A30': 165,
+    'A10G': 70,
+    'A10': 125,
+    'L40S': 362,
+    'L40': 181,
+    'L4': 121,
+    'T4': 65,
+    'V100': 125,
+    'RTX PRO 6000': 500,
+    'RTX 6000 Ada': 364,
+    'RTX A6000': 155,
+    'RTX 5090': 210,
+    'RTX 4090': 165,
+    'RTX 4080': 97,
+    'RTX 3090': 71,
+    'RTX 3080': 60,
+    'MI325X': 1307,
+    'MI300X': 1307,
+    'MI250X': 383,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: str  # 'cpu', 'mps', 'cuda:0' ...
+    dtype: torch.dtype  # of matrix products; parameters stay float32
+    rank: int = 0  # of this process among all
+    world_size: int = 1  # processes, over all nodes
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes files: one does, whatever the world size."""
+        return self.rank == 0
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(':')[0]
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch for one step of this rank, so that a resumed run needs no stored state."""
+        torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
+
+    def reduce(self, values: list[float], how: str = 'SUM') -> list[float]:
+        """`values` combined over all ranks: 'SUM' or 'MAX'. The same on every rank."""
+        if self.world_size == 1:
+            return values
+        # gloo and nccl both want the tensor where they work; MPS and float64 do not go together
+        kind = torch.float32 if self.device_type == 'mps' else torch.float64
+        tensor = torch.tensor(values, dtype=kind, device=self.device)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
+        return tensor.tolist()
+
+    def agree(self, value):
+        """Rank 0's value of any plain Python object, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device(self.device))
+        return box[0]
+
+    def peak_flops(self) -> float | None:
+        """Peak of this device in FLOP/s for 16-bit matrix products, None if it is not known."""
+        if self.device_type != 'cuda' or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+    def leave(self, status: int = 0) -> None:
+        """End the program. Does not return when there are several processes."""
+        if self.world_size > 1:
+            # gloo's threads can abort an interpreter that shuts down in the usual way
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        raise SystemExit(status)
+
+
+def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> Runtime:
+    """Choose the device and dtype, and join the process group if torchrun started this process."""
+    world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    device = pick_device(device)
+    if device == 'cuda' and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f'torchrun started a process for GPU {local_rank}, but this machine has '
+            f'{torch.cuda.device_count()}; lower --nproc_per_node'
+        )
+    if device.startswith('cuda'):
+        device = f'cuda:{local_rank}' if device == 'cuda' else device
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
+    dtype = pick_dtype(dtype, device, training=True)
+    if 'RANK' not in os.environ:
+        return Runtime(device, dtype)
+    backend = pick_backend(backend, device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return Runtime(device, dtype, int(os.environ['RANK']), world_size)
+
+
+def pick_device(name: str) -> str:
+    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> a device that is here; ConfigError otherwise."""
+    if name == 'auto':
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = name.partition(':')
+    if kind not in ('cpu', 'cuda', 'mps') or (index and not index.isdigit()):
+        raise ConfigError(f'device={name!r}: give auto, cpu, mps, cuda, or one GPU such as cuda:1')
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(
+            f'device={name!r}: torch {torch.__version__} sees no CUDA GPU here; '
+            'use --device=auto, which takes what there is'
+        )
+    if kind == 'cuda' and index and int(index) >= torch.cuda.device_count():
+        raise ConfigError(
+            f'device={name!r}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0'
+        )
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise ConfigError(f'device={name!r}: no Apple GPU here; use --device=auto')
+    return name
+
+
+def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
+    """The number format for matrix products; 'auto' is the fastest that is safe on `device`."""
+    kind = device.partition(':')[0]
+    if name != 'auto' and name not in DTYPES:
+        raise ConfigError(f'dtype={name!r}: give auto, {", ".join(DTYPES)}')
+    if kind == 'cuda':
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if name == 'bfloat16' and not bf16:
+            raise ConfigError(
+                f"dtype='bfloat16': {torch.cuda.get_device_name()} has no bfloat16 (that needs an "
+                'Ampere GPU or later); use --dtype=float16'
+            )
+        return DTYPES[('bfloat16' if bf16 else 'float16') if name == 'auto' else name]
+    if kind == 'cpu' and name == 'float16' and training:
+        raise ConfigError(
+            "dtype='float16': training in float16 needs a GPU; "
+            'use --dtype=bfloat16 or --dtype=float32'
+        )
+    if kind == 'cpu' and name == 'auto' and training and cpu_has_bf16():
+        return torch.bfloat16
+    return DTYPES['float32' if name == 'auto' else name]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; where not, it is slower than float32."""
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
+
+
+def pick_backend(name: str, device: str) -> str:
+    if name == 'auto':
+        return 'nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo'
+    if not dist.is_backend_available(name):
+        raise ConfigError(f'backend={name!r}: this torch was built without it; use --backend=auto')
+    if name == 'nccl' and not device.startswith('cuda'):
+        raise ConfigError(f"backend='nccl' needs GPUs, and the device is {device}; use --backend=auto")
+    return name
