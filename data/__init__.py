@@ -1,0 +1,1 @@
+"""Tokenizers, the format on disk, and a folder for each dataset with its prepare.py."""

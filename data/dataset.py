@@ -1,0 +1,408 @@
+"""
+The format on disk, and reading a batch by its number.
+
+data/<name>/ holds the ids of each split as raw little-endian uint16 or uint32 in train.bin (or
+train-00000.bin, train-00001.bin, ...) and val.bin, the tokenizer.json, and meta.json, written last:
+{"format": "flatgpt", "tokenizer", "vocab_size", "dtype",
+ "splits": {"train": {"tokens", "bytes", "shards": [{"file", "tokens", "sha256"}]}, "val": ...}}.
+A folder with only nanoGPT's train.bin, val.bin and perhaps meta.pkl is read as well.
+
+    with Writer(folder, tokenizer) as writer:        # nothing is published unless this ends well
+        writer.write('train', ids)
+    x, y = Dataset(folder, block_size=256).batch(first=step * 64, count=64)
+"""
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import filelock
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from configurator import UserError
+from data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
+
+DATA = Path(__file__).resolve().parent
+SPLITS = ('train', 'val')
+UNFINISHED = '.unfinished'  # there while finished parts take the place of an older dataset
+QUICKSTART = 'python train.py config/quickstart.py'
+
+
+class Writer:
+    """
+    Writes a dataset folder, in shards of `shard_tokens`. What is written has other names until the
+    `with` ends without an error, so that a folder never looks finished when it is not.
+    """
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer, shard_tokens: int = 2**30):
+        self.folder, self.tokenizer, self.shard_tokens = Path(folder), tokenizer, shard_tokens
+        self.shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
+        self.bytes = dict.fromkeys(SPLITS, 0)
+        self._files, self._hashes = {}, {}
+        self._byte_lengths = tokenizer.byte_lengths()
+        self._lock = filelock.FileLock(self.folder / '.write.lock', timeout=0)
+
+    def __enter__(self) -> 'Writer':
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f'{self.folder}: another program is writing this dataset now') from None
+        except OSError as error:
+            raise self._cannot_write(error) from error
+        self._remove_parts()  # of a run that was killed
+        return self
+
+    def write(self, split: str, ids: np.ndarray) -> None:
+        """Append `ids` to a split."""
+        if not len(ids):
+            return
+        self.bytes[split] += int(self._byte_lengths[ids].sum())
+        ids = np.asarray(ids).astype(self.tokenizer.dtype)
+        try:
+            while len(ids):
+                if split not in self._files:
+                    self._open_shard(split)
+                shard = self.shards[split][-1]
+                room = self.shard_tokens - shard['tokens']
+                raw = ids[:room].tobytes()
+                self._files[split].write(raw)
+                self._hashes[split].update(raw)
+                shard['tokens'] += len(ids[:room])
+                ids = ids[room:]
+                if shard['tokens'] == self.shard_tokens:
+                    self._close_shard(split)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(f'{self.folder}: the dataset cannot be written: {error.strerror or error}')
+
+    def _open_shard(self, split: str) -> None:
+        name = f'{split}-{len(self.shards[split]):05d}.bin'
+        self.shards[split].append({'file': name, 'tokens': 0})
+        self._files[split] = open(self.folder / f'{name}.part', 'wb')
+        self._hashes[split] = hashlib.sha256()
+
+    def _close_shard(self, split: str) -> None:
+        file = self._files.pop(split)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self.shards[split][-1]['sha256'] = self._hashes[split].hexdigest()
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        except OSError as failure:
+            raise self._cannot_write(failure) from failure
+        finally:
+            for file in self._files.values():
+                with contextlib.suppress(OSError):  # a full disk, again
+                    file.close()
+            self._remove_parts()
+            self._lock.release()
+
+    def _publish(self) -> None:
+        for split in list(self._files):
+            self._close_shard(split)
+        for split in SPLITS:
+            if not self.shards[split]:
+                raise UserError(f'{self.folder}: nothing was left for the {split} split')
+        (self.folder / UNFINISHED).touch()
+        for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', 'meta.*'):
+            for old in self.folder.glob(pattern):
+                old.unlink()
+        for split, shards in self.shards.items():
+            for shard in shards:
+                part = self.folder / f'{shard["file"]}.part'
+                if len(shards) == 1:
+                    shard['file'] = f'{split}.bin'  # what nanoGPT's tools look for
+                os.replace(part, self.folder / shard['file'])
+        self.tokenizer.save(self.folder / 'tokenizer.json')
+        self._write_meta()
+        (self.folder / UNFINISHED).unlink()
+
+    def _write_meta(self) -> None:
+        splits = {
+            split: {'tokens': self.tokens(split), 'bytes': self.bytes[split], 'shards': shards}
+            for split, shards in self.shards.items()
+        }
+        tokenizer = self.tokenizer
+        meta = {'format': 'flatgpt', 'tokenizer': tokenizer.name, 'splits': splits}
+        meta |= {'vocab_size': tokenizer.vocab_size, 'dtype': tokenizer.dtype.name}
+        part = self.folder / 'meta.json.part'
+        with part.open('w', encoding='utf-8') as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self.folder / 'meta.json')
+
+    def _remove_parts(self) -> None:
+        for part in parts_in(self.folder):
+            part.unlink()
+
+    def tokens(self, split: str) -> int:
+        return sum(shard['tokens'] for shard in self.shards[split])
+
+    def summary(self) -> str:
+        counts = ', '.join(f'{self.tokens(split):,} {split}' for split in SPLITS)
+        per_token = sum(self.bytes.values()) / max(1, sum(map(self.tokens, SPLITS)))
+        name = self.tokenizer.name
+        return f'{self.folder}: {counts} tokens ({name}, {per_token:.2f} bytes of text per token)'
+
+
+def parts_in(folder: Path) -> list[Path]:
+    patterns = ('train-*.bin.part', 'val-*.bin.part', 'meta.json.part', 'tokenizer.json.part')
+    return [part for pattern in patterns for part in folder.glob(pattern)]
+
+
+class Dataset:
+    """
+    Batches of a prepared folder, as functions of their numbers alone: the same for every world
+    size, in any order of calls, and with nothing to save or restore when training resumes.
+    """
+
+    def __init__(self, folder: str | Path, block_size: int, seed: int = 1337):
+        self.folder, self.block_size, self.seed = Path(folder), block_size, seed
+        meta = read_meta(self.folder)
+        self.vocab_size: int = meta['vocab_size']
+        self._dtype = np.dtype(meta['dtype']).newbyteorder('<')
+        splits = {split: meta['splits'][split] for split in SPLITS}
+        self.tokens: dict[str, int] = {s: splits[s]['tokens'] for s in SPLITS}
+        self.bytes: dict[str, int | None] = {s: splits[s].get('bytes') for s in SPLITS}
+        self._shards = {s: [(d['file'], d['tokens']) for d in splits[s]['shards']] for s in SPLITS}
+        self._check_files()
+        sizes = np.array([tokens for _, tokens in self._shards['train']])
+        self._first_token = np.cumsum(sizes) - sizes
+        # A window and the token after it lie in one shard. Where there are several, one less than
+        # fit, so that their borders can move by up to a window from epoch to epoch.
+        fit = (sizes - 1) // block_size
+        self._windows = np.maximum((sizes - block_size) // block_size, np.minimum(fit, 1))
+        self._phases = np.minimum(block_size, sizes - self._windows * block_size)
+        self._last_window = np.cumsum(self._windows)
+        self.n_windows = int(self._windows.sum())
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the text. nanoGPT folders: meta.pkl's characters, gpt2 without one."""
+        if (self.folder / 'meta.json').exists():
+            return load(self.folder / 'tokenizer.json')
+        pickled = self.folder / 'meta.pkl'
+        return from_nanogpt_meta(pickled) if pickled.exists() else get_tokenizer('gpt2')
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Training samples number first..first+count-1 of the endless sequence of epochs, each of
+        which has every window once, in an order of its own. -> x, y int64, both (count, block_size)
+        """
+        sample = np.arange(first, first + count, dtype=np.int64)
+        epoch = sample // self.n_windows
+        key = mix(np.full(count, self.seed % 2**64, np.uint64), epoch.astype(np.uint64))
+        window = permute(sample % self.n_windows, self.n_windows, key)
+        shard = np.searchsorted(self._last_window, window, side='right')
+        window -= (self._last_window - self._windows)[shard]
+        phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
+        starts = self._first_token[shard] + phase + window * self.block_size
+        rows = self._read('train', starts)
+        return rows[:, :-1].copy(), rows[:, 1:].copy()
+
+    def eval_windows(self, split: str, count: int | None = None) -> np.ndarray:
+        """
+        First positions of `count` fixed, evenly spaced windows of a split that do not overlap.
+        None, or more than there are: all, so that every token but the first is once a target.
+        """
+        whole = (self.tokens[split] - 1) // self.block_size
+        if count is None or count > whole:
+            return np.arange(0, self.tokens[split] - 1, self.block_size)
+        return np.arange(count) * whole // count * self.block_size
+
+    def eval_batch(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x, y int64 (len(starts), block_size); beyond the end of the split x is 0 and y is -1."""
+        rows = self._read(split, np.asarray(starts, np.int64))
+        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()
+        x[y < 0] = 0
+        return x, y
+
+    def _read(self, split: str, starts: np.ndarray) -> np.ndarray:
+        """block_size + 1 ids from each start, -1 beyond the end of the split. int64"""
+        width = self.block_size + 1
+        rows = np.full((len(starts), width), -1, np.int64)
+        first = 0
+        for name, tokens in self._shards[split]:
+            local = starts - first
+            first += tokens
+            inside = (local >= 0) & (local + width <= tokens)
+            across = ~inside & (local < tokens) & (local + width > 0)
+            if not inside.any() and not across.any():
+                continue
+            # Opened anew for each batch: the pages read through a mapping count as this process's
+            # memory for as long as it lives, and would grow to the size of the file.
+            ids = np.memmap(self.folder / name, self._dtype, 'r')
+            if inside.any():
+                rows[inside] = sliding_window_view(ids, width)[local[inside]]
+            for row in np.flatnonzero(across):
+                begin, end = max(local[row], 0), min(local[row] + width, tokens)
+                rows[row, begin - local[row] : end - local[row]] = ids[begin:end]
+        if rows.max(initial=0) >= self.vocab_size:
+            self._refuse_id(split, rows, starts)
+        return rows
+
+    def _refuse_id(self, split: str, rows: np.ndarray, starts: np.ndarray) -> None:
+        row, column = np.argwhere(rows >= self.vocab_size)[0]
+        position = int(starts[row] + column)
+        shards = iter(self._shards[split])
+        name, tokens = next(shards)
+        while position >= tokens:
+            position -= tokens
+            name, tokens = next(shards)
+        raise UserError(
+            f'{self.folder / name}: token id {rows[row, column]} at byte '
+            f'{position * self._dtype.itemsize} is outside the vocabulary of {self.vocab_size}; '
+            'the file is damaged or was made with another tokenizer: prepare the dataset again'
+        )
+
+    def _check_files(self) -> None:
+        for name, tokens in sum(self._shards.values(), []):
+            path, expected = self.folder / name, tokens * self._dtype.itemsize
+            size = path.stat().st_size if path.exists() else None
+            if size != expected:
+                found = 'is missing' if size is None else f'has {size:,} bytes'
+                raise UserError(
+                    f'{path}: {found}, and meta.json says {expected:,}; prepare the dataset again'
+                )
+        # What a window can be cut from: a shard to train on, the whole split to evaluate.
+        longest = {
+            'train': max((tokens for _, tokens in self._shards['train']), default=0),
+            'val': self.tokens['val'],
+        }
+        for split, tokens in longest.items():
+            if tokens < self.block_size + 1:
+                fits = min(longest.values()) - 1
+                cure = f'--block_size={fits} would work' if fits > 0 else 'it needs more text'
+                raise UserError(
+                    f'{self.folder}: its {split} split has {tokens:,} tokens, too few for '
+                    f'block_size {self.block_size}; {cure}'
+                )
+
+
+def mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """A well-scattered uint64 from two (the finaliser of SplitMix64, Steele et al. 2014)."""
+    x = (x + (y + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permute(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """
+    A permutation of 0..n-1 for each key, evaluated at `position`, without storing it: a Feistel
+    network of four rounds on the smallest even number of bits, walked along its cycles until it
+    lands below n (Black and Rogaway 2002).
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    out, todo = position.astype(np.uint64), np.arange(len(position))
+    while len(todo):
+        left, right = out[todo] >> half, out[todo] & mask
+        for salt in range(4):
+            scrambled = mix(key[todo] + np.uint64(salt), right)
+            left, right = right, left ^ (scrambled & mask)
+        out[todo] = (left << half) | right
+        todo = todo[out[todo] >= n]
+    return out.astype(np.int64)
+
+
+def read_meta(folder: Path) -> dict:
+    """meta.json of a prepared folder, or one made up for a folder of nanoGPT's."""
+    if (folder / UNFINISHED).exists():
+        raise UserError(f'{folder}: its preparation was interrupted; prepare the dataset again')
+    path = folder / 'meta.json'
+    if not path.exists():
+        return nanogpt_meta(folder)
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        for split in SPLITS:
+            shards = meta['splits'][split]['shards']
+            if meta['splits'][split]['tokens'] != sum(shard['tokens'] for shard in shards):
+                raise ValueError(f'the shards of {split} do not add up')
+        if meta['format'] != 'flatgpt' or meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError('unknown format or dtype')
+        meta['vocab_size'] = int(meta['vocab_size'])
+        return meta
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path}: not the meta.json of a dataset: {error!r}') from error
+
+
+def nanogpt_meta(folder: Path) -> dict:
+    for split in SPLITS:
+        if not (folder / f'{split}.bin').exists():
+            if parts_in(folder):
+                raise UserError(f'{folder}: its preparation did not finish; prepare it again')
+            raise UserError(f'{folder}: no dataset here; it has no meta.json and no {split}.bin')
+    pickled = folder / 'meta.pkl'
+    vocab_size = from_nanogpt_meta(pickled).vocab_size if pickled.exists() else 50257
+    splits = {}
+    for split in SPLITS:
+        tokens = (folder / f'{split}.bin').stat().st_size // 2
+        shards = [{'file': f'{split}.bin', 'tokens': tokens}]
+        splits[split] = {'tokens': tokens, 'bytes': None, 'shards': shards}
+    return {'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': splits}
+
+
+def open_dataset(name: str, block_size: int, seed: int = 1337) -> Dataset:
+    """
+    The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
+    flatGPT and is not there yet is prepared first, unless it is a large download.
+    """
+    is_path = os.path.basename(name) != name or name in ('', '.', '..')
+    folder = Path(name) if is_path else DATA / name
+    if not is_prepared(folder):
+        if (folder / 'prepare.py').exists():
+            prepare(folder)
+        elif not folder.is_dir():
+            raise UserError(missing_dataset(name, is_path))
+    return Dataset(folder, block_size, seed)
+
+
+def is_prepared(folder: Path) -> bool:
+    there = (folder / 'meta.json').exists() or (folder / 'train.bin').exists()
+    return there and not (folder / UNFINISHED).exists()
+
+
+def prepare(folder: Path) -> None:
+    """Run the folder's prepare.py; of several processes one does, and the others wait for it."""
+    script = folder / 'prepare.py'
+    module_name = f'data.{folder.name}.prepare'
+    spec = importlib.util.spec_from_file_location(module_name, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # where a worker process looks for the module's functions
+    spec.loader.exec_module(module)
+    size = getattr(module, 'DOWNLOAD_GB', 0)
+    if size > 1:
+        raise UserError(
+            f'dataset {folder.name} is not prepared: `python data/{folder.name}/prepare.py` would '
+            f'fetch about {size} GB for it; the way to start is `{QUICKSTART}`'
+        )
+    with filelock.FileLock(folder / '.prepare.lock'):
+        if not is_prepared(folder):
+            module.main([])
+
+
+def missing_dataset(name: str, is_path: bool) -> str:
+    own_text = f'your own text: python data/text/prepare.py FILES --name={Path(name).name}'
+    if is_path:
+        return f'{name}: no such dataset folder; {own_text}'
+    candidates = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
+    names = sorted(set(candidates) - {'text'})
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f'did you mean {near[0]}? ' if near else ''
+    return f'no dataset is called {name}; {hint}there are {", ".join(names)}; {own_text}'

@@ -1,0 +1,281 @@
+"""
+Tokenizers: characters, bytes, any tiktoken encoding, and an own byte-pair encoding, all one class.
+
+    tokenizer = get_tokenizer('gpt2')       # or 'byte', 'cl100k_base', ...
+    tokenizer.decode(tokenizer.encode('To be, or not'))
+    tokenizer.save('tokenizer.json')        # self-contained: load() never needs the network
+"""
+
+import base64
+import difflib
+import functools
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from configurator import UserError
+
+EOT = '<|endoftext|>'
+# Where an own BPE may not merge: between words (a contraction belongs to its word), between words,
+# numbers of up to three digits and other signs; a space goes with what follows it.
+WORDS = (
+    r" ?[\p{L}\p{M}]+(?:'\p{L}{1,2}(?!\p{L}))?"
+    r'| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+'
+)
+
+
+class Tokenizer:
+    """
+    kind: 'char', 'byte', 'tiktoken' or 'bpe'.     name: what it is called on a command line.
+    token_bytes: text bytes of every id 0..vocab_size-1, None for an id that stands for nothing.
+    special: the ids that no text produces by itself, by their written form.
+    pattern: the regular expression that splits text before merging (tiktoken and bpe).
+    """
+
+    def __init__(self, kind: str, name: str, token_bytes: list, special: dict, pattern: str = ''):
+        self.kind, self.name, self.pattern = kind, name, pattern
+        self.token_bytes: list[bytes | None] = token_bytes
+        self.special: dict[str, int] = special
+        self.vocab_size = len(token_bytes)
+        self.eot: int | None = special.get(EOT)
+        self.dtype = np.dtype('<u2' if self.vocab_size <= 2**16 else '<u4')
+
+    def encode(self, text: str, allow_eot: bool = False) -> np.ndarray:
+        """
+        The ids of `text`. With allow_eot a written <|endoftext|> becomes the end-of-text id;
+        otherwise it is text like any other. A character that a char tokenizer lacks: UserError.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, from a shell or a JSON escape
+            text = text.encode(errors='replace').decode()
+        if not allow_eot or self.eot is None or EOT not in text:
+            return self._encode(text).astype(self.dtype)
+        ids, position = [], 0
+        for part in text.split(EOT):
+            ids += [self._encode(part, position), [self.eot]]
+            position += len(part) + len(EOT)
+        return np.concatenate(ids[:-1]).astype(self.dtype)
+
+    def _encode(self, text: str, position: int = 0) -> np.ndarray:
+        if self.kind == 'byte':
+            return np.frombuffer(text.encode(), np.uint8)
+        if self.kind == 'char':
+            return self._encode_characters(text, position)
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def _encode_characters(self, text: str, position: int) -> np.ndarray:
+        codes = np.frombuffer(text.encode('utf-32-le'), '<u4')
+        ids = self._id_of_character[np.minimum(codes, len(self._id_of_character) - 1)]
+        unknown = np.flatnonzero(ids < 0)
+        if len(unknown):
+            at = int(unknown[0])
+            raise UserError(
+                f'character {text[at]!r} (U+{ord(text[at]):04X}) at position {position + at}: '
+                f'not among the {self.vocab_size - len(self.special)} that this model was made for'
+            )
+        return ids
+
+    @functools.cached_property
+    def _id_of_character(self) -> np.ndarray:
+        """Character code -> id, -1 where there is none; the last entry is for all codes beyond."""
+        characters = self.token_bytes[: self.vocab_size - len(self.special)]
+        codes = [ord(character.decode()) for character in characters]
+        table = np.full(max(codes, default=0) + 2, -1, np.int64)
+        table[codes] = np.arange(len(codes))
+        return table
+
+    @functools.cached_property
+    def _encoding(self):
+        import tiktoken
+
+        special = set(self.special.values())
+        tokens = enumerate(self.token_bytes)
+        ranks = {token: i for i, token in tokens if token is not None and i not in special}
+        return tiktoken.Encoding(
+            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no UTF-8, such as half a character, become U+FFFD."""
+        return b''.join(self.token_bytes[i] or b'' for i in ids).decode('utf-8', errors='replace')
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each id stands for; 0 for the end of text and other special ids."""
+        lengths = np.array([len(token or b'') for token in self.token_bytes], np.int64)
+        lengths[list(self.special.values())] = 0
+        return lengths
+
+    def __eq__(self, other) -> bool:
+        """Whether both encode alike. The pattern is left out: tiktoken rewrites it to be faster."""
+        if not isinstance(other, Tokenizer):
+            return NotImplemented
+        return self.token_bytes == other.token_bytes and self.special == other.special
+
+    def __repr__(self) -> str:
+        return f'<Tokenizer {self.name}, {self.vocab_size} ids>'
+
+    def to_dict(self) -> dict:
+        tokens = [None if t is None else base64.b64encode(t).decode() for t in self.token_bytes]
+        fields = {'kind': self.kind, 'name': self.name, 'pattern': self.pattern}
+        return fields | {'special_tokens': self.special, 'tokens': tokens}
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> 'Tokenizer':
+        try:
+            tokens = [None if t is None else base64.b64decode(t) for t in fields['tokens']]
+            special = {str(text): int(i) for text, i in fields['special_tokens'].items()}
+            return cls(fields['kind'], fields['name'], tokens, special, fields['pattern'])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f'not a tokenizer of flatGPT: {error!r}') from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON: under another name first, so that no half-written file is ever in place."""
+        part = Path(f'{path}.part')
+        with part.open('w', encoding='utf-8') as file:
+            json.dump(self.to_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def load(path: str | Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such tokenizer file') from None
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f'{path}: cannot be read as a tokenizer: {error}') from error
+
+
+def char_tokenizer(characters: Iterable[str], eot: bool = False) -> Tokenizer:
+    """One id for each of `characters`, in their order; with `eot` one more for the end of text."""
+    tokens = [character.encode() for character in characters]
+    special = {EOT: len(tokens)} if eot else {}
+    return Tokenizer('char', 'char', tokens + [EOT.encode()] * eot, special)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The 256 bytes of UTF-8 text, and 256 for the end of text: any text, nothing to train."""
+    return Tokenizer('byte', 'byte', [bytes([b]) for b in range(256)] + [EOT.encode()], {EOT: 256})
+
+
+def tiktoken_tokenizer(name: str) -> Tokenizer:
+    """A tiktoken encoding by its name; the first use on a machine fetches its vocabulary."""
+    encoding = load_encoding(name)
+    tokens: list[bytes | None] = [None] * encoding.n_vocab
+    for token, i in encoding._mergeable_ranks.items():
+        tokens[i] = token
+    for text, i in encoding._special_tokens.items():
+        tokens[i] = text.encode()
+    return Tokenizer('tiktoken', name, tokens, dict(encoding._special_tokens), encoding._pat_str)
+
+
+def load_encoding(name: str):
+    """tiktoken.get_encoding, except that without a network it says what to do, and at once."""
+    import requests
+    import tiktoken
+    import tiktoken.load
+
+    read_local = tiktoken.load.read_file
+
+    def read_file(url: str) -> bytes:
+        if not url.startswith('http'):
+            return read_local(url)
+        try:
+            reply = requests.get(url, timeout=20)  # tiktoken itself would wait for ever
+            reply.raise_for_status()
+            return reply.content
+        except requests.RequestException as error:
+            folder = os.environ.get('TIKTOKEN_CACHE_DIR') or os.environ.get('DATA_GYM_CACHE_DIR')
+            path = Path(folder or Path(tempfile.gettempdir()) / 'data-gym-cache')
+            path /= hashlib.sha1(url.encode()).hexdigest()  # tiktoken's rule
+            raise UserError(
+                f'tokenizer {name}: {url} is neither cached here nor can it be fetched '
+                f'({type(error).__name__}); save it as {path}, or set TIKTOKEN_CACHE_DIR to a '
+                'folder in which tiktoken cached it'
+            ) from error
+
+    with mock.patch.object(tiktoken.load, 'read_file', read_file):
+        try:
+            return tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:
+            raise UserError(f'tokenizer {name}: {" ".join(str(error).split())}') from error
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """
+    Byte-pair encoding learned from `texts`: the 256 bytes, then merges from frequent to rare, then
+    the end of text. Shorter than vocab_size when the texts have fewer pairs to merge.
+    """
+    if vocab_size < 258:
+        raise UserError(f'vocab_size {vocab_size}: 256 bytes, a merge and the end of text are 258')
+    try:
+        import tokenizers
+    except ImportError:
+        raise UserError('training a bpe tokenizer needs: pip install tokenizers') from None
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), 'isolated')
+    to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_letters])
+    alphabet = byte_letters()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=list(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    vocabulary = bpe.get_vocab()
+    merged = [token for token in sorted(vocabulary, key=vocabulary.get) if len(token) > 1]
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes(alphabet[letter] for letter in token) for token in merged]
+    return Tokenizer('bpe', 'bpe', tokens + [EOT.encode()], {EOT: len(tokens)}, WORDS)
+
+
+def byte_letters() -> dict[str, int]:
+    """The printable letter by which byte-level BPE writes each byte (GPT-2, `bytes_to_unicode`)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def get_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer that needs no training, by its name."""
+    if name == 'byte':
+        return byte_tokenizer()
+    if name in ('char', 'bpe'):
+        raise UserError(f'tokenizer {name}: is made from text, by data/text/prepare.py')
+    try:
+        import tiktoken
+    except ImportError:
+        raise UserError(f'tokenizer {name} needs: pip install tiktoken') from None
+    names = tiktoken.list_encoding_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, ['byte', 'char', 'bpe', *names], 1)
+        hint = f'did you mean {near[0]}? ' if near else ''
+        raise UserError(f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}')
+    return tiktoken_tokenizer(name)
+
+
+class _NoObjects(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        raise UserError(f'it asks for {module}.{name}, which could run code')
+
+
+def from_nanogpt_meta(path: str | Path) -> Tokenizer:
+    """The characters in nanoGPT's meta.pkl. Only plain builtins are unpickled, so nothing runs."""
+    try:
+        with open(path, 'rb') as file:
+            characters = _NoObjects(file).load()['itos']
+        characters = [characters[i] for i in range(len(characters))]
+        if any(len(character) != 1 for character in characters):
+            raise UserError('its tokens are not single characters')
+        return char_tokenizer(characters)
+    except Exception as error:  # a broken pickle can raise nearly anything
+        raise UserError(f'{path}: not the meta.pkl of a character dataset: {error}') from error
