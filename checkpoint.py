@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 from configurator import UserError, one_line_errors
 from data.tokenizer import Tokenizer, tiktoken_tokenizer
+from data.tokenizer import load as load_tokenizer
 from model import TRANSPOSED, GPT, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
@@ -207,7 +208,9 @@ def find(where: str | Path, which: str = 'best') -> Path:
         except CheckpointError as error:
             print(f'warning: {error}; trying another one', file=sys.stderr)
     if paths:
-        raise CheckpointError(f'{where}: every checkpoint is damaged; start anew in another --out_dir')
+        raise CheckpointError(
+            f'{where}: every checkpoint is damaged; start anew in another --out_dir'
+        )
     other = 'is not a folder' if not where.is_dir() else 'has no checkpoint'
     raise CheckpointError(
         f'{where} {other}; --out_dir names the folder of a run, and training writes '
@@ -242,7 +245,7 @@ def read_state(path: Path) -> dict | None:
 # read
 
 
-def load(path: Path) -> tuple[GPT, Tokenizer | None, dict]:
+def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
     """The model (float32, on the host), tokenizer and state of a verified checkpoint."""
     state = read_state(path)
     unknown = set(state['model']) - {field.name for field in fields(GPTConfig)}
@@ -250,13 +253,15 @@ def load(path: Path) -> tuple[GPT, Tokenizer | None, dict]:
         raise CheckpointError(
             f'{path} is of an architecture that this version does not have ({", ".join(unknown)})'
         )
-    model = GPT(GPTConfig(**state['model']))
+    model = GPT(GPTConfig(**{**state['model'], 'dropout': dropout}))
     fill(model, path / MODEL)
     tokenizer = path / TOKENIZER
-    return model, Tokenizer.load(tokenizer) if tokenizer.exists() else None, state
+    return model, load_tokenizer(tokenizer) if tokenizer.exists() else None, state
 
 
-def load_model(where: str | Path | None, which: str = 'best', device: str = 'cpu'):
+def load_model(
+    where: str | Path | None, which: str = 'best', device: str = 'cpu', dropout: float = 0.0
+) -> tuple[GPT, Tokenizer | None, dict]:
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
 
     where: a run's folder, a checkpoint, a `transformers` GPT-2 (a folder, or a name such as
@@ -264,9 +269,9 @@ def load_model(where: str | Path | None, which: str = 'best', device: str = 'cpu
     """
     where = newest_run() if where is None else where
     if is_pretrained(where):
-        model, tokenizer, state = *load_pretrained(where), {}
+        model, tokenizer, state = *load_pretrained(where, dropout), {}
     else:
-        model, tokenizer, state = load(find(where, which))
+        model, tokenizer, state = load(find(where, which), dropout)
     return model.to(device).eval(), tokenizer, state
 
 
@@ -322,7 +327,7 @@ def is_pretrained(where: str | Path) -> bool:
     return re.fullmatch(r'(distil)?gpt2(-\w+)?|[\w.-]+/[\w.-]*gpt2[\w.-]*', str(where)) is not None
 
 
-def load_pretrained(name: str | Path) -> tuple[GPT, Tokenizer]:
+def load_pretrained(name: str | Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     """A GPT-2 from a transformers folder or, by its name, from the hub or its local cache."""
     folder = Path(name) if Path(name).is_dir() else download(str(name))
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
@@ -331,7 +336,7 @@ def load_pretrained(name: str | Path) -> tuple[GPT, Tokenizer]:
     model = GPT(
         GPTConfig(
             block_size=config['n_positions'],
-            dropout=0.0,
+            dropout=dropout,
             **{key: config[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')},
         )
     )

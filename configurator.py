@@ -92,7 +92,9 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
                     continue  # a train.py setting, which this script has no use for
                 known(key, kinds, str(path))
                 values[key] = check(key, value, kinds[key], f'{path}: {key} = {value!r}')
-    return {k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()}
+    return {
+        k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()
+    }
 
 
 def run_config(path: Path, values: dict) -> dict:
@@ -198,7 +200,9 @@ def name_of(node: ast.stmt) -> str:
 def read_settings(script: str) -> dict[str, str]:
     """Setting -> annotation ('' without one), read from the script's source without running it."""
     block, _ = settings_block(script)
-    return {name_of(n): ast.unparse(n.annotation) if hasattr(n, 'annotation') else '' for n in block}
+    return {
+        name_of(n): ast.unparse(n.annotation) if hasattr(n, 'annotation') else '' for n in block
+    }
 
 
 def train_settings() -> dict[str, str]:

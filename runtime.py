@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from configurator import ConfigError
+from configurator import ConfigError, UserError
 
 DTYPES = {
     'float32': torch.float32,
@@ -75,6 +75,11 @@ class Runtime:
     def device_type(self) -> str:
         return self.device.partition(':')[0]
 
+    @property
+    def wide(self) -> torch.dtype:
+        """For sums over many values: float64, which Apple GPUs lack."""
+        return torch.float32 if self.device_type == 'mps' else torch.float64
+
     def autocast(self):
         if self.dtype == torch.float32:
             return nullcontext()
@@ -88,18 +93,23 @@ class Runtime:
         """`values` combined over all ranks: 'SUM' or 'MAX'. The same on every rank."""
         if self.world_size == 1:
             return values
-        # gloo and nccl both want the tensor where they work; MPS and float64 do not go together
-        kind = torch.float32 if self.device_type == 'mps' else torch.float64
-        tensor = torch.tensor(values, dtype=kind, device=self.device)
+        tensor = torch.tensor(values, dtype=self.wide, device=self.device)
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
         return tensor.tolist()
 
-    def agree(self, value):
-        """Rank 0's value of any plain Python object, on every rank."""
+    def agree(self, decide):
+        """What decide() returns on rank 0, on every rank; a UserError there is raised on all."""
         if self.world_size == 1:
-            return value
-        box = [value]
+            return decide()
+        box = [None, None]
+        if self.main:
+            try:
+                box[0] = decide()
+            except UserError as error:
+                box[1] = error
         dist.broadcast_object_list(box, src=0, device=torch.device(self.device))
+        if box[1] is not None:
+            raise box[1]
         return box[0]
 
     def peak_flops(self) -> float | None:
@@ -122,7 +132,9 @@ class Runtime:
 
 def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> Runtime:
     """Choose the device and dtype, and join the process group if torchrun started this process."""
-    world_size, local_rank = (int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+    world_size, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
+    )
     device = pick_device(device)
     if device == 'cuda' and local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -199,5 +211,7 @@ def pick_backend(name: str, device: str) -> str:
     if not dist.is_backend_available(name):
         raise ConfigError(f'backend={name!r}: this torch was built without it; use --backend=auto')
     if name == 'nccl' and not device.startswith('cuda'):
-        raise ConfigError(f"backend='nccl' needs GPUs, and the device is {device}; use --backend=auto")
+        raise ConfigError(
+            f"backend='nccl' needs GPUs, and the device is {device}; use --backend=auto"
+        )
     return name

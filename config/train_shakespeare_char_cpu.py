@@ -1,0 +1,24 @@
+# nanoGPT's recipe for a laptop: a 0.8M-parameter character model of Shakespeare, minutes on a CPU
+
+dataset = 'shakespeare_char'
+eval_interval = 250  # the validation loss still falls at the end: frequent looks cost little
+eval_iters = 20  # 20 batches * 12 sequences * 64 characters = 15,360 of 111,540
+log_interval = 50
+
+# 12 sequences * 64 characters = 768 tokens per step; * 2,000 steps = 1.5 passes over the text
+gradient_accumulation_steps = 1
+batch_size = 12
+block_size = 64
+max_iters = 2000
+lr_decay_iters = 2000
+
+# a baby GPT: 12 * n_layer * n_embd^2 = 0.79M parameters in the blocks
+n_layer = 4
+n_head = 4
+n_embd = 128
+dropout = 0.0  # 1.5 passes are too few to overfit
+
+learning_rate = 1e-3  # small models bear a larger one than GPT-2's 6e-4
+min_lr = 1e-4  # a tenth of it
+warmup_iters = 100
+beta2 = 0.99  # few tokens per step: average the squared gradients over more of them

@@ -1,0 +1,119 @@
+"""
+What a run leaves to look at: metrics.jsonl always, loss.png, TensorBoard and wandb by a setting.
+"""
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+from configurator import UserError
+
+ADJECTIVES = 'able bold brisk calm clear deft eager fair fond glad keen lucid neat quick sunny warm'
+NOUNS = (
+    'badger beaver crane falcon finch heron ibis lark lynx marten otter owl raven robin tern wren'
+)
+
+
+def new_run_name() -> str:
+    """A readable, fresh folder name such as keen_otter-261120-1140: two words, date and time."""
+    chance = random.Random()  # of its own: a name must not depend on the training seed
+    words = f'{chance.choice(ADJECTIVES.split())}_{chance.choice(NOUNS.split())}'
+    return f'{words}-{time.strftime("%y%m%d-%H%M")}'
+
+
+def read_metrics(out_dir: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    lines = []
+    path = Path(out_dir) / 'metrics.jsonl'
+    for text in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+class Tracker:
+    """Writes each logged step to metrics.jsonl and to the trackers the settings ask for."""
+
+    def __init__(self, out_dir: str | Path, config: dict, step: int):
+        """step: where the run stands. Lines past it are dropped: those steps are made again."""
+        kept = [line for line in read_metrics(out_dir) if line['step'] <= step]
+        path = Path(out_dir) / 'metrics.jsonl'
+        part = path.with_suffix('.part')
+        part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+        os.replace(part, path)
+        self.file = open(path, 'a', encoding='utf-8')
+        self.board = tensorboard(out_dir, step) if config['tensorboard_log'] else None
+        self.wandb = wandb_run(out_dir, config) if config['wandb_log'] else None
+
+    def log(self, step: int, **values) -> None:
+        """values: numbers; None is left out."""
+        values = {key: value for key, value in values.items() if value is not None}
+        self.file.write(json.dumps({'step': step, **values}) + '\n')
+        self.file.flush()  # a line is readable, and survives a kill, as soon as it is logged
+        if self.board:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def tensorboard(out_dir: str | Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('tensorboard_log=True needs: pip install -e ".[all]"') from error
+    return SummaryWriter(str(Path(out_dir) / 'tb'), purge_step=step + 1)
+
+
+def wandb_run(out_dir: str | Path, config: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError('wandb_log=True needs: pip install -e ".[all]"') from error
+    name = config['wandb_run_name']
+    try:
+        return wandb.init(project=config['wandb_project'], name=name, config=config, dir=out_dir)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f'wandb_log=True: {text}; run `wandb login`, or set WANDB_MODE=offline to log to disk'
+        ) from error
+
+
+def draw_loss(out_dir: str | Path) -> Path:
+    """Draw the run's training and validation loss against the step -> the picture's path."""
+    import matplotlib
+
+    matplotlib.use('Agg')  # to a file, on machines without a screen too
+    from matplotlib import pyplot as plt
+
+    lines = read_metrics(out_dir)
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout='constrained')
+    train = [(line['step'], line['loss']) for line in lines if 'loss' in line]
+    axes.plot(
+        *zip(*train, strict=True) if train else ([], []), lw=1, alpha=0.5, label='training batch'
+    )
+    for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
+        points = [(line['step'], line[key]) for line in lines if key in line]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), 'o-', ms=4, label=label)
+    best = min((line['val_loss'] for line in lines if 'val_loss' in line), default=None)
+    axes.set(xlabel='step', ylabel='loss (nats per token)', title=Path(out_dir).name)
+    if best is not None:
+        axes.axhline(best, color='grey', lw=0.8, ls=':', label=f'best validation {best:.4f}')
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    path = Path(out_dir) / 'loss.png'
+    figure.savefig(path)
+    plt.close(figure)
+    return path

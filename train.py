@@ -1,0 +1,528 @@
+"""
+Train a GPT: from scratch, from where a run stopped, from an own checkpoint or from GPT-2.
+
+$ python train.py config/quickstart.py                        # three minutes on a laptop
+$ python train.py train_shakespeare_char --batch_size=32      # a config by name, then overrides
+$ python train.py out/my_run/config.py --init_from=resume     # go on where a run stopped
+$ torchrun --standalone --nproc_per_node=8 train.py train_gpt2
+$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py train_gpt2
+
+The run's folder gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-C saves and stops.
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from checkpoint import (
+    CheckpointError,
+    find,
+    listed,
+    load,
+    load_model,
+    load_optimizer,
+    newest_run,
+    save,
+    set_aside,
+)
+from configurator import ConfigError, UserError, configure
+from data.dataset import open_dataset
+from model import GPT, GPTConfig
+from runtime import start
+from sample import Sampling, generate
+from track import Tracker, draw_loss, new_run_name
+
+# -----------------------------------------------------------------------------
+# the run
+out_dir: str | None = None  # folder of the run; None makes a fresh one, out/<name>
+init_from = 'scratch'  # 'scratch', 'resume', the folder of another run, or gpt2 and its sizes
+checkpoint: str | None = (
+    None  # 'last', 'best' or a path; None: resume takes the last, else the best
+)
+auto_resume = False  # resume if out_dir has a checkpoint, otherwise start from init_from
+overwrite = False  # let a new run delete the checkpoints that its folder has
+seed = 1337  # of the initial weights, the data order and dropout
+# evaluation and saving
+eval_interval = 2000  # steps between evaluations; each also saves a checkpoint
+eval_iters: int | None = 200  # batches per evaluation and split; None: the whole validation split
+eval_only = False  # evaluate once, print, write nothing
+save_interval: int | None = None  # steps between checkpoints besides those of the evaluations
+always_save_checkpoint = True  # keep every evaluation's checkpoint, not just the last two and best
+patience: int | None = None  # stop after so many evaluations without a new best; None: never
+log_interval = 1  # steps between lines in metrics.jsonl
+sample_tokens = 256  # length of the text to print at the end; 0: none
+# trackers
+wandb_log = False
+wandb_project = 'owt'
+wandb_run_name = 'gpt2'
+tensorboard_log = False  # to tb/ in the run's folder
+# data
+dataset = 'openwebtext'  # a folder in data/, or the path of one
+gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
+batch_size = 12  # sequences that one process computes at a time
+block_size = 1024  # tokens per sequence
+# model; the defaults are GPT-2 124M
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning and small data
+bias = False  # in Linear and LayerNorm
+# AdamW
+learning_rate = 6e-4  # at its highest
+max_iters = 600000  # updates in all
+epochs: float | None = None  # passes over the training split; sets max_iters and lr_decay_iters
+weight_decay = 1e-1  # of matrices and embeddings
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0.0 does not clip
+# learning rate
+decay_lr = True  # False keeps it constant
+lr_schedule = 'cosine'  # or 'linear': constant, then straight down over the last part
+warmup_iters = 2000  # steps of linear rise at the start
+lr_decay_iters = 600000  # step at which min_lr is reached
+min_lr = 6e-5
+cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
+# machine
+device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
+dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
+compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
+backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
+peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
+# -----------------------------------------------------------------------------
+RULE = '-' * 64
+config = configure(globals(), sys.argv[1:])
+if config['auto_resume'] and not config['out_dir']:
+    raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
+resuming = config['init_from'] == 'resume' or config['auto_resume']
+if resuming:  # the run's own settings come first, this command's after them
+    folder = config['out_dir'] or newest_run()
+    own = [str(path) for path in [Path(folder) / 'config.py'] if path.exists()]
+    config = configure(globals(), [*own, *sys.argv[1:], f'--out_dir={folder}'])
+globals().update(config)
+
+for name in ('eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps'):
+    if config[name] < 1:
+        raise ConfigError(f'{name}={config[name]}: must be at least 1')
+if lr_schedule not in ('cosine', 'linear'):
+    raise ConfigError(f"lr_schedule={lr_schedule!r}: give 'cosine' or 'linear'")
+
+runtime = start(device, dtype, backend)
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes, above the progress line if there is one."""
+    if runtime.main:
+        tqdm.write(text)
+
+
+# -----------------------------------------------------------------------------
+# the run's folder: one run at a time, and nothing deleted unasked
+
+out_dir = Path(out_dir or runtime.agree(lambda: f'out/{new_run_name()}'))
+
+
+def claim_folder() -> Path | None:
+    """Keep other runs out of out_dir -> the checkpoint to resume from, None to start anew."""
+    global lock
+    if eval_only:
+        return find(out_dir, checkpoint or 'last') if init_from == 'resume' else None
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out_dir / '.lock')
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f'{out_dir}: another run is writing here; wait for it or give another --out_dir'
+        ) from None
+    if resuming:
+        try:
+            return resume_point()
+        except CheckpointError:
+            if init_from == 'resume':
+                raise
+    if listed(out_dir) and not (overwrite or auto_resume):
+        raise UserError(
+            f'{out_dir} has checkpoints already: continue with --init_from=resume, give another '
+            '--out_dir, or delete them with --overwrite'
+        )
+    for path in listed(out_dir):
+        shutil.rmtree(path) if overwrite else set_aside(path)
+    return None
+
+
+def resume_point() -> Path:
+    """The checkpoint to go on from. Those of later steps are set aside: they are made again."""
+    path = find(out_dir, checkpoint or 'last')
+    for later in [p for p in listed(out_dir) if p.name > path.name]:
+        say(f'{later} is set aside as {set_aside(later).name}')
+    return path
+
+
+resume_from = runtime.agree(claim_folder)
+
+# -----------------------------------------------------------------------------
+# model and data: a model from elsewhere brings its shape and its tokenizer
+
+SHAPE = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias')
+torch.manual_seed(seed)
+state = {'step': 0, 'best_val_loss': None, 'evaluated_step': None, 'stale': 0, 'skipped': 0}
+raw_model = None
+if resume_from:
+    raw_model, tokenizer, state = load(resume_from, dropout)
+    for name in SHAPE:
+        if config[name] != getattr(raw_model.config, name):
+            raise ConfigError(
+                f'{name}={config[name]}: {resume_from} was trained with {name}='
+                f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
+            )
+elif init_from != 'scratch':
+    raw_model, tokenizer, _ = load_model(init_from, checkpoint or 'best', dropout=dropout)
+    if block_size < raw_model.config.block_size:
+        raw_model.crop_block_size(block_size)
+    config |= {name: getattr(raw_model.config, name) for name in SHAPE}
+    block_size = raw_model.config.block_size
+
+data = open_dataset(dataset, block_size, seed)
+if raw_model is None:
+    tokenizer = data.tokenizer
+    # rounded up where it is large, which makes for faster matrix products
+    vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
+    shape = {name: config[name] for name in SHAPE}
+    raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
+elif tokenizer is not None and tokenizer != data.tokenizer:
+    raise UserError(
+        f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
+        f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that one'
+    )
+raw_model.train().to(runtime.device)
+
+# -----------------------------------------------------------------------------
+# batches: the same global batch at every world size, this rank's share of it in equal parts
+
+global_rows = gradient_accumulation_steps * batch_size
+if global_rows % runtime.world_size:
+    near = global_rows // runtime.world_size * runtime.world_size
+    raise ConfigError(
+        f'gradient_accumulation_steps={gradient_accumulation_steps} times batch_size={batch_size} '
+        f'is {global_rows} sequences, which {runtime.world_size} processes cannot share equally; '
+        f'make it {near or runtime.world_size} or {near + runtime.world_size}'
+    )
+rank_rows = global_rows // runtime.world_size
+micro_rows = next(n for n in range(min(batch_size, rank_rows), 0, -1) if rank_rows % n == 0)
+micro_steps = rank_rows // micro_rows
+tokens_per_step = global_rows * block_size
+if epochs is not None:
+    max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
+
+
+def to_device(*arrays):
+    """numpy int64 (B, T) -> tensors on the device, without waiting for the copy."""
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if runtime.device_type == 'cuda':
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(runtime.device, non_blocking=True) for tensor in tensors]
+
+
+def get_batch(number: int):
+    """Micro-batch `number` of this rank, counted from the start of training -> x, y (B, T)."""
+    step, part = divmod(number, micro_steps)
+    first = step * global_rows + runtime.rank * rank_rows + part * micro_rows
+    return to_device(*data.batch(first, micro_rows))
+
+
+# -----------------------------------------------------------------------------
+# optimizer, compilation, processes
+
+optimizer = torch.optim.AdamW(
+    raw_model.param_groups(weight_decay),
+    lr=learning_rate,
+    betas=(beta1, beta2),
+    fused=runtime.device_type in ('cuda', 'cpu', 'mps'),  # one kernel for all parameters
+)
+# float16 alone needs its loss scaled: bfloat16 has the range of float32
+scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
+if resume_from:
+    load_optimizer(resume_from, raw_model, optimizer)
+    scaler.load_state_dict(state['scaler'])
+
+
+def compile_or_not(model):
+    """The compiled model, tried on one batch, or the model as it is where compiling fails."""
+    say('compiling the model, about a minute ...')
+    try:
+        compiled = torch.compile(model)
+        with runtime.autocast():
+            compiled(*get_batch(0))[1].backward()
+        return compiled
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:100] if str(error) else ''
+        say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
+        return model
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+# raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
+model = raw_model
+if not eval_only:
+    if compile is True or (compile == 'auto' and runtime.device_type == 'cuda'):
+        model = compile_or_not(model)
+    if runtime.world_size > 1:
+        gpu = [runtime.device] if runtime.device_type == 'cuda' else None
+        model = DistributedDataParallel(model, device_ids=gpu)
+
+
+@torch.no_grad()
+def estimate_loss() -> dict[str, float] | None:
+    """Mean loss of each split in nats per token, over fixed windows shared out to all ranks.
+
+    None if a signal asked to stop meanwhile. Draws on no random state that training uses.
+    """
+    raw_model.eval()
+    losses = {}
+    for split in ('train', 'val'):
+        count = None if eval_iters is None else eval_iters * batch_size
+        if count is None and split == 'train':
+            count = len(
+                data.eval_windows('val')
+            )  # as much of the training split as there is of val
+        windows = data.eval_windows(split, count)
+        starts = range(runtime.rank * batch_size, len(windows), runtime.world_size * batch_size)
+        total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
+        for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not live):
+            x, y = to_device(*data.eval_batch(split, windows[i : i + batch_size]))
+            with runtime.autocast():
+                loss = raw_model(x, y)[1]
+            targets = (y >= 0).sum()
+            total += torch.stack([loss * targets, targets])
+            if stop_signal and runtime.world_size == 1:
+                break
+        nats, targets = runtime.reduce(total.tolist())
+        losses[f'{split}_loss'] = nats / targets
+    raw_model.train()
+    if stop_signal and runtime.world_size == 1:
+        return None
+    if data.bytes['val']:  # bits per byte of text, which compare across tokenizers
+        tokens_per_byte = data.tokens['val'] / data.bytes['val']
+        losses['val_bpb'] = losses['val_loss'] / math.log(2) * tokens_per_byte
+    return losses
+
+
+def get_lr(step: int) -> float:
+    """Learning rate of an update: linear warm-up, then cosine, or constant and a linear end."""
+    if not decay_lr:
+        return learning_rate
+    if step < warmup_iters:
+        return learning_rate * (step + 1) / (warmup_iters + 1)
+    if step >= lr_decay_iters:
+        return min_lr
+    if lr_schedule == 'linear':
+        part = min(1.0, (lr_decay_iters - step) / max(1.0, cooldown * lr_decay_iters))
+    else:
+        ratio = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
+        part = 0.5 * (1.0 + math.cos(math.pi * ratio))  # 1 to 0
+    return min_lr + part * (learning_rate - min_lr)
+
+
+def save_checkpoint() -> str | None:
+    """Save the run as it stands now -> None, or why the disk did not take it."""
+    now = {
+        'step': step,
+        'evaluated': step == state['evaluated_step'],
+        'scaler': scaler.state_dict(),
+        'tokens': step * tokens_per_step,
+        'config': config,
+    }
+    try:
+        save(out_dir, raw_model, optimizer, tokenizer, {**state, **now}, always_save_checkpoint)
+    except OSError as error:
+        return f'checkpoint of step {step} not written: {error}; the ones before are untouched'
+
+
+def write_config() -> None:
+    """config.py of the run's folder: these settings, as a config that runs."""
+    lines = [f'# continue: python train.py {out_dir / "config.py"} --init_from=resume']
+    for name, value in config.items():
+        here = {'device': runtime.device, 'dtype': str(runtime.dtype)[6:]}.get(name)
+        comment = f'  # here {here}' if value == 'auto' and here else ''
+        lines.append(f'{name} = {value!r}{comment}')
+    (out_dir / 'config.py').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+
+def report_end() -> None:
+    """What the run reached, where it lies, and a page of what the model learned to write."""
+    text = f'validation loss {state["val_loss"]:.4f} nats per token'
+    if 'val_bpb' in state:
+        text += f', {state["val_bpb"]:.4f} bits per byte'
+    say(f'{text}; best {state["best_val_loss"]:.4f}')
+    if listed(out_dir):
+        say(f'checkpoint: {listed(out_dir)[-1]}')
+    if sample_tokens > 0 and tokenizer is not None:
+        raw_model.eval()
+        # begin as a document begins, or as the validation split does
+        prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
+        pieces = generate(raw_model, tokenizer, [prompt], Sampling(max_new_tokens=sample_tokens))
+        say(f'what it writes:\n{RULE}\n{"".join(piece.text for piece in pieces)}\n{RULE}')
+    say(f'more: python sample.py --out_dir={out_dir}')
+
+
+# -----------------------------------------------------------------------------
+# signals: finish the step, save, leave
+
+stop_signal = 0
+
+
+def request_stop(number, frame) -> None:
+    """Ask the loop to stop at the next step; a second Ctrl-C leaves at once, saving nothing."""
+    global stop_signal
+    if stop_signal == number == signal.SIGINT and runtime.world_size == 1:
+        raise KeyboardInterrupt
+    if not stop_signal and runtime.main:  # print() is not safe inside a signal handler
+        os.write(2, b'\nstopping after this step ...\n')
+    stop_signal = number
+
+
+for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+    if hasattr(signal, name):  # Windows has no SIGUSR1
+        signal.signal(getattr(signal, name), request_stop)
+
+# -----------------------------------------------------------------------------
+# the loop
+
+live = runtime.main and sys.stderr.isatty()  # a progress line that moves, or plain lines
+BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
+params = raw_model.num_params() / 1e6
+say(
+    f'{params:,.2f}M parameters on {runtime.device}, {str(runtime.dtype)[6:]}'
+    f'{", compiled" if model is not raw_model and runtime.world_size == 1 else ""}; '
+    f'{tokens_per_step:,} tokens a step, {data.tokens["train"]:,} in {data.folder.name}'
+)
+if eval_only:
+    losses = estimate_loss() or {}
+    say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
+    runtime.leave(128 + stop_signal if stop_signal else 0)
+
+step = first_step = state['step']
+if runtime.main:
+    write_config()
+    tracker = Tracker(out_dir, config, step)
+progress = tqdm(total=max_iters, initial=step, disable=not live, bar_format=BAR, desc='...')
+peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
+batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
+upcoming = batches.submit(get_batch, step * micro_steps)
+stopping, seconds, done, failure = 0, 0.0, 0, None
+
+while True:
+    # evaluate before the update, so that step 0 shows the untrained model
+    if (step % eval_interval == 0 or step >= max_iters) and state['evaluated_step'] != step:
+        losses = None if stopping else estimate_loss()
+        if losses:
+            better = state['best_val_loss'] is None or losses['val_loss'] < state['best_val_loss']
+            state |= {
+                **losses,
+                'evaluated_step': step,
+                'stale': 0 if better else state['stale'] + 1,
+            }
+            state['best_val_loss'] = losses['val_loss'] if better else state['best_val_loss']
+            say(
+                f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}'
+            )
+            if runtime.main:
+                tracker.log(step, **losses)
+    finished = step >= max_iters or (patience is not None and state['stale'] >= patience)
+    stopping = stopping or (stop_signal if runtime.world_size == 1 else 0)
+
+    # save where there is something new: at the end, after an evaluation, every save_interval steps
+    due = state['evaluated_step'] == step or (save_interval and step % save_interval == 0)
+    if runtime.main and step > first_step and (due or finished or stopping):
+        failure = save_checkpoint()
+        if failure:
+            say(f'warning: {failure}; training goes on')
+    if finished or stopping:
+        break
+
+    # one update: the gradient of the mean loss over all micro-batches and all ranks
+    started = time.perf_counter()
+    runtime.seed(seed, step)
+    lr = get_lr(step)
+    for group in optimizer.param_groups:
+        group['lr'] = lr
+    mean_loss = 0.0
+    for micro in range(micro_steps):
+        x, y = upcoming.result()
+        upcoming = batches.submit(get_batch, step * micro_steps + micro + 1)
+        if runtime.world_size > 1:  # the ranks exchange gradients once, with the last micro-batch
+            model.require_backward_grad_sync = micro == micro_steps - 1
+        with runtime.autocast():
+            loss = model(x, y)[1] / micro_steps
+        scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    mean_loss, norm = torch.stack([mean_loss, norm]).tolist()
+
+    # an update that is not finite is skipped, by all ranks or none; a scaler does so by itself
+    bad = not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.is_enabled())
+    bad, stopping = runtime.reduce([bad, stop_signal], 'MAX')
+    if not bad:
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    state['skipped'] = state['skipped'] + 1 if bad else 0
+    step += 1
+    seconds, done = seconds + time.perf_counter() - started, done + 1
+    progress.update()
+
+    if bad:
+        say(f'step {step}: loss {mean_loss} with gradient norm {norm}, update skipped')
+        if state['skipped'] == 3:
+            raise UserError(
+                f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
+                f'lower --learning_rate or --grad_clip; {out_dir} keeps its last good checkpoint'
+            )
+    if step % log_interval == 0:
+        (mean_loss,) = runtime.reduce([mean_loss / runtime.world_size])
+        speed = done * tokens_per_step / seconds
+        mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
+        eta = tqdm.format_interval((max_iters - step) * seconds / done)
+        status = f'loss {mean_loss:.4f}, {speed:,.0f} tokens/s'
+        status += f', MFU {mfu:.1%}' if mfu else ''
+        progress.set_description_str(status, refresh=False)
+        if not live:
+            say(f'step {step}/{max_iters}: {status}, ETA {eta}')
+        if runtime.main:
+            measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
+            tracker.log(step, loss=mean_loss, **measured)
+        seconds, done = 0.0, 0
+
+# -----------------------------------------------------------------------------
+# the end: what was reached, where it lies, and how to go on
+
+progress.close()
+batches.shutdown(cancel_futures=True)
+for name in ('SIGINT', 'SIGTERM'):  # nothing is left to lose
+    signal.signal(getattr(signal, name), signal.SIG_DFL)
+if runtime.main:
+    tracker.close()
+    if step > 0:
+        say(f'loss curve: {draw_loss(out_dir)}')
+    if failure:
+        raise UserError(f'{failure}; make room and continue with --init_from=resume')
+    if finished:
+        (out_dir / 'DONE').touch()
+        report_end()
+    else:
+        say(
+            f'stopped at step {step}; continue with: python train.py {out_dir}/config.py --init_from=resume'
+        )
+runtime.leave(0 if finished else 128 + int(stopping))
