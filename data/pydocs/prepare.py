@@ -1,0 +1,88 @@
+"""
+Prepare the text that ships inside every Python, one byte a token: no download at all.
+
+$ python data/pydocs/prepare.py
+
+The language reference of `help()` and the docstrings of the standard library, about 2 MB. The
+library is parsed, never imported.
+"""
+
+import argparse
+import ast
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from configurator import UserError, one_line_errors
+from data.dataset import Writer
+from data.tokenizer import EOT, byte_tokenizer
+
+VAL_EVERY = 10  # of ten documents, one is for validation
+SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', '_bundled'}
+NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    folder = Path(__file__).parent
+    parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
+    out_dir = parser.parse_args(argv).out_dir
+    tokenizer = byte_tokenizer()
+    with Writer(out_dir, tokenizer) as writer:
+        for i, document in enumerate(documents(Path(sysconfig.get_path('stdlib')))):
+            split = 'val' if i % VAL_EVERY == VAL_EVERY - 1 else 'train'
+            between = EOT if writer.tokens(split) else ''
+            writer.write(split, tokenizer.encode(between, allow_eot=True))
+            writer.write(split, tokenizer.encode(document))
+    print(writer.summary())
+
+
+def documents(library: Path) -> Iterator[str]:
+    """Each topic of help(), then the docstrings of each module of the library."""
+    topics = library / 'pydoc_data' / 'topics.py'
+    paths = sorted(library.rglob('*.py'))
+    paths = [path for path in paths if not SKIP & set(path.relative_to(library).parts)]
+    if not paths:
+        raise UserError(f'{library}: this Python has no readable standard library; use other text')
+    tree = parse(topics)
+    for node in tree.body if tree else ():
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            yield from (text.strip() + '\n' for text in ast.literal_eval(node.value).values())
+    for path in tqdm(paths, desc='pydocs', unit=' modules', disable=None):
+        tree = None if path == topics else parse(path)
+        names = path.relative_to(library).with_suffix('').parts
+        found = list(docstrings(tree, '.'.join(names).removesuffix('.__init__'))) if tree else []
+        if found:
+            yield '\n\n'.join(found) + '\n'
+
+
+def parse(path: Path) -> ast.Module | None:
+    """The syntax tree of a source file; None for one that has none, of which a few exist."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # invalid escapes in old modules
+        try:
+            return ast.parse(path.read_bytes())
+        except (OSError, SyntaxError, ValueError):
+            return None
+
+
+def docstrings(node: ast.AST, name: str) -> Iterator[str]:
+    """The docstrings of a module and all in it, each below its dotted name and signature."""
+    text = ast.get_docstring(node, clean=False)
+    if text and text.strip():
+        arguments = f'({ast.unparse(node.args)})' if hasattr(node, 'args') else ''
+        yield f'{name}{arguments}\n\n{inspect.cleandoc(text)}'
+    for child in node.body:
+        if isinstance(child, NAMED):
+            yield from docstrings(child, f'{name}.{child.name}')
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    main()

@@ -1,0 +1,22 @@
+"""
+Prepare the works of Shakespeare (1.1 MB) with GPT-2's tokenizer, split as nanoGPT does.
+
+$ python data/shakespeare/prepare.py
+
+An input.txt already in this folder, or in data/shakespeare_char, is used as it is.
+"""
+
+from pathlib import Path
+
+from configurator import one_line_errors
+from data.shakespeare_char.prepare import prepare
+from data.tokenizer import get_tokenizer
+
+
+def main(argv: list[str] | None = None) -> None:
+    prepare(argv, __doc__, Path(__file__).parent, lambda text: get_tokenizer('gpt2'))
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    main()
