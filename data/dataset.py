@@ -88,7 +88,7 @@ class Writer:
     def _open_shard(self, split: str) -> None:
         name = f'{split}-{len(self.shards[split]):05d}.bin'
         self.shards[split].append({'file': name, 'tokens': 0})
-        self._files[split] = open(self.folder / f'{name}.part', 'wb')
+        self._files[split] = (self.folder / f'{name}.part').open('wb')
         self._hashes[split] = hashlib.sha256()
 
     def _close_shard(self, split: str) -> None:
@@ -271,7 +271,7 @@ class Dataset:
         )
 
     def _check_files(self) -> None:
-        for name, tokens in sum(self._shards.values(), []):
+        for name, tokens in self._shards['train'] + self._shards['val']:
             path, expected = self.folder / name, tokens * self._dtype.itemsize
             size = path.stat().st_size if path.exists() else None
             if size != expected:

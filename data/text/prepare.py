@@ -42,7 +42,7 @@ CHUNK = 2**20  # characters encoded at a time
 LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
-BORDER = re.compile(r'[^\W_](?=[\s,.;:!?，。、；：！？])')
+BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
 BPE_SAMPLE = 100_000_000  # bytes of text that an own BPE is learned from, at most
 SMALL = 4_000_000  # bytes of text below which starting processes takes longer than it saves
 JSON_LINES = ('.jsonl', '.ndjson')
