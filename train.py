@@ -5,7 +5,8 @@ $ python train.py config/quickstart.py                        # three minutes on
 $ python train.py train_shakespeare_char --batch_size=32      # a config by name, then overrides
 $ python train.py out/my_run/config.py --init_from=resume     # go on where a run stopped
 $ torchrun --standalone --nproc_per_node=8 train.py train_gpt2
-$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py train_gpt2
+$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d \
+      train.py train_gpt2                                     # on both nodes
 
 The run's folder gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-C saves and stops.
 """
@@ -134,8 +135,8 @@ out_dir = Path(out_dir or runtime.agree(lambda: f'out/{new_run_name()}'))
 def claim_folder() -> Path | None:
     """Keep other runs out of out_dir -> the checkpoint to resume from, None to start anew."""
     global lock
-    if eval_only:
-        return find(out_dir, checkpoint or 'last') if init_from == 'resume' else None
+    if eval_only or (init_from == 'resume' and not listed(out_dir)):
+        return find(out_dir, checkpoint or 'last')  # which raises where there is none
     out_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out_dir / '.lock')
     try:
@@ -168,7 +169,8 @@ def resume_point() -> Path:
     return path
 
 
-resume_from = runtime.agree(claim_folder)
+# a new run makes its folder later, when nothing can be wrong with its settings any more
+resume_from = runtime.agree(claim_folder) if resuming else None
 
 # -----------------------------------------------------------------------------
 # model and data: a model from elsewhere brings its shape and its tokenizer
@@ -202,9 +204,11 @@ if raw_model is None:
 elif tokenizer is not None and tokenizer != data.tokenizer:
     raise UserError(
         f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
-        f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that one'
+        f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
     )
 raw_model.train().to(runtime.device)
+if not resuming and not eval_only:
+    runtime.agree(claim_folder)
 
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, this rank's share of it in equal parts
@@ -352,7 +356,8 @@ def save_checkpoint() -> str | None:
 def write_config() -> None:
     """config.py of the run's folder: these settings, as a config that runs."""
     lines = [f'# continue: python train.py {out_dir / "config.py"} --init_from=resume']
-    for name, value in config.items():
+    origin = state['config']['init_from'] if init_from == 'resume' else init_from
+    for name, value in {**config, 'init_from': origin, 'overwrite': False}.items():
         here = {'device': runtime.device, 'dtype': str(runtime.dtype)[6:]}.get(name)
         comment = f'  # here {here}' if value == 'auto' and here else ''
         lines.append(f'{name} = {value!r}{comment}')
@@ -374,6 +379,21 @@ def report_end() -> None:
         pieces = generate(raw_model, tokenizer, [prompt], Sampling(max_new_tokens=sample_tokens))
         say(f'what it writes:\n{RULE}\n{"".join(piece.text for piece in pieces)}\n{RULE}')
     say(f'more: python sample.py --out_dir={out_dir}')
+
+
+def on_crash(kind, error, trace) -> None:
+    """Out of memory is a matter of settings: say which to lower, and by how much."""
+    if kind is torch.OutOfMemoryError or "can't allocate memory" in str(error):
+        cure = f'--block_size={block_size // 2} or a smaller model'
+        if micro_rows > 1:  # the same global batch in twice as many parts
+            parts = -(-global_rows // (micro_rows // 2))
+            cure = f'--batch_size={micro_rows // 2} --gradient_accumulation_steps={parts}'
+        text = f'out of memory on {runtime.device} with {micro_rows} sequences of {block_size}'
+        kind, error = UserError, UserError(f'{text} tokens at a time; lower it: {cure}')
+    one_line_hook(kind, error, trace)
+
+
+one_line_hook, sys.excepthook = sys.excepthook, on_crash
 
 
 # -----------------------------------------------------------------------------
@@ -413,9 +433,13 @@ if eval_only:
     runtime.leave(128 + stop_signal if stop_signal else 0)
 
 step = first_step = state['step']
+if resume_from and step >= max_iters:
+    say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger --max_iters goes on')
+    runtime.leave()
 if runtime.main:
     write_config()
-    tracker = Tracker(out_dir, config, step)
+    (out_dir / 'DONE').unlink(missing_ok=True)
+    tracker = Tracker(out_dir, config, step if resume_from else -1)
 progress = tqdm(total=max_iters, initial=step, disable=not live, bar_format=BAR, desc='...')
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
@@ -435,7 +459,8 @@ while True:
             }
             state['best_val_loss'] = losses['val_loss'] if better else state['best_val_loss']
             say(
-                f'step {step}: train loss {losses["train_loss"]:.4f}, val loss {losses["val_loss"]:.4f}'
+                f'step {step}: train loss {losses["train_loss"]:.4f}, '
+                f'val loss {losses["val_loss"]:.4f}'
             )
             if runtime.main:
                 tracker.log(step, **losses)
@@ -523,6 +548,7 @@ if runtime.main:
         report_end()
     else:
         say(
-            f'stopped at step {step}; continue with: python train.py {out_dir}/config.py --init_from=resume'
+            f'stopped at step {step}; continue with: '
+            f'python train.py {out_dir / "config.py"} --init_from=resume'
         )
 runtime.leave(0 if finished else 128 + int(stopping))

@@ -1,0 +1,9 @@
+# The loss of OpenAI's GPT-2 124M on OpenWebText: 3.11 on the training and 3.12 on the validation
+# split by nanoGPT's account. Its weights come from the hub, or from a folder: --init_from=FOLDER
+# $ python train.py eval_gpt2
+
+init_from = 'gpt2'
+dataset = 'openwebtext'
+eval_only = True
+batch_size = 8
+eval_iters = 500  # 500 * 8 sequences * 1,024 tokens = 4.1 million of each split
