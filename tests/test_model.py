@@ -1,0 +1,199 @@
+"""GPT-2 as released: its numbers against `transformers`, its cache against no cache."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from configurator import ConfigError
+from model import GPT, TRANSPOSED, GPTConfig, KVCache
+
+BLOCK, VOCAB = 32, 101
+
+
+@pytest.fixture
+def model():
+    return tiny()
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    shape = {'block_size': BLOCK, 'vocab_size': VOCAB, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
+    model = GPT(GPTConfig(**{**shape, **changes})).eval()
+    for parameter in model.parameters():  # larger than at the start, so that attention is not flat
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(a, b):
+    assert (a - b).abs().max().item() <= 1e-5
+
+
+def test_logits_equal_those_of_transformers():
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    shape = {'n_positions': BLOCK, 'vocab_size': VOCAB, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    ours, weights = tiny(), theirs.state_dict()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            # biases and gains too: as initialised they are 0 and 1, and would hide a mistake
+            weights[name].normal_(std=0.3)
+            parameter.copy_(weights[name].T if name.endswith(TRANSPOSED) else weights[name])
+        idx = tokens(4, BLOCK)
+        logits, loss = ours(idx, idx)
+        assert logits.abs().max() > 1
+        assert_close(logits, theirs(idx).logits)
+        assert_close(loss, F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()))
+
+
+@torch.no_grad()
+def test_cached_logits_equal_uncached_ones_for_rows_of_unequal_length(model):
+    idx, lengths = tokens(4, 20), torch.tensor([20, 5, 11, 1])
+    rows = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
+    cache = KVCache(model, rows=4)
+    logits, _ = model(idx, cache=cache, lengths=lengths)
+    for step in range(8):
+        alone = [model(torch.tensor([row]))[0][0, -1] for row in rows]
+        assert_close(logits, torch.stack(alone))
+        new = tokens(4, 8)[:, step, None]
+        rows = [row + token for row, token in zip(rows, new.tolist(), strict=True)]
+        logits, _ = model(new, cache=cache)
+    assert cache.pos.tolist() == [28, 13, 19, 9]
+
+
+@torch.no_grad()
+def test_a_prompt_may_enter_the_cache_in_chunks(model):
+    idx, cache = tokens(2, 24), KVCache(model, rows=2, length=24)
+    for chunk in idx.split([10, 1, 13], dim=1):
+        logits, _ = model(chunk, cache=cache)
+    assert_close(logits, model(idx)[0][:, -1])
+    with pytest.raises(AssertionError, match='full'):
+        model(idx[:, :1], cache=cache)
+
+
+@torch.no_grad()
+def test_padding_never_leaks_into_the_logits(model):
+    idx, lengths, new = tokens(2, 12), torch.tensor([12, 4]), tokens(2, 1)
+    results = []
+    for padding in (0, VOCAB - 1):
+        idx[1, 4:] = padding
+        cache = KVCache(model, rows=2)
+        first, _ = model(idx, cache=cache, lengths=lengths)
+        cache.k[:, 1, :, 4:] = 1e4 * padding  # whatever lies in columns the row has not reached
+        cache.v[:, 1, :, 4:] = 1e4 * padding
+        second, _ = model(new, cache=cache)
+        results.append((first, second))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one(model):
+    idx = tokens(1, BLOCK)
+    logits, _ = model(idx)
+    idx[0, 20:] = 0
+    assert_close(model(idx)[0][:, :20], logits[:, :20])
+
+
+@torch.no_grad()
+def test_loss_leaves_out_targets_of_minus_one(model):
+    idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
+    targets[0, 5:] = -1
+    logits, loss = model(idx, targets)
+    kept = targets != -1
+    assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
+    assert model(idx)[1] is None
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only():
+    model, idx = tiny(dropout=0.5), tokens(2, 16)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@torch.no_grad()
+def test_cropping_the_context_keeps_the_logits_of_shorter_texts(model):
+    idx = tokens(2, 8)
+    logits, _ = model(idx)
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], logits)
+    assert model.config.block_size == 8
+    assert model.transformer.wpe.weight.shape == (8, 64)
+    assert model.transformer.wpe.weight.requires_grad
+    assert KVCache(model, rows=1).length == 8
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_param_groups_hold_every_parameter_once_and_decay_matrices_only(bias):
+    model = tiny(bias=bias)
+    decay, rest = model.param_groups(0.1)
+    assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
+    held = [id(p) for p in decay['params'] + rest['params']]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert all(p.dim() == 2 for p in decay['params'])
+    assert all(p.dim() == 1 for p in rest['params'])
+    assert any(name.endswith('.bias') for name, _ in model.named_parameters()) is bias
+
+
+def test_sizes_are_those_of_gpt2():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert model.num_params() == 124_439_808 - 1024 * 768
+    # 6 for each parameter, 12 T for each channel of a layer: 742 + 113 MFLOP
+    assert model.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+def test_parameters_have_the_names_that_transformers_gives_them():
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    with torch.device('meta'):
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        ours = GPT(GPTConfig(vocab_size=50257))
+    shapes = {
+        name: tuple(p.shape)[::-1] if name.endswith(TRANSPOSED) else tuple(p.shape)
+        for name, p in theirs.named_parameters()
+    }
+    assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == shapes
+
+
+def test_initial_weights_are_spread_as_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith('.bias'):
+            assert parameter.eq(0).all(), name
+        elif '.ln_' in name:
+            assert parameter.eq(1).all(), name
+        else:  # what is added to the residual stream 2 * n_layer times starts smaller
+            std = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+    idx = torch.randint(512, (4, 64))
+    _, loss = model(idx, torch.randint(512, (4, 64)))
+    assert loss.item() == pytest.approx(math.log(512), rel=0.02)  # it knows nothing yet
+
+
+def test_one_matrix_reads_and_writes_tokens(model):
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert 'lm_head.weight' not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'n_embd': 100, 'n_head': 12}, 'n_embd=100 .* n_head=12 .* n_embd=96'),
+        ({'n_embd': 4, 'n_head': 6}, 'the nearest that can is n_embd=6'),
+        ({'n_layer': 0}, 'n_layer=0: must be at least 1'),
+        ({'dropout': 1.0}, 'dropout=1.0: must be'),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_one_line(changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        GPTConfig(**changes)
+    assert '\n' not in str(error.value)
