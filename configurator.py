@@ -98,7 +98,7 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
 
 
 def run_config(path: Path, values: dict) -> dict:
-    """What the config file assigns: names that do not begin with _, without modules and functions."""
+    """What a config file assigns: names without a leading _, and no modules or functions."""
     try:
         namespace = runpy.run_path(str(path), init_globals=dict(values))
     except SyntaxError as error:
@@ -106,7 +106,8 @@ def run_config(path: Path, values: dict) -> dict:
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = frames[-1].lineno if frames else '?'
-        raise ConfigError(f'{path}, line {line}: {type(error).__name__}: {error}') from error
+        text = ' '.join(str(error).split())
+        raise ConfigError(f'{path}, line {line}: {type(error).__name__}: {text}') from error
     return {
         key: value
         for key, value in namespace.items()
@@ -161,7 +162,7 @@ def parse(text: str, kinds: tuple, source: str):
         return text
     try:
         return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ConfigError(f'{source}: needs {expected(kinds)}') from None
 
 

@@ -47,9 +47,7 @@ from track import Tracker, draw_loss, new_run_name
 # the run
 out_dir: str | None = None  # folder of the run; None makes a fresh one, out/<name>
 init_from = 'scratch'  # 'scratch', 'resume', the folder of another run, or gpt2 and its sizes
-checkpoint: str | None = (
-    None  # 'last', 'best' or a path; None: resume takes the last, else the best
-)
+checkpoint: str | None = None  # 'last', 'best' or a path; None: to resume the last, else the best
 auto_resume = False  # resume if out_dir has a checkpoint, otherwise start from init_from
 overwrite = False  # let a new run delete the checkpoints that its folder has
 seed = 1337  # of the initial weights, the data order and dropout

@@ -1,0 +1,172 @@
+"""What several test files share: a tiny dataset, tiny settings, and two ways to run train.py."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+from data.dataset import Writer
+from data.tokenizer import byte_tokenizer, char_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = 'the cat sat on a mat and saw that the dog ran to his den as rain fell at noon'.split()
+TINY = """
+dataset = {dataset!r}
+block_size = 16
+batch_size = 4
+gradient_accumulation_steps = 2
+n_layer = 1
+n_head = 2
+n_embd = 16
+learning_rate = 1e-2
+min_lr = 1e-3
+max_iters = 4
+warmup_iters = 0
+lr_decay_iters = max_iters
+eval_interval = 2
+eval_iters = 2
+sample_tokens = 0
+device = 'cpu'
+dtype = 'float32'
+compile = False
+"""
+
+torch.set_num_threads(1)  # tiny models: more threads only get in each other's way
+# matplotlib keeps a list of fonts, by default in the user's home
+os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')
+
+
+def make_dataset(folder, tokenizer=None, train=4000, val=600, seed=0):
+    """A dataset folder of made-up sentences; sizes in characters."""
+    chosen = np.random.default_rng(seed).choice(WORDS, train + val)
+    text = ' '.join(chosen.tolist())
+    tokenizer = tokenizer or char_tokenizer(sorted(set(text)))
+    with Writer(folder, tokenizer) as writer:
+        writer.write('train', tokenizer.encode(text[:train]))
+        writer.write('val', tokenizer.encode(text[train : train + val]))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory):
+    """A folder for what no test changes."""
+    return tmp_path_factory.mktemp('shared')
+
+
+@pytest.fixture(scope='session')
+def dataset(shared):
+    return make_dataset(shared / 'letters')
+
+
+@pytest.fixture(scope='session')
+def byte_dataset(shared):
+    return make_dataset(shared / 'bytes', byte_tokenizer())
+
+
+@pytest.fixture(scope='session')
+def tiny(shared, dataset):
+    """A config file: the smallest model and the shortest run."""
+    path = shared / 'tiny.py'
+    path.write_text(TINY.format(dataset=str(dataset)), encoding='utf-8')
+    return path
+
+
+@pytest.fixture(scope='session')
+def environment(shared):
+    """The environment of a subprocess: nothing of the user's home or settings gets in."""
+    kept = {k: os.environ[k] for k in ('PATH', 'SYSTEMROOT', 'TEMP') if k in os.environ}
+    home = shared / 'home'
+    home.mkdir(exist_ok=True)
+    return {
+        **kept,
+        'HOME': str(home),
+        'USERPROFILE': str(home),
+        'MPLCONFIGDIR': os.environ['MPLCONFIGDIR'],
+        'OMP_NUM_THREADS': '1',
+        'PYTHONPATH': str(ROOT),
+        'HF_HUB_OFFLINE': '1',
+        'WANDB_MODE': 'offline',
+    }
+
+
+@pytest.fixture(scope='session')
+def script(environment, shared):
+    """Run one of the scripts in a process of its own, to its end."""
+
+    def run(name, *args, cwd=None, env=None, python=(), input=None):
+        return subprocess.run(
+            [sys.executable, *python, str(ROOT / name), *map(str, args)],
+            cwd=cwd or shared,
+            env={**environment, **(env or {})},
+            input=input,
+            capture_output=True,
+            encoding='utf-8',
+        )
+
+    return run
+
+
+@pytest.fixture(scope='session')
+def run_here(tiny):
+    """Run train.py on the tiny settings inside this process: a tenth of a subprocess's time.
+
+    Returns its exit status; a mistake in the settings raises UserError. Signals, hooks and the
+    run's lock are given back, as the end of a process would do.
+    """
+
+    def run(*args, config=tiny):
+        locks = []
+
+        class Lock(filelock.FileLock):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                locks.append(self)
+
+        names = [name for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+        handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, 'argv', ['train.py', str(config), *map(str, args)])
+            patch.setattr(sys, 'excepthook', sys.excepthook)
+            patch.setattr(filelock, 'FileLock', Lock)
+            for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+                patch.delenv(name, raising=False)
+            try:
+                runpy.run_path(str(ROOT / 'train.py'), run_name='__main__')
+                return 0
+            except SystemExit as end:
+                return end.code or 0
+            finally:
+                for name, handler in handlers.items():
+                    signal.signal(getattr(signal, name), handler)
+                for lock in locks:
+                    lock.release(force=True)
+
+    return run
+
+
+def metrics(out_dir, key='loss'):
+    """{step: value} of the lines of metrics.jsonl that have the key."""
+    lines = (Path(out_dir) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
+    return {line['step']: line[key] for line in map(json.loads, lines) if key in line}
+
+
+def steps(out_dir):
+    """The steps of a run's checkpoints."""
+    return [int(path.name[5:]) for path in checkpoint.listed(out_dir)]
+
+
+def hashes(path):
+    """sha256 of what a checkpoint learned."""
+    return {
+        name: checkpoint.sha256(path / name) for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)
+    }
