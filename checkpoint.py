@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from configurator import UserError, one_line_errors
 from data.tokenizer import Tokenizer, tiktoken_tokenizer
 from data.tokenizer import load as load_tokenizer
-from model import TRANSPOSED, GPT, GPTConfig
+from model import GPT, TRANSPOSED, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
 STATE, MANIFEST = 'state.json', 'manifest.json'
@@ -60,7 +60,7 @@ def save(
     """Write checkpoints/step-<state['step']> and drop what is no longer needed -> its path.
 
     state: plain values for state.json. 'step' names the folder; 'val_loss' (None before the first
-    evaluation) decides which checkpoint is the best; 'evaluated' says whether it is this step's own.
+    evaluation) decides which checkpoint is the best; 'evaluated' says whether it is of this step.
     Kept are the last two, the best, and with keep_evaluated every one that was evaluated.
     Raises OSError if the disk fails or is full; what was there before is then still there.
     """
@@ -163,12 +163,16 @@ def set_aside(path: Path) -> Path:
 def listed(out_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first, unverified."""
     paths = [p for p in (Path(out_dir) / 'checkpoints').glob('step-*') if STEP.fullmatch(p.name)]
-    return sorted(paths, key=lambda path: int(path.name[5:]))
+    return sorted(paths, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix('step-'))
 
 
 def best_first(paths: list[Path]) -> list[Path]:
     """Lowest validation loss first, the later of two equals; those not evaluated come last."""
-    return sorted(reversed(paths), key=val_loss)
+    return sorted(paths, key=lambda path: (val_loss(path), -step_of(path)))
 
 
 def val_loss(path: Path) -> float:

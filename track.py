@@ -4,23 +4,9 @@ What a run leaves to look at: metrics.jsonl always, loss.png, TensorBoard and wa
 
 import json
 import os
-import random
-import time
 from pathlib import Path
 
 from configurator import UserError
-
-ADJECTIVES = 'able bold brisk calm clear deft eager fair fond glad keen lucid neat quick sunny warm'
-NOUNS = (
-    'badger beaver crane falcon finch heron ibis lark lynx marten otter owl raven robin tern wren'
-)
-
-
-def new_run_name() -> str:
-    """A readable, fresh folder name such as keen_otter-261120-1140: two words, date and time."""
-    chance = random.Random()  # of its own: a name must not depend on the training seed
-    words = f'{chance.choice(ADJECTIVES.split())}_{chance.choice(NOUNS.split())}'
-    return f'{words}-{time.strftime("%y%m%d-%H%M")}'
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:

@@ -13,7 +13,6 @@ The run's folder gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-
 
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -21,12 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import folder
 from checkpoint import (
-    CheckpointError,
     find,
     listed,
     load,
@@ -34,14 +32,13 @@ from checkpoint import (
     load_optimizer,
     newest_run,
     save,
-    set_aside,
 )
 from configurator import ConfigError, UserError, configure
 from data.dataset import open_dataset
 from model import GPT, GPTConfig
 from runtime import start
 from sample import Sampling, generate
-from track import Tracker, draw_loss, new_run_name
+from track import Tracker, draw_loss
 
 # -----------------------------------------------------------------------------
 # the run
@@ -104,14 +101,17 @@ if config['auto_resume'] and not config['out_dir']:
     raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
 resuming = config['init_from'] == 'resume' or config['auto_resume']
 if resuming:  # the run's own settings come first, this command's after them
-    folder = config['out_dir'] or newest_run()
-    own = [str(path) for path in [Path(folder) / 'config.py'] if path.exists()]
-    config = configure(globals(), [*own, *sys.argv[1:], f'--out_dir={folder}'])
+    run = Path(config['out_dir'] or newest_run())
+    own = [str(path) for path in [run / 'config.py'] if path.exists()]
+    config = configure(globals(), [*own, *sys.argv[1:], f'--out_dir={run}'])
 globals().update(config)
 
-for name in ('eval_interval', 'log_interval', 'batch_size', 'gradient_accumulation_steps'):
-    if config[name] < 1:
+COUNTS = ('eval_interval', 'eval_iters', 'save_interval', 'patience', 'log_interval')
+for name in (*COUNTS, 'batch_size', 'gradient_accumulation_steps', 'block_size'):
+    if config[name] is not None and config[name] < 1:
         raise ConfigError(f'{name}={config[name]}: must be at least 1')
+if compile not in (True, False, 'auto'):
+    raise ConfigError(f"compile={compile!r}: give 'auto', True or False")
 if lr_schedule not in ('cosine', 'linear'):
     raise ConfigError(f"lr_schedule={lr_schedule!r}: give 'cosine' or 'linear'")
 
@@ -122,53 +122,32 @@ def say(text: str) -> None:
     """Print a line, once for all processes, above the progress line if there is one."""
     if runtime.main:
         tqdm.write(text)
+        sys.stdout.flush()  # a pipe or a log file gets it now, too
 
 
 # -----------------------------------------------------------------------------
 # the run's folder: one run at a time, and nothing deleted unasked
 
-out_dir = Path(out_dir or runtime.agree(lambda: f'out/{new_run_name()}'))
+out_dir = Path(out_dir or runtime.agree(folder.new_name))
+config['out_dir'] = str(out_dir)
 
 
-def claim_folder() -> Path | None:
-    """Keep other runs out of out_dir -> the checkpoint to resume from, None to start anew."""
+def find_checkpoint() -> Path | None:
+    """The checkpoint to resume from; None with auto_resume where there is none."""
     global lock
-    if eval_only or (init_from == 'resume' and not listed(out_dir)):
-        return find(out_dir, checkpoint or 'last')  # which raises where there is none
-    out_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out_dir / '.lock')
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f'{out_dir}: another run is writing here; wait for it or give another --out_dir'
-        ) from None
-    if resuming:
-        try:
-            return resume_point()
-        except CheckpointError:
-            if init_from == 'resume':
-                raise
-    if listed(out_dir) and not (overwrite or auto_resume):
-        raise UserError(
-            f'{out_dir} has checkpoints already: continue with --init_from=resume, give another '
-            '--out_dir, or delete them with --overwrite'
-        )
-    for path in listed(out_dir):
-        shutil.rmtree(path) if overwrite else set_aside(path)
-    return None
+    if init_from == 'resume' and (eval_only or not listed(out_dir)):
+        return find(out_dir, checkpoint or 'last')  # touches nothing, raises where there is none
+    lock = folder.lock(out_dir)
+    return folder.resume_point(out_dir, checkpoint or 'last', or_start=init_from != 'resume')
 
 
-def resume_point() -> Path:
-    """The checkpoint to go on from. Those of later steps are set aside: they are made again."""
-    path = find(out_dir, checkpoint or 'last')
-    for later in [p for p in listed(out_dir) if p.name > path.name]:
-        say(f'{later} is set aside as {set_aside(later).name}')
-    return path
+def claim_folder() -> None:
+    global lock
+    lock = folder.lock(out_dir)
+    folder.clear(out_dir, overwrite)
 
 
-# a new run makes its folder later, when nothing can be wrong with its settings any more
-resume_from = runtime.agree(claim_folder) if resuming else None
+resume_from = runtime.agree(find_checkpoint) if resuming else None
 
 # -----------------------------------------------------------------------------
 # model and data: a model from elsewhere brings its shape and its tokenizer
@@ -194,7 +173,11 @@ elif init_from != 'scratch':
 
 data = open_dataset(dataset, block_size, seed)
 if raw_model is None:
-    tokenizer = data.tokenizer
+    try:
+        tokenizer = data.tokenizer
+    except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
+        say(f'warning: {error}; until then, the checkpoints have no tokenizer')
+        tokenizer = None
     # rounded up where it is large, which makes for faster matrix products
     vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
     shape = {name: config[name] for name in SHAPE}
@@ -205,7 +188,7 @@ elif tokenizer is not None and tokenizer != data.tokenizer:
         f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
     )
 raw_model.train().to(runtime.device)
-if not resuming and not eval_only:
+if not resuming and not eval_only:  # late, when nothing can be wrong with the settings any more
     runtime.agree(claim_folder)
 
 # -----------------------------------------------------------------------------
@@ -292,12 +275,9 @@ def estimate_loss() -> dict[str, float] | None:
     """
     raw_model.eval()
     losses = {}
+    # of the training split, no more than the validation split has
+    count = eval_iters * batch_size if eval_iters else len(data.eval_windows('val'))
     for split in ('train', 'val'):
-        count = None if eval_iters is None else eval_iters * batch_size
-        if count is None and split == 'train':
-            count = len(
-                data.eval_windows('val')
-            )  # as much of the training split as there is of val
         windows = data.eval_windows(split, count)
         starts = range(runtime.rank * batch_size, len(windows), runtime.world_size * batch_size)
         total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
@@ -336,6 +316,12 @@ def get_lr(step: int) -> float:
     return min_lr + part * (learning_rate - min_lr)
 
 
+def is_finished() -> bool:
+    """Whether the last step, or the last evaluation that patience allows, is done and measured."""
+    last = step >= max_iters or (patience is not None and state['stale'] >= patience)
+    return last and state['evaluated_step'] == step
+
+
 def save_checkpoint() -> str | None:
     """Save the run as it stands now -> None, or why the disk did not take it."""
     now = {
@@ -349,17 +335,6 @@ def save_checkpoint() -> str | None:
         save(out_dir, raw_model, optimizer, tokenizer, {**state, **now}, always_save_checkpoint)
     except OSError as error:
         return f'checkpoint of step {step} not written: {error}; the ones before are untouched'
-
-
-def write_config() -> None:
-    """config.py of the run's folder: these settings, as a config that runs."""
-    lines = [f'# continue: python train.py {out_dir / "config.py"} --init_from=resume']
-    origin = state['config']['init_from'] if init_from == 'resume' else init_from
-    for name, value in {**config, 'init_from': origin, 'overwrite': False}.items():
-        here = {'device': runtime.device, 'dtype': str(runtime.dtype)[6:]}.get(name)
-        comment = f'  # here {here}' if value == 'auto' and here else ''
-        lines.append(f'{name} = {value!r}{comment}')
-    (out_dir / 'config.py').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 
 def report_end() -> None:
@@ -431,11 +406,12 @@ if eval_only:
     runtime.leave(128 + stop_signal if stop_signal else 0)
 
 step = first_step = state['step']
-if resume_from and step >= max_iters:
+if resume_from and is_finished():
     say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger --max_iters goes on')
     runtime.leave()
 if runtime.main:
-    write_config()
+    here = {'device': runtime.device, 'dtype': str(runtime.dtype).removeprefix('torch.')}
+    folder.write_config(out_dir, {**config, 'overwrite': False}, here)
     (out_dir / 'DONE').unlink(missing_ok=True)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
 progress = tqdm(total=max_iters, initial=step, disable=not live, bar_format=BAR, desc='...')
@@ -449,20 +425,16 @@ while True:
     if (step % eval_interval == 0 or step >= max_iters) and state['evaluated_step'] != step:
         losses = None if stopping else estimate_loss()
         if losses:
-            better = state['best_val_loss'] is None or losses['val_loss'] < state['best_val_loss']
-            state |= {
-                **losses,
-                'evaluated_step': step,
-                'stale': 0 if better else state['stale'] + 1,
-            }
-            state['best_val_loss'] = losses['val_loss'] if better else state['best_val_loss']
+            state |= {**losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
+            if state['best_val_loss'] is None or losses['val_loss'] < state['best_val_loss']:
+                state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
             say(
                 f'step {step}: train loss {losses["train_loss"]:.4f}, '
                 f'val loss {losses["val_loss"]:.4f}'
             )
             if runtime.main:
                 tracker.log(step, **losses)
-    finished = step >= max_iters or (patience is not None and state['stale'] >= patience)
+    finished = is_finished()
     stopping = stopping or (stop_signal if runtime.world_size == 1 else 0)
 
     # save where there is something new: at the end, after an evaluation, every save_interval steps
@@ -494,12 +466,13 @@ while True:
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     mean_loss, norm = torch.stack([mean_loss, norm]).tolist()
 
-    # an update that is not finite is skipped, by all ranks or none; a scaler does so by itself
-    bad = not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.is_enabled())
+    # an update that is not finite is skipped, by all ranks or none; a scaler whose scale is too
+    # large leaves it out by itself, and lowers the scale
+    bad = not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.get_scale() > 1)
     bad, stopping = runtime.reduce([bad, stop_signal], 'MAX')
     if not bad:
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     state['skipped'] = state['skipped'] + 1 if bad else 0
     step += 1
