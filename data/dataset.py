@@ -24,7 +24,6 @@ from pathlib import Path
 
 import filelock
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from configurator import UserError
 from data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
@@ -92,10 +91,9 @@ class Writer:
         self._hashes[split] = hashlib.sha256()
 
     def _close_shard(self, split: str) -> None:
-        file = self._files.pop(split)
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+        with self._files.pop(split) as file:
+            file.flush()
+            os.fsync(file.fileno())
         self.shards[split][-1]['sha256'] = self._hashes[split].hexdigest()
 
     def __exit__(self, kind, error, trace) -> None:
@@ -212,8 +210,8 @@ class Dataset:
         window -= (self._last_window - self._windows)[shard]
         phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
         starts = self._first_token[shard] + phase + window * self.block_size
-        rows = self._read('train', starts)
-        return rows[:, :-1].copy(), rows[:, 1:].copy()
+        ids = self._read('train', starts)
+        return ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
 
     def eval_windows(self, split: str, count: int | None = None) -> np.ndarray:
         """
@@ -227,37 +225,40 @@ class Dataset:
 
     def eval_batch(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x, y int64 (len(starts), block_size); beyond the end of the split x is 0 and y is -1."""
-        rows = self._read(split, np.asarray(starts, np.int64))
-        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()
-        x[y < 0] = 0
+        starts = np.asarray(starts, np.int64)
+        ids = self._read(split, starts)
+        x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        beyond = starts[:, None] + np.arange(1, ids.shape[1]) >= self.tokens[split]
+        x[beyond], y[beyond] = 0, -1
         return x, y
 
     def _read(self, split: str, starts: np.ndarray) -> np.ndarray:
-        """block_size + 1 ids from each start, -1 beyond the end of the split. int64"""
+        """
+        block_size + 1 ids from each start, 0 beyond the end of the split.
+
+        Read, not mapped: pages seen through a mapping count as this process's memory, up to the
+        size of the file, and each short window drags in 128 KB of read-ahead from a cold disk.
+        """
         width = self.block_size + 1
-        rows = np.full((len(starts), width), -1, np.int64)
+        ids = np.zeros((len(starts), width), self._dtype)
         first = 0
         for name, tokens in self._shards[split]:
             local = starts - first
             first += tokens
-            inside = (local >= 0) & (local + width <= tokens)
-            across = ~inside & (local < tokens) & (local + width > 0)
-            if not inside.any() and not across.any():
+            rows = np.flatnonzero((local < tokens) & (local + width > 0))
+            if not len(rows):
                 continue
-            # Opened anew for each batch: the pages read through a mapping count as this process's
-            # memory for as long as it lives, and would grow to the size of the file.
-            ids = np.memmap(self.folder / name, self._dtype, 'r')
-            if inside.any():
-                rows[inside] = sliding_window_view(ids, width)[local[inside]]
-            for row in np.flatnonzero(across):
-                begin, end = max(local[row], 0), min(local[row] + width, tokens)
-                rows[row, begin - local[row] : end - local[row]] = ids[begin:end]
-        if rows.max(initial=0) >= self.vocab_size:
-            self._refuse_id(split, rows, starts)
-        return rows
+            with (self.folder / name).open('rb', buffering=0) as file:
+                for row, start in zip(rows.tolist(), local[rows].tolist(), strict=True):
+                    begin, end = max(start, 0), min(start + width, tokens)
+                    file.seek(begin * ids.itemsize)
+                    file.readinto(ids[row, begin - start : end - start])
+        if ids.max(initial=0) >= self.vocab_size:
+            self._refuse_id(split, ids, starts)
+        return ids
 
-    def _refuse_id(self, split: str, rows: np.ndarray, starts: np.ndarray) -> None:
-        row, column = np.argwhere(rows >= self.vocab_size)[0]
+    def _refuse_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
+        row, column = np.argwhere(ids >= self.vocab_size)[0]
         position = int(starts[row] + column)
         shards = iter(self._shards[split])
         name, tokens = next(shards)
@@ -265,9 +266,9 @@ class Dataset:
             position -= tokens
             name, tokens = next(shards)
         raise UserError(
-            f'{self.folder / name}: token id {rows[row, column]} at byte '
-            f'{position * self._dtype.itemsize} is outside the vocabulary of {self.vocab_size}; '
-            'the file is damaged or was made with another tokenizer: prepare the dataset again'
+            f'{self.folder / name}: token id {ids[row, column]} at byte {position * ids.itemsize} '
+            f'is outside the vocabulary of {self.vocab_size}; the file is damaged or was made with '
+            'another tokenizer: prepare the dataset again'
         )
 
     def _check_files(self) -> None:
