@@ -6,6 +6,7 @@ The machine a script finds itself on: device, number format, processes, and what
 """
 
 import os
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ DTYPES = {
     'float16': torch.float16,
 }
 
-# Dense 16-bit matrix products, TFLOP/s, from the makers' data sheets. The first name that the
-# device's own name contains counts, so the longer names come first.
+# Dense 16-bit matrix products, TFLOP/s, from the makers' data sheets. The first name whose words
+# the device's own name has counts, so 'H100 PCIe' comes before 'H100'.
 PEAK_TFLOPS = {
     'B300': 2250,
     'B200': 2250,
@@ -117,7 +118,8 @@ class Runtime:
         if self.device_type != 'cuda' or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
-        return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+        peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name))
+        return next((peak * 1e12 for peak in peaks), None)  # an RTX A4000 is no A40
 
     def leave(self, status: int = 0) -> None:
         """End the program. Does not return when there are several processes."""
@@ -200,7 +202,7 @@ def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 in hardware; where not, it is slower than float32."""
+    """Whether the processor multiplies bfloat16 in hardware; if not, float32 is faster."""
     capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
     return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
 

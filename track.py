@@ -26,14 +26,14 @@ class Tracker:
 
     def __init__(self, out_dir: str | Path, config: dict, step: int):
         """step: where the run stands. Lines past it are dropped: those steps are made again."""
+        self.board = tensorboard(out_dir, step) if config['tensorboard_log'] else None
+        self.wandb = wandb_run(out_dir, config) if config['wandb_log'] else None
         kept = [line for line in read_metrics(out_dir) if line['step'] <= step]
         path = Path(out_dir) / 'metrics.jsonl'
         part = path.with_suffix('.part')
         part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
         os.replace(part, path)
         self.file = open(path, 'a', encoding='utf-8')
-        self.board = tensorboard(out_dir, step) if config['tensorboard_log'] else None
-        self.wandb = wandb_run(out_dir, config) if config['wandb_log'] else None
 
     def log(self, step: int, **values) -> None:
         """values: numbers; None is left out."""

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 import checkpoint
+import folder
+import track
 from data.dataset import Writer
 from data.tokenizer import byte_tokenizer, char_tokenizer
 
@@ -125,19 +127,25 @@ def run_here(tiny):
     """
 
     def run(*args, config=tiny):
-        locks = []
+        locks, trackers = [], []
 
         class Lock(filelock.FileLock):
             def __init__(self, *args, **options):
                 super().__init__(*args, **options)
                 locks.append(self)
 
+        class Tracker(track.Tracker):
+            def __init__(self, *args):
+                super().__init__(*args)
+                trackers.append(self)
+
         names = [name for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
         handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, 'argv', ['train.py', str(config), *map(str, args)])
             patch.setattr(sys, 'excepthook', sys.excepthook)
-            patch.setattr(filelock, 'FileLock', Lock)
+            patch.setattr(folder, 'FileLock', Lock)
+            patch.setattr(track, 'Tracker', Tracker)
             for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
                 patch.delenv(name, raising=False)
             try:
@@ -150,6 +158,8 @@ def run_here(tiny):
                     signal.signal(getattr(signal, name), handler)
                 for lock in locks:
                     lock.release(force=True)
+                for tracker in trackers:
+                    tracker.file.close()
 
     return run
 

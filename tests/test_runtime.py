@@ -1,0 +1,198 @@
+"""The machine: what is chosen on it, what is refused, and what the processes agree on."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+import runtime
+from configurator import ConfigError, UserError
+from runtime import Runtime, pick_backend, pick_device, pick_dtype, start
+
+CPU = Runtime('cpu', torch.float32)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend to have two GPUs, with or without bfloat16."""
+
+    def pretend(name='NVIDIA A100-SXM4-80GB', bf16=True):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: bf16)
+        monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+        monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
+
+    return pretend
+
+
+def refused(function, *args):
+    with pytest.raises(ConfigError) as caught:
+        function(*args)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_auto_takes_the_best_device_there_is(no_gpu, monkeypatch):
+    assert pick_device('auto') == 'cpu'
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert pick_device('auto') == 'mps'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    assert pick_device('auto') == 'cuda'
+
+
+@pytest.mark.parametrize('name', ['cuda', 'cuda:0', 'mps'])
+def test_a_device_that_is_absent_is_refused_with_the_cure(no_gpu, name):
+    text = refused(pick_device, name)
+    assert text.startswith(f'device={name!r}: ')
+    assert '--device=auto' in text
+
+
+def test_a_gpu_number_beyond_the_last_is_refused(gpus):
+    gpus()
+    assert pick_device('cuda:1') == 'cuda:1'
+    assert '2 GPU(s)' in refused(pick_device, 'cuda:2')
+
+
+@pytest.mark.parametrize('name', ['gpu', 'CPU', 'cuda:x', 'cuda:-1', 'tpu', ''])
+def test_a_device_of_no_known_kind_is_refused(gpus, name):
+    gpus()
+    assert 'give auto, cpu, mps, cuda' in refused(pick_device, name)
+
+
+def test_dtype_is_the_fastest_that_is_safe(gpus, monkeypatch):
+    gpus()
+    assert pick_dtype('auto', 'cuda:0') == torch.bfloat16
+    gpus(bf16=False)
+    assert pick_dtype('auto', 'cuda:0') == torch.float16
+    for has, chosen in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda has=has: has)
+        assert pick_dtype('auto', 'cpu', training=True) == chosen
+    assert pick_dtype('auto', 'mps') == torch.float32
+    assert pick_dtype('bfloat16', 'cpu', training=True) == torch.bfloat16
+
+
+def test_a_dtype_that_is_not_supported_there_is_refused_with_another(gpus):
+    gpus('Tesla T4', bf16=False)
+    text = refused(pick_dtype, 'bfloat16', 'cuda:0')
+    assert 'Tesla T4' in text
+    assert '--dtype=float16' in text
+    assert '--dtype=float32' in refused(pick_dtype, 'float16', 'cpu', True)
+    assert 'bfloat16' in refused(pick_dtype, 'fp8', 'cpu')
+
+
+def test_a_backend_fits_the_device(gpus):
+    gpus()
+    assert pick_backend('auto', 'cpu') == 'gloo'
+    assert pick_backend('gloo', 'cuda:0') == 'gloo'
+    assert '--backend=auto' in refused(pick_backend, 'no_such', 'cpu')
+    assert '--backend=auto' in refused(pick_backend, 'nccl', 'cpu')
+
+
+def test_start_without_torchrun_is_one_process(no_gpu, monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    machine = start('cpu', 'float32')
+    assert (machine.device, machine.rank, machine.world_size) == ('cpu', 0, 1)
+    assert machine.main
+
+
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
+    gpus()
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    monkeypatch.setenv('WORLD_SIZE', '3')
+    assert '--nproc_per_node' in refused(start, 'cuda')
+
+
+def test_each_process_gets_its_gpu(gpus, monkeypatch):
+    gpus()
+    monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert start('auto', 'float32').device == 'cuda:1'
+    assert start('cuda:0', 'float32').device == 'cuda:0'
+
+
+def test_one_process_reduces_and_agrees_with_itself():
+    assert CPU.reduce([1.5, 2]) == [1.5, 2]
+    assert CPU.reduce([1.5], 'MAX') == [1.5]
+    assert CPU.agree(lambda: 'yes') == 'yes'
+
+    def refuse():
+        raise UserError('no')
+
+    with pytest.raises(UserError, match='no'):
+        CPU.agree(refuse)
+
+
+def test_the_only_process_leaves_with_its_status():
+    with pytest.raises(SystemExit) as end:
+        CPU.leave(3)
+    assert end.value.code == 3
+
+
+def test_seed_step_and_rank_alone_decide_the_random_numbers():
+    def draw(seed, step, rank=0):
+        Runtime('cpu', torch.float32, rank, 2).seed(seed, step)
+        return torch.rand(4).tolist()
+
+    assert draw(1, 5) == draw(1, 5)
+    assert len({tuple(draw(*args)) for args in ((1, 5), (2, 5), (1, 6), (1, 5, 1))}) == 4
+    draw(2**40, 10**9)  # large ones fit too
+    draw(-1, 0)
+
+
+def test_autocast_only_where_the_dtype_asks_for_it():
+    assert isinstance(CPU.autocast(), nullcontext)
+    with Runtime('cpu', torch.bfloat16).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ('name', 'tflops'),
+    [
+        ('NVIDIA H100 PCIe', 756),
+        ('NVIDIA H100 80GB HBM3', 989),
+        ('NVIDIA H100 NVL', 835),
+        ('NVIDIA H200', 989),
+        ('NVIDIA H20', 148),
+        ('NVIDIA GH200 480GB', 989),
+        ('NVIDIA B200', 2250),
+        ('NVIDIA GB200', 2500),
+        ('NVIDIA A100-SXM4-80GB', 312),
+        ('NVIDIA A100-PCIE-40GB', 312),
+        ('NVIDIA A10G', 70),
+        ('NVIDIA A10', 125),
+        ('NVIDIA A40', 150),
+        ('NVIDIA L4', 121),
+        ('NVIDIA L40', 181),
+        ('NVIDIA L40S', 362),
+        ('Tesla T4', 65),
+        ('Tesla V100-SXM2-16GB', 125),
+        ('NVIDIA RTX 6000 Ada Generation', 364),
+        ('NVIDIA GeForce RTX 4090', 165),
+        ('AMD Instinct MI300X', 1307),
+        ('NVIDIA RTX A4000', None),  # not the A40
+        ('NVIDIA RTX A1000', None),  # not the A100
+        ('NVIDIA RTX A3000 Laptop GPU', None),
+        ('NVIDIA T400 4GB', None),
+        ('NVIDIA Future X1', None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_model(gpus, name, tflops):
+    gpus(name)
+    peak = Runtime('cuda:0', torch.bfloat16).peak_flops()
+    assert peak == (tflops and tflops * 1e12)
+
+
+def test_no_peak_is_claimed_for_a_processor_or_for_float32(gpus):
+    gpus()
+    assert CPU.peak_flops() is None
+    assert Runtime('cpu', torch.bfloat16).peak_flops() is None
+    assert Runtime('cuda:0', torch.float32).peak_flops() is None
