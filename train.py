@@ -95,7 +95,12 @@ compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
 peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
 # -----------------------------------------------------------------------------
-RULE = '-' * 64
+COUNTS = ('eval_interval', 'eval_iters', 'save_interval', 'patience', 'log_interval')
+COUNTS += ('batch_size', 'gradient_accumulation_steps', 'block_size')
+AMOUNTS = ('seed', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')
+AMOUNTS += ('warmup_iters', 'sample_tokens')
+RULE = '-' * 64  # above and below the sample
+BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
 config = configure(globals(), sys.argv[1:])
 if config['auto_resume'] and not config['out_dir']:
     raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
@@ -106,14 +111,17 @@ if resuming:  # the run's own settings come first, this command's after them
     config = configure(globals(), [*own, *sys.argv[1:], f'--out_dir={run}'])
 globals().update(config)
 
-COUNTS = ('eval_interval', 'eval_iters', 'save_interval', 'patience', 'log_interval')
-for name in (*COUNTS, 'batch_size', 'gradient_accumulation_steps', 'block_size'):
-    if config[name] is not None and config[name] < 1:
-        raise ConfigError(f'{name}={config[name]}: must be at least 1')
-if compile not in (True, False, 'auto'):
-    raise ConfigError(f"compile={compile!r}: give 'auto', True or False")
-if lr_schedule not in ('cosine', 'linear'):
-    raise ConfigError(f"lr_schedule={lr_schedule!r}: give 'cosine' or 'linear'")
+for name, good, need in (
+    *((n, config[n] is None or config[n] >= 1, 'at least 1') for n in COUNTS),
+    *((n, config[n] >= 0, 'at least 0') for n in AMOUNTS),
+    *((n, 0 <= config[n] < 1, 'at least 0 and below 1') for n in ('beta1', 'beta2')),
+    ('epochs', epochs is None or epochs > 0, 'above 0'),
+    ('cooldown', 0 <= cooldown <= 1, 'between 0 and 1'),
+    ('lr_schedule', lr_schedule in ('cosine', 'linear'), 'cosine or linear'),
+    ('compile', compile in (True, False, 'auto'), 'auto, True or False'),
+):
+    if not good:
+        raise ConfigError(f'{name}={config[name]!r}: must be {need}')
 
 runtime = start(device, dtype, backend)
 
@@ -245,10 +253,10 @@ def compile_or_not(model):
     """The compiled model, tried on one batch, or the model as it is where compiling fails."""
     say('compiling the model, about a minute ...')
     try:
-        compiled = torch.compile(model)
+        faster = torch.compile(model)
         with runtime.autocast():
-            compiled(*get_batch(0))[1].backward()
-        return compiled
+            faster(*get_batch(0))[1].backward()
+        return faster
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:100] if str(error) else ''
         say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
@@ -258,10 +266,11 @@ def compile_or_not(model):
 
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
-model = raw_model
+model, compiled = raw_model, False
 if not eval_only:
     if compile is True or (compile == 'auto' and runtime.device_type == 'cuda'):
         model = compile_or_not(model)
+    compiled = model is not raw_model
     if runtime.world_size > 1:
         gpu = [runtime.device] if runtime.device_type == 'cuda' else None
         model = DistributedDataParallel(model, device_ids=gpu)
@@ -393,12 +402,17 @@ for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
 # the loop
 
 live = runtime.main and sys.stderr.isatty()  # a progress line that moves, or plain lines
-BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
-params = raw_model.num_params() / 1e6
+shape, number_format = raw_model.config, str(runtime.dtype).removeprefix('torch.')
 say(
-    f'{params:,.2f}M parameters on {runtime.device}, {str(runtime.dtype)[6:]}'
-    f'{", compiled" if model is not raw_model and runtime.world_size == 1 else ""}; '
-    f'{tokens_per_step:,} tokens a step, {data.tokens["train"]:,} in {data.folder.name}'
+    f'model: {raw_model.num_params() / 1e6:,.2f}M parameters, {shape.n_layer} layers of '
+    f'{shape.n_embd}, {shape.n_head} heads, context {block_size}'
+)
+say(
+    f'data: {data.folder.name}, {data.tokens["train"]:,} training tokens, {tokens_per_step:,} a step'
+)
+say(
+    f'machine: {runtime.device}, {number_format}{", compiled" if compiled else ""}'
+    f'{f", {runtime.world_size} processes" if runtime.world_size > 1 else ""}'
 )
 if eval_only:
     losses = estimate_loss() or {}
@@ -410,7 +424,7 @@ if resume_from and is_finished():
     say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger --max_iters goes on')
     runtime.leave()
 if runtime.main:
-    here = {'device': runtime.device, 'dtype': str(runtime.dtype).removeprefix('torch.')}
+    here = {'device': runtime.device, 'dtype': number_format}
     folder.write_config(out_dir, {**config, 'overwrite': False}, here)
     (out_dir / 'DONE').unlink(missing_ok=True)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
