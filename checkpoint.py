@@ -83,8 +83,10 @@ def save(
         write_json(parts / MANIFEST, {p.name: sha256(p) for p in sorted(parts.iterdir())})
         for path in [*parts.iterdir(), parts]:
             flush(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
+        if isinstance(error, SafetensorError):  # its word for an OSError
+            raise OSError(str(error)) from error
         raise
     parts.rename(final)
     flush(folder)
@@ -176,9 +178,10 @@ def best_first(paths: list[Path]) -> list[Path]:
 
 
 def val_loss(path: Path) -> float:
-    """Validation loss measured at a checkpoint's own step, infinite if there was none."""
+    """Validation loss measured at a checkpoint's own step, infinite if there was none or NaN."""
     state = read_state(path) or {}
-    return state['val_loss'] if state.get('evaluated') else math.inf
+    loss = state['val_loss'] if state.get('evaluated') else math.inf
+    return math.inf if math.isnan(loss) else loss
 
 
 def newest_run() -> Path:
@@ -205,7 +208,7 @@ def find(where: str | Path, which: str = 'best') -> Path:
         verify(where)
         return where
     paths = best_first(listed(where)) if which == 'best' else listed(where)[::-1]
-    for path in paths:
+    for path in sorted(paths, key=lambda path: read_state(path) is not None):  # damage is reported
         try:
             verify(path)
             return path
@@ -214,6 +217,10 @@ def find(where: str | Path, which: str = 'best') -> Path:
     if paths:
         raise CheckpointError(
             f'{where}: every checkpoint is damaged; start anew in another --out_dir'
+        )
+    if str(where) == which:
+        raise CheckpointError(
+            f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
     other = 'is not a folder' if not where.is_dir() else 'has no checkpoint'
     raise CheckpointError(
@@ -228,12 +235,12 @@ def verify(path: Path) -> None:
         raise CheckpointError(f'{path}: no such checkpoint')
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
-        for name, digest in manifest.items():
+        for name, digest in {MODEL: '', OPTIMIZER: '', STATE: '', **manifest}.items():
             if not (path / name).is_file():
                 raise CheckpointError(f'{path} is damaged: {name} is missing')
             if sha256(path / name) != digest:
                 raise CheckpointError(f'{path} is damaged: {name} is not what was written')
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f'{path} is damaged: {MANIFEST}: {error}') from error
 
 
@@ -292,6 +299,9 @@ def fill(model: GPT, path: Path, foreign: bool = False) -> None:
             if foreign:
                 names = {'transformer.' + key.removeprefix('transformer.'): key for key in names}
             missing = parameters.keys() - names.keys()
+            if not foreign and names.keys() - parameters.keys():
+                extra = min(names.keys() - parameters.keys())
+                raise CheckpointError(f'{path} has {extra}: another architecture')
             for name in parameters.keys() & names.keys():
                 tensor = file.get_tensor(names[name])
                 if foreign and name.endswith(TRANSPOSED):
