@@ -267,10 +267,11 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
     """The same text in chunks that can be encoded one by one."""
     text = ''
     for block in blocks:
+        searched = len(text) - 1  # from CHUNK on; the last letter's border shows only now
         text += block
         start = 0
         while len(text) - start > CHUNK:
-            border = BORDER.search(text, start + CHUNK - 1, start + LONGEST)
+            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + LONGEST)
             if not border and len(text) - start < LONGEST:
                 break
             end = border.end() if border else start + LONGEST
