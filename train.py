@@ -186,7 +186,7 @@ if raw_model is None:
     except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
         say(f'warning: {error}; until then, the checkpoints have no tokenizer')
         tokenizer = None
-    # rounded up where it is large, which makes for faster matrix products
+    # rounded up where it is large, which makes for compiled matrix products
     vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
     shape = {name: config[name] for name in SHAPE}
     raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
@@ -253,10 +253,10 @@ def compile_or_not(model):
     """The compiled model, tried on one batch, or the model as it is where compiling fails."""
     say('compiling the model, about a minute ...')
     try:
-        faster = torch.compile(model)
+        compiled = torch.compile(model)
         with runtime.autocast():
-            faster(*get_batch(0))[1].backward()
-        return faster
+            compiled(*get_batch(0))[1].backward()
+        return compiled
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:100] if str(error) else ''
         say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
@@ -265,12 +265,21 @@ def compile_or_not(model):
         model.zero_grad(set_to_none=True)
 
 
+shape, number_format = raw_model.config, str(runtime.dtype).removeprefix('torch.')
+parameters = f'{raw_model.num_params() / 1e6:,.2f}M parameters'
+ranks = f', {runtime.world_size} processes' if runtime.world_size > 1 else ''
+say(
+    f'model: {parameters}, {shape.n_layer} layers of {shape.n_embd}, {shape.n_head} heads, '
+    f'context {block_size}\n'
+    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+    f'machine: {runtime.device}, {number_format}{ranks}'
+)
+
 # raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
-model, compiled = raw_model, False
+model = raw_model
 if not eval_only:
     if compile is True or (compile == 'auto' and runtime.device_type == 'cuda'):
         model = compile_or_not(model)
-    compiled = model is not raw_model
     if runtime.world_size > 1:
         gpu = [runtime.device] if runtime.device_type == 'cuda' else None
         model = DistributedDataParallel(model, device_ids=gpu)
@@ -402,18 +411,6 @@ for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
 # the loop
 
 live = runtime.main and sys.stderr.isatty()  # a progress line that moves, or plain lines
-shape, number_format = raw_model.config, str(runtime.dtype).removeprefix('torch.')
-say(
-    f'model: {raw_model.num_params() / 1e6:,.2f}M parameters, {shape.n_layer} layers of '
-    f'{shape.n_embd}, {shape.n_head} heads, context {block_size}'
-)
-say(
-    f'data: {data.folder.name}, {data.tokens["train"]:,} training tokens, {tokens_per_step:,} a step'
-)
-say(
-    f'machine: {runtime.device}, {number_format}{", compiled" if compiled else ""}'
-    f'{f", {runtime.world_size} processes" if runtime.world_size > 1 else ""}'
-)
 if eval_only:
     losses = estimate_loss() or {}
     say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
