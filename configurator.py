@@ -52,6 +52,9 @@ def one_line_errors() -> None:
         if issubclass(kind, KeyboardInterrupt):
             print('interrupted', file=sys.stderr)
             raise SystemExit(130)  # what a shell reports for Ctrl-C
+        if issubclass(kind, BrokenPipeError):  # piped into `head`, which has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141)  # and what it reports for that
         sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = hook

@@ -9,7 +9,7 @@ Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learne
 OpenAI released with it, https://github.com/openai/gpt-2/blob/master/src/model.py. Weights keep the
 names `transformers` gives them; its Conv1D holds the matrices in TRANSPOSED the other way round.
 
-Shapes: B rows, T tokens, C = n_embd, H = n_head, D = C / H, V = vocab_size, S = tokens in the cache.
+Shapes: B rows, T tokens, S tokens in the cache, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
 
 import math
@@ -129,7 +129,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """GPT-2's: normal, 0.02; projections into the residual stream divided by sqrt(2 n_layer)."""
+        """GPT-2's: normal, 0.02; projections into the residual stream / sqrt(2 n_layer)."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -141,7 +141,7 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, lengths=None):
         """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
 
-        idx (B, T): token ids. targets (B, T): the token that follows each; -1 is left out of the mean.
+        idx (B, T): token ids. targets (B, T): the token that follows each; -1 does not count.
         cache: a KVCache with B rows; idx continues each row where it stands, and the cache grows.
         lengths (B,): with a cache, how many of each row's T tokens are real; the rest is padding.
         Logits are (B, T, V), with a cache (B, V): those that follow each row's last real token.
