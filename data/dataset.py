@@ -21,6 +21,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import filelock
 import numpy as np
@@ -381,12 +382,7 @@ def is_prepared(folder: Path) -> bool:
 
 def prepare(folder: Path) -> None:
     """Run the folder's prepare.py; of several processes one does, and the others wait for it."""
-    script = folder / 'prepare.py'
-    module_name = f'data.{folder.name}.prepare'
-    spec = importlib.util.spec_from_file_location(module_name, script)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # where a worker process looks for the module's functions
-    spec.loader.exec_module(module)
+    module = import_script(folder / 'prepare.py')
     size = getattr(module, 'DOWNLOAD_GB', 0)
     if size > 1:
         raise UserError(
@@ -396,6 +392,19 @@ def prepare(folder: Path) -> None:
     with filelock.FileLock(folder / '.prepare.lock'):
         if not is_prepared(folder):
             module.main([])
+
+
+def import_script(script: Path) -> ModuleType:
+    """The module data.<name>.prepare, also where <name> is no Python name."""
+    name = f'data.{script.parent.name}.prepare'
+    loaded = sys.modules.get(name)
+    if loaded and loaded.__file__ == str(script):
+        return loaded
+    spec = importlib.util.spec_from_file_location(name, script)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a worker process looks for the module's functions
+    spec.loader.exec_module(module)
+    return module
 
 
 def missing_dataset(name: str, is_path: bool) -> str:
