@@ -11,7 +11,6 @@ From Python: complete(model, tokenizer, ['To be'], Sampling(top_p=0.9)), or gene
 
 import codecs
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from runtime import pick_device, pick_dtype
 # model
 out_dir: str | None = None  # folder of the run; None is the newest run below out/
 init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
-checkpoint = 'best'  # 'best' (lowest validation loss), 'last', or the path of a checkpoint
+checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 # text
@@ -482,7 +481,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     device = pick_device(settings['device'])
     dtype = pick_dtype(settings['dtype'], device)
     # In a training run's config, out_dir is the model it made, and init_from what that came from
-    where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint']
+    where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint'] or 'best'
     if which not in ('best', 'last'):
         where = which
     elif where in ('resume', 'scratch'):
@@ -518,7 +517,4 @@ def main(settings: dict) -> None:
 if __name__ == '__main__':
     for stream in (sys.stdin, sys.stdout):  # whatever the locale says
         stream.reconfigure(encoding='utf-8', errors='replace')
-    try:
-        main(configure(globals(), sys.argv[1:], positional='start'))
-    except BrokenPipeError:  # the reader, head for example, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main(configure(globals(), sys.argv[1:], positional='start'))
