@@ -133,6 +133,23 @@ def say(text: str) -> None:
         sys.stdout.flush()  # a pipe or a log file gets it now, too
 
 
+def on_crash(kind, error, trace) -> None:
+    """Out of memory is a matter of settings: say which to lower, and by how much."""
+    if kind in (MemoryError, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        text = f'out of memory on {runtime.device}'
+        cure = f'--n_embd={n_embd // 2} or a smaller --n_layer'
+        if 'micro_steps' in globals():  # the model itself found its place
+            text += f' with {micro_rows} sequences of {block_size} tokens at a time'
+            cure = f'--block_size={block_size // 2} or a smaller model'
+            if micro_rows > 1:  # the same global batch in twice as many parts
+                parts = -(-global_rows // (micro_rows // 2))
+                cure = f'--batch_size={micro_rows // 2} --gradient_accumulation_steps={parts}'
+        kind, error = UserError, UserError(f'{text}; lower it: {cure}')
+    one_line_hook(kind, error, trace)
+
+
+one_line_hook, sys.excepthook = sys.excepthook, on_crash
+
 # -----------------------------------------------------------------------------
 # the run's folder: one run at a time, and nothing deleted unasked
 
@@ -146,7 +163,8 @@ def find_checkpoint() -> Path | None:
     if init_from == 'resume' and (eval_only or not listed(out_dir)):
         return find(out_dir, checkpoint or 'last')  # touches nothing, raises where there is none
     lock = folder.lock(out_dir)
-    return folder.resume_point(out_dir, checkpoint or 'last', or_start=init_from != 'resume')
+    which = checkpoint if init_from == 'resume' else None  # else it is one of init_from's
+    return folder.resume_point(out_dir, which or 'last', or_start=init_from != 'resume')
 
 
 def claim_folder() -> None:
@@ -166,6 +184,7 @@ state = {'step': 0, 'best_val_loss': None, 'evaluated_step': None, 'stale': 0, '
 raw_model = None
 if resume_from:
     raw_model, tokenizer, state = load(resume_from, dropout)
+    config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
     for name in SHAPE:
         if config[name] != getattr(raw_model.config, name):
             raise ConfigError(
@@ -173,9 +192,12 @@ if resume_from:
                 f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
             )
 elif init_from != 'scratch':
-    raw_model, tokenizer, _ = load_model(init_from, checkpoint or 'best', dropout=dropout)
+    if checkpoint:  # of that run; in this run's config.py it would be taken for one of its own
+        init_from, checkpoint = str(find(init_from, checkpoint)), None
+    raw_model, tokenizer, _ = load_model(init_from, dropout=dropout)
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
+    config |= {'init_from': init_from, 'checkpoint': checkpoint}
     config |= {name: getattr(raw_model.config, name) for name in SHAPE}
     block_size = raw_model.config.block_size
 
@@ -196,8 +218,6 @@ elif tokenizer is not None and tokenizer != data.tokenizer:
         f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
     )
 raw_model.train().to(runtime.device)
-if not resuming and not eval_only:  # late, when nothing can be wrong with the settings any more
-    runtime.agree(claim_folder)
 
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, this rank's share of it in equal parts
@@ -216,6 +236,8 @@ micro_steps = rank_rows // micro_rows
 tokens_per_step = global_rows * block_size
 if epochs is not None:
     max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
+if not resuming and not eval_only:  # late, when nothing can be wrong with the settings any more
+    runtime.agree(claim_folder)
 
 
 def to_device(*arrays):
@@ -372,21 +394,6 @@ def report_end() -> None:
     say(f'more: python sample.py --out_dir={out_dir}')
 
 
-def on_crash(kind, error, trace) -> None:
-    """Out of memory is a matter of settings: say which to lower, and by how much."""
-    if kind is torch.OutOfMemoryError or "can't allocate memory" in str(error):
-        cure = f'--block_size={block_size // 2} or a smaller model'
-        if micro_rows > 1:  # the same global batch in twice as many parts
-            parts = -(-global_rows // (micro_rows // 2))
-            cure = f'--batch_size={micro_rows // 2} --gradient_accumulation_steps={parts}'
-        text = f'out of memory on {runtime.device} with {micro_rows} sequences of {block_size}'
-        kind, error = UserError, UserError(f'{text} tokens at a time; lower it: {cure}')
-    one_line_hook(kind, error, trace)
-
-
-one_line_hook, sys.excepthook = sys.excepthook, on_crash
-
-
 # -----------------------------------------------------------------------------
 # signals: finish the step, save, leave
 
@@ -448,9 +455,12 @@ while True:
     finished = is_finished()
     stopping = stopping or (stop_signal if runtime.world_size == 1 else 0)
 
-    # save where there is something new: at the end, after an evaluation, every save_interval steps
-    due = state['evaluated_step'] == step or (save_interval and step % save_interval == 0)
-    if runtime.main and step > first_step and (due or finished or stopping):
+    # save where there is something new: at the end, after an evaluation, every save_interval steps;
+    # but no weights whose loss is not finite, for a resumed run could only go on with more of it
+    evaluated = state['evaluated_step'] == step
+    due = evaluated or finished or stopping or (save_interval and step % save_interval == 0)
+    sound = math.isfinite(state['val_loss']) if evaluated else not state['skipped']
+    if runtime.main and step > first_step and due and sound:
         failure = save_checkpoint()
         if failure:
             say(f'warning: {failure}; training goes on')
