@@ -17,6 +17,7 @@ import tiktoken
 from tiktoken_ext import openai_public as public
 
 import data.dataset
+import data.encode
 import data.shakespeare_char.prepare as shakespeare_char
 from configurator import UserError
 from data.dataset import Dataset
@@ -52,6 +53,11 @@ def refused(function, *args) -> str:
 def write(path: str, content: str | bytes) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def small_chunks(monkeypatch, characters: int) -> None:
+    monkeypatch.setattr(data.encode, 'CHUNK', characters)
+    monkeypatch.setattr(text, 'BLOCK', characters)
 
 
 def prepare_text(*argv: str) -> Dataset:
@@ -408,7 +414,7 @@ def test_an_own_bpe_is_learned_at_the_size_asked_for():
 
 def test_an_own_bpe_learns_from_a_bounded_even_sample(monkeypatch):
     taken = []
-    monkeypatch.setattr(text, 'CHUNK', 1000)
+    small_chunks(monkeypatch, 1000)
     monkeypatch.setattr(text, 'BPE_SAMPLE', 10_000)
     monkeypatch.setattr(
         text, 'train_bpe', lambda texts, size: taken.extend(texts) or byte_tokenizer()
@@ -457,8 +463,8 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
     chunks = 0
     for _ in range(1500):
         whole = ''.join(rng.choices(alphabet, k=rng.randrange(1, 60)))
-        monkeypatch.setattr(text, 'CHUNK', rng.randrange(1, 12))
-        pieces = list(text.cut([whole[:9], whole[9:]]))
+        small_chunks(monkeypatch, rng.randrange(1, 12))
+        pieces = list(data.encode.cut([whole[:9], whole[9:]]))
         chunks += len(pieces)
         assert ''.join(pieces) == whole
         ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
@@ -467,16 +473,16 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
 
 
 def test_text_without_a_border_is_cut_all_the_same(monkeypatch):
-    monkeypatch.setattr(text, 'CHUNK', 10)
-    monkeypatch.setattr(text, 'LONGEST', 100)
-    pieces = list(text.cut('-' * 37 for _ in range(30)))
+    small_chunks(monkeypatch, 10)
+    monkeypatch.setattr(data.encode, 'LONGEST', 100)
+    pieces = list(data.encode.cut('-' * 37 for _ in range(30)))
     assert ''.join(pieces) == '-' * 37 * 30
     assert max(map(len, pieces)) == 100
 
 
 def test_several_processes_write_the_same_as_one(monkeypatch):
-    monkeypatch.setattr(text, 'SMALL', 0)
-    monkeypatch.setattr(text, 'CHUNK', 3000)
+    monkeypatch.setattr(data.encode, 'SMALL', 0)
+    small_chunks(monkeypatch, 3000)
     for i in range(20):
         write(f'more/{i:02d}.txt', f'{i} {WORDS}' * 40)
     written = []
@@ -549,7 +555,7 @@ def test_a_byte_order_mark_is_no_text():
 @pytest.mark.parametrize('offset', [0, 4, 99, 100, 101, 199, 350])
 @pytest.mark.parametrize('bad', [b'\xff', b'\xe5\xad.', b'\xc3'])
 def test_an_undecodable_byte_is_named_by_file_and_offset(monkeypatch, offset, bad):
-    monkeypatch.setattr(text, 'CHUNK', 100)
+    small_chunks(monkeypatch, 100)
     content = bytearray(('é' * 200).encode())
     content[offset // 2 * 2 : offset // 2 * 2] = bad
     write('a.txt', bytes(content))
@@ -580,7 +586,7 @@ def test_each_json_line_is_a_document():
 
 
 def test_a_long_json_document_is_cut_into_chunks(monkeypatch):
-    monkeypatch.setattr(text, 'CHUNK', 100)
+    small_chunks(monkeypatch, 100)
     write('a.jsonl', json.dumps({'text': WORDS * 100}))
     prepare_text('a.jsonl', '--tokenizer=byte')
     assert text_of('train') + text_of('val') == WORDS * 100

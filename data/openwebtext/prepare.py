@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configurator import UserError, one_line_errors
 from data.dataset import Writer
-from data.text.prepare import Chunk, cores, cut, write_chunks
+from data.encode import Chunk, cores, cut, write_chunks
 from data.tokenizer import get_tokenizer
 
 DOWNLOAD_GB = 54

@@ -13,21 +13,13 @@ documents comes the end of text.
 
 import argparse
 import codecs
-import contextlib
 import glob
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -35,19 +27,13 @@ from tqdm import tqdm
 
 from configurator import UserError, one_line_errors
 from data.dataset import DATA, Writer
+from data.encode import BORDER, Chunk, cores, cut, write_chunks
 from data.tokenizer import Tokenizer, char_tokenizer, get_tokenizer, train_bpe
 
 COMMAND = 'python data/text/prepare.py'
-CHUNK = 2**20  # characters encoded at a time
-LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
-# After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
-# so the chunks of a text give the same ids as all of it at once.
-BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
+BLOCK = 2**20  # bytes read at a time
 BPE_SAMPLE = 100_000_000  # bytes of text that an own BPE is learned from, at most
-SMALL = 4_000_000  # bytes of text below which starting processes takes longer than it saves
 JSON_LINES = ('.jsonl', '.ndjson')
-
-Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,11 +111,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def cores() -> int:
-    allowed = getattr(os, 'sched_getaffinity', None)  # what a container or a scheduler grants
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
 def output_folder(args: argparse.Namespace) -> Path:
     if not args.out_dir and not args.name:
         raise UserError(f'say what to call it: {COMMAND} {args.files[0]} ... --name=mine')
@@ -204,7 +185,7 @@ def read_text(path: Path, errors: str = 'strict') -> Iterator[str]:
     decoder = codecs.getincrementaldecoder('utf-8')(errors)
     position = 0
     with path.open('rb') as file:  # text mode would change line ends
-        while block := file.read(CHUNK):
+        while block := file.read(BLOCK):
             block, skipped = without_bom(block) if position == 0 else (block, 0)
             yield decode(decoder, block, path, position + skipped)
             position += skipped + len(block)
@@ -261,25 +242,6 @@ def json_field(line: str, field: str, errors: str, where: str) -> str:
         return record[field].encode(errors=errors).decode()
     except UnicodeEncodeError as error:
         raise UserError(f'{where}: half a surrogate pair; --errors=replace puts ? there') from error
-
-
-def cut(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks that can be encoded one by one."""
-    text = ''
-    for block in blocks:
-        searched = len(text) - 1  # from CHUNK on; the last letter's border shows only now
-        text += block
-        start = 0
-        while len(text) - start > CHUNK:
-            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + LONGEST)
-            if not border and len(text) - start < LONGEST:
-                break
-            end = border.end() if border else start + LONGEST
-            yield text[start:end]
-            start = end
-        text = text[start:]
-    if text:
-        yield text
 
 
 # --- dividing
@@ -381,103 +343,6 @@ def watched(chunks: Iterable[tuple], total: int, what: str) -> Iterator[str]:
 
 def bytes_of(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
-
-
-# --- encoding on all cores
-
-
-def write_chunks(
-    writer: Writer, chunks: Iterable[Chunk], workers: int, total: int | None = None
-) -> None:
-    """Encode chunks, in their order, and write them; `total` bytes are expected to be read."""
-    if total is not None and total < SMALL:
-        workers = 1
-    with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
-        for size, ids in encode_all(jobs(chunks), writer.tokenizer, workers):
-            for split, part in ids.items():
-                writer.write(split, part)
-            bar.update(size)
-
-
-def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
-    """Chunks in lists worth a trip to another process, with the bytes read for each list."""
-    last: dict[str, int] = {}
-    job, characters, read = [], 0, 0
-    for number, split, text, size in chunks:
-        begins = last.get(split, number) != number
-        last[split] = number
-        job.append((split, begins, text))
-        characters, read = characters + len(text), read + size
-        if characters >= CHUNK:
-            yield read, job
-            job, characters, read = [], 0, 0
-    if job:
-        yield read, job
-
-
-_tokenizer: Tokenizer | None = None  # in a worker process
-
-
-def encode_job(job: list, tokenizer: Tokenizer | None = None) -> dict[str, np.ndarray]:
-    tokenizer = tokenizer or _tokenizer
-    between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
-    parts: dict[str, list] = {}
-    for split, begins, text in job:
-        ids = parts.setdefault(split, [])
-        ids += [between] * begins + [tokenizer.encode(text)]
-    return {split: np.concatenate(ids) for split, ids in parts.items()}
-
-
-def encode_all(jobs: Iterable[tuple], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
-    """(bytes read, ids by split) of each job, in order; few jobs are in memory at a time."""
-    if workers == 1:
-        yield from ((size, encode_job(job, tokenizer)) for size, job in jobs)
-        return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context('spawn'), start_worker, (tokenizer.to_dict(),)
-    )
-    waiting = deque()
-    try:
-        for size, job in jobs:
-            with interrupts_held_back():  # submit() is what starts the processes
-                waiting.append((size, pool.submit(encode_job, job)))
-            if len(waiting) > 2 * workers:
-                size, result = waiting.popleft()
-                yield size, result.result()
-        for size, result in waiting:
-            yield size, result.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f'a worker process was killed, perhaps for want of memory; try --workers={workers // 2}'
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal: those started meanwhile never notice it."""
-    if not hasattr(signal, 'pthread_sigmask'):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_worker(fields: dict) -> None:
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _tokenizer = Tokenizer.from_dict(fields)
-
-
-def end_with_parent() -> None:
-    """A parent that was killed cannot stop its workers."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 if __name__ == '__main__':

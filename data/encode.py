@@ -1,0 +1,152 @@
+"""
+Text of any length to ids on disk, on all cores, with a few chunks in memory at a time.
+
+    chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
+    with Writer(folder, tokenizer) as writer:
+        write_chunks(writer, chunks, workers=cores())
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError
+from data.dataset import Writer
+from data.tokenizer import Tokenizer
+
+CHUNK = 2**20  # characters encoded at a time
+LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
+# After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
+# so the chunks of a text give the same ids as all of it at once.
+BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
+SMALL = 4_000_000  # bytes of text below which starting processes takes longer than it saves
+
+Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
+
+
+def cores() -> int:
+    allowed = getattr(os, 'sched_getaffinity', None)  # what a container or a scheduler grants
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text in chunks that can be encoded one by one."""
+    text = ''
+    for block in blocks:
+        searched = len(text) - 1  # from CHUNK on; the last letter's border shows only now
+        text += block
+        start = 0
+        while len(text) - start > CHUNK:
+            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + LONGEST)
+            if not border and len(text) - start < LONGEST:
+                break
+            end = border.end() if border else start + LONGEST
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    if text:
+        yield text
+
+
+def write_chunks(
+    writer: Writer, chunks: Iterable[Chunk], workers: int, total: int | None = None
+) -> None:
+    """Encode chunks, in their order, and write them; `total` bytes are expected to be read."""
+    if total is not None and total < SMALL:
+        workers = 1
+    with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
+        for size, ids in encode_all(jobs(chunks), writer.tokenizer, workers):
+            for split, part in ids.items():
+                writer.write(split, part)
+            bar.update(size)
+
+
+def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
+    """Chunks in lists worth a trip to another process, with the bytes read for each list."""
+    last: dict[str, int] = {}
+    job, characters, read = [], 0, 0
+    for number, split, text, size in chunks:
+        begins = last.get(split, number) != number
+        last[split] = number
+        job.append((split, begins, text))
+        characters, read = characters + len(text), read + size
+        if characters >= CHUNK:
+            yield read, job
+            job, characters, read = [], 0, 0
+    if job:
+        yield read, job
+
+
+_tokenizer: Tokenizer | None = None  # in a worker process
+
+
+def encode_job(job: list, tokenizer: Tokenizer | None = None) -> dict[str, np.ndarray]:
+    tokenizer = tokenizer or _tokenizer
+    between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
+    parts: dict[str, list] = {}
+    for split, begins, text in job:
+        ids = parts.setdefault(split, [])
+        ids += [between] * begins + [tokenizer.encode(text)]
+    return {split: np.concatenate(ids) for split, ids in parts.items()}
+
+
+def encode_all(jobs: Iterable[tuple], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
+    """(bytes read, ids by split) of each job, in order; few jobs are in memory at a time."""
+    if workers == 1:
+        yield from ((size, encode_job(job, tokenizer)) for size, job in jobs)
+        return
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context('spawn'), start_worker, (tokenizer.to_dict(),)
+    )
+    waiting = deque()
+    try:
+        for size, job in jobs:
+            with interrupts_held_back():  # submit() is what starts the processes
+                waiting.append((size, pool.submit(encode_job, job)))
+            if len(waiting) > 2 * workers:
+                size, result = waiting.popleft()
+                yield size, result.result()
+        for size, result in waiting:
+            yield size, result.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f'a worker process was killed, perhaps for want of memory; try --workers={workers // 2}'
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal: those started meanwhile never notice it."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_worker(fields: dict) -> None:
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _tokenizer = Tokenizer.from_dict(fields)
+
+
+def end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
