@@ -219,6 +219,18 @@ class KVCache:
         self.pos = self.pos + (T if lengths is None else lengths)
         return pos
 
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows, in this order; one may come several times."""
+        if rows != list(range(len(self.pos))):
+            self.k, self.v, self.pos = self.k[:, rows], self.v[:, rows], self.pos[rows]
+            self.rows = torch.arange(len(rows), device=self.pos.device)[:, None]
+
+    def replace(self, rows: list[int], other: 'KVCache') -> None:
+        """Give some rows what those of `other`, all of one length, hold in their place."""
+        self.k[:, rows, :, : other.span] = other.k[:, :, :, : other.span]
+        self.v[:, rows, :, : other.span] = other.v[:, :, :, : other.span]
+        self.pos[rows] = other.span
+
     def append(self, layer: int, k, v):
         """Store a layer's keys and values (B, H, T, D) -> all that its rows hold, (B, H, S, D)."""
         self.k[layer, self.rows, :, self.slots] = k.transpose(1, 2)

@@ -171,7 +171,7 @@ def prefill(model: GPT, contexts, length: int | None):
     idx, lengths = pad(unique, cache.pos.device)
     logits, _ = model(idx, cache=cache, lengths=lengths)
     rows = [unique[tuple(context)] for context in contexts]  # samples of one prompt share the work
-    select_rows(cache, rows)
+    cache.keep(rows)
     return logits[rows], cache
 
 
@@ -195,20 +195,10 @@ def advance(model: GPT, contexts, tokens, cache: KVCache | None):
 
 def refill(model: GPT, contexts, rows: list[int], cache: KVCache) -> None:
     """Compute some rows of a cache anew; their contexts are all of one length."""
-    kept = len(contexts[0])
-    if kept:
-        part = KVCache(model, len(rows), kept)
+    part = KVCache(model, len(rows), len(contexts[0]))
+    if contexts[0]:  # with a block_size of 1, nothing is left
         model(torch.tensor(contexts, device=cache.pos.device), cache=part)
-        cache.k[:, rows, :, :kept] = part.k[:, :, :, :kept]
-        cache.v[:, rows, :, :kept] = part.v[:, :, :, :kept]
-    cache.pos[rows] = kept
-
-
-def select_rows(cache: KVCache | None, rows: list[int]) -> None:
-    """Keep these rows of a cache, in this order; one may come several times."""
-    if cache is not None and rows != list(range(len(cache.pos))):
-        cache.k, cache.v, cache.pos = cache.k[:, rows], cache.v[:, rows], cache.pos[rows]
-        cache.rows = torch.arange(len(rows), device=cache.pos.device)[:, None]
+    cache.replace(rows, part)
 
 
 # -----------------------------------------------------------------------------
@@ -286,7 +276,8 @@ def generate(
         if len(going) < len(rows):
             rows, drawn = [rows[i] for i in going], drawn[going]
             seen = seen if seen is None else seen[going]
-            select_rows(cache, going)
+            if cache is not None:
+                cache.keep(going)
         tokens = [pieces[i].token for i in going]
         logits = advance(model, [row.context for row in rows], tokens, cache)
 
