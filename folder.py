@@ -25,14 +25,16 @@ def new_name() -> str:
 
 def lock(out_dir: Path) -> FileLock:
     """Make the folder and keep other runs out of it for as long as the lock is held."""
-    out_dir.mkdir(parents=True, exist_ok=True)
     held = FileLock(out_dir / '.lock')
     try:
+        out_dir.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f'{out_dir}: another run is writing here; wait for it or give another --out_dir'
         ) from None
+    except OSError as error:
+        raise UserError(f'{out_dir}: cannot be written: {error.strerror}') from error
     return held
 
 

@@ -4,6 +4,7 @@ What a run leaves to look at: metrics.jsonl always, loss.png, TensorBoard and wa
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from configurator import UserError
@@ -33,13 +34,13 @@ class Tracker:
         part = path.with_suffix('.part')
         part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
         os.replace(part, path)
-        self.file = open(path, 'a', encoding='utf-8')
+        self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
 
     def log(self, step: int, **values) -> None:
         """values: numbers; None is left out."""
         values = {key: value for key, value in values.items() if value is not None}
-        self.file.write(json.dumps({'step': step, **values}) + '\n')
-        self.file.flush()  # a line is readable, and survives a kill, as soon as it is logged
+        with suppress(OSError):  # a full disk costs the line, not the run
+            self.file.write(json.dumps({'step': step, **values}).encode() + b'\n')
         if self.board:
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)

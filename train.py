@@ -531,10 +531,10 @@ for name in ('SIGINT', 'SIGTERM'):  # nothing is left to lose
     signal.signal(getattr(signal, name), signal.SIG_DFL)
 if runtime.main:
     tracker.close()
-    if step > 0:
-        say(f'loss curve: {draw_loss(out_dir)}')
     if failure:
         raise UserError(f'{failure}; make room and continue with --init_from=resume')
+    if step > 0:
+        say(f'loss curve: {draw_loss(out_dir)}')
     if finished:
         (out_dir / 'DONE').touch()
         report_end()

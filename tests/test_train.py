@@ -800,6 +800,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--batch_size=0'], ['batch_size=0']),
         (['--eval_interval=0'], ['eval_interval=0']),
         (['--n_layer=0'], ['n_layer=0']),
+        (['--out_dir=there/file/x'], ['there/file/x', 'cannot be written']),
         (['--dropout=1.0'], ['dropout=1.0']),
         (['--max_iters=-1'], ['max_iters=-1']),
         (['--init_from=out/none'], ['out/none']),
@@ -813,11 +814,12 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(run_here, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     (tmp_path / 'there').mkdir()
+    (tmp_path / 'there' / 'file').touch()
     out_dir = tmp_path / ('there' if args == ['--init_from=resume'] else 'new')
     text = refused(run_here, f'--out_dir={out_dir}', *args)
     for part in texts:
         assert part in text
-    assert list(tmp_path.rglob('*')) == [tmp_path / 'there']
+    assert list(tmp_path.rglob('*')) == [tmp_path / 'there', tmp_path / 'there' / 'file']
 
 
 def test_resuming_with_nothing_there_says_how_to_begin(run_here, tmp_path, monkeypatch):
