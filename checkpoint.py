@@ -326,7 +326,9 @@ def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> 
     with safe_open(path / OPTIMIZER, framework='pt') as file:
         for key in file.keys():
             name, _, entry = key.rpartition('.')
-            packed['state'].setdefault(order.index(name), {})[entry] = file.get_tensor(key)
+            # cloned, or it would be a mapping of the file, which prune() could then not remove
+            tensor = file.get_tensor(key).clone()
+            packed['state'].setdefault(order.index(name), {})[entry] = tensor
     optimizer.load_state_dict(packed)
 
 

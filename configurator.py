@@ -47,10 +47,12 @@ def one_line_errors() -> None:
     def hook(kind, error, trace):
         if issubclass(kind, UserError):
             rank = os.environ.get('RANK', '0')
-            print(f'error{"" if rank == "0" else f" (rank {rank})"}: {error}', file=sys.stderr)
+            # not sys.stderr: torch.distributed holds it back while a hook runs, and would lose it
+            line = f'error{"" if rank == "0" else f" (rank {rank})"}: {error}'
+            print(line, file=sys.__stderr__)
             raise SystemExit(2)  # an exception hook may end the program; 1 is for crashes
         if issubclass(kind, KeyboardInterrupt):
-            print('interrupted', file=sys.stderr)
+            print('interrupted', file=sys.__stderr__)
             raise SystemExit(130)  # what a shell reports for Ctrl-C
         if issubclass(kind, BrokenPipeError):  # piped into `head`, which has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

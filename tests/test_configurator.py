@@ -461,6 +461,26 @@ def test_a_user_error_is_one_line_and_status_2(environment, error, status, text)
     assert (done.returncode, done.stderr, done.stdout) == (status, text, '')
 
 
+def test_the_line_is_printed_where_another_hook_holds_back_standard_error(environment):
+    code = """
+import contextlib, io, sys
+from configurator import UserError, one_line_errors
+one_line_errors()
+hook = sys.excepthook
+
+def held_back(*args):  # as torch.distributed does it
+    with contextlib.redirect_stderr(io.StringIO()):
+        hook(*args)
+
+sys.excepthook = held_back
+raise UserError("mend it")
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, 'error: mend it\n')
+
+
 def test_any_other_error_keeps_its_traceback(environment):
     code = 'from configurator import *\none_line_errors()\nraise ValueError("a bug")'
     done = subprocess.run(

@@ -1,0 +1,364 @@
+"""Runs that are killed, starved and damaged on purpose, many times over.
+
+$ python -m pytest -m faults                        # some minutes
+$ FLATGPT_FAULTS=25 python -m pytest -m faults      # a quarter of the repetitions
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, hashes, metrics, steps
+
+import checkpoint
+import track
+from checkpoint import find
+
+pytestmark = pytest.mark.faults
+SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100
+posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+# dropout is on, and nothing depends on max_iters, so that a run can be ended anywhere
+FIXED = ('--dropout=0.2', '--lr_decay_iters=1000')
+
+
+def times(count):
+    return range(max(1, round(count * SHARE)))
+
+
+@pytest.fixture
+def launch(environment, tiny):
+    """Start train.py, as a group of its own -> the process; all are gone when the test ends."""
+    started = []
+
+    def start(*args, python=()):
+        command = [sys.executable, *python, str(ROOT / 'train.py'), str(tiny), *map(str, args)]
+        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_step(process, number):
+    for line in process.stdout:
+        if line.startswith(f'step {number}/'):
+            return
+    pytest.fail(f'no step {number}: {process.stderr.read()}')
+
+
+# -----------------------------------------------------------------------------
+# stopped and killed
+
+
+@pytest.fixture(scope='module')
+def whole(run_here, tmp_path_factory):
+    """The run of 21 steps that nothing interrupts."""
+    out_dir = tmp_path_factory.mktemp('whole') / 'run'
+    run_here(f'--out_dir={out_dir}', '--max_iters=21', '--eval_interval=7', *FIXED)
+    return out_dir
+
+
+@pytest.mark.parametrize('at', range(1, 21))
+def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(
+    run_here, whole, tmp_path, monkeypatch, at
+):
+    log = track.Tracker.log
+
+    def log_and_stop(self, step, **values):
+        log(self, step, **values)
+        if step == at and 'loss' in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    args = (f'--out_dir={tmp_path}', '--max_iters=21', '--eval_interval=7', *FIXED)
+    with monkeypatch.context() as patch:
+        patch.setattr(track.Tracker, 'log', log_and_stop)
+        assert run_here(*args) == 128 + signal.SIGTERM
+    assert steps(tmp_path)[-1] >= at
+    assert run_here(*args, '--init_from=resume') == 0
+    assert hashes(find(tmp_path, 'last')) == hashes(find(whole, 'last'))
+    for key in ('loss', 'val_loss'):
+        assert metrics(tmp_path, key) == metrics(whole, key)
+
+
+LONG = ('--max_iters=300', '--eval_interval=1000', '--save_interval=5', *FIXED)
+
+
+@pytest.fixture(scope='module')
+def long(run_here, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp('long') / 'run'
+    started = time.perf_counter()
+    run_here(f'--out_dir={out_dir}', *LONG)
+    return out_dir, time.perf_counter() - started
+
+
+@posix
+@pytest.mark.parametrize('number', times(20))
+def test_killed_at_any_moment_at_most_five_steps_are_lost(run_here, launch, long, tmp_path, number):
+    reference, duration = long
+    process = launch(f'--out_dir={tmp_path}', *LONG)
+    wait_for_step(process, 6)
+    time.sleep(np.random.default_rng(number).uniform(0, 0.8 * duration))
+    process.kill()
+    process.communicate()
+    reached = max(line['step'] for line in track.read_metrics(tmp_path))
+    saved = steps(tmp_path)[-1]
+    assert saved >= reached - 5
+    assert run_here(f'--out_dir={tmp_path}', *LONG, '--init_from=resume') == 0
+    assert hashes(find(tmp_path, 'last')) == hashes(find(reference, 'last'))
+    assert metrics(tmp_path) == metrics(reference)
+
+
+SAVES = """
+import json, os, signal, sys
+import torch
+import checkpoint
+from model import GPT, GPTConfig
+
+out_dir, number = sys.argv[1], 0
+torch.manual_seed(0)
+torch.set_num_threads(1)
+model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
+optimizer = torch.optim.AdamW(model.parameters())
+events, kill_at, killing = 0, None, False
+
+def hook(event, args):
+    global events
+    if killing and (event == 'open' or event.startswith(('os.', 'shutil.'))):
+        events += 1
+        if events == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def step(number):
+    for parameter in model.parameters():
+        parameter.data += 0.01
+    state = {'step': number, 'val_loss': 1.0 + number, 'evaluated': True}
+    return checkpoint.save(out_dir, model, optimizer, None, state)
+
+sys.addaudithook(hook)
+for number in (1, 2, 3):
+    step(number)
+died, stages = True, []
+while died and number < 999:
+    kill_at = len(stages) + 1
+    number += 1
+    child = os.fork()
+    if child == 0:
+        killing = True
+        step(number)
+        os._exit(0)
+    died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    last = checkpoint.find(out_dir, 'last')
+    best = checkpoint.find(out_dir, 'best')
+    model_, _, state = checkpoint.load(last)
+    whole = all(p.isfinite().all() for p in model_.parameters())
+    stages.append([number, state['step'], checkpoint.step_of(best), bool(whole)])
+    number += 1
+    step(number)
+    folder = os.path.join(out_dir, 'checkpoints')
+    stages[-1].append(sorted(os.listdir(folder)))
+print(json.dumps(stages))
+"""
+
+
+@posix
+def test_killed_at_any_file_operation_of_a_save_the_previous_checkpoint_loads(
+    tmp_path, environment
+):
+    command = [sys.executable, '-W', 'ignore', '-c', SAVES, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''  # no checkpoint was ever found damaged
+    stages = json.loads(done.stdout)
+    assert len(stages) > 15  # as many places to be killed at
+    reached = [loaded - number for number, loaded, *_ in stages]
+    assert set(reached) == {-1, 0}
+    for number, loaded, best, whole, left in stages:
+        assert whole
+        assert best == 1
+        assert left == [f'step-{n:08d}' for n in (1, loaded, number + 1)]
+
+
+# -----------------------------------------------------------------------------
+# a disk that is full
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of six megabytes."""
+    mount = tmp_path / 'disk'
+    mount.mkdir()
+    if not shutil.which('mount') or not hasattr(os, 'geteuid') or os.geteuid() != 0:
+        pytest.skip('mounting a small file system needs root')
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=6m', 'tmpfs', str(mount)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip('mounting is not allowed here')
+    yield mount
+    subprocess.run(['umount', str(mount)], check=True)
+
+
+LARGER = ('--n_embd=64', '--n_layer=2', '--eval_interval=1', '--max_iters=9')  # 1.2 MB each
+
+
+def test_a_disk_that_fills_up_while_saving_spares_what_was_there(
+    run_here, disk, monkeypatch, capsys
+):
+    monkeypatch.setattr(checkpoint, 'check_space', lambda folder, tensors: None)
+    with pytest.raises(checkpoint.UserError, match='make room'):
+        run_here(f'--out_dir={disk}/run', *LARGER)
+    assert 'No space left' in capsys.readouterr().out
+    saved = steps(disk / 'run')
+    assert saved == list(range(1, len(saved) + 1))
+    names = sorted(path.name for path in (disk / 'run' / 'checkpoints').iterdir())
+    assert names == [f'step-{step:08d}' for step in saved]  # and nothing half-written
+    assert list(metrics(disk / 'run')) == list(range(1, 10))
+    assert find(disk / 'run', 'last').name == names[-1]
+
+
+def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
+    run_here, disk, monkeypatch, capsys
+):
+    log = track.Tracker.log
+
+    def fill_up(self, step, **values):
+        if step == 2:
+            with contextlib.suppress(OSError), (disk / 'filler').open('wb', buffering=0) as file:
+                while file.write(b'x' * 4096):
+                    pass
+        log(self, step, **values)
+
+    monkeypatch.setattr(track.Tracker, 'log', fill_up)
+    args = (f'--out_dir={disk}/run', '--eval_interval=1', '--max_iters=80', '--log_interval=1')
+    with pytest.raises(checkpoint.UserError, match='make room'):
+        run_here(*args, '--save_interval=1')
+    assert 'step 80/80' in capsys.readouterr().out
+    monkeypatch.undo()
+    (disk / 'filler').unlink()
+    find(disk / 'run', 'last')
+    monkeypatch.setattr(checkpoint, 'check_space', lambda folder, tensors: None)
+    assert run_here(*args, '--init_from=resume', '--max_iters=6') == 0
+
+
+# -----------------------------------------------------------------------------
+# several processes
+
+
+@posix
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1'])
+def test_a_signal_through_torchrun_loses_no_step(script, launch, tiny, tmp_path, name):
+    listen = '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1'
+    args = ('--eval_interval=100000', *FIXED)
+    process = launch(
+        f'--out_dir={tmp_path}/a', '--max_iters=100000', *args, python=(*TORCHRUN, listen)
+    )
+    wait_for_step(process, 3)
+    process.send_signal(getattr(signal, name))
+    out, error = process.communicate()
+    assert 'stopped at step' in out, error
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no one is left behind
+    (step,) = steps(tmp_path / 'a')
+    assert list(metrics(tmp_path / 'a'))[-1] == step
+    assert not (tmp_path / 'a' / 'DONE').exists()
+    args = (*args, f'--max_iters={step + 3}')
+    resume = (f'--out_dir={tmp_path}/a', '--init_from=resume')
+    for out_dir in (resume, (f'--out_dir={tmp_path}/b',)):
+        done = script('train.py', tiny, *out_dir, *args, python=TORCHRUN)
+        assert done.returncode == 0, done.stderr
+    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+
+
+@posix
+def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
+    script, launch, tiny, tmp_path, environment, monkeypatch
+):
+    args = ('--max_iters=300', '--eval_interval=100000', '--save_interval=5', *FIXED)
+    args = (*args, '--auto_resume')
+    # torch 2.13 otherwise lets the new processes look for the old ones
+    monkeypatch.setitem(environment, 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
+    process = launch(f'--out_dir={tmp_path}/a', *args, python=(*TORCHRUN, '--max-restarts=1'))
+    wait_for_step(process, 8)
+    children = subprocess.run(
+        ['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    done = script('train.py', tiny, f'--out_dir={tmp_path}/b', *args, python=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert list(metrics(tmp_path / 'a')) == list(range(1, 301))
+
+
+@pytest.mark.parametrize('number', times(20))
+def test_two_processes_end_cleanly_every_time(script, tiny, tmp_path, number):
+    done = script('train.py', tiny, f'--out_dir={tmp_path}', python=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'DONE').exists()
+
+
+def test_processes_that_cannot_share_the_batch_say_so_in_one_line(script, tiny, tmp_path):
+    args = ('--batch_size=3', '--gradient_accumulation_steps=1')
+    done = script('train.py', tiny, f'--out_dir={tmp_path}/a', *args, python=TORCHRUN)
+    assert done.returncode != 0
+    line = 'gradient_accumulation_steps=1 times batch_size=3 is 3 sequences'
+    assert re.search(rf'^error( \(rank 1\))?: {line}', done.stderr, re.M)
+    assert 'make it 2 or 4' in done.stderr
+    assert not (tmp_path / 'a').exists()
+
+
+@posix
+def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
+    script, launch, tiny, tmp_path
+):
+    process = launch(f'--out_dir={tmp_path}', '--max_iters=100000', '--save_interval=1', *FIXED)
+    wait_for_step(process, 3)
+    for args in ((), ('--init_from=resume',), ('--overwrite',), ('--auto_resume',)):
+        done = script('train.py', tiny, f'--out_dir={tmp_path}', *args)
+        assert (done.returncode, done.stdout) == (2, '')
+        assert done.stderr.count('\n') == 1
+        assert f'{tmp_path}: another run is writing here' in done.stderr
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert 'stopped at step' in out
+
+
+# -----------------------------------------------------------------------------
+# compilation
+
+
+def compiled(script, tiny, tmp_path, **env):
+    env = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), **env}
+    return script('train.py', tiny, f'--out_dir={tmp_path}/a', '--compile=True', env=env)
+
+
+def test_without_a_c_compiler_training_goes_on_uncompiled(script, tiny, tmp_path):
+    done = compiled(script, tiny, tmp_path, CXX='/bin/false', CC='/bin/false')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('training without torch.compile, which failed') == 1
+    assert (tmp_path / 'a' / 'DONE').exists()
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler here')
+def test_a_compiled_model_trains_alike(script, run_here, tiny, tmp_path):
+    done = compiled(script, tiny, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'which failed' not in done.stdout
+    run_here(f'--out_dir={tmp_path}/b')
+    losses = [list(metrics(tmp_path / name).values()) for name in 'ab']
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
