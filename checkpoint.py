@@ -66,8 +66,8 @@ def save(
     """
     folder = Path(out_dir) / 'checkpoints'
     final = folder / f'step-{state["step"]:08d}'
-    if final.exists():
-        return final  # the same step of the same run: equal, and never overwritten
+    if final.exists() and (read_state(final) or {}).get('evaluated') == state['evaluated']:
+        return final  # the same step of the same run: equal
     tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer)}
     check_space(folder, tensors)
     for leftover in folder.glob('.*'):  # of a save or a removal that was killed
@@ -88,9 +88,14 @@ def save(
         if isinstance(error, SafetensorError):  # its word for an OSError
             raise OSError(str(error)) from error
         raise
+    if final.exists():  # saved on the way out, and evaluated only now
+        shutil.rmtree(final.rename(folder / f'.{final.name}.before'), ignore_errors=True)
     parts.rename(final)
     flush(folder)
-    prune(folder, keep_evaluated)
+    try:
+        prune(folder, keep_evaluated)
+    except OSError as error:
+        print(f'warning: an old checkpoint cannot be removed: {error}', file=sys.stderr)
     return final
 
 
@@ -169,7 +174,7 @@ def listed(out_dir: str | Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    return int(path.name.removeprefix('step-'))
+    return int(STEP.match(path.name)[1])
 
 
 def best_first(paths: list[Path]) -> list[Path]:
@@ -240,8 +245,10 @@ def verify(path: Path) -> None:
                 raise CheckpointError(f'{path} is damaged: {name} is missing')
             if sha256(path / name) != digest:
                 raise CheckpointError(f'{path} is damaged: {name} is not what was written')
-    except (OSError, ValueError, TypeError) as error:
+    except (FileNotFoundError, ValueError, TypeError) as error:
         raise CheckpointError(f'{path} is damaged: {MANIFEST}: {error}') from error
+    except OSError as error:  # the disk or the network, not the checkpoint: nobody falls back
+        raise UserError(f'{path} cannot be read: {error.strerror}; try again') from error
 
 
 def read_state(path: Path) -> dict | None:

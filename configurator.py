@@ -102,6 +102,26 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     }
 
 
+def within(low: float, high: float | None, settings: dict, *names: str) -> None:
+    """Raise ConfigError for a setting below `low` or above `high`; None is in every range."""
+    for name in names:
+        value = settings[name]
+        if value is not None and not low <= value <= (value if high is None else high):
+            need = f'at least {low}' if high is None else f'between {low} and {high}'
+            raise ConfigError(f'{name}={value}: must be {need}')
+
+
+def one_of(choices: tuple, settings: dict, name: str) -> None:
+    if settings[name] not in choices:
+        raise ConfigError(f'{name}={settings[name]!r}: give {", ".join(map(repr, choices))}')
+
+
+def did_you_mean(word: str, names) -> str:
+    """'did you mean train? ' for the name nearest to `word`, '' where none is near."""
+    near = difflib.get_close_matches(word, names, 1)
+    return f'did you mean {near[0]}? ' if near else ''
+
+
 def run_config(path: Path, values: dict) -> dict:
     """What a config file assigns: names without a leading _, and no modules or functions."""
     try:
@@ -135,8 +155,7 @@ def missing_config(arg: str, settings) -> str:
     names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     if arg.partition('=')[0] in settings:
         return f'{arg}: a setting needs two dashes: --{arg}'
-    near = difflib.get_close_matches(Path(arg).stem, names, 1)
-    hint = f'did you mean {near[0]}? ' if near else ''
+    hint = did_you_mean(Path(arg).stem, names)
     return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
 
 

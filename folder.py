@@ -1,7 +1,11 @@
 """
-The folder of a run: its name, its lock, what may be in it at the start, its config.py.
+The folder of a run: its name, its lock, where a run in it starts, its config.py.
+
+Nothing in it changes before begin(), which a run calls when nothing can be wrong with its settings
+any more.
 """
 
+import os
 import random
 import shutil
 import time
@@ -9,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from checkpoint import CheckpointError, find, listed, set_aside, step_of
+from checkpoint import CheckpointError, find, listed, read_state, set_aside, step_of
 from configurator import UserError
 
 ADJECTIVES = 'able bold brisk calm clear deft eager fair fond glad keen lucid neat quick sunny warm'
@@ -25,7 +29,7 @@ def new_name() -> str:
 
 def lock(out_dir: Path) -> FileLock:
     """Make the folder and keep other runs out of it for as long as the lock is held."""
-    held = FileLock(out_dir / '.lock')
+    held = FileLock(out_dir / '.lock', is_singleton=True)  # asked for twice, it is the same
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
@@ -38,33 +42,41 @@ def lock(out_dir: Path) -> FileLock:
     return held
 
 
-def clear(out_dir: Path, overwrite: bool) -> None:
-    """Make room for a run that starts anew; checkpoints are only deleted if asked to."""
-    if listed(out_dir) and not overwrite:
+def saved_settings(out_dir: str | Path) -> dict:
+    """The settings that the folder's last readable checkpoint was made with, {} without one."""
+    states = (read_state(path) for path in reversed(listed(out_dir)))
+    return next((state['config'] for state in states if state), {})
+
+
+def resume_point(out_dir: Path, config: dict) -> Path | None:
+    """The verified checkpoint to go on from; None with auto_resume where none can be loaded."""
+    if config['init_from'] == 'resume':
+        return find(out_dir, config['checkpoint'] or 'last')
+    try:
+        return find(out_dir, 'last') if listed(out_dir) else None
+    except CheckpointError:
+        return None
+
+
+def check_free(out_dir: Path) -> None:
+    if listed(out_dir):
         raise UserError(
             f'{out_dir} has checkpoints already: continue with --init_from=resume, give another '
             '--out_dir, or delete them with --overwrite'
         )
-    for path in listed(out_dir):
-        shutil.rmtree(path)
-    (out_dir / 'metrics.jsonl').unlink(missing_ok=True)
 
 
-def resume_point(out_dir: Path, which: str, or_start: bool) -> Path | None:
-    """The checkpoint to go on from. Those of later steps are set aside: they are made again.
+def begin(out_dir: Path, step: int, overwrite: bool) -> None:
+    """Make room for the steps past `step`, -1 for a new run, which are now made, or made again.
 
-    or_start: where none can be loaded, set all aside and return None instead of raising.
+    Their checkpoints are set aside under another name; a new run with overwrite deletes them.
     """
-    path, kept = None, -1
-    try:
-        path = find(out_dir, which)
-        kept = step_of(path)
-    except CheckpointError:
-        if not or_start:
-            raise
-    for later in [p for p in listed(out_dir) if step_of(p) > kept]:
-        print(f'{later} is set aside as {set_aside(later).name}')
-    return path
+    for path in listed(out_dir):
+        if overwrite and step < 0:
+            shutil.rmtree(path)
+        elif step_of(path) > step:
+            print(f'{path} is set aside as {set_aside(path).name}')
+    (out_dir / 'DONE').unlink(missing_ok=True)
 
 
 def write_config(out_dir: Path, config: dict, here: dict) -> None:
@@ -73,4 +85,6 @@ def write_config(out_dir: Path, config: dict, here: dict) -> None:
     for name, value in config.items():
         comment = f'  # here {here[name]}' if value == 'auto' and name in here else ''
         lines.append(f'{name} = {value!r}{comment}')
-    (out_dir / 'config.py').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    part = out_dir / 'config.py.part'
+    part.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    os.replace(part, out_dir / 'config.py')

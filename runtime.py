@@ -7,7 +7,9 @@ The machine a script finds itself on: device, number format, processes, and what
 
 import os
 import re
+import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -67,10 +69,20 @@ class Runtime:
     rank: int = 0  # of this process among all
     world_size: int = 1  # processes, over all nodes
 
+    def __str__(self) -> str:
+        number_format = str(self.dtype).removeprefix('torch.')
+        processes = f', {self.world_size} processes' if self.world_size > 1 else ''
+        return f'{self.device}, {number_format}{processes}'
+
     @property
     def main(self) -> bool:
         """Whether this process prints and writes files: one does, whatever the world size."""
         return self.rank == 0
+
+    @property
+    def live(self) -> bool:
+        """Whether a person watches this process: a progress line then moves."""
+        return self.main and sys.stderr.isatty()
 
     @property
     def device_type(self) -> str:
@@ -121,6 +133,35 @@ class Runtime:
         peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name))
         return next((peak * 1e12 for peak in peaks), None)  # an RTX A4000 is no A40
 
+    def share(self, rows: int, at_once: int) -> tuple[int, int]:
+        """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
+        if rows % self.world_size:
+            near = rows // self.world_size * self.world_size
+            raise ConfigError(
+                f'gradient_accumulation_steps * batch_size is {rows} sequences, which '
+                f'{self.world_size} processes cannot share equally; make it '
+                f'{near or self.world_size} or {near + self.world_size}'
+            )
+        mine = rows // self.world_size
+        return mine, next(n for n in range(min(at_once, mine), 0, -1) if mine % n == 0)
+
+    def compile(self, model: torch.nn.Module, x, y, say: Callable) -> torch.nn.Module:
+        """The compiled model, tried on one batch; the model as it is where compiling fails."""
+        say('compiling the model, about a minute ...')
+        try:
+            compiled = torch.compile(model)
+            with self.autocast():
+                compiled(x, y)[1].backward()
+            return compiled
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [''])[0][:100]
+            say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
+            return model
+        finally:
+            model.zero_grad(set_to_none=True)
+
     def leave(self, status: int = 0) -> None:
         """End the program. Does not return when there are several processes."""
         if self.world_size > 1:
@@ -130,6 +171,54 @@ class Runtime:
             sys.stderr.flush()
             os._exit(status)
         raise SystemExit(status)
+
+
+class StopSignal:
+    """Remembers that a signal asked this process to stop, for the training loop to look at.
+
+    A second Ctrl-C leaves at once; under torchrun, which passes signals on, it is the first again.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.signal, self.runtime = 0, runtime
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
+            if hasattr(signal, name):  # Windows has no SIGUSR1
+                signal.signal(getattr(signal, name), self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        if self.signal == number == signal.SIGINT and self.runtime.world_size == 1:
+            raise KeyboardInterrupt
+        if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
+            os.write(2, b'\nstopping after this step ...\n')
+        self.signal = number
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell expects of a program a signal ended; 0 without one."""
+        return 128 + self.signal if self.signal else 0
+
+    def ignore_from_now_on(self) -> None:
+        """Have signals end the program as usual: nothing is left to lose."""
+        for name in ('SIGINT', 'SIGTERM'):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
+    """From now on, running out of memory ends the program with one line: what to lower, to what."""
+    hook_before = sys.excepthook
+
+    def hook(kind, error, trace):
+        if is_out_of_memory(error):
+            kind, error = UserError, UserError(f'out of memory on {device}; try {cure()}')
+        hook_before(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> Runtime:

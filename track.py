@@ -3,9 +3,12 @@ What a run leaves to look at: metrics.jsonl always, loss.png, TensorBoard and wa
 """
 
 import json
+import math
 import os
 from contextlib import suppress
 from pathlib import Path
+
+from tqdm import tqdm
 
 from configurator import UserError
 
@@ -20,6 +23,37 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
         except ValueError:
             continue
     return lines
+
+
+class Progress:
+    """The progress line, or plain lines where nobody watches a terminal; and the speed."""
+
+    BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
+
+    def __init__(self, live: bool, step: int, total: int):
+        self.step, self.total, self.live = step, total, live
+        self.bar = tqdm(
+            total=total, initial=step, disable=not live, bar_format=self.BAR, desc='starting'
+        )
+        self.seconds = self.steps = 0  # since the last status
+
+    def advance(self, seconds: float) -> None:
+        """One more step is done; `seconds` is what its computation took."""
+        self.step, self.steps, self.seconds = self.step + 1, self.steps + 1, self.seconds + seconds
+        self.bar.update()
+
+    def steps_per_second(self) -> float:
+        return self.steps / self.seconds
+
+    def status(self, text: str) -> str:
+        """Show `text` in the moving line -> '', or the plain line to print instead."""
+        eta = tqdm.format_interval((self.total - self.step) * self.seconds / self.steps)
+        self.seconds = self.steps = 0
+        self.bar.set_description_str(text, refresh=False)
+        return '' if self.live else f'step {self.step}/{self.total}: {text}, ETA {eta}'
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 class Tracker:
@@ -37,10 +71,11 @@ class Tracker:
         self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
 
     def log(self, step: int, **values) -> None:
-        """values: numbers; None is left out."""
+        """values: numbers; None is left out, and what is not finite is null in the file."""
         values = {key: value for key, value in values.items() if value is not None}
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
         with suppress(OSError):  # a full disk costs the line, not the run
-            self.file.write(json.dumps({'step': step, **values}).encode() + b'\n')
+            self.file.write(json.dumps({'step': step, **line}).encode() + b'\n')
         if self.board:
             for key, value in values.items():
                 self.board.add_scalar(key, value, step)
@@ -87,14 +122,14 @@ def draw_loss(out_dir: str | Path) -> Path:
 
     lines = read_metrics(out_dir)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout='constrained')
-    train = [(line['step'], line['loss']) for line in lines if 'loss' in line]
+    train = [(line['step'], line['loss']) for line in lines if line.get('loss') is not None]
     axes.plot(
         *zip(*train, strict=True) if train else ([], []), lw=1, alpha=0.5, label='training batch'
     )
     for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
-        points = [(line['step'], line[key]) for line in lines if key in line]
+        points = [(line['step'], line[key]) for line in lines if line.get(key) is not None]
         axes.plot(*zip(*points, strict=True) if points else ([], []), 'o-', ms=4, label=label)
-    best = min((line['val_loss'] for line in lines if 'val_loss' in line), default=None)
+    best = min((loss for _, loss in points), default=None)  # of the validation split
     axes.set(xlabel='step', ylabel='loss (nats per token)', title=Path(out_dir).name)
     if best is not None:
         axes.axhline(best, color='grey', lw=0.8, ls=':', label=f'best validation {best:.4f}')

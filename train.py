@@ -12,8 +12,6 @@ The run's folder gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-
 """
 
 import math
-import os
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,21 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import folder
-from checkpoint import (
-    find,
-    listed,
-    load,
-    load_model,
-    load_optimizer,
-    newest_run,
-    save,
-)
-from configurator import ConfigError, UserError, configure
+from checkpoint import find, listed, load, load_model, load_optimizer, newest_run, save
+from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from model import GPT, GPTConfig
-from runtime import start
+from runtime import StopSignal, on_out_of_memory, start
 from sample import Sampling, generate
-from track import Tracker, draw_loss
+from track import Progress, Tracker, draw_loss
 
 # -----------------------------------------------------------------------------
 # the run
@@ -85,7 +75,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0.0 does not clip
 decay_lr = True  # False keeps it constant
 lr_schedule = 'cosine'  # or 'linear': constant, then straight down over the last part
 warmup_iters = 2000  # steps of linear rise at the start
-lr_decay_iters = 600000  # step at which min_lr is reached
+lr_decay_iters: int | None = 600000  # step at which min_lr is reached; None: max_iters
 min_lr = 6e-5
 cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
 # machine
@@ -95,123 +85,83 @@ compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
 peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
 # -----------------------------------------------------------------------------
-COUNTS = ('eval_interval', 'eval_iters', 'save_interval', 'patience', 'log_interval')
-COUNTS += ('batch_size', 'gradient_accumulation_steps', 'block_size')
-AMOUNTS = ('seed', 'max_iters', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip')
-AMOUNTS += ('warmup_iters', 'sample_tokens')
-RULE = '-' * 64  # above and below the sample
-BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
 config = configure(globals(), sys.argv[1:])
 if config['auto_resume'] and not config['out_dir']:
     raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
 resuming = config['init_from'] == 'resume' or config['auto_resume']
 if resuming:  # the run's own settings come first, this command's after them
-    run = Path(config['out_dir'] or newest_run())
-    own = [str(path) for path in [run / 'config.py'] if path.exists()]
-    config = configure(globals(), [*own, *sys.argv[1:], f'--out_dir={run}'])
+    out_dir = config['out_dir'] or str(newest_run())
+    defaults = {**globals(), **folder.saved_settings(out_dir), 'out_dir': out_dir}
+    config = configure({**defaults, 'checkpoint': None}, sys.argv[1:])
 globals().update(config)
 
-for name, good, need in (
-    *((n, config[n] is None or config[n] >= 1, 'at least 1') for n in COUNTS),
-    *((n, config[n] >= 0, 'at least 0') for n in AMOUNTS),
-    *((n, 0 <= config[n] < 1, 'at least 0 and below 1') for n in ('beta1', 'beta2')),
-    ('epochs', epochs is None or epochs > 0, 'above 0'),
-    ('cooldown', 0 <= cooldown <= 1, 'between 0 and 1'),
-    ('lr_schedule', lr_schedule in ('cosine', 'linear'), 'cosine or linear'),
-    ('compile', compile in (True, False, 'auto'), 'auto, True or False'),
-):
-    if not good:
-        raise ConfigError(f'{name}={config[name]!r}: must be {need}')
+within(1, None, config, 'eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')
+within(1, None, config, 'batch_size', 'gradient_accumulation_steps', 'block_size')
+within(0, None, config, 'max_iters', 'epochs', 'warmup_iters', 'lr_decay_iters', 'sample_tokens')
+within(0, None, config, 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'seed')
+within(0, 1, config, 'cooldown')
+within(0, 0.9999999, config, 'beta1', 'beta2')
+one_of(('cosine', 'linear'), config, 'lr_schedule')
+one_of((True, False, 'auto'), config, 'compile')
 
 runtime = start(device, dtype, backend)
+on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
 
 
 def say(text: str) -> None:
-    """Print a line, once for all processes, above the progress line if there is one."""
+    """Print, once for all processes, above the progress line if there is one."""
     if runtime.main:
         tqdm.write(text)
         sys.stdout.flush()  # a pipe or a log file gets it now, too
 
 
-def on_crash(kind, error, trace) -> None:
-    """Out of memory is a matter of settings: say which to lower, and by how much."""
-    if kind in (MemoryError, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        text = f'out of memory on {runtime.device}'
-        cure = f'--n_embd={n_embd // 2} or a smaller --n_layer'
-        if 'micro_steps' in globals():  # the model itself found its place
-            text += f' with {micro_rows} sequences of {block_size} tokens at a time'
-            cure = f'--block_size={block_size // 2} or a smaller model'
-            if micro_rows > 1:  # the same global batch in twice as many parts
-                parts = -(-global_rows // (micro_rows // 2))
-                cure = f'--batch_size={micro_rows // 2} --gradient_accumulation_steps={parts}'
-        kind, error = UserError, UserError(f'{text}; lower it: {cure}')
-    one_line_hook(kind, error, trace)
-
-
-one_line_hook, sys.excepthook = sys.excepthook, on_crash
-
 # -----------------------------------------------------------------------------
-# the run's folder: one run at a time, and nothing deleted unasked
+# where to start: nothing here changes what is on disk, so that a mistake costs nothing
 
 out_dir = Path(out_dir or runtime.agree(folder.new_name))
 config['out_dir'] = str(out_dir)
-
-
-def find_checkpoint() -> Path | None:
-    """The checkpoint to resume from; None with auto_resume where there is none."""
-    global lock
-    if init_from == 'resume' and (eval_only or not listed(out_dir)):
-        return find(out_dir, checkpoint or 'last')  # touches nothing, raises where there is none
-    lock = folder.lock(out_dir)
-    which = checkpoint if init_from == 'resume' else None  # else it is one of init_from's
-    return folder.resume_point(out_dir, which or 'last', or_start=init_from != 'resume')
-
-
-def claim_folder() -> None:
-    global lock
-    lock = folder.lock(out_dir)
-    folder.clear(out_dir, overwrite)
-
-
-resume_from = runtime.agree(find_checkpoint) if resuming else None
-
-# -----------------------------------------------------------------------------
-# model and data: a model from elsewhere brings its shape and its tokenizer
+resume_from = None
+if resuming:
+    resume_from = runtime.agree(lambda: folder.resume_point(out_dir, config))
+elif not (eval_only or overwrite):
+    runtime.agree(lambda: folder.check_free(out_dir))
 
 SHAPE = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 torch.manual_seed(seed)
-state = {'step': 0, 'best_val_loss': None, 'evaluated_step': None, 'stale': 0, 'skipped': 0}
-raw_model = None
+state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
+state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
 if resume_from:
     raw_model, tokenizer, state = load(resume_from, dropout)
-    config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
-    for name in SHAPE:
+    for name in SHAPE if state['config']['init_from'] == 'scratch' else ():
         if config[name] != getattr(raw_model.config, name):
             raise ConfigError(
                 f'{name}={config[name]}: {resume_from} was trained with {name}='
                 f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
             )
-elif init_from != 'scratch':
-    if checkpoint:  # of that run; in this run's config.py it would be taken for one of its own
+    config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
+elif init_from not in ('scratch', 'resume'):
+    if checkpoint:  # of that run; a resumed one would take it for one of its own
         init_from, checkpoint = str(find(init_from, checkpoint)), None
+        config |= {'init_from': init_from, 'checkpoint': None}
     raw_model, tokenizer, _ = load_model(init_from, dropout=dropout)
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
-    config |= {'init_from': init_from, 'checkpoint': checkpoint}
+else:
+    raw_model = tokenizer = None
+if raw_model:  # a model from elsewhere brings its shape
     config |= {name: getattr(raw_model.config, name) for name in SHAPE}
     block_size = raw_model.config.block_size
 
 data = open_dataset(dataset, block_size, seed)
 if raw_model is None:
+    # a large vocabulary is rounded up, which makes for faster matrix products
+    vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
+    shape = {name: config[name] for name in SHAPE}
+    raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
     try:
         tokenizer = data.tokenizer
     except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
         say(f'warning: {error}; until then, the checkpoints have no tokenizer')
-        tokenizer = None
-    # rounded up where it is large, which makes for compiled matrix products
-    vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
-    shape = {name: config[name] for name in SHAPE}
-    raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
 elif tokenizer is not None and tokenizer != data.tokenizer:
     raise UserError(
         f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
@@ -220,24 +170,24 @@ elif tokenizer is not None and tokenizer != data.tokenizer:
 raw_model.train().to(runtime.device)
 
 # -----------------------------------------------------------------------------
-# batches: the same global batch at every world size, this rank's share of it in equal parts
+# batches: the same global batch at every world size, shared out equally
 
-global_rows = gradient_accumulation_steps * batch_size
-if global_rows % runtime.world_size:
-    near = global_rows // runtime.world_size * runtime.world_size
-    raise ConfigError(
-        f'gradient_accumulation_steps={gradient_accumulation_steps} times batch_size={batch_size} '
-        f'is {global_rows} sequences, which {runtime.world_size} processes cannot share equally; '
-        f'make it {near or runtime.world_size} or {near + runtime.world_size}'
-    )
-rank_rows = global_rows // runtime.world_size
-micro_rows = next(n for n in range(min(batch_size, rank_rows), 0, -1) if rank_rows % n == 0)
+global_rows = gradient_accumulation_steps * batch_size  # sequences per update
+rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
 tokens_per_step = global_rows * block_size
 if epochs is not None:
     max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
-if not resuming and not eval_only:  # late, when nothing can be wrong with the settings any more
-    runtime.agree(claim_folder)
+lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+on_out_of_memory(
+    runtime.device,  # half as many sequences at a time, and the same global batch
+    lambda: (
+        f'--batch_size={micro_rows // 2} '
+        f'--gradient_accumulation_steps={-(-global_rows // (micro_rows // 2))}'
+        if micro_rows > 1
+        else f'--block_size={block_size // 2} or a smaller model'
+    ),
+)
 
 
 def to_device(*arrays):
@@ -249,59 +199,37 @@ def to_device(*arrays):
 
 
 def get_batch(number: int):
-    """Micro-batch `number` of this rank, counted from the start of training -> x, y (B, T)."""
-    step, part = divmod(number, micro_steps)
-    first = step * global_rows + runtime.rank * rank_rows + part * micro_rows
-    return to_device(*data.batch(first, micro_rows))
+    """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T)."""
+    steps, part = divmod(number, micro_steps)
+    first = state['samples'] + steps * global_rows
+    return to_device(*data.batch(first + runtime.rank * rank_rows + part * micro_rows, micro_rows))
 
 
 # -----------------------------------------------------------------------------
 # optimizer, compilation, processes
 
 optimizer = torch.optim.AdamW(
-    raw_model.param_groups(weight_decay),
-    lr=learning_rate,
-    betas=(beta1, beta2),
-    fused=runtime.device_type in ('cuda', 'cpu', 'mps'),  # one kernel for all parameters
+    raw_model.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True
 )
 # float16 alone needs its loss scaled: bfloat16 has the range of float32
 scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
 if resume_from:
     load_optimizer(resume_from, raw_model, optimizer)
-    scaler.load_state_dict(state['scaler'])
+    if scaler.is_enabled() and state['scaler']:
+        scaler.load_state_dict(state['scaler'])
 
-
-def compile_or_not(model):
-    """The compiled model, tried on one batch, or the model as it is where compiling fails."""
-    say('compiling the model, about a minute ...')
-    try:
-        compiled = torch.compile(model)
-        with runtime.autocast():
-            compiled(*get_batch(0))[1].backward()
-        return compiled
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0][:100] if str(error) else ''
-        say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
-        return model
-    finally:
-        model.zero_grad(set_to_none=True)
-
-
-shape, number_format = raw_model.config, str(runtime.dtype).removeprefix('torch.')
-parameters = f'{raw_model.num_params() / 1e6:,.2f}M parameters'
-ranks = f', {runtime.world_size} processes' if runtime.world_size > 1 else ''
 say(
-    f'model: {parameters}, {shape.n_layer} layers of {shape.n_embd}, {shape.n_head} heads, '
-    f'context {block_size}\n'
+    f'model: {raw_model.num_params() / 1e6:,.2f}M parameters, {config["n_layer"]} layers of '
+    f'{config["n_embd"]}, {config["n_head"]} heads, context {block_size}\n'
     f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
-    f'machine: {runtime.device}, {number_format}{ranks}'
+    f'machine: {runtime}'
 )
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
 model = raw_model
 if not eval_only:
     if compile is True or (compile == 'auto' and runtime.device_type == 'cuda'):
-        model = compile_or_not(model)
+        model = runtime.compile(model, *get_batch(0), say)
     if runtime.world_size > 1:
         gpu = [runtime.device] if runtime.device_type == 'cuda' else None
         model = DistributedDataParallel(model, device_ids=gpu)
@@ -315,25 +243,24 @@ def estimate_loss() -> dict[str, float] | None:
     """
     raw_model.eval()
     losses = {}
-    # of the training split, no more than the validation split has
-    count = eval_iters * batch_size if eval_iters else len(data.eval_windows('val'))
+    whole = len(data.eval_windows('val'))  # the training split is never looked at for longer
+    count = whole if eval_iters is None else eval_iters * batch_size
     for split in ('train', 'val'):
         windows = data.eval_windows(split, count)
         starts = range(runtime.rank * batch_size, len(windows), runtime.world_size * batch_size)
         total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
-        for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not live):
+        for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.live):
             x, y = to_device(*data.eval_batch(split, windows[i : i + batch_size]))
             with runtime.autocast():
                 loss = raw_model(x, y)[1]
             targets = (y >= 0).sum()
             total += torch.stack([loss * targets, targets])
-            if stop_signal and runtime.world_size == 1:
-                break
+            if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
+                raw_model.train()
+                return None
         nats, targets = runtime.reduce(total.tolist())
         losses[f'{split}_loss'] = nats / targets
     raw_model.train()
-    if stop_signal and runtime.world_size == 1:
-        return None
     if data.bytes['val']:  # bits per byte of text, which compare across tokenizers
         tokens_per_byte = data.tokens['val'] / data.bytes['val']
         losses['val_bpb'] = losses['val_loss'] / math.log(2) * tokens_per_byte
@@ -349,11 +276,11 @@ def get_lr(step: int) -> float:
     if step >= lr_decay_iters:
         return min_lr
     if lr_schedule == 'linear':
-        part = min(1.0, (lr_decay_iters - step) / max(1.0, cooldown * lr_decay_iters))
+        share = min(1.0, (lr_decay_iters - step) / max(1.0, cooldown * lr_decay_iters))
     else:
         ratio = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
-        part = 0.5 * (1.0 + math.cos(math.pi * ratio))  # 1 to 0
-    return min_lr + part * (learning_rate - min_lr)
+        share = 0.5 * (1.0 + math.cos(math.pi * ratio))  # 1 to 0
+    return min_lr + share * (learning_rate - min_lr)
 
 
 def is_finished() -> bool:
@@ -364,13 +291,8 @@ def is_finished() -> bool:
 
 def save_checkpoint() -> str | None:
     """Save the run as it stands now -> None, or why the disk did not take it."""
-    now = {
-        'step': step,
-        'evaluated': step == state['evaluated_step'],
-        'scaler': scaler.state_dict(),
-        'tokens': step * tokens_per_step,
-        'config': config,
-    }
+    now = {'step': step, 'samples': samples, 'config': config, 'scaler': scaler.state_dict()}
+    now['evaluated'] = state['evaluated_step'] == step
     try:
         save(out_dir, raw_model, optimizer, tokenizer, {**state, **now}, always_save_checkpoint)
     except OSError as error:
@@ -379,88 +301,79 @@ def save_checkpoint() -> str | None:
 
 def report_end() -> None:
     """What the run reached, where it lies, and a page of what the model learned to write."""
-    text = f'validation loss {state["val_loss"]:.4f} nats per token'
-    if 'val_bpb' in state:
-        text += f', {state["val_bpb"]:.4f} bits per byte'
-    say(f'{text}; best {state["best_val_loss"]:.4f}')
-    if listed(out_dir):
-        say(f'checkpoint: {listed(out_dir)[-1]}')
+    bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
+    best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
+    say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}')
+    for path in listed(out_dir)[-1:]:
+        say(f'checkpoint: {path}')
     if sample_tokens > 0 and tokenizer is not None:
         raw_model.eval()
         # begin as a document begins, or as the validation split does
         prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
         pieces = generate(raw_model, tokenizer, [prompt], Sampling(max_new_tokens=sample_tokens))
-        say(f'what it writes:\n{RULE}\n{"".join(piece.text for piece in pieces)}\n{RULE}')
+        rule = '-' * 64
+        say(f'what it writes:\n{rule}\n{"".join(piece.text for piece in pieces)}\n{rule}')
     say(f'more: python sample.py --out_dir={out_dir}')
 
 
 # -----------------------------------------------------------------------------
-# signals: finish the step, save, leave
-
-stop_signal = 0
-
-
-def request_stop(number, frame) -> None:
-    """Ask the loop to stop at the next step; a second Ctrl-C leaves at once, saving nothing."""
-    global stop_signal
-    if stop_signal == number == signal.SIGINT and runtime.world_size == 1:
-        raise KeyboardInterrupt
-    if not stop_signal and runtime.main:  # print() is not safe inside a signal handler
-        os.write(2, b'\nstopping after this step ...\n')
-    stop_signal = number
-
-
-for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-    if hasattr(signal, name):  # Windows has no SIGUSR1
-        signal.signal(getattr(signal, name), request_stop)
-
-# -----------------------------------------------------------------------------
 # the loop
 
-live = runtime.main and sys.stderr.isatty()  # a progress line that moves, or plain lines
+stop = StopSignal(runtime)  # from here on a signal finishes the step, saves and leaves
 if eval_only:
     losses = estimate_loss() or {}
     say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
-    runtime.leave(128 + stop_signal if stop_signal else 0)
+    runtime.leave(stop.status)
 
 step = first_step = state['step']
+samples = state['samples']
 if resume_from and is_finished():
-    say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger --max_iters goes on')
+    longer = '--epochs' if epochs else '--max_iters' if step >= max_iters else '--patience'
+    say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger {longer} goes on')
     runtime.leave()
-if runtime.main:
-    here = {'device': runtime.device, 'dtype': number_format}
-    folder.write_config(out_dir, {**config, 'overwrite': False}, here)
-    (out_dir / 'DONE').unlink(missing_ok=True)
+
+
+def open_folder() -> None:
+    """Take the folder for this run. From here on it changes, so whatever can fail comes first."""
+    global lock, tracker
+    lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
-progress = tqdm(total=max_iters, initial=step, disable=not live, bar_format=BAR, desc='...')
+    folder.begin(out_dir, step if resume_from else -1, overwrite)
+    here = {'device': runtime.device, 'dtype': str(runtime.dtype).removeprefix('torch.')}
+    folder.write_config(out_dir, {**config, 'overwrite': False}, here)
+
+
+runtime.agree(open_folder)
+progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
-upcoming = batches.submit(get_batch, step * micro_steps)
-stopping, seconds, done, failure = 0, 0.0, 0, None
+upcoming, number = batches.submit(get_batch, 0), 0
+stopping, failure = False, None
 
 while True:
     # evaluate before the update, so that step 0 shows the untrained model
-    if (step % eval_interval == 0 or step >= max_iters) and state['evaluated_step'] != step:
-        losses = None if stopping else estimate_loss()
-        if losses:
-            state |= {**losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
-            if state['best_val_loss'] is None or losses['val_loss'] < state['best_val_loss']:
-                state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
-            say(
-                f'step {step}: train loss {losses["train_loss"]:.4f}, '
-                f'val loss {losses["val_loss"]:.4f}'
-            )
-            if runtime.main:
-                tracker.log(step, **losses)
+    losses = None
+    due = step % eval_interval == 0 or step >= max_iters
+    if due and state['evaluated_step'] != step and not stopping:
+        losses = estimate_loss()
+    if losses:
+        state |= {**losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
+        best = math.inf if state['best_val_loss'] is None else state['best_val_loss']
+        if losses['val_loss'] < best:
+            state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
+        train_loss, val_loss = losses['train_loss'], losses['val_loss']
+        say(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
+        if runtime.main:
+            tracker.log(step, **losses)
     finished = is_finished()
-    stopping = stopping or (stop_signal if runtime.world_size == 1 else 0)
+    stopping = stopping or (runtime.world_size == 1 and stop.signal > 0)
 
     # save where there is something new: at the end, after an evaluation, every save_interval steps;
     # but no weights whose loss is not finite, for a resumed run could only go on with more of it
-    evaluated = state['evaluated_step'] == step
-    due = evaluated or finished or stopping or (save_interval and step % save_interval == 0)
-    sound = math.isfinite(state['val_loss']) if evaluated else not state['skipped']
-    if runtime.main and step > first_step and due and sound:
+    due = losses or finished or stopping or (save_interval and step % save_interval == 0)
+    new = step > first_step or (losses and step > 0)
+    sound = math.isfinite(losses['val_loss']) if losses else not state['skipped']
+    if runtime.main and due and new and sound:
         failure = save_checkpoint()
         if failure:
             say(f'warning: {failure}; training goes on')
@@ -474,11 +387,12 @@ while True:
     for group in optimizer.param_groups:
         group['lr'] = lr
     mean_loss = 0.0
-    for micro in range(micro_steps):
+    for micro_step in range(micro_steps):
         x, y = upcoming.result()
-        upcoming = batches.submit(get_batch, step * micro_steps + micro + 1)
+        number += 1
+        upcoming = batches.submit(get_batch, number)
         if runtime.world_size > 1:  # the ranks exchange gradients once, with the last micro-batch
-            model.require_backward_grad_sync = micro == micro_steps - 1
+            model.require_backward_grad_sync = micro_step == micro_steps - 1
         with runtime.autocast():
             loss = model(x, y)[1] / micro_steps
         scaler.scale(loss).backward()
@@ -487,48 +401,43 @@ while True:
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     mean_loss, norm = torch.stack([mean_loss, norm]).tolist()
 
-    # an update that is not finite is skipped, by all ranks or none; a scaler whose scale is too
-    # large leaves it out by itself, and lowers the scale
-    bad = not math.isfinite(mean_loss) or not (math.isfinite(norm) or scaler.get_scale() > 1)
-    bad, stopping = runtime.reduce([bad, stop_signal], 'MAX')
+    # an update that is not finite is left out, by all ranks or none; in float16 the scale may just
+    # have been too large, which the scaler notices and mends by itself
+    overflow = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(mean_loss)
+    bad = not (math.isfinite(mean_loss + norm) or overflow)
+    bad, stopping = (flag > 0 for flag in runtime.reduce([bad, stop.signal], 'MAX'))
     if not bad:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    step, samples = step + 1, samples + global_rows
     state['skipped'] = state['skipped'] + 1 if bad else 0
-    step += 1
-    seconds, done = seconds + time.perf_counter() - started, done + 1
-    progress.update()
+    progress.advance(time.perf_counter() - started)
 
     if bad:
         say(f'step {step}: loss {mean_loss} with gradient norm {norm}, update skipped')
-        if state['skipped'] == 3:
-            raise UserError(
-                f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
-                f'lower --learning_rate or --grad_clip; {out_dir} keeps its last good checkpoint'
-            )
+    if state['skipped'] == 3:
+        raise UserError(
+            f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
+            f'lower --learning_rate or --grad_clip; {out_dir} keeps its last good checkpoint'
+        )
     if step % log_interval == 0:
         (mean_loss,) = runtime.reduce([mean_loss / runtime.world_size])
-        speed = done * tokens_per_step / seconds
+        speed = progress.steps_per_second() * tokens_per_step
         mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
-        eta = tqdm.format_interval((max_iters - step) * seconds / done)
-        status = f'loss {mean_loss:.4f}, {speed:,.0f} tokens/s'
-        status += f', MFU {mfu:.1%}' if mfu else ''
-        progress.set_description_str(status, refresh=False)
-        if not live:
-            say(f'step {step}/{max_iters}: {status}, ETA {eta}')
+        status = f'loss {mean_loss:.4f}, {speed:,.0f} tokens/s{f", MFU {mfu:.1%}" if mfu else ""}'
+        if line := progress.status(status):
+            say(line)
         if runtime.main:
             measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
             tracker.log(step, loss=mean_loss, **measured)
-        seconds, done = 0.0, 0
 
 # -----------------------------------------------------------------------------
 # the end: what was reached, where it lies, and how to go on
 
 progress.close()
 batches.shutdown(cancel_futures=True)
-for name in ('SIGINT', 'SIGTERM'):  # nothing is left to lose
-    signal.signal(getattr(signal, name), signal.SIG_DFL)
+stop.ignore_from_now_on()
 if runtime.main:
     tracker.close()
     if failure:
@@ -538,9 +447,9 @@ if runtime.main:
     if finished:
         (out_dir / 'DONE').touch()
         report_end()
+    elif saved := listed(out_dir):
+        command = f'python train.py {out_dir / "config.py"} --init_from=resume'
+        say(f'stopped at step {step}; {saved[-1].name} is saved, continue with: {command}')
     else:
-        say(
-            f'stopped at step {step}; continue with: '
-            f'python train.py {out_dir / "config.py"} --init_from=resume'
-        )
-runtime.leave(0 if finished else 128 + int(stopping))
+        say(f'stopped at step {step}, with nothing to save yet; the same command starts again')
+runtime.leave(0 if finished else stop.status)

@@ -14,7 +14,7 @@ gradient_accumulation_steps = 5 * 8  # 5 on each of 8 GPUs
 
 # 600,000 steps * 491,520 tokens = 295 billion tokens: 33 passes over 9 billion
 max_iters = 600000
-lr_decay_iters = 600000
+lr_decay_iters = None  # until the last step
 warmup_iters = 2000
 
 eval_interval = 1000

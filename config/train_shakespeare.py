@@ -12,7 +12,7 @@ gradient_accumulation_steps = 1
 batch_size = 16
 block_size = 256
 max_iters = 1000
-lr_decay_iters = max_iters
+lr_decay_iters = None  # until the last step
 
 # 50,304 * n_embd = 9.7M parameters of embedding, 12 * n_layer * n_embd^2 = 1.8M in the blocks
 n_layer = 4

@@ -12,7 +12,7 @@ gradient_accumulation_steps = 1
 batch_size = 64
 block_size = 256
 max_iters = 5000
-lr_decay_iters = max_iters
+lr_decay_iters = None  # until the last step
 
 # 12 * n_layer * n_embd^2 = 10.6M parameters in the blocks
 n_layer = 6

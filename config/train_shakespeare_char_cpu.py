@@ -4,13 +4,14 @@ dataset = 'shakespeare_char'
 eval_interval = 250  # the validation loss still falls at the end: frequent looks cost little
 eval_iters = 20  # 20 batches * 12 sequences * 64 characters = 15,360 of 111,540
 log_interval = 50
+always_save_checkpoint = False  # the best and the last two
 
 # 12 sequences * 64 characters = 768 tokens per step; * 2,000 steps = 1.5 passes over the text
 gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 64
 max_iters = 2000
-lr_decay_iters = 2000
+lr_decay_iters = None  # until the last step
 
 # a baby GPT: 12 * n_layer * n_embd^2 = 0.79M parameters in the blocks
 n_layer = 4

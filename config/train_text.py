@@ -11,7 +11,7 @@ gradient_accumulation_steps = 1
 batch_size = 16  # halve it if memory runs out, and double gradient_accumulation_steps
 block_size = 256  # how far back the model looks
 max_iters = 2000
-lr_decay_iters = max_iters
+lr_decay_iters = None  # until the last step
 
 # 12 * n_layer * n_embd^2 = 1.8M parameters in the blocks
 n_layer = 4

@@ -13,7 +13,6 @@ A folder with only nanoGPT's train.bin, val.bin and perhaps meta.pkl is read as 
 """
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -26,7 +25,7 @@ from types import ModuleType
 import filelock
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, did_you_mean
 from data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 
 DATA = Path(__file__).resolve().parent
@@ -242,7 +241,7 @@ class Dataset:
         """
         width = self.block_size + 1
         ids = np.zeros((len(starts), width), self._dtype)
-        first = 0
+        first, size = 0, ids.itemsize
         for name, tokens in self._shards[split]:
             local = starts - first
             first += tokens
@@ -252,8 +251,9 @@ class Dataset:
             with (self.folder / name).open('rb', buffering=0) as file:
                 for row, start in zip(rows.tolist(), local[rows].tolist(), strict=True):
                     begin, end = max(start, 0), min(start + width, tokens)
-                    file.seek(begin * ids.itemsize)
-                    file.readinto(ids[row, begin - start : end - start])
+                    file.seek(begin * size)
+                    if file.readinto(ids[row, begin - start : end - start]) < (end - begin) * size:
+                        raise UserError(f'{self.folder / name}: was cut short; prepare it again')
         if ids.max(initial=0) >= self.vocab_size:
             self._refuse_id(split, ids, starts)
         return ids
@@ -413,6 +413,5 @@ def missing_dataset(name: str, is_path: bool) -> str:
         return f'{name}: no such dataset folder; {own_text}'
     candidates = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
     names = sorted(set(candidates) - {'text'})
-    near = difflib.get_close_matches(name, names, 1)
-    hint = f'did you mean {near[0]}? ' if near else ''
+    hint = did_you_mean(name, names)
     return f'no dataset is called {name}; {hint}there are {", ".join(names)}; {own_text}'

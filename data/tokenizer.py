@@ -7,7 +7,6 @@ Tokenizers: characters, bytes, any tiktoken encoding, and an own byte-pair encod
 """
 
 import base64
-import difflib
 import functools
 import hashlib
 import json
@@ -20,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 
-from configurator import UserError
+from configurator import UserError, did_you_mean
 
 EOT = '<|endoftext|>'
 # Where an own BPE may not merge: between words (a contraction belongs to its word), between words,
@@ -217,10 +216,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < 258:
         raise UserError(f'vocab_size {vocab_size}: 256 bytes, a merge and the end of text are 258')
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError('training a bpe tokenizer needs: pip install tokenizers') from None
+    import tokenizers
+
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(WORDS), 'isolated')
     to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -251,14 +248,11 @@ def get_tokenizer(name: str) -> Tokenizer:
         return byte_tokenizer()
     if name in ('char', 'bpe'):
         raise UserError(f'tokenizer {name}: is made from text, by data/text/prepare.py')
-    try:
-        import tiktoken
-    except ImportError:
-        raise UserError(f'tokenizer {name} needs: pip install tiktoken') from None
+    import tiktoken
+
     names = tiktoken.list_encoding_names()
     if name not in names:
-        near = difflib.get_close_matches(name, ['byte', 'char', 'bpe', *names], 1)
-        hint = f'did you mean {near[0]}? ' if near else ''
+        hint = did_you_mean(name, ['byte', 'char', 'bpe', *names])
         raise UserError(f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}')
     return tiktoken_tokenizer(name)
 

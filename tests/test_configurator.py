@@ -329,8 +329,7 @@ def test_other_scripts_ignore_train_settings_in_a_config_but_not_typos(thing, co
 def settings_of(name, *args):
     """The settings of one of the scripts, without running it."""
     path = ROOT / f'{name}.py'
-    code = path.read_text(encoding='utf-8').partition('# ---')[2].partition('\nRULE')[0]
-    code = code.partition('\nDRAWS')[0]
+    code = path.read_text(encoding='utf-8').partition('# ---')[2].partition('\n# ---')[0]
     scope = {'__file__': str(path), '__doc__': ''}
     exec(compile(f'#{code}', str(path), 'exec'), scope)
     positional = 'start' if name == 'sample' else None
