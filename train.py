@@ -120,11 +120,20 @@ def say(text: str) -> None:
 
 out_dir = Path(out_dir or runtime.agree(folder.new_name))
 config['out_dir'] = str(out_dir)
-resume_from = None
-if resuming:
-    resume_from = runtime.agree(lambda: folder.resume_point(out_dir, config))
-elif not (eval_only or overwrite):
-    runtime.agree(lambda: folder.check_free(out_dir))
+
+
+def starting_point() -> Path | None:
+    """The checkpoint to resume from. A folder that has a run in it is locked from here on."""
+    global lock
+    if listed(out_dir) and not eval_only:
+        lock = folder.lock(out_dir)
+    if resuming:
+        return folder.resume_point(out_dir, config)
+    if not (eval_only or overwrite):
+        folder.check_free(out_dir)
+
+
+resume_from = runtime.agree(starting_point)
 
 SHAPE = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 torch.manual_seed(seed)

@@ -314,7 +314,7 @@ def test_processes_that_cannot_share_the_batch_say_so_in_one_line(script, tiny, 
     args = ('--batch_size=3', '--gradient_accumulation_steps=1')
     done = script('train.py', tiny, f'--out_dir={tmp_path}/a', *args, python=TORCHRUN)
     assert done.returncode != 0
-    line = 'gradient_accumulation_steps=1 times batch_size=3 is 3 sequences'
+    line = r'gradient_accumulation_steps \* batch_size is 3 sequences'
     assert re.search(rf'^error( \(rank 1\))?: {line}', done.stderr, re.M)
     assert 'make it 2 or 4' in done.stderr
     assert not (tmp_path / 'a').exists()
