@@ -7,7 +7,6 @@ import pickle
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
@@ -524,15 +523,3 @@ def test_memory_stays_flat_on_a_file_of_gigabytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 30, f'grew by {done.stdout} MB'
-
-
-def test_batches_are_read_fast(tmp_path, capsys):
-    with Writer(tmp_path, byte_tokenizer()) as writer:
-        writer.write('train', np.zeros(5_000_000, np.uint8))
-        writer.write('val', np.zeros(2000, np.uint8))
-    dataset, start = Dataset(tmp_path, 1024), time.perf_counter()
-    for step in range(50):
-        dataset.batch(step * 32, 32)
-    speed = 50 * 32 * 1024 / (time.perf_counter() - start)
-    with capsys.disabled():  # printed, not asserted: it depends on the machine
-        print(f' {speed / 1e6:.0f}M tokens/s ', end='')
