@@ -81,8 +81,14 @@ def begin(out_dir: Path, step: int, overwrite: bool) -> None:
 
 def write_config(out_dir: Path, config: dict, here: dict) -> None:
     """Write config.py: the settings, as a config that runs. here: what 'auto' came to."""
-    lines = [f'# continue: python train.py {out_dir / "config.py"} --init_from=resume']
+    lines = [
+        f'# continue: python train.py {out_dir / "config.py"} --init_from=resume',
+        'from pathlib import Path\n',
+        'out_dir = str(Path(__file__).parent)  # wherever this folder has been moved to',
+    ]
     for name, value in config.items():
+        if name == 'out_dir':
+            continue
         comment = f'  # here {here[name]}' if value == 'auto' and name in here else ''
         lines.append(f'{name} = {value!r}{comment}')
     part = out_dir / 'config.py.part'
