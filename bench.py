@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import ConfigError, UserError, configure
+from configurator import UserError, configure, one_of, within
 from data.tokenizer import char_tokenizer
 from model import GPT, GPTConfig
 from runtime import start
@@ -116,8 +116,7 @@ def bench_training(config: dict, runtime) -> GPT:
     batch = torch.randint(c['vocab_size'], (2, c['batch_size'], c['block_size']))
     batch = batch.to(runtime.device)
     model = GPT(GPTConfig(**shape)).to(runtime.device)
-    fused = runtime.device_type in ('cuda', 'cpu', 'mps')
-    optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-4, fused=fused)
+    optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-4, fused=True)
     compiled = c['compile'] is True or (c['compile'] == 'auto' and runtime.device_type == 'cuda')
     wrapped = torch.compile(model) if compiled else model
     sides = {'flatGPT': training_step(wrapped, optimizer, runtime.autocast, batch)}
@@ -152,9 +151,9 @@ def bench_generation(config: dict, model: GPT) -> None:
 
 
 def main(config: dict) -> None:
-    for name in ('rounds', 'steps', 'new_tokens', 'rows', 'batch_size'):
-        if config[name] < 1:
-            raise ConfigError(f'{name}={config[name]}: must be at least 1')
+    within(1, None, config, 'rounds', 'steps', 'new_tokens', 'rows', 'batch_size')
+    within(2, None, config, 'block_size', 'vocab_size')
+    one_of((True, False, 'auto'), config, 'compile')
     runtime = start(config['device'], config['dtype'])
     threads = f', {torch.get_num_threads()} threads' if runtime.device_type == 'cpu' else ''
     print(f'torch {torch.__version__} on {runtime.device}{threads}, {str(runtime.dtype)[6:]}')

@@ -185,8 +185,8 @@ def best_first(paths: list[Path]) -> list[Path]:
 def val_loss(path: Path) -> float:
     """Validation loss measured at a checkpoint's own step, infinite if there was none or NaN."""
     state = read_state(path) or {}
-    loss = state['val_loss'] if state.get('evaluated') else math.inf
-    return math.inf if math.isnan(loss) else loss
+    loss = state.get('val_loss') if state.get('evaluated') else None
+    return loss if isinstance(loss, float) and not math.isnan(loss) else math.inf
 
 
 def newest_run() -> Path:
@@ -227,10 +227,10 @@ def find(where: str | Path, which: str = 'best') -> Path:
         raise CheckpointError(
             f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
-    other = 'is not a folder' if not where.is_dir() else 'has no checkpoint'
+    if not where.is_dir():
+        raise CheckpointError(f'{where}: there is no such run; give the folder of one')
     raise CheckpointError(
-        f'{where} {other}; --out_dir names the folder of a run, and training writes '
-        'its first checkpoint at --eval_interval steps'
+        f'{where} has no checkpoint; training writes the first one after --eval_interval steps'
     )
 
 
@@ -254,7 +254,8 @@ def verify(path: Path) -> None:
 def read_state(path: Path) -> dict | None:
     """state.json of a checkpoint, None if it cannot be read."""
     try:
-        return json.loads((path / STATE).read_text(encoding='utf-8'))
+        state = json.loads((path / STATE).read_text(encoding='utf-8'))
+        return state if isinstance(state, dict) else None
     except (OSError, ValueError):
         return None
 
@@ -353,16 +354,17 @@ def is_pretrained(where: str | Path) -> bool:
 def load_pretrained(name: str | Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
     """A GPT-2 from a transformers folder or, by its name, from the hub or its local cache."""
     folder = Path(name) if Path(name).is_dir() else download(str(name))
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    if config.get('model_type') != 'gpt2':
-        raise CheckpointError(f'{name} is a {config.get("model_type")} model; only GPT-2 is read')
-    model = GPT(
-        GPTConfig(
-            block_size=config['n_positions'],
-            dropout=dropout,
-            **{key: config[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')},
-        )
-    )
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        kind = config['model_type']
+        shape = {key: config[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
+        shape['block_size'] = config['n_positions']
+        gelu = config.get('activation_function', 'gelu_new')
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f'{name}: config.json is no GPT-2: {error!r}') from error
+    if kind != 'gpt2' or gelu not in ('gelu_new', 'gelu_pytorch_tanh'):
+        raise CheckpointError(f'{name} is a {kind} model with {gelu}; only GPT-2 is read')
+    model = GPT(GPTConfig(dropout=dropout, **shape))
     if not (folder / MODEL).is_file():
         raise CheckpointError(f'{name}: {MODEL} is missing; save the model with save_pretrained()')
     fill(model, folder / MODEL, foreign=True)

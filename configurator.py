@@ -50,6 +50,9 @@ def one_line_errors() -> None:
             # not sys.stderr: torch.distributed holds it back while a hook runs, and would lose it
             line = f'error{"" if rank == "0" else f" (rank {rank})"}: {error}'
             print(line, file=sys.__stderr__)
+            if 'RANK' in os.environ:  # gloo's threads can abort a process that ends as usual
+                sys.__stderr__.flush()
+                os._exit(2)
             raise SystemExit(2)  # an exception hook may end the program; 1 is for crashes
         if issubclass(kind, KeyboardInterrupt):
             print('interrupted', file=sys.__stderr__)
@@ -84,9 +87,13 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
         if arg.startswith('--'):
             key, equals, text = arg[2:].partition('=')
             known(key, kinds, arg)
+            if not equals and 'bool' not in kinds[key]:
+                raise ConfigError(f'{arg}: needs a value after an equals sign: {arg}=...')
             values[key] = parse(text, kinds[key], arg) if equals else True
             check(key, values[key], kinds[key], arg)
         elif path is None and positional:
+            if values[positional] != defaults[positional]:
+                raise ConfigError(f'{arg}: a second prompt; put one text with spaces into quotes')
             values[positional] = arg
         elif path is None:
             raise ConfigError(missing_config(arg, kinds))
@@ -106,7 +113,7 @@ def within(low: float, high: float | None, settings: dict, *names: str) -> None:
     """Raise ConfigError for a setting below `low` or above `high`; None is in every range."""
     for name in names:
         value = settings[name]
-        if value is not None and not low <= value <= (value if high is None else high):
+        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             need = f'at least {low}' if high is None else f'between {low} and {high}'
             raise ConfigError(f'{name}={value}: must be {need}')
 
@@ -153,8 +160,8 @@ def find_config(arg: str) -> Path | None:
 
 def missing_config(arg: str, settings) -> str:
     names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
-    if arg.partition('=')[0] in settings:
-        return f'{arg}: a setting needs two dashes: --{arg}'
+    if arg.lstrip('-').partition('=')[0] in settings:
+        return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}'
     hint = did_you_mean(Path(arg).stem, names)
     return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
 
@@ -164,6 +171,8 @@ def known(key: str, settings, source: str) -> None:
         return
     near = difflib.get_close_matches(key, settings, 1)
     hint = f'did you mean {near[0]}?' if near else '--help lists them all'
+    if not near and not source.startswith('--'):
+        hint += '; a name of your own begins with _'
     if not near and source.startswith('--') and key in train_settings():
         hint = 'it belongs to train.py'
     raise ConfigError(f'{source}: no setting is called {key!r}; {hint}')

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -181,15 +181,17 @@ class StopSignal:
 
     def __init__(self, runtime: Runtime):
         self.signal, self.runtime = 0, runtime
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1'):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                signal.signal(getattr(signal, name), self.receive)
+        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
+            number = getattr(signal, name, None)  # Windows has but the first two
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.receive)
 
     def receive(self, number: int, frame) -> None:
         if self.signal == number == signal.SIGINT and self.runtime.world_size == 1:
             raise KeyboardInterrupt
         if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
-            os.write(2, b'\nstopping after this step ...\n')
+            with suppress(OSError):  # the terminal may be what is gone
+                os.write(2, b'\nstopping after this step ...\n')
         self.signal = number
 
     @property
@@ -237,7 +239,7 @@ def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> R
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
     dtype = pick_dtype(dtype, device, training=True)
-    if 'RANK' not in os.environ:
+    if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= os.environ.keys():
         return Runtime(device, dtype)
     backend = pick_backend(backend, device)
     dist.init_process_group(backend, timeout=timedelta(minutes=10))

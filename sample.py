@@ -448,6 +448,8 @@ class Console:
     def set(self, name: str, value: str) -> None:
         if not value:
             raise UserError('/set needs a name and a value, for example /set temperature 0.5')
+        if name not in self.settings:
+            raise UserError(f'/set {name}: no such setting; /help lists them')
         # __file__ has configure read the settings' types where they are declared
         defaults = {'__file__': __file__, **self.settings}
         changed = configure(defaults, [f'--{name}={value}'])
@@ -506,6 +508,6 @@ def main(settings: dict) -> None:
 
 
 if __name__ == '__main__':
-    for stream in (sys.stdin, sys.stdout):  # whatever the locale says
+    for stream in filter(None, (sys.stdin, sys.stdout)):  # whatever the locale says
         stream.reconfigure(encoding='utf-8', errors='replace')
     main(configure(globals(), sys.argv[1:], positional='start'))

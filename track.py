@@ -14,15 +14,14 @@ from configurator import UserError
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl; one that a kill cut short is left out."""
+    """The lines of metrics.jsonl; what is none, as a kill can leave it, is left out."""
     lines = []
     path = Path(out_dir) / 'metrics.jsonl'
-    for text in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
-    return lines
+    text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and type(line.get('step')) is int]
 
 
 class Progress:

@@ -12,9 +12,11 @@ The run's folder gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-
 """
 
 import math
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -98,7 +100,8 @@ globals().update(config)
 within(1, None, config, 'eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')
 within(1, None, config, 'batch_size', 'gradient_accumulation_steps', 'block_size')
 within(0, None, config, 'max_iters', 'epochs', 'warmup_iters', 'lr_decay_iters', 'sample_tokens')
-within(0, None, config, 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'seed')
+within(0, None, config, 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'peak_tflops')
+within(0, 2**63 - 1, config, 'seed')
 within(0, 1, config, 'cooldown')
 within(0, 0.9999999, config, 'beta1', 'beta2')
 one_of(('cosine', 'linear'), config, 'lr_schedule')
@@ -111,8 +114,9 @@ on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_
 def say(text: str) -> None:
     """Print, once for all processes, above the progress line if there is one."""
     if runtime.main:
-        tqdm.write(text)
-        sys.stdout.flush()  # a pipe or a log file gets it now, too
+        with suppress(OSError):  # a closed pipe or terminal must not end the training
+            tqdm.write(text)
+            sys.stdout.flush()  # a pipe or a log file gets it now, too
 
 
 # -----------------------------------------------------------------------------
@@ -129,7 +133,7 @@ def starting_point() -> Path | None:
         lock = folder.lock(out_dir)
     if resuming:
         return folder.resume_point(out_dir, config)
-    if not (eval_only or overwrite):
+    if not overwrite:
         folder.check_free(out_dir)
 
 
@@ -155,6 +159,9 @@ elif init_from not in ('scratch', 'resume'):
     raw_model, tokenizer, _ = load_model(init_from, dropout=dropout)
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
+    kept = [name for name in SHAPE if config[name] != getattr(raw_model.config, name)]
+    if kept:
+        say(f'{init_from} keeps its own {", ".join(kept)}, whatever the settings say')
 else:
     raw_model = tokenizer = None
 if raw_model:  # a model from elsewhere brings its shape
@@ -176,6 +183,13 @@ elif tokenizer is not None and tokenizer != data.tokenizer:
         f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
         f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
     )
+if data.vocab_size > raw_model.config.vocab_size:
+    raise UserError(
+        f'dataset {dataset} has {data.vocab_size} different tokens, and the model of {init_from} '
+        f'only {raw_model.config.vocab_size}'
+    )
+if resume_from and state['data'] != data.fingerprint:
+    say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
 raw_model.train().to(runtime.device)
 
 # -----------------------------------------------------------------------------
@@ -270,8 +284,8 @@ def estimate_loss() -> dict[str, float] | None:
         nats, targets = runtime.reduce(total.tolist())
         losses[f'{split}_loss'] = nats / targets
     raw_model.train()
-    if data.bytes['val']:  # bits per byte of text, which compare across tokenizers
-        tokens_per_byte = data.tokens['val'] / data.bytes['val']
+    if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
+        tokens_per_byte = data.tokens['val'] / text_bytes
         losses['val_bpb'] = losses['val_loss'] / math.log(2) * tokens_per_byte
     return losses
 
@@ -301,6 +315,7 @@ def is_finished() -> bool:
 def save_checkpoint() -> str | None:
     """Save the run as it stands now -> None, or why the disk did not take it."""
     now = {'step': step, 'samples': samples, 'config': config, 'scaler': scaler.state_dict()}
+    now['data'] = data.fingerprint
     now['evaluated'] = state['evaluated_step'] == step
     try:
         save(out_dir, raw_model, optimizer, tokenizer, {**state, **now}, always_save_checkpoint)
@@ -313,8 +328,6 @@ def report_end() -> None:
     bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
     say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}')
-    for path in listed(out_dir)[-1:]:
-        say(f'checkpoint: {path}')
     if sample_tokens > 0 and tokenizer is not None:
         raw_model.eval()
         # begin as a document begins, or as the validation split does
@@ -322,7 +335,9 @@ def report_end() -> None:
         pieces = generate(raw_model, tokenizer, [prompt], Sampling(max_new_tokens=sample_tokens))
         rule = '-' * 64
         say(f'what it writes:\n{rule}\n{"".join(piece.text for piece in pieces)}\n{rule}')
-    say(f'more: python sample.py --out_dir={out_dir}')
+    for path in listed(out_dir)[-1:]:
+        say(f'checkpoint: {path}')
+        say(f'more: python sample.py --out_dir={shlex.quote(str(out_dir))}')
 
 
 # -----------------------------------------------------------------------------
@@ -338,6 +353,7 @@ step = first_step = state['step']
 samples = state['samples']
 if resume_from and is_finished():
     longer = '--epochs' if epochs else '--max_iters' if step >= max_iters else '--patience'
+    longer += ' (and --lr_decay_iters)' if config['lr_decay_iters'] is not None and decay_lr else ''
     say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger {longer} goes on')
     runtime.leave()
 
@@ -451,13 +467,19 @@ if runtime.main:
     tracker.close()
     if failure:
         raise UserError(f'{failure}; make room and continue with --init_from=resume')
-    if step > 0:
+    if finished and not math.isfinite(state['val_loss']):
+        raise UserError(
+            f'the validation loss is {state["val_loss"]} at step {step}, and those weights are not '
+            'saved: lower --learning_rate'
+        )
+    with suppress(OSError):  # a full disk
         say(f'loss curve: {draw_loss(out_dir)}')
     if finished:
         (out_dir / 'DONE').touch()
         report_end()
     elif saved := listed(out_dir):
-        command = f'python train.py {out_dir / "config.py"} --init_from=resume'
+        config_file = shlex.quote(str(out_dir / 'config.py'))
+        command = f'python train.py {config_file} --init_from=resume'
         say(f'stopped at step {step}; {saved[-1].name} is saved, continue with: {command}')
     else:
         say(f'stopped at step {step}, with nothing to save yet; the same command starts again')

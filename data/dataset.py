@@ -174,7 +174,7 @@ class Dataset:
         meta = read_meta(self.folder)
         self.vocab_size: int = meta['vocab_size']
         self._dtype = np.dtype(meta['dtype']).newbyteorder('<')
-        splits = {split: meta['splits'][split] for split in SPLITS}
+        self._splits = splits = {split: meta['splits'][split] for split in SPLITS}
         self.tokens: dict[str, int] = {s: splits[s]['tokens'] for s in SPLITS}
         self.bytes: dict[str, int | None] = {s: splits[s].get('bytes') for s in SPLITS}
         self._shards = {s: [(d['file'], d['tokens']) for d in splits[s]['shards']] for s in SPLITS}
@@ -190,12 +190,29 @@ class Dataset:
         self.n_windows = int(self._windows.sum())
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells one preparation from another: the shards' hashes, or else their sizes."""
+        return hashlib.sha256(json.dumps(self._splits, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the text. nanoGPT folders: meta.pkl's characters, gpt2 without one."""
         if (self.folder / 'meta.json').exists():
             return load(self.folder / 'tokenizer.json')
         pickled = self.folder / 'meta.pkl'
         return from_nanogpt_meta(pickled) if pickled.exists() else get_tokenizer('gpt2')
+
+    def text_bytes(self, split: str) -> int | None:
+        """Bytes of text in a split; counted for nanoGPT's folders, None without their tokenizer."""
+        if self.bytes[split] is None:
+            try:
+                lengths = self.tokenizer.byte_lengths()
+            except UserError:
+                return None
+            files = [self.folder / name for name, _ in self._shards[split]]
+            ids = (np.fromfile(file, self._dtype) for file in files)
+            self.bytes[split] = sum(int(lengths[part[part < len(lengths)]].sum()) for part in ids)
+        return self.bytes[split]
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """
@@ -345,6 +362,8 @@ def read_meta(folder: Path) -> dict:
 
 
 def nanogpt_meta(folder: Path) -> dict:
+    if (folder / 'tokenizer.json').exists():
+        raise UserError(f'{folder}: its meta.json is missing; prepare the dataset again')
     for split in SPLITS:
         if not (folder / f'{split}.bin').exists():
             if parts_in(folder):
@@ -368,7 +387,7 @@ def open_dataset(name: str, block_size: int, seed: int = 1337) -> Dataset:
     is_path = os.path.basename(name) != name or name in ('', '.', '..')
     folder = Path(name) if is_path else DATA / name
     if not is_prepared(folder):
-        if (folder / 'prepare.py').exists():
+        if not is_path and (folder / 'prepare.py').exists():  # never a stranger's
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))

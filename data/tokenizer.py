@@ -76,9 +76,11 @@ class Tokenizer:
         unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             at = int(unknown[0])
+            known = ''.join(token.decode() for token in self.token_bytes[:80])
             raise UserError(
                 f'character {text[at]!r} (U+{ord(text[at]):04X}) at position {position + at}: '
-                f'not among the {self.vocab_size - len(self.special)} that this model was made for'
+                f'not among the {self.vocab_size - len(self.special)} characters of this '
+                f'vocabulary: {known!r}{" and more" if self.vocab_size > 80 else ""}'
             )
         return ids
 

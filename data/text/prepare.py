@@ -207,6 +207,9 @@ def decode(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, positio
 
 
 def undecodable(path: Path, position: int) -> UserError:
+    with path.open('rb') as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return UserError(f'{path}: is UTF-16; save it as UTF-8')
     return UserError(
         f'{path}: not UTF-8 at byte {position}; --errors=replace puts U+FFFD in place of such bytes'
     )
