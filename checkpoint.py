@@ -228,7 +228,9 @@ def find(where: str | Path, which: str = 'best') -> Path:
             f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
     if not where.is_dir():
-        raise CheckpointError(f'{where}: there is no such run; give the folder of one')
+        raise CheckpointError(
+            f'{where}: no such folder; --out_dir and --init_from take that of a run'
+        )
     raise CheckpointError(
         f'{where} has no checkpoint; training writes the first one after --eval_interval steps'
     )

@@ -88,7 +88,7 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
             key, equals, text = arg[2:].partition('=')
             known(key, kinds, arg)
             if not equals and 'bool' not in kinds[key]:
-                raise ConfigError(f'{arg}: needs a value after an equals sign: {arg}=...')
+                raise ConfigError(f'{arg}: needs {expected(kinds[key])}, as in {arg}=...')
             values[key] = parse(text, kinds[key], arg) if equals else True
             check(key, values[key], kinds[key], arg)
         elif path is None and positional:

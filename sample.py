@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from checkpoint import load_model, newest_run
-from configurator import ConfigError, UserError, configure
+from configurator import ConfigError, UserError, configure, did_you_mean
 from data.tokenizer import Tokenizer
 from model import GPT, KVCache
 from runtime import pick_device, pick_dtype
@@ -449,7 +449,8 @@ class Console:
         if not value:
             raise UserError('/set needs a name and a value, for example /set temperature 0.5')
         if name not in self.settings:
-            raise UserError(f'/set {name}: no such setting; /help lists them')
+            hint = did_you_mean(name, self.settings)
+            raise UserError(f'/set {name}: no such setting; {hint}/help lists them')
         # __file__ has configure read the settings' types where they are declared
         defaults = {'__file__': __file__, **self.settings}
         changed = configure(defaults, [f'--{name}={value}'])

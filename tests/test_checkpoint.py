@@ -216,11 +216,11 @@ def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
     assert load_model(None)[2]['step'] == 10
 
 
-def test_a_folder_without_checkpoints_says_what_out_dir_is_for(tmp_path):
-    for folder in (tmp_path, tmp_path / 'nowhere'):
+def test_a_folder_without_checkpoints_says_how_to_get_one(tmp_path):
+    for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', '--out_dir')):
         text = refused(find, folder)
         assert text.startswith(str(folder))
-        assert '--out_dir' in text
+        assert need in text
     assert 'no such checkpoint' in refused(find, tmp_path / 'step-00000001')
 
 

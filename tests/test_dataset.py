@@ -523,3 +523,10 @@ def test_memory_stays_flat_on_a_file_of_gigabytes(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 30, f'grew by {done.stdout} MB'
+
+
+def test_a_stranger_s_prepare_script_is_not_run(tmp_path):
+    (tmp_path / 'theirs').mkdir()
+    (tmp_path / 'theirs' / 'prepare.py').write_text('raise SystemExit("it ran")')
+    with pytest.raises(UserError, match='no dataset here'):
+        open_dataset(str(tmp_path / 'theirs'), 8)

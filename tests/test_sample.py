@@ -525,3 +525,7 @@ def test_ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_program(out_dir):
         process.kill()
         process.wait()
         os.close(terminal)
+
+
+def test_two_prompts_are_refused(out_dir):
+    assert 'a second prompt' in fails(f'--out_dir={out_dir}', 'ab', 'cd')

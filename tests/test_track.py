@@ -114,3 +114,10 @@ def test_a_tracker_that_is_not_installed_is_one_line(tmp_path, monkeypatch, sett
     with pytest.raises(UserError, match=r'pip install') as caught:
         Tracker(tmp_path, {**PLAIN, setting: True}, -1)
     assert str(caught.value).startswith(f'{setting}=True')
+
+
+def test_lines_that_are_none_of_ours_do_not_stop_a_run(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_bytes(b'{"loss": 3}\n5\n{"step": "3"}\n\xff\n{"step": 1, "loss": 2.0}\n')
+    assert read_metrics(tmp_path) == [{'step': 1, 'loss': 2.0}]
+    assert draw_loss(tmp_path).exists()

@@ -224,7 +224,9 @@ def test_a_config_and_a_dataset_of_nanogpt_run_unchanged(run_here, tmp_path, sha
     )
     assert run_here('--sample_tokens=0', config=config) == 0
     assert load_model(tmp_path / 'out')[1] == tokenizer
-    assert metrics(tmp_path / 'out', 'val_bpb') == {}
+    ours = metrics(tmp_path / 'out', 'val_loss')  # a byte a character, so bits are nats / ln 2
+    bits = metrics(tmp_path / 'out', 'val_bpb')
+    assert bits == pytest.approx({step: loss / math.log(2) for step, loss in ours.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -373,7 +375,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(run_here, tmp_path, m
         assert metrics(whole, key) == metrics(halves, key)
 
 
-@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1'])
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'])
 def test_each_signal_saves_says_how_to_go_on_and_tells_by_the_status(
     run_here, tmp_path, monkeypatch, capsys, name
 ):
@@ -431,6 +433,46 @@ def test_auto_resume_goes_on_with_a_fine_tuned_model_of_another_shape(
         run_here(*args)
     assert run_here(*args) == 0
     assert load_model(tmp_path)[0].config.n_layer == 1
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is_now(copied, run_here, tmp_path):
+    moved = copied.rename(tmp_path / 'moved')
+    assert run_here('--init_from=resume', '--max_iters=21', config=moved / 'config.py') == 0
+    assert steps(moved)[-1] == 21
+    assert not copied.exists()
+
+
+def test_a_dataset_that_was_prepared_anew_is_noticed(copied, run_here, monkeypatch, capsys):
+    monkeypatch.setattr(Dataset, 'fingerprint', 'another')
+    run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=21')
+    assert 'has changed since' in capsys.readouterr().out
+
+
+def test_a_model_from_elsewhere_says_which_settings_it_brings(source, run_here, tmp_path, capsys):
+    run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--n_layer=3', '--max_iters=1')
+    assert f'{source} keeps its own n_layer, whatever' in capsys.readouterr().out
+
+
+def test_a_run_that_ends_in_nan_is_no_success(run_here, tmp_path):
+    text = refused(
+        run_here,
+        f'--out_dir={tmp_path}',
+        '--learning_rate=1e30',
+        '--max_iters=2',
+        '--grad_clip=0.0',
+    )
+    assert 'nan' in text
+    assert '--learning_rate' in text
+    assert not (tmp_path / 'DONE').exists()
+
+
+def test_a_closed_terminal_or_pipe_does_not_end_the_training(run_here, tmp_path, monkeypatch):
+    def closed(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr('tqdm.tqdm.write', closed)
+    assert run_here(f'--out_dir={tmp_path}') == 0
+    assert (tmp_path / 'DONE').exists()
 
 
 def test_a_refused_resume_changes_nothing(copied, run_here):
@@ -893,8 +935,11 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--out_dir=there/file/x'], ['there/file/x', 'cannot be written']),
         (['--dropout=1.0'], ['dropout=1.0']),
         (['--max_iters=-1'], ['max_iters=-1']),
+        (['--learning_rate=1e999'], ['learning_rate=inf']),
+        (['--max_iters', '60'], ['--max_iters: needs a whole number', '--max_iters=...']),
+        (['--init_from=scrach'], ['scrach', 'no such folder']),
         (['--init_from=out/none'], ['out/none']),
-        (['--init_from=resume'], ['no checkpoint', '--out_dir']),
+        (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
         (['--learning_rat=1'], ['did you mean learning_rate?']),
         (['nosuch.py'], ['nosuch.py', 'quickstart']),
     ],
@@ -915,7 +960,7 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(run_here, tmp_path, monkeypa
 def test_resuming_with_nothing_there_says_how_to_begin(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'python train.py' in refused(run_here, '--init_from=resume')
-    assert 'is not a folder' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
+    assert 'no such folder' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
 
 
 def test_resuming_only_damaged_checkpoints_is_refused(run_here, copied, capsys):
