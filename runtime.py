@@ -181,9 +181,10 @@ class StopSignal:
 
     def __init__(self, runtime: Runtime):
         self.signal, self.runtime = 0, runtime
-        for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, None)  # Windows has but the first two
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
+            if number and not under_nohup:
                 signal.signal(number, self.receive)
 
     def receive(self, number: int, frame) -> None:

@@ -21,6 +21,10 @@ from data.dataset import Writer
 from data.tokenizer import byte_tokenizer, char_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+# A shell starts its background jobs with these ignored, and the programs tested would inherit that
+for name in ('SIGINT', 'SIGHUP'):
+    if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+        signal.signal(getattr(signal, name), signal.default_int_handler)
 WORDS = 'the cat sat on a mat and saw that the dog ran to his den as rain fell at noon'.split()
 TINY = """
 dataset = {dataset!r}
