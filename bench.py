@@ -117,7 +117,7 @@ def bench_training(config: dict, runtime) -> GPT:
     batch = batch.to(runtime.device)
     model = GPT(GPTConfig(**shape)).to(runtime.device)
     optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-4, fused=True)
-    compiled = c['compile'] is True or (c['compile'] == 'auto' and runtime.device_type == 'cuda')
+    compiled = runtime.wants_compile(c['compile'])
     wrapped = torch.compile(model) if compiled else model
     sides = {'flatGPT': training_step(wrapped, optimizer, runtime.autocast, batch)}
     if c['nanogpt']:
@@ -156,7 +156,7 @@ def main(config: dict) -> None:
     one_of((True, False, 'auto'), config, 'compile')
     runtime = start(config['device'], config['dtype'])
     threads = f', {torch.get_num_threads()} threads' if runtime.device_type == 'cpu' else ''
-    print(f'torch {torch.__version__} on {runtime.device}{threads}, {str(runtime.dtype)[6:]}')
+    print(f'torch {torch.__version__} on {runtime.device}{threads}, {runtime.dtype_name}')
     model = bench_training(config, runtime)
     bench_generation(config, model.eval())
 

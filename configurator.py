@@ -169,8 +169,8 @@ def missing_config(arg: str, settings) -> str:
 def known(key: str, settings, source: str) -> None:
     if key in settings:
         return
-    near = difflib.get_close_matches(key, settings, 1)
-    hint = f'did you mean {near[0]}?' if near else '--help lists them all'
+    near = did_you_mean(key, settings).strip()
+    hint = near or '--help lists them all'
     if not near and not source.startswith('--'):
         hint += '; a name of your own begins with _'
     if not near and source.startswith('--') and key in train_settings():

@@ -70,9 +70,12 @@ class Runtime:
     world_size: int = 1  # processes, over all nodes
 
     def __str__(self) -> str:
-        number_format = str(self.dtype).removeprefix('torch.')
         processes = f', {self.world_size} processes' if self.world_size > 1 else ''
-        return f'{self.device}, {number_format}{processes}'
+        return f'{self.device}, {self.dtype_name}{processes}'
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix('torch.')
 
     @property
     def main(self) -> bool:
@@ -145,6 +148,10 @@ class Runtime:
         mine = rows // self.world_size
         return mine, next(n for n in range(min(at_once, mine), 0, -1) if mine % n == 0)
 
+    def wants_compile(self, setting: bool | str) -> bool:
+        """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
+        return setting is True or (setting == 'auto' and self.device_type == 'cuda')
+
     def compile(self, model: torch.nn.Module, x, y, say: Callable) -> torch.nn.Module:
         """The compiled model, tried on one batch; the model as it is where compiling fails."""
         say('compiling the model, about a minute ...')
@@ -200,7 +207,7 @@ class StopSignal:
         """The exit status that a shell expects of a program a signal ended; 0 without one."""
         return 128 + self.signal if self.signal else 0
 
-    def ignore_from_now_on(self) -> None:
+    def release(self) -> None:
         """Have signals end the program as usual: nothing is left to lose."""
         for name in ('SIGINT', 'SIGTERM'):
             signal.signal(getattr(signal, name), signal.SIG_DFL)

@@ -251,7 +251,7 @@ say(
 # raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
 model = raw_model
 if not eval_only:
-    if compile is True or (compile == 'auto' and runtime.device_type == 'cuda'):
+    if runtime.wants_compile(compile):
         model = runtime.compile(model, *get_batch(0), say)
     if runtime.world_size > 1:
         gpu = [runtime.device] if runtime.device_type == 'cuda' else None
@@ -364,7 +364,7 @@ def open_folder() -> None:
     lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
     folder.begin(out_dir, step if resume_from else -1, overwrite)
-    here = {'device': runtime.device, 'dtype': str(runtime.dtype).removeprefix('torch.')}
+    here = {'device': runtime.device, 'dtype': runtime.dtype_name}
     folder.write_config(out_dir, {**config, 'overwrite': False}, here)
 
 
@@ -462,7 +462,7 @@ while True:
 
 progress.close()
 batches.shutdown(cancel_futures=True)
-stop.ignore_from_now_on()
+stop.release()
 if runtime.main:
     tracker.close()
     if failure:

@@ -207,12 +207,13 @@ class Dataset:
         if self.bytes[split] is None:
             try:
                 lengths = self.tokenizer.byte_lengths()
-            except UserError:
+            except UserError:  # asked once: it may have waited for a network
+                self.bytes[split] = 0
                 return None
             files = [self.folder / name for name, _ in self._shards[split]]
             ids = (np.fromfile(file, self._dtype) for file in files)
             self.bytes[split] = sum(int(lengths[part[part < len(lengths)]].sum()) for part in ids)
-        return self.bytes[split]
+        return self.bytes[split] or None
 
     def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """
