@@ -22,6 +22,7 @@ import torch
 from configurator import UserError, configure, one_of, within
 from data.tokenizer import char_tokenizer
 from model import GPT, GPTConfig
+from optim import build
 from runtime import start
 from sample import Sampling, generate
 
@@ -33,12 +34,15 @@ new_tokens = 64  # tokens each row writes in a round of generation
 rows = 8  # texts written side by side
 nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
 # model; the defaults are GPT-2 124M
+arch = 'gpt2'  # or 'modern'; a nanoGPT beside it is GPT-2 of the same shape
+optimizer = 'adamw'  # or 'muon'
 batch_size = 4
 block_size = 256
 vocab_size = 50304
 n_layer = 12
 n_head = 12
 n_embd = 768
+n_kv_head: int | None = None  # arch='modern'
 dropout = 0.0
 bias = False
 # machine
@@ -60,7 +64,7 @@ def import_nanogpt(folder: str):
     return module
 
 
-def training_step(model, optimizer, autocast, batch):
+def training_step(model, optimizers, autocast, batch):
     """A function that makes one update of `model` on `batch` and waits until it is done."""
     x, y = batch
 
@@ -69,8 +73,9 @@ def training_step(model, optimizer, autocast, batch):
             loss = model(x, y)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
         if x.is_cuda:
             torch.cuda.synchronize()
 
@@ -115,11 +120,12 @@ def bench_training(config: dict, runtime) -> GPT:
     torch.manual_seed(c['seed'])
     batch = torch.randint(c['vocab_size'], (2, c['batch_size'], c['block_size']))
     batch = batch.to(runtime.device)
-    model = GPT(GPTConfig(**shape)).to(runtime.device)
-    optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-4, fused=True)
+    modern = {'arch': c['arch'], 'n_kv_head': c['n_kv_head']}
+    model = GPT(GPTConfig(**shape, **modern)).to(runtime.device)
     compiled = runtime.wants_compile(c['compile'])
+    optimizers = build(c['optimizer'], model, learning_rate=1e-4, compile=compiled)
     wrapped = torch.compile(model) if compiled else model
-    sides = {'flatGPT': training_step(wrapped, optimizer, runtime.autocast, batch)}
+    sides = {'flatGPT': training_step(wrapped, optimizers, runtime.autocast, batch)}
     if c['nanogpt']:
         module = import_nanogpt(c['nanogpt'])
         peer = module.GPT(module.GPTConfig(**shape)).to(runtime.device)
@@ -127,7 +133,7 @@ def bench_training(config: dict, runtime) -> GPT:
         peer_optimizer = peer.configure_optimizers(0.1, 1e-4, (0.9, 0.95), runtime.device_type)
         autocast = nullcontext if runtime.device_type == 'cpu' else runtime.autocast
         peer = torch.compile(peer) if compiled else peer
-        sides['nanoGPT'] = training_step(peer, peer_optimizer, autocast, batch)
+        sides['nanoGPT'] = training_step(peer, [peer_optimizer], autocast, batch)
     seconds = take_turns(sides, c['steps'], c['rounds'])
     tokens = c['steps'] * c['batch_size'] * c['block_size']
     peak, speed = runtime.peak_flops(), tokens / statistics.median(seconds['flatGPT'])
@@ -154,6 +160,7 @@ def main(config: dict) -> None:
     within(1, None, config, 'rounds', 'steps', 'new_tokens', 'rows', 'batch_size')
     within(2, None, config, 'block_size', 'vocab_size')
     one_of((True, False, 'auto'), config, 'compile')
+    one_of(('adamw', 'muon'), config, 'optimizer')
     runtime = start(config['device'], config['dtype'])
     threads = f', {torch.get_num_threads()} threads' if runtime.device_type == 'cpu' else ''
     print(f'torch {torch.__version__} on {runtime.device}{threads}, {runtime.dtype_name}')

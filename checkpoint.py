@@ -38,6 +38,7 @@ from model import GPT, TRANSPOSED, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
 STATE, MANIFEST = 'state.json', 'manifest.json'
+LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
 STEP = re.compile(r'step-(\d{8,})')
 
 
@@ -52,7 +53,7 @@ class CheckpointError(UserError):
 def save(
     out_dir: str | Path,
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     tokenizer: Tokenizer | None,
     state: dict,
     keep_evaluated: bool = False,
@@ -68,7 +69,7 @@ def save(
     final = folder / f'step-{state["step"]:08d}'
     if final.exists() and (read_state(final) or {}).get('evaluated') == state['evaluated']:
         return final  # the same step of the same run: equal
-    tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer)}
+    tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
     check_space(folder, tensors)
     for leftover in folder.glob('.*'):  # of a save or a removal that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -104,10 +105,11 @@ def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
 
 
-def optimizer_tensors(model: GPT, optimizer) -> dict[str, torch.Tensor]:
-    named = {}
+def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
+    """The state of every parameter, which one of the optimizers holds, as <parameter>.<key>."""
+    named, states = {}, {p: state for each in optimizers for p, state in each.state.items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in states.get(parameter, {}).items():
             named[f'{name}.{key}'] = torch.as_tensor(value).detach().cpu().contiguous()
     return named
 
@@ -328,18 +330,20 @@ def fill(model: GPT, path: Path, foreign: bool = False) -> None:
         raise CheckpointError(f'{path} lacks {sorted(missing)[0]}: another architecture')
 
 
-def load_optimizer(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-    """Give `optimizer` the state a checkpoint holds for each of the model's parameters."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[p] for group in optimizer.param_groups for p in group['params']]
-    packed = {'state': {}, 'param_groups': optimizer.state_dict()['param_groups']}
+def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Give the optimizers the state a checkpoint holds for each of the model's parameters."""
+    states = {}
     with safe_open(path / OPTIMIZER, framework='pt') as file:
         for key in file.keys():
             name, _, entry = key.rpartition('.')
             # cloned, or it would be a mapping of the file, which prune() could then not remove
-            tensor = file.get_tensor(key).clone()
-            packed['state'].setdefault(order.index(name), {})[entry] = tensor
-    optimizer.load_state_dict(packed)
+            states.setdefault(name, {})[entry] = file.get_tensor(key).clone()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        packed = optimizer.state_dict()
+        order = [names[p] for group in optimizer.param_groups for p in group['params']]
+        packed['state'] = {i: states[name] for i, name in enumerate(order) if name in states}
+        optimizer.load_state_dict(packed)
 
 
 # -----------------------------------------------------------------------------
@@ -366,7 +370,7 @@ def load_pretrained(name: str | Path, dropout: float = 0.0) -> tuple[GPT, Tokeni
         raise CheckpointError(f'{name}: config.json is no GPT-2: {error!r}') from error
     if kind != 'gpt2' or gelu not in ('gelu_new', 'gelu_pytorch_tanh'):
         raise CheckpointError(f'{name} is a {kind} model with {gelu}; only GPT-2 is read')
-    model = GPT(GPTConfig(dropout=dropout, **shape))
+    model = GPT(GPTConfig(dropout=dropout, bias=True, **shape))
     if not (folder / MODEL).is_file():
         raise CheckpointError(f'{name}: {MODEL} is missing; save the model with save_pretrained()')
     fill(model, folder / MODEL, foreign=True)
@@ -397,8 +401,8 @@ def report(out_dir: str) -> bool:
     whole = True
     for path in listed(out_dir):
         state = read_state(path) or {}
-        losses = [state.get(key) for key in ('train_loss', 'val_loss') if state.get('evaluated')]
-        cells = ''.join(f'{loss:12.4f}' for loss in losses) or f'{"-":>12}{"-":>12}'
+        losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
+        cells = ''.join(f'{"-":>12}' if loss is None else f'{loss:12.4f}' for loss in losses)
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         try:
             verify(path)

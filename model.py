@@ -1,15 +1,19 @@
 """
-GPT-2 as released, in one file: the forward pass for training and the forward pass over a KV cache.
+Two architectures in one file, each with a forward pass for training and one over a KV cache.
 
-    model = GPT(GPTConfig(n_layer=6, n_head=6, n_embd=384))
+    model = GPT(GPTConfig(arch='modern', n_layer=6, n_head=6, n_embd=384))
     logits, loss = model(idx, targets)                     # training and evaluation
     logits, _ = model(idx, cache=KVCache(model, rows=8))   # generation: logits of the next token
 
-Sources: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", and the code
-OpenAI released with it, https://github.com/openai/gpt-2/blob/master/src/model.py. Weights keep the
-names `transformers` gives them; its Conv1D holds the matrices in TRANSPOSED the other way round.
+'gpt2' is GPT-2 as released (Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners"; https://github.com/openai/gpt-2/blob/master/src/model.py). 'modern' is what
+`transformers` calls NanoChat (https://github.com/karpathy/nanochat): rotary positions, RMS norms
+without parameters, normalised queries and keys, squared ReLU, grouped key/value heads, logits that
+stay within 15. Weights keep the names that GPT2LMHeadModel and NanoChatForCausalLM give them;
+GPT-2's Conv1D holds the matrices in TRANSPOSED the other way round.
 
-Shapes: B rows, T tokens, S tokens in the cache, C = n_embd, H = n_head, D = C / H, V = vocab_size.
+Shapes: B rows, T tokens, S tokens in the cache, C = n_embd, H = n_head, G = n_kv_head (H unless
+set), D = C / H, V = vocab_size.
 """
 
 import math
@@ -37,11 +41,13 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has them
+    bias: bool = False  # in Linear and LayerNorm; GPT-2 as released has them, 'modern' never
+    arch: str = 'gpt2'  # or 'modern'
+    n_kv_head: int | None = None  # heads of keys and values, 'modern' only; None: as many as n_head
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
+        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f'{name}={getattr(self, name)}: must be at least 1')
         if self.n_embd % self.n_head:
             near = max(self.n_head, round(self.n_embd / self.n_head) * self.n_head)
@@ -51,6 +57,68 @@ class GPTConfig:
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f'dropout={self.dropout}: must be at least 0 and below 1')
+        if self.arch not in ('gpt2', 'modern'):
+            raise ConfigError(f"arch={self.arch!r}: give 'gpt2' or 'modern'")
+        if self.arch == 'modern':
+            self.check_modern()
+        elif self.n_kv_head not in (None, self.n_head):
+            raise ConfigError(
+                f"n_kv_head={self.n_kv_head}: arch='gpt2' has as many as n_head={self.n_head}; "
+                "leave it at None, or take arch='modern'"
+            )
+
+    def check_modern(self) -> None:
+        """Refuse what NanoChatForCausalLM could not load."""
+        if self.bias:
+            raise ConfigError("bias=True: arch='modern' has no biases; take --bias=False")
+        if self.n_embd // self.n_head % 2:
+            raise ConfigError(
+                f'n_embd={self.n_embd} over n_head={self.n_head} makes heads of '
+                f'{self.n_embd // self.n_head}: rotary positions turn pairs, so take an even size'
+            )
+        if self.n_head % self.kv_heads:
+            fits = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+            raise ConfigError(
+                f'n_kv_head={self.n_kv_head} cannot serve n_head={self.n_head} heads in equal '
+                f'groups; give one of {", ".join(map(str, fits))}'
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+
+def attention(q, k, v, dropout=0.0, cache=None, layer=None):
+    """Causal attention of q (B, H, T, D) to k, v (B, G, T, D), and to the cache -> (B, T, C)."""
+    grouped = k.size(1) < q.size(1)
+    if cache is not None:
+        k, v = cache.append(layer, k, v)  # (B, G, S, D): the past and the new tokens
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=grouped)
+    elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
+        y = written_out_attention(q, k, v, dropout)
+    else:
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped
+        )
+    return y.transpose(1, 2).flatten(2)
+
+
+def written_out_attention(q, k, v, dropout):
+    """Causal attention as plain products (Vaswani et al. 2017, equation 1).
+
+    For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
+    it going backward, and still half as long again at 2,048. Memory grows with T squared.
+    """
+    B, H, T, D = q.shape
+    k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
+    q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
+    future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    scores = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
+    return (F.dropout(scores.softmax(-1).to(v.dtype), dropout) @ v).view(B, H, T, D)
+
+
+# -----------------------------------------------------------------------------
+# arch='gpt2'
 
 
 class LayerNorm(nn.Module):
@@ -65,20 +133,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
-def written_out_attention(q, k, v, dropout):
-    """Causal attention, q, k, v (B, H, T, D), as plain products (Vaswani et al. 2017, equation 1).
-
-    For a short context in bfloat16 on a CPU: torch's fused kernel takes twice the time there, most
-    of it going backward. From about 1,000 tokens on the fused one is faster.
-    """
-    T = q.size(-2)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5  # (B, H, T, T)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
-    return F.dropout(weights, dropout) @ v
-
-
-class CausalSelfAttention(nn.Module):
+class GPT2Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
@@ -90,19 +145,11 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        if cache is None and q.dtype == torch.bfloat16 and q.device.type == 'cpu' and T <= 512:
-            y = written_out_attention(q, k, v, dropout)
-        elif cache is None:
-            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        else:
-            k, v = cache.append(layer, k, v)  # (B, H, S, D): the past and the new tokens
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, C)
+        y = attention(q, k, v, self.dropout if self.training else 0.0, cache, layer)  # (B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
-class MLP(nn.Module):
+class GPT2MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -114,44 +161,198 @@ class MLP(nn.Module):
         return F.dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
-class Block(nn.Module):
+class GPT2Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = GPT2Attention(config)
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
-        self.mlp = MLP(config)
+        self.mlp = GPT2MLP(config)
 
     def forward(self, x, cache=None, layer=None):
         x = x + self.attn(self.ln_1(x), cache, layer)
         return x + self.mlp(self.ln_2(x))
 
 
+class GPT2(nn.Module):
+    """GPT-2 between the token ids and the last norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
+        self.ln_f = LayerNorm(config.n_embd, config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, idx, pos, cache=None):
+        x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
+        x = F.dropout(x, self.dropout, self.training)
+        for layer, block in enumerate(self.h):
+            x = block(x, cache, layer)
+        return self.ln_f(x)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """GPT-2's: normal, 0.02; projections into the residual stream / sqrt(2 n_layer)."""
+        for name, parameter in self.named_parameters():
+            if name.endswith('c_proj.weight'):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.h)))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(parameter)
+
+
+# -----------------------------------------------------------------------------
+# arch='modern'
+
+
+class RMSNorm(torch.autograd.Function):
+    """Root mean square of the last dimension to 1 (Zhang and Sennrich 2019), no parameters.
+
+    Written out, because on a CPU F.rms_norm and its gradient take three times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = (norm.square() / x.size(-1) + 1e-6).rsqrt().to(x.dtype)  # (..., 1)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / y.size(-1)
+        return torch.addcmul(grad, y, along, value=-1) * scale  # y's length cannot change
+
+
+rms_norm = RMSNorm.apply
+
+
+def rotation(pos, head_size, dtype):
+    """Cosine and sine of the rotary angles (Su et al. 2021) at pos (T,) or (B, T).
+
+    Both are (..., T, 1, D / 2); the frequencies fall from 1 towards 1 / 10,000 radians a token.
+    """
+    pair = torch.arange(0, head_size, 2, device=pos.device, dtype=torch.float32)
+    angle = pos[..., None, None].float() * 10000.0 ** (-pair / head_size)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x1, x2) of x (B, T, H, D) clockwise by its angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+class ModernAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.kv_heads = config.n_head, config.kv_heads
+        self.head_size = config.n_embd // config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x, angles, cache=None, layer=None):
+        # one product for three matrices, one turn and one norm for queries and keys
+        weights = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
+        qkv = F.linear(x, weights).unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
+        qk, v = qkv.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
+        qk = rms_norm(rotate(qk, *angles))
+        q, k = qk.split((self.n_head, self.kv_heads), dim=2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
+        y = attention(q, k, v, self.dropout if self.training else 0.0, cache, layer)  # (B, T, C)
+        return F.dropout(self.o_proj(y), self.dropout, self.training)
+
+
+class ModernMLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.fc2 = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.dropout = config.dropout
+
+    def forward(self, x):
+        x = F.relu(self.fc1(x))
+        x = x * x  # squared (So et al. 2021, Primer); autocast would have square() in float32
+        return F.dropout(self.fc2(x), self.dropout, self.training)  # (B, T, C)
+
+
+class ModernBlock(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = ModernAttention(config)
+        self.mlp = ModernMLP(config)
+
+    def forward(self, x, angles, cache=None, layer=None):
+        x = x + self.self_attn(rms_norm(x), angles, cache, layer)
+        return x + self.mlp(rms_norm(x))
+
+
+class Modern(nn.Module):
+    """The modern architecture between the token ids and the last norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(ModernBlock(config) for _ in range(config.n_layer))
+        self.head_size = config.n_embd // config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, idx, pos, cache=None):
+        x = self.embed_tokens(idx)  # (B, T, C)
+        if torch.is_autocast_enabled(x.device.type):  # half the memory traffic, as nanochat trains
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = F.dropout(rms_norm(x), self.dropout, self.training)
+        angles = rotation(pos, self.head_size, x.dtype)
+        for layer, block in enumerate(self.layers):
+            x = block(x, angles, cache, layer)
+        return rms_norm(x)
+
+    @torch.no_grad()
+    def init_weights(self):
+        """Blocks begin as the identity: their last matrices are zero, the others 1 / sqrt(C)."""
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # normed at once: only 1 / lr matters
+        for name, parameter in self.layers.named_parameters():
+            if name.endswith(('o_proj.weight', 'fc2.weight')):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=parameter.size(1) ** -0.5)
+
+
+# -----------------------------------------------------------------------------
+# either
+
+
 class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=LayerNorm(config.n_embd, config.bias),
-            )
-        )
+        if config.arch == 'gpt2':
+            self.transformer = GPT2(config)
+        else:
+            self.model = Modern(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # one matrix reads and writes tokens
-        self.apply(self._init_weights)
+        if config.arch == 'gpt2':
+            self.lm_head.weight = self.transformer.wte.weight  # one matrix reads and writes tokens
+        else:
+            nn.init.normal_(self.lm_head.weight, std=0.001)  # all tokens begin equally likely
+        self.trunk.init_weights()
 
-    def _init_weights(self, module):
-        """GPT-2's: normal, 0.02; projections into the residual stream / sqrt(2 n_layer)."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, (CausalSelfAttention, MLP)):  # its c_proj was initialised just before
-            std = 0.02 / math.sqrt(2 * self.config.n_layer)
-            nn.init.normal_(module.c_proj.weight, std=std)
+    @property
+    def trunk(self) -> nn.Module:
+        """All but the head, under the name that `transformers` gives it."""
+        return self.transformer if self.config.arch == 'gpt2' else self.model
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
     def forward(self, idx, targets=None, cache=None, lengths=None):
         """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
@@ -166,30 +367,36 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=idx.device)  # (T,)
         else:
             pos = cache.extend(T, lengths)  # (B, T)
-        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, cache, layer)
+        x = self.trunk(idx, pos, cache)  # (B, T, C)
         if cache is not None:  # only the last real token is asked what follows it
             last = T - 1 if lengths is None else lengths - 1
             x = x[torch.arange(B, device=x.device), last]  # (B, C)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V) or (B, V)
+        logits = self.lm_head(x)  # (B, T, V) or (B, V)
+        if self.config.arch == 'modern':
+            logits = 15.0 * torch.tanh(logits.float() / 15.0)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def param_groups(self, weight_decay: float) -> list[dict]:
+    def block_matrices(self) -> list[nn.Parameter]:
+        """The matrices inside the blocks: neither embeddings nor head, no gains, no biases."""
+        inside = [p for block in self.blocks for p in block.parameters()]
+        return [p for p in inside if p.dim() == 2 and p.requires_grad]
+
+    def param_groups(self, weight_decay: float, leave_out=()) -> list[dict]:
         """Parameters for an optimizer: matrices and embeddings decay, biases and gains do not."""
-        params = [p for p in self.parameters() if p.requires_grad]
+        left_out = {id(p) for p in leave_out}
+        params = [p for p in self.parameters() if p.requires_grad and id(p) not in left_out]
         return [
             {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
         ]
 
     def num_params(self) -> int:
-        """Parameters without the position embeddings, which take no part in a matrix product."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        """Parameters without the embeddings that are looked up and multiply nothing."""
+        lookup = self.transformer.wpe if self.config.arch == 'gpt2' else self.model.embed_tokens
+        return sum(p.numel() for p in self.parameters()) - lookup.weight.numel()
 
     def flops_per_token(self) -> int:
         """Forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
@@ -200,9 +407,10 @@ class GPT(nn.Module):
         """Forget the positions past `block_size`: a smaller context out of a pretrained model."""
         assert block_size <= self.config.block_size
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
-        )
+        if self.config.arch == 'gpt2':
+            self.transformer.wpe = nn.Embedding.from_pretrained(
+                self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
+            )
 
 
 class KVCache:
@@ -215,7 +423,7 @@ class KVCache:
         c, weight = model.config, model.lm_head.weight
         self.length = length or c.block_size
         # the column after the last takes the keys of padding, which nothing ever reads
-        shape = (c.n_layer, rows, c.n_head, self.length + 1, c.n_embd // c.n_head)
+        shape = (c.n_layer, rows, c.kv_heads, self.length + 1, c.n_embd // c.n_head)
         self.k = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.v = torch.zeros_like(self.k)
         self.pos = torch.zeros(rows, dtype=torch.long, device=weight.device)
@@ -247,7 +455,7 @@ class KVCache:
         self.pos[rows] = other.span
 
     def append(self, layer: int, k, v):
-        """Store a layer's keys and values (B, H, T, D) -> all that its rows hold, (B, H, S, D)."""
+        """Store a layer's keys and values (B, G, T, D) -> all that its rows hold, (B, G, S, D)."""
         self.k[layer, self.rows, :, self.slots] = k.transpose(1, 2)
         self.v[layer, self.rows, :, self.slots] = v.transpose(1, 2)
         return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]

@@ -127,7 +127,8 @@ def draw_loss(out_dir: str | Path) -> Path:
     )
     for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
         points = [(line['step'], line[key]) for line in lines if line.get(key) is not None]
-        axes.plot(*zip(*points, strict=True) if points else ([], []), 'o-', ms=4, label=label)
+        if points:
+            axes.plot(*zip(*points, strict=True), 'o-', ms=4, label=label)
     best = min((loss for _, loss in points), default=None)  # of the validation split
     axes.set(xlabel='step', ylabel='loss (nats per token)', title=Path(out_dir).name)
     if best is not None:

@@ -28,6 +28,7 @@ from checkpoint import find, listed, load, load_model, load_optimizer, newest_ru
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from model import GPT, GPTConfig
+from optim import build
 from runtime import StopSignal, on_out_of_memory, start
 from sample import Sampling, generate
 from track import Progress, Tracker, draw_loss
@@ -41,8 +42,9 @@ auto_resume = False  # resume if out_dir has a checkpoint, otherwise start from 
 overwrite = False  # let a new run delete the checkpoints that its folder has
 seed = 1337  # of the initial weights, the data order and dropout
 # evaluation and saving
-eval_interval = 2000  # steps between evaluations; each also saves a checkpoint
+eval_interval = 2000  # steps between evaluations, each saved; above max_iters: only at the end
 eval_iters: int | None = 200  # batches per evaluation and split; None: the whole validation split
+eval_train = True  # evaluate the training split too, on as many windows
 eval_only = False  # evaluate once, print, write nothing
 save_interval: int | None = None  # steps between checkpoints besides those of the evaluations
 always_save_checkpoint = True  # keep every evaluation's checkpoint, not just the last two and best
@@ -60,22 +62,27 @@ gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update
 batch_size = 12  # sequences that one process computes at a time
 block_size = 1024  # tokens per sequence
 # model; the defaults are GPT-2 124M
+arch = 'gpt2'  # or 'modern': rotary positions, RMS norms, squared ReLU, as in NanoChat
 n_layer = 12
 n_head = 12
 n_embd = 768
+n_kv_head: int | None = None  # heads of keys and values, arch='modern'; None: n_head
 dropout = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning and small data
-bias = False  # in Linear and LayerNorm
-# AdamW
-learning_rate = 6e-4  # at its highest
+bias = False  # in Linear and LayerNorm, arch='gpt2'
+# optimizer
+optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
+learning_rate = 6e-4  # AdamW's at its highest
+muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
+muon_momentum = 0.95
 max_iters = 600000  # updates in all
 epochs: float | None = None  # passes over the training split; sets max_iters and lr_decay_iters
 weight_decay = 1e-1  # of matrices and embeddings
-beta1 = 0.9
+beta1 = 0.9  # AdamW's
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0.0 does not clip
 # learning rate
 decay_lr = True  # False keeps it constant
-lr_schedule = 'cosine'  # or 'linear': constant, then straight down over the last part
+lr_schedule = 'cosine'  # 'constant', or 'linear': constant, then straight down at the end
 warmup_iters = 2000  # steps of linear rise at the start
 lr_decay_iters: int | None = 600000  # step at which min_lr is reached; None: max_iters
 min_lr = 6e-5
@@ -101,10 +108,12 @@ within(1, None, config, 'eval_interval', 'eval_iters', 'save_interval', 'log_int
 within(1, None, config, 'batch_size', 'gradient_accumulation_steps', 'block_size')
 within(0, None, config, 'max_iters', 'epochs', 'warmup_iters', 'lr_decay_iters', 'sample_tokens')
 within(0, None, config, 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'peak_tflops')
+within(0, None, config, 'muon_lr')
 within(0, 2**63 - 1, config, 'seed')
 within(0, 1, config, 'cooldown')
-within(0, 0.9999999, config, 'beta1', 'beta2')
-one_of(('cosine', 'linear'), config, 'lr_schedule')
+within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
+one_of(('adamw', 'muon'), config, 'optimizer')
+one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
 one_of((True, False, 'auto'), config, 'compile')
 
 runtime = start(device, dtype, backend)
@@ -139,7 +148,7 @@ def starting_point() -> Path | None:
 
 resume_from = runtime.agree(starting_point)
 
-SHAPE = ('block_size', 'n_layer', 'n_head', 'n_embd', 'bias')
+SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
@@ -231,13 +240,20 @@ def get_batch(number: int):
 # -----------------------------------------------------------------------------
 # optimizer, compilation, processes
 
-optimizer = torch.optim.AdamW(
-    raw_model.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True
+optimizers = build(
+    optimizer,
+    raw_model,
+    learning_rate,
+    muon_lr,
+    weight_decay,
+    (beta1, beta2),
+    muon_momentum,
+    runtime.wants_compile(compile),
 )
 # float16 alone needs its loss scaled: bfloat16 has the range of float32
 scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
 if resume_from:
-    load_optimizer(resume_from, raw_model, optimizer)
+    load_optimizer(resume_from, raw_model, optimizers)
     if scaler.is_enabled() and state['scaler']:
         scaler.load_state_dict(state['scaler'])
 
@@ -268,7 +284,7 @@ def estimate_loss() -> dict[str, float] | None:
     losses = {}
     whole = len(data.eval_windows('val'))  # the training split is never looked at for longer
     count = whole if eval_iters is None else eval_iters * batch_size
-    for split in ('train', 'val'):
+    for split in ('train', 'val') if eval_train else ('val',):
         windows = data.eval_windows(split, count)
         starts = range(runtime.rank * batch_size, len(windows), runtime.world_size * batch_size)
         total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
@@ -291,14 +307,16 @@ def estimate_loss() -> dict[str, float] | None:
 
 
 def get_lr(step: int) -> float:
-    """Learning rate of an update: linear warm-up, then cosine, or constant and a linear end."""
+    """Learning rate of an update: linear warm-up, then what lr_schedule says."""
     if not decay_lr:
         return learning_rate
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
+    if lr_schedule == 'constant':
+        return learning_rate
     if step >= lr_decay_iters:
-        return min_lr
-    if lr_schedule == 'linear':
+        share = 0.0
+    elif lr_schedule == 'linear':
         share = min(1.0, (lr_decay_iters - step) / max(1.0, cooldown * lr_decay_iters))
     else:
         ratio = (step - warmup_iters) / (lr_decay_iters - warmup_iters)  # 0 to 1
@@ -318,7 +336,7 @@ def save_checkpoint() -> str | None:
     now['data'] = data.fingerprint
     now['evaluated'] = state['evaluated_step'] == step
     try:
-        save(out_dir, raw_model, optimizer, tokenizer, {**state, **now}, always_save_checkpoint)
+        save(out_dir, raw_model, optimizers, tokenizer, {**state, **now}, always_save_checkpoint)
     except OSError as error:
         return f'checkpoint of step {step} not written: {error}; the ones before are untouched'
 
@@ -378,7 +396,7 @@ stopping, failure = False, None
 while True:
     # evaluate before the update, so that step 0 shows the untrained model
     losses = None
-    due = step % eval_interval == 0 or step >= max_iters
+    due = step >= max_iters or (step % eval_interval == 0 and eval_interval <= max_iters)
     if due and state['evaluated_step'] != step and not stopping:
         losses = estimate_loss()
     if losses:
@@ -386,8 +404,8 @@ while True:
         best = math.inf if state['best_val_loss'] is None else state['best_val_loss']
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
-        train_loss, val_loss = losses['train_loss'], losses['val_loss']
-        say(f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}')
+        shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
+        say(f'step {step}: {", ".join(shown)}')
         if runtime.main:
             tracker.log(step, **losses)
     finished = is_finished()
@@ -409,8 +427,9 @@ while True:
     started = time.perf_counter()
     runtime.seed(seed, step)
     lr = get_lr(step)
-    for group in optimizer.param_groups:
-        group['lr'] = lr
+    for each in optimizers:
+        for group in each.param_groups:
+            group['lr'] = lr * group['lr_ratio']
     mean_loss = 0.0
     for micro_step in range(micro_steps):
         x, y = upcoming.result()
@@ -422,19 +441,22 @@ while True:
             loss = model(x, y)[1] / micro_steps
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
-    scaler.unscale_(optimizer)
+    for each in optimizers:
+        scaler.unscale_(each)
     norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     mean_loss, norm = torch.stack([mean_loss, norm]).tolist()
 
     # an update that is not finite is left out, by all ranks or none; in float16 the scale may just
     # have been too large, which the scaler notices and mends by itself
     overflow = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(mean_loss)
-    bad = not (math.isfinite(mean_loss + norm) or overflow)
+    finite = math.isfinite(mean_loss + norm)
+    bad = not (finite or overflow)
     bad, stopping = (flag > 0 for flag in runtime.reduce([bad, stop.signal], 'MAX'))
-    if not bad:
-        scaler.step(optimizer)
+    if finite and not bad:
+        for each in optimizers:
+            each.step()
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    raw_model.zero_grad(set_to_none=True)
     step, samples = step + 1, samples + global_rows
     state['skipped'] = state['skipped'] + 1 if bad else 0
     progress.advance(time.perf_counter() - started)

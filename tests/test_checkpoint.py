@@ -47,7 +47,7 @@ def trained(seed=0, **shape):
         model(ids[:, :-1], ids[:, 1:])[1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model, optimizer
+    return model, [optimizer]
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +98,7 @@ def refused(function, *args, **options):
 
 
 def test_what_is_saved_is_what_is_loaded(pair, put):
-    model, optimizer = pair
+    model, (optimizer,) = pair
     path = put(7, 2.5)
     loaded, tokenizer, state = load(path, dropout=0.1)
     for name, parameter in model.named_parameters():
@@ -108,7 +108,7 @@ def test_what_is_saved_is_what_is_loaded(pair, put):
     assert tokenizer == char_tokenizer('abcdefghijk')
     assert (state['step'], state['val_loss'], state['evaluated']) == (7, 2.5, True)
     fresh = torch.optim.AdamW(loaded.param_groups(0.1), lr=1e-3)
-    load_optimizer(path, loaded, fresh)
+    load_optimizer(path, loaded, [fresh])
     assert len(fresh.state) == len(optimizer.state)
     pairs = zip(model.parameters(), loaded.parameters(), strict=True)
     for old, new in pairs:

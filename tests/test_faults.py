@@ -146,7 +146,7 @@ def step(number):
     for parameter in model.parameters():
         parameter.data += 0.01
     state = {'step': number, 'val_loss': 1.0 + number, 'evaluated': True}
-    return checkpoint.save(out_dir, model, optimizer, None, state)
+    return checkpoint.save(out_dir, model, [optimizer], None, state)
 
 sys.addaudithook(hook)
 for number in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""GPT-2 as released: its numbers against `transformers`, its cache against no cache."""
+"""Both architectures: their numbers against `transformers`, their cache against no cache."""
 
 import math
 
@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import model as model_module
 from configurator import ConfigError
 from model import GPT, TRANSPOSED, GPTConfig, KVCache
 
 BLOCK, VOCAB = 32, 101
+MODERN, GROUPED = {'arch': 'modern'}, {'arch': 'modern', 'n_kv_head': 2}
 
 
-@pytest.fixture
-def model():
-    return tiny()
+@pytest.fixture(params=[{'bias': True}, MODERN, GROUPED], ids=['gpt2', 'modern', 'grouped'])
+def model(request):
+    return tiny(**request.param)
 
 
 def tiny(**changes):
@@ -38,7 +40,7 @@ def test_logits_equal_those_of_transformers():
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
     shape = {'n_positions': BLOCK, 'vocab_size': VOCAB, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
-    ours, weights = tiny(), theirs.state_dict()
+    ours, weights = tiny(bias=True), theirs.state_dict()
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             # biases and gains too: as initialised they are 0 and 1, and would hide a mistake
@@ -49,6 +51,76 @@ def test_logits_equal_those_of_transformers():
         assert logits.abs().max() > 1
         assert_close(logits, theirs(idx).logits)
         assert_close(loss, F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()))
+
+
+def nanochat(n_kv_head):
+    """The same shape as `transformers` builds it, with the weights of random, large numbers."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    shape = {'hidden_size': 64, 'num_hidden_layers': 3, 'num_attention_heads': 4}
+    shape |= {'intermediate_size': 256, 'max_position_embeddings': BLOCK, 'vocab_size': VOCAB}
+    torch.manual_seed(1)
+    theirs = transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(num_key_value_heads=n_kv_head, **shape)
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return theirs
+
+
+@pytest.mark.parametrize('n_kv_head', [1, 2, 4])
+@pytest.mark.parametrize('direction', ['ours to theirs', 'theirs to ours'])
+@torch.no_grad()
+def test_modern_logits_equal_those_of_nanochat(n_kv_head, direction):
+    theirs, ours = nanochat(n_kv_head), tiny(arch='modern', n_kv_head=n_kv_head)
+    giver, taker = (ours, theirs) if direction == 'ours to theirs' else (theirs, ours)
+    taker.load_state_dict(giver.state_dict())  # strict: the same names and shapes
+    idx = tokens(4, BLOCK)
+    expected, (logits, loss) = theirs(idx).logits, ours(idx, idx)
+    assert logits.abs().max() > 3  # where the cap on the logits counts
+    assert_close(logits, expected)
+    assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()))
+
+    cache, past = KVCache(ours, rows=4), theirs(idx[:, :20], use_cache=True).past_key_values
+    assert_close(ours(idx[:, :20], cache=cache)[0], expected[:, 19])
+    for t in range(20, BLOCK):
+        logits, _ = ours(idx[:, t : t + 1], cache=cache)
+        assert_close(logits, expected[:, t])
+        assert_close(logits, theirs(idx[:, t : t + 1], past_key_values=past).logits[:, -1])
+
+
+def test_grouped_heads_shrink_the_cache():
+    assert KVCache(tiny(**GROUPED), rows=1).k.shape == (3, 1, 2, BLOCK + 1, 16)
+
+
+def test_the_written_out_norm_has_the_gradient_of_torchs():
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)) * 3
+    x[0, 0] = 0  # where only the epsilon keeps it finite
+    gradients = []
+    for norm in (model_module.rms_norm, lambda x: F.rms_norm(x, (8,), eps=1e-6)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        (y * torch.arange(8)).sum().backward()
+        gradients.append((y.detach(), leaf.grad))
+    (y, grad), (expected_y, expected_grad) = gradients
+    assert_close(y, expected_y)
+    assert torch.allclose(grad, expected_grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_written_out_attention_equals_torchs(groups):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 12, 8), *torch.randn(2, 2, 4 // groups, 12, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_close(model_module.written_out_attention(q, k, v, 0.0), expected)
+
+
+@torch.no_grad()
+def test_bfloat16_autocast_stays_near_float32(model):
+    idx = tokens(2, BLOCK)
+    exact, _ = model(idx)
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded, _ = model(idx)
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
 
 
 @torch.no_grad()
@@ -111,8 +183,9 @@ def test_loss_leaves_out_targets_of_minus_one(model):
 
 
 @torch.no_grad()
-def test_dropout_acts_in_training_only():
-    model, idx = tiny(dropout=0.5), tokens(2, 16)
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_dropout_acts_in_training_only(arch):
+    model, idx = tiny(dropout=0.5, arch=arch), tokens(2, 16)
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
@@ -125,9 +198,23 @@ def test_cropping_the_context_keeps_the_logits_of_shorter_texts(model):
     model.crop_block_size(8)
     assert torch.equal(model(idx)[0], logits)
     assert model.config.block_size == 8
-    assert model.transformer.wpe.weight.shape == (8, 64)
-    assert model.transformer.wpe.weight.requires_grad
+    if model.config.arch == 'gpt2':
+        assert model.transformer.wpe.weight.shape == (8, 64)
+        assert model.transformer.wpe.weight.requires_grad
     assert KVCache(model, rows=1).length == 8
+
+
+def test_block_matrices_are_all_that_multiply_inside_the_blocks(model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names[id(p)] for p in model.block_matrices()]
+    assert len(set(held)) == len(held) == 3 * (4 if model.config.arch == 'gpt2' else 6)
+    assert all('.h.' in name or '.layers.' in name for name in held)
+    left = model.param_groups(0.1, leave_out=model.block_matrices())
+    left = {id(p) for group in left for p in group['params']}
+    assert left | {id(p) for p in model.block_matrices()} == set(names)
+    assert len(left) + len(held) == len(names)
+    model.requires_grad_(False)
+    assert model.block_matrices() == []
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -144,7 +231,7 @@ def test_param_groups_hold_every_parameter_once_and_decay_matrices_only(bias):
 
 def test_sizes_are_those_of_gpt2():
     with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=50257))
+        model = GPT(GPTConfig(vocab_size=50257, bias=True))
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     assert model.num_params() == 124_439_808 - 1024 * 768
     # 6 for each parameter, 12 T for each channel of a layer: 742 + 113 MFLOP
@@ -155,7 +242,7 @@ def test_parameters_have_the_names_that_transformers_gives_them():
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
     with torch.device('meta'):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-        ours = GPT(GPTConfig(vocab_size=50257))
+        ours = GPT(GPTConfig(vocab_size=50257, bias=True))
     shapes = {
         name: tuple(p.shape)[::-1] if name.endswith(TRANSPOSED) else tuple(p.shape)
         for name, p in theirs.named_parameters()
@@ -165,7 +252,9 @@ def test_parameters_have_the_names_that_transformers_gives_them():
 
 def test_initial_weights_are_spread_as_gpt2s():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128))
+    model = GPT(
+        GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128, bias=True)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith('.bias'):
             assert parameter.eq(0).all(), name
@@ -179,7 +268,30 @@ def test_initial_weights_are_spread_as_gpt2s():
     assert loss.item() == pytest.approx(math.log(512), rel=0.02)  # it knows nothing yet
 
 
-def test_one_matrix_reads_and_writes_tokens(model):
+def test_modern_blocks_begin_as_the_identity_and_know_nothing():
+    torch.manual_seed(0)
+    shape = {'block_size': 64, 'vocab_size': 512, 'n_layer': 3, 'n_head': 4, 'n_embd': 128}
+    model = GPT(GPTConfig(arch='modern', **shape))
+    for name, parameter in model.named_parameters():
+        if name.endswith(('o_proj.weight', 'fc2.weight')):
+            assert parameter.eq(0).all(), name
+        elif '.layers.' in name:
+            assert parameter.std().item() == pytest.approx(128**-0.5, rel=0.05), name
+    idx = torch.randint(512, (4, 64))
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(512), rel=0.01)
+
+
+def test_modern_sizes_count_what_multiplies():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(arch='modern', vocab_size=50304, n_kv_head=4))
+    blocks = 12 * (2 * 768**2 + 2 * 768 * 256 + 8 * 768**2)
+    assert model.num_params() == blocks + 50304 * 768  # the head, not the embedding
+    assert sum(p.numel() for p in model.parameters()) == blocks + 2 * 50304 * 768
+    assert model.flops_per_token() == 6 * model.num_params() + 12 * 12 * 768 * 1024
+
+
+def test_one_matrix_reads_and_writes_tokens():
+    model = tiny()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert 'lm_head.weight' not in dict(model.named_parameters())
 
@@ -191,6 +303,12 @@ def test_one_matrix_reads_and_writes_tokens(model):
         ({'n_embd': 4, 'n_head': 6}, 'the nearest that can is n_embd=6'),
         ({'n_layer': 0}, 'n_layer=0: must be at least 1'),
         ({'dropout': 1.0}, 'dropout=1.0: must be'),
+        ({'arch': 'llama'}, "arch='llama': give 'gpt2' or 'modern'"),
+        ({**MODERN, 'bias': True}, "bias=True: arch='modern' has no biases"),
+        ({**MODERN, 'n_head': 4, 'n_embd': 36}, 'heads of 9: rotary positions turn pairs'),
+        ({**MODERN, 'n_kv_head': 5}, 'n_kv_head=5 .* n_head=12 .* give one of 1, 2, 3, 4, 6, 12'),
+        ({**MODERN, 'n_kv_head': 0}, 'n_kv_head=0: must be at least 1'),
+        ({'n_kv_head': 4}, "n_kv_head=4: arch='gpt2' has as many as n_head=12"),
     ],
 )
 def test_a_shape_that_cannot_be_built_is_one_line(changes, message):

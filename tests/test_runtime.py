@@ -196,3 +196,17 @@ def test_no_peak_is_claimed_for_a_processor_or_for_float32(gpus):
     assert CPU.peak_flops() is None
     assert Runtime('cpu', torch.bfloat16).peak_flops() is None
     assert Runtime('cuda:0', torch.float32).peak_flops() is None
+
+
+def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
+    asked = []
+
+    class Library:
+        def mallopt(self, name, value):
+            asked.append((name, value))
+
+    monkeypatch.setattr(runtime.ctypes, 'CDLL', lambda name: Library())
+    runtime.keep_freed_memory()
+    assert len(asked) == 2
+    monkeypatch.setattr(runtime.ctypes, 'CDLL', lambda name: object())  # musl, macOS
+    runtime.keep_freed_memory()

@@ -43,7 +43,7 @@ ALL = {'top_k': None, 'temperature': 1.0}  # no filter at all
 
 def tiny(vocab_size, block_size=BLOCK, seed=0):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=32, bias=True))
     for parameter in model.parameters():  # larger than at the start: clear preferences
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -319,7 +319,7 @@ def saved(folder, tokenizer, vocab_size=None):
     model = tiny(vocab_size or tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {'step': 3, 'val_loss': 1.0, 'evaluated': True}
-    checkpoint.save(folder, model, optimizer, tokenizer, state)
+    checkpoint.save(folder, model, [optimizer], tokenizer, state)
     return folder
 
 

@@ -20,15 +20,17 @@ from filelock import FileLock
 import checkpoint
 import folder
 import model as model_module
+import optim
 import runtime
 import sample
 import track
-from checkpoint import find, listed, load_model
+from checkpoint import find, listed, load_model, report
 from configurator import UserError, configure
 from data.dataset import Dataset
 from data.tokenizer import byte_tokenizer
 from model import GPT, GPTConfig
 
+MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 FIXED = ('--lr_decay_iters=100', '--dropout=0.2')  # what does not depend on when a run stops
 
 
@@ -141,7 +143,7 @@ def test_the_run_s_config_is_itself_a_config(source, run_here, tmp_path, capsys)
 
 
 def test_exactly_max_iters_updates_are_made_then_measured_and_saved(run_here, tmp_path):
-    run_here(f'--out_dir={tmp_path}', '--max_iters=5', '--eval_interval=100')
+    run_here(f'--out_dir={tmp_path}', '--max_iters=5', '--eval_interval=5')
     assert list(metrics(tmp_path)) == [1, 2, 3, 4, 5]
     assert list(metrics(tmp_path, 'val_loss')) == [0, 5]
     assert steps(tmp_path) == [5]
@@ -250,6 +252,14 @@ def test_the_whole_validation_split_is_measured_token_by_token(run_here, tmp_pat
     assert metrics(tmp_path, 'val_bpb')[4] == pytest.approx(bits, rel=1e-9)
 
 
+def test_an_evaluation_interval_above_the_steps_means_only_the_end(run_here, tmp_path):
+    run_here(f'--out_dir={tmp_path}', '--eval_interval=5', '--eval_train=False')
+    assert list(metrics(tmp_path, 'val_loss')) == [4]
+    assert metrics(tmp_path, 'train_loss') == {}
+    assert (tmp_path / 'loss.png').exists()
+    assert report(tmp_path)
+
+
 def test_evaluation_does_not_change_the_training(run_here, tmp_path):
     for interval in (1, 100):
         run_here(f'--out_dir={tmp_path}/{interval}', f'--eval_interval={interval}', *FIXED)
@@ -257,9 +267,11 @@ def test_evaluation_does_not_change_the_training(run_here, tmp_path):
     assert hashes(find(tmp_path / '1', 'last')) == hashes(find(tmp_path / '100', 'last'))
 
 
-def test_accumulated_gradients_equal_those_of_one_batch(run_here, tmp_path):
+@pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
+def test_accumulated_gradients_equal_those_of_one_batch(run_here, tmp_path, settings):
     for parts in (1, 2, 4, 8):
         run_here(
+            *settings,
             f'--out_dir={tmp_path}/{parts}',
             f'--gradient_accumulation_steps={parts}',
             f'--batch_size={8 // parts}',
@@ -268,7 +280,8 @@ def test_accumulated_gradients_equal_those_of_one_batch(run_here, tmp_path):
     whole = list(metrics(tmp_path / '1').values())
     for parts in (2, 4, 8):
         losses = list(metrics(tmp_path / str(parts)).values())
-        assert losses == pytest.approx(whole, rel=1e-5)
+        # Muon iterates in bfloat16, where a last digit of the gradient can turn a rounding
+        assert losses == pytest.approx(whole, rel=1e-3 if settings else 1e-5)
 
 
 def test_the_logged_loss_is_the_mean_over_all_micro_batches(run_here, tmp_path, dataset):
@@ -311,6 +324,25 @@ def test_the_linear_schedule_is_constant_then_straight_down(run_here, tmp_path):
     lr = rates(run_here, tmp_path, *args)
     assert lr[:7] == pytest.approx([1e-2] * 7)
     assert lr[7:] == pytest.approx([1e-3 + part * 9e-3 for part in (0.75, 0.5, 0.25, 0)])
+
+
+def test_the_constant_schedule_warms_up_and_stays(run_here, tmp_path):
+    lr = rates(run_here, tmp_path, '--lr_schedule=constant', '--warmup_iters=3', '--max_iters=6')
+    assert lr == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
+
+
+def test_muon_s_rate_rises_and_falls_with_adamw_s(run_here, tmp_path, monkeypatch):
+    seen = []
+    step = optim.Muon.step
+
+    def remember(self):
+        seen.append(self.param_groups[0]['lr'])
+        return step(self)
+
+    monkeypatch.setattr(optim.Muon, 'step', remember)
+    lr = rates(run_here, tmp_path, *MODERN, '--lr_schedule=linear', '--warmup_iters=2')
+    assert seen == pytest.approx([5 * rate for rate in lr])  # muon_lr is five times learning_rate
+    assert len(set(seen)) > 2
 
 
 def test_the_rate_is_constant_without_decay(run_here, tmp_path):
@@ -360,9 +392,12 @@ def test_patience_stops_a_run_that_no_longer_improves(run_here, tmp_path, capsys
 # going on
 
 
-def test_a_stopped_and_resumed_run_equals_one_that_was_not(run_here, tmp_path, monkeypatch):
+@pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
+def test_a_stopped_and_resumed_run_equals_one_that_was_not(
+    run_here, tmp_path, monkeypatch, settings
+):
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
-    args = (*FIXED, '--max_iters=8', '--eval_interval=3')
+    args = (*FIXED, *settings, '--max_iters=8', '--eval_interval=3')
     run_here(f'--out_dir={whole}', *args)
     with monkeypatch.context() as patch:
         signalled(patch, signal.SIGTERM, 5)
@@ -927,7 +962,15 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--block_size=4096'], ['block_size 4096', '--block_size=599']),
         (['--dataset=./nowhere'], ['./nowhere', 'data/text/prepare.py']),
         (['--dataset=shakespere_char'], ['shakespere_char', 'did you mean shakespeare_char?']),
-        (['--lr_schedule=step'], ['lr_schedule', 'cosine', 'linear']),
+        (['--lr_schedule=step'], ['lr_schedule', 'cosine', 'linear', 'constant']),
+        (['--optimizer=sgd'], ['optimizer', 'adamw', 'muon']),
+        (['--optimizer=muon', '--learning_rate=0'], ['learning_rate=0', 'muon']),
+        (['--muon_lr=-1'], ['muon_lr=-1']),
+        (['--arch=modrn'], ['arch', 'gpt2', 'modern']),
+        (['--arch=modern', '--bias'], ['bias=True', '--bias=False']),
+        (['--arch=modern', '--n_embd=6'], ['n_embd=6', 'n_head=2', 'even']),
+        (['--arch=modern', '--n_head=4', '--n_kv_head=3'], ['n_kv_head=3', '1, 2, 4']),
+        (['--n_kv_head=1'], ['n_kv_head=1', 'arch=']),
         (['--compile=maybe'], ['compile', 'True']),
         (['--batch_size=0'], ['batch_size=0']),
         (['--eval_interval=0'], ['eval_interval=0']),
@@ -1075,9 +1118,10 @@ def test_the_quickstart_prepares_its_text_trains_and_writes(in_checkout, checkou
 # two processes
 
 
-def test_two_processes_train_as_one(script, run_here, tiny, tmp_path, environment):
+@pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
+def test_two_processes_train_as_one(script, run_here, tiny, tmp_path, environment, settings):
     pytest.importorskip('torch.distributed', reason='torch was built without it')
-    args = ('--max_iters=6', '--eval_iters=None', '--eval_interval=3')
+    args = (*settings, '--max_iters=6', '--eval_iters=None', '--eval_interval=3')
     run_here(f'--out_dir={tmp_path}/one', *args)
     torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
     done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *args, python=torchrun)
@@ -1086,7 +1130,9 @@ def test_two_processes_train_as_one(script, run_here, tiny, tmp_path, environmen
     for key in ('loss', 'train_loss', 'val_loss', 'val_bpb', 'grad_norm'):
         one, two = metrics(tmp_path / 'one', key), metrics(tmp_path / 'two', key)
         assert list(one) == list(two)
-        assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5), key
+        # Muon iterates in bfloat16, where a last digit of the gradient can turn a rounding
+        tolerance = 1e-3 if settings else 1e-5
+        assert list(two.values()) == pytest.approx(list(one.values()), rel=tolerance), key
     assert steps(tmp_path / 'two') == [3, 6]
     assert (tmp_path / 'two' / 'DONE').exists()
 
