@@ -229,7 +229,22 @@ class RMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, y, along, value=-1) * scale  # y's length cannot change
 
 
-rms_norm = RMSNorm.apply
+class SquaredReLU(torch.autograd.Function):
+    """max(x, 0)^2 (So et al. 2021, Primer), written out for the same reason."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.relu()
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y,) = ctx.saved_tensors
+        return torch.addcmul(grad.new_zeros(()), grad, y, value=2)  # 2 grad y in one pass
+
+
+rms_norm, squared_relu = RMSNorm.apply, SquaredReLU.apply
 
 
 def rotation(pos, head_size, dtype):
@@ -279,8 +294,7 @@ class ModernMLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = F.relu(self.fc1(x))
-        x = x * x  # squared (So et al. 2021, Primer); autocast would have square() in float32
+        x = squared_relu(self.fc1(x))
         return F.dropout(self.fc2(x), self.dropout, self.training)  # (B, T, C)
 
 

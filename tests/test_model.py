@@ -106,6 +106,12 @@ def test_the_written_out_norm_has_the_gradient_of_torchs():
     assert torch.allclose(grad, expected_grad, rtol=1e-4, atol=1e-4)
 
 
+def test_the_squared_relu_has_its_gradient():
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model_module.squared_relu, x)
+    assert torch.equal(model_module.squared_relu(x), F.relu(x).square())
+
+
 @pytest.mark.parametrize('groups', [1, 2, 4])
 def test_written_out_attention_equals_torchs(groups):
     torch.manual_seed(0)
