@@ -8,6 +8,7 @@ of a matrix learns at the same pace. https://kellerjordan.github.io/posts/muon/;
 computes the same one matrix at a time. Embeddings, the head, gains and biases stay with AdamW.
 """
 
+import inspect
 import math
 from collections import defaultdict
 
@@ -32,12 +33,24 @@ def orthogonalize(stack, steps: int = 5):
     return x
 
 
+# torch wraps these two to keep torch.compile out of optimizers, and the wrappers import it: a
+# second of every start, for nothing, as no optimizer is compiled here
+add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+
+
+class AdamW(torch.optim.AdamW):
+    add_param_group, step = add_param_group, torch.no_grad()(adamw_step)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon over 2-dimensional parameters; matrices of one shape are orthogonalised together.
 
     lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
     as AdamW's. Under DDP every rank sees the same gradients and makes the same update.
     """
+
+    add_param_group = add_param_group
 
     def __init__(self, params, lr=0.02, weight_decay=0.1, momentum=0.95, compile=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -100,7 +113,7 @@ def build(
             )
         rest = model.param_groups(weight_decay, leave_out=matrices)
         muon = [Muon(matrices, muon_lr, weight_decay, momentum, compile)]
-    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, fused=True)
+    adamw = AdamW(rest, lr=learning_rate, betas=betas, fused=True)
     for each in (adamw, *muon):
         for group in each.param_groups:
             group['lr_ratio'] = group['lr'] / learning_rate if muon else 1.0

@@ -114,13 +114,11 @@ def wandb_run(out_dir: str | Path, config: dict):
 
 def draw_loss(out_dir: str | Path) -> Path:
     """Draw the run's training and validation loss against the step -> the picture's path."""
-    import matplotlib
-
-    matplotlib.use('Agg')  # to a file, on machines without a screen too
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
 
     lines = read_metrics(out_dir)
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout='constrained')
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout='tight')
+    axes = figure.subplots()
     train = [(line['step'], line['loss']) for line in lines if line.get('loss') is not None]
     axes.plot(
         *zip(*train, strict=True) if train else ([], []), lw=1, alpha=0.5, label='training batch'
@@ -137,5 +135,4 @@ def draw_loss(out_dir: str | Path) -> Path:
     axes.legend(frameon=False)
     path = Path(out_dir) / 'loss.png'
     figure.savefig(path)
-    plt.close(figure)
     return path

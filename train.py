@@ -61,6 +61,8 @@ dataset = 'openwebtext'  # a folder in data/, or the path of one
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
 batch_size = 12  # sequences that one process computes at a time
 block_size = 1024  # tokens per sequence
+short_block_size: int | None = None  # cut sequences into such pieces at first: cheaper attention
+short_iters = 0  # steps on those pieces
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern': rotary positions, RMS norms, squared ReLU, as in NanoChat
 n_layer = 12
@@ -106,7 +108,9 @@ globals().update(config)
 
 within(1, None, config, 'eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')
 within(1, None, config, 'batch_size', 'gradient_accumulation_steps', 'block_size')
+within(1, None, config, 'short_block_size')
 within(0, None, config, 'max_iters', 'epochs', 'warmup_iters', 'lr_decay_iters', 'sample_tokens')
+within(0, None, config, 'short_iters')
 within(0, None, config, 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'peak_tflops')
 within(0, None, config, 'muon_lr')
 within(0, 2**63 - 1, config, 'seed')
@@ -204,6 +208,11 @@ raw_model.train().to(runtime.device)
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, shared out equally
 
+if short_iters and block_size % (short_block_size or block_size + 1):
+    raise ConfigError(
+        f'short_iters={short_iters}: short_block_size={short_block_size} does not cut '
+        f'block_size={block_size} into equal pieces; try --short_block_size={block_size // 4}'
+    )
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
 rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
@@ -234,7 +243,10 @@ def get_batch(number: int):
     """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T)."""
     steps, part = divmod(number, micro_steps)
     first = state['samples'] + steps * global_rows
-    return to_device(*data.batch(first + runtime.rank * rank_rows + part * micro_rows, micro_rows))
+    x, y = data.batch(first + runtime.rank * rank_rows + part * micro_rows, micro_rows)
+    if state['step'] + steps < short_iters:
+        x, y = x.reshape(-1, short_block_size), y.reshape(-1, short_block_size)
+    return to_device(x, y)
 
 
 # -----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from data.tokenizer import byte_tokenizer
 from model import GPT, GPTConfig
 
 MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
+SHORT = ('--short_block_size=4', '--short_iters=4')
 FIXED = ('--lr_decay_iters=100', '--dropout=0.2')  # what does not depend on when a run stops
 
 
@@ -294,6 +295,21 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(run_here, tmp_path, 
     assert metrics(tmp_path)[1] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
 
 
+def test_sequences_are_cut_into_short_pieces_at_first(run_here, tmp_path, dataset):
+    args = ('--short_block_size=4', '--short_iters=2', '--max_iters=3')
+    still = ('--learning_rate=0', '--decay_lr=False', '--gradient_accumulation_steps=1')
+    run_here(f'--out_dir={tmp_path}', *args, *still)
+    torch.manual_seed(1337)
+    data = Dataset(dataset, 16, seed=1337)
+    model = GPT(GPTConfig(16, data.vocab_size, n_layer=1, n_head=2, n_embd=16))
+    losses = []
+    for step in range(3):
+        x, y = map(torch.from_numpy, data.batch(4 * step, 4))
+        width = 4 if step < 2 else 16
+        losses.append(model(x.view(-1, width), y.view(-1, width))[1].item())
+    assert list(metrics(tmp_path).values()) == pytest.approx(losses, rel=1e-5)
+
+
 def test_the_norm_of_the_gradient_is_logged_before_it_is_clipped(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}/a', '--grad_clip=1e-3')
     run_here(f'--out_dir={tmp_path}/b', '--grad_clip=0.0')
@@ -392,7 +408,7 @@ def test_patience_stops_a_run_that_no_longer_improves(run_here, tmp_path, capsys
 # going on
 
 
-@pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
+@pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
 def test_a_stopped_and_resumed_run_equals_one_that_was_not(
     run_here, tmp_path, monkeypatch, settings
 ):
@@ -959,6 +975,8 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--device=quantum'], ['quantum', 'cpu']),
         (['--dtype=float16'], ['float16', '--dtype=float32']),
         (['--dtype=int8'], ['int8', 'bfloat16']),
+        (['--short_iters=5'], ['short_block_size=None', '--short_block_size=4']),
+        (['--short_iters=5', '--short_block_size=5'], ['short_block_size=5', 'block_size=16']),
         (['--block_size=4096'], ['block_size 4096', '--block_size=599']),
         (['--dataset=./nowhere'], ['./nowhere', 'data/text/prepare.py']),
         (['--dataset=shakespere_char'], ['shakespere_char', 'did you mean shakespeare_char?']),
