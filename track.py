@@ -1,7 +1,10 @@
 """
-What a run leaves to look at: metrics.jsonl always, loss.png, TensorBoard and wandb by a setting.
+What a run leaves to look at: metrics.jsonl and loss.png, TensorBoard and wandb by a setting.
+
+$ python track.py out/small out/large --picture=runs.png    # several runs in one picture
 """
 
+import argparse
 import json
 import math
 import os
@@ -10,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError
+from configurator import UserError, one_line_errors
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
@@ -114,25 +117,63 @@ def wandb_run(out_dir: str | Path, config: dict):
 
 def draw_loss(out_dir: str | Path) -> Path:
     """Draw the run's training and validation loss against the step -> the picture's path."""
+    lines = read_metrics(out_dir)
+    figure, axes = plot('step')
+    axes.plot(*points(lines, 'step', 'loss'), lw=1, alpha=0.5, label='training batch')
+    for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
+        steps, losses = points(lines, 'step', key)
+        if steps:
+            axes.plot(steps, losses, 'o-', ms=4, label=label)
+    axes.set_title(Path(out_dir).name)
+    if losses:  # of the validation split
+        label = f'best validation {min(losses):.4f}'
+        axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
+    return write(figure, Path(out_dir) / 'loss.png')
+
+
+def draw_runs(out_dirs: list[str], picture: str, goal: float | None = None) -> Path:
+    """Draw the validation loss of several runs against the seconds each has trained."""
+    figure, axes = plot('seconds of training, evaluation included')
+    for out_dir in out_dirs:
+        seconds, losses = points(read_metrics(out_dir), 'seconds', 'val_loss')
+        if not losses:
+            raise UserError(f'{out_dir} has no evaluation in its metrics.jsonl')
+        label = f'{Path(out_dir).name}: {min(losses):.3f}'
+        axes.plot(seconds, losses, 'o-', ms=3, lw=1.5, label=label)
+    if goal is not None:
+        axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
+    return write(figure, Path(picture))
+
+
+def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
+    """The values of two keys, of the lines that have both."""
+    both = [line for line in lines if line.get(x) is not None and line.get(y) is not None]
+    return [line[x] for line in both], [line[y] for line in both]
+
+
+def plot(xlabel: str):
     from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
 
-    lines = read_metrics(out_dir)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout='tight')
     axes = figure.subplots()
-    train = [(line['step'], line['loss']) for line in lines if line.get('loss') is not None]
-    axes.plot(
-        *zip(*train, strict=True) if train else ([], []), lw=1, alpha=0.5, label='training batch'
-    )
-    for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
-        points = [(line['step'], line[key]) for line in lines if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), 'o-', ms=4, label=label)
-    best = min((loss for _, loss in points), default=None)  # of the validation split
-    axes.set(xlabel='step', ylabel='loss (nats per token)', title=Path(out_dir).name)
-    if best is not None:
-        axes.axhline(best, color='grey', lw=0.8, ls=':', label=f'best validation {best:.4f}')
+    axes.set(xlabel=xlabel, ylabel='loss (nats per token)')
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    path = Path(out_dir) / 'loss.png'
+    return figure, axes
+
+
+def write(figure, path: Path) -> Path:
+    figure.axes[0].legend(frameon=False)
     figure.savefig(path)
     return path
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('out_dirs', nargs='+', help='the folders of the runs')
+    parser.add_argument('--picture', default='runs.png', help='the file to write')
+    parser.add_argument('--goal', type=float, help='a loss to mark with a line')
+    args = parser.parse_args()
+    print(draw_runs(args.out_dirs, args.picture, args.goal))

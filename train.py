@@ -156,8 +156,10 @@ SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
+state |= {'seconds': 0.0}  # of training, all starts together
 if resume_from:
-    raw_model, tokenizer, state = load(resume_from, dropout)
+    raw_model, tokenizer, saved = load(resume_from, dropout)
+    state |= saved
     for name in SHAPE if state['config']['init_from'] == 'scratch' else ():
         if config[name] != getattr(raw_model.config, name):
             raise ConfigError(
@@ -345,7 +347,7 @@ def is_finished() -> bool:
 def save_checkpoint() -> str | None:
     """Save the run as it stands now -> None, or why the disk did not take it."""
     now = {'step': step, 'samples': samples, 'config': config, 'scaler': scaler.state_dict()}
-    now['data'] = data.fingerprint
+    now |= {'data': data.fingerprint, 'seconds': time.perf_counter() - began}
     now['evaluated'] = state['evaluated_step'] == step
     try:
         save(out_dir, raw_model, optimizers, tokenizer, {**state, **now}, always_save_checkpoint)
@@ -357,7 +359,8 @@ def report_end() -> None:
     """What the run reached, where it lies, and a page of what the model learned to write."""
     bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
-    say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}')
+    spent = f'after {tqdm.format_interval(state["seconds"])} of training'
+    say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
     if sample_tokens > 0 and tokenizer is not None:
         raw_model.eval()
         # begin as a document begins, or as the validation split does
@@ -404,6 +407,7 @@ peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
 upcoming, number = batches.submit(get_batch, 0), 0
 stopping, failure = False, None
+began = time.perf_counter() - state['seconds']
 
 while True:
     # evaluate before the update, so that step 0 shows the untrained model
@@ -419,7 +423,7 @@ while True:
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
         say(f'step {step}: {", ".join(shown)}')
         if runtime.main:
-            tracker.log(step, **losses)
+            tracker.log(step, **losses, seconds=time.perf_counter() - began)
     finished = is_finished()
     stopping = stopping or (runtime.world_size == 1 and stop.signal > 0)
 
@@ -489,11 +493,12 @@ while True:
             say(line)
         if runtime.main:
             measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
-            tracker.log(step, loss=mean_loss, **measured)
+            tracker.log(step, loss=mean_loss, **measured, seconds=time.perf_counter() - began)
 
 # -----------------------------------------------------------------------------
 # the end: what was reached, where it lies, and how to go on
 
+state['seconds'] = time.perf_counter() - began
 progress.close()
 batches.shutdown(cancel_futures=True)
 stop.release()

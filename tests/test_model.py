@@ -197,6 +197,23 @@ def test_dropout_acts_in_training_only(arch):
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
+@pytest.mark.parametrize('p', [0.01, 0.3, 0.9])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(7, 1001, 13, requires_grad=True)  # no multiple of the four elements of a word
+    y = model_module.dropout(x, p, training=True)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / (1 - p)).item()}
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # the gradient takes the same way
+    columns = (y.detach()[..., :12].reshape(-1, 4).T == 0).float()
+    assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.03
+    assert model_module.dropout(x, p, training=False) is x
+    torch.manual_seed(0)
+    assert torch.equal(model_module.dropout(x, p, training=True), y)
+
+
 @torch.no_grad()
 def test_cropping_the_context_keeps_the_logits_of_shorter_texts(model):
     idx = tokens(2, 8)

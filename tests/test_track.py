@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from configurator import UserError
-from track import Tracker, draw_loss, read_metrics
+from track import Tracker, draw_loss, draw_runs, read_metrics
 
 PLAIN = {'tensorboard_log': False, 'wandb_log': False, 'wandb_project': 'p', 'wandb_run_name': 'n'}
 
@@ -73,6 +73,18 @@ def test_the_loss_curve_is_a_picture_whatever_there_is_to_draw(tmp_path, lines):
 
 def test_a_picture_needs_no_metrics_file(tmp_path):
     assert draw_loss(tmp_path).is_file()
+
+
+def test_several_runs_are_drawn_into_one_picture(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        lines = [{'step': i, 'seconds': i / 2, 'val_loss': 3 - i} for i in range(3)]
+        text = ''.join(json.dumps(line) + '\n' for line in lines)
+        (tmp_path / name / 'metrics.jsonl').write_text(text)
+    path = draw_runs([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'runs.png', goal=1.5)
+    assert path.read_bytes().startswith(b'\x89PNG')
+    with pytest.raises(UserError, match='nowhere has no evaluation'):
+        draw_runs([tmp_path / 'nowhere'], tmp_path / 'runs.png')
 
 
 def test_tensorboard_events_are_written(tmp_path):
