@@ -22,7 +22,7 @@ import torch
 from configurator import UserError, configure, one_of, within
 from data.tokenizer import char_tokenizer
 from model import GPT, GPTConfig
-from optim import build
+from optim import build_optimizers
 from runtime import start
 from sample import Sampling, generate
 
@@ -120,10 +120,12 @@ def bench_training(config: dict, runtime) -> GPT:
     torch.manual_seed(c['seed'])
     batch = torch.randint(c['vocab_size'], (2, c['batch_size'], c['block_size']))
     batch = batch.to(runtime.device)
-    modern = {'arch': c['arch'], 'n_kv_head': c['n_kv_head']}
-    model = GPT(GPTConfig(**shape, **modern)).to(runtime.device)
+    config = GPTConfig(arch=c['arch'], n_kv_head=c['n_kv_head'], **shape)
+    model = GPT(config).to(runtime.device)
     compiled = runtime.wants_compile(c['compile'])
-    optimizers = build(c['optimizer'], model, learning_rate=1e-4, compile=compiled)
+    rates = {'learning_rate': 1e-4, 'muon_lr': 1e-3, 'weight_decay': 0.1}
+    momenta = {'betas': (0.9, 0.95), 'muon_momentum': 0.95}
+    optimizers = build_optimizers(c['optimizer'], model, **rates, **momenta, compile=compiled)
     wrapped = torch.compile(model) if compiled else model
     sides = {'flatGPT': training_step(wrapped, optimizers, runtime.autocast, batch)}
     if c['nanogpt']:

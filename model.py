@@ -96,8 +96,9 @@ def dropout(x, p, training):
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    keep = torch.ge(bits, round(p * 2**16) - 2**15, out=torch.empty_like(x))
-    return x * keep.mul_(1 / (1 - p))
+    share = min(round(p * 2**16), 2**16 - 1)  # of 2^16 values, those that drop
+    keep = torch.ge(bits, share - 2**15, out=torch.empty_like(x))
+    return x * keep.mul_(2**16 / (2**16 - share))
 
 
 def attention(q, k, v, p=0.0, cache=None, layer=None):
@@ -120,7 +121,8 @@ def written_out_attention(q, k, v, p):
     """Causal attention as plain products (Vaswani et al. 2017, equation 1).
 
     For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
-    it going backward, and still half as long again at 2,048. Memory grows with T squared.
+    it going backward, and at 2,048 still half as long again; the limit of 1,024 is for the memory,
+    which grows with T squared.
     """
     B, H, T, D = q.shape
     k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
@@ -225,7 +227,8 @@ class GPT2(nn.Module):
 class RMSNorm(torch.autograd.Function):
     """Root mean square of the last dimension to 1 (Zhang and Sennrich 2019), no parameters.
 
-    Written out, because on a CPU F.rms_norm and its gradient take three times as long.
+    Written out, because on a CPU F.rms_norm and its gradient take three times as long. The scale is
+    rounded to x's dtype. Can be differentiated once.
     """
 
     @staticmethod
@@ -289,13 +292,17 @@ class ModernAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, angles, cache=None, layer=None):
-        # one product for three matrices, one turn and one norm for queries and keys
-        weights = torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight))
-        qkv = F.linear(x, weights).unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if cache is None:  # one product is faster than three
+            qkv = F.linear(x, torch.cat([proj.weight for proj in projections]))
+        else:  # but for a few tokens, copying the weights would cost more than it saves
+            qkv = torch.cat([proj(x) for proj in projections], dim=-1)
+        qkv = qkv.unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
         qk, v = qkv.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
         qk = rms_norm(rotate(qk, *angles))
         q, k = qk.split((self.n_head, self.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
+        # no dropout of attention weights: on a CPU it would cost as much as the attention
         y = attention(q, k, v, cache=cache, layer=layer)  # (B, T, C)
         return dropout(self.o_proj(y), self.dropout, self.training)
 
@@ -335,8 +342,9 @@ class Modern(nn.Module):
 
     def forward(self, idx, pos, cache=None):
         x = self.embed_tokens(idx)  # (B, T, C)
-        if torch.is_autocast_enabled(x.device.type):  # half the memory traffic, as nanochat trains
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+            x = x.bfloat16()  # half the memory traffic, as NanoChat trains; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
         angles = rotation(pos, self.head_size, x.dtype)
         for layer, block in enumerate(self.layers):
@@ -346,7 +354,7 @@ class Modern(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Blocks begin as the identity: their last matrices are zero, the others 1 / sqrt(C)."""
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # normed at once: only 1 / lr matters
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # normed at once: only lr / std matters
         for name, parameter in self.layers.named_parameters():
             if name.endswith(('o_proj.weight', 'fc2.weight')):
                 nn.init.zeros_(parameter)

@@ -1,11 +1,12 @@
 """
-Muon, an optimizer for the matrices inside a model's blocks (Jordan et al. 2024).
+Muon, an optimizer for the matrices inside a model's blocks (Jordan et al. 2024), beside AdamW.
 
-    optimizers = build('muon', model, learning_rate=4e-3, muon_lr=0.02, weight_decay=0.1)
+    optimizers = build_optimizers('muon', model, learning_rate=4e-3, muon_lr=0.02, ...)
 
 The update is Nesterov's momentum with its singular values brought near 1, so that every direction
 of a matrix learns at the same pace. https://kellerjordan.github.io/posts/muon/; torch.optim.Muon
 computes the same one matrix at a time. Embeddings, the head, gains and biases stay with AdamW.
+GPT-2 holds queries, keys and values in one matrix, which Muon takes as the one it is.
 """
 
 import inspect
@@ -34,7 +35,7 @@ def orthogonalize(stack, steps: int = 5):
 
 
 # torch wraps these two to keep torch.compile out of optimizers, and the wrappers import it: a
-# second of every start, for nothing, as no optimizer is compiled here
+# second of every fresh start, for nothing, as no optimizer is compiled here
 add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 adamw_step = inspect.unwrap(torch.optim.AdamW.step)
 
@@ -52,12 +53,15 @@ class Muon(torch.optim.Optimizer):
 
     add_param_group = add_param_group
 
-    def __init__(self, params, lr=0.02, weight_decay=0.1, momentum=0.95, compile=False):
+    def __init__(self, params, lr, weight_decay, momentum, compile=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        self.orthogonalize = torch.compile(orthogonalize) if compile else orthogonalize
+        # one graph a shape: a resumed process must not meet them in another order
+        self.orthogonalize = (
+            torch.compile(orthogonalize, dynamic=False) if compile else orthogonalize
+        )
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         for group in self.param_groups:
             lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
             alike = defaultdict(list)  # a matrix and the transpose of another make one stack
@@ -65,9 +69,8 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     alike[tuple(sorted(parameter.shape))].append(parameter)
             for parameters in alike.values():
-                updates = self.orthogonalize(
-                    torch.stack([wide(self.nesterov(p, momentum)) for p in parameters])
-                )
+                stack = [wide(self.nesterov(p, momentum)).bfloat16() for p in parameters]
+                updates = self.orthogonalize(torch.stack(stack))
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows, columns = parameter.shape
                     parameter.mul_(1 - lr * decay)
@@ -87,34 +90,34 @@ def wide(matrix):
     return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 
-def build(
+def build_optimizers(
     name: str,
     model,
+    *,
     learning_rate: float,
-    muon_lr: float = 0.02,
-    weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
-    momentum: float = 0.95,
+    betas: tuple[float, float],
+    muon_lr: float,
+    muon_momentum: float,
+    weight_decay: float,
     compile: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of `model`: AdamW alone, or with 'muon' Muon for the blocks' matrices too.
+    """'adamw': AdamW for all. 'muon': Muon for the blocks' matrices, AdamW for what is left.
 
     Each group's lr_ratio is its learning rate as a multiple of AdamW's, for a common schedule.
     """
     if name == 'adamw':
-        rest, muon = model.param_groups(weight_decay), []
+        groups, muon = model.param_groups(weight_decay), []
     else:
         if not learning_rate:
             raise ConfigError("learning_rate=0: optimizer='muon' takes its schedule from it")
         matrices = model.block_matrices()
         if not matrices:
-            raise ConfigError(
-                "optimizer='muon': no matrix is there to train; take optimizer='adamw'"
-            )
-        rest = model.param_groups(weight_decay, leave_out=matrices)
-        muon = [Muon(matrices, muon_lr, weight_decay, momentum, compile)]
-    adamw = AdamW(rest, lr=learning_rate, betas=betas, fused=True)
-    for each in (adamw, *muon):
-        for group in each.param_groups:
+            raise ConfigError("optimizer='muon': the model has no matrix to train; take 'adamw'")
+        # embeddings and head do not decay, as NanoChat trains
+        groups = model.param_groups(weight_decay=0.0, leave_out=matrices)
+        muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
+    adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    for optimizer in (adamw, *muon):
+        for group in optimizer.param_groups:
             group['lr_ratio'] = group['lr'] / learning_rate if muon else 1.0
     return [adamw, *muon]

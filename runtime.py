@@ -153,13 +153,15 @@ class Runtime:
         """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def compile(self, model: torch.nn.Module, x, y, say: Callable) -> torch.nn.Module:
-        """The compiled model, tried on one batch; the model as it is where compiling fails."""
+    def compile(self, model: torch.nn.Module, batches: list, say: Callable) -> torch.nn.Module:
+        """The compiled model, tried on a batch (x, y) of each shape; as it is where that fails."""
         say('compiling the model, about a minute ...')
         try:
-            compiled = torch.compile(model)
-            with self.autocast():
-                compiled(x, y)[1].backward()
+            compiled = torch.compile(model, dynamic=False)
+            for x, y in batches:
+                with self.autocast():
+                    loss = compiled(x, y)[1]
+                loss.backward()
             return compiled
         except Exception as error:
             if is_out_of_memory(error):
@@ -258,7 +260,7 @@ def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> R
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what it frees, up to 2 GB, for the next step's activations.
+    """Have the C library keep the memory it frees for the next step's activations.
 
     glibc gives every large block back to the system, which hands it out again zeroed, page by page:
     a fifth of a small model's training step. Elsewhere there is no mallopt, and nothing happens.

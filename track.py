@@ -131,18 +131,23 @@ def draw_loss(out_dir: str | Path) -> Path:
     return write(figure, Path(out_dir) / 'loss.png')
 
 
-def draw_runs(out_dirs: list[str], picture: str, goal: float | None = None) -> Path:
-    """Draw the validation loss of several runs against the seconds each has trained."""
-    figure, axes = plot('seconds of training, evaluation included')
+def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | None = None) -> Path:
+    """Draw the validation loss of several runs against the seconds since each one's start."""
+    figure, axes = plot('seconds since the start, evaluation included')
     for out_dir in out_dirs:
+        if not (Path(out_dir) / 'metrics.jsonl').is_file():
+            raise UserError(f'{out_dir}: there is no metrics.jsonl; give the folder of a run')
         seconds, losses = points(read_metrics(out_dir), 'seconds', 'val_loss')
         if not losses:
-            raise UserError(f'{out_dir} has no evaluation in its metrics.jsonl')
+            raise UserError(f'{out_dir}: its metrics.jsonl has no evaluation with its seconds')
         label = f'{Path(out_dir).name}: {min(losses):.3f}'
         axes.plot(seconds, losses, 'o-', ms=3, lw=1.5, label=label)
     if goal is not None:
         axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
-    return write(figure, Path(picture))
+    try:
+        return write(figure, Path(picture))
+    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        raise UserError(f'--picture={picture}: {error}') from error
 
 
 def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
@@ -167,13 +172,17 @@ def write(figure, path: Path) -> Path:
     return path
 
 
-if __name__ == '__main__':
-    one_line_errors()
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('out_dirs', nargs='+', help='the folders of the runs')
     parser.add_argument('--picture', default='runs.png', help='the file to write')
     parser.add_argument('--goal', type=float, help='a loss to mark with a line')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     print(draw_runs(args.out_dirs, args.picture, args.goal))
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    main()

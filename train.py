@@ -28,7 +28,7 @@ from checkpoint import find, listed, load, load_model, load_optimizer, newest_ru
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from model import GPT, GPTConfig
-from optim import build
+from optim import build_optimizers
 from runtime import StopSignal, on_out_of_memory, start
 from sample import Sampling, generate
 from track import Progress, Tracker, draw_loss
@@ -42,7 +42,7 @@ auto_resume = False  # resume if out_dir has a checkpoint, otherwise start from 
 overwrite = False  # let a new run delete the checkpoints that its folder has
 seed = 1337  # of the initial weights, the data order and dropout
 # evaluation and saving
-eval_interval = 2000  # steps between evaluations, each saved; above max_iters: only at the end
+eval_interval: int | None = 2000  # steps between evaluations, each saved; None: only at the end
 eval_iters: int | None = 200  # batches per evaluation and split; None: the whole validation split
 eval_train = True  # evaluate the training split too, on as many windows
 eval_only = False  # evaluate once, print, write nothing
@@ -78,7 +78,7 @@ muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
 muon_momentum = 0.95
 max_iters = 600000  # updates in all
 epochs: float | None = None  # passes over the training split; sets max_iters and lr_decay_iters
-weight_decay = 1e-1  # of matrices and embeddings
+weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices in the blocks
 beta1 = 0.9  # AdamW's
 beta2 = 0.95
 grad_clip = 1.0  # largest norm of the gradient; 0.0 does not clip
@@ -107,12 +107,11 @@ if resuming:  # the run's own settings come first, this command's after them
 globals().update(config)
 
 within(1, None, config, 'eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')
-within(1, None, config, 'batch_size', 'gradient_accumulation_steps', 'block_size')
-within(1, None, config, 'short_block_size')
-within(0, None, config, 'max_iters', 'epochs', 'warmup_iters', 'lr_decay_iters', 'sample_tokens')
-within(0, None, config, 'short_iters')
-within(0, None, config, 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'peak_tflops')
-within(0, None, config, 'muon_lr')
+within(1, None, config, 'batch_size', 'gradient_accumulation_steps')
+within(1, None, config, 'block_size', 'short_block_size')
+within(0, None, config, 'max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')
+within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')
+within(0, None, config, 'sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
 within(0, 1, config, 'cooldown')
 within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
@@ -156,7 +155,7 @@ SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
-state |= {'seconds': 0.0}  # of training, all starts together
+state |= {'seconds': 0.0}  # since the start, with compilation and evaluation; summed over starts
 if resume_from:
     raw_model, tokenizer, saved = load(resume_from, dropout)
     state |= saved
@@ -166,6 +165,12 @@ if resume_from:
                 f'{name}={config[name]}: {resume_from} was trained with {name}='
                 f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
             )
+    began_with = state['config'].get('optimizer', 'adamw')
+    if optimizer != began_with:
+        raise ConfigError(
+            f'optimizer={optimizer!r}: {resume_from} holds the state of {began_with!r}; for a new '
+            f'run from its weights, give --init_from={out_dir} and another --out_dir'
+        )
     config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
 elif init_from not in ('scratch', 'resume'):
     if checkpoint:  # of that run; a resumed one would take it for one of its own
@@ -210,10 +215,12 @@ raw_model.train().to(runtime.device)
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, shared out equally
 
-if short_iters and block_size % (short_block_size or block_size + 1):
+piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
+if short_iters and (not piece or block_size % piece):
     raise ConfigError(
         f'short_iters={short_iters}: short_block_size={short_block_size} does not cut '
-        f'block_size={block_size} into equal pieces; try --short_block_size={block_size // 4}'
+        f'block_size={block_size} into equal pieces; try '
+        f'--short_block_size={math.gcd(short_block_size or block_size // 4, block_size)}'
     )
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
 rank_rows, micro_rows = runtime.share(global_rows, batch_size)
@@ -247,22 +254,44 @@ def get_batch(number: int):
     first = state['samples'] + steps * global_rows
     x, y = data.batch(first + runtime.rank * rank_rows + part * micro_rows, micro_rows)
     if state['step'] + steps < short_iters:
-        x, y = x.reshape(-1, short_block_size), y.reshape(-1, short_block_size)
+        x, y = x.reshape(-1, piece), y.reshape(-1, piece)
     return to_device(x, y)
 
 
 # -----------------------------------------------------------------------------
 # optimizer, compilation, processes
 
-optimizers = build(
+say(
+    f'model: {config["arch"]}, {raw_model.num_params() / 1e6:,.2f}M parameters, '
+    f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
+    f'context {block_size}; {optimizer}\n'
+    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+    f'machine: {runtime}'
+)
+
+# raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
+model, compiled = raw_model, False
+began = time.perf_counter() - state['seconds']
+if not eval_only:
+    if runtime.wants_compile(compile):
+        x, y = get_batch(0)
+        widths = {x.size(1), block_size}  # short sequences, if they come first, and whole ones
+        batches = [(x.reshape(-1, T), y.reshape(-1, T)) for T in sorted(widths)]
+        model = runtime.compile(model, batches, say)
+        compiled = model is not raw_model
+    if runtime.world_size > 1:
+        gpu = [runtime.device] if runtime.device_type == 'cuda' else None
+        model = DistributedDataParallel(model, device_ids=gpu)
+
+optimizers = build_optimizers(
     optimizer,
     raw_model,
-    learning_rate,
-    muon_lr,
-    weight_decay,
-    (beta1, beta2),
-    muon_momentum,
-    runtime.wants_compile(compile),
+    learning_rate=learning_rate,
+    betas=(beta1, beta2),
+    muon_lr=muon_lr,
+    muon_momentum=muon_momentum,
+    weight_decay=weight_decay,
+    compile=compiled,
 )
 # float16 alone needs its loss scaled: bfloat16 has the range of float32
 scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
@@ -270,22 +299,6 @@ if resume_from:
     load_optimizer(resume_from, raw_model, optimizers)
     if scaler.is_enabled() and state['scaler']:
         scaler.load_state_dict(state['scaler'])
-
-say(
-    f'model: {raw_model.num_params() / 1e6:,.2f}M parameters, {config["n_layer"]} layers of '
-    f'{config["n_embd"]}, {config["n_head"]} heads, context {block_size}\n'
-    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
-    f'machine: {runtime}'
-)
-
-# raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
-model = raw_model
-if not eval_only:
-    if runtime.wants_compile(compile):
-        model = runtime.compile(model, *get_batch(0), say)
-    if runtime.world_size > 1:
-        gpu = [runtime.device] if runtime.device_type == 'cuda' else None
-        model = DistributedDataParallel(model, device_ids=gpu)
 
 
 @torch.no_grad()
@@ -359,7 +372,7 @@ def report_end() -> None:
     """What the run reached, where it lies, and a page of what the model learned to write."""
     bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
-    spent = f'after {tqdm.format_interval(state["seconds"])} of training'
+    spent = f'{tqdm.format_interval(state["seconds"])} after the start'
     say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
     if sample_tokens > 0 and tokenizer is not None:
         raw_model.eval()
@@ -407,16 +420,15 @@ peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
 upcoming, number = batches.submit(get_batch, 0), 0
 stopping, failure = False, None
-began = time.perf_counter() - state['seconds']
 
 while True:
     # evaluate before the update, so that step 0 shows the untrained model
     losses = None
-    due = step >= max_iters or (step % eval_interval == 0 and eval_interval <= max_iters)
+    due = step >= max_iters or (eval_interval and step % eval_interval == 0)
     if due and state['evaluated_step'] != step and not stopping:
         losses = estimate_loss()
     if losses:
-        state |= {**losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
+        state |= {'train_loss': None, **losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
         best = math.inf if state['best_val_loss'] is None else state['best_val_loss']
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}

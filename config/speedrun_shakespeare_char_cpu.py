@@ -3,7 +3,7 @@
 # $ python train.py config/speedrun_shakespeare_char_cpu.py
 
 dataset = 'shakespeare_char'
-eval_interval = 10**9  # only at the end
+eval_interval = None  # only at the end
 eval_iters = None  # the whole validation split, 111,540 characters
 eval_train = False
 log_interval = 20

@@ -1,6 +1,7 @@
-# GPT-2 124M's size in the modern architecture with Muon, on one node with 8 GPUs of 80 GB. About
-# 10 billion tokens instead of train_gpt2's 295, for a loss that is meant to be no worse: Muon needs
-# about half of AdamW's tokens (Liu et al. 2025), a schedule that ends at zero most of the rest.
+# GPT-2 124M's blocks in the modern architecture with Muon, on one node with 8 GPUs of 80 GB: 85M
+# parameters in the blocks, 39M each in embedding and head. 10 billion tokens instead of
+# train_gpt2's 295: Muon needs about half of AdamW's (Liu et al. 2025), and most of the 295 buy
+# little. Not run yet.
 # Prepare the text first: data/openwebtext/prepare.py
 # $ torchrun --standalone --nproc_per_node=8 train.py train_gpt2_modern
 
@@ -28,10 +29,12 @@ lr_decay_iters = None  # until the last step
 optimizer = 'muon'
 muon_lr = 0.02  # Jordan's for this size; a matrix's update has the same size at every width
 muon_momentum = 0.95
-learning_rate = 4e-3  # of embedding and head, whose gradients are sparse: NanoChat's at width 768
+# NanoChat's 0.004 for the head at this width; its 0.2 for the embedding, too, which starts with a
+# spread of 1 there and of 0.02 here, and whose scale the norm after it takes away
+learning_rate = 4e-3
 beta1 = 0.8  # NanoChat's
 beta2 = 0.95
-weight_decay = 0.1  # Muon needs some over long runs (Liu et al. 2025)
+weight_decay = 0.1  # of the blocks: Muon needs some over long runs (Liu et al. 2025)
 
 # constant and then straight to zero: better than the cosine to a tenth for the same steps
 # (Bergsma et al. 2025), and the constant part can be prolonged (Haegele et al. 2024)

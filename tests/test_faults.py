@@ -342,9 +342,9 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
 # compilation
 
 
-def compiled(script, tiny, tmp_path, **env):
+def compiled(script, tiny, tmp_path, *settings, **env):
     env = {'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'), **env}
-    return script('train.py', tiny, f'--out_dir={tmp_path}/a', '--compile=True', env=env)
+    return script('train.py', tiny, f'--out_dir={tmp_path}/a', '--compile=True', *settings, env=env)
 
 
 def test_without_a_c_compiler_training_goes_on_uncompiled(script, tiny, tmp_path):
@@ -354,11 +354,16 @@ def test_without_a_c_compiler_training_goes_on_uncompiled(script, tiny, tmp_path
     assert (tmp_path / 'a' / 'DONE').exists()
 
 
+MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--dropout=0.0')
+SHORT = ('--short_block_size=4', '--short_iters=2')
+
+
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler here')
-def test_a_compiled_model_trains_alike(script, run_here, tiny, tmp_path):
-    done = compiled(script, tiny, tmp_path)
+@pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
+def test_a_compiled_model_trains_alike(script, run_here, tiny, tmp_path, settings):
+    done = compiled(script, tiny, tmp_path, *settings)
     assert done.returncode == 0, done.stderr
     assert 'which failed' not in done.stdout
-    run_here(f'--out_dir={tmp_path}/b')
+    run_here(f'--out_dir={tmp_path}/b', *settings)
     losses = [list(metrics(tmp_path / name).values()) for name in 'ab']
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if settings else 1e-4)

@@ -1,12 +1,17 @@
 """Muon: its update against torch.optim.Muon, and which parameters it is given."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from configurator import ConfigError
 from model import GPT, GPTConfig
-from optim import Muon, build, orthogonalize
+from optim import AdamW, Muon, build_optimizers, orthogonalize
 
+SETTINGS = {'lr': 0.02, 'weight_decay': 0.1, 'momentum': 0.95}
 SHAPES = [(24, 24), (24, 24), (24, 96), (96, 24), (24, 96), (8, 24)]  # square, wide and tall
 
 
@@ -30,8 +35,7 @@ def model(arch='modern'):
 def test_steps_agree_with_those_of_torch():
     """To bfloat16's rounding, in which both iterate: 2^-8 of entries below 1."""
     (ours, generator), (theirs, _) = matrices(), matrices()
-    mine = Muon(ours, lr=0.02, weight_decay=0.1, momentum=0.95)
-    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    mine, reference = Muon(ours, **SETTINGS), torch.optim.Muon(theirs, **SETTINGS)
     for _ in range(3):
         before = [p.detach().clone() for p in ours]
         give_gradients(ours, generator)
@@ -58,7 +62,7 @@ def test_a_stack_is_orthogonalised_as_each_matrix_alone():
 
 def test_a_gradient_of_zero_or_none_moves_nothing():
     (parameters, _) = matrices()
-    optimizer = Muon(parameters, weight_decay=0.0)
+    optimizer = Muon(parameters, **{**SETTINGS, 'weight_decay': 0.0})
     before = [p.detach().clone() for p in parameters]
     for parameter in parameters[1:]:
         parameter.grad = torch.zeros_like(parameter)
@@ -67,10 +71,41 @@ def test_a_gradient_of_zero_or_none_moves_nothing():
     assert len(optimizer.state) == len(parameters) - 1
 
 
+def build(name, model, learning_rate):
+    rest = {'betas': (0.9, 0.95), 'muon_lr': 0.02, 'muon_momentum': 0.95, 'weight_decay': 0.1}
+    return build_optimizers(name, model, learning_rate=learning_rate, **rest)
+
+
+def test_adamw_s_steps_are_torchs():
+    (ours, generator), (theirs, _) = matrices(), matrices()
+    options = {'lr': 0.01, 'betas': (0.8, 0.95), 'weight_decay': 0.1, 'fused': True}
+    mine, reference = AdamW(ours, **options), torch.optim.AdamW(theirs, **options)
+    for _ in range(3):
+        give_gradients(ours, generator)
+        for a, b in zip(ours, theirs, strict=True):
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_the_compiler_is_not_imported_to_train_without_it():
+    code = """
+import sys, torch
+from optim import AdamW, Muon
+one, two = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+for optimizer in (AdamW([one], fused=True), Muon([two], 0.1, 0.1, 0.9)):
+    one.grad = two.grad = torch.ones(4, 4)
+    optimizer.step()
+sys.exit('torch._dynamo' in sys.modules)
+"""
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(arch):
     built = model(arch)
-    adamw, muon = build('muon', built, learning_rate=4e-3, muon_lr=0.02, weight_decay=0.1)
+    adamw, muon = build('muon', built, learning_rate=4e-3)
     names = {id(p): name for name, p in built.named_parameters()}
     (group,) = muon.param_groups
     assert len(group['params']) == 2 * (4 if arch == 'gpt2' else 6)
@@ -79,6 +114,8 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(arch):
     rest = {names[id(p)] for group in adamw.param_groups for p in group['params']}
     assert len(rest) + len(group['params']) == len(names)
     assert all(group['lr_ratio'] == 1.0 for group in adamw.param_groups)
+    assert all(group['weight_decay'] == 0.0 for group in adamw.param_groups)
+    assert group['weight_decay'] == 0.1
 
 
 def test_adamw_alone_takes_everything():
@@ -91,7 +128,7 @@ def test_muon_without_a_matrix_is_one_line():
     built = model()
     for block in built.blocks:
         block.requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"optimizer='muon': no matrix .* optimizer='adamw'"):
+    with pytest.raises(ConfigError, match=r"optimizer='muon': the model has no matrix .* 'adamw'"):
         build('muon', built, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="learning_rate=0: optimizer='muon'"):
         build('muon', model(), learning_rate=0.0)

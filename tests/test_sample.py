@@ -41,17 +41,18 @@ LETTERS = '\n abcdefgh'
 ALL = {'top_k': None, 'temperature': 1.0}  # no filter at all
 
 
-def tiny(vocab_size, block_size=BLOCK, seed=0):
+def tiny(vocab_size, block_size=BLOCK, seed=0, **changes):
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, n_layer=2, n_head=2, n_embd=32, bias=True))
+    shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, **(changes or {'bias': True})}
+    model = GPT(GPTConfig(block_size, vocab_size, **shape))
     for parameter in model.parameters():  # larger than at the start: clear preferences
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
-@pytest.fixture
-def model():
-    return tiny(len(LETTERS) + 1)
+@pytest.fixture(params=[{}, {'arch': 'modern', 'n_kv_head': 1}], ids=['gpt2', 'grouped'])
+def model(request):
+    return tiny(len(LETTERS) + 1, **request.param)
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_overflows_nothing()
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
-    model.transformer.ln_f.bias.data.fill_(bad)
+    model.lm_head.weight.data.fill_(bad)
     with pytest.raises(UserError, match='no finite logits'):
         run(model, tokenizer, [[0]], Sampling(temperature=temperature))
 

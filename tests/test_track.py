@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import track
 from configurator import UserError
 from track import Tracker, draw_loss, draw_runs, read_metrics
 
@@ -83,8 +84,15 @@ def test_several_runs_are_drawn_into_one_picture(tmp_path):
         (tmp_path / name / 'metrics.jsonl').write_text(text)
     path = draw_runs([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'runs.png', goal=1.5)
     assert path.read_bytes().startswith(b'\x89PNG')
-    with pytest.raises(UserError, match='nowhere has no evaluation'):
-        draw_runs([tmp_path / 'nowhere'], tmp_path / 'runs.png')
+    (tmp_path / 'b' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
+    for args, message in (
+        ([tmp_path / 'nowhere', '--picture=x.png'], 'nowhere: there is no metrics.jsonl'),
+        ([tmp_path / 'b'], 'b: its metrics.jsonl has no evaluation'),
+        ([tmp_path / 'a', f'--picture={tmp_path}/runs.txt'], 'runs.txt: .*txt'),
+        ([tmp_path / 'a', f'--picture={tmp_path}/no/runs.png'], 'no/runs.png: .*No such'),
+    ):
+        with pytest.raises(UserError, match=message):
+            track.main(list(map(str, args)))
 
 
 def test_tensorboard_events_are_written(tmp_path):

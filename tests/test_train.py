@@ -253,8 +253,8 @@ def test_the_whole_validation_split_is_measured_token_by_token(run_here, tmp_pat
     assert metrics(tmp_path, 'val_bpb')[4] == pytest.approx(bits, rel=1e-9)
 
 
-def test_an_evaluation_interval_above_the_steps_means_only_the_end(run_here, tmp_path):
-    run_here(f'--out_dir={tmp_path}', '--eval_interval=5', '--eval_train=False')
+def test_no_evaluation_interval_means_only_the_end(run_here, tmp_path):
+    run_here(f'--out_dir={tmp_path}', '--eval_interval=None', '--eval_train=False')
     assert list(metrics(tmp_path, 'val_loss')) == [4]
     assert metrics(tmp_path, 'train_loss') == {}
     assert (tmp_path / 'loss.png').exists()
@@ -278,9 +278,12 @@ def test_accumulated_gradients_equal_those_of_one_batch(run_here, tmp_path, sett
             f'--batch_size={8 // parts}',
             '--max_iters=6',
         )
+    norms = metrics(tmp_path / '1', 'grad_norm')  # of the first step, before rounding adds up
     whole = list(metrics(tmp_path / '1').values())
     for parts in (2, 4, 8):
         losses = list(metrics(tmp_path / str(parts)).values())
+        norm = metrics(tmp_path / str(parts), 'grad_norm')
+        assert norm[1] == pytest.approx(norms[1], rel=1e-5)
         # Muon iterates in bfloat16, where a last digit of the gradient can turn a rounding
         assert losses == pytest.approx(whole, rel=1e-3 if settings else 1e-5)
 
@@ -837,6 +840,35 @@ def broken_forward(monkeypatch, at_calls):
     monkeypatch.setattr(model_module.GPT, 'forward', forward_or_nan)
 
 
+def test_a_gradient_that_overflows_lowers_the_scale_and_leaves_the_update_out(
+    run_here, tmp_path, monkeypatch
+):
+    """float16's loss scaling with two optimizers, which needs no GPU to be tried."""
+    made, scaler_of = [], torch.amp.GradScaler
+
+    def scaler(device, enabled):
+        made.append(scaler_of(device, init_scale=2.0**8))
+        return made[0]
+
+    unscale = scaler_of.unscale_
+    monkeypatch.setattr(torch.amp, 'GradScaler', scaler)
+    seen = []
+
+    def overflow(self, optimizer):
+        seen.append(optimizer)
+        if len(seen) == 3:  # of the second step's two optimizers, the first
+            optimizer.param_groups[0]['params'][0].grad.fill_(math.inf)
+        unscale(self, optimizer)
+
+    monkeypatch.setattr(scaler_of, 'unscale_', overflow)
+    assert run_here(f'--out_dir={tmp_path}', '--eval_interval=1', *MODERN) == 0
+    one, two, three = (load_model(path)[0] for path in listed(tmp_path)[:3])
+    weights = [[p.detach() for p in model.parameters()] for model in (one, two, three)]
+    assert all(map(torch.equal, weights[0], weights[1]))  # neither optimizer made its update
+    assert not any(map(torch.equal, weights[1], weights[2]))
+    assert made[0].get_scale() == 2.0**7
+
+
 def test_one_loss_that_is_not_a_number_costs_one_update(run_here, tmp_path, monkeypatch, capsys):
     broken_forward(monkeypatch, {3})  # the first micro-batch of the second step
     assert run_here(f'--out_dir={tmp_path}', '--eval_interval=1') == 0
@@ -888,28 +920,29 @@ def test_a_full_disk_does_not_end_the_training_and_spares_the_old_checkpoint(
     assert steps(tmp_path)[-1] == 4
 
 
+@pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
 def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
-    run_here, tmp_path, monkeypatch, capsys
+    run_here, tmp_path, monkeypatch, capsys, settings
 ):
-    def compile(model):
+    def compile(model, **options):
         def fail(*args):
             raise RuntimeError('no C++ compiler\nfound here')
 
         return fail
 
     monkeypatch.setattr(torch, 'compile', compile)
-    run_here(f'--out_dir={tmp_path}/a', '--compile=True', *FIXED)
+    run_here(f'--out_dir={tmp_path}/a', '--compile=True', *FIXED, *settings)
     assert (
         'training without torch.compile, which failed: RuntimeError: no C++ compiler\n'
         in capsys.readouterr().out
     )
-    run_here(f'--out_dir={tmp_path}/b', *FIXED)
+    run_here(f'--out_dir={tmp_path}/b', *FIXED, *settings)
     assert hashes(find(tmp_path / 'a')) == hashes(find(tmp_path / 'b'))
 
 
 def test_a_compiled_model_is_saved_under_its_bare_names(run_here, tmp_path, monkeypatch):
     class Wrapped(torch.nn.Module):
-        def __init__(self, model):
+        def __init__(self, model, **options):
             super().__init__()
             self._orig_mod = model
 
@@ -1031,6 +1064,39 @@ def test_resuming_only_damaged_checkpoints_is_refused(run_here, copied, capsys):
     assert 'every checkpoint is damaged' in text
     assert 'manifest.json' in capsys.readouterr().err
     assert steps(copied) == [10, 20]
+
+
+@pytest.mark.parametrize('settings', [(), MODERN], ids=['to muon', 'to adamw'])
+def test_a_resumed_run_keeps_its_optimizer(run_here, tmp_path, settings):
+    run_here(f'--out_dir={tmp_path}', *settings)
+    before = contents(tmp_path)
+    other = '--optimizer=adamw' if settings else '--optimizer=muon'
+    text = refused(run_here, f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=9', other)
+    assert f'--init_from={tmp_path}' in text
+    assert contents(tmp_path) == before
+
+
+def test_a_run_from_before_there_were_two_architectures_goes_on(run_here, copied):
+    for path in listed(copied):
+        state = json.loads((path / 'state.json').read_text())
+        for name in ('arch', 'n_kv_head'):
+            del state['model'][name]
+        for name in ('arch', 'n_kv_head', 'optimizer', 'muon_lr', 'short_iters', 'eval_train'):
+            del state['config'][name]
+        del state['seconds']
+        checkpoint.write_json(path / 'state.json', state)
+        manifest = json.loads((path / 'manifest.json').read_text())
+        manifest['state.json'] = checkpoint.sha256(path / 'state.json')
+        checkpoint.write_json(path / 'manifest.json', manifest)
+    assert run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=22') == 0
+    assert steps(copied)[-1] == 22
+
+
+def test_seconds_go_on_in_a_resumed_run(run_here, copied):
+    before = metrics(copied, 'seconds')
+    assert sorted(before.values()) == list(before.values())
+    run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=22')
+    assert metrics(copied, 'seconds')[21] > before[20] > 0
 
 
 def test_a_resumed_run_keeps_its_shape(run_here, copied):
