@@ -9,15 +9,15 @@ eval_train = False
 log_interval = 20
 always_save_checkpoint = False
 
-# 12 sequences * 256 characters = 3,072 tokens per step; * 830 steps = 2.5 passes over the text.
+# 12 sequences * 256 characters = 3,072 tokens per step; * 775 steps = 2.4 passes over the text.
 # Half the steps see the same tokens as 48 sequences of 64, with a quarter of the attention: the
 # first thing to learn is what lies near, and all of them on 256 ended 0.02 higher in the same time
 gradient_accumulation_steps = 1
 batch_size = 12
 block_size = 256
 short_block_size = 64
-short_iters = 440
-max_iters = 830
+short_iters = 410
+max_iters = 775
 lr_decay_iters = None  # until the last step
 
 # 12 * n_layer * n_embd^2 = 1.5M parameters in the blocks. Two wide heads cost half the attention of
