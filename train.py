@@ -378,9 +378,14 @@ def report_end() -> None:
         raw_model.eval()
         # begin as a document begins, or as the validation split does
         prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
-        pieces = generate(raw_model, tokenizer, [prompt], Sampling(max_new_tokens=sample_tokens))
-        rule = '-' * 64
-        say(f'what it writes:\n{rule}\n{"".join(piece.text for piece in pieces)}\n{rule}')
+        left, page = sample_tokens, []
+        while left > 0:  # a short document leaves room for the next
+            sampling = Sampling(max_new_tokens=left, seed=seed + len(page))
+            pieces = list(generate(raw_model, tokenizer, [prompt], sampling))
+            page.append(''.join(piece.text for piece in pieces).strip('\n'))
+            left -= len(pieces)
+        rule, text = '-' * 64, '\n\n'.join(page)
+        say(f'what it writes:\n{rule}\n{text}\n{rule}')
     for path in listed(out_dir)[-1:]:
         say(f'checkpoint: {path}')
         say(f'more: python sample.py --out_dir={shlex.quote(str(out_dir))}')

@@ -10,14 +10,14 @@ log_interval = 10
 always_save_checkpoint = False
 sample_tokens = 100
 
-# 32 sequences * 64 characters = 2,048 tokens per step; * 96 steps = a fifth of the text, at first
+# 32 sequences * 64 characters = 2,048 tokens per step; * 100 steps = a fifth of the text, at first
 # as 64 sequences of 32: less attention, and 0.01 lower
 gradient_accumulation_steps = 1
 batch_size = 32
 block_size = 64
 short_block_size = 32
-short_iters = 60
-max_iters = 96
+short_iters = 63
+max_iters = 100
 lr_decay_iters = None  # until the last step
 
 # 12 * n_layer * n_embd^2 = 0.9M parameters in the blocks: few and wide, for a step is all overhead.

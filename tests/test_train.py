@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,6 +112,20 @@ def test_a_run_ends_by_saying_what_it_reached_and_where_it_lies(first):
     assert 'tokens/s' in done.stdout
     assert 'mfu' not in done.stdout.lower()
     assert 'Warning' not in done.stderr
+
+
+def test_short_documents_make_a_page_together(run_here, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def three_tokens(model, tokenizer, prompts, sampling):
+        asked.append((sampling.max_new_tokens, sampling.seed))
+        return [SimpleNamespace(text=text) for text in ('one ', 'page', '\n')]
+
+    monkeypatch.setattr(sample, 'generate', three_tokens)
+    run_here(f'--out_dir={tmp_path}', '--sample_tokens=7', '--max_iters=0', '--seed=5')
+    assert asked == [(7, 5), (4, 6), (1, 7)]
+    text = capsys.readouterr().out.split('-' * 64)[1]
+    assert text == '\none page\n\none page\n\none page\n'
 
 
 def test_the_newest_run_is_the_one_resumed_and_sampled(first, run_here, monkeypatch, capsys):
