@@ -34,24 +34,27 @@ def orthogonalize(stack, steps: int = 5):
     return x
 
 
-# torch wraps these two to keep torch.compile out of optimizers, and the wrappers import it: a
-# second of every fresh start, for nothing, as no optimizer is compiled here
-add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-adamw_step = inspect.unwrap(torch.optim.AdamW.step)
+class Uncompiled(torch.optim.Optimizer):
+    """An optimizer's methods without the wrappers that keep torch.compile out of them.
+
+    Those import the compiler: a second of every start, for nothing, as none is compiled here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
-class AdamW(torch.optim.AdamW):
-    add_param_group, step = add_param_group, torch.no_grad()(adamw_step)
+class AdamW(Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Uncompiled):
     """Muon over 2-dimensional parameters; matrices of one shape are orthogonalised together.
 
     lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
     as AdamW's. Under DDP every rank sees the same gradients and makes the same update.
     """
-
-    add_param_group = add_param_group
 
     def __init__(self, params, lr, weight_decay, momentum, compile=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))

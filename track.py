@@ -124,7 +124,7 @@ def draw_loss(out_dir: str | Path) -> Path:
         steps, losses = points(lines, 'step', key)
         if steps:
             axes.plot(steps, losses, 'o-', ms=4, label=label)
-    axes.set_title(Path(out_dir).name)
+    axes.set_title(Path(out_dir).name, parse_math=False)
     if losses:  # of the validation split
         label = f'best validation {min(losses):.4f}'
         axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
@@ -145,7 +145,8 @@ def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | Non
     if goal is not None:
         axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
     try:
-        return write(figure, Path(picture))
+        path = Path(picture)
+        return write(figure, path if path.suffix else path.with_suffix('.png'))
     except (OSError, ValueError) as error:  # no such folder, no such kind of picture
         raise UserError(f'--picture={picture}: {error}') from error
 
@@ -167,7 +168,8 @@ def plot(xlabel: str):
 
 
 def write(figure, path: Path) -> Path:
-    figure.axes[0].legend(frameon=False)
+    for text in figure.axes[0].legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # a folder may have a $ in its name
     figure.savefig(path)
     return path
 

@@ -179,12 +179,14 @@ elif init_from not in ('scratch', 'resume'):
     raw_model, tokenizer, _ = load_model(init_from, dropout=dropout)
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
-    kept = [name for name in SHAPE if config[name] != getattr(raw_model.config, name)]
-    if kept:
-        say(f'{init_from} keeps its own {", ".join(kept)}, whatever the settings say')
 else:
     raw_model = tokenizer = None
 if raw_model:  # a model from elsewhere brings its shape
+    kept = [name for name in SHAPE if config[name] != getattr(raw_model.config, name)]
+    if kept:
+        say(
+            f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say'
+        )
     config |= {name: getattr(raw_model.config, name) for name in SHAPE}
     block_size = raw_model.config.block_size
 
@@ -229,6 +231,11 @@ tokens_per_step = global_rows * block_size
 if epochs is not None:
     max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+rates = '--learning_rate or --muon_lr' if optimizer == 'muon' else '--learning_rate'
+if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
+    say(f'warning: min_lr={min_lr} is above learning_rate={learning_rate}: the rate will rise')
+if 0 < max_iters <= short_iters:
+    say(f'warning: short_iters={short_iters} leaves no step of {max_iters} for whole sequences')
 on_out_of_memory(
     runtime.device,  # half as many sequences at a time, and the same global batch
     lambda: (
@@ -499,7 +506,8 @@ while True:
     if state['skipped'] == 3:
         raise UserError(
             f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
-            f'lower --learning_rate or --grad_clip; {out_dir} keeps its last good checkpoint'
+            f'lower {rates} or --grad_clip'
+            + (f'; {out_dir} keeps its last good checkpoint' if listed(out_dir) else '')
         )
     if step % log_interval == 0:
         (mean_loss,) = runtime.reduce([mean_loss / runtime.world_size])
@@ -526,7 +534,7 @@ if runtime.main:
     if finished and not math.isfinite(state['val_loss']):
         raise UserError(
             f'the validation loss is {state["val_loss"]} at step {step}, and those weights are not '
-            'saved: lower --learning_rate'
+            f'saved: lower {rates}'
         )
     with suppress(OSError):  # a full disk
         say(f'loss curve: {draw_loss(out_dir)}')

@@ -97,6 +97,7 @@ one, two = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
 for optimizer in (AdamW([one], fused=True), Muon([two], 0.1, 0.1, 0.9)):
     one.grad = two.grad = torch.ones(4, 4)
     optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
 sys.exit('torch._dynamo' in sys.modules)
 """
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0

@@ -82,7 +82,11 @@ def test_several_runs_are_drawn_into_one_picture(tmp_path):
         lines = [{'step': i, 'seconds': i / 2, 'val_loss': 3 - i} for i in range(3)]
         text = ''.join(json.dumps(line) + '\n' for line in lines)
         (tmp_path / name / 'metrics.jsonl').write_text(text)
-    path = draw_runs([tmp_path / 'a', tmp_path / 'b'], tmp_path / 'runs.png', goal=1.5)
+    (tmp_path / 'b').rename(tmp_path / 'b$x_$')
+    (tmp_path / 'b').symlink_to(tmp_path / 'b$x_$')
+    assert draw_loss(tmp_path / 'b$x_$').exists()
+    path = draw_runs([tmp_path / 'a', tmp_path / 'b$x_$'], tmp_path / 'runs', goal=1.5)
+    assert path == tmp_path / 'runs.png'
     assert path.read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'b' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
     for args, message in (
