@@ -787,6 +787,21 @@ def test_fine_tuning_begins_with_the_other_run_s_weights(run_here, source, tmp_p
     assert run_here(*more, config=tmp_path / 'tuned' / 'config.py') == 0
 
 
+def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path, capsys):
+    run_here(f'--out_dir={tmp_path}', f'--init_from={source}')
+    capsys.readouterr()
+    args = (f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6')
+    assert run_here(*args, '--n_layer=7', '--arch=modern') == 0
+    assert 'keeps its own arch, n_layer, whatever the settings say' in capsys.readouterr().out
+
+
+def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, capsys):
+    run_here(f'--out_dir={tmp_path}', '--learning_rate=1e-4', *SHORT)
+    out = capsys.readouterr().out
+    assert 'warning: min_lr=0.001 is above learning_rate=0.0001' in out
+    assert 'warning: short_iters=4 leaves no step of 4 for whole sequences' in out
+
+
 def test_fine_tuning_may_take_a_shorter_context(run_here, source, tmp_path):
     assert run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--block_size=8') == 0
     model, _, _ = load_model(tmp_path)
