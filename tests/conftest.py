@@ -47,6 +47,8 @@ dtype = 'float32'
 compile = False
 """
 
+MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
+
 torch.set_num_threads(1)  # tiny models: more threads only get in each other's way
 # matplotlib keeps a list of fonts, by default in the user's home
 os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')

@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, hashes, metrics, steps
+from conftest import MODERN, ROOT, hashes, metrics, steps
 
 import checkpoint
 import track
@@ -354,7 +354,6 @@ def test_without_a_c_compiler_training_goes_on_uncompiled(script, tiny, tmp_path
     assert (tmp_path / 'a' / 'DONE').exists()
 
 
-MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--dropout=0.0')
 SHORT = ('--short_block_size=4', '--short_iters=2')
 
 

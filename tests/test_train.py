@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, hashes, make_dataset, metrics, steps
+from conftest import MODERN, ROOT, hashes, make_dataset, metrics, steps
 from filelock import FileLock
 
 import checkpoint
@@ -31,7 +31,6 @@ from data.dataset import Dataset
 from data.tokenizer import byte_tokenizer
 from model import GPT, GPTConfig
 
-MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 SHORT = ('--short_block_size=4', '--short_iters=4')
 FIXED = ('--lr_decay_iters=100', '--dropout=0.2')  # what does not depend on when a run stops
 
