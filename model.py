@@ -31,6 +31,7 @@ TRANSPOSED = (
     'mlp.c_fc.weight',
     'mlp.c_proj.weight',
 )
+STRIDE = 64  # cached steps attend over a multiple of this many columns
 
 
 @dataclass
@@ -106,10 +107,12 @@ def attention(q, k, v, p=0.0, cache=None, layer=None):
 
     p: of dropping a weight; for training.
     """
-    grouped = k.size(1) < q.size(1)
+    grouped, dtype = k.size(1) < q.size(1), q.dtype
     if cache is not None:
-        k, v = cache.append(layer, k, v)  # (B, G, S, D): the past and the new tokens
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=cache.mask, enable_gqa=grouped)
+        k, v = cache.append(layer, k, v)  # (B, G, S, D): the past, if there is any, and the new
+    if cache is not None and cache.mask is not None:
+        q, mask = q.to(k.dtype), cache.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
         y = written_out_attention(q, k, v, p)
     else:
@@ -289,14 +292,15 @@ class ModernAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.qkv_proj = None  # the first three in one, once linear.py has made them ready to write
         self.dropout = config.dropout
 
     def forward(self, x, angles, cache=None, layer=None):
-        projections = self.q_proj, self.k_proj, self.v_proj
-        if cache is None:  # one product is faster than three
+        if self.qkv_proj is None:  # one product is faster than three
+            projections = self.q_proj, self.k_proj, self.v_proj
             qkv = F.linear(x, torch.cat([proj.weight for proj in projections]))
-        else:  # but for a few tokens, copying the weights would cost more than it saves
-            qkv = torch.cat([proj(x) for proj in projections], dim=-1)
+        else:
+            qkv = self.qkv_proj(x)
         qkv = qkv.unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
         qk, v = qkv.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
         qk = rms_norm(rotate(qk, *angles))
@@ -387,6 +391,11 @@ class GPT(nn.Module):
         return self.transformer if self.config.arch == 'gpt2' else self.model
 
     @property
+    def embedding(self) -> nn.Embedding:
+        """What turns token ids into vectors; on its device and in its dtype the model computes."""
+        return self.transformer.wte if self.config.arch == 'gpt2' else self.model.embed_tokens
+
+    @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
@@ -402,11 +411,10 @@ class GPT(nn.Module):
         if cache is None:
             pos = torch.arange(T, device=idx.device)  # (T,)
         else:
-            pos = cache.extend(T, lengths)  # (B, T)
+            pos = cache.extend(B, T, lengths)  # (B, T)
         x = self.trunk(idx, pos, cache)  # (B, T, C)
         if cache is not None:  # only the last real token is asked what follows it
-            last = T - 1 if lengths is None else lengths - 1
-            x = x[torch.arange(B, device=x.device), last]  # (B, C)
+            x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
         logits = self.lm_head(x)  # (B, T, V) or (B, V)
         if self.config.arch == 'modern':
             logits = 15.0 * torch.tanh(logits.float() / 15.0)
@@ -431,7 +439,7 @@ class GPT(nn.Module):
 
     def num_params(self) -> int:
         """Parameters without the embeddings that are looked up and multiply nothing."""
-        lookup = self.transformer.wpe if self.config.arch == 'gpt2' else self.model.embed_tokens
+        lookup = self.transformer.wpe if self.config.arch == 'gpt2' else self.embedding
         return sum(p.numel() for p in self.parameters()) - lookup.weight.numel()
 
     def flops_per_token(self) -> int:
@@ -453,45 +461,64 @@ class KVCache:
     """Keys and values of the tokens each row has seen, so that a new token costs one token's work.
 
     Rows stand at their own positions and share nothing: `pos` (rows,) counts the tokens each holds.
+    A forward pass of fewer rows continues the first ones. Nothing here is ever moved to other
+    memory, so that a step can be recorded as a CUDA graph.
     """
 
     def __init__(self, model: GPT, rows: int, length: int | None = None):
-        c, weight = model.config, model.lm_head.weight
+        c, weight = model.config, model.embedding.weight
         self.length = length or c.block_size
+        # torch's CPU kernel takes for one query in bfloat16 five times as long as in float32
+        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
         # the column after the last takes the keys of padding, which nothing ever reads
-        shape = (c.n_layer, rows, c.kv_heads, self.length + 1, c.n_embd // c.n_head)
-        self.k = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.v = torch.zeros_like(self.k)
+        shape = (c.n_layer, 2, rows, c.kv_heads, self.length + 1, c.n_embd // c.n_head)
+        self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)
         self.pos = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.rows = torch.arange(rows, device=weight.device)[:, None]  # (B, 1)
+        self.rows = torch.arange(rows, device=weight.device)[:, None]  # (rows, 1)
         self.span = 0  # no row holds more; kept on the host, so that no step waits for the device
+        self.graphs = {}  # steps recorded on this memory
 
-    def extend(self, T: int, lengths=None):
-        """Make room for T more tokens a row, `lengths` of them real -> their positions (B, T)."""
+    def columns(self, T: int) -> int:
+        """How many a step of T more tokens attends over: one of a few fixed counts."""
+        return min(self.length, -(-(self.span + T) // STRIDE) * STRIDE)
+
+    def extend(self, B: int, T: int, lengths=None):
+        """Make room for T more tokens in B rows, `lengths` of them real -> positions (B, T)."""
         assert self.span + T <= self.length, 'the cache is full'
         step = torch.arange(T, device=self.pos.device)
-        pos = self.pos[:, None] + step
+        pos = self.pos[:B, None] + step
+        self.slots = pos.clamp(max=self.length)
+        if lengths is not None:
+            self.slots = self.slots.where(step < lengths[:, None], self.length)
+        self.mask = None  # rows that were empty attend to what they are given
+        if self.span:
+            seen = torch.arange(self.columns(T), device=pos.device) <= pos[..., None]
+            self.mask = torch.zeros(seen.shape, device=pos.device, dtype=self.kv.dtype)
+            self.mask = self.mask.masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
+        self.pos[:B] += T if lengths is None else lengths
         self.span += T
-        columns = torch.arange(self.span, device=pos.device)
-        self.mask = (columns <= pos[..., None])[:, None]  # (B, 1, T, S): what each token may see
-        self.slots = pos if lengths is None else pos.where(step < lengths[:, None], self.length)
-        self.pos = self.pos + (T if lengths is None else lengths)
-        return pos
+        return pos.clamp(max=self.length - 1)  # a finished row that is still computed may be beyond
+
+    def append(self, layer: int, k, v):
+        """Store a layer's keys and values (B, G, T, D) -> all that is attended to, (B, G, S, D).
+
+        Where every row was empty these are k and v themselves, causally.
+        """
+        B = k.size(0)
+        both = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
+        self.kv[layer, :, self.rows[:B], :, self.slots] = both.to(self.kv.dtype)
+        if self.mask is None:
+            return k, v
+        return self.kv[layer, :, :B, :, : self.mask.size(-1)].unbind()
 
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows, in this order; one may come several times."""
-        if rows != list(range(len(self.pos))):
-            self.k, self.v, self.pos = self.k[:, rows], self.v[:, rows], self.pos[rows]
-            self.rows = torch.arange(len(rows), device=self.pos.device)[:, None]
+        """Go on with these rows, in this order, as the first; one may come several times."""
+        if rows != list(range(len(rows))):
+            held = self.kv[:, :, :, :, : self.span]
+            held[:, :, : len(rows)] = held[:, :, rows]
+            self.pos[: len(rows)] = self.pos[rows]
 
     def replace(self, rows: list[int], other: 'KVCache') -> None:
         """Give some rows what those of `other`, all of one length, hold in their place."""
-        self.k[:, rows, :, : other.span] = other.k[:, :, :, : other.span]
-        self.v[:, rows, :, : other.span] = other.v[:, :, :, : other.span]
+        self.kv[:, :, rows, :, : other.span] = other.kv[:, :, :, :, : other.span]
         self.pos[rows] = other.span
-
-    def append(self, layer: int, k, v):
-        """Store a layer's keys and values (B, G, T, D) -> all that its rows hold, (B, G, S, D)."""
-        self.k[layer, self.rows, :, self.slots] = k.transpose(1, 2)
-        self.v[layer, self.rows, :, self.slots] = v.transpose(1, 2)
-        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]

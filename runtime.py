@@ -312,7 +312,7 @@ def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
             "dtype='float16': training in float16 needs a GPU; "
             'use --dtype=bfloat16 or --dtype=float32'
         )
-    if kind == 'cpu' and name == 'auto' and training and cpu_has_bf16():
+    if kind == 'cpu' and name == 'auto' and cpu_has_bf16():
         return torch.bfloat16
     return DTYPES['float32' if name == 'auto' else name]
 

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 from checkpoint import load_model, newest_run
-from configurator import ConfigError, UserError, configure, did_you_mean
+from configurator import ConfigError, UserError, configure, did_you_mean, one_of
 from data.tokenizer import Tokenizer
+from linear import freeze
 from model import GPT, KVCache
 from runtime import pick_device, pick_dtype
 
@@ -35,6 +36,7 @@ init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
+quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faster for few texts
 # text
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; <|endoftext|> is understood
 chat = False  # an interactive console in place of samples
@@ -51,6 +53,7 @@ repetition_penalty = 1.0  # above 1 disfavours every token that the text already
 # -----------------------------------------------------------------------------
 
 DRAWS = 256  # random numbers a row draws at a time
+HEAD = 1024  # likeliest tokens among which top_p is looked for first
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
 model's context reaches, until you clear it. Ctrl-C stops an answer.
@@ -100,42 +103,48 @@ class Piece(NamedTuple):
 # the choice of a token
 
 
-def filter_logits(logits, sampling: Sampling, seen=None):
-    """Logits (R, V) with -inf where a token may not be chosen, divided by the temperature.
+def candidates(logits, sampling: Sampling, seen=None):
+    """Logits (R, V) -> those over the temperature of K tokens, -inf if left out, and their ids.
 
-    seen (R, V): tokens a row already has. Rules and order are those of `transformers`: repetition
-    penalty (Keskar et al. 2019, CTRL), temperature, top-k, top-p (Holtzman et al. 2020), min-p
-    (Nguyen et al. 2024). The last three each set a floor below which a row's tokens are left out.
+    Both (R, K), the likeliest first where top_k or top_p ask for an order. seen (R, V): tokens a
+    row already has. Rules and order are those of `transformers`: repetition penalty (Keskar et al.
+    2019, CTRL), temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
     """
-    s = sampling
+    s, size = sampling, logits.size(-1)
     if seen is not None:
         penalty = torch.where(logits < 0, s.repetition_penalty, 1 / s.repetition_penalty)
         logits = torch.where(seen, logits * penalty, logits)
-    top = logits.amax(-1, keepdim=True)  # (R, 1)
     if s.temperature < 1e-6:
-        return torch.where(logits < top, -math.inf, logits)
-    logits = (logits - top) / s.temperature  # the likeliest at 0, so that no temperature overflows
-    k = min(s.top_k or logits.size(-1), logits.size(-1))
-    floor = torch.full_like(top, math.log(s.min_p) if s.min_p else -math.inf)  # (R, 1)
-    if k < logits.size(-1) or s.top_p < 1:
-        best = logits.topk(k).values  # (R, k), descending
-        last = torch.full_like(top, k - 1, dtype=torch.long)
-        if s.top_p < 1:  # a token stays if those before it do not yet make up top_p
-            probs = best.softmax(-1)
-            last = (probs.cumsum(-1) - probs < s.top_p).sum(-1, keepdim=True) - 1
-        floor = floor.maximum(best.gather(-1, last))
-    return logits.masked_fill(logits < floor, -math.inf)
+        return logits.max(-1, keepdim=True)
+    k = min(s.top_k or size, size)
+    if k == size and s.top_p == 1:
+        values, ids = logits, torch.arange(size, device=logits.device).expand_as(logits)
+    else:
+        # sorting all of a large vocabulary on a CPU takes as long as a small model's step
+        few = min(k, HEAD) if k == size and logits.device.type == 'cpu' else k
+        values, ids = logits.topk(few)
+    top = logits.amax(-1, keepdim=True)  # (R, 1)
+    values = (values - top) / s.temperature  # the likeliest at 0, so that no temperature overflows
+    if s.top_p < 1:  # a token stays if those before it do not yet make up top_p
+        whole = values if values.size(-1) == k else (logits - top) / s.temperature
+        probs = (values - whole.logsumexp(-1, keepdim=True)).exp()
+        if values.size(-1) < k and (probs.sum(-1) < s.top_p).any():
+            values, ids = whole.sort(descending=True)
+            probs = values.softmax(-1)
+        values = values.masked_fill(probs.cumsum(-1) - probs >= s.top_p, -math.inf)
+    if s.min_p:
+        values = values.masked_fill(values < math.log(s.min_p), -math.inf)
+    return values, ids
 
 
 def choose(logits, sampling: Sampling, uniforms, seen=None):
     """Next token of each row (R,) by the inverse CDF of `uniforms` (R, 1); -1 for broken logits."""
-    logits = filter_logits(logits, sampling, seen)
-    top, ids = logits.max(-1)
-    if sampling.temperature >= 1e-6:
-        cdf = logits.softmax(-1).cumsum(-1)
-        # the first id above a value that lies below cdf's end: never one of probability 0
-        ids = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)[:, 0]
-    return ids.where(top.isfinite(), -1)
+    values, ids = candidates(logits, sampling, seen)
+    cdf = values.softmax(-1).cumsum(-1)
+    # the first above a number that lies below cdf's end: never one of probability 0
+    at = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if the logits are broken
+    return ids.where(values.amax(-1, keepdim=True).isfinite(), -1)[:, 0]
 
 
 # -----------------------------------------------------------------------------
@@ -157,7 +166,7 @@ def pad(contexts, device):
 
 def uncached(model: GPT, contexts):
     """Logits (R, V) after each context, from scratch: what the cache is measured against."""
-    idx, lengths = pad(contexts, model.lm_head.weight.device)
+    idx, lengths = pad(contexts, model.embedding.weight.device)
     logits, _ = model(idx)
     return logits[torch.arange(len(contexts)), lengths - 1]
 
@@ -167,7 +176,7 @@ def prefill(model: GPT, contexts, length: int | None):
     if length is None:
         return uncached(model, contexts), None
     unique = {context: i for i, context in enumerate(dict.fromkeys(map(tuple, contexts)))}
-    cache = KVCache(model, len(unique), length)
+    cache = KVCache(model, len(contexts), length)
     idx, lengths = pad(unique, cache.pos.device)
     logits, _ = model(idx, cache=cache, lengths=lengths)
     rows = [unique[tuple(context)] for context in contexts]  # samples of one prompt share the work
@@ -189,8 +198,38 @@ def advance(model: GPT, contexts, tokens, cache: KVCache | None):
         context.append(token)
     if cache is None:
         return uncached(model, contexts)
-    logits, _ = model(torch.tensor(tokens, device=cache.pos.device)[:, None], cache=cache)
-    return logits
+    idx = torch.tensor(tokens)[:, None].to(cache.pos.device)
+    return replay(model, idx, cache) if idx.is_cuda else model(idx, cache=cache)[0]
+
+
+def replay(model: GPT, idx, cache: KVCache):
+    """model(idx, cache=cache) for one more token a row (R, 1), as a CUDA graph.
+
+    Launching its hundreds of small kernels one by one takes longer than computing them. There is
+    one graph for each power of two of rows and each number of columns, made when first needed;
+    rows between R and the power of two are computed for nothing.
+    """
+    rows = min(2 ** (len(idx) - 1).bit_length(), len(cache.pos))
+    key = rows, cache.columns(1)
+    if key not in cache.graphs:
+        held = cache.pos.clone(), cache.span
+        given = torch.zeros(rows, 1, dtype=torch.long, device=idx.device)
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # once without recording: libraries set themselves up
+            model(given, cache=cache)
+        torch.cuda.current_stream().wait_stream(aside)
+        cache.pos.copy_(held[0])
+        cache.span = held[1]
+        with torch.cuda.graph(graph):
+            logits, _ = model(given, cache=cache)
+        cache.span = held[1]
+        cache.graphs[key] = graph, given, logits
+    graph, given, logits = cache.graphs[key]
+    given[: len(idx)] = idx
+    graph.replay()
+    cache.span += 1
+    return logits[: len(idx)]
 
 
 def refill(model: GPT, contexts, rows: list[int], cache: KVCache) -> None:
@@ -306,9 +345,8 @@ class Row:
 def banned_ids(tokenizer: Tokenizer, model: GPT):
     """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the end."""
     banned = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    allowed = [i for i, text in enumerate(tokenizer.token_bytes) if text is not None]
-    banned[sorted({*allowed} - {*tokenizer.special.values()} | {tokenizer.eot} - {None})] = False
-    return banned.to(model.lm_head.weight.device)
+    banned[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
+    return banned.to(model.embedding.weight.device)
 
 
 def seen_ids(contexts, banned):
@@ -473,7 +511,9 @@ class Console:
 def load(settings: dict) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer that the settings name, ready to write."""
     device = pick_device(settings['device'])
-    dtype = pick_dtype(settings['dtype'], device)
+    one_of((None, 'int8'), settings, 'quantize')
+    by_itself = settings['quantize'] and settings['dtype'] == 'auto'
+    dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)
     # In a training run's config, out_dir is the model it made, and init_from what that came from
     where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint'] or 'best'
     if which not in ('best', 'last'):
@@ -488,7 +528,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         raise UserError(f'{where}: its tokenizer has {ids}: one is not made for the other')
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
-    return model.to(dtype), tokenizer
+    return freeze(model.to(dtype), settings['quantize']), tokenizer
 
 
 def main(settings: dict) -> None:

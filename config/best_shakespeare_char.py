@@ -1,4 +1,4 @@
-# The lowest validation loss on character-level Shakespeare that 20 minutes on two CPU cores buy: 1.393
+# The lowest loss on character-level Shakespeare that 20 minutes on two CPU cores buy: 1.393
 # $ python train.py config/best_shakespeare_char.py
 
 dataset = 'shakespeare_char'

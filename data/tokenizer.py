@@ -104,6 +104,14 @@ class Tokenizer:
             self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
 
+    @functools.cached_property
+    def writable(self) -> np.ndarray:
+        """Whether a model may write an id (vocab_size,): text and the end of text, no other."""
+        text = np.array([token is not None for token in self.token_bytes])
+        text[list(self.special.values())] = False
+        text[[] if self.eot is None else self.eot] = True
+        return text
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8, such as half a character, become U+FFFD."""
         return b''.join(self.token_bytes[i] or b'' for i in ids).decode('utf-8', errors='replace')

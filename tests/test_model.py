@@ -89,7 +89,7 @@ def test_modern_logits_equal_those_of_nanochat(n_kv_head, direction):
 
 
 def test_grouped_heads_shrink_the_cache():
-    assert KVCache(tiny(**GROUPED), rows=1).k.shape == (3, 1, 2, BLOCK + 1, 16)
+    assert KVCache(tiny(**GROUPED), rows=1).kv.shape == (3, 2, 1, 2, BLOCK + 1, 16)
 
 
 def test_the_written_out_norm_has_the_gradient_of_torchs():
@@ -162,8 +162,7 @@ def test_padding_never_leaks_into_the_logits(model):
         idx[1, 4:] = padding
         cache = KVCache(model, rows=2)
         first, _ = model(idx, cache=cache, lengths=lengths)
-        cache.k[:, 1, :, 4:] = 1e4 * padding  # whatever lies in columns the row has not reached
-        cache.v[:, 1, :, 4:] = 1e4 * padding
+        cache.kv[:, :, 1, :, 4:] = 1e4 * padding  # whatever lies in columns the row has not reached
         second, _ = model(new, cache=cache)
         results.append((first, second))
     assert torch.equal(results[0][0], results[1][0])

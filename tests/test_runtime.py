@@ -74,7 +74,7 @@ def test_dtype_is_the_fastest_that_is_safe(gpus, monkeypatch):
     assert pick_dtype('auto', 'cuda:0') == torch.float16
     for has, chosen in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda has=has: has)
-        assert pick_dtype('auto', 'cpu', training=True) == chosen
+        assert pick_dtype('auto', 'cpu') == chosen
     assert pick_dtype('auto', 'mps') == torch.float32
     assert pick_dtype('bfloat16', 'cpu', training=True) == torch.bfloat16
 

@@ -25,9 +25,9 @@ from sample import (
     Sampling,
     TextStream,
     advance,
+    candidates,
     choose,
     complete,
-    filter_logits,
     generate,
     main,
     prefill,
@@ -107,9 +107,27 @@ def test_filtered_distributions_equal_those_of_transformers(settings, seed):
     for processor in chain:
         theirs = processor(context, theirs)
     seen = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, context, True)
-    ours = filter_logits(logits, Sampling(**{**ALL, **settings}), seen)
+    values, ids = candidates(logits, Sampling(**{**ALL, **settings}), seen)
+    ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-5, atol=1e-7)
     assert torch.equal(ours == -math.inf, theirs == -math.inf)
+
+
+@pytest.mark.parametrize('spread', [1, 8], ids=['flat', 'peaked'])
+@pytest.mark.parametrize('settings', [{'top_p': 0.9}, {'top_p': 0.9, 'top_k': 2000}, {'top_k': 3}])
+def test_a_large_vocabulary_is_filtered_as_transformers_does(settings, spread):
+    processors = pytest.importorskip('transformers', reason='transformers is not installed')
+    logits = spread * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    theirs = logits
+    if 'top_k' in settings:
+        theirs = processors.TopKLogitsWarper(settings['top_k'])(None, theirs)
+    if 'top_p' in settings:
+        theirs = processors.TopPLogitsWarper(settings['top_p'])(None, theirs)
+    values, ids = candidates(logits, Sampling(**{**ALL, **settings}))
+    if spread == 8 and settings == {'top_p': 0.9}:
+        assert values.size(-1) < 4000  # the few likeliest were enough
+    ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-4, atol=1e-7)
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():
