@@ -2,18 +2,24 @@ import json
 import os
 import pickle
 import re
+import sys
+import types
 
 import numpy as np
 import pytest
 import requests
 import tiktoken
+import tiktoken_ext.openai_public
 
+import data.encode as encode_module
 from configurator import UserError
+from data.dataset import Writer
 from data.tokenizer import (
     EOT,
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
+    difficult_text,
     from_nanogpt_meta,
     get_tokenizer,
     load,
@@ -297,3 +303,68 @@ def test_a_pickle_without_characters_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match='not the meta'):
         from_nanogpt_meta(path)
+
+
+# --- gigatoken
+
+
+def small_gpt2():
+    """GPT-2's way of splitting text, over a vocabulary that needs no download."""
+    merges = ['th', 'the', 'in', 'ing', 'er', ' t', ' th', ' the', 're', ' w', 'nd', 'and', '12']
+    merges += ['123', '..', '...', '  ', '    ', '\n\n', "'l", "'ll", 'é']
+    tokens = [bytes([b]) for b in range(256)] + [merge.encode() for merge in dict.fromkeys(merges)]
+    special = {EOT: len(tokens)}
+    tokens.append(EOT.encode())
+    pattern = tiktoken_ext.openai_public.r50k_pat_str
+    return Tokenizer('tiktoken', 'gpt2', tokens, special, pattern)
+
+
+def test_gigatoken_gives_tiktokens_ids_for_difficult_text():
+    pytest.importorskip('gigatoken', reason='gigatoken is not installed')
+    slow, fast = small_gpt2(), small_gpt2()
+    assert fast.accelerate() == ''
+    for seed in range(20):
+        text = difficult_text(seed, pieces=1000)
+        assert np.array_equal(fast.encode(text), slow.encode(text))
+        assert np.array_equal(fast.encode(text, allow_eot=True), slow.encode(text, allow_eot=True))
+    assert fast.encode('').tolist() == []
+    assert fast.encode('\ud800').tolist() == slow.encode('\ud800').tolist()
+
+
+@needs_gpt2
+def test_gigatoken_gives_gpt2s_ids():
+    pytest.importorskip('gigatoken', reason='gigatoken is not installed')
+    slow, fast = get_tokenizer('gpt2'), get_tokenizer('gpt2')
+    assert fast.accelerate() == ''
+    text = ''.join(difficult_text(seed) for seed in range(5))
+    assert np.array_equal(fast.encode(text), slow.encode(text))
+
+
+def test_without_gigatoken_tiktoken_encodes_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, 'gigatoken.gigatoken_rs', None)
+    monkeypatch.setattr(encode_module, 'SMALL', 10)
+    tokenizer = small_gpt2()
+    with Writer(tmp_path, tokenizer) as writer:
+        chunks = [(0, split, 'the end of the thing', 20) for split in ('train', 'val')]
+        encode_module.write_chunks(writer, chunks, workers=1, total=40)
+    assert 'encoding with tiktoken' in capsys.readouterr().out
+    ids = np.fromfile(tmp_path / 'val.bin', np.uint16)
+    assert tokenizer.decode(ids) == 'the end of the thing'
+
+
+def test_a_gigatoken_that_encodes_otherwise_is_not_used(monkeypatch):
+    class Other:
+        def encode(self, text):
+            return np.zeros(len(text), np.uint32)
+
+    fake = types.SimpleNamespace(
+        BPETokenizer=types.SimpleNamespace(from_tiktoken=lambda path, scheme: Other())
+    )
+    monkeypatch.setitem(sys.modules, 'gigatoken.gigatoken_rs', fake)
+    tokenizer = small_gpt2()
+    assert 'other ids' in tokenizer.accelerate()
+    assert tokenizer.decode(tokenizer.encode('the end')) == 'the end'
+
+
+def test_an_own_bpe_stays_with_tiktoken(bpe):
+    assert 'does not know bpe' in bpe.accelerate()
