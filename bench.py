@@ -1,174 +1,572 @@
 """
-Time the model: training steps and generation, if asked beside a nanoGPT checkout.
+Time this machine and this model beside others that do the same job; print a table, write JSON.
 
-$ python bench.py                                                     # GPT-2 124M on this machine
-$ python bench.py train_shakespeare_char_cpu --vocab_size=65          # the model of a config
+$ python bench.py                                     # GPT-2 124M: several minutes
+$ python bench.py --quick                             # a minute, of a small model
+$ python bench.py --only=decode --rows=1,16 --arch=modern
 $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --nanogpt=../nanoGPT
+$ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
+$ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
+$ python bench.py --only=training --profile           # the slowest operators, and a trace
 
-Both sides get the same random tokens and take turns, so that a machine whose speed drifts does not
-favour either. Each side runs as its own train.py runs on this device. Figures are medians over the
-rounds, with the lowest and highest in brackets.
+Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
+speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
+ratio is printed only between sides that did the same work and came to the same result.
 """
 
-import importlib.util
+import contextlib
+import importlib
+import json as json_module
+import math
+import os
+import platform
 import statistics
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import checkpoint
 from configurator import UserError, configure, one_of, within
-from data.tokenizer import char_tokenizer
-from model import GPT, GPTConfig
-from optim import build_optimizers
-from runtime import start
-from sample import Sampling, generate
+from data.dataset import SPLITS, Dataset
+from data.encode import cores
+from data.text import prepare
+from data.tokenizer import char_tokenizer, get_tokenizer
+from linear import freeze
+from peers import Side, build_model, import_nanogpt, synchronize, transformers_model
+from runtime import DTYPES, Runtime, start
 
 # -----------------------------------------------------------------------------
 # what is timed
+only = ''  # some of training,prefill,decode,quality,data,startup; empty: all
+quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # turns of each side
-steps = 10  # training steps in a round
-new_tokens = 64  # tokens each row writes in a round of generation
-rows = 8  # texts written side by side
 nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
-# model; the defaults are GPT-2 124M
-arch = 'gpt2'  # or 'modern'; a nanoGPT beside it is GPT-2 of the same shape
+profile = False  # have torch's profiler watch a turn of flatGPT, and write its trace
+json = 'bench.json'  # the figures, for programs
+# training
+steps = 3  # in a turn
 optimizer = 'adamw'  # or 'muon'
 batch_size = 4
+dropout = 0.0
+compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, as train.py does
+# prefill and decoding
+rows = '1,8,32'  # texts side by side
+prompt_tokens = 64
+new_tokens = 64
+formats = 'float32,bfloat16,int8'  # of the weights
+# quality
+out_dir: str | None = None  # a run whose perplexity is measured in each format, on its own data
+# data
+text: str | None = None  # a folder of text; None: the source of Python's library and packages
+text_bytes = 60_000_000  # of it at most
+# model; the defaults are GPT-2 124M
+arch = 'gpt2'  # or 'modern'
 block_size = 256
 vocab_size = 50304
 n_layer = 12
 n_head = 12
 n_embd = 768
 n_kv_head: int | None = None  # arch='modern'
-dropout = 0.0
 bias = False
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
-dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
-compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, as train.py does
+dtype = 'auto'  # of training: 'auto', 'float32', 'bfloat16' or 'float16'
 seed = 1337
 # -----------------------------------------------------------------------------
 
-
-def import_nanogpt(folder: str):
-    """nanoGPT's model.py as a module, without a place on the import path."""
-    path = Path(folder) / 'model.py'
-    if not path.is_file() or 'nanoGPT' not in path.read_text(encoding='utf-8') + folder:
-        raise UserError(f'nanogpt={folder}: there is no nanoGPT model.py in that folder')
-    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+JOBS = ('training', 'prefill', 'decode', 'quality', 'data', 'startup')
+SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192}
+QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 
-def training_step(model, optimizers, autocast, batch):
-    """A function that makes one update of `model` on `batch` and waits until it is done."""
-    x, y = batch
-
-    def step():
-        with autocast():
-            loss = model(x, y)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
-    return step
+# -----------------------------------------------------------------------------
+# results
 
 
-def take_turns(sides: dict, times: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds that each side took to run `times` times, one entry a round, after a warm-up."""
-    for run in sides.values():
+class Report:
+    """Prints each figure as it comes, and writes all of them as JSON."""
+
+    def __init__(self, c: dict, machine: dict):
+        self.path, self.machine, self.entries = c['json'], machine, []
+        self.command = ' '.join(['python bench.py', *sys.argv[1:]])
+
+    def add(self, job: str, side: str, note: str = '', **figures) -> None:
+        self.entries.append({'job': job, 'side': side, 'note': note, **figures})
+
+    def compare(self, job: str, turns: dict[str, list], notes: dict, against: dict) -> None:
+        """Print and keep a job's lines: the speed of each side, and how it compares with others.
+
+        against: side -> {another side: how far apart, relatively, their results may be}.
+        """
+        for side, results in turns.items():
+            note, figures = notes.get(side) or '', {}
+            if results:
+                speeds = [work['tokens'] / seconds for seconds, work, _ in results]
+                figures['tokens_per_second'] = spread(speeds)
+                figures['milliseconds'] = spread([seconds * 1e3 for seconds, _, _ in results])
+            line(job, side, shown(speeds, ',.0f') if results else '', note)
+            for other, tolerance in against.get(side, {}).items():
+                if not results or not turns.get(other):
+                    continue
+                reason = different(turns[other][0][1], results[0][1], tolerance)
+                times = [t[0] / o[0] for o, t in zip(turns[other], results, strict=False)]
+                if reason:
+                    print(f'{"":<16} no ratio to {other}: {reason}', flush=True)
+                    figures[f'no ratio to {other}'] = reason
+                else:
+                    beside = f'{other} is {shown(times, ".2f")} times as fast'
+                    print(f'{"":<16} {beside}', flush=True)
+                    figures[f'times as fast is {other}'] = spread(times)
+            self.add(job, side, note, **figures)
+
+    def write(self) -> None:
+        content = {'command': self.command, 'machine': self.machine, 'results': self.entries}
+        try:
+            Path(self.path).write_text(json_module.dumps(content, indent=1) + '\n')
+        except OSError as error:
+            raise UserError(f'json={self.path}: cannot be written: {error.strerror}') from error
+        print(f'written: {self.path}')
+
+
+def spread(values: list[float]) -> dict:
+    return {'median': statistics.median(values), 'low': min(values), 'high': max(values)}
+
+
+def shown(values: list[float], how: str) -> str:
+    """'12.1 (11.8 to 12.2)': the median, and between what all lie."""
+    return f'{statistics.median(values):{how}} ({min(values):{how}} to {max(values):{how}})'
+
+
+def line(job: str, side: str, figures: str, note: str) -> None:
+    print(f'{job:<16} {side:<23} {figures:<40} {note}'.rstrip(), flush=True)
+
+
+def different(ours: dict, theirs: dict, tolerance: float) -> str:
+    """'' if two sides did the same work with the same result, else what differs."""
+    if ours['tokens'] != theirs['tokens']:
+        return f'{ours["tokens"]:,} against {theirs["tokens"]:,} tokens'
+    a, b = np.array(ours['result'], float), np.array(theirs['result'], float)
+    near = a.shape == b.shape and np.abs(a - b).max() <= tolerance * np.abs(b).max()
+    return '' if near else 'the results differ'
+
+
+def take_turns(sides: list[Side], c: dict, job: str, *arguments) -> dict[str, list]:
+    """Every side's turns, alternating, after one each that does not count."""
+    turns = {side.label: [] for side in sides}
+    for number in range(c['rounds'] + 1):
+        for side in sides:
+            result = side.turn(job, *arguments)
+            if result and number:
+                turns[side.label].append(result)
+    return turns
+
+
+# -----------------------------------------------------------------------------
+# jobs
+
+
+def measure_machine(runtime: Runtime) -> dict:
+    """What bounds everything else: bytes/s of reading memory, FLOP/s of matrix products."""
+    device, gib = runtime.device, 2**30
+    found = {'torch': torch.__version__, 'python': platform.python_version(), 'device': device}
+    found['threads'] = torch.get_num_threads() if device == 'cpu' else None
+    name = torch.cuda.get_device_name(device) if runtime.device_type == 'cuda' else processor()
+    found['name'] = name
+    big = torch.ones(gib // 8 if device == 'cpu' else gib, device=device)
+    seconds = time_often(big.sum, device)
+    found['read_bytes_per_second'] = big.numel() * 4 / statistics.median(seconds)
+    for kind in {torch.float32, torch.bfloat16, runtime.dtype}:
+        size = 2048 if device == 'cpu' else 8192
+        a = torch.randn(size, size, device=device).to(kind)
+        seconds = time_often(lambda a=a: a @ a, device)
+        found[f'flops_{str(kind)[6:]}'] = 2 * size**3 / statistics.median(seconds)
+    flops = ', '.join(f'{k[6:]} {v / 1e9:,.0f}' for k, v in sorted(found.items()) if 'flops' in k)
+    threads = f', {found["threads"]} threads' if found['threads'] else ''
+    print(f'{name}{threads}, torch {torch.__version__}')
+    print(f'reads {found["read_bytes_per_second"] / 1e9:.0f} GB/s; products, GFLOP/s: {flops}')
+    return found
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line_ in Path('/proc/cpuinfo').read_text().splitlines():
+            if line_.startswith('model name'):
+                return line_.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def time_often(run, device: str, times: int = 9) -> list[float]:
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
         run()
-        run()
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            begin = time.perf_counter()
-            for _ in range(times):
-                run()
-            seconds[name].append(time.perf_counter() - begin)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
     return seconds
 
 
-def show(job: str, tokens: int, seconds: dict[str, list[float]], note: str = '') -> None:
-    """One line a side: tokens/s; for the first also how many times faster than each other."""
-    for name, spent in seconds.items():
-        speeds = [tokens / s for s in spent]
-        line = f'{job:<12}{name:<10}{statistics.median(speeds):>12,.0f} tokens/s '
-        print(
-            f'{line}({min(speeds):,.0f} to {max(speeds):,.0f}){note if name == "flatGPT" else ""}'
-        )
-    ours = seconds['flatGPT']
-    for name in list(seconds)[1:]:
-        ratios = [theirs / own for own, theirs in zip(ours, seconds[name], strict=True)]
-        spread = f'({min(ratios):.2f} to {max(ratios):.2f})'
-        print(f'{job:<12}{"":<10}{statistics.median(ratios):>12.2f} times {name} {spread}')
+@contextlib.contextmanager
+def opened(names: list[tuple], c: dict, job: str):
+    """The processes of (side, format), ended afterwards."""
+    sides = []
+    try:
+        for name, kind in names:
+            sides.append(Side(name, {**c, 'job': job, 'format': kind}))
+        for side in sides:
+            side.trouble = side.receive()
+        yield sides
+    finally:
+        for side in sides:
+            side.close()
 
 
-def bench_training(config: dict, runtime) -> GPT:
-    """Time training steps -> the model."""
-    c = config
-    shape = {k: c[k] for k in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd')}
-    shape |= {'dropout': c['dropout'], 'bias': c['bias']}
-    torch.manual_seed(c['seed'])
-    batch = torch.randint(c['vocab_size'], (2, c['batch_size'], c['block_size']))
-    batch = batch.to(runtime.device)
-    config = GPTConfig(arch=c['arch'], n_kv_head=c['n_kv_head'], **shape)
-    model = GPT(config).to(runtime.device)
-    compiled = runtime.wants_compile(c['compile'])
-    rates = {'learning_rate': 1e-4, 'muon_lr': 1e-3, 'weight_decay': 0.1}
-    momenta = {'betas': (0.9, 0.95), 'muon_momentum': 0.95}
-    optimizers = build_optimizers(c['optimizer'], model, **rates, **momenta, compile=compiled)
-    wrapped = torch.compile(model) if compiled else model
-    sides = {'flatGPT': training_step(wrapped, optimizers, runtime.autocast, batch)}
+def bench_training(c: dict, runtime: Runtime, report: Report) -> None:
+    names = [('flatGPT', ''), ('transformers', '')]
     if c['nanogpt']:
-        module = import_nanogpt(c['nanogpt'])
-        peer = module.GPT(module.GPTConfig(**shape)).to(runtime.device)
-        # as its train.py does: no autocast on a CPU, its own choice of fused AdamW
-        peer_optimizer = peer.configure_optimizers(0.1, 1e-4, (0.9, 0.95), runtime.device_type)
-        autocast = nullcontext if runtime.device_type == 'cpu' else runtime.autocast
-        peer = torch.compile(peer) if compiled else peer
-        sides['nanoGPT'] = training_step(peer, [peer_optimizer], autocast, batch)
-    seconds = take_turns(sides, c['steps'], c['rounds'])
-    tokens = c['steps'] * c['batch_size'] * c['block_size']
-    peak, speed = runtime.peak_flops(), tokens / statistics.median(seconds['flatGPT'])
-    mfu = f', MFU {speed * model.flops_per_token() / peak:.1%}' if peak else ''
-    show('training', tokens, seconds, mfu)
-    return model
+        names.append(('nanoGPT', ''))
+    with opened(names, c, 'training') as sides:
+        turns = take_turns(sides, c, 'training')
+        with torch.device('meta'):
+            flops = build_model(c).flops_per_token()
+        measured = report.machine.get(f'flops_{runtime.dtype_name}')
+        peak = runtime.peak_flops() or measured
+        notes = {}
+        for side in sides:
+            notes[side.label] = side.trouble
+            if turns[side.label]:
+                seconds, work, memory = sorted(turns[side.label])[len(turns[side.label]) // 2]
+                mfu = work['tokens'] / seconds * flops / peak
+                kept = f', {memory / 2**30:.1f} GiB' if memory else ''
+                each = f'{seconds / c["steps"] * 1e3:,.0f} ms a step'
+                notes[side.label] = f'{each}, MFU {mfu:.0%}{kept}'
+        job = f'training {c["batch_size"]}x{c["block_size"]}'
+        against = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
+        report.compare(job, turns, notes, against)
+        watch(sides[0], c, 'training')
 
 
-def bench_generation(config: dict, model: GPT) -> None:
-    """Time generation from a one-token prompt, over the KV cache and without one."""
-    tokenizer = char_tokenizer([chr(0x10000 + i) for i in range(config['vocab_size'])])
-    count = min(config['new_tokens'], config['block_size'] - 1)
-    prompts = [[1]] * config['rows']
-    sampling = Sampling(max_new_tokens=count)
+def bench_writing(c: dict, runtime: Runtime, report: Report, jobs: list[str]) -> None:
+    """Prefill and decoding, for each number of rows, of every format and library."""
+    formats = c['formats'].split(',')
+    names = [('flatGPT', kind) for kind in formats]
+    names += [('transformers', kind) for kind in formats if kind != 'int8']
+    against = {f'transformers {kind}': {f'flatGPT {kind}': 0.05} for kind in formats}
+    if 'bfloat16' in formats:  # it has no int8, so ours, which rounds the weights, stands beside 16
+        against['transformers bfloat16']['flatGPT int8'] = 0.2
+    with opened(names, c, 'writing') as sides:
+        for job in jobs:
+            for rows in map(int, c['rows'].split(',')):
+                turns = take_turns(sides, c, job, rows)
+                notes = {}
+                for side in sides:
+                    notes[side.label] = side.trouble
+                    if job == 'decode' and turns[side.label] and side.name == 'flatGPT':
+                        notes[side.label] = share_of_limit(c, report, side, rows, turns[side.label])
+                report.compare(f'{job} {rows} row{"s" * (rows > 1)}', turns, notes, against)
+            watch(sides[0], c, job, int(c['rows'].split(',')[0]))
 
-    def side(cached: bool):
-        return lambda: list(generate(model, tokenizer, prompts, sampling, cached=cached))
 
-    sides = {'flatGPT': side(True), 'no cache': side(False)}
-    show('generation', count * config['rows'], take_turns(sides, 1, config['rounds']))
+def share_of_limit(c: dict, report: Report, side: Side, rows: int, turns: list) -> str:
+    """How near decoding comes to what reading weights and cache, or multiplying, takes at least."""
+    machine = report.machine
+    with torch.device('meta'):
+        model = build_model(c)
+    weights = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}[side.format]
+    on_cpu = machine['device'] == 'cpu'
+    head = c['n_embd'] // c['n_head'] * (c['n_kv_head'] or c['n_head'])
+    held = c['prompt_tokens'] + c['new_tokens'] / 2
+    cache = rows * 2 * c['n_layer'] * head * held * (4 if on_cpu else weights)
+    reading = (model.num_params() * weights + cache) / machine['read_bytes_per_second']
+    kind = 'bfloat16' if side.format == 'int8' else side.format
+    multiplying = 2 * model.num_params() * rows / machine.get(f'flops_{kind}', math.inf)
+    seconds = statistics.median(t[0] / t[1]['tokens'] * rows for t in turns)
+    what = 'reading' if reading > multiplying else 'multiplying'
+    return f'{max(reading, multiplying) / seconds:.0%} of the limit by {what}'
 
 
-def main(config: dict) -> None:
-    within(1, None, config, 'rounds', 'steps', 'new_tokens', 'rows', 'batch_size')
-    within(2, None, config, 'block_size', 'vocab_size')
-    one_of((True, False, 'auto'), config, 'compile')
-    one_of(('adamw', 'muon'), config, 'optimizer')
-    runtime = start(config['device'], config['dtype'])
-    threads = f', {torch.get_num_threads()} threads' if runtime.device_type == 'cpu' else ''
-    print(f'torch {torch.__version__} on {runtime.device}{threads}, {runtime.dtype_name}')
-    model = bench_training(config, runtime)
-    bench_generation(config, model.eval())
+def watch(side: Side, c: dict, job: str, *arguments) -> None:
+    if c['profile'] and side.trouble is None:
+        path = f'trace_{job}.json'
+        print(side.turn(job, *arguments, trace=path))
+        print(f'written: {path}, for https://ui.perfetto.dev')
+
+
+def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
+    """Perplexity of a run's model on its own validation split, in each format."""
+    formats = c['formats'].split(',')
+    found = {}
+    for kind in formats:
+        model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        quantize = 'int8' if kind == 'int8' else None
+        model = freeze(model.to(DTYPES['bfloat16' if quantize else kind]), quantize)
+        data = Dataset(dataset_of(state), model.config.block_size)
+        windows = data.eval_windows('val', None if not c['quick'] else 64)
+        total = count = 0
+        for part in np.array_split(windows, math.ceil(len(windows) / 8)):
+            x, y = (torch.from_numpy(a).to(runtime.device) for a in data.eval_batch('val', part))
+            with torch.inference_mode():
+                loss = model(x, y)[1].item()
+            total, count = total + loss * int((y >= 0).sum()), count + int((y >= 0).sum())
+        found[kind] = math.exp(total / count)
+        change = f' ({found[kind] / found[formats[0]] - 1:+.3%})' if len(found) > 1 else ''
+        note = f'perplexity {found[kind]:.4f}{change}, {count:,} tokens of {data.folder.name}'
+        line('quality', kind, '', note)
+        report.add('quality', kind, note, perplexity=found[kind])
+
+
+def dataset_of(state: dict) -> Path:
+    name = state.get('config', {}).get('dataset')
+    if not name:
+        raise UserError('this checkpoint does not say what it was trained on')
+    folder = Path(name) if Path(name).is_dir() else Path(__file__).parent / 'data' / name
+    if not (folder / 'val.bin').exists():
+        raise UserError(f'{folder}: the data this run was trained on is not here; prepare it again')
+    return folder
+
+
+def bench_data(c: dict, runtime: Runtime, report: Report) -> None:
+    """From a folder of files to a finished dataset, beside what only turns text into ids."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = copy_texts(c, Path(folder))
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        print(f'{"data":<16} {size / 1e6:.1f} MB in {len(texts):,} files')
+        for name in ('char', 'byte', 'bpe', 'gpt2'):
+            sides = {'flatGPT': lambda name=name: prepared(name, folder)}
+            notes = {'flatGPT': 'read, split, encoded, written, sealed'}
+            try:
+                if name == 'gpt2':
+                    tokenizer = get_tokenizer('gpt2')
+                    slow = tokenizer.accelerate()
+                    notes['flatGPT'] += ', by ' + (f'tiktoken: {slow}' if slow else 'gigatoken')
+                    add_peers(sides, notes, tokenizer, texts)
+                turns = {side: [] for side in sides}
+                for _ in range(min(3, c['rounds'])):
+                    for side, run in sides.items():
+                        turns[side].append((*run(), 0))
+            except UserError as error:
+                line(f'data {name}', '', '', str(error))
+                continue
+            against = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
+            report.compare(f'data {name}', turns, notes, against)
+
+
+def copy_texts(c: dict, folder: Path) -> list[str]:
+    """Up to text_bytes of UTF-8 files, copied into a folder -> their texts."""
+    paths = sysconfig.get_paths()
+    roots = [Path(c['text'])] if c['text'] else [Path(paths['stdlib']), Path(paths['purelib'])]
+    texts, left = [], c['text_bytes']
+    for root in roots:
+        pattern = '*' if c['text'] else '*.py'
+        for path in sorted(root.rglob(pattern)) if root.is_dir() else [root]:
+            try:
+                content = path.read_bytes()[:left] if path.is_file() and left > 0 else b''
+                text = content.decode('utf-8-sig')  # a byte order mark is no text
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text and '\0' not in text:
+                (folder / f'{len(texts):06}.txt').write_bytes(text.encode())
+                texts.append(text)
+                left -= len(text.encode())
+    if len(texts) < 2:
+        raise UserError(f'text={c["text"]}: needs two files of UTF-8 text at least')
+    return texts
+
+
+def prepared(name: str, folder: str) -> tuple[float, dict]:
+    """data/text/prepare.py on the folder, with its output held back."""
+    with tempfile.TemporaryDirectory() as out, open(os.devnull, 'w') as nowhere:
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            prepare.main([folder, f'--out_dir={out}', f'--tokenizer={name}'])
+        seconds = time.perf_counter() - begin
+        data = Dataset(out, 1)
+        parts = [np.fromfile(Path(out) / f'{split}.bin', data.tokenizer.dtype) for split in SPLITS]
+    ids = np.concatenate(parts).astype(np.int64)
+    ids = ids[ids != data.tokenizer.eot]  # between documents, which the others know nothing of
+    return seconds, {'tokens': len(ids), 'result': [float(ids.sum())]}
+
+
+def add_peers(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
+    """Add tiktoken's and transformers' own batch calls, with all cores, on text in memory."""
+    import tiktoken
+
+    encoding = tiktoken.get_encoding('gpt2')
+
+    def timed(encode) -> tuple[float, dict]:
+        begin = time.perf_counter()
+        batches = encode()
+        seconds = time.perf_counter() - begin
+        total = float(sum(map(sum, batches)))
+        return seconds, {'tokens': sum(map(len, batches)), 'result': [total]}
+
+    sides['tiktoken'] = lambda: timed(
+        lambda: encoding.encode_ordinary_batch(texts, num_threads=cores())
+    )
+    notes['tiktoken'] = 'ids in memory'
+    try:
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        notes['transformers'] = 'transformers is not installed'
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / 'ranks.tiktoken')
+        tokenizer.write_ranks(path)
+        fast = TikTokenConverter(path, tokenizer.pattern).converted()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=fast)
+    sides['transformers'] = lambda: timed(
+        lambda: theirs(texts, add_special_tokens=False)['input_ids']
+    )
+    notes['transformers'] = 'ids in memory'
+
+
+PEER_SCRIPT = """
+import sys
+from transformers import AutoModelForCausalLM
+import torch
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+idx = torch.tensor([[1]])
+written = model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=1,
+                         do_sample=False, pad_token_id=0)
+print(chr(0x4E00 + int(written[0, -1])), flush=True)
+"""
+
+
+def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
+    """From the command to the first character that a small model writes, on the CPU."""
+    c = {**c, **SMALL, 'vocab_size': 4096, 'block_size': 256, 'device': 'cpu', 'dropout': 0.0}
+    letters = [chr(0x4E00 + i) for i in range(c['vocab_size'])]
+    with tempfile.TemporaryDirectory() as folder:
+        run, exported = Path(folder) / 'run', Path(folder) / 'transformers'
+        checkpoint.save(
+            run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False
+        )
+        options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
+        script = Path(__file__).with_name('sample.py')
+        prompt = [letters[1], '--device=cpu', '--dtype=float32']
+        commands = {'flatGPT': [sys.executable, script, *prompt, *options]}
+        notes = {'flatGPT': 'to the first token: sample.py'}
+        try:
+            model = transformers_model(c)
+            importlib.import_module('transformers.utils.logging').disable_progress_bar()
+            model.save_pretrained(exported)
+            commands['transformers'] = [sys.executable, '-c', PEER_SCRIPT, exported]
+            notes['transformers'] = 'of from_pretrained and generate'
+        except ImportError:
+            line('startup', 'transformers', '', 'not installed')
+        turns = {side: [] for side in commands}
+        for _ in range(c['rounds']):
+            for side, command in commands.items():
+                turns[side].append(first_token(command))
+    for side, results in turns.items():
+        seconds, beside = [r[0] for r in results], ''
+        if side != 'flatGPT':
+            times = [t[0] / o[0] for o, t in zip(turns['flatGPT'], results, strict=True)]
+            same = results[0][1] == turns['flatGPT'][0][1]
+            beside = f', flatGPT is {shown(times, ".2f")} times as fast'
+            beside = beside if same else ', no ratio to flatGPT: it wrote another token'
+        line('startup', side, shown(seconds, '.2f') + ' seconds', notes[side] + beside)
+        report.add('startup', side, notes[side] + beside, seconds=spread(seconds))
+
+
+def first_token(command: list) -> tuple[float, str]:
+    begin = time.perf_counter()
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, encoding='utf-8')
+    if result.returncode:
+        raise UserError(f'startup: {(result.stderr.strip().splitlines() or ["no output"])[-1]}')
+    return time.perf_counter() - begin, result.stdout.strip()[-1:]
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def check(c: dict) -> list[str]:
+    """The jobs that are asked for; ConfigError or UserError for what cannot be."""
+    names = ('rounds', 'steps', 'new_tokens', 'prompt_tokens', 'batch_size', 'text_bytes')
+    within(1, None, c, *names)
+    within(2, None, c, 'block_size', 'vocab_size', 'new_tokens')
+    one_of((True, False, 'auto'), c, 'compile')
+    one_of(('adamw', 'muon'), c, 'optimizer')
+    jobs = [job for job in c['only'].split(',') if job]
+    for job in jobs:
+        one_of(JOBS, {'only': job}, 'only')
+    if 'quality' in jobs and not c['out_dir']:
+        raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
+    jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
+    if c['out_dir']:
+        checkpoint.find(c['out_dir'])
+    if c['text'] and not Path(c['text']).exists():
+        raise UserError(f'text={c["text"]}: no such file or folder')
+    if not Path(c['json']).parent.is_dir():
+        raise UserError(f'json={c["json"]}: there is no folder {Path(c["json"]).parent}')
+    for kind in c['formats'].split(','):
+        one_of((*DTYPES, 'int8'), {'formats': kind}, 'formats')
+    for count in c['rows'].split(','):
+        if not count.isdigit() or not int(count):
+            raise UserError(f'rows={c["rows"]!r}: give numbers of texts, such as 1,8,32')
+    if c['prompt_tokens'] + c['new_tokens'] > c['block_size']:
+        raise UserError(
+            f'prompt_tokens={c["prompt_tokens"]} and new_tokens={c["new_tokens"]} do not fit into '
+            f'block_size={c["block_size"]}'
+        )
+    if c['nanogpt']:
+        if c['arch'] != 'gpt2':
+            raise UserError("nanogpt: is GPT-2, so it cannot be timed beside arch='modern'")
+        import_nanogpt(c['nanogpt'])
+    return jobs
+
+
+def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
+    """Refuse a model that this device cannot hold, before minutes are spent on finding out."""
+    with torch.device('meta'):
+        parameters = sum(p.numel() for p in build_model(c).parameters())
+    copies = {'training': 16 * (2 + bool(c['nanogpt'])), 'decode': 16, 'prefill': 16}
+    needed = parameters * max([copies.get(job, 4) for job in jobs])
+    if runtime.device_type == 'cuda':
+        free = torch.cuda.mem_get_info(runtime.device)[0]
+    elif hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names:
+        free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+        with contextlib.suppress(OSError):  # what the page cache holds can be had, too
+            for row in Path('/proc/meminfo').read_text().splitlines():
+                if row.startswith('MemAvailable'):
+                    free = int(row.split()[1]) * 1024
+    else:
+        return
+    if needed > free:
+        raise UserError(
+            f'{parameters / 1e6:,.0f}M parameters on all sides need {needed / 2**30:.0f} GiB and '
+            f'{runtime.device} has {free / 2**30:.0f} GiB free; lower --n_layer or --n_embd'
+        )
+
+
+def main(c: dict) -> None:
+    jobs = check(c)
+    runtime = start(c['device'], c['dtype'])
+    c['device'] = runtime.device
+    check_memory(c, runtime, jobs)
+    report = Report(c, measure_machine(runtime))
+    line('job', 'side', 'tokens/s, median (low to high)', '')
+    if 'training' in jobs:
+        bench_training(c, runtime, report)
+    if {'prefill', 'decode'} & {*jobs}:
+        writing = [job for job in ('prefill', 'decode') if job in jobs]
+        bench_writing(c, runtime, report, writing)
+    others = {'quality': bench_quality, 'data': bench_data, 'startup': bench_startup}
+    for job in [job for job in others if job in jobs]:
+        others[job](c, runtime, report)
+    report.write()
 
 
 if __name__ == '__main__':
-    main(configure(globals(), sys.argv[1:]))
+    config = configure(globals(), sys.argv[1:])
+    if config['quick']:
+        given = {flag.lstrip('-').partition('=')[0] for flag in sys.argv[1:]}
+        config |= {name: value for name, value in QUICK.items() if name not in given}
+    main(config)

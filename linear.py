@@ -18,7 +18,7 @@ ROWS = 8  # of the products that the layout is made for; it serves any number
 MANY = 64  # rows from which an int8 matrix is turned to 16 bits first
 
 
-class PackedLinear(nn.Module):
+class PackedLinear:
     """x (..., in) -> (..., out) by oneDNN, with the weight in the order it reads it.
 
     torch's own nn.Linear hands oneDNN a plain matrix, to be rearranged at every call, and leaves
@@ -26,36 +26,35 @@ class PackedLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        self.product = torch.ops.mkldnn._linear_pointwise.default
 
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+    def __call__(self, x):
+        return self.product(x, self.weight, self.bias, 'none', [], '')
 
 
-class Int8Linear(nn.Module):
+class Int8Linear:
     """x (..., in) -> (..., out) with a weight of int8 and a scale for each output.
 
     Rounding to the nearest of 255 steps, the largest weight of an output at 127. x is bfloat16.
     """
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
         self.weight = (weight / scale[:, None]).round().to(torch.int8)
         self.scale = scale.to(linear.weight.dtype)
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else linear.bias.detach()
 
-    def forward(self, x):
-        flat = x.flatten(0, -2)
-        if len(flat) < MANY:
+    def __call__(self, x):
+        flat = x if x.dim() == 2 else x.flatten(0, -2)
+        if flat.size(0) < MANY:
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
             y = F.linear(flat, self.weight.to(x.dtype)) * self.scale
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
 
 def freeze(model: GPT, quantize: str | None = None) -> GPT:
@@ -74,9 +73,11 @@ def freeze(model: GPT, quantize: str | None = None) -> GPT:
             join_projections(module)
     if kind:
         for module in list(model.modules()):
-            for name, child in module.named_children():
+            for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, kind(child))
+                    # a plain function in its place: being a module costs it a tenth of its time
+                    delattr(module, name)
+                    module.__dict__[name] = kind(child)
     return model.requires_grad_(False)
 
 

@@ -31,7 +31,6 @@ TRANSPOSED = (
     'mlp.c_fc.weight',
     'mlp.c_proj.weight',
 )
-STRIDE = 64  # cached steps attend over a multiple of this many columns
 
 
 @dataclass
@@ -475,26 +474,28 @@ class KVCache:
         self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)
         self.pos = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.rows = torch.arange(rows, device=weight.device)[:, None]  # (rows, 1)
+        self.count = torch.arange(self.length, device=weight.device)
+        self.zeros = torch.zeros(self.length, device=weight.device, dtype=dtype)
         self.span = 0  # no row holds more; kept on the host, so that no step waits for the device
         self.graphs = {}  # steps recorded on this memory
 
     def columns(self, T: int) -> int:
-        """How many a step of T more tokens attends over: one of a few fixed counts."""
-        return min(self.length, -(-(self.span + T) // STRIDE) * STRIDE)
+        """How many a step of T more tokens attends over: on a GPU one of a few fixed counts."""
+        stride = 16 if self.kv.device.type == 'cpu' else 256
+        return min(self.length, -(-(self.span + T) // stride) * stride)
 
     def extend(self, B: int, T: int, lengths=None):
         """Make room for T more tokens in B rows, `lengths` of them real -> positions (B, T)."""
         assert self.span + T <= self.length, 'the cache is full'
-        step = torch.arange(T, device=self.pos.device)
-        pos = self.pos[:B, None] + step
+        pos = self.pos[:B, None] + self.count[:T]
         self.slots = pos.clamp(max=self.length)
         if lengths is not None:
-            self.slots = self.slots.where(step < lengths[:, None], self.length)
+            self.slots = self.slots.where(self.count[:T] < lengths[:, None], self.length)
         self.mask = None  # rows that were empty attend to what they are given
         if self.span:
-            seen = torch.arange(self.columns(T), device=pos.device) <= pos[..., None]
-            self.mask = torch.zeros(seen.shape, device=pos.device, dtype=self.kv.dtype)
-            self.mask = self.mask.masked_fill(~seen, -math.inf)[:, None]  # (B, 1, T, S)
+            unseen = self.count[: self.columns(T)] > pos[..., None]
+            self.mask = self.zeros[: unseen.size(-1)].masked_fill(unseen, -math.inf)
+            self.mask = self.mask[:, None]  # (B, 1, T, S), added to the scores
         self.pos[:B] += T if lengths is None else lengths
         self.span += T
         return pos.clamp(max=self.length - 1)  # a finished row that is still computed may be beyond

@@ -27,7 +27,7 @@ from configurator import ConfigError, UserError, configure, did_you_mean, one_of
 from data.tokenizer import Tokenizer
 from linear import freeze
 from model import GPT, KVCache
-from runtime import pick_device, pick_dtype
+from runtime import keep_freed_memory, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # model
@@ -140,11 +140,14 @@ def candidates(logits, sampling: Sampling, seen=None):
 def choose(logits, sampling: Sampling, uniforms, seen=None):
     """Next token of each row (R,) by the inverse CDF of `uniforms` (R, 1); -1 for broken logits."""
     values, ids = candidates(logits, sampling, seen)
+    broken = ~values.amax(-1, keepdim=True).isfinite()
+    if ids.size(-1) == 1:
+        return ids.masked_fill(broken, -1)[:, 0]
     cdf = values.softmax(-1).cumsum(-1)
     # the first above a number that lies below cdf's end: never one of probability 0
     at = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
     ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if the logits are broken
-    return ids.where(values.amax(-1, keepdim=True).isfinite(), -1)[:, 0]
+    return ids.masked_fill(broken, -1)[:, 0]
 
 
 # -----------------------------------------------------------------------------
@@ -511,6 +514,8 @@ class Console:
 def load(settings: dict) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer that the settings name, ready to write."""
     device = pick_device(settings['device'])
+    if device == 'cpu':
+        keep_freed_memory()
     one_of((None, 'int8'), settings, 'quantize')
     by_itself = settings['quantize'] and settings['dtype'] == 'auto'
     dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)

@@ -4,7 +4,7 @@ gigatoken is installed and serves, one core is faster than all of them would be 
 
     chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
     with Writer(folder, tokenizer) as writer:
-        write_chunks(writer, chunks, workers=cores())
+        write_chunks(writer, chunks)
 """
 
 import contextlib
@@ -30,7 +30,7 @@ LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
 BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
-SMALL = 4_000_000  # bytes of text below which starting processes takes longer than it saves
+SMALL = 16_000_000  # bytes of text below which starting processes takes longer than it saves
 
 Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
 
@@ -60,16 +60,20 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def write_chunks(
-    writer: Writer, chunks: Iterable[Chunk], workers: int, total: int | None = None
+    writer: Writer, chunks: Iterable[Chunk], workers: int | None = None, total: int | None = None
 ) -> None:
-    """Encode chunks, in their order, and write them; `total` bytes are expected to be read."""
-    small = total is not None and total < SMALL
-    if writer.tokenizer.kind == 'tiktoken':
-        why_not = writer.tokenizer.accelerate()
+    """Encode chunks, in their order, and write them; `total` bytes are expected to be read.
+
+    workers: processes, None for as many as pay.
+    """
+    tokenizer, small = writer.tokenizer, total is not None and total < SMALL
+    if tokenizer.kind == 'tiktoken':
+        why_not = tokenizer.accelerate()
         if why_not and not small:
             print(f'encoding with tiktoken: {why_not}', flush=True)
-    if small or writer.tokenizer.accelerated:  # faster than text can be sent to other processes
-        workers = 1
+    if workers is None:  # one, where it encodes faster than text can be sent to others
+        fast = tokenizer.accelerated or tokenizer.kind in ('char', 'byte')
+        workers = 1 if fast or small else cores()
     with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
         for size, ids in encode_all(jobs(chunks), writer.tokenizer, workers):
             for split, part in ids.items():

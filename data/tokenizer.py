@@ -149,21 +149,17 @@ class Tokenizer:
 
         It must give the same ids as tiktoken for text made to be difficult.
         """
+        if self.accelerated:
+            return ''
         if self.name not in GIGATOKEN_SCHEMES:
             return f'gigatoken does not know {self.name}'
         try:
             from gigatoken.gigatoken_rs import BPETokenizer
         except ImportError:
             return 'gigatoken, many times as fast, is not installed: pip install gigatoken'
-        special = set(self.special.values())
-        ranks = (
-            base64.b64encode(token) + b' %d\n' % i
-            for i, token in enumerate(self.token_bytes)
-            if token is not None and i not in special
-        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / 'ranks.tiktoken'
-            path.write_bytes(b''.join(ranks))
+            self.write_ranks(path)
             try:
                 fast = BPETokenizer.from_tiktoken(path, GIGATOKEN_SCHEMES[self.name])
                 same = np.array_equal(fast.encode(difficult_text()), self._encode(difficult_text()))
@@ -173,6 +169,13 @@ class Tokenizer:
             return 'this version of gigatoken gives other ids'
         self._gigatoken = fast
         return ''
+
+    def write_ranks(self, path: str | Path) -> None:
+        """The vocabulary as a .tiktoken file: a line for each token that text produces."""
+        special = set(self.special.values())
+        tokens = [(i, token) for i, token in enumerate(self.token_bytes) if i not in special]
+        lines = [base64.b64encode(token) + b' %d\n' % i for i, token in tokens if token is not None]
+        Path(path).write_bytes(b''.join(lines))
 
     @property
     def accelerated(self) -> bool:

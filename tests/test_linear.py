@@ -24,7 +24,8 @@ def tiny(dtype=torch.float32, **changes):
 
 
 def kinds(model):
-    return {type(m) for m in model.modules() if 'Linear' in type(m).__name__}
+    held = [value for m in model.modules() for value in [*vars(m).values(), *m.children()]]
+    return {type(value) for value in held if 'Linear' in type(value).__name__}
 
 
 @packs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configurator import UserError, one_line_errors
 from data.dataset import Writer
-from data.encode import Chunk, cores, cut, write_chunks
+from data.encode import Chunk, cut, write_chunks
 from data.tokenizer import get_tokenizer
 
 DOWNLOAD_GB = 54
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(__file__).parent
     parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
     parser.add_argument('--source', type=Path, help='folder of parquet files, instead of fetching')
-    parser.add_argument('--workers', type=int, default=cores(), help='default: %(default)s')
+    parser.add_argument('--workers', type=int, help='processes; default: as many as pay')
     args = parser.parse_args(argv)
     tokenizer = get_tokenizer('gpt2')
     with Writer(args.out_dir, tokenizer) as writer:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from configurator import UserError, one_line_errors
 from data.dataset import DATA, Writer
-from data.encode import BORDER, Chunk, cores, cut, write_chunks
+from data.encode import BORDER, Chunk, cut, write_chunks
 from data.tokenizer import Tokenizer, char_tokenizer, get_tokenizer, train_bpe
 
 COMMAND = 'python data/text/prepare.py'
@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     folder = output_folder(args)
     val_files = find_files(args.val)
-    own = {path.resolve() for path in val_files}
-    files = [path for path in find_files(args.files) if path.resolve() not in own]
+    own = {identity(path) for path in val_files}
+    files = find_files(args.files)
+    files = [path for path in files if identity(path) not in own] if own else files
     if not files:
         raise UserError('nothing is left to train on: all the files are given with --val')
     try:
@@ -98,7 +99,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default='strict',
         help='at bytes that are not UTF-8: stop (default), or put U+FFFD in their place',
     )
-    add('--workers', type=int, default=cores(), help='processes, default %(default)s')
+    add('--workers', type=int, help='processes; default: one, or one for each core if that pays')
     args = parser.parse_args(argv)
     if not args.files:
         raise UserError(f'say which text: {COMMAND} FILES --name=mine (see --help)')
@@ -106,7 +107,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
     if args.vocab_size and args.tokenizer != 'bpe':
         raise UserError(f'--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own')
-    if args.workers < 1:
+    if args.workers is not None and args.workers < 1:
         raise UserError(f'--workers={args.workers}: needs at least 1')
     return args
 
@@ -140,8 +141,14 @@ def find_files(patterns: list[str]) -> list[Path]:
         for path in taken:
             if not path.is_file() or not path.stat().st_size:
                 raise UserError(f'{path}: {"is empty" if path.is_file() else "is not a file"}')
-        found |= {path.resolve(): path for path in taken}
+        found |= {identity(path): path for path in taken}
     return list(found.values())
+
+
+def identity(path: Path) -> tuple:
+    """What is the same for every name of a file."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -1,0 +1,325 @@
+"""
+flatGPT and what bench.py times it beside, each in a process of its own.
+
+    side = Side('transformers', settings)         # begins to build it there, from the same weights
+    side.trouble = side.receive()
+    seconds, work, memory = side.turn('decode', 8)
+
+A turn measures its own seconds, and `work` says what it did and came to, so that only like is
+compared with like.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from configurator import UserError
+from data.tokenizer import char_tokenizer
+from linear import freeze
+from model import GPT, TRANSPOSED, GPTConfig, KVCache
+from optim import build_optimizers
+from runtime import DTYPES, Runtime, is_out_of_memory, pick_dtype, start
+from sample import Sampling, generate
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    kind = device.partition(':')[0]
+    if kind != 'cpu':
+        getattr(torch, kind).synchronize()
+
+
+def build_model(c: dict) -> GPT:
+    """The model that all sides take their weights from."""
+    torch.manual_seed(c['seed'])
+    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    shape = {name: c[name] for name in names}
+    model = GPT(GPTConfig(arch=c['arch'], n_kv_head=c['n_kv_head'], **shape))
+    if c['arch'] == 'modern':  # its blocks begin as the identity; have them do something
+        for name, parameter in model.named_parameters():
+            if name.endswith(('o_proj.weight', 'fc2.weight', 'lm_head.weight')):
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def transformers_model(c: dict):
+    """The same in the class that `transformers` has for it."""
+    import transformers
+
+    ours = build_model(c)
+    shape = {'vocab_size': c['vocab_size'], 'bos_token_id': None, 'eos_token_id': None}
+    if c['arch'] == 'gpt2':
+        shape |= {'n_layer': c['n_layer'], 'n_head': c['n_head'], 'n_embd': c['n_embd']}
+        drops = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c['dropout'])
+        config = transformers.GPT2Config(n_positions=c['block_size'], **shape, **drops)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.NanoChatConfig(
+            **shape,
+            hidden_size=c['n_embd'],
+            intermediate_size=4 * c['n_embd'],
+            num_hidden_layers=c['n_layer'],
+            num_attention_heads=c['n_head'],
+            num_key_value_heads=c['n_kv_head'] or c['n_head'],
+            max_position_embeddings=c['block_size'],
+        )
+        model = transformers.NanoChatForCausalLM(config)
+    theirs = model.state_dict()
+    for name, tensor in ours.state_dict().items():
+        theirs[name].copy_(tensor.T if name.endswith(TRANSPOSED) else tensor)
+    for name in set(theirs) - set(ours.state_dict()):
+        if name.endswith('.bias'):
+            theirs[name].zero_()
+    return model.to(c['device'])
+
+
+def import_nanogpt(folder: str):
+    """nanoGPT's model.py as a module, without a place on the import path."""
+    path = Path(folder) / 'model.py'
+    if not path.is_file() or 'nanoGPT' not in path.read_text(encoding='utf-8') + folder:
+        raise UserError(f'nanogpt={folder}: there is no nanoGPT model.py in that folder')
+    spec = importlib.util.spec_from_file_location('nanogpt_model', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def training(model, loss_of, optimizers, autocast, c: dict):
+    """A turn of `steps` updates on one batch; loss_of(x, y) is the side's own way to its loss."""
+    generator = torch.Generator().manual_seed(c['seed'])
+    shape = (2, c['batch_size'], c['block_size'])
+    x, y = torch.randint(c['vocab_size'], shape, generator=generator).to(c['device'])
+    model.eval()
+    with torch.no_grad(), autocast():
+        first = loss_of(x, y).item()
+    model.train()
+
+    def turn():
+        begin = time.perf_counter()
+        for _ in range(c['steps']):
+            with autocast():
+                loss = loss_of(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for one in optimizers:
+                one.step()
+            model.zero_grad(set_to_none=True)
+        synchronize(c['device'])
+        return time.perf_counter() - begin, {'tokens': x.numel() * c['steps'], 'result': [first]}
+
+    return turn
+
+
+def flatgpt(c: dict, runtime: Runtime) -> dict:
+    """What flatGPT can be asked for -> {job: turn}."""
+    model = build_model(c).to(runtime.device)
+    if c['job'] == 'training':
+        compiled = runtime.wants_compile(c['compile'])
+        rates = {'learning_rate': 1e-4, 'muon_lr': 1e-3, 'weight_decay': 0.1}
+        momenta = {'betas': (0.9, 0.95), 'muon_momentum': 0.95}
+        optimizers = build_optimizers(c['optimizer'], model, **rates, **momenta, compile=compiled)
+        wrapped = torch.compile(model, dynamic=False) if compiled else model
+        loss_of = lambda x, y: wrapped(x, y)[1]  # noqa: E731
+        return {'training': training(model, loss_of, optimizers, runtime.autocast, c)}
+    quantize = 'int8' if c['format'] == 'int8' else None
+    model = freeze(model.to(DTYPES['bfloat16' if quantize else c['format']]).eval(), quantize)
+    tokenizer = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
+
+    @torch.inference_mode()
+    def prefill(rows: int):
+        prompts = prompts_of(c, rows).to(runtime.device)
+        begin = time.perf_counter()
+        logits, _ = model(prompts, cache=KVCache(model, rows, c['prompt_tokens'] + 1))
+        result = logits[0, :8].tolist()
+        return time.perf_counter() - begin, {'tokens': prompts.numel(), 'result': result}
+
+    def decode(rows: int):
+        """From the first new token of every row to the last."""
+        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+        written, begin = 0, None
+        for _ in generate(model, tokenizer, prompts_of(c, rows).tolist(), sampling):
+            written += 1
+            if written == rows:
+                begin = time.perf_counter()
+        seconds = time.perf_counter() - begin
+        return seconds, {'tokens': written - rows, 'result': prefill(rows)[1]['result']}
+
+    return {'prefill': prefill, 'decode': decode}
+
+
+def transformers(c: dict, runtime: Runtime) -> dict:
+    """What `transformers` can be asked for, as its documentation has it done."""
+    from transformers.generation.streamers import BaseStreamer
+
+    model = transformers_model(c)
+    if c['job'] == 'training':
+        # its Trainer's default optimizer, clipping and autocast
+        adamw = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), fused=True)
+
+        def loss_of(x, y):  # given labels, it would shift them and leave out the last token
+            logits = model(x, use_cache=False).logits
+            return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+
+        return {'training': training(model, loss_of, [adamw], runtime.autocast, c)}
+    model = model.to(DTYPES[c['format']]).eval()
+
+    class Clock(BaseStreamer):
+        """The moments at which tokens came."""
+
+        def __init__(self):
+            self.ticks = []
+
+        def put(self, tokens):
+            self.ticks.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    @torch.inference_mode()
+    def prefill(rows: int):
+        prompts = prompts_of(c, rows).to(runtime.device)
+        begin = time.perf_counter()
+        logits = model(prompts, use_cache=True, logits_to_keep=1).logits
+        result = logits[0, -1, :8].tolist()
+        return time.perf_counter() - begin, {'tokens': prompts.numel(), 'result': result}
+
+    @torch.inference_mode()
+    def decode(rows: int):
+        prompts, clock = prompts_of(c, rows).to(runtime.device), Clock()
+        count = {'max_new_tokens': c['new_tokens'], 'min_new_tokens': c['new_tokens']}
+        how = {'attention_mask': torch.ones_like(prompts), 'do_sample': False, 'pad_token_id': 0}
+        written = model.generate(prompts, streamer=clock, **count, **how)
+        tokens = rows * (written.size(1) - prompts.size(1) - 1)
+        result = prefill(rows)[1]['result']
+        return clock.ticks[-1] - clock.ticks[1], {'tokens': tokens, 'result': result}
+
+    return {'prefill': prefill, 'decode': decode}
+
+
+def nanogpt_side(c: dict, runtime: Runtime) -> dict:
+    """nanoGPT's training step as its train.py makes it: no autocast on a CPU, its own AdamW."""
+    module = import_nanogpt(c['nanogpt'])
+    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+    model = module.GPT(module.GPTConfig(**{name: c[name] for name in names})).to(runtime.device)
+    model.load_state_dict(build_model(c).state_dict(), strict=False)
+    adamw = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), runtime.device_type)
+    autocast = contextlib.nullcontext if runtime.device_type == 'cpu' else runtime.autocast
+    wrapped = torch.compile(model) if runtime.wants_compile(c['compile']) else model
+    return {'training': training(model, lambda x, y: wrapped(x, y)[1], [adamw], autocast, c)}
+
+
+def prompts_of(c: dict, rows: int):
+    generator = torch.Generator().manual_seed(c['seed'])
+    return torch.randint(c['vocab_size'], (rows, c['prompt_tokens']), generator=generator)
+
+
+SIDES = {'flatGPT': flatgpt, 'transformers': transformers, 'nanoGPT': nanogpt_side}
+
+
+def serve_turns(pipe, side: str, c: dict) -> None:
+    """A side's process: build it, then make each turn that is asked for and report on it."""
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            if side == 'flatGPT':
+                runtime = start(c['device'], c['dtype'])  # which also sets up the C library
+            else:
+                runtime = Runtime(c['device'], pick_dtype(c['dtype'], c['device'], training=True))
+            turns = SIDES[side](c, runtime)
+            pipe.send(None)
+            while (request := pipe.recv()) is not None:
+                job, arguments, trace = request
+                gc.collect()
+                reset_peak(c['device'])
+                if trace:
+                    pipe.send(profiled(lambda: turns[job](*arguments), trace))  # noqa: B023
+                    continue
+                seconds, work = turns[job](*arguments)
+                pipe.send((seconds, work, peak_memory(c['device'])))
+        except ImportError as error:
+            pipe.send(f'{error.name or error} is not installed')
+        except UserError as error:
+            pipe.send(str(error))
+        except Exception as error:
+            said = f'{type(error).__name__}: {error}'
+            cause = 'out of memory' if is_out_of_memory(error) else said
+            pipe.send(cause.splitlines()[0][:200])
+
+
+def profiled(turn, path: str) -> str:
+    """Run one turn under torch's profiler, write its trace -> a table of the top operators."""
+    from torch.profiler import profile
+
+    with profile() as watch:
+        turn()
+    watch.export_chrome_trace(path)
+    cuda = torch.cuda.is_available()
+    by = 'self_device_time_total' if cuda else 'self_cpu_time_total'
+    return watch.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=48)
+
+
+def reset_peak(device: str) -> None:
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux: the high-water mark begins anew
+        Path('/proc/self/clear_refs').write_text('5')
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the GPU, or of this process in RAM."""
+    if device.startswith('cuda'):
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/self/status').read_text().splitlines():
+            if line.startswith('VmHWM'):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class Side:
+    """Another process that makes turns.
+
+    `trouble` says in a line why it cannot, None if it can: what receive() returns first.
+    """
+
+    def __init__(self, name: str, c: dict):
+        self.name, self.format = name, c['format'] if c['job'] != 'training' else ''
+        context = multiprocessing.get_context('spawn')
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve_turns, args=(other, name, c), daemon=True)
+        self.process.start()
+        other.close()
+        self.trouble: str | None = 'it is not ready'
+
+    @property
+    def label(self) -> str:
+        return f'{self.name} {self.format}'.strip()
+
+    def receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            return 'its process was killed, perhaps for want of memory'
+
+    def turn(self, job: str, *arguments, trace: str = ''):
+        """(seconds, work, bytes), the table of a profiled turn, or None once there is trouble."""
+        if self.trouble is not None:
+            return None
+        self.pipe.send((job, arguments, trace))
+        reply = self.receive()
+        if isinstance(reply, str) and not trace:
+            self.trouble = reply
+            return None
+        return reply
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(10)
+        self.process.kill()
