@@ -3,6 +3,7 @@ Checkpoints: the only place that knows how a trained model lies on disk.
 
 $ python checkpoint.py inspect out/my_run     # a table of its checkpoints
 $ python checkpoint.py verify out/my_run      # recompute every hash
+$ python checkpoint.py export out/my_run DIR  # for transformers; --format=gguf for llama.cpp
 
 A run's folder holds checkpoints/step-00002000/ and so on, each complete in itself:
 
@@ -32,9 +33,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import UserError, one_line_errors
-from data.tokenizer import Tokenizer, tiktoken_tokenizer
+from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
-from model import GPT, TRANSPOSED, GPTConfig
+from exchange import empty_model, export_gguf, export_transformers, is_foreign, load_foreign
+from model import GPT, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
 STATE, MANIFEST = 'state.json', 'manifest.json'
@@ -276,58 +278,52 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]
         raise CheckpointError(
             f'{path} is of an architecture that this version does not have ({", ".join(unknown)})'
         )
-    model = GPT(GPTConfig(**{**state['model'], 'dropout': dropout}))
+    model = empty_model(GPTConfig(**{**state['model'], 'dropout': dropout}))
     fill(model, path / MODEL)
     tokenizer = path / TOKENIZER
     return model, load_tokenizer(tokenizer) if tokenizer.exists() else None, state
 
 
 def load_model(
-    where: str | Path | None, which: str = 'best', device: str = 'cpu', dropout: float = 0.0
+    where: str | Path | None,
+    which: str = 'best',
+    device: str = 'cpu',
+    dropout: float = 0.0,
+    tokenizer: str | None = None,
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
 
-    where: a run's folder, a checkpoint, a `transformers` GPT-2 (a folder, or a name such as
-    'gpt2'), or None for the newest run.
+    where: a run's folder, a checkpoint, None for the newest run, or what others made: a
+    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint. tokenizer: what to
+    use instead of what comes with one of those.
     """
     where = newest_run() if where is None else where
-    if is_pretrained(where):
-        model, tokenizer, state = *load_pretrained(where, dropout), {}
+    if is_foreign(where):
+        model, tokenizer, state = load_foreign(where, dropout, tokenizer)
     else:
         model, tokenizer, state = load(find(where, which), dropout)
     return model.to(device).eval(), tokenizer, state
 
 
 @torch.no_grad()
-def fill(model: GPT, path: Path, foreign: bool = False) -> None:
-    """Copy a file's tensors into the model one at a time, so that memory holds it about once.
-
-    foreign: the file is `transformers`', with or without its prefix, Conv1D the other way round.
-    """
+def fill(model: GPT, path: Path) -> None:
+    """Copy a file's tensors into the model, one at a time."""
     parameters = dict(model.named_parameters())
     try:
         with safe_open(path, framework='pt') as file:
-            names = {key: key for key in file.keys()}
-            if foreign:
-                names = {'transformer.' + key.removeprefix('transformer.'): key for key in names}
-            missing = parameters.keys() - names.keys()
-            if not foreign and names.keys() - parameters.keys():
-                extra = min(names.keys() - parameters.keys())
-                raise CheckpointError(f'{path} has {extra}: another architecture')
-            for name in parameters.keys() & names.keys():
-                tensor = file.get_tensor(names[name])
-                if foreign and name.endswith(TRANSPOSED):
-                    tensor = tensor.T
-                if tensor.shape != parameters[name].shape:
+            differ = parameters.keys() ^ set(file.keys())
+            if differ:
+                raise CheckpointError(f'{path}: {min(differ)}: another architecture')
+            for name, parameter in parameters.items():
+                tensor = file.get_tensor(name)
+                if tensor.shape != parameter.shape:
                     raise CheckpointError(
                         f'{path}: {name} has shape {tuple(tensor.shape)}, and the model needs '
-                        f'{tuple(parameters[name].shape)}: another architecture'
+                        f'{tuple(parameter.shape)}: another architecture'
                     )
-                parameters[name].copy_(tensor)
+                parameter.copy_(tensor)
     except SafetensorError as error:
         raise CheckpointError(f'{path}: {error}') from error
-    if missing:
-        raise CheckpointError(f'{path} lacks {sorted(missing)[0]}: another architecture')
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -347,58 +343,13 @@ def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimize
 
 
 # -----------------------------------------------------------------------------
-# models that `transformers` wrote
-
-
-def is_pretrained(where: str | Path) -> bool:
-    """Whether `where` is a transformers folder, or a name such as gpt2-xl and no folder of ours."""
-    if Path(where).is_dir():
-        return (Path(where) / 'config.json').is_file()
-    return re.fullmatch(r'(distil)?gpt2(-\w+)?|[\w.-]+/[\w.-]*gpt2[\w.-]*', str(where)) is not None
-
-
-def load_pretrained(name: str | Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer]:
-    """A GPT-2 from a transformers folder or, by its name, from the hub or its local cache."""
-    folder = Path(name) if Path(name).is_dir() else download(str(name))
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        kind = config['model_type']
-        shape = {key: config[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
-        shape['block_size'] = config['n_positions']
-        gelu = config.get('activation_function', 'gelu_new')
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f'{name}: config.json is no GPT-2: {error!r}') from error
-    if kind != 'gpt2' or gelu not in ('gelu_new', 'gelu_pytorch_tanh'):
-        raise CheckpointError(f'{name} is a {kind} model with {gelu}; only GPT-2 is read')
-    model = GPT(GPTConfig(dropout=dropout, bias=True, **shape))
-    if not (folder / MODEL).is_file():
-        raise CheckpointError(f'{name}: {MODEL} is missing; save the model with save_pretrained()')
-    fill(model, folder / MODEL, foreign=True)
-    return model, tiktoken_tokenizer('gpt2')
-
-
-def download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name = name if '/' in name else f'openai-community/{name}'
-    try:
-        return Path(snapshot_download(name, allow_patterns=['config.json', MODEL]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f'{name} is neither in the local cache nor to be had from the hub '
-            f'({type(error).__name__}); put its config.json and {MODEL} into a folder and name that'
-        ) from error
-
-
-# -----------------------------------------------------------------------------
 # command line
 
 
 def report(out_dir: str) -> bool:
     """Print one line a checkpoint (step, losses, size, integrity) -> whether all are whole."""
     print(f'{"checkpoint":<16}{"train loss":>12}{"val loss":>12}{"MB":>9}  integrity')
-    whole = True
+    whole, described = True, ''
     for path in listed(out_dir):
         state = read_state(path) or {}
         losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
@@ -406,20 +357,48 @@ def report(out_dir: str) -> bool:
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         try:
             verify(path)
-            integrity = 'ok'
+            integrity, described = 'ok', describe(path, state)
         except CheckpointError as error:
             integrity, whole = str(error).partition('is ')[2], False
         print(f'{path.name:<16}{cells}{size:9.1f}  {integrity}')
+    print(described)
     return whole
+
+
+def describe(path: Path, state: dict) -> str:
+    """The model and tokenizer of a verified checkpoint in a line."""
+    c = GPTConfig(**state['model'])
+    with torch.device('meta'):
+        parameters = sum(p.numel() for p in GPT(c).parameters())
+    name = load_tokenizer(path / TOKENIZER).name if (path / TOKENIZER).exists() else 'none'
+    shape = f'{c.n_layer} layers of {c.n_embd}, {c.n_head} heads, context {c.block_size}'
+    return f'{c.arch}, {parameters / 1e6:.2f}M parameters, {shape}; tokenizer {name}'
+
+
+def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -> None:
+    model, tokens, state = load_model(where, which, tokenizer=tokenizer)
+    {'transformers': export_transformers, 'gguf': export_gguf}[kind](model, tokens, state, to)
+    at = f', step {state["step"]}' if 'step' in state else ''
+    print(f'{where}{at}: written to {to}')
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument('command', choices=['inspect', 'verify'])
-    parser.add_argument('out_dir', help="a run's folder")
+    parser.add_argument('command', choices=['inspect', 'verify', 'export'])
+    parser.add_argument('out_dir', help="a run's folder; export takes all that --init_from does")
+    parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')
+    parser.add_argument('--format', choices=['transformers', 'gguf'], default='transformers')
+    parser.add_argument('--checkpoint', default='best', help="'best', 'last', or the path of one")
+    parser.add_argument('--tokenizer', help='a name, tokenizer.json or meta.pkl to use instead')
     args = parser.parse_args(argv)
+    if args.command == 'export':
+        if args.to is None:
+            raise UserError(f'say where to: python checkpoint.py export {args.out_dir} DIR')
+        return export(args.out_dir, args.checkpoint, args.to, args.format, args.tokenizer)
     if not listed(args.out_dir):
         find(args.out_dir)  # raises, saying what is missing
     if not report(args.out_dir) and args.command == 'verify':

@@ -378,11 +378,15 @@ class GPT(nn.Module):
         else:
             self.model = Modern(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.arch == 'gpt2':
-            self.lm_head.weight = self.transformer.wte.weight  # one matrix reads and writes tokens
-        else:
+        self.tie()
+        if config.arch == 'modern':
             nn.init.normal_(self.lm_head.weight, std=0.001)  # all tokens begin equally likely
         self.trunk.init_weights()
+
+    def tie(self) -> None:
+        """GPT-2 reads and writes tokens by one matrix."""
+        if self.config.arch == 'gpt2':
+            self.lm_head.weight = self.transformer.wte.weight
 
     @property
     def trunk(self) -> nn.Module:

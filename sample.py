@@ -34,6 +34,7 @@ from runtime import keep_freed_memory, pick_device, pick_dtype
 out_dir: str | None = None  # folder of the run; None is the newest run below out/
 init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
+tokenizer: str | None = None  # for a model that came without: a name, tokenizer.json or meta.pkl
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faster for few texts
@@ -525,9 +526,11 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         where = which
     elif where in ('resume', 'scratch'):
         where = newest_run()
-    model, tokenizer, state = load_model(where, which, device)
+    model, tokenizer, state = load_model(where, which, device, tokenizer=settings['tokenizer'])
     if tokenizer is None:
-        raise UserError(f'{where} has no tokenizer, so its tokens cannot be turned into text')
+        raise UserError(
+            f'{where} came without a tokenizer; say which it was made with --tokenizer='
+        )
     if tokenizer.vocab_size > model.config.vocab_size:
         ids = f'{tokenizer.vocab_size} ids, and the model {model.config.vocab_size}'
         raise UserError(f'{where}: its tokenizer has {ids}: one is not made for the other')

@@ -46,6 +46,7 @@ eval_interval: int | None = 2000  # steps between evaluations, each saved; None:
 eval_iters: int | None = 200  # batches per evaluation and split; None: the whole validation split
 eval_train = True  # evaluate the training split too, on as many windows
 eval_only = False  # evaluate once, print, write nothing
+published: str | None = None  # losses that others measured, to print beside eval_only's
 save_interval: int | None = None  # steps between checkpoints besides those of the evaluations
 always_save_checkpoint = True  # keep every evaluation's checkpoint, not just the last two and best
 patience: int | None = None  # stop after so many evaluations without a new best; None: never
@@ -200,7 +201,9 @@ if raw_model is None:
         tokenizer = data.tokenizer
     except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
         say(f'warning: {error}; until then, the checkpoints have no tokenizer')
-elif tokenizer is not None and tokenizer != data.tokenizer:
+elif tokenizer is None:  # of a model that came without one
+    tokenizer = data.tokenizer
+elif tokenizer != data.tokenizer:
     raise UserError(
         f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
         f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
@@ -404,7 +407,8 @@ def report_end() -> None:
 stop = StopSignal(runtime)  # from here on a signal finishes the step, saves and leaves
 if eval_only:
     losses = estimate_loss() or {}
-    say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
+    beside = f' (published: {published})' if published else ''
+    say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()) + beside)
     runtime.leave(stop.status)
 
 step = first_step = state['step']

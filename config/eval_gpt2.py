@@ -1,8 +1,9 @@
-# The loss of OpenAI's GPT-2 124M on OpenWebText: 3.11 on the training and 3.12 on the validation
-# split by nanoGPT's account. Its weights come from the hub, or from a folder: --init_from=FOLDER
+# The loss of OpenAI's GPT-2 124M on OpenWebText. Its weights come from the hub, or from a folder:
+# --init_from=FOLDER
 # $ python train.py eval_gpt2
 
 init_from = 'gpt2'
+published = '3.11, 3.12'  # training and validation split, by nanoGPT's account
 dataset = 'openwebtext'
 eval_only = True
 batch_size = 8

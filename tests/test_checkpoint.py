@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from checkpoint import (
     set_aside,
     verify,
 )
-from data.tokenizer import byte_tokenizer, char_tokenizer
+from data.tokenizer import char_tokenizer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -405,67 +406,6 @@ def test_a_shape_this_version_does_not_know_is_refused(put):
 
 
 # -----------------------------------------------------------------------------
-# models of transformers
-
-
-@pytest.fixture
-def foreign(tmp_path, monkeypatch):
-    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
-    monkeypatch.setattr(checkpoint, 'tiktoken_tokenizer', lambda name: byte_tokenizer())
-    torch.manual_seed(1)
-    config = transformers.GPT2Config(
-        vocab_size=300, n_positions=16, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0
-    )
-    model = transformers.GPT2LMHeadModel(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path / 'gpt2')
-    return model, tmp_path / 'gpt2'
-
-
-def test_a_gpt2_saved_by_transformers_gives_the_same_logits(foreign):
-    theirs, folder = foreign
-    ours, tokenizer, state = load_model(folder)
-    assert state == {}
-    assert tokenizer is not None
-    ids = torch.randint(300, (3, 16))
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids)[0], theirs(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_a_model_of_another_kind_is_refused(foreign):
-    _, folder = foreign
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps({**config, 'model_type': 'llama'}))
-    assert 'llama' in refused(load_model, folder)
-
-
-def test_a_folder_without_its_weights_says_how_to_save_them(foreign):
-    _, folder = foreign
-    (folder / MODEL).unlink()
-    assert 'save_pretrained' in refused(load_model, folder)
-
-
-def test_a_weight_file_that_is_cut_is_one_line(foreign):
-    _, folder = foreign
-    cut(folder / MODEL)
-    assert MODEL in refused(load_model, folder)
-
-
-def test_a_name_on_the_hub_without_a_network_says_where_to_put_it(monkeypatch):
-    hub = pytest.importorskip('huggingface_hub', reason='huggingface_hub is not installed')
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    def offline(*args, **options):
-        raise LocalEntryNotFoundError('no network')
-
-    monkeypatch.setattr(hub, 'snapshot_download', offline)
-    text = refused(load_model, 'gpt2-medium')
-    assert text.startswith('openai-community/gpt2-medium')
-    assert MODEL in text
-
-
-# -----------------------------------------------------------------------------
 # command line, pickle
 
 
@@ -475,10 +415,11 @@ def test_inspect_and_verify_on_the_command_line(put, tmp_path, capsys):
     for command in ('inspect', 'verify'):
         checkpoint.main([command, str(tmp_path)])
         lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == 3
+        assert len(lines) == 4
+        assert 'parameters' in lines[3]
         assert lines[1].startswith('step-00000001')
         assert '2.0000' in lines[1]
-        assert all(line.endswith('ok') for line in lines[1:])
+        assert all(line.endswith('ok') for line in lines[1:3])
     flip(tmp_path / 'checkpoints' / 'step-00000001' / OPTIMIZER)
     checkpoint.main(['inspect', str(tmp_path)])
     assert f'damaged: {OPTIMIZER}' in capsys.readouterr().out
@@ -507,4 +448,5 @@ def test_pickle_is_imported_only_where_it_is_restricted():
     found = {path.name for path in paths if any(name in bad for name in imports(path))}
     assert found == {'tokenizer.py'}
     for path in paths:
-        assert 'torch.load(' not in path.read_text(encoding='utf-8'), path
+        for call in re.findall(r'torch\.load\(.*\)', path.read_text(encoding='utf-8')):
+            assert 'weights_only=True' in call, path

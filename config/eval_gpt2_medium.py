@@ -1,0 +1,10 @@
+# The loss of OpenAI's GPT-2 350M on OpenWebText. Its weights come from the hub, or from a folder:
+# --init_from=FOLDER
+# $ python train.py eval_gpt2_medium
+
+init_from = 'gpt2-medium'
+published = '2.85, 2.84'  # training and validation split, by nanoGPT's account
+dataset = 'openwebtext'
+eval_only = True
+batch_size = 4
+eval_iters = 500  # 500 * 4 sequences * 1,024 tokens = 2 million of each split
