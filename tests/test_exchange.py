@@ -491,7 +491,8 @@ def test_a_baseline_prints_its_losses_beside_the_published_ones(tmp_path, script
             writer.write(split, tokenizer.encode(TEXT))
     flags = [f'--init_from={tmp_path / "model"}', f'--dataset={tmp_path / "data"}']
     flags += ['--eval_iters=2', '--device=cpu', '--block_size=16']
-    done = script('train.py', config, *flags)
+    cached = {'TIKTOKEN_CACHE_DIR': os.environ['TIKTOKEN_CACHE_DIR']}
+    done = script('train.py', config, *flags, env=cached)
     published = {'eval_gpt2': '3.11, 3.12', 'eval_gpt2_xl': '2.56, 2.54'}[config]
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith('train_loss'))
