@@ -4,7 +4,7 @@ Time this machine and this model beside others that do the same job; print a tab
 $ python bench.py                                     # GPT-2 124M: several minutes
 $ python bench.py --quick                             # a minute, of a small model
 $ python bench.py --only=decode --rows=1,16 --arch=modern
-$ python bench.py train_shakespeare_char_cpu --vocab_size=65 --nanogpt=../nanoGPT
+$ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --nanogpt=../nanoGPT
 $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
@@ -15,7 +15,7 @@ ratio is printed only between sides that did the same work and came to the same 
 """
 
 import contextlib
-import importlib
+import importlib.metadata
 import json as json_module
 import math
 import os
@@ -39,7 +39,7 @@ from data.text import prepare
 from data.tokenizer import char_tokenizer, get_tokenizer
 from linear import freeze
 from peers import Side, build_model, import_nanogpt, synchronize, transformers_model
-from runtime import DTYPES, Runtime, start
+from runtime import DTYPES, Runtime, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
 # what is timed
@@ -81,7 +81,7 @@ seed = 1337
 # -----------------------------------------------------------------------------
 
 JOBS = ('training', 'prefill', 'decode', 'quality', 'data', 'startup')
-SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192}
+SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 
@@ -94,6 +94,7 @@ class Report:
 
     def __init__(self, c: dict, machine: dict):
         self.path, self.machine, self.entries = c['json'], machine, []
+        self.settings = {name: c[name] for name in c if name != 'json'}
         self.command = ' '.join(['python bench.py', *sys.argv[1:]])
 
     def add(self, job: str, side: str, note: str = '', **figures) -> None:
@@ -126,7 +127,8 @@ class Report:
             self.add(job, side, note, **figures)
 
     def write(self) -> None:
-        content = {'command': self.command, 'machine': self.machine, 'results': self.entries}
+        content = {'command': self.command, 'settings': self.settings, 'machine': self.machine}
+        content['results'] = self.entries
         try:
             Path(self.path).write_text(json_module.dumps(content, indent=1) + '\n')
         except OSError as error:
@@ -151,8 +153,12 @@ def different(ours: dict, theirs: dict, tolerance: float) -> str:
     """'' if two sides did the same work with the same result, else what differs."""
     if ours['tokens'] != theirs['tokens']:
         return f'{ours["tokens"]:,} against {theirs["tokens"]:,} tokens'
+    if ours.get('optimizer') != theirs.get('optimizer'):
+        return f'{ours["optimizer"]} against {theirs["optimizer"]}'
     a, b = np.array(ours['result'], float), np.array(theirs['result'], float)
-    near = a.shape == b.shape and np.abs(a - b).max() <= tolerance * np.abs(b).max()
+    near = a.shape == b.shape and bool(
+        (np.abs(a - b) <= tolerance * np.abs(b).max(initial=0)).all()
+    )
     return '' if near else 'the results differ'
 
 
@@ -174,7 +180,9 @@ def take_turns(sides: list[Side], c: dict, job: str, *arguments) -> dict[str, li
 def measure_machine(runtime: Runtime) -> dict:
     """What bounds everything else: bytes/s of reading memory, FLOP/s of matrix products."""
     device, gib = runtime.device, 2**30
-    found = {'torch': torch.__version__, 'python': platform.python_version(), 'device': device}
+    found = {'device': device, 'python': platform.python_version(), 'torch': torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found['transformers'] = importlib.metadata.version('transformers')
     found['threads'] = torch.get_num_threads() if device == 'cpu' else None
     name = torch.cuda.get_device_name(device) if runtime.device_type == 'cuda' else processor()
     found['name'] = name
@@ -236,15 +244,20 @@ def bench_training(c: dict, runtime: Runtime, report: Report) -> None:
             flops = build_model(c).flops_per_token()
         measured = report.machine.get(f'flops_{runtime.dtype_name}')
         peak = runtime.peak_flops() or measured
-        notes = {}
+        notes, on_cpu = {}, runtime.device_type == 'cpu'
+        compiled = runtime.wants_compile(c['compile'])
         for side in sides:
             notes[side.label] = side.trouble
             if turns[side.label]:
-                seconds, work, memory = sorted(turns[side.label])[len(turns[side.label]) // 2]
+                ordered = sorted(turns[side.label], key=lambda turn: turn[0])
+                seconds, work, memory = ordered[len(ordered) // 2]
                 mfu = work['tokens'] / seconds * flops / peak
                 kept = f', {memory / 2**30:.1f} GiB' if memory else ''
                 each = f'{seconds / c["steps"] * 1e3:,.0f} ms a step'
-                notes[side.label] = f'{each}, MFU {mfu:.0%}{kept}'
+                how = 'float32' if side.name == 'nanoGPT' and on_cpu else runtime.dtype_name
+                how += ', compiled' if compiled and side.name != 'transformers' else ''
+                found = f'{each}, MFU {mfu:.0%}{kept}, {how}'
+                notes[side.label] = ', '.join(filter(None, (found, side.trouble)))
         job = f'training {c["batch_size"]}x{c["block_size"]}'
         against = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
         report.compare(job, turns, notes, against)
@@ -253,11 +266,15 @@ def bench_training(c: dict, runtime: Runtime, report: Report) -> None:
 
 def bench_writing(c: dict, runtime: Runtime, report: Report, jobs: list[str]) -> None:
     """Prefill and decoding, for each number of rows, of every format and library."""
-    formats = c['formats'].split(',')
+    formats = [*dict.fromkeys(c['formats'].split(','))]
     names = [('flatGPT', kind) for kind in formats]
     names += [('transformers', kind) for kind in formats if kind != 'int8']
-    against = {f'transformers {kind}': {f'flatGPT {kind}': 0.05} for kind in formats}
-    if 'bfloat16' in formats:  # it has no int8, so ours, which rounds the weights, stands beside 16
+    against = {
+        f'transformers {kind}': {f'flatGPT {kind}': 1e-3 if kind == 'float32' else 0.05}
+        for kind in formats
+        if kind != 'int8'
+    }
+    if {'bfloat16', 'int8'} <= {*formats}:  # it has no int8: ours stands beside its 16 bits
         against['transformers bfloat16']['flatGPT int8'] = 0.2
     with opened(names, c, 'writing') as sides:
         for job in jobs:
@@ -267,7 +284,8 @@ def bench_writing(c: dict, runtime: Runtime, report: Report, jobs: list[str]) ->
                 for side in sides:
                     notes[side.label] = side.trouble
                     if job == 'decode' and turns[side.label] and side.name == 'flatGPT':
-                        notes[side.label] = share_of_limit(c, report, side, rows, turns[side.label])
+                        share = share_of_limit(c, report, side, rows, turns[side.label])
+                        notes[side.label] = ', '.join(filter(None, (share, side.trouble)))
                 report.compare(f'{job} {rows} row{"s" * (rows > 1)}', turns, notes, against)
             watch(sides[0], c, job, int(c['rows'].split(',')[0]))
 
@@ -281,7 +299,7 @@ def share_of_limit(c: dict, report: Report, side: Side, rows: int, turns: list) 
     on_cpu = machine['device'] == 'cpu'
     head = c['n_embd'] // c['n_head'] * (c['n_kv_head'] or c['n_head'])
     held = c['prompt_tokens'] + c['new_tokens'] / 2
-    cache = rows * 2 * c['n_layer'] * head * held * (4 if on_cpu else weights)
+    cache = rows * 2 * c['n_layer'] * head * held * (4 if on_cpu else max(weights, 2))
     reading = (model.num_params() * weights + cache) / machine['read_bytes_per_second']
     kind = 'bfloat16' if side.format == 'int8' else side.format
     multiplying = 2 * model.num_params() * rows / machine.get(f'flops_{kind}', math.inf)
@@ -292,14 +310,17 @@ def share_of_limit(c: dict, report: Report, side: Side, rows: int, turns: list) 
 
 def watch(side: Side, c: dict, job: str, *arguments) -> None:
     if c['profile'] and side.trouble is None:
-        path = f'trace_{job}.json'
-        print(side.turn(job, *arguments, trace=path))
-        print(f'written: {path}, for https://ui.perfetto.dev')
+        path = str(Path(c['json']).with_name(f'trace_{job}.json'))
+        if found := side.turn(job, *arguments, trace=path):
+            print(found[0])
+            print(f'written: {path}, for https://ui.perfetto.dev')
+        else:
+            print(f'{side.label} could not be profiled: {side.trouble}')
 
 
 def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     """Perplexity of a run's model on its own validation split, in each format."""
-    formats = c['formats'].split(',')
+    formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
         model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
@@ -353,6 +374,7 @@ def bench_data(c: dict, runtime: Runtime, report: Report) -> None:
                 line(f'data {name}', '', '', str(error))
                 continue
             against = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
+            turns |= {side: [] for side in notes if side not in turns}  # what is not installed
             report.compare(f'data {name}', turns, notes, against)
 
 
@@ -363,10 +385,14 @@ def copy_texts(c: dict, folder: Path) -> list[str]:
     texts, left = [], c['text_bytes']
     for root in roots:
         pattern = '*' if c['text'] else '*.py'
-        for path in sorted(root.rglob(pattern)) if root.is_dir() else [root]:
+        for path in sorted(root.rglob(pattern)):
             try:
-                content = path.read_bytes()[:left] if path.is_file() and left > 0 else b''
-                text = content.decode('utf-8-sig')  # a byte order mark is no text
+                content = b''
+                if left > 0 and path.is_file():
+                    with path.open('rb') as file:
+                        content = file.read(left)
+                cut = len(content) == left  # perhaps within a character
+                text = content.decode('utf-8-sig', 'ignore' if cut else 'strict')
             except (UnicodeDecodeError, OSError):
                 continue
             if text and '\0' not in text:
@@ -439,7 +465,7 @@ print(chr(0x4E00 + int(written[0, -1])), flush=True)
 
 
 def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
-    """From the command to the first character that a small model writes, on the CPU."""
+    """From the command to its end, after the first token that a small model writes on the CPU."""
     c = {**c, **SMALL, 'vocab_size': 4096, 'block_size': 256, 'device': 'cpu', 'dropout': 0.0}
     letters = [chr(0x4E00 + i) for i in range(c['vocab_size'])]
     with tempfile.TemporaryDirectory() as folder:
@@ -454,7 +480,7 @@ def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
         notes = {'flatGPT': 'to the first token: sample.py'}
         try:
             model = transformers_model(c)
-            importlib.import_module('transformers.utils.logging').disable_progress_bar()
+            sys.modules['transformers'].utils.logging.disable_progress_bar()
             model.save_pretrained(exported)
             commands['transformers'] = [sys.executable, '-c', PEER_SCRIPT, exported]
             notes['transformers'] = 'of from_pretrained and generate'
@@ -500,18 +526,20 @@ def check(c: dict) -> list[str]:
     if 'quality' in jobs and not c['out_dir']:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
-    if c['out_dir']:
-        checkpoint.find(c['out_dir'])
-    if c['text'] and not Path(c['text']).exists():
-        raise UserError(f'text={c["text"]}: no such file or folder')
-    if not Path(c['json']).parent.is_dir():
-        raise UserError(f'json={c["json"]}: there is no folder {Path(c["json"]).parent}')
+    if c['out_dir'] and not checkpoint.is_foreign(c['out_dir']):
+        dataset_of(checkpoint.read_state(checkpoint.find(c['out_dir'])))
+    if c['text'] and not Path(c['text']).is_dir():
+        raise UserError(f'text={c["text"]}: no such folder')
+    folder = Path(c['json']).parent
+    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'json={c["json"]}: is no file that can be written')
     for kind in c['formats'].split(','):
         one_of((*DTYPES, 'int8'), {'formats': kind}, 'formats')
     for count in c['rows'].split(','):
         if not count.isdigit() or not int(count):
             raise UserError(f'rows={c["rows"]!r}: give numbers of texts, such as 1,8,32')
-    if c['prompt_tokens'] + c['new_tokens'] > c['block_size']:
+    writing = {'prefill', 'decode'} & {*jobs}
+    if writing and c['prompt_tokens'] + c['new_tokens'] > c['block_size']:
         raise UserError(
             f'prompt_tokens={c["prompt_tokens"]} and new_tokens={c["new_tokens"]} do not fit into '
             f'block_size={c["block_size"]}'
@@ -525,8 +553,11 @@ def check(c: dict) -> list[str]:
 
 def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
     """Refuse a model that this device cannot hold, before minutes are spent on finding out."""
-    with torch.device('meta'):
-        parameters = sum(p.numel() for p in build_model(c).parameters())
+    with torch.device('meta'):  # of many layers two tell enough
+        one, two = (
+            sum(p.numel() for p in build_model({**c, 'n_layer': n}).parameters()) for n in (1, 2)
+        )
+    parameters = one + (two - one) * (c['n_layer'] - 1)
     copies = {'training': 16 * (2 + bool(c['nanogpt'])), 'decode': 16, 'prefill': 16}
     needed = parameters * max([copies.get(job, 4) for job in jobs])
     if runtime.device_type == 'cuda':
@@ -548,25 +579,28 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 def main(c: dict) -> None:
     jobs = check(c)
-    runtime = start(c['device'], c['dtype'])
+    device = pick_device(c['device'])
+    runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))
     c['device'] = runtime.device
     check_memory(c, runtime, jobs)
     report = Report(c, measure_machine(runtime))
     line('job', 'side', 'tokens/s, median (low to high)', '')
-    if 'training' in jobs:
-        bench_training(c, runtime, report)
-    if {'prefill', 'decode'} & {*jobs}:
+    try:
+        if 'training' in jobs:
+            bench_training(c, runtime, report)
         writing = [job for job in ('prefill', 'decode') if job in jobs]
-        bench_writing(c, runtime, report, writing)
-    others = {'quality': bench_quality, 'data': bench_data, 'startup': bench_startup}
-    for job in [job for job in others if job in jobs]:
-        others[job](c, runtime, report)
-    report.write()
+        if writing:
+            bench_writing(c, runtime, report, writing)
+        others = {'quality': bench_quality, 'data': bench_data, 'startup': bench_startup}
+        for job in [job for job in others if job in jobs]:
+            others[job](c, runtime, report)
+    finally:  # what was measured stays, whatever happened after it
+        report.write()
 
 
 if __name__ == '__main__':
+    defaults = {name: globals()[name] for name in QUICK}
     config = configure(globals(), sys.argv[1:])
-    if config['quick']:
-        given = {flag.lstrip('-').partition('=')[0] for flag in sys.argv[1:]}
-        config |= {name: value for name, value in QUICK.items() if name not in given}
+    if config['quick']:  # a shape that a config or a flag gives stays
+        config |= {name: QUICK[name] for name in QUICK if config[name] == defaults[name]}
     main(config)

@@ -43,8 +43,9 @@ class Int8Linear:
     def __init__(self, linear: nn.Linear):
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
-        self.weight = (weight / scale[:, None]).round().to(torch.int8)
-        self.scale = scale.to(linear.weight.dtype)
+        self.scale = scale.to(linear.weight.dtype)  # rounded first: what the product will use
+        weight = (weight / self.scale[:, None].float()).round()
+        self.weight = weight.clamp(-127, 127).to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def __call__(self, x):
@@ -63,6 +64,7 @@ def freeze(model: GPT, quantize: str | None = None) -> GPT:
     The embeddings stay as they are. ConfigError where this device has no product with int8.
     """
     weight = model.embedding.weight
+    assert any(isinstance(module, nn.Linear) for module in model.modules()), 'frozen already'
     if quantize == 'int8':
         check_int8(weight)
         kind = Int8Linear

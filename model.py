@@ -465,7 +465,7 @@ class KVCache:
 
     Rows stand at their own positions and share nothing: `pos` (rows,) counts the tokens each holds.
     A forward pass of fewer rows continues the first ones. Nothing here is ever moved to other
-    memory, so that a step can be recorded as a CUDA graph.
+    memory, so that sample.py can record a step as a CUDA graph.
     """
 
     def __init__(self, model: GPT, rows: int, length: int | None = None):
@@ -481,7 +481,7 @@ class KVCache:
         self.count = torch.arange(self.length, device=weight.device)
         self.zeros = torch.zeros(self.length, device=weight.device, dtype=dtype)
         self.span = 0  # no row holds more; kept on the host, so that no step waits for the device
-        self.graphs = {}  # steps recorded on this memory
+        self.graphs = {}  # steps that sample.py recorded on this memory
 
     def columns(self, T: int) -> int:
         """How many a step of T more tokens attends over: on a GPU one of a few fixed counts."""
@@ -518,10 +518,12 @@ class KVCache:
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows, in this order, as the first; one may come several times."""
-        if rows != list(range(len(rows))):
+        moved = [i for i, row in enumerate(rows) if i != row]
+        if moved:
+            sources = [rows[i] for i in moved]
             held = self.kv[:, :, :, :, : self.span]
-            held[:, :, : len(rows)] = held[:, :, rows]
-            self.pos[: len(rows)] = self.pos[rows]
+            held[:, :, moved] = held[:, :, sources]
+            self.pos[moved] = self.pos[sources]
 
     def replace(self, rows: list[int], other: 'KVCache') -> None:
         """Give some rows what those of `other`, all of one length, hold in their place."""

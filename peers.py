@@ -10,6 +10,7 @@ compared with like.
 """
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import multiprocessing
@@ -21,6 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from configurator import UserError
+from data.encode import interrupts_held_back
 from data.tokenizer import char_tokenizer
 from linear import freeze
 from model import GPT, TRANSPOSED, GPTConfig, KVCache
@@ -32,8 +34,10 @@ from sample import Sampling, generate
 def synchronize(device: str) -> None:
     """Wait until the device has done what it was given."""
     kind = device.partition(':')[0]
-    if kind != 'cpu':
-        getattr(torch, kind).synchronize()
+    if kind == 'cuda':
+        torch.cuda.synchronize(device)
+    elif kind == 'mps':
+        torch.mps.synchronize()
 
 
 def build_model(c: dict) -> GPT:
@@ -83,7 +87,7 @@ def transformers_model(c: dict):
 def import_nanogpt(folder: str):
     """nanoGPT's model.py as a module, without a place on the import path."""
     path = Path(folder) / 'model.py'
-    if not path.is_file() or 'nanoGPT' not in path.read_text(encoding='utf-8') + folder:
+    if not path.is_file() or 'class GPTConfig' not in path.read_text(encoding='utf-8'):
         raise UserError(f'nanogpt={folder}: there is no nanoGPT model.py in that folder')
     spec = importlib.util.spec_from_file_location('nanogpt_model', path)
     module = importlib.util.module_from_spec(spec)
@@ -100,6 +104,7 @@ def training(model, loss_of, optimizers, autocast, c: dict):
     with torch.no_grad(), autocast():
         first = loss_of(x, y).item()
     model.train()
+    optimizer = ' and '.join(type(one).__name__ for one in optimizers)
 
     def turn():
         begin = time.perf_counter()
@@ -112,7 +117,8 @@ def training(model, loss_of, optimizers, autocast, c: dict):
                 one.step()
             model.zero_grad(set_to_none=True)
         synchronize(c['device'])
-        return time.perf_counter() - begin, {'tokens': x.numel() * c['steps'], 'result': [first]}
+        work = {'tokens': x.numel() * c['steps'], 'result': [first], 'optimizer': optimizer}
+        return time.perf_counter() - begin, work
 
     return turn
 
@@ -143,13 +149,14 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
     def decode(rows: int):
         """From the first new token of every row to the last."""
         sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
-        written, begin = 0, None
-        for _ in generate(model, tokenizer, prompts_of(c, rows).tolist(), sampling):
-            written += 1
-            if written == rows:
+        pieces, begin = [], None
+        for piece in generate(model, tokenizer, prompts_of(c, rows).tolist(), sampling):
+            pieces.append(piece)
+            if len(pieces) == rows:
                 begin = time.perf_counter()
         seconds = time.perf_counter() - begin
-        return seconds, {'tokens': written - rows, 'result': prefill(rows)[1]['result']}
+        written = [piece.token for piece in pieces if piece.row == 0]
+        return seconds, {'tokens': len(pieces) - rows, 'result': exact(written, c)}
 
     return {'prefill': prefill, 'decode': decode}
 
@@ -158,10 +165,13 @@ def transformers(c: dict, runtime: Runtime) -> dict:
     """What `transformers` can be asked for, as its documentation has it done."""
     from transformers.generation.streamers import BaseStreamer
 
+    if c['arch'] == 'modern' and c['dropout']:
+        raise UserError('its NanoChat has no dropout')
     model = transformers_model(c)
     if c['job'] == 'training':
         # its Trainer's default optimizer, clipping and autocast
-        adamw = torch.optim.AdamW(model.parameters(), 1e-4, (0.9, 0.95), fused=True)
+        betas, decay = (0.9, 0.95), {'weight_decay': 0.1}
+        adamw = torch.optim.AdamW(model.parameters(), 1e-4, betas, fused=True, **decay)
 
         def loss_of(x, y):  # given labels, it would shift them and leave out the last token
             logits = model(x, use_cache=False).logits
@@ -197,7 +207,7 @@ def transformers(c: dict, runtime: Runtime) -> dict:
         how = {'attention_mask': torch.ones_like(prompts), 'do_sample': False, 'pad_token_id': 0}
         written = model.generate(prompts, streamer=clock, **count, **how)
         tokens = rows * (written.size(1) - prompts.size(1) - 1)
-        result = prefill(rows)[1]['result']
+        result = exact(written[0, prompts.size(1) :].tolist(), c)
         return clock.ticks[-1] - clock.ticks[1], {'tokens': tokens, 'result': result}
 
     return {'prefill': prefill, 'decode': decode}
@@ -215,6 +225,11 @@ def nanogpt_side(c: dict, runtime: Runtime) -> dict:
     return {'training': training(model, lambda x, y: wrapped(x, y)[1], [adamw], autocast, c)}
 
 
+def exact(written: list[int], c: dict) -> list[int]:
+    """The first tokens, the same in float32 on every side; fewer bits may turn a near tie."""
+    return written[:16] if c['format'] == 'float32' else []
+
+
 def prompts_of(c: dict, rows: int):
     generator = torch.Generator().manual_seed(c['seed'])
     return torch.randint(c['vocab_size'], (rows, c['prompt_tokens']), generator=generator)
@@ -227,10 +242,9 @@ def serve_turns(pipe, side: str, c: dict) -> None:
     """A side's process: build it, then make each turn that is asked for and report on it."""
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         try:
-            if side == 'flatGPT':
-                runtime = start(c['device'], c['dtype'])  # which also sets up the C library
-            else:
-                runtime = Runtime(c['device'], pick_dtype(c['dtype'], c['device'], training=True))
+            runtime = Runtime(c['device'], pick_dtype(c['dtype'], c['device'], training=True))
+            if side == 'flatGPT' or runtime.device_type == 'cuda':
+                runtime = start(c['device'], c['dtype'])  # sets up the GPU; on a CPU, our memory
             turns = SIDES[side](c, runtime)
             pipe.send(None)
             while (request := pipe.recv()) is not None:
@@ -238,10 +252,12 @@ def serve_turns(pipe, side: str, c: dict) -> None:
                 gc.collect()
                 reset_peak(c['device'])
                 if trace:
-                    pipe.send(profiled(lambda: turns[job](*arguments), trace))  # noqa: B023
+                    pipe.send([profiled(functools.partial(turns[job], *arguments), trace)])
                     continue
                 seconds, work = turns[job](*arguments)
                 pipe.send((seconds, work, peak_memory(c['device'])))
+        except (EOFError, BrokenPipeError):  # the parent is gone
+            return
         except ImportError as error:
             pipe.send(f'{error.name or error} is not installed')
         except UserError as error:
@@ -259,6 +275,8 @@ def profiled(turn, path: str) -> str:
     with profile() as watch:
         turn()
     watch.export_chrome_trace(path)
+    if not Path(path).is_file():  # its failure is silent
+        raise UserError(f'{path} cannot be written')
     cuda = torch.cuda.is_available()
     by = 'self_device_time_total' if cuda else 'self_cpu_time_total'
     return watch.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=48)
@@ -293,7 +311,8 @@ class Side:
         context = multiprocessing.get_context('spawn')
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve_turns, args=(other, name, c), daemon=True)
-        self.process.start()
+        with interrupts_held_back():  # Ctrl-C is the parent's to answer
+            self.process.start()
         other.close()
         self.trouble: str | None = 'it is not ready'
 
@@ -304,16 +323,17 @@ class Side:
     def receive(self):
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return 'its process was killed, perhaps for want of memory'
 
     def turn(self, job: str, *arguments, trace: str = ''):
-        """(seconds, work, bytes), the table of a profiled turn, or None once there is trouble."""
+        """(seconds, work, bytes), with `trace` [the table of operators], None after trouble."""
         if self.trouble is not None:
             return None
-        self.pipe.send((job, arguments, trace))
+        with contextlib.suppress(OSError):  # receive() says that it is gone
+            self.pipe.send((job, arguments, trace))
         reply = self.receive()
-        if isinstance(reply, str) and not trace:
+        if isinstance(reply, str):
             self.trouble = reply
             return None
         return reply

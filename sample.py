@@ -13,6 +13,7 @@ import codecs
 import math
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from checkpoint import load_model, newest_run
 from configurator import ConfigError, UserError, configure, did_you_mean, one_of
@@ -129,9 +131,13 @@ def candidates(logits, sampling: Sampling, seen=None):
     if s.top_p < 1:  # a token stays if those before it do not yet make up top_p
         whole = values if values.size(-1) == k else (logits - top) / s.temperature
         probs = (values - whole.logsumexp(-1, keepdim=True)).exp()
-        if values.size(-1) < k and (probs.sum(-1) < s.top_p).any():
-            values, ids = whole.sort(descending=True)
-            probs = values.softmax(-1)
+        short = probs.sum(-1) < s.top_p
+        if values.size(-1) < k and short.any():  # these rows need all; no row sees another's
+            rest = size - values.size(-1)
+            values, probs = F.pad(values, (0, rest), value=-math.inf), F.pad(probs, (0, rest))
+            ids = F.pad(ids, (0, rest))
+            values[short], ids[short] = whole[short].sort(descending=True)
+            probs[short] = values[short].softmax(-1)
         values = values.masked_fill(probs.cumsum(-1) - probs >= s.top_p, -math.inf)
     if s.min_p:
         values = values.masked_fill(values < math.log(s.min_p), -math.inf)
@@ -203,37 +209,57 @@ def advance(model: GPT, contexts, tokens, cache: KVCache | None):
     if cache is None:
         return uncached(model, contexts)
     idx = torch.tensor(tokens)[:, None].to(cache.pos.device)
-    return replay(model, idx, cache) if idx.is_cuda else model(idx, cache=cache)[0]
+    return replay(model, idx, cache) if is_recorded(idx) else model(idx, cache=cache)[0]
+
+
+def is_recorded(idx) -> bool:
+    return idx.is_cuda
 
 
 def replay(model: GPT, idx, cache: KVCache):
     """model(idx, cache=cache) for one more token a row (R, 1), as a CUDA graph.
 
     Launching its hundreds of small kernels one by one takes longer than computing them. There is
-    one graph for each power of two of rows and each number of columns, made when first needed;
-    rows between R and the power of two are computed for nothing.
+    one graph for each power of two of rows and each number of columns, recorded when first needed,
+    which takes as long as a few steps; rows between R and the power of two are computed in vain.
     """
     rows = min(2 ** (len(idx) - 1).bit_length(), len(cache.pos))
     key = rows, cache.columns(1)
     if key not in cache.graphs:
-        held = cache.pos.clone(), cache.span
+        pos, span = cache.pos.clone(), cache.span
         given = torch.zeros(rows, 1, dtype=torch.long, device=idx.device)
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # once without recording: libraries set themselves up
-            model(given, cache=cache)
-        torch.cuda.current_stream().wait_stream(aside)
-        cache.pos.copy_(held[0])
-        cache.span = held[1]
-        with torch.cuda.graph(graph):
-            logits, _ = model(given, cache=cache)
-        cache.span = held[1]
-        cache.graphs[key] = graph, given, logits
-    graph, given, logits = cache.graphs[key]
+
+        def step():
+            cache.span = span
+            return model(given, cache=cache)[0]
+
+        cache.graphs[key] = given, *record(step, before=lambda: cache.pos.copy_(pos))
+        cache.span = span
+    given, again, logits = cache.graphs[key]
     given[: len(idx)] = idx
-    graph.replay()
+    again()
     cache.span += 1
     return logits[: len(idx)]
+
+
+RECORDING = threading.Lock()
+
+
+def record(step, before):
+    """Record what step() does on the GPU -> a function that does it again, and its result.
+
+    before(): undoes what step() changed, since libraries must run once to set themselves up.
+    """
+    with RECORDING, torch.cuda.device(torch.cuda.current_device()):
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        before()
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode='thread_local'):
+            result = step()
+        return graph.replay, result
 
 
 def refill(model: GPT, contexts, rows: list[int], cache: KVCache) -> None:
@@ -517,6 +543,8 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     device = pick_device(settings['device'])
     if device == 'cpu':
         keep_freed_memory()
+    elif device.startswith('cuda:'):
+        torch.cuda.set_device(device)
     one_of((None, 'int8'), settings, 'quantize')
     by_itself = settings['quantize'] and settings['dtype'] == 'auto'
     dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)

@@ -1,6 +1,6 @@
 """
 Text of any length to ids on disk, on all cores, with a few chunks in memory at a time. Where
-gigatoken is installed and serves, one core is faster than all of them would be otherwise.
+gigatoken is installed and serves, one core is faster than a dozen would be otherwise.
 
     chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
     with Writer(folder, tokenizer) as writer:
@@ -67,7 +67,7 @@ def write_chunks(
     workers: processes, None for as many as pay.
     """
     tokenizer, small = writer.tokenizer, total is not None and total < SMALL
-    if tokenizer.kind == 'tiktoken':
+    if tokenizer.kind == 'tiktoken' and workers in (None, 1):
         why_not = tokenizer.accelerate()
         if why_not and not small:
             print(f'encoding with tiktoken: {why_not}', flush=True)

@@ -1,6 +1,7 @@
 """The bench: like is compared with like, and every mistake is one line."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from configurator import ConfigError, UserError, configure
 from data.dataset import Writer
 from data.tokenizer import byte_tokenizer
 from model import GPT, GPTConfig
-from runtime import start
+from runtime import Runtime
 
 SCRIPT = Path(bench.__file__)
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--vocab_size=40', '--block_size=16']
@@ -51,7 +52,7 @@ def test_every_figure_and_ratio_carries_its_spread(report, capsys):
     assert '50 (25 to 100)' in out
     assert 'flatGPT is 2.00 (2.00 to 3.00) times as fast' in out
     report.write()
-    entry = json.loads(report.path and Path(report.path).read_text())['results'][1]
+    entry = json.loads(Path(report.path).read_text())['results'][1]
     assert entry['times as fast is flatGPT'] == {'median': 2.0, 'low': 2.0, 'high': 3.0}
     assert entry['note'] == 'as documented'
 
@@ -107,6 +108,7 @@ def test_a_training_step_is_compared_with_transformers_and_profiled(tmp_path):
     assert 'ms a step, MFU' in ran.stdout
     assert 'flatGPT is' in ran.stdout
     assert 'aten::' in ran.stdout
+    assert 'float32' in ran.stdout or 'bfloat16' in ran.stdout
     assert json.loads((tmp_path / 'trace_training.json').read_text())['traceEvents']
 
 
@@ -142,6 +144,40 @@ def test_a_side_that_cannot_be_built_says_why_in_a_line(monkeypatch, error, line
     assert len(pipe.said) == 1
     assert line in pipe.said[0]
     assert '\n' not in pipe.said[0]
+
+
+def test_a_side_that_was_killed_is_a_line_and_not_a_broken_pipe():
+    side = peers.Side.__new__(peers.Side)
+    side.pipe, other = multiprocessing.Pipe()
+    other.close()
+    side.trouble = None
+    assert side.turn('decode', 1) is None
+    assert 'was killed' in side.trouble
+
+
+def test_other_optimizers_are_not_compared():
+    ours, theirs = ({'tokens': 1, 'result': [1.0], 'optimizer': name} for name in 'ab')
+    assert different(ours, theirs, 0.1) == 'a against b'
+
+
+def test_figures_are_written_even_if_a_later_job_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*args):
+        raise UserError('no text')
+
+    monkeypatch.setattr(bench, 'bench_data', broken)
+    assert refused('--only=data') == 'no text'
+    assert json.loads((tmp_path / 'bench.json').read_text())['machine']['read_bytes_per_second']
+
+
+def test_text_is_cut_between_characters(tmp_path):
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'out').mkdir()
+    for name in ('a', 'b'):
+        (tmp_path / 'in' / name).write_text('日本' * 10, encoding='utf-8')
+    texts = bench.copy_texts({'text': str(tmp_path / 'in'), 'text_bytes': 70}, tmp_path / 'out')
+    assert texts == ['日本' * 10, '日本日']
 
 
 def test_a_missing_peer_is_a_line_of_the_table(report, capsys):
@@ -206,7 +242,7 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, monkeypatch, repo
     state = {'step': 1, 'val_loss': 5.0, 'config': {'dataset': str(tmp_path / 'data')}}
     checkpoint.save(tmp_path / 'run', model, [], tokenizer, state, keep_evaluated=False)
     config = settings('--only=quality', f'--out_dir={tmp_path / "run"}')
-    bench.bench_quality(config, start('cpu', 'float32'), report)
+    bench.bench_quality(config, Runtime('cpu', torch.float32), report)
     found = {entry['side']: entry['perplexity'] for entry in report.entries}
     assert [*found] == ['float32', 'bfloat16', 'int8']
     assert abs(found['int8'] / found['float32'] - 1) < 0.01

@@ -59,7 +59,7 @@ def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bia
     int8 = Int8Linear(plain)
     step = plain.weight.abs().amax(1, keepdim=True).float() / 127
     back = int8.weight * int8.scale[:, None].float()
-    assert ((back - plain.weight.float()).abs() <= 0.5 * step + 0.004 * back.abs()).all()
+    assert ((back - plain.weight.float()).abs() <= 0.505 * step).all()
     for rows in (1, 5, linear.MANY, 200):
         x = torch.randn(rows, 64).bfloat16()
         exact = x.float() @ back.T + (plain.bias.float() if bias else 0)

@@ -732,3 +732,18 @@ def test_openwebtext_needs_datasets(monkeypatch):
     monkeypatch.setattr(openwebtext, 'get_tokenizer', lambda name: byte_tokenizer())
     message = refused(openwebtext.main, ['--out_dir=out', '--workers=1'])
     assert 'pip install datasets' in message
+
+
+def test_the_dataset_below_its_source_is_not_taken_for_text():
+    write('src/a.txt', 'one text\n' * 50)
+    write('src/b.txt', 'another text\n' * 50)
+    sizes = []
+    for _ in range(2):
+        text.main(['src', '--out_dir=src/out', '--tokenizer=byte'])
+        sizes.append(Path('src/out/train.bin').stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_an_empty_out_dir_is_refused():
+    write('a.txt', 'one text\n')
+    assert 'say what to call it' in refused(text.main, ['a.txt', '--out_dir='])

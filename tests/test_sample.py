@@ -20,7 +20,7 @@ import checkpoint
 import sample as sample_module
 from configurator import ConfigError, UserError, configure
 from data.tokenizer import byte_tokenizer, char_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from sample import (
     Sampling,
     TextStream,
@@ -128,6 +128,41 @@ def test_a_large_vocabulary_is_filtered_as_transformers_does(settings, spread):
         assert values.size(-1) < 4000  # the few likeliest were enough
     ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    peaked = (4 * torch.randn(50, 5000, generator=generator)).bfloat16().float()  # many ties
+    flat = 0.01 * torch.randn(1, 5000, generator=generator)
+    sampling, uniforms = Sampling(**{**ALL, 'top_p': 0.9}), torch.rand(51, 1, generator=generator)
+    alone = choose(peaked, sampling, uniforms[:50])
+    beside = choose(torch.cat((peaked, flat)), sampling, uniforms)
+    assert torch.equal(alone, beside[:50])
+
+
+@pytest.mark.parametrize('stride', [4, 256])
+def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatch, stride):
+    """Without a GPU: a recorded step is computed anew, with the host's numbers of its recording."""
+
+    def pretend(step, before):
+        result = step()
+        before()
+        return (lambda: result.copy_(step())), result
+
+    monkeypatch.setattr(sample_module, 'record', pretend)
+    columns = lambda self, T: min(self.length, -(-(self.span + T) // stride) * stride)  # noqa: E731
+    monkeypatch.setattr(KVCache, 'columns', columns)
+    prompts, sampling = [[1, 2, 3], [4], [5, 6], [7] * 9, [8, 1]], Sampling(max_new_tokens=40)
+    computed = run(model, tokenizer, prompts, sampling)
+
+    def advance_by_graph(model, contexts, tokens, cache):
+        monkeypatch.setattr(sample_module, 'is_recorded', lambda idx: True)
+        return advance(model, contexts, tokens, cache)
+
+    monkeypatch.setattr(sample_module, 'advance', advance_by_graph)
+    recorded = run(model, tokenizer, prompts, sampling)
+    assert len({len(ids_of(recorded, row)) for row in range(5)}) > 1  # rows end at different times
+    assert recorded == computed
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():

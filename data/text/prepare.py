@@ -17,6 +17,7 @@ import glob
 import itertools
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
     val_files = find_files(args.val)
     own = {identity(path) for path in val_files}
-    files = find_files(args.files)
+    files = [path for path in find_files(args.files) if not lies_in(path, folder)]
     files = [path for path in files if identity(path) not in own] if own else files
     if not files:
         raise UserError('nothing is left to train on: all the files are given with --val')
@@ -75,7 +76,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add('files', nargs='*', help='files, folders and patterns such as "corpus/**/*.md"')
     add('--name', help='what to call the dataset; it goes to data/NAME')
-    add('--out_dir', type=Path, help='write to this folder instead')
+    add('--out_dir', type=lambda text: Path(text) if text else None, help='write here instead')
     add('--tokenizer', default='gpt2', help='gpt2 (default), byte, char, bpe or a tiktoken name')
     add('--vocab_size', type=int, help='ids of an own bpe, learned from the text; default 8192')
     add(
@@ -141,7 +142,8 @@ def find_files(patterns: list[str]) -> list[Path]:
         for path in taken:
             if not path.is_file() or not path.stat().st_size:
                 raise UserError(f'{path}: {"is empty" if path.is_file() else "is not a file"}')
-        found |= {identity(path): path for path in taken}
+        for path in taken:
+            found.setdefault(identity(path), path)
     return list(found.values())
 
 
@@ -149,6 +151,11 @@ def identity(path: Path) -> tuple:
     """What is the same for every name of a file."""
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file is of the dataset that an earlier run wrote below its own source."""
+    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
 
 
 def files_in(folder: Path) -> list[Path]:
