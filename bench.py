@@ -156,9 +156,8 @@ def different(ours: dict, theirs: dict, tolerance: float) -> str:
     if ours.get('optimizer') != theirs.get('optimizer'):
         return f'{ours["optimizer"]} against {theirs["optimizer"]}'
     a, b = np.array(ours['result'], float), np.array(theirs['result'], float)
-    near = a.shape == b.shape and bool(
-        (np.abs(a - b) <= tolerance * np.abs(b).max(initial=0)).all()
-    )
+    limit = tolerance * np.abs(b).max(initial=0)
+    near = a.shape == b.shape and bool((np.abs(a - b) <= limit).all())
     return '' if near else 'the results differ'
 
 

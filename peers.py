@@ -15,6 +15,7 @@ import gc
 import importlib.util
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import torch
 from torch.nn import functional as F
 
 from configurator import UserError
-from data.encode import interrupts_held_back
 from data.tokenizer import char_tokenizer
 from linear import freeze
 from model import GPT, TRANSPOSED, GPTConfig, KVCache
@@ -311,8 +311,9 @@ class Side:
         context = multiprocessing.get_context('spawn')
         self.pipe, other = context.Pipe()
         self.process = context.Process(target=serve_turns, args=(other, name, c), daemon=True)
-        with interrupts_held_back():  # Ctrl-C is the parent's to answer
-            self.process.start()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+        self.process.start()
+        signal.signal(signal.SIGINT, before)
         other.close()
         self.trouble: str | None = 'it is not ready'
 
