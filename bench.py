@@ -282,27 +282,34 @@ def bench_writing(c: dict, runtime: Runtime, report: Report, jobs: list[str]) ->
                 notes = {}
                 for side in sides:
                     notes[side.label] = side.trouble
-                    if job == 'decode' and turns[side.label] and side.name == 'flatGPT':
-                        share = share_of_limit(c, report, side, rows, turns[side.label])
+                    if turns[side.label] and side.name == 'flatGPT':
+                        share = share_of_limit(c, report, job, side, rows, turns[side.label])
                         notes[side.label] = ', '.join(filter(None, (share, side.trouble)))
                 report.compare(f'{job} {rows} row{"s" * (rows > 1)}', turns, notes, against)
             watch(sides[0], c, job, int(c['rows'].split(',')[0]))
 
 
-def share_of_limit(c: dict, report: Report, side: Side, rows: int, turns: list) -> str:
-    """How near decoding comes to what reading weights and cache, or multiplying, takes at least."""
+def share_of_limit(c: dict, report: Report, job: str, side: Side, rows: int, turns: list) -> str:
+    """How near a step comes to what reading weights and cache, or multiplying, takes at least.
+
+    A step is the whole of a prefill, whose head computes one token a row, or one token a row.
+    """
     machine = report.machine
     with torch.device('meta'):
         model = build_model(c)
+    head = c['vocab_size'] * c['n_embd']
     weights = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}[side.format]
-    on_cpu = machine['device'] == 'cpu'
-    head = c['n_embd'] // c['n_head'] * (c['n_kv_head'] or c['n_head'])
-    held = c['prompt_tokens'] + c['new_tokens'] / 2
-    cache = rows * 2 * c['n_layer'] * head * held * (4 if on_cpu else max(weights, 2))
+    steps = 1 if job == 'prefill' else c['new_tokens'] - 1
+    per_row = c['prompt_tokens'] if job == 'prefill' else 1
+    held = 0 if job == 'prefill' else c['prompt_tokens'] + c['new_tokens'] / 2
+    keys = c['n_embd'] // c['n_head'] * (c['n_kv_head'] or c['n_head'])
+    each = 4 if machine['device'] == 'cpu' else max(weights, 2)
+    cache = rows * 2 * c['n_layer'] * keys * held * each
     reading = (model.num_params() * weights + cache) / machine['read_bytes_per_second']
     kind = 'bfloat16' if side.format == 'int8' else side.format
-    multiplying = 2 * model.num_params() * rows / machine.get(f'flops_{kind}', math.inf)
-    seconds = statistics.median(t[0] / t[1]['tokens'] * rows for t in turns)
+    products = 2 * rows * ((model.num_params() - head) * per_row + head)
+    multiplying = products / machine.get(f'flops_{kind}', math.inf)
+    seconds = statistics.median(turn[0] for turn in turns) / steps
     what = 'reading' if reading > multiplying else 'multiplying'
     return f'{max(reading, multiplying) / seconds:.0%} of the limit by {what}'
 
