@@ -600,7 +600,9 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
     writer.add_tokenizer_pre('gpt-2')
     writer.add_token_list(words)
     writer.add_token_types(kinds)
-    writer.add_token_merges([' '.join(pair) for pair in merges])
+    # llama.cpp insists on a merge; the byte 255 is in no text, let alone twice
+    never = [next(letter for letter, byte in byte_letters().items() if byte == 255)] * 2
+    writer.add_token_merges([' '.join(pair) for pair in merges or [never]])
     if tokenizer.eot is not None:
         writer.add_bos_token_id(tokenizer.eot)
         writer.add_eos_token_id(tokenizer.eot)

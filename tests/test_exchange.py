@@ -380,6 +380,7 @@ def test_a_gguf_reads_back_with_llama_cpps_names(tmp_path, bias):
     assert fields['gpt2.block_count'] == 2
     assert fields['gpt2.context_length'] == 16
     assert fields['tokenizer.ggml.eos_token_id'] == 256
+    assert len(fields['tokenizer.ggml.merges']) == 1  # without one llama.cpp does not load it
     assert len(fields['tokenizer.ggml.tokens']) == 320
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     needed = {'token_embd.weight', 'position_embd.weight', 'output_norm.weight', 'output_norm.bias'}
