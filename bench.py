@@ -37,8 +37,14 @@ from data.dataset import SPLITS, Dataset
 from data.encode import cores
 from data.text import prepare
 from data.tokenizer import char_tokenizer, get_tokenizer
-from linear import freeze
-from peers import Side, build_model, import_nanogpt, synchronize, transformers_model
+from peers import (
+    Side,
+    build_model,
+    import_nanogpt,
+    in_format,
+    synchronize,
+    transformers_model,
+)
 from runtime import DTYPES, Runtime, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
@@ -330,8 +336,7 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     found = {}
     for kind in formats:
         model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
-        quantize = 'int8' if kind == 'int8' else None
-        model = freeze(model.to(DTYPES['bfloat16' if quantize else kind]), quantize)
+        model = in_format(model, kind)
         data = Dataset(dataset_of(state), model.config.block_size)
         windows = data.eval_windows('val', None if not c['quick'] else 64)
         total = count = 0

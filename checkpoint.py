@@ -35,17 +35,21 @@ from safetensors.torch import save_file
 from configurator import UserError, one_line_errors
 from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
-from exchange import empty_model, export_gguf, export_transformers, is_foreign, load_foreign
+from exchange import (
+    CheckpointError,
+    empty_model,
+    export_gguf,
+    export_transformers,
+    fill,
+    is_foreign,
+    load_foreign,
+)
 from model import GPT, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
 STATE, MANIFEST = 'state.json', 'manifest.json'
 LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
 STEP = re.compile(r'step-(\d{8,})')
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or does not fit."""
 
 
 # -----------------------------------------------------------------------------
@@ -279,7 +283,14 @@ def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]
             f'{path} is of an architecture that this version does not have ({", ".join(unknown)})'
         )
     model = empty_model(GPTConfig(**{**state['model'], 'dropout': dropout}))
-    fill(model, path / MODEL)
+    try:
+        with safe_open(path / MODEL, framework='pt') as file:
+            extra = set(file.keys()) - dict(model.named_parameters()).keys()
+            if extra:
+                raise CheckpointError(f'{path / MODEL} has {min(extra)}: another architecture')
+            fill(model, ((key, file.get_tensor(key)) for key in file.keys()), path / MODEL, ())
+    except SafetensorError as error:
+        raise CheckpointError(f'{path / MODEL}: {error}') from error
     tokenizer = path / TOKENIZER
     return model, load_tokenizer(tokenizer) if tokenizer.exists() else None, state
 
@@ -305,27 +316,6 @@ def load_model(
     return model.to(device).eval(), tokenizer, state
 
 
-@torch.no_grad()
-def fill(model: GPT, path: Path) -> None:
-    """Copy a file's tensors into the model, one at a time."""
-    parameters = dict(model.named_parameters())
-    try:
-        with safe_open(path, framework='pt') as file:
-            differ = parameters.keys() ^ set(file.keys())
-            if differ:
-                raise CheckpointError(f'{path}: {min(differ)}: another architecture')
-            for name, parameter in parameters.items():
-                tensor = file.get_tensor(name)
-                if tensor.shape != parameter.shape:
-                    raise CheckpointError(
-                        f'{path}: {name} has shape {tuple(tensor.shape)}, and the model needs '
-                        f'{tuple(parameter.shape)}: another architecture'
-                    )
-                parameter.copy_(tensor)
-    except SafetensorError as error:
-        raise CheckpointError(f'{path}: {error}') from error
-
-
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
     """Give the optimizers the state a checkpoint holds for each of the model's parameters."""
     states = {}
@@ -349,7 +339,7 @@ def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimize
 def report(out_dir: str) -> bool:
     """Print one line a checkpoint (step, losses, size, integrity) -> whether all are whole."""
     print(f'{"checkpoint":<16}{"train loss":>12}{"val loss":>12}{"MB":>9}  integrity')
-    whole, described = True, ''
+    whole, last = True, None
     for path in listed(out_dir):
         state = read_state(path) or {}
         losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
@@ -357,11 +347,12 @@ def report(out_dir: str) -> bool:
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         try:
             verify(path)
-            integrity, described = 'ok', describe(path, state)
+            integrity, last = 'ok', path
         except CheckpointError as error:
             integrity, whole = str(error).partition('is ')[2], False
         print(f'{path.name:<16}{cells}{size:9.1f}  {integrity}')
-    print(described)
+    if last:
+        print(describe(last, read_state(last)))
     return whole
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,8 +40,8 @@ GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
 
 
-class ForeignError(UserError):
-    """A model of others that is missing, damaged, or of no architecture that we have."""
+class CheckpointError(UserError):
+    """A checkpoint, ours or of others, that is missing, damaged, or does not fit."""
 
 
 # -----------------------------------------------------------------------------
@@ -86,35 +87,45 @@ def empty_model(config: GPTConfig) -> GPT:
     return model
 
 
+@torch.no_grad()
+def fill(model: GPT, named: Iterable, where: str | Path, transposed: tuple = TRANSPOSED) -> None:
+    """Copy (name, tensor) pairs into a model, those in `transposed` the other way round.
+
+    Left out are the tied head, causal masks, and biases that are known to be zero.
+    """
+    parameters = dict(model.named_parameters())
+    for name, tensor in named:
+        if (parameter := parameters.pop(name, None)) is None:
+            continue
+        tensor = tensor.T if name.endswith(transposed) else tensor
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f'{where}: {name} has shape {tuple(tensor.shape)}, and the model needs '
+                f'{tuple(parameter.shape)}: another architecture'
+            )
+        parameter.copy_(tensor)
+    if parameters:
+        raise CheckpointError(f'{where} lacks {min(parameters)}: another architecture')
+
+
 def load_transformers(
     folder: Path, name: str, dropout: float
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """Weights are read from the mapped file one at a time, so that memory holds them once."""
     config = read_json(folder / 'config.json', name)
     model = empty_model(GPTConfig(dropout=dropout, **shape_of(config, name)))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, path in weight_files(folder, name).items():
-            whole = key.startswith(('transformer.', 'model.', 'lm_head.'))
-            own = key if whole else f'transformer.{key}'  # as OpenAI's own files have it
-            if own not in parameters:
-                continue  # the tied head, GPT-2's causal masks, biases that we know to be zero
-            tensor = read_tensor(path, key)
-            tensor = tensor.T if own.endswith(TRANSPOSED) else tensor
-            parameter = parameters.pop(own)
-            if tensor.shape != parameter.shape:
-                raise ForeignError(
-                    f'{path}: {key} has shape {tuple(tensor.shape)}, and config.json says '
-                    f'{tuple(parameter.shape)}'
-                )
-            parameter.copy_(tensor)
-    if parameters:
-        raise ForeignError(f'{name}: {min(parameters)} is in none of its files')
+    files = weight_files(folder, name)
+    fill(model, ((own_name(key), read_tensor(path, key)) for key, path in files.items()), name)
     return model, read_tokenizer(folder, name, model.config.vocab_size), {}
 
 
+def own_name(key: str) -> str:
+    """OpenAI's own files leave out the first part of a name."""
+    return key if key.startswith(('transformer.', 'model.', 'lm_head.')) else f'transformer.{key}'
+
+
 def shape_of(config: dict, name: str) -> dict:
-    """GPTConfig's fields out of a config.json; ForeignError for what model.py would not compute."""
+    """GPTConfig's fields out of a config.json; refused is what model.py would not compute."""
     kind = config.get('model_type')
     try:
         if kind == 'gpt2':
@@ -128,14 +139,16 @@ def shape_of(config: dict, name: str) -> dict:
             shape['arch'] = 'modern'
             rope = config.get('rope_parameters') or config
             if rope.get('rope_theta', 10000.0) != 10000.0:
-                raise ForeignError(f'{name}: rope_theta={rope["rope_theta"]}; only 10,000 is read')
+                raise CheckpointError(
+                    f'{name}: rope_theta={rope["rope_theta"]}; only 10,000 is read'
+                )
         else:
-            raise ForeignError(f'{name} is a {kind} model; GPT-2 and NanoChat are read')
+            raise CheckpointError(f'{name} is a {kind} model; GPT-2 and NanoChat are read')
     except KeyError as error:
-        raise ForeignError(f'{name}: its config.json has no {error}') from error
+        raise CheckpointError(f'{name}: its config.json has no {error}') from error
     for key, values in expected.items():
         if config.get(key, values[0]) not in values:
-            raise ForeignError(f'{name}: {key}={config[key]!r}; only {values[0]!r} is read')
+            raise CheckpointError(f'{name}: {key}={config[key]!r}; only {values[0]!r} is read')
     return shape
 
 
@@ -170,16 +183,18 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         files = read_json(folder / INDEX, name).get('weight_map', {})
         for file in sorted(set(files.values())):
             if not (folder / Path(file).name).is_file():
-                raise ForeignError(f'{name}: {file} is missing; fetch it again')
+                raise CheckpointError(f'{name}: {file} is missing; fetch it again')
         return {key: folder / Path(file).name for key, file in files.items()}
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ForeignError(f'{name}: {WEIGHTS} is missing; save the model with save_pretrained()')
+        raise CheckpointError(
+            f'{name}: {WEIGHTS} is missing; save the model with save_pretrained()'
+        )
     try:
         with safe_open(path, framework='pt') as file:
             return dict.fromkeys(file.keys(), path)
     except SafetensorError as error:
-        raise ForeignError(f'{path} is damaged or half fetched: {error}') from error
+        raise CheckpointError(f'{path} is damaged or half fetched: {error}') from error
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
@@ -188,7 +203,7 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
         with safe_open(path, framework='pt') as file:
             return file.get_tensor(key)
     except SafetensorError as error:
-        raise ForeignError(f'{path} is damaged or half fetched: {error}') from error
+        raise CheckpointError(f'{path} is damaged or half fetched: {error}') from error
 
 
 def read_json(path: Path, name: str) -> dict:
@@ -198,14 +213,14 @@ def read_json(path: Path, name: str) -> dict:
             raise ValueError('it is no object')
         return content
     except (OSError, ValueError) as error:
-        raise ForeignError(f'{name}: {path.name} cannot be read: {error}') from error
+        raise CheckpointError(f'{name}: {path.name} cannot be read: {error}') from error
 
 
 def download(name: str) -> Path:
     """The folder of a model on the hub, from its cache if it is there (HF_HOME, HF_HUB_OFFLINE)."""
     if '/' not in name and name not in RELEASED:
         hint = did_you_mean(name, RELEASED)
-        raise ForeignError(f'{name}: no such model; {hint}there are {", ".join(RELEASED)}')
+        raise CheckpointError(f'{name}: no such model; {hint}there are {", ".join(RELEASED)}')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import HFValidationError
@@ -218,7 +233,7 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise ForeignError(
+        raise CheckpointError(
             f'{name} is neither a folder, nor in the local cache, nor to be had from the hub '
             f'({type(error).__name__}); put config.json, {WEIGHTS} and tokenizer.json of '
             f'{repository} into a folder and name that'
@@ -235,25 +250,16 @@ def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, Tokenizer | None, dic
         shape = {key: saved['model_args'][key] for key in NANOGPT_SHAPE}
         weights, config = saved['model'], saved.get('config', {})
     except FileNotFoundError:
-        raise ForeignError(f'{path}: no such checkpoint') from None
+        raise CheckpointError(f'{path}: no such checkpoint') from None
     except Exception as error:  # a broken pickle can raise nearly anything
         if 'weights_only' in str(error).lower():
             what = 'is refused: it holds more than weights and numbers, and could run code'
-            raise ForeignError(f'{path} {what}') from error
+            raise CheckpointError(f'{path} {what}') from error
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:150]
-        raise ForeignError(f'{path}: not a checkpoint of nanoGPT: {reason}') from error
+        raise CheckpointError(f'{path}: not a checkpoint of nanoGPT: {reason}') from error
     model = empty_model(GPTConfig(dropout=dropout, **shape))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for key, tensor in weights.items():
-            parameter = parameters.pop(key.removeprefix('_orig_mod.'), None)
-            if parameter is None:
-                continue  # the tied head, and causal masks of old versions
-            if tensor.shape != parameter.shape:
-                raise ForeignError(f'{path}: {key} has shape {tuple(tensor.shape)}')
-            parameter.copy_(tensor)
-    if parameters:
-        raise ForeignError(f'{path} lacks {min(parameters)}')
+    named = ((key.removeprefix('_orig_mod.'), tensor) for key, tensor in weights.items())
+    fill(model, named, path, transposed=())
     state = {'step': int(saved.get('iter_num', 0)), 'config': config}
     return model, nanogpt_tokenizer(path, config, model.config.vocab_size), state
 
@@ -339,9 +345,9 @@ def parse_tokenizer(content: dict, name: str) -> Tokenizer:
             return Tokenizer('byte', 'byte', tokens, special)
         pattern = pattern_of(content.get('pre_tokenizer') or {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ForeignError(f'{name}: its tokenizer.json is not understood: {error!r}') from error
+        raise CheckpointError(f'{name}: its tokenizer.json is not understood: {error!r}') from error
     except UserError as error:
-        raise ForeignError(f'{name}: its tokenizer.json cannot be used: {error}') from error
+        raise CheckpointError(f'{name}: its tokenizer.json cannot be used: {error}') from error
     own = Tokenizer('bpe', 'bpe', tokens, special, pattern)
     if pattern == GPT2_WORDS and len(tokens) == 50257:
         own.kind, own.name = 'tiktoken', 'gpt2'

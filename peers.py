@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from data.tokenizer import char_tokenizer
+from exchange import config_json, transformers_tensors
 from linear import freeze
-from model import GPT, TRANSPOSED, GPTConfig, KVCache
+from model import GPT, GPTConfig, KVCache
 from optim import build_optimizers
 from runtime import DTYPES, Runtime, is_out_of_memory, pick_dtype, start
 from sample import Sampling, generate
@@ -58,30 +59,17 @@ def transformers_model(c: dict):
     import transformers
 
     ours = build_model(c)
-    shape = {'vocab_size': c['vocab_size'], 'bos_token_id': None, 'eos_token_id': None}
-    if c['arch'] == 'gpt2':
-        shape |= {'n_layer': c['n_layer'], 'n_head': c['n_head'], 'n_embd': c['n_embd']}
-        drops = dict.fromkeys(('embd_pdrop', 'attn_pdrop', 'resid_pdrop'), c['dropout'])
-        config = transformers.GPT2Config(n_positions=c['block_size'], **shape, **drops)
-        model = transformers.GPT2LMHeadModel(config)
-    else:
-        config = transformers.NanoChatConfig(
-            **shape,
-            hidden_size=c['n_embd'],
-            intermediate_size=4 * c['n_embd'],
-            num_hidden_layers=c['n_layer'],
-            num_attention_heads=c['n_head'],
-            num_key_value_heads=c['n_kv_head'] or c['n_head'],
-            max_position_embeddings=c['block_size'],
-        )
-        model = transformers.NanoChatForCausalLM(config)
-    theirs = model.state_dict()
-    for name, tensor in ours.state_dict().items():
-        theirs[name].copy_(tensor.T if name.endswith(TRANSPOSED) else tensor)
-    for name in set(theirs) - set(ours.state_dict()):
-        if name.endswith('.bias'):
-            theirs[name].zero_()
+    settings = config_json(ours, tokenizer=None)
+    kind = getattr(transformers, settings['architectures'][0])
+    model = kind(kind.config_class.from_dict(settings))
+    model.load_state_dict(transformers_tensors(ours), strict=False)  # without the tied head
     return model.to(c['device'])
+
+
+def in_format(model: GPT, kind: str) -> GPT:
+    """The model ready to write, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
+    quantize = 'int8' if kind == 'int8' else None
+    return freeze(model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize)
 
 
 def import_nanogpt(folder: str):
@@ -134,8 +122,7 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
         wrapped = torch.compile(model, dynamic=False) if compiled else model
         loss_of = lambda x, y: wrapped(x, y)[1]  # noqa: E731
         return {'training': training(model, loss_of, optimizers, runtime.autocast, c)}
-    quantize = 'int8' if c['format'] == 'int8' else None
-    model = freeze(model.to(DTYPES['bfloat16' if quantize else c['format']]).eval(), quantize)
+    model = in_format(model, c['format'])
     tokenizer = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
 
     @torch.inference_mode()

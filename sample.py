@@ -233,7 +233,8 @@ def replay(model: GPT, idx, cache: KVCache):
             cache.span = span
             return model(given, cache=cache)[0]
 
-        cache.graphs[key] = given, *record(step, before=lambda: cache.pos.copy_(pos))
+        undo = lambda: cache.pos.copy_(pos)  # noqa: E731
+        cache.graphs[key] = given, *record(step, undo, idx.device)
         cache.span = span
     given, again, logits = cache.graphs[key]
     given[: len(idx)] = idx
@@ -245,18 +246,18 @@ def replay(model: GPT, idx, cache: KVCache):
 RECORDING = threading.Lock()
 
 
-def record(step, before):
-    """Record what step() does on the GPU -> a function that does it again, and its result.
+def record(step, undo, device):
+    """Record what step() does on a GPU -> a function that does it again, and its result.
 
-    before(): undoes what step() changed, since libraries must run once to set themselves up.
+    undo(): takes back what step() changed, since libraries must run once to set themselves up.
     """
-    with RECORDING, torch.cuda.device(torch.cuda.current_device()):
+    with RECORDING, torch.cuda.device(device):
         graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()
         torch.cuda.current_stream().wait_stream(aside)
-        before()
+        undo()
         with torch.cuda.graph(graph, stream=aside, capture_error_mode='thread_local'):
             result = step()
         return graph.replay, result

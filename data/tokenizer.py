@@ -162,7 +162,8 @@ class Tokenizer:
             self.write_ranks(path)
             try:
                 fast = BPETokenizer.from_tiktoken(path, GIGATOKEN_SCHEMES[self.name])
-                same = np.array_equal(fast.encode(difficult_text()), self._encode(difficult_text()))
+                text = difficult_text()
+                same = np.array_equal(fast.encode(text), self._encode(text))
             except Exception as error:  # of another version, whatever it is
                 return f'gigatoken cannot be used: {error}'
         if not same:

@@ -144,9 +144,9 @@ def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
 def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatch, stride):
     """Without a GPU: a recorded step is computed anew, with the host's numbers of its recording."""
 
-    def pretend(step, before):
+    def pretend(step, undo, device):
         result = step()
-        before()
+        undo()
         return (lambda: result.copy_(step())), result
 
     monkeypatch.setattr(sample_module, 'record', pretend)
