@@ -16,6 +16,7 @@ Shapes: B rows, T tokens, S tokens in the cache, C = n_embd, H = n_head, G = n_k
 set), D = C / H, V = vocab_size.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -402,13 +403,14 @@ class GPT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
-    def forward(self, idx, targets=None, cache=None, lengths=None):
+    def forward(self, idx, targets=None, cache=None, lengths=None, whole=False):
         """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
 
         idx (B, T): token ids. targets (B, T): the token that follows each; -1 does not count.
         cache: a KVCache with B rows; idx continues each row where it stands, and the cache grows.
         lengths (B,): with a cache, how many of each row's T tokens are real; the rest is padding.
-        Logits are (B, T, V), with a cache (B, V): those that follow each row's last real token.
+        Logits are (B, T, V), with a cache (B, V): those that follow each row's last real token, or
+        with whole=True those that follow every token.
         """
         B, T = idx.shape
         if cache is None:
@@ -416,7 +418,7 @@ class GPT(nn.Module):
         else:
             pos = cache.extend(B, T, lengths)  # (B, T)
         x = self.trunk(idx, pos, cache)  # (B, T, C)
-        if cache is not None:  # only the last real token is asked what follows it
+        if cache is not None and not whole:  # only the last real token is asked what follows it
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
         logits = self.lm_head(x)  # (B, T, V) or (B, V)
         if self.config.arch == 'modern':
@@ -516,16 +518,19 @@ class KVCache:
             return k, v
         return self.kv[layer, :, :B, :, : self.mask.size(-1)].unbind()
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows, in this order, as the first; one may come several times."""
-        moved = [i for i, row in enumerate(rows) if i != row]
-        if moved:
-            sources = [rows[i] for i in moved]
-            held = self.kv[:, :, :, :, : self.span]
-            held[:, :, moved] = held[:, :, sources]
-            self.pos[moved] = self.pos[sources]
+    def part(self, rows: list[int], span: int) -> 'KVCache':
+        """One row as a cache of its own, or several that are empty, on the same memory.
 
-    def replace(self, rows: list[int], other: 'KVCache') -> None:
-        """Give some rows what those of `other`, all of one length, hold in their place."""
-        self.kv[:, :, rows, :, : other.span] = other.kv[:, :, :, :, : other.span]
-        self.pos[rows] = other.span
+        span: how many tokens the row holds. Its owner has to set `pos` of the rows afterwards.
+        """
+        assert len(rows) == 1 or not span, 'rows that lie apart cannot be attended to together'
+        part = copy.copy(self)
+        part.kv = self.kv[:, :, rows[0] : rows[0] + 1] if len(rows) == 1 else self.kv
+        part.rows = self.rows[:1] if len(rows) == 1 else self.rows[rows]
+        part.pos, part.span, part.graphs = torch.full_like(self.pos[rows], span), span, {}
+        return part
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Have a row hold the first `count` tokens of another."""
+        self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
+        self.pos[target] = count

@@ -5,30 +5,35 @@ $ python sample.py                                   # from the newest run below
 $ python sample.py "To be, or not" --num_samples=3   # continue a text, three times
 $ python sample.py --start=FILE:prompt.txt --temperature=0 --max_new_tokens=100
 $ python sample.py --out_dir=out/my_run --chat       # a console that remembers the conversation
+$ python sample.py --batch=prompts.jsonl --out=answers.jsonl
 
-From Python: complete(model, tokenizer, ['To be'], Sampling(top_p=0.9)), or generate() for a stream.
+A batch file has a prompt a line; in a .jsonl or .ndjson file each line is an object with a
+"prompt" and, where it differs, any of the settings of text and choice below. The answers are JSON
+lines in the order of the prompts; a line that cannot be answered says why under "error". Killed,
+the same command goes on where it was.
+
+From Python: load() here, and generate(), complete() or an Engine of engine.py.
 """
 
-import codecs
-import math
+import hashlib
+import json
 import re
 import sys
-import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch.nn import functional as F
+from tqdm import tqdm
 
 from checkpoint import load_model, newest_run
-from configurator import ConfigError, UserError, configure, did_you_mean, one_of
+from configurator import ConfigError, UserError, configure, did_you_mean, one_of, within
 from data.tokenizer import Tokenizer
+from engine import Engine, Piece, Request, Sampling, generate
 from linear import freeze
-from model import GPT, KVCache
+from model import GPT
 from runtime import keep_freed_memory, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
@@ -43,6 +48,9 @@ quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faste
 # text
 start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; <|endoftext|> is understood
 chat = False  # an interactive console in place of samples
+batch: str | None = None  # a file with a prompt a line, all to be answered
+out: str | None = None  # the file for the answers
+rows = 16  # texts of a batch file that are computed at once
 num_samples = 10  # texts, written side by side as one batch
 max_new_tokens = 500  # tokens in each at most
 stop = ''  # end a text before this string; | separates several; \n, \t, \| and \\ are understood
@@ -52,349 +60,20 @@ temperature = 0.8  # below 1 keeps to what is likely, above 1 is wilder, 0 takes
 top_k: int | None = 200  # choose among this many likeliest tokens; None or 0: all
 top_p = 1.0  # choose among the likeliest tokens that make up this share of the probability
 min_p = 0.0  # leave out tokens less likely than this share of the likeliest one's probability
-repetition_penalty = 1.0  # above 1 disfavours every token that the text already has
+repetition_penalty = 1.0  # above 1 disfavours every token that prompt or text already have
+frequency_penalty = 0.0  # taken off a token's logit for each time the new text has it
+presence_penalty = 0.0  # and once, if it has it at all
 # -----------------------------------------------------------------------------
 
-DRAWS = 256  # random numbers a row draws at a time
-HEAD = 1024  # likeliest tokens among which top_p is looked for first
+JSON_LINES = ('.jsonl', '.ndjson')
+AHEAD = 4096  # answers of a batch file that wait for one before them, at most
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
+CHOICES = [f.name for f in fields(Sampling) if f.name in globals()]  # settings of each text
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
 model's context reaches, until you clear it. Ctrl-C stops an answer.
   /set NAME VALUE   change a setting, for example /set temperature 0.5
   /reset            forget the conversation
   /quit             leave; so does Ctrl-D, or Ctrl-C twice"""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen and when a text ends, checked. The settings above say what each is."""
-
-    max_new_tokens: int = max_new_tokens
-    temperature: float = temperature
-    top_k: int | None = top_k
-    top_p: float = top_p
-    min_p: float = min_p
-    repetition_penalty: float = repetition_penalty
-    stop: tuple[str, ...] = ()
-    seed: int = seed
-
-    def __post_init__(self):
-        for name, good, need in (
-            ('max_new_tokens', self.max_new_tokens >= 1, 'at least 1'),
-            ('temperature', 0 <= self.temperature < math.inf, 'at least 0 (0 is greedy)'),
-            ('top_k', (self.top_k or 0) >= 0, 'at least 1, or 0 or None for all'),
-            ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
-            ('min_p', 0 <= self.min_p <= 1, 'between 0 and 1'),
-            ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'above 0 (1 is off)'),
-            ('stop', '' not in self.stop, 'text, not an empty string'),
-            ('seed', self.seed >= 0, 'at least 0'),
-        ):
-            if not good:
-                raise ConfigError(f'{name}={getattr(self, name)!r}: must be {need}')
-
-
-class Piece(NamedTuple):
-    """One more token of one row."""
-
-    row: int  # place of its prompt in the batch
-    token: int  # its id; the end-of-text id if that ended the row
-    text: str  # what may be shown now: often the token's text, '' while something is held back
-    finish: str | None  # None; at a row's last token 'stop' (end of text, stop string) or 'length'
-
-
-# -----------------------------------------------------------------------------
-# the choice of a token
-
-
-def candidates(logits, sampling: Sampling, seen=None):
-    """Logits (R, V) -> those over the temperature of K tokens, -inf if left out, and their ids.
-
-    Both (R, K), the likeliest first where top_k or top_p ask for an order. seen (R, V): tokens a
-    row already has. Rules and order are those of `transformers`: repetition penalty (Keskar et al.
-    2019, CTRL), temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024).
-    """
-    s, size = sampling, logits.size(-1)
-    if seen is not None:
-        penalty = torch.where(logits < 0, s.repetition_penalty, 1 / s.repetition_penalty)
-        logits = torch.where(seen, logits * penalty, logits)
-    if s.temperature < 1e-6:
-        return logits.max(-1, keepdim=True)
-    k = min(s.top_k or size, size)
-    if k == size and s.top_p == 1:
-        values, ids = logits, torch.arange(size, device=logits.device).expand_as(logits)
-    else:
-        # sorting all of a large vocabulary on a CPU takes as long as a small model's step
-        few = min(k, HEAD) if k == size and logits.device.type == 'cpu' else k
-        values, ids = logits.topk(few)
-    top = logits.amax(-1, keepdim=True)  # (R, 1)
-    values = (values - top) / s.temperature  # the likeliest at 0, so that no temperature overflows
-    if s.top_p < 1:  # a token stays if those before it do not yet make up top_p
-        whole = values if values.size(-1) == k else (logits - top) / s.temperature
-        probs = (values - whole.logsumexp(-1, keepdim=True)).exp()
-        short = probs.sum(-1) < s.top_p
-        if values.size(-1) < k and short.any():  # these rows need all; no row sees another's
-            rest = size - values.size(-1)
-            values, probs = F.pad(values, (0, rest), value=-math.inf), F.pad(probs, (0, rest))
-            ids = F.pad(ids, (0, rest))
-            values[short], ids[short] = whole[short].sort(descending=True)
-            probs[short] = values[short].softmax(-1)
-        values = values.masked_fill(probs.cumsum(-1) - probs >= s.top_p, -math.inf)
-    if s.min_p:
-        values = values.masked_fill(values < math.log(s.min_p), -math.inf)
-    return values, ids
-
-
-def choose(logits, sampling: Sampling, uniforms, seen=None):
-    """Next token of each row (R,) by the inverse CDF of `uniforms` (R, 1); -1 for broken logits."""
-    values, ids = candidates(logits, sampling, seen)
-    broken = ~values.amax(-1, keepdim=True).isfinite()
-    if ids.size(-1) == 1:
-        return ids.masked_fill(broken, -1)[:, 0]
-    cdf = values.softmax(-1).cumsum(-1)
-    # the first above a number that lies below cdf's end: never one of probability 0
-    at = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
-    ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if the logits are broken
-    return ids.masked_fill(broken, -1)[:, 0]
-
-
-# -----------------------------------------------------------------------------
-# logits of the next token, with a cache or without
-#
-# One rule for both: a row whose context is full (block_size tokens) forgets its oldest block_size/8
-# before it takes another. What is left gets new positions, so its keys are computed anew, and that
-# cost is shared by the many tokens until the context is full again.
-
-
-def pad(contexts, device):
-    """Token lists -> ids (R, T), padded on the right, and their lengths (R,)."""
-    lengths = torch.tensor([len(context) for context in contexts])
-    idx = torch.zeros(len(contexts), int(lengths.max()), dtype=torch.long)
-    for row, context in zip(idx, contexts, strict=True):
-        row[: len(context)] = torch.tensor(context)
-    return idx.to(device), lengths.to(device)
-
-
-def uncached(model: GPT, contexts):
-    """Logits (R, V) after each context, from scratch: what the cache is measured against."""
-    idx, lengths = pad(contexts, model.embedding.weight.device)
-    logits, _ = model(idx)
-    return logits[torch.arange(len(contexts)), lengths - 1]
-
-
-def prefill(model: GPT, contexts, length: int | None):
-    """Logits (R, V) after each context, and a cache for `length` tokens, None for no cache."""
-    if length is None:
-        return uncached(model, contexts), None
-    unique = {context: i for i, context in enumerate(dict.fromkeys(map(tuple, contexts)))}
-    cache = KVCache(model, len(contexts), length)
-    idx, lengths = pad(unique, cache.pos.device)
-    logits, _ = model(idx, cache=cache, lengths=lengths)
-    rows = [unique[tuple(context)] for context in contexts]  # samples of one prompt share the work
-    cache.keep(rows)
-    return logits[rows], cache
-
-
-def advance(model: GPT, contexts, tokens, cache: KVCache | None):
-    """Append a token to each context, which may slide -> logits (R, V) after it."""
-    size = model.config.block_size
-    full = [i for i, context in enumerate(contexts) if len(context) == size]
-    for i in full:
-        del contexts[i][: max(1, size // 8)]
-    if cache is not None:
-        if full:
-            refill(model, [contexts[i] for i in full], full, cache)
-        cache.span = max(map(len, contexts))
-    for context, token in zip(contexts, tokens, strict=True):
-        context.append(token)
-    if cache is None:
-        return uncached(model, contexts)
-    idx = torch.tensor(tokens)[:, None].to(cache.pos.device)
-    return replay(model, idx, cache) if is_recorded(idx) else model(idx, cache=cache)[0]
-
-
-def is_recorded(idx) -> bool:
-    return idx.is_cuda
-
-
-def replay(model: GPT, idx, cache: KVCache):
-    """model(idx, cache=cache) for one more token a row (R, 1), as a CUDA graph.
-
-    Launching its hundreds of small kernels one by one takes longer than computing them. There is
-    one graph for each power of two of rows and each number of columns, recorded when first needed,
-    which takes as long as a few steps; rows between R and the power of two are computed in vain.
-    """
-    rows = min(2 ** (len(idx) - 1).bit_length(), len(cache.pos))
-    key = rows, cache.columns(1)
-    if key not in cache.graphs:
-        pos, span = cache.pos.clone(), cache.span
-        given = torch.zeros(rows, 1, dtype=torch.long, device=idx.device)
-
-        def step():
-            cache.span = span
-            return model(given, cache=cache)[0]
-
-        undo = lambda: cache.pos.copy_(pos)  # noqa: E731
-        cache.graphs[key] = given, *record(step, undo, idx.device)
-        cache.span = span
-    given, again, logits = cache.graphs[key]
-    given[: len(idx)] = idx
-    again()
-    cache.span += 1
-    return logits[: len(idx)]
-
-
-RECORDING = threading.Lock()
-
-
-def record(step, undo, device):
-    """Record what step() does on a GPU -> a function that does it again, and its result.
-
-    undo(): takes back what step() changed, since libraries must run once to set themselves up.
-    """
-    with RECORDING, torch.cuda.device(device):
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            step()
-        torch.cuda.current_stream().wait_stream(aside)
-        undo()
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode='thread_local'):
-            result = step()
-        return graph.replay, result
-
-
-def refill(model: GPT, contexts, rows: list[int], cache: KVCache) -> None:
-    """Compute some rows of a cache anew; their contexts are all of one length."""
-    part = KVCache(model, len(rows), len(contexts[0]))
-    if contexts[0]:  # with a block_size of 1, nothing is left
-        model(torch.tensor(contexts, device=cache.pos.device), cache=part)
-    cache.replace(rows, part)
-
-
-# -----------------------------------------------------------------------------
-# generation
-
-
-class TextStream:
-    """Bytes in, text out: whole characters only, and nothing that may yet become a stop string."""
-
-    def __init__(self, stop: tuple[str, ...]):
-        self.stop = stop
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.held = ''
-
-    def add(self, data: bytes, final: bool) -> tuple[str, bool]:
-        """Text to show now, and whether a stop string ended it. final: nothing follows."""
-        self.held += self.decoder.decode(data, final)
-        ends = [self.held.find(s) for s in self.stop if s in self.held]
-        if ends:
-            return self.held[: min(ends)], True
-        show = len(self.held) if final else self.safe()
-        text, self.held = self.held[:show], self.held[show:]
-        return text, False
-
-    def safe(self) -> int:
-        """How many held characters come before anything that a stop string could begin with."""
-        longest = max(map(len, self.stop), default=1)
-        for at in range(max(0, len(self.held) - longest + 1), len(self.held)):
-            if any(s.startswith(self.held[at:]) for s in self.stop):
-                return at
-        return len(self.held)
-
-
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompts: list,
-    sampling: Sampling,
-    seeds: list | None = None,
-    cached: bool = True,
-) -> Iterator[Piece]:
-    """Continue all prompts as one batch, yielding each token as it is chosen.
-
-    prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
-    seeds: what seeds each row's random numbers, by default sampling.seed and the row's number; a
-    row's text depends on nothing else, whatever stands in the other rows.
-    cached=False computes every token from scratch, for tests. Raises UserError for broken weights.
-    """
-    assert not model.training, 'dropout would be on'
-    assert all(len(prompt) for prompt in prompts), 'there is nothing to continue'
-    seeds = seeds or [(sampling.seed, number) for number in range(len(prompts))]
-    size = model.config.block_size
-    rows = [Row(i, p[-size:], sampling, seeds[i]) for i, p in enumerate(prompts)]
-    contexts = [row.context for row in rows]
-    banned = banned_ids(tokenizer, model)
-    seen = seen_ids(contexts, banned) if sampling.repetition_penalty != 1 else None
-    length = min(size, max(map(len, contexts)) + sampling.max_new_tokens)
-    logits, cache = prefill(model, contexts, length if cached else None)
-    for step in range(sampling.max_new_tokens):
-        if step % DRAWS == 0:
-            drawn = np.stack([row.random.random(DRAWS, np.float32) for row in rows])
-            drawn = torch.from_numpy(drawn).to(logits.device)  # (R, DRAWS)
-        logits = logits.float().masked_fill(banned, -math.inf)
-        ids = choose(logits, sampling, drawn[:, step % DRAWS, None], seen)
-        if seen is not None:
-            seen.scatter_(1, ids.clamp(min=0)[:, None], True)
-        last = step == sampling.max_new_tokens - 1
-        chosen = zip(rows, ids.tolist(), strict=True)
-        pieces = [row.take(token, tokenizer, last) for row, token in chosen]
-        yield from pieces
-        going = [i for i, piece in enumerate(pieces) if piece.finish is None]
-        if not going:
-            return
-        if len(going) < len(rows):
-            rows, drawn = [rows[i] for i in going], drawn[going]
-            seen = seen if seen is None else seen[going]
-            if cache is not None:
-                cache.keep(going)
-        tokens = [pieces[i].token for i in going]
-        logits = advance(model, [row.context for row in rows], tokens, cache)
-
-
-class Row:
-    """One text in the making."""
-
-    def __init__(self, number: int, prompt, sampling: Sampling, seed):
-        self.number = number  # its place among the prompts
-        self.context = [int(token) for token in prompt]  # what the model sees, block_size at most
-        self.random = np.random.default_rng(seed)
-        self.stream = TextStream(sampling.stop)
-
-    def take(self, token: int, tokenizer: Tokenizer, last: bool) -> Piece:
-        if token < 0:
-            raise UserError(
-                'the model gives no finite logits: its weights are broken, or too large for this '
-                'number format; try --dtype=float32 or another --checkpoint'
-            )
-        end = token == tokenizer.eot
-        text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
-        finish = 'stop' if end or stopped else 'length' if last else None
-        return Piece(self.number, token, text, finish)
-
-
-def banned_ids(tokenizer: Tokenizer, model: GPT):
-    """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the end."""
-    banned = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    banned[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
-    return banned.to(model.embedding.weight.device)
-
-
-def seen_ids(contexts, banned):
-    """Which tokens each context has, (R, V)."""
-    seen = torch.zeros(len(contexts), len(banned), dtype=torch.bool)
-    for row, context in zip(seen, contexts, strict=True):
-        row[context] = True
-    return seen.to(banned.device)
-
-
-def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampling) -> list[str]:
-    """What the model writes after each text."""
-    prompts = [tokenizer.encode(text, allow_eot=True) for text in texts]
-    out = [''] * len(texts)
-    for piece in generate(model, tokenizer, prompts, sampling):
-        out[piece.row] += piece.text
-    return out
 
 
 # -----------------------------------------------------------------------------
@@ -403,7 +82,9 @@ def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampl
 
 def sampling_of(settings: dict) -> Sampling:
     """The Sampling that settings describe; they spell its stop strings as one text."""
-    chosen = {f.name: settings[f.name] for f in fields(Sampling)}
+    chosen = {name: settings[name] for name in CHOICES}
+    if chosen['max_new_tokens'] < 1:
+        raise ConfigError(f'max_new_tokens={chosen["max_new_tokens"]}: must be at least 1')
     return Sampling(**{**chosen, 'stop': split_stop(settings['stop'])})
 
 
@@ -466,14 +147,18 @@ class Console:
     """--chat: what the user types and what the model answers are one text, which it continues."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, opening: str):
-        self.model, self.tokenizer, self.opening = model, tokenizer, opening
-        self.settings = {f.name: settings[f.name] for f in fields(Sampling)}
-        self.text, self.turn = opening, 0
+        self.engine, self.tokenizer, self.opening = Engine(model, tokenizer, 1), tokenizer, opening
+        self.settings = {name: settings[name] for name in CHOICES}
+        self.size, self.start = model.config.block_size, 0
+        self.ids, self.turn = self.encode(opening), 0  # the conversation
         try:
             self.tokenizer.encode('\n')
             self.newline = '\n'
         except UserError:
             self.newline = ''
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, allow_eot=True).tolist()
 
     def run(self) -> None:
         print('This model has no chat template: it continues what you type. /help lists commands.')
@@ -507,7 +192,7 @@ class Console:
             values = [f'  {name} = {value!r}' for name, value in self.settings.items()]
             print(HELP, 'Settings:', *values, sep='\n', flush=True)
         elif name == '/reset':
-            self.text, self.turn = self.opening, 0
+            self.ids, self.turn, self.start = self.encode(self.opening), 0, 0
             print('(the conversation is forgotten)', flush=True)
         elif name == '/set':
             self.set(*rest.partition(' ')[::2])
@@ -528,15 +213,157 @@ class Console:
         print(f'({name} = {changed[name]!r})', flush=True)
 
     def answer(self, line: str) -> None:
-        text = self.text + (self.newline if self.text else '') + line
-        ids = self.tokenizer.encode(text, allow_eot=True)
+        ids = self.encode((self.newline if self.ids else '') + line)
         sampling = sampling_of(self.settings)
-        self.text, self.turn = text, self.turn + 1
-        seeds = [(sampling.seed, self.turn)]  # every answer has its own random numbers
-        for piece in generate(self.model, self.tokenizer, [ids], sampling, seeds):
-            self.text += piece.text  # what was shown is what is remembered, also after Ctrl-C
-            write(piece.text)
+        self.ids, self.turn = self.ids + ids, self.turn + 1
+        while len(self.ids) - self.start > self.size:  # by eighths, as the engine forgets
+            self.start += max(1, self.size // 8)
+        # every answer has its own random numbers
+        pieces, prompt = deque(), self.ids[self.start :]
+        request = Request(prompt, sampling, pieces.append, seed=(sampling.seed, self.turn))
+        before, shown = len(self.ids), ''
+        self.engine.submit(request)
+        try:
+            while self.engine.step():
+                while pieces:  # what was shown is what is remembered, also after Ctrl-C
+                    piece = pieces.popleft()
+                    shown += piece.text
+                    write(piece.text)
+                    if piece.finish != 'stop':
+                        self.ids.append(piece.token)
+                    elif piece.token != self.tokenizer.eot:  # some of what came is not shown
+                        self.ids[before:] = self.encode(shown)
+        finally:
+            request.cancel()
         write('\n')
+
+
+# -----------------------------------------------------------------------------
+# a file of prompts
+
+
+class Batch:
+    """Answers the prompts of a file. Until all are answered, the answers lie in <out>.part."""
+
+    def __init__(self, settings: dict):
+        self.settings, self.path, self.out = settings, Path(settings['batch']), settings['out']
+        if not self.out:
+            raise UserError(f'--batch={self.path}: say where the answers go, with --out=')
+        self.part = Path(f'{self.out}.part')
+        if Path(self.out).exists():
+            raise UserError(f'--out={self.out}: is there already; name another file')
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise UserError(f'--batch={self.path}: cannot be read: {error.strerror}') from error
+        self.lines = content.removesuffix(b'\n').split(b'\n') if content else []
+        if not self.lines:
+            raise UserError(f'--batch={self.path}: is empty; it takes a prompt a line')
+        job = {name: settings[name] for name in (*CHOICES, 'out_dir', 'init_from', 'checkpoint')}
+        self.header = {'batch': hashlib.sha256(content).hexdigest(), **job}
+
+    def answered(self) -> list[bytes]:
+        """The answers that an earlier start of the same batch left; what a kill cut is dropped."""
+        try:
+            head, *lines = self.part.read_bytes().split(b'\n')[:-1]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError):
+            head, lines = b'', []
+        if json_or_none(head) != self.header:
+            raise UserError(
+                f'{self.part}: is of another batch, model or settings; delete it, or name another '
+                '--out'
+            )
+        return lines
+
+    def run(self, model: GPT, tokenizer: Tokenizer) -> None:
+        done = self.answered()
+        first = len(done)
+        if done:
+            print(f'{self.part}: goes on after {first} answers', file=sys.stderr)
+        errors = sum('error' in json.loads(line) for line in done)
+        engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
+        bar = tqdm(total=len(self.lines), initial=first, unit='text', disable=None)
+        with open_new(self.part) as file, bar:
+            file.write(b'\n'.join([json.dumps(self.header).encode(), *done, b'']))
+            for answer in self.answers(engine, first):
+                errors += 'error' in answer
+                file.write(json.dumps(answer, ensure_ascii=False).encode() + b'\n')
+                file.flush()
+                bar.update()
+        with open_new(Path(self.out)) as file:
+            file.write(self.part.read_bytes().partition(b'\n')[2])
+        self.part.unlink()
+        beside = f', {errors} of them errors' if errors else ''
+        print(f'{self.out}: {len(self.lines)} answers{beside}', file=sys.stderr)
+
+    def answers(self, engine: Engine, first: int) -> Iterator[dict]:
+        """The answers from line `first` on, in order, of which a few lines are in the engine."""
+        ready: dict[int, dict] = {}
+        number = next_out = first
+        while next_out < len(self.lines):
+            while number < len(self.lines) and len(engine.waiting) < 2 * len(engine.slots):
+                if number >= next_out + AHEAD:  # one slow text must not pile up all the others
+                    break
+                ready |= self.begin(engine, number, ready)
+                number += 1
+            engine.step()
+            while ready.get(next_out, {}).get('finish') or 'error' in ready.get(next_out, {}):
+                yield ready.pop(next_out)
+                next_out += 1
+
+    def begin(self, engine: Engine, number: int, ready: dict) -> dict[int, dict]:
+        """Hand line `number` to the engine -> its answer so far."""
+        answer = {'line': number + 1}
+        try:
+            text, sampling, own = self.parse(self.lines[number])
+            ids = engine.tokenizer.encode(text, allow_eot=True)
+            if not len(ids):
+                raise UserError('the prompt is empty')
+        except UserError as error:
+            return {number: answer | {'error': str(error)}}
+        answer |= {**own, 'text': '', 'tokens': 0, 'finish': None}
+
+        def take(piece: Piece) -> None:
+            answer['text'] += piece.text
+            answer['tokens'] += 1
+            answer['finish'] = piece.finish
+
+        engine.submit(Request(ids, sampling, take, row=number))
+        return {number: answer}
+
+    def parse(self, line: bytes) -> tuple[str, Sampling, dict]:
+        """A line's prompt, how it is to be answered, and what is repeated in its answer."""
+        try:
+            text = line.decode('utf-8-sig').removesuffix('\r')
+        except UnicodeDecodeError as error:
+            raise UserError(f'not UTF-8 at byte {error.start}') from error
+        if self.path.suffix.lower() not in JSON_LINES:
+            return text, sampling_of(self.settings), {'prompt': text}
+        record = json_or_none(text)
+        if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
+            raise UserError('not a JSON object with a "prompt" that is text')
+        chosen = {key: value for key, value in record.items() if key not in ('prompt', 'id')}
+        for key in chosen:
+            if key not in CHOICES:
+                raise UserError(f'no setting is called {key!r}; {did_you_mean(key, CHOICES)}')
+        flags = [f'--{key}={value}' for key, value in chosen.items()]
+        settings = {'__file__': __file__, **self.settings}
+        sampling = sampling_of(configure(settings, flags))
+        return record['prompt'], sampling, {k: record[k] for k in ('id', 'prompt') if k in record}
+
+
+def json_or_none(text: str | bytes):
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+
+
+def open_new(path: Path):
+    try:
+        return path.open('wb')
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
 def load(settings: dict) -> tuple[GPT, Tokenizer]:
@@ -572,6 +399,10 @@ def main(settings: dict) -> None:
     sampling, samples = sampling_of(settings), settings['num_samples']
     if samples < 1:
         raise ConfigError(f'num_samples={samples}: must be at least 1')
+    if settings['batch']:
+        within(1, None, settings, 'rows')
+        batch = Batch(settings)
+        return batch.run(*load(settings))
     prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)
     if settings['chat']:

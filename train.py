@@ -27,10 +27,10 @@ import folder
 from checkpoint import find, listed, load, load_model, load_optimizer, newest_run, save
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
+from engine import Sampling, generate
 from model import GPT, GPTConfig
 from optim import build_optimizers
 from runtime import StopSignal, on_out_of_memory, start
-from sample import Sampling, generate
 from track import Progress, Tracker, draw_loss
 
 # -----------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def report_end() -> None:
         prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
         left, page = sample_tokens, []
         while left > 0:  # a short document leaves room for the next
-            sampling = Sampling(max_new_tokens=left, seed=seed + len(page))
+            sampling = Sampling(left, temperature=0.8, top_k=200, seed=seed + len(page))
             pieces = list(generate(raw_model, tokenizer, [prompt], sampling))
             page.append(''.join(piece.text for piece in pieces).strip('\n'))
             left -= len(pieces)

@@ -19,6 +19,7 @@ import folder
 import track
 from data.dataset import Writer
 from data.tokenizer import byte_tokenizer, char_tokenizer
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 # A shell starts its background jobs with these ignored, and the programs tested would inherit that
@@ -52,6 +53,16 @@ MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05'
 torch.set_num_threads(1)  # tiny models: more threads only get in each other's way
 # matplotlib keeps a list of fonts, by default in the user's home
 os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')
+
+
+def random_model(vocab_size, block_size=16, seed=0, **changes):
+    """A model of clear preferences that has learned nothing."""
+    torch.manual_seed(seed)
+    shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, **(changes or {'bias': True})}
+    model = GPT(GPTConfig(block_size, vocab_size, **shape))
+    for parameter in model.parameters():  # larger than at the start
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
 
 def make_dataset(folder, tokenizer=None, train=4000, val=600, seed=0):

@@ -25,6 +25,7 @@ from data.tokenizer import (
     get_tokenizer,
     train_bpe,
 )
+from engine import Sampling, generate
 from exchange import (
     INDEX,
     WEIGHTS,
@@ -35,7 +36,6 @@ from exchange import (
     read_tokenizer,
 )
 from model import GPT, GPTConfig
-from sample import Sampling, generate
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 needs_gpt2 = pytest.mark.skipif(

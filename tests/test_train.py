@@ -19,6 +19,7 @@ from conftest import MODERN, ROOT, hashes, make_dataset, metrics, steps
 from filelock import FileLock
 
 import checkpoint
+import engine
 import folder
 import model as model_module
 import optim
@@ -120,7 +121,7 @@ def test_short_documents_make_a_page_together(run_here, tmp_path, monkeypatch, c
         asked.append((sampling.max_new_tokens, sampling.seed))
         return [SimpleNamespace(text=text) for text in ('one ', 'page', '\n')]
 
-    monkeypatch.setattr(sample, 'generate', three_tokens)
+    monkeypatch.setattr(engine, 'generate', three_tokens)
     run_here(f'--out_dir={tmp_path}', '--sample_tokens=7', '--max_iters=0', '--seed=5')
     assert asked == [(7, 5), (4, 6), (1, 7)]
     text = capsys.readouterr().out.split('-' * 64)[1]

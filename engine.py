@@ -1,0 +1,673 @@
+"""
+Many texts at once: prompts and new tokens are computed together, and each text comes out as alone.
+
+    engine = Engine(model, tokenizer, rows=8)
+    engine.submit(Request(tokenizer.encode('To be'), Sampling(top_p=0.9), print))
+    while engine.step():           # or engine.serve() in a thread of its own
+        pass
+
+Every text has a row of the KV cache for as long as it is written. A step computes a piece of the
+prompts that wait, and one more token of every text whose prompt is done ("continuous batching": Yu
+et al. 2022, Orca). A row keeps its keys when its text is finished, so that the next prompt that
+begins alike need not compute them again.
+"""
+
+import codecs
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from configurator import ConfigError, UserError
+from data.tokenizer import Tokenizer
+from model import GPT, KVCache
+
+HEAD = 1024  # likeliest tokens among which top_p is looked for first
+SCORED = 128  # of a prompt whose log-probabilities are asked for, each over the vocabulary
+WORTHWHILE = 16  # keys of another prompt that are taken over, at least
+IDLE = 4096  # tokens of prompts computed at once while no text waits for its next token
+MOST_ROWS = 64  # of one generate(): further texts wait for a row
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when a text ends, checked. ConfigError names what is wrong."""
+
+    max_new_tokens: int = 16
+    temperature: float = 1.0  # 0 takes the likeliest
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # of what the prompt or the text has
+    frequency_penalty: float = 0.0  # for each time the text has a token
+    presence_penalty: float = 0.0  # if it has it at all
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    stop: tuple[str, ...] = ()
+    seed: int = 1337
+
+    def __post_init__(self):
+        for name, good, need in (
+            ('max_new_tokens', self.max_new_tokens >= 0, 'at least 0'),
+            ('temperature', 0 <= self.temperature < math.inf, 'at least 0 (0 is greedy)'),
+            ('top_k', (self.top_k or 0) >= 0, 'at least 1, or 0 or None for all'),
+            ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
+            ('min_p', 0 <= self.min_p <= 1, 'between 0 and 1'),
+            ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'above 0 (1 is off)'),
+            ('frequency_penalty', math.isfinite(self.frequency_penalty), 'finite (0 is off)'),
+            ('presence_penalty', math.isfinite(self.presence_penalty), 'finite (0 is off)'),
+            ('stop', '' not in self.stop, 'text, not an empty string'),
+            ('seed', self.seed >= 0, 'at least 0'),
+        ):
+            if not good:
+                raise ConfigError(f'{name}={getattr(self, name)!r}: must be {need}')
+
+    @property
+    def rule(self) -> tuple:
+        """What candidates() looks at: texts with the same rule choose their tokens together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+    @property
+    def edits_logits(self) -> bool:
+        neutral = self.repetition_penalty == 1 and not self.logit_bias
+        return not (neutral and self.frequency_penalty == self.presence_penalty == 0)
+
+
+class Piece(NamedTuple):
+    """One more token of one text."""
+
+    row: int  # place of its prompt among those of its caller
+    token: int | None  # its id, the end-of-text id if that ended the text; None: no more came
+    text: str  # what may be shown now: often the token's text, '' while something is held back
+    finish: str | None = None  # 'stop' (end of text, stop string), 'length', 'cancelled', 'error'
+    logprob: float | None = None  # of the token, in nats, before any rule; where asked for
+    top: tuple = ()  # the likeliest tokens there, (id, logprob), where asked for
+
+
+# -----------------------------------------------------------------------------
+# the choice of a token
+
+
+def candidates(logits, sampling: Sampling):
+    """Logits (R, V) -> those over the temperature of K tokens, -inf if left out, and their ids.
+
+    Both (R, K), the likeliest first where top_k or top_p ask for an order. Rules and order are
+    those of `transformers`: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al.
+    2024). Sums run along a row one by one, so that no row's rounding depends on its neighbours.
+    """
+    s, size = sampling, logits.size(-1)
+    if s.temperature < 1e-6:
+        return logits.max(-1, keepdim=True)
+    k = min(s.top_k or size, size)
+    if k == size and s.top_p == 1:
+        values, ids = logits, torch.arange(size, device=logits.device).expand_as(logits)
+    else:
+        # sorting all of a large vocabulary on a CPU takes as long as a small model's step
+        few = min(k, HEAD) if k == size and logits.device.type == 'cpu' else k
+        values, ids = logits.topk(few)
+    top = logits.amax(-1, keepdim=True)  # (R, 1)
+    values = (values - top) / s.temperature  # the likeliest at 0, so that no temperature overflows
+    if s.top_p < 1:  # a token stays if those before it do not yet make up top_p
+        whole = values if values.size(-1) == k else (logits - top) / s.temperature
+        probs = values.exp() / whole.exp().cumsum(-1)[:, -1:]
+        short = probs.cumsum(-1)[:, -1] < s.top_p
+        if values.size(-1) < k and short.any():  # these rows need all; no row sees another's
+            rest = size - values.size(-1)
+            values, probs = F.pad(values, (0, rest), value=-math.inf), F.pad(probs, (0, rest))
+            ids = F.pad(ids, (0, rest))
+            values[short], ids[short] = whole[short].sort(descending=True)
+            probs[short] = values[short].softmax(-1)
+        values = values.masked_fill(probs.cumsum(-1) - probs >= s.top_p, -math.inf)
+    if s.min_p:
+        values = values.masked_fill(values < math.log(s.min_p), -math.inf)
+    return values, ids
+
+
+def choose(logits, sampling: Sampling, uniforms):
+    """Next token of each row (R,) by the inverse CDF of `uniforms` (R, 1); -1 for broken logits."""
+    values, ids = candidates(logits, sampling)
+    broken = ~values.amax(-1, keepdim=True).isfinite()
+    if ids.size(-1) == 1:
+        return ids.masked_fill(broken, -1)[:, 0]
+    cdf = values.softmax(-1).cumsum(-1)
+    # the first above a number that lies below cdf's end: never one of probability 0
+    at = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
+    ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if the logits are broken
+    return ids.masked_fill(broken, -1)[:, 0]
+
+
+def edit_logits(logits, sampling: Sampling, prompt: list[int], written: list[int]) -> None:
+    """Penalties and biases on one row of logits (V,), in place.
+
+    The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
+    logit - count * frequency_penalty - (count > 0) * presence_penalty + bias.
+    """
+    s, device = sampling, logits.device
+    if s.repetition_penalty != 1:
+        seen = torch.tensor([*{*prompt, *written}], device=device)
+        found = logits[seen]
+        penalty = torch.where(found < 0, s.repetition_penalty, 1 / s.repetition_penalty)
+        logits[seen] = found * penalty
+    if written and (s.frequency_penalty or s.presence_penalty):
+        seen, counts = torch.tensor(written, device=device).unique(return_counts=True)
+        logits[seen] -= counts * s.frequency_penalty + s.presence_penalty
+    if s.logit_bias:
+        seen, biases = zip(*s.logit_bias, strict=True)
+        logits[torch.tensor(seen, device=device)] += torch.tensor(biases, device=device)
+
+
+def banned_ids(tokenizer: Tokenizer, model: GPT):
+    """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the end."""
+    banned = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    banned[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
+    return banned.to(model.embedding.weight.device)
+
+
+# -----------------------------------------------------------------------------
+# texts
+
+
+class TextStream:
+    """Bytes in, text out: whole characters only, and nothing that may yet become a stop string."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.held = ''
+
+    def add(self, data: bytes, final: bool) -> tuple[str, bool]:
+        """Text to show now, and whether a stop string ended it. final: nothing follows."""
+        self.held += self.decoder.decode(data, final)
+        ends = [self.held.find(s) for s in self.stop if s in self.held]
+        if ends:
+            return self.held[: min(ends)], True
+        show = len(self.held) if final else self.safe()
+        text, self.held = self.held[:show], self.held[show:]
+        return text, False
+
+    def safe(self) -> int:
+        """How many held characters come before anything that a stop string could begin with."""
+        longest = max(map(len, self.stop), default=1)
+        for at in range(max(0, len(self.held) - longest + 1), len(self.held)):
+            if any(s.startswith(self.held[at:]) for s in self.stop):
+                return at
+        return len(self.held)
+
+
+class Request:
+    """A text to continue, and what has become of it so far.
+
+    prompt: token ids, at least one; the last block_size of them count. on_piece: is given each
+    Piece as it comes, in the thread that runs the engine. seed: of the random numbers, by default
+    sampling.seed and row. top: report each token's log-probability, and those of so many likeliest
+    ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
+    """
+
+    def __init__(
+        self,
+        prompt,
+        sampling: Sampling,
+        on_piece: Callable[[Piece], None],
+        row: int = 0,
+        seed=None,
+        top: int | None = None,
+        score_prompt: bool = False,
+    ):
+        self.prompt, self.sampling, self.on_piece = list(map(int, prompt)), sampling, on_piece
+        assert self.prompt, 'there is nothing to continue'
+        self.row, self.top, self.score_prompt = row, top, score_prompt
+        self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
+        self.stream = TextStream(sampling.stop)
+        self.written: list[int] = []
+        self.prompt_scores: list[tuple] = [(None, ())]  # (logprob, top) of each; none of the first
+        self.cancelled = False
+        self.finish: str | None = None
+        self.came = time.monotonic()
+        self.began = self.first = self.ended = None  # moments: given a row, first token, last one
+
+    def cancel(self) -> None:
+        """Have the engine drop it before its next step. From any thread, at any time."""
+        self.cancelled = True
+
+    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> Piece:
+        """The piece that a chosen token makes."""
+        if token < 0:
+            raise UserError(
+                'the model gives no finite logits: its weights are broken, or too large for this '
+                'number format; try --dtype=float32 or another --checkpoint'
+            )
+        self.written.append(token)
+        last, end = len(self.written) == self.sampling.max_new_tokens, token == tokenizer.eot
+        text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
+        finish = 'stop' if end or stopped else 'length' if last else None
+        return Piece(self.row, token, text, finish, logprob, top)
+
+    def send(self, piece: Piece) -> None:
+        now = time.monotonic()
+        self.first = self.first or now
+        if piece.finish:
+            self.finish, self.ended = piece.finish, now
+        self.on_piece(piece)
+
+
+# -----------------------------------------------------------------------------
+# the engine
+
+
+class Slot:
+    """A row of the cache: whose it is, what it holds, and what is to be computed next.
+
+    A context that is full (block_size tokens) forgets its oldest eighth before it takes another.
+    What is left gets new positions, so its keys are computed anew, and that cost is shared by the
+    many tokens until the context is full again.
+    """
+
+    def __init__(self, row: int):
+        self.row = row
+        self.request: Request | None = None
+        self.keys: list[int] = []  # tokens whose keys the cache holds, also when the text is done
+        self.pending: list[int] = []  # tokens that come after them
+        self.fresh = False  # whether the keys are still those of the text before
+        self.used = 0.0
+
+    def begin(self, request: Request, block_size: int) -> None:
+        self.request, self.pending, self.fresh = request, request.prompt[-block_size:], True
+        request.began = time.monotonic()
+
+    def append(self, token: int, block_size: int) -> None:
+        """Take a chosen token into the context, whose keys are all there."""
+        self.pending = [token]
+        if len(self.keys) == block_size:
+            self.pending = self.keys[max(1, block_size // 8) :] + [token]
+            self.keys = []
+
+    def end(self) -> None:
+        self.request, self.pending, self.used = None, [], time.monotonic()
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next token can be computed together with those of others."""
+        return self.request is not None and not self.fresh and len(self.pending) == 1
+
+    @property
+    def prefilling(self) -> bool:
+        return self.request is not None and not self.decoding
+
+
+class Engine:
+    """Continues the texts of all requests, as many at once as it has rows.
+
+    model: in evaluation mode. rows: texts computed together; further ones wait, first come first
+    served. chunk: tokens of prompts between two steps of the texts. length: of the cache, where no
+    context will be as long as block_size. deterministic: a request gives the same logits to the
+    last bit, whatever else is computed: always all rows, every prompt by itself, no keys of others.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        rows: int = 8,
+        chunk: int = 256,
+        length: int | None = None,
+        deterministic: bool = False,
+    ):
+        assert not model.training, 'dropout would be on'
+        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        self.deterministic = deterministic
+        self.cache = KVCache(model, rows, length)
+        self.slots = [Slot(row) for row in range(rows)]
+        powers = [2**i for i in range(rows.bit_length()) if 2**i < rows]
+        self.counts = [rows] if deterministic else [*powers, rows]  # rows computed in one step
+        self.banned = banned_ids(tokenizer, model)
+        self.waiting: deque[Request] = deque()
+        self.arrival = threading.Condition()
+        self.closed = False
+        self.error: BaseException | None = None
+
+    @property
+    def running(self) -> int:
+        return sum(slot.request is not None for slot in self.slots)
+
+    # --- from any thread
+
+    def submit(self, request: Request) -> None:
+        """Have a request computed; its on_piece is called from step()."""
+        with self.arrival:
+            if self.error:
+                raise self.error
+            self.waiting.append(request)
+            self.arrival.notify()
+
+    def serve(self) -> None:
+        """step() until close(). An exception ends every request, and is kept in `error`."""
+        try:
+            while not self.closed:
+                if not self.step():
+                    with self.arrival:
+                        self.arrival.wait_for(lambda: self.waiting or self.closed)
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def close(self) -> None:
+        with self.arrival:
+            self.closed = True
+            self.arrival.notify()
+
+    def fail(self, error: BaseException) -> None:
+        with self.arrival:
+            self.error = error
+            left = [*self.waiting, *(slot.request for slot in self.slots if slot.request)]
+            self.waiting.clear()
+        for slot in self.slots:
+            slot.end()
+        for request in left:
+            request.send(Piece(request.row, None, '', 'error'))
+
+    # --- one step
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Compute a piece of the waiting prompts and a token of every text -> whether any did."""
+        self.drop_cancelled()
+        self.admit()
+        prompts = self.prefill()
+        return self.decode() or prompts
+
+    def drop_cancelled(self) -> None:
+        dropped = [slot for slot in self.slots if slot.request and slot.request.cancelled]
+        left = [slot.request for slot in dropped]
+        for slot in dropped:
+            slot.end()
+        if any(request.cancelled for request in self.waiting):
+            with self.arrival:
+                left += [request for request in self.waiting if request.cancelled]
+                kept = [request for request in self.waiting if not request.cancelled]
+                self.waiting = deque(kept)
+        for request in left:
+            request.send(Piece(request.row, None, '', 'cancelled'))
+
+    def admit(self) -> None:
+        """Give the requests that wait the rows that are free."""
+        while self.waiting and (free := [slot for slot in self.slots if slot.request is None]):
+            few = self.count_for(self.running + 1)
+            near = [slot for slot in free if slot.row < few] or free
+            slot = min(near, key=lambda slot: slot.used)  # whose keys are the least likely to serve
+            slot.begin(self.waiting.popleft(), self.model.config.block_size)
+
+    def count_for(self, rows: int) -> int:
+        return next(count for count in self.counts if count >= rows)
+
+    def prefill(self) -> bool:
+        """Compute tokens of the prompt that came first, or all of several -> whether there were."""
+        while slots := self.prompts():
+            if slots[0].fresh:
+                self.reuse_keys(slots[0])
+            if slots[0].prefilling:  # else the keys of others were all but its last
+                break
+        if not slots:
+            return False
+        alone = self.deterministic or slots[0].keys or slots[0].request.score_prompt
+        idle = not (self.deterministic or any(slot.decoding for slot in self.slots))
+        room = IDLE if idle else self.chunk
+        self.compute(slots[:1] if alone else self.together(slots, room), room)
+        return True
+
+    def prompts(self) -> list[Slot]:
+        """The rows whose prompt is not done, first come first."""
+        slots = [slot for slot in self.slots if slot.prefilling]
+        return sorted(slots, key=lambda slot: slot.request.came)
+
+    def reuse_keys(self, slot: Slot) -> None:
+        """Begin a prompt with the keys that a row already holds for its first tokens."""
+        prompt, best, count = slot.pending, slot, 0
+        if not (self.deterministic or slot.request.score_prompt):
+            best = max(self.slots, key=lambda other: common(prompt, other.keys))
+            count = min(common(prompt, best.keys), len(prompt) - 1)  # the last gives logits
+        count = count if count >= WORTHWHILE else 0
+        if best is not slot:
+            self.cache.copy(best.row, slot.row, count)
+        self.cache.pos[slot.row] = count
+        slot.keys, slot.pending, slot.fresh = prompt[:count], prompt[count:], False
+
+    def together(self, slots: list[Slot], room: int) -> list[Slot]:
+        """Of the prompts, the first and those that can be computed in one pass with it."""
+        taken = slots[:1]
+        for slot in slots[1:]:
+            longest = max(len(each.pending) for each in [*taken, slot])
+            shared = any(common(slot.pending, each.pending) >= WORTHWHILE for each in taken)
+            if shared or slot.request.score_prompt or longest * (len(taken) + 1) > room:
+                continue  # in a later step it may have the keys of one of these
+            if slot.fresh:
+                self.reuse_keys(slot)
+            if slot.prefilling and not slot.keys:
+                taken.append(slot)
+        return taken
+
+    def compute(self, slots: list[Slot], room: int) -> None:
+        """Compute up to `room` next tokens of one prompt, or all of several that have no keys."""
+        scored = slots[0].request.score_prompt
+        room = min(room, SCORED) if scored else room
+        parts = [slot.pending[: room // len(slots)] for slot in slots]
+        idx, lengths = pad(parts, self.cache.pos.device)
+        cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].keys))
+        ragged = len({*map(len, parts)}) > 1
+        logits, _ = self.model(idx, cache=cache, lengths=lengths if ragged else None, whole=scored)
+        if scored:
+            self.score(slots[0], logits[0])
+            logits = logits[:, -1]
+        for slot, part in zip(slots, parts, strict=True):
+            slot.keys, slot.pending = slot.keys + part, slot.pending[len(part) :]
+            self.cache.pos[slot.row] = len(slot.keys)
+        done = [i for i, slot in enumerate(slots) if not slot.pending]
+        self.write([slots[i] for i in done], logits[done])
+
+    def score(self, slot: Slot, logits) -> None:
+        """Keep how likely the prompt's tokens were that follow those of logits (T, V)."""
+        first, request = len(slot.keys) + 1, slot.request
+        following = (slot.keys + slot.pending)[first : first + len(logits)]
+        scores = scores_of(logits[: len(following)], following, request.top or 0)
+        request.prompt_scores += scores
+
+    def decode(self) -> bool:
+        """Compute the next token of every text whose prompt is done -> whether there was any."""
+        live = [slot for slot in self.slots if slot.decoding]
+        if not live:
+            return False
+        rows = self.settle(live)
+        tokens, lengths = np.zeros((2, rows), np.int64)
+        for slot in live:
+            tokens[slot.row], lengths[slot.row] = slot.pending[0], 1
+        self.cache.span = max(len(slot.keys) for slot in live)
+        logits = self.advance(tokens, lengths)
+        for slot in live:
+            slot.keys.append(slot.pending.pop())
+        self.write(live, logits if len(live) == rows else logits[[slot.row for slot in live]])
+        return True
+
+    def settle(self, live: list[Slot]) -> int:
+        """How many rows to compute, the first ones, after texts have moved to where few are."""
+        few = self.count_for(self.running)
+        for slot in live:
+            if slot.row >= few:
+                free = next(other for other in self.slots if other.request is None)
+                self.cache.copy(slot.row, free.row, len(slot.keys))
+                free.keys = []
+                slot.row, free.row = free.row, slot.row
+                self.slots[slot.row], self.slots[free.row] = slot, free
+        live.sort(key=lambda slot: slot.row)
+        return self.count_for(live[-1].row + 1)
+
+    def advance(self, tokens: np.ndarray, lengths: np.ndarray):
+        """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 leaves one."""
+        given = torch.from_numpy(np.stack((tokens, lengths))).to(self.cache.pos.device)
+        if is_recorded(given):
+            return replay(self.model, given, self.cache)
+        lengths = None if lengths.all() else given[1]
+        return self.model(given[0, :, None], cache=self.cache, lengths=lengths)[0]
+
+    def write(self, slots: list[Slot], logits) -> None:
+        """Choose the next token of each slot from its row of logits (R, V), and pass it on."""
+        waiting = [slot for slot in slots if slot.request.sampling.max_new_tokens == 0]
+        if waiting:  # the prompt was all that mattered
+            for slot in waiting:
+                self.pass_on(slot, Piece(slot.request.row, None, '', 'length'))
+            kept = [i for i, slot in enumerate(slots) if slot not in waiting]
+            slots, logits = [slots[i] for i in kept], logits[kept]
+        if not slots:
+            return
+        tokens = self.choose_all(slots, logits)
+        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
+            request, score = slot.request, (None, ())
+            if request.top is not None and token >= 0:
+                (score,) = scores_of(logits[i : i + 1], [token], request.top)
+            self.pass_on(slot, request.take(token, self.tokenizer, *score))
+
+    def choose_all(self, slots: list[Slot], logits) -> list[int]:
+        """A token for each slot from its row of logits (R, V); those of one rule at once."""
+        logits = logits.float().masked_fill(self.banned, -math.inf)
+        rules: dict[tuple, list[int]] = {}
+        for i, slot in enumerate(slots):
+            request = slot.request
+            rules.setdefault(request.sampling.rule, []).append(i)
+            if request.sampling.edits_logits:
+                edit_logits(logits[i], request.sampling, request.prompt, request.written)
+        chosen = torch.empty(len(slots), dtype=torch.long, device=logits.device)
+        for rows in rules.values():
+            draws = [[slots[i].request.random.random(dtype=np.float32)] for i in rows]
+            part = logits if len(rows) == len(slots) else logits[rows]
+            uniforms = torch.tensor(draws, device=logits.device)
+            chosen[rows] = choose(part, slots[rows[0]].request.sampling, uniforms)
+        return chosen.tolist()
+
+    def pass_on(self, slot: Slot, piece: Piece) -> None:
+        request = slot.request
+        if piece.finish:
+            slot.end()
+        else:
+            slot.append(piece.token, self.model.config.block_size)
+            if not slot.keys:
+                self.cache.pos[slot.row] = 0
+        request.send(piece)
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many of the first tokens are the same."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
+
+
+def pad(parts: list[list[int]], device):
+    """Token lists -> ids (R, T), padded on the right, and their lengths (R,)."""
+    lengths = torch.tensor([len(part) for part in parts])
+    idx = torch.zeros(len(parts), int(lengths.max()), dtype=torch.long)
+    for row, part in zip(idx, parts, strict=True):
+        row[: len(part)] = torch.tensor(part)
+    return idx.to(device), lengths.to(device)
+
+
+def scores_of(logits, tokens: list[int], top: int) -> list[tuple]:
+    """(log-probability of a token in nats, the `top` likeliest with theirs) for logits (T, V)."""
+    scores = logits.float().log_softmax(-1)
+    values, ids = scores.topk(min(top, scores.size(-1)))
+    own = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0]
+    likeliest = zip(ids.tolist(), values.tolist(), strict=True)
+    each = zip(own.tolist(), likeliest, strict=True)
+    return [(score, tuple(zip(*pairs, strict=True))) for score, pairs in each]
+
+
+# -----------------------------------------------------------------------------
+# a step as a CUDA graph
+
+
+def is_recorded(given) -> bool:
+    return given.is_cuda
+
+
+def replay(model: GPT, given, cache: KVCache):
+    """model() for one more token a row, as a CUDA graph; given (2, R): the tokens, the lengths.
+
+    Launching its hundreds of small kernels one by one takes longer than computing them. There is
+    one graph for each number of rows and of columns, recorded when first needed, which takes as
+    long as a few steps.
+    """
+    key = given.size(1), cache.columns(1)
+    if key not in cache.graphs:
+        pos, span, held = cache.pos.clone(), cache.span, given.clone()
+
+        def step():
+            cache.span = span
+            return model(held[0, :, None], cache=cache, lengths=held[1])[0]
+
+        undo = lambda: cache.pos.copy_(pos)  # noqa: E731
+        cache.graphs[key] = held, *record(step, undo, given.device)
+        cache.span = span
+    held, again, logits = cache.graphs[key]
+    held.copy_(given)
+    again()
+    return logits
+
+
+RECORDING = threading.Lock()
+
+
+def record(step, undo, device):
+    """Record what step() does on a GPU -> a function that does it again, and its result.
+
+    undo(): takes back what step() changed, since libraries must run once to set themselves up.
+    """
+    with RECORDING, torch.cuda.device(device):
+        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        undo()
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode='thread_local'):
+            result = step()
+        return graph.replay, result
+
+
+# -----------------------------------------------------------------------------
+# without an engine at hand
+
+
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: list,
+    sampling: Sampling,
+    seeds: list | None = None,
+) -> Iterator[Piece]:
+    """Continue all prompts side by side, yielding each token as it is chosen.
+
+    prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
+    seeds: what seeds each text's random numbers, by default sampling.seed and its number; a text
+    depends on nothing else, whatever stands in the other rows. Raises UserError for broken weights.
+    """
+    pieces: deque[Piece] = deque()
+    longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    length = min(model.config.block_size, longest)
+    engine = Engine(model, tokenizer, min(len(prompts), MOST_ROWS) or 1, length=length)
+    for row, prompt in enumerate(prompts):
+        seed = seeds[row] if seeds else None
+        engine.submit(Request(prompt, sampling, pieces.append, row, seed))
+    while engine.step():
+        while pieces:
+            yield pieces.popleft()
+
+
+def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampling) -> list[str]:
+    """What the model writes after each text."""
+    prompts = [tokenizer.encode(text, allow_eot=True) for text in texts]
+    out = [''] * len(texts)
+    for piece in generate(model, tokenizer, prompts, sampling):
+        out[piece.row] += piece.text
+    return out

@@ -1,0 +1,352 @@
+"""The engine: the choice of tokens, the cache, texts side by side, and what is exact."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+
+import engine as engine_module
+from configurator import ConfigError, UserError
+from data.tokenizer import byte_tokenizer, char_tokenizer
+from engine import (
+    Engine,
+    Sampling,
+    TextStream,
+    candidates,
+    choose,
+    complete,
+    edit_logits,
+    generate,
+)
+from model import KVCache
+
+BLOCK = 16
+LETTERS = '\n abcdefgh'
+ALL = {'top_k': None, 'temperature': 1.0}  # no filter at all
+
+
+@pytest.fixture(params=[{}, {'arch': 'modern', 'n_kv_head': 1}], ids=['gpt2', 'grouped'])
+def model(request):
+    return random_model(len(LETTERS) + 1, **request.param)
+
+
+@pytest.fixture
+def tokenizer():
+    return char_tokenizer(LETTERS, eot=True)
+
+
+def run(*args, **options):
+    return list(generate(*args, **options))
+
+
+def ids_of(pieces, row=0):
+    return [piece.token for piece in pieces if piece.row == row]
+
+
+# -----------------------------------------------------------------------------
+# the choice of a token
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'temperature': 0.7},
+        {'top_k': 5},
+        {'top_k': 1},
+        {'top_p': 0.6},
+        {'top_p': 0.01},
+        {'min_p': 0.1},
+        {'min_p': 1.0},
+        {'repetition_penalty': 1.3},
+        {'repetition_penalty': 0.8},
+        {'temperature': 1.7, 'top_k': 20, 'top_p': 0.8, 'min_p': 0.05, 'repetition_penalty': 1.2},
+    ],
+)
+def test_filtered_distributions_equal_those_of_transformers(settings, seed):
+    processors = pytest.importorskip('transformers', reason='transformers is not installed')
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(4, 50, generator=generator)
+    context = torch.randint(50, (4, 12), generator=generator)
+    chain = [
+        processors.RepetitionPenaltyLogitsProcessor(settings.get('repetition_penalty', 1.0)),
+        processors.TemperatureLogitsWarper(settings.get('temperature', 1.0)),
+    ]
+    if 'top_k' in settings:
+        chain.append(processors.TopKLogitsWarper(settings['top_k']))
+    if 'top_p' in settings:
+        chain.append(processors.TopPLogitsWarper(settings['top_p']))
+    if 'min_p' in settings:
+        chain.append(processors.MinPLogitsWarper(settings['min_p']))
+    theirs = logits
+    for processor in chain:
+        theirs = processor(context, theirs)
+    sampling, edited = Sampling(**{**ALL, **settings}), logits.clone()
+    for row, tokens in zip(edited, context.tolist(), strict=True):
+        edit_logits(row, sampling, tokens[:5], tokens[5:])
+    values, ids = candidates(edited, sampling)
+    ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-5, atol=1e-7)
+    assert torch.equal(ours == -math.inf, theirs == -math.inf)
+
+
+@pytest.mark.parametrize('spread', [1, 8], ids=['flat', 'peaked'])
+@pytest.mark.parametrize('settings', [{'top_p': 0.9}, {'top_p': 0.9, 'top_k': 2000}, {'top_k': 3}])
+def test_a_large_vocabulary_is_filtered_as_transformers_does(settings, spread):
+    processors = pytest.importorskip('transformers', reason='transformers is not installed')
+    logits = spread * torch.randn(3, 4000, generator=torch.Generator().manual_seed(0))
+    theirs = logits
+    if 'top_k' in settings:
+        theirs = processors.TopKLogitsWarper(settings['top_k'])(None, theirs)
+    if 'top_p' in settings:
+        theirs = processors.TopPLogitsWarper(settings['top_p'])(None, theirs)
+    values, ids = candidates(logits, Sampling(**{**ALL, **settings}))
+    if spread == 8 and settings == {'top_p': 0.9}:
+        assert values.size(-1) < 4000  # the few likeliest were enough
+    ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
+    torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-4, atol=1e-7)
+
+
+def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
+    generator = torch.Generator().manual_seed(0)
+    peaked = (4 * torch.randn(50, 5000, generator=generator)).bfloat16().float()  # many ties
+    flat = 0.01 * torch.randn(1, 5000, generator=generator)
+    sampling, uniforms = Sampling(**{**ALL, 'top_p': 0.9}), torch.rand(51, 1, generator=generator)
+    alone = choose(peaked, sampling, uniforms[:50])
+    beside = choose(torch.cat((peaked, flat)), sampling, uniforms)
+    assert torch.equal(alone, beside[:50])
+
+
+@pytest.mark.parametrize('stride', [4, 256])
+def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatch, stride):
+    """Without a GPU: a recorded step is computed anew, with the host's numbers of its recording."""
+
+    def pretend(step, undo, device):
+        result = step()
+        undo()
+        return (lambda: result.copy_(step())), result
+
+    monkeypatch.setattr(engine_module, 'record', pretend)
+    columns = lambda self, T: min(self.length, -(-(self.span + T) // stride) * stride)  # noqa: E731
+    monkeypatch.setattr(KVCache, 'columns', columns)
+    prompts, sampling = [[1, 2, 3], [4], [5, 6], [7] * 9, [8, 1]], Sampling(max_new_tokens=40)
+    computed = run(model, tokenizer, prompts, sampling)
+    monkeypatch.setattr(engine_module, 'is_recorded', lambda given: True)
+    recorded = run(model, tokenizer, prompts, sampling)
+    assert len({len(ids_of(recorded, row)) for row in range(5)}) > 1  # rows end at different times
+    assert recorded == computed
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says():
+    logits = torch.tensor([[1.0, 0.0, -math.inf, 2.0]]).expand(1000, 4)
+    uniforms = (torch.arange(1000)[:, None] + 0.5) / 1000
+    counts = choose(logits, Sampling(**ALL), uniforms).bincount(minlength=4)
+    assert (counts / 1000 - logits[0].softmax(-1)).abs().max() < 0.002
+
+
+def test_a_token_of_no_probability_is_never_drawn_even_by_extreme_random_numbers():
+    logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(3, 5)
+    uniforms = torch.tensor([[0.0], [0.5], [1 - 2**-24]])
+    assert choose(logits, Sampling(**ALL), uniforms).tolist() == [1, 3, 3]
+
+
+def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_overflows_nothing():
+    logits, uniforms = 50 * torch.randn(8, 30), torch.rand(8, 1)
+    for temperature in (0.0, 1e-30, 1e-5):
+        sampling = Sampling(temperature=temperature)
+        assert torch.equal(choose(logits, sampling, uniforms), logits.argmax(-1))
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
+    model.lm_head.weight.data.fill_(bad)
+    with pytest.raises(UserError, match='no finite logits'):
+        run(model, tokenizer, [[0]], Sampling(temperature=temperature))
+
+
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('temperature', -0.1),
+        ('temperature', math.nan),
+        ('temperature', math.inf),
+        ('top_k', -1),
+        ('top_p', 0.0),
+        ('top_p', 1.1),
+        ('min_p', -0.5),
+        ('min_p', 2.0),
+        ('repetition_penalty', 0.0),
+        ('max_new_tokens', -1),
+        ('frequency_penalty', math.inf),
+        ('seed', -1),
+        ('stop', ('',)),
+    ],
+)
+def test_a_sampling_setting_out_of_range_is_one_line_naming_it(name, value):
+    with pytest.raises(ConfigError, match=rf'^{name}=.*: must be .+') as error:
+        Sampling(**{name: value})
+    assert '\n' not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# the cache
+
+
+@torch.no_grad()
+def from_scratch(model, prompt, tokens):
+    """Logits before each of `tokens`, all of the context computed anew for each, as Slot says."""
+    size, context = model.config.block_size, list(prompt[-model.config.block_size :])
+    for token in tokens:
+        yield model(torch.tensor([context]))[0][0, -1]
+        if len(context) == size:
+            del context[: max(1, size // 8)]
+        context.append(token)
+
+
+def watched(monkeypatch):
+    """Collects, by request, the logits that its tokens are chosen from."""
+    seen, choose_all = {}, Engine.choose_all
+
+    def watch(self, slots, logits):
+        for slot, row in zip(slots, logits, strict=True):
+            seen.setdefault(slot.request.row, []).append(row.clone())
+        return choose_all(self, slots, logits)
+
+    monkeypatch.setattr(Engine, 'choose_all', watch)
+    return seen
+
+
+@pytest.mark.parametrize('block_size', [1, 2, 7, 16, 40])
+def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
+    block_size, monkeypatch
+):
+    model, tokenizer = random_model(50, block_size), byte_tokenizer()
+    tokenizer.token_bytes, tokenizer.vocab_size, tokenizer.eot = (
+        tokenizer.token_bytes[:50],
+        50,
+        None,
+    )
+    tokenizer.special = {}
+    prompts = [[1], [2] * min(5, block_size), [3] * block_size, [2] * min(5, block_size)]
+    seen = watched(monkeypatch)
+    pieces = run(model, tokenizer, prompts, Sampling(max_new_tokens=60))
+    for row, prompt in enumerate(prompts):
+        expected = torch.stack([*from_scratch(model, prompt, ids_of(pieces, row))])
+        assert len(expected) == 60
+        assert (torch.stack(seen[row]) - expected).abs().max() < 1e-5
+
+
+def test_a_full_context_forgets_its_oldest_eighth():
+    slot = engine_module.Slot(0)
+    slot.keys = list(range(BLOCK))
+    slot.append(40, BLOCK)
+    assert (slot.keys, slot.pending) == ([], [*range(2, BLOCK), 40])
+    slot.keys = [1, 2]
+    slot.append(41, BLOCK)
+    assert (slot.keys, slot.pending) == ([1, 2], [41])
+
+
+def test_a_row_depends_on_its_seed_and_not_on_its_neighbours(model, tokenizer):
+    prompts = [[1, 2, 3], [4], [5, 6], list(range(9)) * 3]
+    sampling = Sampling(max_new_tokens=3 * BLOCK, **ALL)
+    together = run(model, tokenizer, prompts, sampling)
+    for row, prompt in enumerate(prompts):
+        alone = run(model, tokenizer, [prompt], sampling, seeds=[(sampling.seed, row)])
+        assert ids_of(alone) == ids_of(together, row)
+
+
+def test_the_same_seed_gives_the_same_texts_and_another_one_others(model, tokenizer):
+    prompts, sampling = [[1]] * 3, Sampling(max_new_tokens=20)
+    first = run(model, tokenizer, prompts, sampling)
+    assert first == run(model, tokenizer, prompts, sampling)
+    assert first != run(model, tokenizer, prompts, Sampling(max_new_tokens=20, seed=1))
+    assert len({tuple(ids_of(first, row)) for row in range(3)}) == 3  # rows differ among themselves
+
+
+def test_only_the_end_of_a_long_prompt_counts(model, tokenizer):
+    prompt, sampling = np.arange(40, dtype=np.uint16) % 9, Sampling(max_new_tokens=20)
+    assert run(model, tokenizer, [prompt], sampling) == run(
+        model, tokenizer, [prompt[-BLOCK:].tolist()], sampling
+    )
+
+
+# -----------------------------------------------------------------------------
+# what is produced and shown
+
+
+def test_ids_that_stand_for_nothing_are_never_produced():
+    tokenizer = byte_tokenizer()
+    tokenizer.token_bytes[100:256] = [None] * 156  # gaps
+    tokenizer.special['<|other|>'] = 7  # a special token that no training text has
+    model = random_model(300)  # padded: 257..299 stand for nothing
+    sampling = Sampling(temperature=20.0, top_k=0, max_new_tokens=60)
+    pieces = run(model, tokenizer, [[1]] * 20, sampling)
+    produced = {piece.token for piece in pieces}
+    assert produced <= {*range(100), 256} - {7}
+    assert len(produced) > 90
+
+
+def test_end_of_text_ends_its_row_only(model, tokenizer):
+    pieces = run(model, tokenizer, [[i] for i in range(9)], Sampling(max_new_tokens=3, **ALL))
+    reasons = set()
+    for row in range(9):
+        mine = [piece for piece in pieces if piece.row == row]
+        assert [piece.finish for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        assert tokenizer.eot not in ids_of(mine[:-1], row)
+        ended = mine[-1].token == tokenizer.eot
+        assert mine[-1].finish == ('stop' if ended else 'length')
+        assert ended or len(mine) == 3
+        reasons.add(mine[-1].finish)
+    assert reasons == {'stop', 'length'}
+
+
+def test_a_stop_string_ends_a_text_and_is_not_shown(model):
+    tokenizer = char_tokenizer(LETTERS)
+    prompts, settings = [[1], [2]], {**ALL, 'max_new_tokens': 60, 'seed': 3}
+    free = run(model, tokenizer, prompts, Sampling(**settings))
+    for row in range(2):
+        text = tokenizer.decode(ids_of(free, row))
+        stop = text[4:7]
+        cut = run(model, tokenizer, prompts, Sampling(**settings, stop=(stop,)))
+        mine = [piece for piece in cut if piece.row == row]
+        shown = ''.join(piece.text for piece in mine)
+        assert shown == text[: text.index(stop)]
+        assert mine[-1].finish == 'stop'
+
+
+@pytest.mark.parametrize('stop', [(), ('ab', 'bca'), ('é!', '€')])
+def test_streamed_text_is_the_text_in_whole_characters(stop):
+    draw = random.Random(0)
+    for _ in range(200):
+        pieces = [draw.choice('abc!é€🙂').encode() for _ in range(draw.randrange(20))]
+        data = b''.join(pieces) + draw.choice([b'', b'\xf0\x9f'])
+        text = data.decode(errors='replace')
+        cuts = sorted(draw.randrange(len(data) + 1) for _ in range(6))
+        stream, shown, stopped = TextStream(stop), '', False
+        for a, b in zip([0, *cuts], [*cuts, len(data)], strict=True):
+            if not stopped:
+                piece, stopped = stream.add(data[a:b], b == len(data))
+                shown += piece
+                assert not any(s in shown for s in stop)
+        found = [text.index(s) for s in stop if s in text]
+        assert stopped == bool(found)
+        assert shown == (text[: min(found)] if found else text)
+
+
+def test_text_is_held_back_only_while_it_could_become_a_stop_string():
+    stream = TextStream(('\nUser:',))
+    assert stream.add(b'Hi\nUs', False) == ('Hi', False)
+    assert stream.add(b'ually', False) == ('\nUsually', False)
+    assert stream.add(b'\nUse', True) == ('\nUse', False)
+
+
+def test_complete_returns_a_text_for_each_prompt(model, tokenizer):
+    sampling = Sampling(max_new_tokens=12)
+    texts = complete(model, tokenizer, ['ab', 'c<|endoftext|>d'], sampling)
+    assert len(texts) == 2
+    assert texts[0] == complete(model, tokenizer, ['ab'], sampling)[0]
+    assert set(''.join(texts)) <= set(LETTERS)
