@@ -15,6 +15,7 @@ A config file is Python that starts with the current values as its globals, so
 
 import ast
 import difflib
+import functools
 import inspect
 import os
 import runpy
@@ -231,6 +232,7 @@ def name_of(node: ast.stmt) -> str:
     return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
 
 
+@functools.cache
 def read_settings(script: str) -> dict[str, str]:
     """Setting -> annotation ('' without one), read from the script's source without running it."""
     block, _ = settings_block(script)

@@ -8,7 +8,7 @@ $ python sample.py --out_dir=out/my_run --chat       # a console that remembers 
 $ python sample.py --batch=prompts.jsonl --out=answers.jsonl
 
 A batch file has a prompt a line; in a .jsonl or .ndjson file each line is an object with a
-"prompt" and, where it differs, any of the settings of text and choice below. The answers are JSON
+"prompt" and, where they differ, settings of the texts ("stop" may be a list). The answers are JSON
 lines in the order of the prompts; a line that cannot be answered says why under "error". Killed,
 the same command goes on where it was.
 
@@ -17,12 +17,13 @@ From Python: load() here, and generate(), complete() or an Engine of engine.py.
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ presence_penalty = 0.0  # and once, if it has it at all
 # -----------------------------------------------------------------------------
 
 JSON_LINES = ('.jsonl', '.ndjson')
-AHEAD = 4096  # answers of a batch file that wait for one before them, at most
+AHEAD = 4096  # answers of a batch file that wait for a slow one before them, at most
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
 CHOICES = [f.name for f in fields(Sampling) if f.name in globals()]  # settings of each text
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
@@ -243,15 +244,16 @@ class Console:
 
 
 class Batch:
-    """Answers the prompts of a file. Until all are answered, the answers lie in <out>.part."""
+    """Answers the prompts of a file. Until all are answered, the answers lie in <out>.part, and
+    <out>.job says to what."""
 
     def __init__(self, settings: dict):
         self.settings, self.path, self.out = settings, Path(settings['batch']), settings['out']
         if not self.out:
             raise UserError(f'--batch={self.path}: say where the answers go, with --out=')
-        self.part = Path(f'{self.out}.part')
         if Path(self.out).exists():
             raise UserError(f'--out={self.out}: is there already; name another file')
+        self.part, self.job = Path(f'{self.out}.part'), Path(f'{self.out}.job')
         try:
             content = self.path.read_bytes()
         except OSError as error:
@@ -259,62 +261,61 @@ class Batch:
         self.lines = content.removesuffix(b'\n').split(b'\n') if content else []
         if not self.lines:
             raise UserError(f'--batch={self.path}: is empty; it takes a prompt a line')
-        job = {name: settings[name] for name in (*CHOICES, 'out_dir', 'init_from', 'checkpoint')}
-        self.header = {'batch': hashlib.sha256(content).hexdigest(), **job}
 
-    def answered(self) -> list[bytes]:
-        """The answers that an earlier start of the same batch left; what a kill cut is dropped."""
+    def run(self, model: GPT, tokenizer: Tokenizer) -> None:
         try:
-            head, *lines = self.part.read_bytes().split(b'\n')[:-1]
-        except FileNotFoundError:
+            done = self.begun(model)
+            errors = sum('error' in json.loads(line) for line in done)
+            engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
+            bar = tqdm(total=len(self.lines), initial=len(done), unit='text', disable=None)
+            with self.part.open('ab') as file, bar:
+                for answer in self.answers(engine, len(done)):
+                    errors += 'error' in answer
+                    file.write(json.dumps(answer, ensure_ascii=False).encode() + b'\n')
+                    file.flush()
+                    bar.update()
+            self.part.rename(self.out)
+            self.job.unlink()
+        except OSError as error:
+            raise UserError(f'{error.filename or self.part}: {error.strerror}') from error
+        beside = f', {errors} of them errors' if errors else ''
+        print(f'{self.out}: {len(self.lines)} answers{beside}', file=sys.stderr)
+
+    def begun(self, model: GPT) -> list[bytes]:
+        """The answers that an earlier start of the same job left, without what a kill cut off."""
+        some = model.embedding.weight[:64].float().cpu().numpy().tobytes()
+        job = {name: self.settings[name] for name in CHOICES}
+        job |= {'model': hashlib.sha256(some).hexdigest()}
+        job |= {'batch': hashlib.sha256(b'\n'.join(self.lines)).hexdigest()}
+        if not self.part.exists():
+            self.job.write_text(json.dumps(job), encoding='utf-8')
             return []
-        except (OSError, ValueError):
-            head, lines = b'', []
-        if json_or_none(head) != self.header:
+        if not self.job.exists() or json_or_none(self.job.read_bytes()) != job:
             raise UserError(
                 f'{self.part}: is of another batch, model or settings; delete it, or name another '
                 '--out'
             )
-        return lines
-
-    def run(self, model: GPT, tokenizer: Tokenizer) -> None:
-        done = self.answered()
-        first = len(done)
-        if done:
-            print(f'{self.part}: goes on after {first} answers', file=sys.stderr)
-        errors = sum('error' in json.loads(line) for line in done)
-        engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
-        bar = tqdm(total=len(self.lines), initial=first, unit='text', disable=None)
-        with open_new(self.part) as file, bar:
-            file.write(b'\n'.join([json.dumps(self.header).encode(), *done, b'']))
-            for answer in self.answers(engine, first):
-                errors += 'error' in answer
-                file.write(json.dumps(answer, ensure_ascii=False).encode() + b'\n')
-                file.flush()
-                bar.update()
-        with open_new(Path(self.out)) as file:
-            file.write(self.part.read_bytes().partition(b'\n')[2])
-        self.part.unlink()
-        beside = f', {errors} of them errors' if errors else ''
-        print(f'{self.out}: {len(self.lines)} answers{beside}', file=sys.stderr)
+        *done, cut = self.part.read_bytes().split(b'\n')
+        os.truncate(self.part, self.part.stat().st_size - len(cut))
+        print(f'{self.part}: goes on after {len(done)} answers', file=sys.stderr)
+        return done
 
     def answers(self, engine: Engine, first: int) -> Iterator[dict]:
         """The answers from line `first` on, in order, of which a few lines are in the engine."""
         ready: dict[int, dict] = {}
         number = next_out = first
         while next_out < len(self.lines):
-            while number < len(self.lines) and len(engine.waiting) < 2 * len(engine.slots):
-                if number >= next_out + AHEAD:  # one slow text must not pile up all the others
-                    break
-                ready |= self.begin(engine, number, ready)
+            most = min(len(self.lines), next_out + AHEAD)
+            while number < most and len(engine.waiting) < len(engine.slots):
+                ready[number] = self.begin(engine, number)
                 number += 1
             engine.step()
-            while ready.get(next_out, {}).get('finish') or 'error' in ready.get(next_out, {}):
+            while next_out in ready and ready[next_out].get('finish', 'error'):
                 yield ready.pop(next_out)
                 next_out += 1
 
-    def begin(self, engine: Engine, number: int, ready: dict) -> dict[int, dict]:
-        """Hand line `number` to the engine -> its answer so far."""
+    def begin(self, engine: Engine, number: int) -> dict:
+        """Hand line `number` to the engine -> its answer, which has a 'finish' once it is there."""
         answer = {'line': number + 1}
         try:
             text, sampling, own = self.parse(self.lines[number])
@@ -322,7 +323,7 @@ class Batch:
             if not len(ids):
                 raise UserError('the prompt is empty')
         except UserError as error:
-            return {number: answer | {'error': str(error)}}
+            return answer | {'error': str(error)}
         answer |= {**own, 'text': '', 'tokens': 0, 'finish': None}
 
         def take(piece: Piece) -> None:
@@ -331,7 +332,7 @@ class Batch:
             answer['finish'] = piece.finish
 
         engine.submit(Request(ids, sampling, take, row=number))
-        return {number: answer}
+        return answer
 
     def parse(self, line: bytes) -> tuple[str, Sampling, dict]:
         """A line's prompt, how it is to be answered, and what is repeated in its answer."""
@@ -345,25 +346,23 @@ class Batch:
         if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
             raise UserError('not a JSON object with a "prompt" that is text')
         chosen = {key: value for key, value in record.items() if key not in ('prompt', 'id')}
+        own = {key: record[key] for key in ('id', 'prompt') if key in record}
         for key in chosen:
             if key not in CHOICES:
                 raise UserError(f'no setting is called {key!r}; {did_you_mean(key, CHOICES)}')
+        stops = chosen.pop('stop') if isinstance(chosen.get('stop'), list) else None
         flags = [f'--{key}={value}' for key, value in chosen.items()]
-        settings = {'__file__': __file__, **self.settings}
-        sampling = sampling_of(configure(settings, flags))
-        return record['prompt'], sampling, {k: record[k] for k in ('id', 'prompt') if k in record}
+        sampling = sampling_of(configure({'__file__': __file__, **self.settings}, flags))
+        if stops is not None:
+            if not all(isinstance(stop, str) for stop in stops):
+                raise UserError('stop: needs a text, or a list of texts')
+            sampling = replace(sampling, stop=tuple(stops))
+        return record['prompt'], sampling, own
 
 
 def json_or_none(text: str | bytes):
     with suppress(ValueError, RecursionError):
         return json.loads(text)
-
-
-def open_new(path: Path):
-    try:
-        return path.open('wb')
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
 def load(settings: dict) -> tuple[GPT, Tokenizer]:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from configurator import ConfigError, UserError
 from data.tokenizer import byte_tokenizer, char_tokenizer
 from engine import (
     Engine,
+    Request,
     Sampling,
     TextStream,
     candidates,
@@ -21,6 +23,7 @@ from engine import (
     edit_logits,
     generate,
 )
+from linear import freeze
 from model import KVCache
 
 BLOCK = 16
@@ -350,3 +353,256 @@ def test_complete_returns_a_text_for_each_prompt(model, tokenizer):
     assert len(texts) == 2
     assert texts[0] == complete(model, tokenizer, ['ab'], sampling)[0]
     assert set(''.join(texts)) <= set(LETTERS)
+
+
+# -----------------------------------------------------------------------------
+# many requests
+
+
+def letters(random, most=30):
+    return [random.randrange(len(LETTERS)) for _ in range(random.randrange(1, most))]
+
+
+def staggered(engine, requests, random):
+    """Run an engine to the end, with requests that arrive a few at a time."""
+    left = list(requests)
+    while left or engine.waiting or engine.running:
+        for _ in range(random.randrange(3)):
+            if left:
+                engine.submit(left.pop(0))
+        engine.step()
+
+
+def as_one_text(request, pieces):
+    return [piece for piece in pieces if piece.row == request.row]
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_48_staggered_requests_write_what_each_does_alone(model, tokenizer, deterministic):
+    draw, pieces = random.Random(0), []
+    requests = [
+        Request(letters(draw), Sampling(1 + i % 30, temperature=i % 2), pieces.append, row=i)
+        for i in range(48)
+    ]
+    staggered(Engine(model, tokenizer, 5, 8, deterministic=deterministic), requests, draw)
+    for request in requests:
+        mine, alone = as_one_text(request, pieces), []
+        engine = Engine(model, tokenizer, 1)
+        engine.submit(Request(request.prompt, request.sampling, alone.append, request.row))
+        while engine.step():
+            pass
+        assert mine == alone
+        assert mine[-1].finish == request.finish
+
+
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8'])
+@pytest.mark.parametrize(
+    'changes', [{}, {'arch': 'modern', 'n_kv_head': 2}], ids=['gpt2', 'modern']
+)
+def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_in_any_slot(
+    kind, changes, monkeypatch
+):
+    model = random_model(len(LETTERS), 100, n_head=4, n_embd=64, n_layer=2, **changes)
+    model = model if kind == 'float32' else model.bfloat16()
+    try:
+        model = freeze(model, 'int8' if kind == 'int8' else None)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    tokenizer, draw = char_tokenizer(LETTERS), random.Random(0)
+    prompts = [letters(draw, 90) for _ in range(12)]
+
+    def logits_of(numbers):
+        seen = watched(monkeypatch)
+        engine = Engine(model, tokenizer, 4, 8, deterministic=True)
+        for slot in engine.slots:  # what a row was left with must not matter
+            engine.cache.kv[:, :, slot.row] = 1e4 * draw.random()
+        requests = [Request(prompts[i], Sampling(25), lambda piece: None, i) for i in numbers]
+        staggered(engine, requests, draw)
+        monkeypatch.undo()
+        return {row: torch.stack(logits) for row, logits in seen.items()}
+
+    crowd = logits_of(range(12))
+    shuffled = logits_of(draw.sample(range(12), 12))
+    for i in range(12):
+        alone = logits_of([i])
+        assert torch.equal(alone[i], crowd[i])
+        assert torch.equal(shuffled[i], crowd[i])
+
+
+def test_what_free_rows_hold_changes_nothing(model, tokenizer):
+    sampling, prompts = Sampling(20), [[1, 2, 3], [4], [5, 6]]
+
+    def texts(poison):
+        engine, pieces = Engine(model, tokenizer, 8), []
+        engine.cache.kv.fill_(poison)
+        for row, prompt in enumerate(prompts):
+            engine.submit(Request(prompt, sampling, pieces.append, row))
+        while engine.step():
+            pass
+        return pieces
+
+    assert texts(0.0) == texts(1e20)
+
+
+def test_texts_move_to_the_first_rows_when_few_are_left(model):
+    tokenizer = char_tokenizer(LETTERS)
+    engine, pieces, rows = Engine(model, tokenizer, 4), [], []
+    for row, limit in enumerate([2, 2, 2, 60]):
+        sampling = Sampling(limit, temperature=0)
+        engine.submit(Request([row + 1] * 3, sampling, pieces.append, row))
+    advance = engine.advance
+    engine.advance = lambda tokens, lengths: rows.append(len(tokens)) or advance(tokens, lengths)
+    while engine.step():
+        pass
+    assert rows == [4] + [1] * (len(rows) - 1)
+    alone = run(model, tokenizer, [[4] * 3], Sampling(60, temperature=0))
+    assert ids_of(pieces, 3) == ids_of(alone)
+
+
+def count_computed(engine):
+    """A list that gets the number of tokens of each pass of the model."""
+    counts, forward = [], engine.model.forward
+
+    def counted(idx, *args, **options):
+        counts.append(idx.numel())
+        return forward(idx, *args, **options)
+
+    engine.model.forward = counted
+    return counts
+
+
+def finish(engine, *requests):
+    for request in requests:
+        engine.submit(request)
+    while engine.step():
+        pass
+
+
+@pytest.mark.parametrize('rows', [1, 3])
+def test_a_prompt_that_begins_like_a_text_before_is_computed_from_where_they_part(rows):
+    tokenizer = char_tokenizer(LETTERS)
+    model, draw = random_model(len(LETTERS), 100), random.Random(0)
+    engine, first = Engine(model, tokenizer, rows), []
+    prompt = [draw.randrange(10) for _ in range(40)]
+    finish(engine, Request(prompt, Sampling(10), first.append))
+    conversation = prompt + ids_of(first)[:-1] + [1, 2, 3]
+    counts, again, anew = count_computed(engine), [], []
+    finish(engine, Request(conversation, Sampling(8, temperature=0), again.append))
+    assert counts[0] == 3  # the last token of the text before is not in the cache: 9 + 3
+    assert sum(counts) < 3 + 8 + 1
+    finish(
+        Engine(model, tokenizer, 1), Request(conversation, Sampling(8, temperature=0), anew.append)
+    )
+    assert again == anew
+
+
+def test_samples_of_one_prompt_share_its_computation():
+    tokenizer, model = char_tokenizer(LETTERS), random_model(len(LETTERS), 100)
+    engine, pieces = Engine(model, tokenizer, 4), []
+    counts = count_computed(engine)
+    prompt, sampling = [i % 10 for i in range(50)], Sampling(5)
+    finish(engine, *(Request(prompt, sampling, pieces.append, row) for row in range(4)))
+    assert counts[0] == 50
+    assert sum(counts) < 50 + 4 * 6
+    assert pieces != []
+    alone = [ids_of(run(model, tokenizer, [prompt], sampling, [(1337, row)])) for row in range(4)]
+    assert [ids_of(pieces, row) for row in range(4)] == alone
+
+
+def test_a_prompt_of_any_length_lets_the_texts_beside_it_go_on(model, tokenizer):
+    model, order = random_model(len(LETTERS) + 1, 100), []
+    engine = Engine(model, tokenizer, 2, chunk=8)
+    engine.submit(Request([1], Sampling(60, logit_bias=((10, -math.inf),)), order.append, 0))
+    engine.step()
+    engine.submit(Request([2] * 80, Sampling(1), order.append, 1))
+    while not any(piece.row == 1 for piece in order):
+        engine.step()
+    assert 9 <= len(order) <= 12  # a token of the text for each of ten pieces of the prompt
+
+
+def test_a_cancelled_request_leaves_its_row_before_the_next_step(model, tokenizer):
+    engine, pieces = Engine(model, tokenizer, 1), []
+    requests = [Request([row], Sampling(10**6), pieces.append, row) for row in range(3)]
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    requests[0].cancel()
+    requests[1].cancel()  # still waiting
+    engine.step()
+    ended = {piece.row: piece.finish for piece in pieces if piece.finish}
+    assert ended == {0: 'cancelled', 1: 'cancelled'}
+    assert engine.slots[0].request is requests[2]
+    requests[2].cancel()
+    while engine.step():
+        pass
+    assert engine.running == len(engine.waiting) == 0
+
+
+def test_an_exception_ends_every_request_and_refuses_the_next(model, tokenizer):
+    engine, pieces = Engine(model, tokenizer, 1), []
+    model.lm_head.weight.data.fill_(math.nan)
+    for row in range(3):
+        engine.submit(Request([row], Sampling(5), pieces.append, row))
+    with pytest.raises(UserError, match='no finite logits'):
+        engine.serve()
+    assert sorted((piece.row, piece.finish) for piece in pieces) == [(i, 'error') for i in range(3)]
+    with pytest.raises(UserError, match='no finite logits'):
+        engine.submit(Request([1], Sampling(5), pieces.append))
+
+
+def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, tokenizer):
+    engine, done = Engine(model, tokenizer, 2), threading.Event()
+    thread = threading.Thread(target=engine.serve)
+    thread.start()
+    try:
+        pieces = []
+        take = lambda piece: (pieces.append(piece), piece.finish and done.set())  # noqa: E731
+        engine.submit(Request([1, 2], Sampling(5, temperature=0), take))
+        assert done.wait(30)
+    finally:
+        engine.close()
+        thread.join(30)
+    assert not thread.is_alive()
+    assert pieces == run(model, tokenizer, [[1, 2]], Sampling(5, temperature=0))
+
+
+# -----------------------------------------------------------------------------
+# how likely things are
+
+
+def test_log_probabilities_are_those_of_the_logits_before_any_rule(model, tokenizer):
+    pieces, prompt = [], [1, 2, 3, 4, 5]
+    sampling = Sampling(8, temperature=3, top_k=3, frequency_penalty=1)
+    request = Request(prompt, sampling, pieces.append, top=3, score_prompt=True)
+    finish(Engine(model, tokenizer, 1, chunk=2), request)
+    tokens = ids_of(pieces)
+    expected = torch.stack([*from_scratch(model, prompt, tokens)]).log_softmax(-1)
+    for piece, scores in zip(pieces, expected, strict=True):
+        assert piece.logprob == pytest.approx(scores[piece.token].item(), abs=1e-5)
+        values, ids = scores.topk(3)
+        assert [i for i, _ in piece.top] == ids.tolist()
+        assert [value for _, value in piece.top] == pytest.approx(values.tolist(), abs=1e-5)
+    scores = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
+    assert request.prompt_scores[0] == (None, ())
+    assert len(request.prompt_scores) == len(prompt)
+    for i, (score, top) in enumerate(request.prompt_scores[1:]):
+        assert score == pytest.approx(scores[i, prompt[i + 1]].item(), abs=1e-5)
+        assert top[0][0] == scores[i].argmax()
+
+
+def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
+    pieces = []
+    requests = [
+        Request([1, 2, 3], Sampling(0), pieces.append, row, top=0, score_prompt=True)
+        for row in range(3)
+    ]
+    finish(Engine(model, tokenizer, 2), *requests)
+    assert [(p.row, p.token, p.finish) for p in pieces] == [(i, None, 'length') for i in range(3)]
+    assert all(len(request.prompt_scores) == 3 for request in requests)
+
+
+def test_penalties_and_biases_are_those_of_the_api_they_come_from():
+    logits = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
+    edit_logits(logits, sampling, prompt=[1], written=[0, 0, 2])
+    assert logits.tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]

@@ -1,5 +1,6 @@
 """The command line: prompts, files of prompts, the console."""
 
+import json
 import os
 import re
 import select
@@ -150,6 +151,122 @@ def test_the_shipped_sampling_config_fits():
     config = configure(dict(vars(sample_module)), ['sample_shakespeare'])
     assert config['start'] == 'ROMEO:'
     sample_module.sampling_of(config)
+
+
+# -----------------------------------------------------------------------------
+# a file of prompts
+
+
+def batch(out_dir, path, *args, **options):
+    out = path.with_name('answers.jsonl')
+    common = [f'--out_dir={out_dir}', f'--batch={path}', f'--out={out}', '--max_new_tokens=20']
+    result = sample(*common, *args, **options)
+    lines = out.read_text(encoding='utf-8').splitlines() if out.exists() else []
+    return result, [json.loads(line) for line in lines]
+
+
+def prompt_file(path, count):
+    """Prompts of many lengths, in the vocabulary of the tests' model."""
+    prompts = [('abcdefgh' * 3)[i % 9 : i % 9 + 1 + i % 13] for i in range(count)]
+    path.write_text(''.join(json.dumps({'prompt': text}) + '\n' for text in prompts))
+    return prompts
+
+
+def test_a_batch_is_answered_in_order_each_as_if_alone(out_dir, tmp_path):
+    prompts = prompt_file(tmp_path / 'prompts.jsonl', 40)
+    result, answers = batch(out_dir, tmp_path / 'prompts.jsonl', '--rows=3')
+    assert result.returncode == 0, result.stderr
+    assert 'answers.jsonl: 40 answers\n' in result.stderr
+    assert [answer['prompt'] for answer in answers] == prompts
+    assert [answer['line'] for answer in answers] == list(range(1, 41))
+    model, tokenizer, _ = checkpoint.load_model(out_dir)
+    for i in range(0, 40, 7):
+        ids = [tokenizer.encode(prompts[i])]
+        pieces = list(generate(model, tokenizer, ids, Sampling(20, **AS_SAMPLED), [(1337, i)]))
+        assert answers[i]['text'] == ''.join(piece.text for piece in pieces)
+        assert (answers[i]['tokens'], answers[i]['finish']) == (20, 'length')
+
+
+def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path):
+    lines = [
+        '{"prompt": "ab", "id": "first", "max_new_tokens": 3, "temperature": 0}',
+        '{"prompt": "abz"}',
+        '{"prompt": "ab", "top_p": 7}',
+        '{"prompt": "ab", "temprature": 1}',
+        '{"prompt": "ab", "max_new_tokens": "many"}',
+        '{"prompt": 5}',
+        '["ab"]',
+        'ab',
+        '',
+        '{"prompt": ""}',
+        '{"prompt": "ab", "stop": ["a", "b", "c", "|"], "temperature": 0}',
+        '[' * 100_000,
+        '{"prompt": "ab\\ud800"}',
+        '{"prompt": "ab", "stop": [5]}',
+    ]
+    path = tmp_path / 'prompts.jsonl'
+    path.write_bytes('\r\n'.join(lines).encode() + b'\r\n\xff\n')
+    result, answers = batch(out_dir, path)
+    assert result.returncode == 0, result.stderr
+    assert f'{len(lines) + 1} answers, 13 of them errors' in result.stderr
+    assert answers[0].items() >= {'id': 'first', 'tokens': 3, 'finish': 'length'}.items()
+    assert answers[10]['finish'] in ('stop', 'length')
+    causes = ["'z'", 'top_p=7', 'mean temperature?', 'max_new_tokens', 'not a JSON object']
+    for answer, cause in zip(answers[1:], causes, strict=False):
+        assert cause in answer['error']
+        assert '\n' not in answer['error']
+    assert all('error' in answer for answer in answers[1:10])
+    assert 'not UTF-8 at byte 0' in answers[14]['error']
+
+
+def test_a_plain_file_has_a_prompt_a_line(out_dir, tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_text('ab\n"cd\n\n', encoding='utf-8')
+    _, answers = batch(out_dir, path)
+    assert [answer.get('prompt') for answer in answers] == ['ab', None, None]
+    assert [('error' in answer) for answer in answers] == [False, True, True]
+
+
+def test_a_killed_batch_goes_on_where_it_was(out_dir, tmp_path):
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    for folder in (whole, killed):
+        folder.mkdir()
+        prompt_file(folder / 'prompts.jsonl', 60)
+    _, expected = batch(out_dir, whole / 'prompts.jsonl', '--rows=2')
+    part = killed / 'answers.jsonl.part'
+    command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', '--dtype=float32', '--rows=2']
+    command += [f'--batch={killed}/prompts.jsonl', f'--out={killed}/answers.jsonl']
+    process = subprocess.Popen(
+        [*command, '--max_new_tokens=20'], env={**os.environ, 'OMP_NUM_THREADS': '1'}
+    )
+    deadline = time.monotonic() + 60
+    while not part.exists() or part.read_bytes().count(b'\n') < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert part.exists()
+    part.write_bytes(part.read_bytes() + b'{"line": 99, "te')  # as a kill in mid-write leaves it
+    refused, _ = batch(out_dir, killed / 'prompts.jsonl', '--rows=2', '--temperature=0.1')
+    assert 'is of another batch, model or settings' in refused.stderr
+    result, answers = batch(out_dir, killed / 'prompts.jsonl', '--rows=2')
+    assert re.search(r'goes on after \d+ answers', result.stderr)
+    assert answers == expected
+    assert sorted(path.name for path in killed.iterdir()) == ['answers.jsonl', 'prompts.jsonl']
+    again, _ = batch(out_dir, killed / 'prompts.jsonl')
+    assert (again.returncode, 'is there already' in again.stderr) == (2, True)
+
+
+def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
+    here, path = f'--out_dir={out_dir}', tmp_path / 'prompts.txt'
+    path.touch()
+    out = f'--out={tmp_path}/answers.jsonl'
+    assert 'with --out=' in fails(here, f'--batch={path}')
+    assert 'is empty' in fails(here, f'--batch={path}', out)
+    assert 'cannot be read' in fails(here, f'--batch={tmp_path}/nowhere.txt', out)
+    path.write_text('ab\n')
+    assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
+    assert 'No such file' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')
 
 
 # -----------------------------------------------------------------------------
