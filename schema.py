@@ -1,0 +1,235 @@
+"""
+What clients send to api.py and what it answers, as pydantic models, and the OpenAPI document of it.
+
+    body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
+    openapi(guarded=False)                               # what GET /openapi.json gives
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine import Sampling
+
+MOST_STOPS, LONGEST_STOP = 128, 512  # each is looked for after every token
+MOST_BIASES = 1024
+MOST_LOGPROBS = 20
+
+Id = Annotated[int, Field(ge=0, le=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Id], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Id, Bias],
+    Field(max_length=MOST_BIASES, json_schema_extra={'propertyNames': {'pattern': '^[0-9]+$'}}),
+]
+
+
+def number(low=None, high=None, above=None, kind: type = float):
+    limits = {'ge': low, 'gt': above, 'le': high}
+    return Annotated[kind, Field(**{k: v for k, v in limits.items() if v is not None})]
+
+
+def about(text: str):
+    """A field that may be left out or null, which mean the same."""
+    return Field(None, description=text)
+
+
+class Body(BaseModel):
+    """Numbers are not taken for text, nor 1.0 for 1; what is not known here is ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = about('Send a last frame with the number of tokens.')
+
+
+class CompletionRequest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [
+                {'prompt': 'To be, or not', 'max_tokens': 32, 'temperature': 0.8, 'seed': 1},
+                {'prompt': ['One', 'Two'], 'n': 2, 'stop': ['\n\n'], 'stream': True},
+                {'prompt': [[1, 2, 3]], 'max_tokens': 0, 'echo': True, 'logprobs': 1},
+            ]
+        }
+    )
+    prompt: Text | Texts | Ids | Prompts = Field(
+        description='A text, several, the token ids of one, or of several.'
+    )
+    model: str | None = about('There is one; its name is not looked at.')
+    max_tokens: number(0, 2**31, kind=int) | None = about(
+        'New tokens in each text at most (default 16). 0, together with echo, scores the prompt.'
+    )
+    n: number(1, 2**16, kind=int) | None = about('Texts for each prompt (default 1).')
+    stream: bool | None = about('Send text as it is written, as server-sent events.')
+    stream_options: StreamOptions | None = about('Of a stream.')
+    echo: bool | None = about('Begin each text with its prompt.')
+    logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
+        "Report each token's log-probability, and those of so many likeliest ones."
+    )
+    stop: Stop | Stops | None = about('End a text before this string, or any of these.')
+    seed: number(-(2**63), 2**63 - 1, kind=int) | None = about(
+        'The same seed gives the same text. Without one every answer is another.'
+    )
+    temperature: number(0, 1e6) | None = about('0 takes the likeliest token (default 1).')
+    top_p: number(above=0, high=1) | None = about(
+        'Choose among the likeliest tokens that make up this share (default 1).'
+    )
+    top_k: number(-1, 2**31, kind=int) | None = about(
+        'Choose among this many likeliest tokens (default 0, or -1: all).'
+    )
+    min_p: number(0, 1) | None = about(
+        "Leave out tokens less likely than this share of the likeliest one's probability."
+    )
+    repetition_penalty: number(0.01, 100) | None = about(
+        'Above 1 disfavours what prompt or text already have (default 1).'
+    )
+    frequency_penalty: number(-100, 100) | None = about(
+        "Taken off a token's logit for each time the text has it (default 0)."
+    )
+    presence_penalty: number(-100, 100) | None = about('And once, if it has it (default 0).')
+    logit_bias: Biases | None = about('What is added to the logits of some token ids.')
+
+    def sampling(self) -> Sampling:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        chosen = {
+            'max_new_tokens': self.max_tokens,
+            'top_k': None if self.top_k is None else max(self.top_k, 0),
+            'logit_bias': tuple((self.logit_bias or {}).items()),
+            'stop': stop,
+            **{name: getattr(self, name) for name in ALIKE},
+        }
+        return Sampling(**{name: value for name, value in chosen.items() if value is not None})
+
+    def prompts(self) -> list:
+        """Its prompts, each a text or token ids."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
+
+ALIKE = (  # in a request and in Sampling
+    'temperature',
+    'top_p',
+    'min_p',
+    'repetition_penalty',
+    'frequency_penalty',
+    'presence_penalty',
+)
+
+
+class TokenizeRequest(Body):
+    model_config = ConfigDict(json_schema_extra={'examples': [{'prompt': 'To be, or not'}]})
+    prompt: str
+
+
+class DetokenizeRequest(Body):
+    model_config = ConfigDict(json_schema_extra={'examples': [{'tokens': [1, 2, 3]}]})
+    tokens: Annotated[list[Id], Field(fail_fast=True)]
+
+
+# -----------------------------------------------------------------------------
+# answers
+
+
+class Logprobs(BaseModel):
+    """Of each token, of the prompt's too with echo; the first has nothing to be likely after."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description='In nats; at least -9999.')
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description='The character of the text where it begins.')
+
+
+class Choice(BaseModel):
+    index: int = Field(description='Number of the prompt times n, plus number of its text.')
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal['stop', 'length'] | None = Field(
+        description='stop: the end of text, or a stop string. null: more of it will follow.'
+    )
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionResponse(BaseModel):
+    """An answer, or a frame of a streamed one; its last has no choices but the usage, if asked."""
+
+    id: str
+    object: Literal['text_completion']
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal['model']
+    created: int
+    owned_by: str
+    max_model_len: int = Field(description='Tokens of prompt and text together at most.')
+
+
+class ModelList(BaseModel):
+    object: Literal['list']
+    data: list[Model]
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    name: str
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
+class Status(BaseModel):
+    status: Literal['ok']
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None = Field(description='The field that is wrong.')
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: Error
+
+
+# -----------------------------------------------------------------------------
+# OpenAPI
+
+TYPES = {  # of an error, by its status
+    400: 'invalid_request_error',
+    401: 'authentication_error',
+    404: 'not_found_error',
+    405: 'invalid_request_error',
+    413: 'invalid_request_error',
+    415: 'invalid_request_error',
+    429: 'rate_limit_error',
+    500: 'server_error',
+    503: 'service_unavailable',
+}
