@@ -16,6 +16,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -71,7 +72,7 @@ deterministic = False  # the same bits for a text whatever else is computed; slo
 # -----------------------------------------------------------------------------
 
 
-PLAYGROUND = Path(__file__).resolve().parent / 'web' / 'playground.html'
+WEB = Path(__file__).resolve().parent / 'web'
 SWAGGER = Path(find_spec('flask_openapi3_swagger').origin).parent / 'templates' / 'swagger'
 DOCS = """<!doctype html>
 <html lang="en">
@@ -88,6 +89,7 @@ SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLin
 </script>
 """
 SPARE = 16  # threads for all that is not a text
+LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
 
 
 # -----------------------------------------------------------------------------
@@ -206,7 +208,7 @@ def apologize(error: Exception):
 
 @routes.get('/')
 def playground():
-    return flask.send_file(PLAYGROUND)
+    return flask.send_from_directory(WEB, 'playground.html')
 
 
 @routes.get('/docs')
@@ -402,20 +404,27 @@ def make_server(app: flask.Flask, listener: socket.socket, channels: dict):
     return server
 
 
-def serve(app: flask.Flask, listener: socket.socket) -> None:
-    """Answer until SIGTERM or Ctrl-C, and then until all that has begun is answered."""
-    service, channels = app.extensions['flatgpt'], {}
-    server = make_server(app, listener, channels)
+def drain_on_signals(service: Service) -> None:
+    """SIGTERM and Ctrl-C let what has begun be finished; a second one does not."""
 
     def stop(number, stack):
-        if service.draining:  # asked a second time
-            raise SystemExit(128 + number)
+        if service.draining:
+            os._exit(128 + number)  # the engine is at work, and would abort an orderly end
         service.draining = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    while not service.draining or service.jobs or busy(server):
-        wasyncore.loop(0.5, use_poll=hasattr(select, 'poll'), map=channels, count=1)
+
+
+def serve(app: flask.Flask, listener: socket.socket) -> None:
+    """Answer until the service is to drain, and then until all that has begun is answered."""
+    service, channels = app.extensions['flatgpt'], {}
+    server = make_server(app, listener, channels)
+    quiet = math.inf  # since when nobody waits for anything
+    while time.monotonic() - quiet < LINGER:
+        wasyncore.loop(0.1, use_poll=hasattr(select, 'poll'), map=channels, count=1)
+        waits = not service.draining or service.jobs or busy(server)
+        quiet = math.inf if waits else min(quiet, time.monotonic())
     service.close()
 
 
@@ -439,6 +448,7 @@ def main(settings: dict) -> None:
     app = create_app(**settings)
     log_to_stderr()
     service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
+    drain_on_signals(service)
     address = f'[{address}]' if ':' in address else address
     print(f'{service.name} at http://{address}:{number}, documentation at /docs')
     print(

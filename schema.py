@@ -276,10 +276,6 @@ def operation(does: str, takes=None, gives=None, errors=(), guarded=True, conten
     return {'summary': does, **body, 'responses': answers, **security}
 
 
-def text(kind: str, example: str) -> dict:
-    return {kind: {'schema': {'type': 'string'}, 'example': example}}
-
-
 def openapi(name: str) -> dict:
     """The OpenAPI document of a server whose model has this name."""
     bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -287,8 +283,8 @@ def openapi(name: str) -> dict:
     models = [(model, 'validation') for model in (*bodies, *answers, Status, ErrorResponse)]
     _, schemas = models_json_schema(models, ref_template='#/components/schemas/{model}')
     which = {'name': 'model', 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
-    frames = text('text/event-stream', FRAMES)
-    metrics = text('text/plain', 'flatgpt_slots 8.0\n')
+    frames = {'text/event-stream': {'example': FRAMES}}
+    metrics = {'text/plain': {'example': 'flatgpt_slots 8.0\n'}}
     post = {
         '/v1/completions': operation(
             'Continue texts. With stream, the answer comes as server-sent events.',

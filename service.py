@@ -236,8 +236,12 @@ class Service:
         self.jobs: set[Job] = set()
         self.draining = False
         self.closed = threading.Event()
-        for work in (self.run, self.watch):
-            threading.Thread(target=work, name=f'flatgpt {work.__name__}', daemon=True).start()
+        self.threads = [
+            threading.Thread(target=work, name=f'flatgpt {work.__name__}', daemon=True)
+            for work in (self.run, self.watch)
+        ]
+        for thread in self.threads:
+            thread.start()
 
     def run(self) -> None:
         try:
@@ -257,6 +261,8 @@ class Service:
     def close(self) -> None:
         self.closed.set()
         self.engine.close()
+        for thread in self.threads:
+            thread.join()
 
     def trouble(self) -> Refusal | None:
         """Why nothing can be computed now."""
