@@ -9,6 +9,7 @@ gigatoken is installed and serves, one core is faster than a dozen would be othe
 
 import contextlib
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import re
 import signal
@@ -119,8 +120,9 @@ def in_processes(
     if workers == 1:
         yield from (function(job, tokenizer) for job in jobs)
         return
-    arguments = (tokenizer.to_dict(), tokenizer.accelerated)
     spawn = multiprocessing.get_context('spawn')
+    stop = spawn.Event()
+    arguments = (tokenizer.to_dict(), tokenizer.accelerated, stop)
     pool = ProcessPoolExecutor(workers, spawn, start_worker, arguments)
     waiting = deque()
     try:
@@ -136,8 +138,7 @@ def in_processes(
             f'a worker process was killed, perhaps for want of memory; try --workers={workers // 2}'
         ) from error
     except KeyboardInterrupt:
-        for process in multiprocessing.active_children():
-            process.terminate()  # what they are at may take a minute
+        stop.set()  # and not terminate(): half a result in a pipe is waited for until it is whole
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -156,11 +157,14 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_tokenizer: Tokenizer | None = None  # in a worker process
+# in a worker process
+_tokenizer: Tokenizer | None = None
+_stop: multiprocessing.synchronize.Event | None = None
 
 
-def start_worker(fields: dict, accelerate: bool) -> None:
-    global _tokenizer
+def start_worker(fields: dict, accelerate: bool, stop: multiprocessing.synchronize.Event) -> None:
+    global _tokenizer, _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer.from_dict(fields)
@@ -170,6 +174,12 @@ def start_worker(fields: dict, accelerate: bool) -> None:
 
 def work(function: Callable, job):
     return function(job, _tokenizer)
+
+
+def may_go_on() -> None:
+    """What a long job asks now and then: raises KeyboardInterrupt after the parent's Ctrl-C."""
+    if _stop and _stop.is_set():
+        raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from configurator import UserError
 from data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
 from data.download import ATTEMPTS
-from data.encode import Chunk, cores, cut, encode_job, in_processes, jobs
+from data.encode import Chunk, cores, cut, encode_job, in_processes, jobs, may_go_on
 from data.tokenizer import Tokenizer, load
 
 # a dataset's own files, and those into which the hub converts what is not parquet
@@ -138,16 +138,15 @@ def cached_files(repository: str, error: Exception) -> list[File]:
 
 
 def fetch(repository: str, revision: str, name: str, folder: Path) -> Path:
-    """A file of the hub: from the hub's cache, or else fetched below `folder`."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    """A file of the hub, copied from the hub's cache or else fetched, below `folder`."""
+    from huggingface_hub import hf_hub_download
 
-    which = {'repo_id': repository, 'filename': name, 'revision': revision, 'repo_type': 'dataset'}
-    cached = try_to_load_from_cache(**which)
-    if isinstance(cached, str):
-        return Path(cached)
     for attempt in range(ATTEMPTS):
         try:
-            return Path(hf_hub_download(**which, local_dir=folder))
+            path = hf_hub_download(
+                repository, name, repo_type='dataset', revision=revision, local_dir=folder
+            )
+            return Path(path)
         except Exception as error:
             if attempt == ATTEMPTS - 1:
                 raise UserError(
@@ -219,6 +218,7 @@ def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> int:
     with Writer(part.folder, tokenizer, source=part.source) as writer:
         try:
             for chunks in jobs(read_chunks(path, part.source['val_every'])):
+                may_go_on()
                 for split, ids in encode_job(chunks, tokenizer)[1].items():
                     writer.write(split, ids)
         finally:  # and not later: nothing clears up after a part that is finished

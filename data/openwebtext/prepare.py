@@ -9,9 +9,9 @@ $ python data/openwebtext/prepare.py --part=3/64         # the third of 64 jobs,
 $ python data/openwebtext/prepare.py --merge             # ... and when all their files are here
 
 Each file is fetched, encoded and deleted in turn, so that little more than the dataset is needed on
-the disk; one that is in the hub's cache (`hf download`) is read there and kept. Stopped or killed,
-the same command goes on with the first file that is missing. What it writes depends neither on that
-nor on the number of processes.
+the disk; what the hub's cache has (`hf download`) is not fetched again. Stopped or killed, the same
+command goes on with the first file that is missing. What it writes depends neither on that nor on
+the number of processes.
 """
 
 import argparse
