@@ -8,6 +8,7 @@ $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --n
 $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
+$ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
 speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
@@ -32,6 +33,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import track
 from configurator import UserError, configure, one_of, within
 from data.dataset import SPLITS, Dataset
 from data.encode import cores
@@ -55,6 +57,7 @@ rounds = 5  # turns of each side
 nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
 profile = False  # have torch's profiler watch a turn of flatGPT, and write its trace
 json = 'bench.json'  # the figures, for programs
+compare: str | None = None  # folders of runs, a,b: draw their losses into runs.png, time nothing
 # training
 steps = 3  # in a turn
 optimizer = 'adamw'  # or 'muon'
@@ -589,6 +592,8 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def main(c: dict) -> None:
+    if c['compare']:
+        return print(track.draw_runs(c['compare'].split(','), 'runs.png'))
     jobs = check(c)
     device = pick_device(c['device'])
     runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))

@@ -254,6 +254,19 @@ def test_a_run_whose_data_is_gone_is_refused(tmp_path):
         bench.dataset_of({'config': {'dataset': str(tmp_path)}})
 
 
+def test_compare_draws_the_losses_of_runs_into_one_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in 'ab':
+        Path(name).mkdir()
+        line = '{"step": 0, "val_loss": 3.0, "seconds": 0.5}\n'
+        (tmp_path / name / 'metrics.jsonl').write_text(line)
+    bench.main(settings('--compare=a,b'))
+    assert capsys.readouterr().out == 'runs.png\n'
+    assert Path('runs.png').read_bytes().startswith(b'\x89PNG')
+    assert {path.name for path in tmp_path.iterdir()} == {'a', 'b', 'runs.png'}
+    assert 'c: there is no metrics.jsonl' in refused('--compare=a,c')
+
+
 def test_an_unwritable_report_is_one_line(tmp_path):
     report = Report({'json': str(tmp_path)}, {})
     with pytest.raises((UserError, ConfigError), match='cannot be written'):
