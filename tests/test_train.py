@@ -302,7 +302,7 @@ def test_no_evaluation_interval_means_only_the_end(run_here, tmp_path):
     assert list(metrics(tmp_path, 'val_loss')) == [4]
     assert metrics(tmp_path, 'train_loss') == {}
     assert (tmp_path / 'loss.png').exists()
-    assert report(tmp_path)
+    assert report(listed(tmp_path))
 
 
 def test_evaluation_does_not_change_the_training(run_here, tmp_path):
