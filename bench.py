@@ -35,7 +35,7 @@ import torch
 import checkpoint
 import track
 from configurator import UserError, configure, one_of, within
-from data.dataset import SPLITS, Dataset
+from data.dataset import SPLITS, Dataset, is_prepared
 from data.encode import cores
 from data.text import prepare
 from data.tokenizer import char_tokenizer, get_tokenizer
@@ -70,7 +70,8 @@ prompt_tokens = 64
 new_tokens = 64
 formats = 'float32,bfloat16,int8'  # of the weights
 # quality
-out_dir: str | None = None  # a run whose perplexity is measured in each format, on its own data
+out_dir: str | None = None  # a run whose perplexity is measured in each format, or gpt2 ...
+dataset: str | None = None  # to measure it on; None: what the run was trained on
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # of it at most
@@ -338,9 +339,11 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
-        model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        model, tokenizer, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
-        data = Dataset(dataset_of(state), model.config.block_size)
+        data = Dataset(dataset_of(state, c['dataset']), model.config.block_size)
+        if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
+            raise UserError(f'{data.folder}: was not made with the tokenizer of {c["out_dir"]}')
         windows = data.eval_windows('val', None if not c['quick'] else 64)
         total = count = 0
         for part in np.array_split(windows, math.ceil(len(windows) / 8)):
@@ -355,13 +358,14 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
         report.add('quality', kind, note, perplexity=found[kind])
 
 
-def dataset_of(state: dict) -> Path:
-    name = state.get('config', {}).get('dataset')
+def dataset_of(state: dict, dataset: str | None) -> Path:
+    """The folder of `dataset`, by default what a checkpoint's state says it was trained on."""
+    name = dataset or state.get('config', {}).get('dataset')
     if not name:
-        raise UserError('this checkpoint does not say what it was trained on')
+        raise UserError('quality: a model of others is measured on the data that --dataset= names')
     folder = Path(name) if Path(name).is_dir() else Path(__file__).parent / 'data' / name
-    if not (folder / 'val.bin').exists():
-        raise UserError(f'{folder}: the data this run was trained on is not here; prepare it again')
+    if not is_prepared(folder):
+        raise UserError(f'{folder}: the data to measure on is not here; prepare it, or --dataset=')
     return folder
 
 
@@ -540,8 +544,10 @@ def check(c: dict) -> list[str]:
     if 'quality' in jobs and not c['out_dir']:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
-    if c['out_dir'] and not checkpoint.is_foreign(c['out_dir']):
-        dataset_of(checkpoint.read_state(checkpoint.find(c['out_dir'])))
+    if c['out_dir']:
+        foreign = checkpoint.is_foreign(c['out_dir'])
+        state = {} if foreign else checkpoint.read_state(checkpoint.find(c['out_dir']))
+        dataset_of(state, c['dataset'])
     if c['text'] and not Path(c['text']).is_dir():
         raise UserError(f'text={c["text"]}: no such folder')
     folder = Path(c['json']).parent
