@@ -154,7 +154,7 @@ def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | Non
         if not points(lines, 'seconds', 'val_loss')[0]:
             raise UserError(f'{out_dir}: its metrics.jsonl has no evaluation with its seconds')
         for axes, x in zip(panels, ('step', 'seconds'), strict=True):
-            axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.6, alpha=0.3)
+            axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.8, alpha=0.4)
             along, losses = points(lines, x, 'val_loss')
             label = f'{Path(out_dir).name}: {min(losses):.3f}'
             axes.plot(along, losses, 'o-', color=f'C{number}', ms=3, lw=1.5, label=label)

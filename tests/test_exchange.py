@@ -19,6 +19,7 @@ import exchange
 from checkpoint import load_model
 from configurator import UserError
 from data.dataset import Writer
+from data.huggingface import GPT2_WORDS, letters_and_merges, tokenizer_json
 from data.tokenizer import (
     EOT,
     byte_tokenizer,
@@ -34,7 +35,6 @@ from exchange import (
     export_gguf,
     export_transformers,
     is_foreign,
-    letters_and_merges,
     read_tokenizer,
 )
 from model import GPT, GPTConfig
@@ -250,6 +250,10 @@ def test_an_unknown_name_gets_the_nearest(tmp_path, monkeypatch, name, near):
     assert f'did you mean {near}?' in refused(load_model, name)
 
 
+def test_a_model_of_others_has_no_checkpoints_to_choose_from():
+    assert 'leave out --checkpoint' in refused(checkpoint.find, 'gpt2', 'last')
+
+
 @pytest.mark.parametrize('name', ['gpt2-xl', 'distilgpt2', 'someone/model'])
 def test_a_name_without_a_network_says_where_to_put_which_files(tmp_path, monkeypatch, name):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
@@ -376,7 +380,7 @@ def test_vocab_json_and_merges_txt_are_read(tmp_path, bpe):
     back = read_tokenizer(tmp_path, 'x', 600)
     assert back.token_bytes == bpe.token_bytes
     assert back.eot == bpe.eot
-    assert back.pattern == exchange.GPT2_WORDS
+    assert back.pattern == GPT2_WORDS
 
 
 @needs_gpt2
@@ -413,7 +417,7 @@ UNIGRAM = {'type': 'Unigram', 'unk_id': 0, 'vocab': [['a', 0.0]], 'byte_fallback
     ],
 )
 def test_a_tokenizer_that_would_encode_otherwise_is_refused(tmp_path, bpe, change, line):
-    content = exchange.tokenizer_json(bpe)
+    content = tokenizer_json(bpe)
     change(content)
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
     if line is None:  # another way to split is followed
@@ -429,7 +433,7 @@ def test_characters_and_bytes_under_other_ids_are_refused(tmp_path):
         (letters, {'d': 9}),
         (byte_tokenizer(), {'a': 98, 'b': 97}),
     ):
-        content = exchange.tokenizer_json(tokenizer)
+        content = tokenizer_json(tokenizer)
         content['model']['vocab'].update(change)
         (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
         if change == {'a': 3, 'd': 0}:
