@@ -9,6 +9,7 @@ $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
+$ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
 speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
@@ -34,8 +35,9 @@ import torch
 
 import checkpoint
 import load
+import track
 from configurator import UserError, configure, one_of, within
-from data.dataset import SPLITS, Dataset
+from data.dataset import SPLITS, Dataset, is_prepared
 from data.encode import cores
 from data.text import prepare
 from data.tokenizer import char_tokenizer, get_tokenizer
@@ -59,6 +61,7 @@ nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
 serve = False  # time api.py under load instead of all else
 profile = False  # have torch's profiler watch a turn of flatGPT, and write its trace
 json = 'bench.json'  # the figures, for programs
+compare: str | None = None  # folders of runs, a,b: draw their losses into runs.png, time nothing
 # training
 steps = 3  # in a turn
 optimizer = 'adamw'  # or 'muon'
@@ -74,7 +77,8 @@ formats = 'float32,bfloat16,int8'  # of the weights
 clients = 16  # that ask again when they have their answer
 serve_format = 'bfloat16'  # of the weights
 # quality
-out_dir: str | None = None  # a run whose perplexity is measured in each format, on its own data
+out_dir: str | None = None  # a run whose perplexity is measured in each format, or gpt2 ...
+dataset: str | None = None  # to measure it on; None: what the run was trained on
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # of it at most
@@ -342,9 +346,11 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
-        model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        model, tokenizer, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
-        data = Dataset(dataset_of(state), model.config.block_size)
+        data = Dataset(dataset_of(state, c['dataset']), model.config.block_size)
+        if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
+            raise UserError(f'{data.folder}: was not made with the tokenizer of {c["out_dir"]}')
         windows = data.eval_windows('val', None if not c['quick'] else 64)
         total = count = 0
         for part in np.array_split(windows, math.ceil(len(windows) / 8)):
@@ -359,13 +365,14 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
         report.add('quality', kind, note, perplexity=found[kind])
 
 
-def dataset_of(state: dict) -> Path:
-    name = state.get('config', {}).get('dataset')
+def dataset_of(state: dict, dataset: str | None) -> Path:
+    """The folder of `dataset`, by default what a checkpoint's state says it was trained on."""
+    name = dataset or state.get('config', {}).get('dataset')
     if not name:
-        raise UserError('this checkpoint does not say what it was trained on')
+        raise UserError('quality: a model of others is measured on the data that --dataset= names')
     folder = Path(name) if Path(name).is_dir() else Path(__file__).parent / 'data' / name
-    if not (folder / 'val.bin').exists():
-        raise UserError(f'{folder}: the data this run was trained on is not here; prepare it again')
+    if not is_prepared(folder):
+        raise UserError(f'{folder}: the data to measure on is not here; prepare it, or --dataset=')
     return folder
 
 
@@ -689,8 +696,10 @@ def check(c: dict) -> list[str]:
     if 'quality' in jobs and not c['out_dir']:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
-    if c['out_dir'] and not checkpoint.is_foreign(c['out_dir']):
-        dataset_of(checkpoint.read_state(checkpoint.find(c['out_dir'])))
+    if c['out_dir']:
+        foreign = checkpoint.is_foreign(c['out_dir'])
+        state = {} if foreign else checkpoint.read_state(checkpoint.find(c['out_dir']))
+        dataset_of(state, c['dataset'])
     if c['text'] and not Path(c['text']).is_dir():
         raise UserError(f'text={c["text"]}: no such folder')
     folder = Path(c['json']).parent
@@ -741,6 +750,8 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def main(c: dict) -> None:
+    if c['compare']:
+        return print(track.draw_runs(c['compare'].split(','), 'runs.png'))
     jobs = check(c)
     device = pick_device(c['device'])
     runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))
