@@ -24,7 +24,9 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,7 +36,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask
+from waitress.utilities import RequestEntityTooLarge
 from werkzeug.exceptions import HTTPException
 
 import schema
@@ -88,6 +92,7 @@ DOCS = """<!doctype html>
 SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLinking: true})
 </script>
 """
+MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
 SPARE = 16  # threads for all that is not a text
 LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
 
@@ -159,6 +164,7 @@ def enter():
 @routes.after_app_request
 def leave(response):
     g, request, with_text = flask.g, flask.request, here().settings['log_prompts']
+    response.direct_passthrough = False  # which would never be closed
     response.headers['X-Request-Id'] = g.id
     response.headers['X-Content-Type-Options'] = 'nosniff'
     response.headers['Content-Security-Policy'] = "default-src 'self' 'unsafe-inline' data:"
@@ -367,8 +373,26 @@ class JsonErrorTask(ErrorTask):
         self.write(body)
 
 
+class Parser(HTTPRequestParser):
+    """Reads what is too large to its end, within reason: a client cut off would read no answer."""
+
+    surplus = 0  # bytes still to come, and to be thrown away
+
+    def received(self, data: bytes) -> int:
+        if not self.surplus:
+            count = super().received(data)
+            if isinstance(self.error, RequestEntityTooLarge):
+                self.surplus = self.content_length if self.content_length < MOST_SURPLUS else 0
+        else:
+            count = min(len(data), self.surplus)
+            self.surplus -= count
+        self.completed = self.completed if not self.error else not self.surplus
+        return count
+
+
 class Channel(HTTPChannel):
     error_task_class = JsonErrorTask
+    parser_class = Parser
 
 
 def listen(settings: dict) -> socket.socket:
@@ -388,20 +412,61 @@ def listen(settings: dict) -> socket.socket:
         ) from error
 
 
-def make_server(app: flask.Flask, listener: socket.socket, channels: dict):
-    """A waitress server whose sockets are in `channels`."""
-    server = waitress.create_server(
-        app,
-        map=channels,
-        sockets=[listener],
-        threads=app.extensions['flatgpt'].most + SPARE,  # else 429 and /health had to wait
-        connection_limit=1000,
-        channel_request_lookahead=1,  # without it nobody notices a client that left
-        max_request_body_size=app.config['MAX_CONTENT_LENGTH'],
-        ident='flatgpt',
-    )
-    server.channel_class = Channel
-    return server
+class Door:
+    """The application; until it is there, a word that it is being loaded."""
+
+    app: flask.Flask | None = None
+
+    def __call__(self, environ: dict, start_response):
+        if self.app:
+            return self.app(environ, start_response)
+        body, status = schema.error_body(503, 'the model is being loaded', code='loading'), 503
+        if environ['PATH_INFO'] == '/health':
+            body, status = {'status': 'ok'}, 200
+        phrase = f'{status} {HTTPStatus(status).phrase}'
+        start_response(phrase, [('Content-Type', 'application/json'), ('Retry-After', '5')])
+        return [json.dumps(body).encode()]
+
+
+class Server:
+    """waitress in a thread of its own, from now on."""
+
+    def __init__(self, app, listener: socket.socket, max_body: float):
+        self.channels: dict = {}
+        self.server = waitress.create_server(
+            app,
+            map=self.channels,
+            sockets=[listener],
+            threads=SPARE,
+            connection_limit=1000,
+            channel_request_lookahead=1,  # without it nobody notices a client that left
+            max_request_body_size=int(max_body * 2**20),
+            ident='flatgpt',
+        )
+        self.server.channel_class = Channel
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self.run, name='flatgpt server', daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        while not self.closed.is_set():
+            wasyncore.loop(0.5, use_poll=hasattr(select, 'poll'), map=self.channels, count=1)
+        wasyncore.close_all(self.channels)
+
+    def expect(self, texts: int) -> None:
+        """Have a thread for each text that may be open: 429 and /health must not wait for them."""
+        self.server.task_dispatcher.set_thread_count(texts + SPARE)
+
+    def busy(self) -> bool:
+        """Whether somebody waits for an answer, or for the end of one."""
+        channels = list(self.server.active_channels.values())
+        return any(channel.requests or channel.total_outbufs_len for channel in channels)
+
+    def close(self) -> None:
+        self.closed.set()
+        self.server.pull_trigger()
+        self.thread.join()
+        self.server.task_dispatcher.shutdown()
 
 
 def drain_on_signals(service: Service) -> None:
@@ -416,22 +481,12 @@ def drain_on_signals(service: Service) -> None:
         signal.signal(number, stop)
 
 
-def serve(app: flask.Flask, listener: socket.socket) -> None:
-    """Answer until the service is to drain, and then until all that has begun is answered."""
-    service, channels = app.extensions['flatgpt'], {}
-    server = make_server(app, listener, channels)
+def wait_until_drained(service: Service, server: Server) -> None:
     quiet = math.inf  # since when nobody waits for anything
     while time.monotonic() - quiet < LINGER:
-        wasyncore.loop(0.1, use_poll=hasattr(select, 'poll'), map=channels, count=1)
-        waits = not service.draining or service.jobs or busy(server)
+        time.sleep(0.05)
+        waits = not service.draining or service.jobs or server.busy()
         quiet = math.inf if waits else min(quiet, time.monotonic())
-    service.close()
-
-
-def busy(server) -> bool:
-    """Whether somebody waits for an answer, or for the end of one."""
-    channels = list(server.active_channels.values())
-    return any(channel.requests or channel.total_outbufs_len for channel in channels)
 
 
 def log_to_stderr() -> None:
@@ -444,11 +499,14 @@ def log_to_stderr() -> None:
 
 def main(settings: dict) -> None:
     check(settings)
-    listener = listen(settings)  # before the model: a port that is taken is noticed at once
+    door, listener = Door(), listen(settings)
+    server = Server(door, listener, settings['max_body'])
     app = create_app(**settings)
-    log_to_stderr()
     service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
+    server.expect(service.most)
+    log_to_stderr()
     drain_on_signals(service)
+    door.app = app
     address = f'[{address}]' if ':' in address else address
     print(f'{service.name} at http://{address}:{number}, documentation at /docs')
     print(
@@ -457,7 +515,9 @@ def main(settings: dict) -> None:
         f's a request; {"with a key" if key_of(settings) else "no key"}',
         flush=True,
     )
-    serve(app, listener)
+    wait_until_drained(service, server)
+    server.close()
+    service.close()
 
 
 if __name__ == '__main__':

@@ -5,6 +5,7 @@ What clients send to api.py and what it answers, as pydantic models, and the Ope
     openapi('mine')                                      # what GET /openapi.json gives
 """
 
+import functools
 from http import HTTPStatus
 from typing import Annotated, Literal
 
@@ -276,6 +277,7 @@ def operation(does: str, takes=None, gives=None, errors=(), guarded=True, conten
     return {'summary': does, **body, 'responses': answers, **security}
 
 
+@functools.cache
 def openapi(name: str) -> dict:
     """The OpenAPI document of a server whose model has this name."""
     bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -298,8 +300,8 @@ def openapi(name: str) -> dict:
         '/detokenize': operation('The text of token ids.', DetokenizeRequest, DetokenizeResponse),
     }
     get = {
-        '/v1/models': operation('The model there is.', gives=ModelList),
-        '/v1/models/{model}': operation('It, by its name.', gives=Model, errors=(404,)),
+        '/v1/models': operation('A list of the one model.', gives=ModelList),
+        '/v1/models/{model}': operation('The model, by its name.', gives=Model, errors=(404,)),
         '/tokenizer_info': operation('The vocabulary and its special tokens.', gives=TokenizerInfo),
         '/health': operation('Whether the process lives.', gives=Status, guarded=False),
         '/ready': operation('Whether it can compute.', None, Status, (503,), guarded=False),

@@ -211,7 +211,7 @@ class Job:
         r = self.requests[0]
         moments = {'queued': r.began, 'first_token': r.first if r.written else None}
         out = {name: round(at - r.came, 4) for name, at in moments.items() if at}
-        out |= self.usage() | {'finish': [each.finish for each in self.requests]}
+        out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
         if with_text:
             decode = self.answers[0].tokenizer.decode
             out['prompts'] = [decode(ids) for ids in self.prompts]

@@ -19,7 +19,6 @@ import pytest
 import torch
 from conftest import random_model
 from test_sample import saved
-from waitress import wasyncore
 
 import api
 import schema
@@ -196,7 +195,11 @@ def test_several_prompts_and_n_give_texts_in_order(client):
     assert body['usage'] == {'prompt_tokens': 5, 'completion_tokens': 36, 'total_tokens': 41}
 
 
-def test_a_seed_gives_the_same_text_alone_and_under_load(client):
+@pytest.mark.parametrize('exact', ['float32', 'deterministic'])
+def test_a_seed_gives_the_same_text_alone_and_under_load(make_app, exact):
+    half = random_model(VOCABULARY, SIZE).bfloat16()
+    choice = {} if exact == 'float32' else {'deterministic': True, 'model': half}
+    client = make_app(**choice).test_client()
     given = {'prompt': 'abc', 'seed': 11, 'max_tokens': 30, 'temperature': 1.5, 'top_p': 0.9}
     text = ask_texts(client, **given)
     others = [
@@ -443,7 +446,7 @@ def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
         ({'prompt': {'a': 1}}, 'prompt', 'must be'),
         ({'prompt': [257]}, 'prompt', '257 is none of the 257 token ids'),
         ({'prompt': [[1], [2**40]]}, 'prompt', 'must be'),
-        ({'prompt': 'a' * 60, 'max_tokens': 5}, 'max_tokens', '60 tokens, and max_tokens=5 make 65; this model'),
+        ({'prompt': 'a' * 60, 'max_tokens': 5}, 'max_tokens', '60 tokens, and max_tokens=5'),
         ({'prompt': 'a' * 60}, 'max_tokens', 'max_tokens=16 make 76'),
         ({'prompt': 'a' * 64, 'max_tokens': 1}, 'prompt', 'holds 64'),
         ({'prompt': 'a' * 5000}, 'prompt', '5000 tokens'),
@@ -665,7 +668,7 @@ def test_a_port_that_is_taken_and_a_host_that_is_none_are_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f'--port={port}: .*in use'):
             api.listen({'host': '127.0.0.1', 'port': port, 'api_key': None})
-    with pytest.raises(UserError, match='--host=no.such.host.invalid'):
+    with pytest.raises(UserError, match=r'--host=no\.such\.host\.invalid'):
         api.listen({'host': 'no.such.host.invalid', 'port': 0, 'api_key': None})
 
 
@@ -719,7 +722,7 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
             client.post, PATH, json={'prompt': 'a', 'stream': True}, buffered=True
         )
         waiting = [in_background(client.post, PATH, json={'prompt': 'a', 'n': 3}) for _ in range(9)]
-        wait_until(lambda: len(service.jobs) == 11)
+        wait_until(lambda: len(service.engine.waiting) == 2 + 9 * 3)
         service.engine.drop_cancelled = lambda: 1 / 0
     for reply in (whole(), *(each() for each in waiting)):
         assert reply.status_code == 500
@@ -1008,23 +1011,17 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 @contextlib.contextmanager
 def served(app):
     """Serve an application on a free port -> the port."""
-    channels, end = {}, threading.Event()
-    listener = api.listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
-    server = api.make_server(app, listener, channels)
-
-    def loop():
-        while not end.is_set():
-            wasyncore.loop(0.05, True, channels, 1)
-
-    thread = threading.Thread(target=loop)
-    thread.start()
+    service, listener = app.extensions['flatgpt'], listening()
+    server = api.Server(app, listener, 4)
+    server.expect(service.most)
     try:
         yield listener.getsockname()[1]
     finally:
-        end.set()
-        thread.join()
-        server.task_dispatcher.shutdown()
-        wasyncore.close_all(channels)
+        server.close()
+
+
+def listening():
+    return api.listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
 
 
 def post(port, path=PATH, **body):
@@ -1038,7 +1035,8 @@ def post(port, path=PATH, **body):
 def connect(port, **body):
     """A socket on which a request has been sent."""
     data = json.dumps(body).encode()
-    head = f'POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n'
+    kind = 'Content-Type: application/json'
+    head = f'POST {PATH} HTTP/1.1\r\n{kind}\r\nContent-Length: {len(data)}\r\n\r\n'
     connection = socket.create_connection(('127.0.0.1', port), timeout=30)
     connection.sendall(head.encode() + data)
     return connection
@@ -1077,6 +1075,37 @@ def test_a_client_that_leaves_frees_its_row_within_half_a_second(make_app, model
     assert figures(app.test_client())['flatgpt_requests_finished_total{reason="cancelled"}'] == 2
 
 
+def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
+    with served(app) as port:
+        for length in (2**22 - 14, 2**22, 6_000_000, 20_000_000):
+            status, _, body = post(port, prompt='a' * length)
+            assert status == 413
+            assert json.loads(body)['error']['type'] == 'invalid_request_error'
+        assert post(port, prompt='a' * (2**22 - 100))[0] == 400  # in which the prompt is too long
+
+
+def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
+    door, listener = api.Door(), listening()
+    server, port = api.Server(door, listener, 4), listener.getsockname()[1]
+    try:
+        seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
+        assert seen.pop('/health') == (200, {'status': 'ok'})
+        for status, body in seen.values():
+            assert (status, body['error']['code']) == (503, 'loading')
+        door.app = app
+        assert get(port, '/ready') == (200, {'status': 'ok'})
+    finally:
+        server.close()
+
+
+def get(port, path):
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request('GET', path)
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+
+
 def test_connections_are_kept_for_the_next_request(app):
     with served(app) as port:
         connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
@@ -1096,7 +1125,6 @@ def test_connections_are_kept_for_the_next_request(app):
         (b'nonsense\r\n\r\n', 400),
         (b'GET / HTTP/1.1\r\nbad header\r\n\r\n', 400),
         (b'GET / HTTP/1.1\r\nX: ' + b'x' * 300_000 + b'\r\n\r\n', 431),
-        (b'POST /tokenize HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n', 413),
         (b'POST /tokenize HTTP/1.1\r\nContent-Length: -1\r\n\r\n', 400),
         (b'POST /tokenize HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n', 501),
     ],
@@ -1105,11 +1133,11 @@ def test_connections_are_kept_for_the_next_request(app):
 def test_what_is_no_http_is_answered_in_json_too(app, sent, status):
     with served(app) as port, socket.create_connection(('127.0.0.1', port), timeout=30) as client:
         client.sendall(sent)
-        reply = http.client.HTTPResponse(client)
-        reply.begin()
-        assert reply.status == status
-        assert json.loads(reply.read())['error']['message']
-        assert reply.headers['Content-Type'] == 'application/json'
+        with http.client.HTTPResponse(client) as reply:
+            reply.begin()
+            assert reply.status == status
+            assert json.loads(reply.read())['error']['message']
+            assert reply.headers['Content-Type'] == 'application/json'
 
 
 def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
@@ -1132,6 +1160,84 @@ def test_frames_arrive_while_the_text_is_written(make_app):
         received = client.recv(10_000)
         assert b'data: {"id"' in received
         assert app.extensions['flatgpt'].engine.running == 1
+
+
+# -----------------------------------------------------------------------------
+# the client of OpenAI's library
+
+
+@pytest.fixture
+def openai_client(make_app):
+    openai = pytest.importorskip('openai', reason='openai is not installed')
+    app = make_app(name='tiny', api_key='secret')
+    with served(app) as port:
+        base = f'http://127.0.0.1:{port}/v1'
+        with openai.OpenAI(base_url=base, api_key='secret', max_retries=0) as client:
+            yield client
+
+
+def test_openai_completes_with_logprobs(openai_client, app):
+    given = {'prompt': ['one', 'two'], 'max_tokens': 6, 'seed': 3, 'n': 2, 'logprobs': 2}
+    body = ask(app.test_client(), **given, echo=True, stop=['\n'])
+    answer = openai_client.completions.create(model='tiny', **given, echo=True, stop=['\n'])
+    assert [choice.text for choice in answer.choices] == [c['text'] for c in body['choices']]
+    assert answer.usage.total_tokens == body['usage']['total_tokens']
+    for choice, expected in zip(answer.choices, body['choices'], strict=True):
+        assert choice.finish_reason == expected['finish_reason']
+        assert choice.logprobs.model_dump() == expected['logprobs']
+    assert answer._request_id == answer.id.removeprefix('cmpl-')
+
+
+def test_openai_streams_with_logprobs_and_usage(openai_client, app):
+    given = {'prompt': 'one', 'max_tokens': 20, 'seed': 3, 'logprobs': 1, 'logit_bias': GOES_ON}
+    body = ask(app.test_client(), **given)
+    options = {'stream': True, 'stream_options': {'include_usage': True}}
+    *frames, last = openai_client.completions.create(model='tiny', **given, **options)
+    assert ''.join(frame.choices[0].text for frame in frames) == body['choices'][0]['text']
+    tokens = [token for frame in frames for token in frame.choices[0].logprobs.tokens]
+    assert tokens == body['choices'][0]['logprobs']['tokens']
+    assert frames[-1].choices[0].finish_reason == 'length'
+    assert (last.choices, last.usage.completion_tokens) == ([], 20)
+
+
+def test_openai_lists_the_model(openai_client):
+    assert [model.id for model in openai_client.models.list()] == ['tiny']
+    assert openai_client.models.retrieve('tiny').object == 'model'
+
+
+def test_openai_names_errors_by_its_own_classes(openai_client):
+    import openai
+
+    service, given = openai_client, {'model': 'tiny', 'prompt': 'a'}
+    with pytest.raises(openai.BadRequestError) as caught:
+        service.completions.create(**given, temperature=-1)
+    assert caught.value.param == 'temperature'
+    assert caught.value.type == 'invalid_request_error'
+    with pytest.raises(openai.BadRequestError, match='no chat template'):
+        service.chat.completions.create(model='tiny', messages=[{'role': 'user', 'content': 'a'}])
+    with pytest.raises(openai.NotFoundError, match='there is no model'):
+        service.models.retrieve('other')
+    with pytest.raises(openai.AuthenticationError) as caught:
+        service.with_options(api_key='wrong').completions.create(**given)
+    assert caught.value.code == 'invalid_api_key'
+
+
+def test_openai_raises_what_comes_midway_in_a_stream(make_app):
+    openai = pytest.importorskip('openai', reason='openai is not installed')
+    app = make_app(max_seconds=0.3)
+    service, step = app.extensions['flatgpt'], app.extensions['flatgpt'].engine.step
+    service.engine.step = lambda: (time.sleep(0.02), step())[1]
+    given = {'model': '', 'prompt': 'a', 'max_tokens': 60, 'logit_bias': GOES_ON}
+    with served(app) as port:
+        base = f'http://127.0.0.1:{port}/v1'
+        with openai.OpenAI(base_url=base, api_key='-') as client:
+            frames = client.completions.create(**given, stream=True)
+            assert next(frames).choices
+            with pytest.raises(openai.APIError, match='took longer than'):
+                list(frames)
+            with pytest.raises(openai.InternalServerError, match='took longer than'):
+                client.completions.create(**given)  # which does not try again
+    assert figures(app.test_client())['flatgpt_requests_rejected_total{status="503"}'] == 1
 
 
 # -----------------------------------------------------------------------------

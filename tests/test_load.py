@@ -6,7 +6,6 @@ $ FLATGPT_LOAD=10 python -m pytest -m load          # a tenth of the counts
 
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import random
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from test_api import (
     PATH,
     SIZE,
     VOCABULARY,
-    ask,
     connect,
     figures,
     free_again,
@@ -35,7 +32,6 @@ from test_api import (
     out_dir,  # noqa: F401
     post,
     served,
-    service_of,
     started,
 )
 
@@ -128,7 +124,7 @@ def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):  # n
 
 def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, environment):  # noqa: F811
     psutil = pytest.importorskip('psutil')
-    count = times(10_000)
+    count = max(3000, times(15_000))
     with started(out_dir, environment) as (process, port):
         drain = threading.Thread(target=process.stderr.read, daemon=True)
         drain.start()
@@ -136,7 +132,7 @@ def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, env
 
         def client(number):
             with kept(port) as send:
-                for i in range(count // 16):
+                for i in range(count // 48):
                     given = {'max_tokens': 1 + i % 5, 'stream': i % 3 == 0, 'echo': i % 2 == 0}
                     status, _, _ = send(prompt='abc' * (1 + i % 7), **given, logprobs=i % 3)
                     assert status == 200
@@ -144,9 +140,9 @@ def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, env
         def usage():
             return used.memory_info().rss / 2**20, used.num_threads(), used.num_fds()
 
-        for number in range(3):  # every count of rows, every thread
-            together(16, lambda i: post(port, prompt='abc' * 100, max_tokens=20, n=1 + i % 4))
+        together(16, client)  # a third of all, by when every thread has what it needs
         before = usage()
+        together(16, client)
         together(16, client)
         after = usage()
     print(f'{count} requests: {before} MiB, threads, files, then {after}')
@@ -275,3 +271,85 @@ def test_nothing_that_a_schema_allows_or_forbids_is_a_server_error(make_app, pat
     counts = {status: statuses.count(status) for status in sorted({*statuses})}
     print(operation.label, counts)
     assert max(statuses) < 500
+
+
+# -----------------------------------------------------------------------------
+# real clients
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_target: answer
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}]
+---
+"""
+
+
+def test_lm_evaluation_harness_scores_each_item_as_the_model_does(
+    make_app,  # noqa: F811
+    model,  # noqa: F811
+    environment,
+    tmp_path,
+):
+    pytest.importorskip('lm_eval', reason='lm_eval is not installed')
+    draw, letters = random.Random(0), 'abcdefghij é'
+    words = lambda count: ''.join(draw.choices(letters, k=count))  # noqa: E731
+    docs = [
+        {
+            'text': words(draw.randrange(30)) + 'y',
+            'choices': [words(draw.randrange(1, 20)).strip() + 'x' for _ in range(3)],
+            'answer': draw.randrange(3),
+        }
+        for _ in range(times(200))
+    ]
+    data = tmp_path / 'words.jsonl'
+    data.write_text(''.join(json.dumps(doc) + '\n' for doc in docs))
+    (tmp_path / 'words.yaml').write_text(TASK.replace('---\n', '').format(data=data))
+    with served(make_app()) as port:
+        url = f'http://127.0.0.1:{port}{PATH}'
+        given = f'model=tiny,base_url={url},num_concurrent=8,max_length={SIZE},max_retries=1'
+        command = [
+            sys.executable,
+            '-m',
+            'lm_eval',
+            '--model',
+            'local-completions',
+            '--tasks',
+            'words',
+        ]
+        command += ['--include_path', tmp_path, '--output_path', tmp_path / 'out', '--log_samples']
+        caches = {'HF_HOME': str(tmp_path / 'hf'), 'HF_DATASETS_OFFLINE': '1'}
+        done = subprocess.run(
+            [*map(str, command), '--model_args', given],
+            env={**environment, **caches},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / 'out').rglob('samples_words_*.jsonl')
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(samples) == len(docs)
+    worst = 0.0
+    for sample in samples:
+        doc = sample['doc']
+        for choice, ((found, greedy),) in zip(doc['choices'], sample['resps'], strict=True):
+            expected, likeliest = scored(model, doc['text'], ' ' + choice)
+            worst = max(worst, abs(float(found) - expected))
+            assert str(greedy) == str(likeliest)
+    print(f'{3 * len(docs)} items, the largest difference {worst:.1e}')
+    assert worst < 1e-3
+
+
+@torch.no_grad()
+def scored(model, context, continuation):  # noqa: F811
+    """The log-probability of a continuation, and whether each of its tokens is the likeliest."""
+    encode = byte_tokenizer().encode
+    before, after = encode(context).tolist(), encode(continuation).tolist()
+    scores = model(torch.tensor([before + after]))[0][0].log_softmax(-1)[len(before) - 1 : -1]
+    own = scores.gather(1, torch.tensor(after)[:, None])
+    return own.sum().item(), scores.argmax(-1).tolist() == after
