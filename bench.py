@@ -8,6 +8,7 @@ $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --n
 $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
+$ python bench.py --task=lambada,cbt --out_dir=gpt2   # what a model knows, beside GPT-2's figures
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
 speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+from checkpoint import find, is_foreign, load_model, read_state, save
 from configurator import UserError, configure, one_of, within
 from data.dataset import SPLITS, Dataset
 from data.encode import cores
@@ -66,8 +67,14 @@ rows = '1,8,32'  # texts side by side
 prompt_tokens = 64
 new_tokens = 64
 formats = 'float32,bfloat16,int8'  # of the weights
-# quality
-out_dir: str | None = None  # a run whose perplexity is measured in each format, on its own data
+# quality, the perplexity of a run in each format, on its own data; and tasks, instead of all that
+out_dir: str | None = None  # the run; tasks take gpt2, owner/name and folders of others, too
+task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
+limit: int | None = None  # examples of each task, the first ones; None: all
+init_from = 'resume'  # tasks, without out_dir: the newest run, or as out_dir
+checkpoint: str | None = None  # tasks: None or 'best', 'last', or a path
+tokenizer: str | None = None  # tasks: for a model that came without
+quantize: str | None = None  # tasks: 'int8' to see what it costs
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # of it at most
@@ -82,7 +89,7 @@ n_kv_head: int | None = None  # arch='modern'
 bias = False
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
-dtype = 'auto'  # of training: 'auto', 'float32', 'bfloat16' or 'float16'
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
 seed = 1337
 # -----------------------------------------------------------------------------
 
@@ -335,7 +342,7 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
-        model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        model, _, state = load_model(c['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
         data = Dataset(dataset_of(state), model.config.block_size)
         windows = data.eval_windows('val', None if not c['quick'] else 64)
@@ -463,6 +470,25 @@ def add_peers(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
     notes['transformers'] = 'ids in memory'
 
 
+def bench_tasks(c: dict) -> None:
+    """What a model knows, by lm-evaluation-harness."""
+    if c['only']:
+        raise UserError('task and only: give one of them; tasks are not timed')
+    within(1, None, c, 'limit')
+    check_writable(c)
+    try:
+        import harness
+    except ModuleNotFoundError as error:
+        raise UserError(f'task={c["task"]}: needs pip install "lm_eval>=0.4.13"') from error
+    versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
+    report = Report(c, {'device': pick_device(c['device']), **versions})
+    try:
+        harness.run(c, report.entries)
+    finally:  # what was measured stays, whatever happened after it
+        if report.entries:
+            report.write()
+
+
 PEER_SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -481,9 +507,7 @@ def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
     letters = [chr(0x4E00 + i) for i in range(c['vocab_size'])]
     with tempfile.TemporaryDirectory() as folder:
         run, exported = Path(folder) / 'run', Path(folder) / 'transformers'
-        checkpoint.save(
-            run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False
-        )
+        save(run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False)
         options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
         script = Path(__file__).with_name('sample.py')
         prompt = [letters[1], '--device=cpu', '--dtype=float32']
@@ -537,13 +561,11 @@ def check(c: dict) -> list[str]:
     if 'quality' in jobs and not c['out_dir']:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
-    if c['out_dir'] and not checkpoint.is_foreign(c['out_dir']):
-        dataset_of(checkpoint.read_state(checkpoint.find(c['out_dir'])))
+    if c['out_dir'] and not is_foreign(c['out_dir']):
+        dataset_of(read_state(find(c['out_dir'])))
     if c['text'] and not Path(c['text']).is_dir():
         raise UserError(f'text={c["text"]}: no such folder')
-    folder = Path(c['json']).parent
-    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'json={c["json"]}: is no file that can be written')
+    check_writable(c)
     for kind in c['formats'].split(','):
         one_of((*DTYPES, 'int8'), {'formats': kind}, 'formats')
     for count in c['rows'].split(','):
@@ -560,6 +582,12 @@ def check(c: dict) -> list[str]:
             raise UserError("nanogpt: is GPT-2, so it cannot be timed beside arch='modern'")
         import_nanogpt(c['nanogpt'])
     return jobs
+
+
+def check_writable(c: dict) -> None:
+    folder = Path(c['json']).parent
+    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'json={c["json"]}: is no file that can be written')
 
 
 def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
@@ -589,6 +617,8 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def main(c: dict) -> None:
+    if c['task']:
+        return bench_tasks(c)
     jobs = check(c)
     device = pick_device(c['device'])
     runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))
