@@ -118,7 +118,9 @@ class Scorer(TemplateLM):
         return [logprob for logprob, _ in scores]
 
     def begun(self, context: list, continuation: list[int]) -> tuple[list, list]:
-        """A vocabulary without an end of text begins with the first token, which goes unscored."""
+        """Without context there is the end of text before it; in a vocabulary that has none the
+        first token, which goes unscored."""
+        context = context or [self.prefix_token_id]
         if context == [None]:
             return continuation[:1], continuation[1:]
         return context, continuation

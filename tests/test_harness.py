@@ -234,6 +234,13 @@ def test_words_of_one_token_after_the_same_text_are_computed_once(monkeypatch):
     assert len({logprob for logprob, _ in scores}) == 3
 
 
+def test_white_space_for_a_context_is_scored_as_part_of_the_answer():
+    tokenizer = byte_tokenizer()
+    lm = harness.Scorer(own(tokenizer), tokenizer)
+    spaced, plain = lm.loglikelihood(asked(('  ', 'word'), ('', '  word')))
+    assert spaced == plain
+
+
 @torch.no_grad()
 def test_a_vocabulary_without_an_end_of_text_begins_with_the_first_token():
     tokenizer = char_tokenizer(list('abc'))
