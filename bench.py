@@ -9,6 +9,7 @@ $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
+$ python bench.py --task=lambada,cbt --out_dir=gpt2   # what a model knows, beside GPT-2's figures
 $ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
@@ -33,9 +34,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import load
 import track
+from checkpoint import find, is_foreign, load_model, read_state, save
 from configurator import UserError, configure, one_of, within
 from data.dataset import SPLITS, Dataset, is_prepared
 from data.encode import cores
@@ -76,9 +77,15 @@ formats = 'float32,bfloat16,int8'  # of the weights
 # serving
 clients = 16  # that ask again when they have their answer
 serve_format = 'bfloat16'  # of the weights
-# quality
-out_dir: str | None = None  # a run whose perplexity is measured in each format, or gpt2 ...
-dataset: str | None = None  # to measure it on; None: what the run was trained on
+# quality, the perplexity of a model in each format; and tasks, instead of all that
+out_dir: str | None = None  # a run, or gpt2, owner/name, a folder of others
+dataset: str | None = None  # to measure quality on; None: what the run was trained on
+task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
+limit: int | None = None  # examples of each task, the first ones; None: all
+init_from = 'resume'  # tasks, without out_dir: the newest run, or as out_dir
+checkpoint: str | None = None  # tasks: None or 'best', 'last', or a path
+tokenizer: str | None = None  # tasks: for a model that came without
+quantize: str | None = None  # tasks: 'int8' to see what it costs
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # of it at most
@@ -93,7 +100,7 @@ n_kv_head: int | None = None  # arch='modern'
 bias = False
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
-dtype = 'auto'  # of training: 'auto', 'float32', 'bfloat16' or 'float16'
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
 seed = 1337
 # -----------------------------------------------------------------------------
 
@@ -346,7 +353,7 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
-        model, tokenizer, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        model, tokenizer, state = load_model(c['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
         data = Dataset(dataset_of(state, c['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
@@ -477,6 +484,25 @@ def add_peers(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
     notes['transformers'] = 'ids in memory'
 
 
+def bench_tasks(c: dict) -> None:
+    """What a model knows, by lm-evaluation-harness."""
+    if c['only']:
+        raise UserError('task and only: give one of them; tasks are not timed')
+    within(1, None, c, 'limit')
+    check_writable(c)
+    try:
+        import harness
+    except ModuleNotFoundError as error:
+        raise UserError(f'task={c["task"]}: needs pip install "lm_eval>=0.4.13"') from error
+    versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
+    report = Report(c, {'device': pick_device(c['device']), **versions})
+    try:
+        harness.run(c, report.entries)
+    finally:  # what was measured stays, whatever happened after it
+        if report.entries:
+            report.write()
+
+
 PEER_SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -495,9 +521,7 @@ def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
     letters = [chr(0x4E00 + i) for i in range(c['vocab_size'])]
     with tempfile.TemporaryDirectory() as folder:
         run, exported = Path(folder) / 'run', Path(folder) / 'transformers'
-        checkpoint.save(
-            run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False
-        )
+        save(run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False)
         options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
         script = Path(__file__).with_name('sample.py')
         prompt = [letters[1], '--device=cpu', '--dtype=float32']
@@ -559,7 +583,7 @@ def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
 def save_random(folder: Path, c: dict) -> Path:
     """A run's folder with the weights that all sides have."""
     letters = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
-    checkpoint.save(folder, build_model(c), [], letters, {'step': 0}, keep_evaluated=False)
+    save(folder, build_model(c), [], letters, {'step': 0}, keep_evaluated=False)
     return folder
 
 
@@ -697,14 +721,12 @@ def check(c: dict) -> list[str]:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
     if c['out_dir']:
-        foreign = checkpoint.is_foreign(c['out_dir'])
-        state = {} if foreign else checkpoint.read_state(checkpoint.find(c['out_dir']))
+        foreign = is_foreign(c['out_dir'])
+        state = {} if foreign else read_state(find(c['out_dir']))
         dataset_of(state, c['dataset'])
     if c['text'] and not Path(c['text']).is_dir():
         raise UserError(f'text={c["text"]}: no such folder')
-    folder = Path(c['json']).parent
-    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'json={c["json"]}: is no file that can be written')
+    check_writable(c)
     for kind in c['formats'].split(','):
         one_of((*DTYPES, 'int8'), {'formats': kind}, 'formats')
     for count in c['rows'].split(','):
@@ -721,6 +743,12 @@ def check(c: dict) -> list[str]:
             raise UserError("nanogpt: is GPT-2, so it cannot be timed beside arch='modern'")
         import_nanogpt(c['nanogpt'])
     return jobs
+
+
+def check_writable(c: dict) -> None:
+    folder = Path(c['json']).parent
+    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'json={c["json"]}: is no file that can be written')
 
 
 def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
@@ -752,6 +780,8 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 def main(c: dict) -> None:
     if c['compare']:
         return print(track.draw_runs(c['compare'].split(','), 'runs.png'))
+    if c['task']:
+        return bench_tasks(c)
     jobs = check(c)
     device = pick_device(c['device'])
     runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))

@@ -423,13 +423,16 @@ class GPT(nn.Module):
         x = self.trunk(idx, pos, cache)  # (B, T, C)
         if cache is not None and not whole:  # only the last real token is asked what follows it
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
-        logits = self.lm_head(x)  # (B, T, V) or (B, V)
-        if self.config.arch == 'modern':
-            logits = 15.0 * torch.tanh(logits.float() / 15.0)
+        logits = self.head(x)  # (B, T, V) or (B, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+    def head(self, x):
+        """What the trunk makes of tokens (..., C) -> logits of the token that follows (..., V)."""
+        logits = self.lm_head(x)
+        return logits if self.config.arch == 'gpt2' else 15.0 * torch.tanh(logits.float() / 15.0)
 
     def block_matrices(self) -> list[nn.Parameter]:
         """The matrices inside the blocks: neither embeddings nor head, no gains, no biases."""
