@@ -204,8 +204,7 @@ def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
     with tempfile.TemporaryDirectory() as folder, opened(names, c, 'writing') as (ours, theirs):
         run = save_random(Path(folder), c)
-        flags = {'dtype': ours.dtype, 'quantize': 'int8' if kind == 'int8' else None}
-        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 10 * clients}
+    X        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 10 * clients}
         with Server(run, **flags) as server:
             bench_throughput(c, report, server, ours, theirs)
             bench_lone_client(c, report, server, ours)

@@ -365,6 +365,17 @@ def json_or_none(text: str | bytes):
         return json.loads(text)
 
 
+def source(settings: dict) -> tuple[str | Path, str]:
+    """The folder, name or checkpoint that the settings mean, and which of its checkpoints."""
+    # In a training run's config, out_dir is the model it made, and init_from what that came from
+    where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint'] or 'best'
+    if which not in ('best', 'last'):
+        where = which
+    elif where in ('resume', 'scratch'):
+        where = newest_run()
+    return where, which
+
+
 def load(settings: dict) -> tuple[GPT, Tokenizer]:
     """The model and tokenizer that the settings name, ready to write."""
     device = pick_device(settings['device'])
@@ -375,12 +386,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     one_of((None, 'int8'), settings, 'quantize')
     by_itself = settings['quantize'] and settings['dtype'] == 'auto'
     dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)
-    # In a training run's config, out_dir is the model it made, and init_from what that came from
-    where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint'] or 'best'
-    if which not in ('best', 'last'):
-        where = which
-    elif where in ('resume', 'scratch'):
-        where = newest_run()
+    where, which = source(settings)
     model, tokenizer, state = load_model(where, which, device, tokenizer=settings['tokenizer'])
     if tokenizer is None:
         raise UserError(

@@ -1,0 +1,464 @@
+"""
+Serve a model over HTTP, as the clients of OpenAI's API expect it.
+
+$ python api.py                                      # the newest run below out/, this machine only
+$ python api.py --out_dir=out/my_run --port=8080
+$ FLATGPT_API_KEY=secret python api.py --host=0.0.0.0
+
+$ curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+       -d '{"prompt": "To be", "max_tokens": 32, "stream": true}'
+
+http://127.0.0.1:8000/ is a playground, /docs explains every path, /metrics is for Prometheus.
+For another server than its own: create_app(out_dir='out/my_run') is the WSGI application.
+"""
+
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import socket
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import flask
+import waitress
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, ValidationError
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.task import ErrorTask
+from werkzeug.exceptions import HTTPException
+
+import schema
+from configurator import ConfigError, UserError, configure, known, read_settings, within
+from data.tokenizer import EOT, Tokenizer
+from engine import Engine
+from model import GPT
+from sample import load, source
+from service import LOG, Refusal, Service
+
+# -----------------------------------------------------------------------------
+# model
+out_dir: str | None = None  # folder of the run; None is the newest run below out/
+init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
+checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
+tokenizer: str | None = None  # for a model that came without: a name, tokenizer.json or meta.pkl
+device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
+quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faster for few texts
+name: str | None = None  # what clients see as the model's name; None: that of its folder
+# server
+host = '127.0.0.1'  # address to listen at; one that others can reach needs a key
+port = 8000  # 0: any that is free
+api_key: str | None = None  # what clients must send; None: what FLATGPT_API_KEY says
+log_prompts = False  # put prompts and answers into the log
+# limits
+max_rows: int | None = None  # texts computed at once; None: 8 on a CPU, 32 elsewhere
+max_queue = 128  # further texts that wait for a row; a request for more is answered 429
+max_prompt_tokens: int | None = None  # of each prompt; None: what the model's context holds
+max_new_tokens: int | None = None  # of each text; None: the same
+max_seconds = 600.0  # from when a request comes to its last token
+max_body = 4.0  # MiB that a request may have
+chunk: int | None = None  # tokens of prompts between two steps of the texts; None: 64, or 256
+deterministic = False  # the same bits for a text whatever else is computed; slower
+# -----------------------------------------------------------------------------
+
+
+WEB = Path(__file__).resolve().parent / 'web'
+SWAGGER = Path(find_spec('flask_openapi3_swagger').origin).parent / 'templates' / 'swagger'
+DOCS = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>flatGPT: API</title>
+<link rel="icon" href="data:,">
+<link rel="stylesheet" href="docs/swagger-ui.css">
+<body>
+<div id="ui"></div>
+<script src="docs/swagger-ui-bundle.js"></script>
+<script>
+SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLinking: true})
+</script>
+"""
+SPARE = 16  # threads for all that is not a text
+LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
+
+
+# -----------------------------------------------------------------------------
+# the application
+
+
+def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Flask:
+    """The WSGI application. given: settings of this file. loaded: a model, else they say which."""
+    settings = {name: globals()[name] for name in read_settings(__file__)}
+    for key in given:
+        known(key, settings, f'create_app({key}=)')
+    settings |= given
+    check(settings)
+    if loaded is None:
+        settings['name'] = settings['name'] or Path(source(settings)[0]).name
+        loaded = load(settings)
+    settings['name'] = settings['name'] or 'flatgpt'
+    on_cpu = loaded[0].embedding.weight.device.type == 'cpu'
+    rows, piece = (8, 64) if on_cpu else (32, 256)
+    rows, piece = settings['max_rows'] or rows, settings['chunk'] or piece
+    engine = Engine(*loaded, rows, piece, deterministic=settings['deterministic'])
+    app = flask.Flask('flatgpt', static_folder=None)
+    app.extensions['flatgpt'] = Service(engine, settings)
+    app.config['MAX_CONTENT_LENGTH'] = int(settings['max_body'] * 2**20)
+    app.url_map.strict_slashes = app.url_map.merge_slashes = False
+    app.json.sort_keys = False
+    app.register_blueprint(routes)
+    return app
+
+
+def check(settings: dict) -> None:
+    within(1, None, settings, 'max_rows', 'max_prompt_tokens', 'max_new_tokens', 'chunk')
+    within(0, None, settings, 'max_queue')
+    within(0, 65535, settings, 'port')
+    within(0.001, None, settings, 'max_seconds', 'max_body')
+
+
+def key_of(settings: dict) -> str:
+    return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
+
+
+routes = flask.Blueprint('flatgpt', __name__)
+
+
+def here() -> Service:
+    return flask.current_app.extensions['flatgpt']
+
+
+# --- around every request
+
+
+@routes.before_app_request
+def enter():
+    """Name the request, and let it in if it needs no key or has it."""
+    g, headers = flask.g, flask.request.headers
+    given = headers.get('X-Request-Id', '')
+    g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
+    g.began, g.job = time.monotonic(), None
+    guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
+    key, sent = key_of(here().settings), headers.get('Authorization', '').removeprefix('Bearer ')
+    if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
+        message = 'send the key of this server, as in "Authorization: Bearer KEY"'
+        challenge = {'WWW-Authenticate': 'Bearer'}
+        raise Refusal(401, message, code='invalid_api_key', headers=challenge)
+
+
+@routes.after_app_request
+def leave(response):
+    g, request, with_text = flask.g, flask.request, here().settings['log_prompts']
+    response.headers['X-Request-Id'] = g.id
+    response.headers['X-Content-Type-Options'] = 'nosniff'
+    response.headers['Content-Security-Policy'] = "default-src 'self' 'unsafe-inline' data:"
+    line = {
+        'id': g.id,
+        'client': request.remote_addr,
+        'method': request.method,
+        'path': request.path,
+        'status': response.status_code,
+    }
+
+    @response.call_on_close
+    def write_line(job=g.job, began=g.began):
+        took = {'seconds': round(time.monotonic() - began, 4)}
+        fields = line | took | (job.record(with_text) if job else {})
+        LOG.info('request', extra={'fields': fields})
+
+    return response
+
+
+@routes.app_errorhandler(Refusal)
+def refuse(refusal: Refusal):
+    here().metrics.rejected.labels(refusal.status).inc()
+    return refusal.body, refusal.status, refusal.headers
+
+
+@routes.app_errorhandler(HTTPException)
+def refuse_in_json(error: HTTPException):
+    said = {
+        404: f'there is no {flask.request.path}; /docs shows what there is',
+        405: f'{flask.request.path} does not take {flask.request.method}',
+        413: f'the body has more than {here().settings["max_body"]:g} MiB',
+    }
+    allow = {name: value for name, value in error.get_headers() if name == 'Allow'}
+    message = said.get(error.code, error.description)
+    return refuse(Refusal(error.code, message, headers=allow))
+
+
+@routes.app_errorhandler(Exception)
+def apologize(error: Exception):
+    LOG.error('%s %s', flask.request.method, flask.request.path, exc_info=error)
+    return refuse(Refusal(500, 'this should not have happened; the log has the details'))
+
+
+# --- what people and machines look at
+
+
+@routes.get('/')
+def playground():
+    return flask.send_from_directory(WEB, 'playground.html')
+
+
+@routes.get('/docs')
+def docs():
+    return DOCS
+
+
+@routes.get('/docs/<file>')
+def docs_file(file: str):
+    folder = {'css': 'css', 'js': 'js'}.get(file.rpartition('.')[2], '')
+    return flask.send_from_directory(SWAGGER / folder, file, max_age=3600)
+
+
+@routes.get('/openapi.json')
+def openapi():
+    return schema.openapi(here().name)
+
+
+@routes.get('/health')
+def health():
+    return {'status': 'ok'}
+
+
+@routes.get('/ready')
+def ready():
+    if trouble := here().trouble():
+        raise trouble
+    return {'status': 'ok'}
+
+
+@routes.get('/metrics')
+def metrics():
+    figures = generate_latest(here().metrics.registry)
+    return flask.Response(figures, content_type=CONTENT_TYPE_LATEST)
+
+
+# --- the model
+
+
+def read(kind: type[BaseModel]):
+    """The body of this HTTP request, checked."""
+    if flask.request.mimetype != 'application/json':
+        raise Refusal(415, 'send JSON, with the header "Content-Type: application/json"')
+    try:
+        return kind.model_validate_json(flask.request.get_data(cache=False))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    message, param = first['msg'], '.'.join(map(str, first['loc'][:1])) or None
+    if param == 'prompt' and first['type'] != 'missing':
+        message = 'must be a text, token ids, or a list of either, none of them empty'
+    raise Refusal(400, f'{param or "the body"}: {message}', param)
+
+
+@routes.post('/v1/completions')
+def completions():
+    body, service, g = read(schema.CompletionRequest), here(), flask.g
+    gone = flask.request.environ.get('waitress.client_disconnected', lambda: False)
+    job = g.job = service.begin(body, gone)
+    head = {
+        'id': f'cmpl-{g.id}',
+        'object': 'text_completion',
+        'created': int(time.time()),
+        'model': service.name,
+    }
+    if not body.stream:
+        try:
+            return job.whole(head)
+        finally:
+            service.release(job)
+    response = flask.Response(job.frames(head), content_type='text/event-stream; charset=utf-8')
+    response.headers['Cache-Control'] = 'no-cache'
+    response.headers['X-Accel-Buffering'] = 'no'  # nginx would hold it back
+    # a generator that is closed before its first frame never comes to a `finally`
+    response.call_on_close(lambda: service.release(job))
+    return response
+
+
+@routes.post('/v1/chat/completions')
+def chat_completions():
+    raise Refusal(400, 'this model has no chat template', 'messages', 'no_chat_template')
+
+
+def card(service: Service) -> dict:
+    return {
+        'id': service.name,
+        'object': 'model',
+        'created': service.began,
+        'owned_by': 'flatgpt',
+        'max_model_len': service.size,
+    }
+
+
+@routes.get('/v1/models')
+def models():
+    return {'object': 'list', 'data': [card(here())]}
+
+
+@routes.get('/v1/models/<path:which>')
+def one_model(which: str):
+    if which != here().name:
+        raise Refusal(404, f'there is no model {which!r}; this is {here().name!r}', 'model')
+    return card(here())
+
+
+@routes.get('/tokenizer_info')
+def tokenizer_info():
+    tokenizer = here().tokenizer
+    end = None if tokenizer.eot is None else EOT
+    special = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), end)
+    about = {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size}
+    return about | special | {'chat_template': None}
+
+
+@routes.post('/tokenize')
+def tokenize():
+    ids = here().to_ids(read(schema.TokenizeRequest).prompt, 'prompt')
+    return {'tokens': ids, 'count': len(ids), 'max_model_len': here().size}
+
+
+@routes.post('/detokenize')
+def detokenize():
+    ids = here().to_ids(read(schema.DetokenizeRequest).tokens, 'tokens')
+    return {'prompt': here().tokenizer.decode(ids)}
+
+
+# -----------------------------------------------------------------------------
+# the server
+
+
+class JsonLines(logging.Formatter):
+    """A line of the log as a JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))
+        line = {
+            'time': f'{moment}.{int(record.msecs):03}Z',
+            'level': record.levelname.lower(),
+            'message': record.getMessage(),
+            **getattr(record, 'fields', {}),
+        }
+        if record.exc_info:
+            line['traceback'] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+class JsonErrorTask(ErrorTask):
+    """What waitress answers by itself to what is no HTTP, or too much of it."""
+
+    def execute(self):
+        error = self.request.error
+        body = json.dumps(schema.error_body(error.code, f'{error.reason}: {error.body}')).encode()
+        self.status = f'{error.code} {error.reason}'
+        self.response_headers.append(('Content-Type', 'application/json'))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class Channel(HTTPChannel):
+    error_task_class = JsonErrorTask
+
+
+def listen(settings: dict) -> socket.socket:
+    """A socket at the host and port asked for. UserError if that may not or cannot be."""
+    where, at = settings['host'], settings['port']
+    try:
+        family, _, _, _, address = socket.getaddrinfo(where, at, type=socket.SOCK_STREAM)[0]
+        if not (ipaddress.ip_address(address[0]).is_loopback or key_of(settings)):
+            raise ConfigError(
+                f'host={where}: others could reach it, so it needs a key that clients must send; '
+                'set FLATGPT_API_KEY, or --api_key='
+            )
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(
+            f'--host={where} --port={at}: {error.strerror or error}; try another'
+        ) from error
+
+
+def make_server(app: flask.Flask, listener: socket.socket, channels: dict):
+    """A waitress server whose sockets are in `channels`."""
+    server = waitress.create_server(
+        app,
+        map=channels,
+        sockets=[listener],
+        threads=app.extensions['flatgpt'].most + SPARE,  # else 429 and /health had to wait
+        connection_limit=1000,
+        channel_request_lookahead=1,  # without it nobody notices a client that left
+        max_request_body_size=app.config['MAX_CONTENT_LENGTH'],
+        ident='flatgpt',
+    )
+    server.channel_class = Channel
+    return server
+
+
+def drain_on_signals(service: Service) -> None:
+    """SIGTERM and Ctrl-C let what has begun be finished; a second one does not."""
+
+    def stop(number, stack):
+        if service.draining:
+            os._exit(128 + number)  # the engine is at work, and would abort an orderly end
+        service.draining = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def serve(app: flask.Flask, listener: socket.socket) -> None:
+    """Answer until the service is to drain, and then until all that has begun is answered."""
+    service, channels = app.extensions['flatgpt'], {}
+    server = make_server(app, listener, channels)
+    quiet = math.inf  # since when nobody waits for anything
+    while time.monotonic() - quiet < LINGER:
+        wasyncore.loop(0.1, use_poll=hasattr(select, 'poll'), map=channels, count=1)
+        waits = not service.draining or service.jobs or busy(server)
+        quiet = math.inf if waits else min(quiet, time.monotonic())
+    service.close()
+
+
+def busy(server) -> bool:
+    """Whether somebody waits for an answer, or for the end of one."""
+    channels = list(server.active_channels.values())
+    return any(channel.requests or channel.total_outbufs_len for channel in channels)
+
+
+def log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    LOG.setLevel(logging.INFO)
+    logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # a line for each that waits
+
+
+def main(settings: dict) -> None:
+    check(settings)
+    listener = listen(settings)  # before the model: a port that is taken is noticed at once
+    app = create_app(**settings)
+    log_to_stderr()
+    service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
+    drain_on_signals(service)
+    address = f'[{address}]' if ':' in address else address
+    print(f'{service.name} at http://{address}:{number}, documentation at /docs')
+    print(
+        f'{len(service.engine.slots)} texts at once, {settings["max_queue"]} more wait, of '
+        f'{service.size} tokens; {settings["max_body"]:g} MiB and {settings["max_seconds"]:g} '
+        f's a request; {"with a key" if key_of(settings) else "no key"}',
+        flush=True,
+    )
+    serve(app, listener)
+
+
+if __name__ == '__main__':
+    main(configure(globals(), sys.argv[1:]))
