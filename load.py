@@ -204,7 +204,8 @@ def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
     with tempfile.TemporaryDirectory() as folder, opened(names, c, 'writing') as (ours, theirs):
         run = save_random(Path(folder), c)
-    X        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 10 * clients}
+        flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
+        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
         with Server(run, **flags) as server:
             bench_throughput(c, report, server, ours, theirs)
             bench_lone_client(c, report, server, ours)
