@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,6 +94,7 @@ SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLin
 </script>
 """
 MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
+CONNECTIONS = 1000  # at once; idle ones are closed after two minutes
 SPARE = 16  # threads for all that is not a text
 LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
 
@@ -115,7 +117,10 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
     on_cpu = loaded[0].embedding.weight.device.type == 'cpu'
     rows, piece = (8, 64) if on_cpu else (32, 256)
     rows, piece = settings['max_rows'] or rows, settings['chunk'] or piece
-    engine = Engine(*loaded, rows, piece, deterministic=settings['deterministic'])
+    try:
+        engine = Engine(*loaded, rows, piece, deterministic=settings['deterministic'])
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f'max_rows={rows}: so many do not fit into memory; try fewer') from error
     app = flask.Flask('flatgpt', static_folder=None)
     app.extensions['flatgpt'] = Service(engine, settings)
     app.config['MAX_CONTENT_LENGTH'] = int(settings['max_body'] * 2**20)
@@ -438,7 +443,7 @@ class Server:
             map=self.channels,
             sockets=[listener],
             threads=SPARE,
-            connection_limit=1000,
+            connection_limit=CONNECTIONS,
             channel_request_lookahead=1,  # without it nobody notices a client that left
             max_request_body_size=int(max_body * 2**20),
             ident='flatgpt',
@@ -497,8 +502,19 @@ def log_to_stderr() -> None:
     logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # a line for each that waits
 
 
+def allow_open_files(count: int) -> None:
+    """Have the system allow a process so many sockets and files, or as many as it ever does."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
 def main(settings: dict) -> None:
     check(settings)
+    allow_open_files(4 * CONNECTIONS)
     door, listener = Door(), listen(settings)
     server = Server(door, listener, settings['max_body'])
     app = create_app(**settings)

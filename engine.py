@@ -388,8 +388,8 @@ class Engine:
         left = [slot.request for slot in dropped]
         for slot in dropped:
             slot.end()
-        if any(request.cancelled for request in self.waiting):
-            with self.arrival:
+        if self.waiting:
+            with self.arrival:  # others append to it at any moment
                 left += [request for request in self.waiting if request.cancelled]
                 kept = [request for request in self.waiting if not request.cancelled]
                 self.waiting = deque(kept)

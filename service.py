@@ -196,6 +196,8 @@ class Job:
             message = f'it took longer than {self.seconds:g} seconds, the limit of this server'
             # the clients of OpenAI's library would try the same again
             return Refusal(503, message, code='timeout', headers={'X-Should-Retry': 'false'})
+        if self.gone():
+            return Refusal(499, 'the client has left')  # as nginx calls it; for the log
         return Refusal(500, 'the engine failed; the log says why', code='engine_stopped')
 
     def usage(self) -> dict:

@@ -545,6 +545,34 @@ def test_a_cancelled_request_leaves_its_row_before_the_next_step(model, tokenize
     assert engine.running == len(engine.waiting) == 0
 
 
+def test_requests_may_come_while_the_engine_looks_for_cancelled_ones(model, tokenizer):
+    engine, pieces, threads = Engine(model, tokenizer, 1), [], []
+
+    class Meddling(Request):
+        @property
+        def cancelled(self):  # another thread submits just when this is looked at
+            other = Request([1], Sampling(1), pieces.append, 1)
+            if len(threads) < 3:
+                threads.append(threading.Thread(target=engine.submit, args=(other,)))
+                threads[-1].start()
+                threads[-1].join(0.1)
+            return False
+
+        @cancelled.setter
+        def cancelled(self, value):
+            pass
+
+    for _ in range(2):
+        engine.submit(Meddling([1], Sampling(1), pieces.append, 0))
+    while engine.step():
+        pass
+    for thread in threads:
+        thread.join()
+    while engine.step():
+        pass
+    assert len(pieces) == 2 + len(threads) == 5
+
+
 def test_an_exception_ends_every_request_and_refuses_the_next(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
     model.lm_head.weight.data.fill_(math.nan)
