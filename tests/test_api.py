@@ -379,12 +379,12 @@ def test_the_first_token_is_sent_at_once_and_others_together(client):
     engine.step = lambda: (steps.acquire(), step())[1]
     given = {'prompt': 'ab', 'max_tokens': 60, 'logit_bias': GOES_ON, 'logprobs': 0}
     reply = client.post(PATH, json={**given, 'stream': True})
-    first = next(reply.response)  # there was one step
+    first = next(reply.response)  # one step, of the prompt and perhaps of a token after it
     steps.release(1000)
     frames = frames_of((first + b''.join(reply.response)).decode())
     reply.close()
     lengths = [len(frame['choices'][0]['logprobs']['tokens']) for frame in frames]
-    assert lengths[0] == 1
+    assert lengths[0] in (1, 2)
     assert sum(lengths) == 60
     assert len(lengths) < 30
 
