@@ -123,7 +123,9 @@ def candidates(logits, sampling: Sampling):
             ids = F.pad(ids, (0, rest))
             values[short], ids[short] = whole[short].sort(descending=True)
             probs[short] = values[short].softmax(-1)
-        values = values.masked_fill(probs.cumsum(-1) - probs >= s.top_p, -math.inf)
+        beyond = probs.cumsum(-1) - probs >= s.top_p
+        beyond[:, 0] = False  # however little top_p asks for
+        values = values.masked_fill(beyond, -math.inf)
     if s.min_p:
         values = values.masked_fill(values < math.log(s.min_p), -math.inf)
     return values, ids

@@ -2,12 +2,14 @@
 What clients send to api.py and what it answers, as pydantic models, and the OpenAPI document of it.
 
     body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
-    openapi(guarded=False)                               # what GET /openapi.json gives
+    openapi('mine')                                      # what GET /openapi.json gives
 """
 
+from http import HTTPStatus
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
 
 from engine import Sampling
 
@@ -222,14 +224,101 @@ class ErrorResponse(BaseModel):
 # -----------------------------------------------------------------------------
 # OpenAPI
 
-TYPES = {  # of an error, by its status
-    400: 'invalid_request_error',
-    401: 'authentication_error',
-    404: 'not_found_error',
-    405: 'invalid_request_error',
-    413: 'invalid_request_error',
-    415: 'invalid_request_error',
-    429: 'rate_limit_error',
-    500: 'server_error',
-    503: 'service_unavailable',
+ERRORS = {  # status: type, and an example's message, param and code
+    400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
+    401: ('authentication_error', 'send the key of this server', None, 'invalid_api_key'),
+    404: ('not_found_error', "there is no model 'other'; this is 'mine'", 'model', None),
+    405: ('invalid_request_error', 'this path does not take POST', None, None),
+    413: ('invalid_request_error', 'the body has more than 4 MiB', None, None),
+    415: ('invalid_request_error', 'send JSON, with Content-Type: application/json', None, None),
+    429: ('rate_limit_error', '136 texts are being written or wait', None, 'queue_full'),
+    500: ('server_error', 'the engine failed; the log says why', None, 'engine_stopped'),
+    503: ('service_unavailable', 'the server is shutting down', None, 'draining'),
 }
+RETRY_AFTER = {'description': 'Seconds to wait.', 'schema': {'type': 'integer'}}
+FRAMES = """\
+data: {"id": "cmpl-1", "object": "text_completion", "created": 1764000000, "model": "mine", \
+"choices": [{"index": 0, "text": " be", "logprobs": null, "finish_reason": "length"}]}
+
+data: [DONE]
+
+"""
+
+
+def error_body(status: int, message: str, param=None, code=None) -> dict:
+    kind = ERRORS.get(status, ERRORS[400])[0]
+    return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
+
+
+def reference(model: type[BaseModel]) -> dict:
+    return {'$ref': f'#/components/schemas/{model.__name__}'}
+
+
+def json_of(model: type[BaseModel]) -> dict:
+    return {'application/json': {'schema': reference(model)}}
+
+
+def error_response(status: int) -> dict:
+    example = error_body(status, *ERRORS[status][1:])
+    content = {'application/json': {'schema': reference(ErrorResponse), 'example': example}}
+    answer = {'description': HTTPStatus(status).phrase, 'content': content}
+    return answer | ({'headers': {'Retry-After': RETRY_AFTER}} if status == 429 else {})
+
+
+def operation(does: str, takes=None, gives=None, errors=(), guarded=True, content=None) -> dict:
+    """An OpenAPI operation. takes, gives: models of bodies. content: what it gives, if not JSON."""
+    answers = {'200': {'description': 'OK', 'content': {**(json_of(gives) if gives else {})}}}
+    answers['200']['content'] |= content or {}
+    statuses = {*errors, *((400, 413, 415) if takes else ()), *((401,) if guarded else ())}
+    answers |= {str(status): error_response(status) for status in sorted(statuses)}
+    body = {'requestBody': {'required': True, 'content': json_of(takes)}} if takes else {}
+    security = {'security': [{}, {'key': []}]} if guarded else {}
+    return {'summary': does, **body, 'responses': answers, **security}
+
+
+def openapi(name: str) -> dict:
+    """The OpenAPI document of a server whose model has this name."""
+    bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+    answers = (CompletionResponse, ModelList, TokenizeResponse, DetokenizeResponse, TokenizerInfo)
+    models = [(model, 'validation') for model in (*bodies, *answers, Status, ErrorResponse)]
+    _, schemas = models_json_schema(models, ref_template='#/components/schemas/{model}')
+    which = {'name': 'model', 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
+    frames = {'text/event-stream': {'example': FRAMES}}
+    metrics = {'text/plain': {'example': 'flatgpt_slots 8.0\n'}}
+    post = {
+        '/v1/completions': operation(
+            'Continue texts. With stream, the answer comes as server-sent events.',
+            *(CompletionRequest, CompletionResponse, (429, 500, 503)),
+            content=frames,
+        ),
+        '/v1/chat/completions': operation(
+            'Answer, if the model has a chat template; else 400.', errors=(400,)
+        ),
+        '/tokenize': operation('The token ids of a text.', TokenizeRequest, TokenizeResponse),
+        '/detokenize': operation('The text of token ids.', DetokenizeRequest, DetokenizeResponse),
+    }
+    get = {
+        '/v1/models': operation('The model there is.', gives=ModelList),
+        '/v1/models/{model}': operation('It, by its name.', gives=Model, errors=(404,)),
+        '/tokenizer_info': operation('The vocabulary and its special tokens.', gives=TokenizerInfo),
+        '/health': operation('Whether the process lives.', gives=Status, guarded=False),
+        '/ready': operation('Whether it can compute.', None, Status, (503,), guarded=False),
+        '/metrics': operation('Figures for Prometheus.', guarded=False, content=metrics),
+    }
+    get['/v1/models/{model}']['parameters'] = [{**which, 'example': name}]
+    return {
+        'openapi': '3.1.0',
+        'info': {
+            'title': f'flatGPT: {name}',
+            'version': '1',
+            'description': 'Completions as OpenAI has them, by a model of your own.',
+        },
+        'paths': {
+            **{path: {'post': each} for path, each in post.items()},
+            **{path: {'get': each} for path, each in get.items()},
+        },
+        'components': {
+            'schemas': schemas['$defs'],
+            'securitySchemes': {'key': {'type': 'http', 'scheme': 'bearer'}},
+        },
+    }

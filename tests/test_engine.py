@@ -113,6 +113,13 @@ def test_a_large_vocabulary_is_filtered_as_transformers_does(settings, spread):
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-4, atol=1e-7)
 
 
+def test_the_likeliest_token_stays_however_small_top_p_is():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for share in (5e-324, 1e-40, 1e-9):
+        chosen = choose(logits, Sampling(**{**ALL, 'top_p': share}), torch.full((3, 1), 0.99))
+        assert torch.equal(chosen, logits.argmax(-1))
+
+
 def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
     generator = torch.Generator().manual_seed(0)
     peaked = (4 * torch.randn(50, 5000, generator=generator)).bfloat16().float()  # many ties

@@ -41,8 +41,8 @@ def out_dir(tmp_path_factory):
     return saved(tmp_path_factory.mktemp('run'), char_tokenizer(LETTERS))
 
 
-def saved(folder, tokenizer, vocab_size=None):
-    model = random_model(vocab_size or tokenizer.vocab_size)
+def saved(folder, tokenizer, vocab_size=None, block_size=16):
+    model = random_model(vocab_size or tokenizer.vocab_size, block_size)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {'step': 3, 'val_loss': 1.0, 'evaluated': True}
     checkpoint.save(folder, model, [optimizer], tokenizer, state)
