@@ -8,6 +8,8 @@ $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --n
 $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
+$ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
+$ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
 speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
@@ -32,8 +34,10 @@ import numpy as np
 import torch
 
 import checkpoint
+import load
+import track
 from configurator import UserError, configure, one_of, within
-from data.dataset import SPLITS, Dataset
+from data.dataset import SPLITS, Dataset, is_prepared
 from data.encode import cores
 from data.text import prepare
 from data.tokenizer import char_tokenizer, get_tokenizer
@@ -42,6 +46,7 @@ from peers import (
     build_model,
     import_nanogpt,
     in_format,
+    prompts_of,
     synchronize,
     transformers_model,
 )
@@ -53,8 +58,10 @@ only = ''  # some of training,prefill,decode,quality,data,startup; empty: all
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # turns of each side
 nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
+serve = False  # time api.py under load instead of all else
 profile = False  # have torch's profiler watch a turn of flatGPT, and write its trace
 json = 'bench.json'  # the figures, for programs
+compare: str | None = None  # folders of runs, a,b: draw their losses into runs.png, time nothing
 # training
 steps = 3  # in a turn
 optimizer = 'adamw'  # or 'muon'
@@ -66,8 +73,12 @@ rows = '1,8,32'  # texts side by side
 prompt_tokens = 64
 new_tokens = 64
 formats = 'float32,bfloat16,int8'  # of the weights
+# serving
+clients = 16  # that ask again when they have their answer
+serve_format = 'bfloat16'  # of the weights
 # quality
-out_dir: str | None = None  # a run whose perplexity is measured in each format, on its own data
+out_dir: str | None = None  # a run whose perplexity is measured in each format, or gpt2 ...
+dataset: str | None = None  # to measure it on; None: what the run was trained on
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # of it at most
@@ -335,9 +346,11 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
-        model, _, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        model, tokenizer, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
-        data = Dataset(dataset_of(state), model.config.block_size)
+        data = Dataset(dataset_of(state, c['dataset']), model.config.block_size)
+        if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
+            raise UserError(f'{data.folder}: was not made with the tokenizer of {c["out_dir"]}')
         windows = data.eval_windows('val', None if not c['quick'] else 64)
         total = count = 0
         for part in np.array_split(windows, math.ceil(len(windows) / 8)):
@@ -352,13 +365,14 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
         report.add('quality', kind, note, perplexity=found[kind])
 
 
-def dataset_of(state: dict) -> Path:
-    name = state.get('config', {}).get('dataset')
+def dataset_of(state: dict, dataset: str | None) -> Path:
+    """The folder of `dataset`, by default what a checkpoint's state says it was trained on."""
+    name = dataset or state.get('config', {}).get('dataset')
     if not name:
-        raise UserError('this checkpoint does not say what it was trained on')
+        raise UserError('quality: a model of others is measured on the data that --dataset= names')
     folder = Path(name) if Path(name).is_dir() else Path(__file__).parent / 'data' / name
-    if not (folder / 'val.bin').exists():
-        raise UserError(f'{folder}: the data this run was trained on is not here; prepare it again')
+    if not is_prepared(folder):
+        raise UserError(f'{folder}: the data to measure on is not here; prepare it, or --dataset=')
     return folder
 
 
@@ -521,6 +535,151 @@ def first_token(command: list) -> tuple[float, str]:
 
 
 # -----------------------------------------------------------------------------
+# api.py under load
+
+
+def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
+    """Clients of api.py beside the engine without HTTP, and beside transformers without either."""
+    kind, clients = c['serve_format'], c['clients']
+    names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
+    with tempfile.TemporaryDirectory() as folder, opened(names, c, 'writing') as (ours, theirs):
+        run = save_random(Path(folder), c)
+        flags = {'dtype': ours.dtype, 'quantize': 'int8' if kind == 'int8' else None}
+        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 10 * clients}
+        with load.Server(run, **flags) as server:
+            bench_throughput(c, report, server, ours, theirs)
+            bench_lone_client(c, report, server, ours)
+            bench_latency(c, report, server)
+    with tempfile.TemporaryDirectory() as folder:
+        small = {**c, **SMALL, 'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'vocab_size': 256}
+        with load.Server(save_random(Path(folder), small), max_rows=clients) as server:
+            bench_plumbing(small, report, server)
+
+
+def save_random(folder: Path, c: dict) -> Path:
+    """A run's folder with the weights that all sides have."""
+    letters = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
+    checkpoint.save(folder, build_model(c), [], letters, {'step': 0}, keep_evaluated=False)
+    return folder
+
+
+def bodies(c: dict, count: int, **fields) -> list[dict]:
+    """Requests for greedy texts after the same prompts that the other sides get."""
+    prompts = prompts_of(c, count).tolist()
+    common = {'max_tokens': c['new_tokens'], 'temperature': 0, **fields}
+    return [{'prompt': prompt, **common} for prompt in prompts]
+
+
+def asked(answers: list[load.Answer], seconds: float) -> tuple[float, dict, int]:
+    """What clients got, as a turn; UserError if one of them got nothing."""
+    if lost := [answer for answer in answers if answer.status != 200]:
+        raise UserError(f'serving: {len(lost)} of {len(answers)} requests failed')
+    return seconds, {'tokens': sum(answer.tokens for answer in answers), 'result': []}, 0
+
+
+def bench_throughput(c: dict, report: Report, server: load.Server, ours: Side, theirs: Side):
+    """Tokens per second over the same requests, for each way to have them answered."""
+    clients, count = c['clients'], 4 * c['clients']
+    http, alone = f'{clients} clients, HTTP', f'{clients} clients, engine'
+    static, batched = 'transformers static', 'transformers continuous'
+    turns = {side: [] for side in (http, alone, static, batched)}
+    for number in range(c['rounds'] + 1):
+        begin = time.perf_counter()
+        answers = load.closed_loop(server.address, bodies(c, count), clients)
+        found = {http: asked(answers, time.perf_counter() - begin)}
+        found[alone] = ours.turn('served', clients, count)
+        found[static] = theirs.turn('whole', clients)
+        found[batched] = theirs.turn('batched', clients)
+        for side in turns:
+            if number and found[side]:
+                turns[side].append(found[side])
+    speeds = {side: [work['tokens'] / s for s, work, _ in turns[side]] for side in turns}
+    asks = f'{count} prompts of {c["prompt_tokens"]}, {c["new_tokens"]} tokens each'
+    notes = {
+        http: f'api.py: {asks}, each asked when its client has the answer before',
+        alone: 'the same without HTTP',
+        static: theirs.trouble or f'generate() of {clients} prompts at once',
+        batched: theirs.trouble or f'generate_batch() of {clients} prompts at once',
+    }
+    for side in turns:
+        line('serving', side, shown(speeds[side], ',.0f') if speeds[side] else '', notes[side])
+        figures = {'tokens_per_second': spread(speeds[side])} if speeds[side] else {}
+        if side != http and speeds[side]:
+            times = [mine / other for mine, other in zip(speeds[http], speeds[side], strict=True)]
+            print(f'{"":<16} {http} are {shown(times, ".2f")} times as fast', flush=True)
+            figures['times as fast are clients over HTTP'] = spread(times)
+        report.add('serving', side, notes[side], **figures)
+
+
+def bench_lone_client(c: dict, report: Report, server: load.Server, ours: Side) -> None:
+    """One client against sample.py's way to write one text."""
+    shares, speeds = [], []
+    for number in range(c['rounds'] + 1):
+        begin = time.perf_counter()
+        answers = load.closed_loop(server.address, bodies(c, 2), 1)
+        seconds, work, _ = asked(answers, time.perf_counter() - begin)
+        alone, done, _ = ours.turn('whole', 1)
+        if number:
+            speeds.append(work['tokens'] / seconds)
+            shares.append(speeds[-1] / (done['tokens'] / alone))
+    note = f'{shown(shares, ".0%")} of what sample.py writes by itself'
+    line('serving', 'one client, HTTP', shown(speeds, ',.0f'), note)
+    figures = {'tokens_per_second': spread(speeds), 'share of sample.py': spread(shares)}
+    report.add('serving', 'one client, HTTP', note, **figures)
+
+
+def bench_latency(c: dict, report: Report, server: load.Server) -> None:
+    """What streaming clients wait for: in a closed loop, at random moments, and 64 at once."""
+    streamed = {'stream': True, 'stream_options': {'include_usage': True}}
+    clients = c['clients']
+    begin = time.perf_counter()
+    answers = load.closed_loop(server.address, bodies(c, 2 * clients, **streamed), clients)
+    rate = len(answers) / (time.perf_counter() - begin)
+    latency_lines(report, f'{clients} streams', answers)
+    answers = load.poisson(server.address, bodies(c, 2 * clients, **streamed), 0.7 * rate)
+    latency_lines(report, f'Poisson {0.7 * rate:.1f}/s', answers)
+    with load.Prober(server.address) as prober:
+        answers = load.closed_loop(server.address, bodies(c, 64, **streamed), 64)
+    latency_lines(report, '64 streams', answers)
+    health = load.percentiles(prober.seconds)
+    note = f'/health meanwhile: {in_milliseconds(health)}, {prober.failed} failed'
+    line('serving', '64 streams', '', note)
+    report.add('serving', '/health beside 64 streams', note, seconds=health)
+
+
+def latency_lines(report: Report, side: str, answers: list[load.Answer]) -> None:
+    asked(answers, 0.0)
+    waits = {
+        'first token': [answer.first for answer in answers],
+        'between tokens': [gap for answer in answers for gap in answer.gaps],
+        'whole answer': [answer.total for answer in answers],
+    }
+    for what, seconds in waits.items():
+        found = load.percentiles(seconds)
+        line(
+            'serving', side, in_milliseconds(found), f'to the {what}' if 'n t' not in what else what
+        )
+        report.add('serving', side, what, seconds=found)
+
+
+def in_milliseconds(found: dict[str, float]) -> str:
+    return ', '.join(f'{name} {value * 1e3:,.0f} ms' for name, value in found.items())
+
+
+def bench_plumbing(c: dict, report: Report, server: load.Server) -> None:
+    """Answers of one token of a tiny model: what is left is the server."""
+    rates = []
+    for number in range(c['rounds'] + 1):
+        asks = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
+        begin = time.perf_counter()
+        answers = load.closed_loop(server.address, asks, c['clients'])
+        seconds, _, _ = asked(answers, time.perf_counter() - begin)
+        rates += [len(answers) / seconds] if number else []
+    line('serving', 'a tiny model', shown(rates, ',.0f') + ' requests/s', 'answers of one token')
+    report.add('serving', 'a tiny model', requests_per_second=spread(rates))
+
+
+# -----------------------------------------------------------------------------
 # the command line
 
 
@@ -537,8 +696,10 @@ def check(c: dict) -> list[str]:
     if 'quality' in jobs and not c['out_dir']:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
-    if c['out_dir'] and not checkpoint.is_foreign(c['out_dir']):
-        dataset_of(checkpoint.read_state(checkpoint.find(c['out_dir'])))
+    if c['out_dir']:
+        foreign = checkpoint.is_foreign(c['out_dir'])
+        state = {} if foreign else checkpoint.read_state(checkpoint.find(c['out_dir']))
+        dataset_of(state, c['dataset'])
     if c['text'] and not Path(c['text']).is_dir():
         raise UserError(f'text={c["text"]}: no such folder')
     folder = Path(c['json']).parent
@@ -589,6 +750,8 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def main(c: dict) -> None:
+    if c['compare']:
+        return print(track.draw_runs(c['compare'].split(','), 'runs.png'))
     jobs = check(c)
     device = pick_device(c['device'])
     runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))
@@ -597,6 +760,8 @@ def main(c: dict) -> None:
     report = Report(c, measure_machine(runtime))
     line('job', 'side', 'tokens/s, median (low to high)', '')
     try:
+        if c['serve']:
+            return bench_serving(c, runtime, report)
         if 'training' in jobs:
             bench_training(c, runtime, report)
         writing = [job for job in ('prefill', 'decode') if job in jobs]

@@ -32,17 +32,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configurator import UserError, one_line_errors
+from configurator import UserError, did_you_mean, one_line_errors
 from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
 from exchange import (
+    RELEASED,
     CheckpointError,
-    empty_model,
     export_gguf,
     export_transformers,
-    fill,
+    filled,
     is_foreign,
     load_foreign,
+    open_weights,
+    outline,
+    read_named_tokenizer,
+    read_tensor,
 )
 from model import GPT, GPTConfig
 
@@ -235,12 +239,16 @@ def find(where: str | Path, which: str = 'best') -> Path:
         raise CheckpointError(
             f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
+    if is_foreign(where):
+        raise CheckpointError(f'{where}: is not of a run, so leave out --checkpoint')
     if not where.is_dir():
+        hint = did_you_mean(str(where).lower(), RELEASED)
         raise CheckpointError(
-            f'{where}: no such folder; --out_dir and --init_from take that of a run'
+            f'{where}: no such folder; {hint}--out_dir and --init_from take that of a run'
         )
     raise CheckpointError(
-        f'{where} has no checkpoint; training writes the first one after --eval_interval steps'
+        f'{where} has no checkpoint, which training writes first after --eval_interval steps, '
+        'and no config.json of transformers or ckpt.pt of nanoGPT'
     )
 
 
@@ -276,23 +284,26 @@ def read_state(path: Path) -> dict | None:
 
 def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
     """The model (float32, on the host), tokenizer and state of a verified checkpoint."""
-    state = read_state(path)
-    unknown = set(state['model']) - {field.name for field in fields(GPTConfig)}
+    with open_weights(path / MODEL) as file:
+        keys = list(file.keys())
+    named = ((key, read_tensor(path / MODEL, key)) for key in keys)
+    model = filled({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
+    return model, tokenizer_in(path), read_state(path)
+
+
+def shape_in(path: Path) -> dict:
+    """The fields of GPTConfig in a verified checkpoint."""
+    shape = read_state(path)['model']
+    unknown = set(shape) - {field.name for field in fields(GPTConfig)}
     if unknown:
         raise CheckpointError(
             f'{path} is of an architecture that this version does not have ({", ".join(unknown)})'
         )
-    model = empty_model(GPTConfig(**{**state['model'], 'dropout': dropout}))
-    try:
-        with safe_open(path / MODEL, framework='pt') as file:
-            extra = set(file.keys()) - dict(model.named_parameters()).keys()
-            if extra:
-                raise CheckpointError(f'{path / MODEL} has {min(extra)}: another architecture')
-            fill(model, ((key, file.get_tensor(key)) for key in file.keys()), path / MODEL, ())
-    except SafetensorError as error:
-        raise CheckpointError(f'{path / MODEL}: {error}') from error
-    tokenizer = path / TOKENIZER
-    return model, load_tokenizer(tokenizer) if tokenizer.exists() else None, state
+    return shape
+
+
+def tokenizer_in(path: Path) -> Tokenizer | None:
+    return load_tokenizer(path / TOKENIZER) if (path / TOKENIZER).exists() else None
 
 
 def load_model(
@@ -305,15 +316,20 @@ def load_model(
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
 
     where: a run's folder, a checkpoint, None for the newest run, or what others made: a
-    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint. tokenizer: what to
-    use instead of what comes with one of those.
+    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint. tokenizer: the name,
+    tokenizer.json or meta.pkl of one to use instead of what comes with the model.
     """
     where = newest_run() if where is None else where
+    named = read_named_tokenizer(tokenizer) if tokenizer else None
     if is_foreign(where):
-        model, tokenizer, state = load_foreign(where, dropout, tokenizer)
+        model, found, state = load_foreign(where, dropout, named)
     else:
-        model, tokenizer, state = load(find(where, which), dropout)
-    return model.to(device).eval(), tokenizer, state
+        model, found, state = load(find(where, which), dropout)
+    found = named or found
+    if found and found.vocab_size > model.config.vocab_size:
+        ids = f'{found.vocab_size} ids, and the model {model.config.vocab_size}'
+        raise CheckpointError(f'{where}: its tokenizer has {ids}: one is not made for the other')
+    return model.to(device).eval(), found, state
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -336,11 +352,11 @@ def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimize
 # command line
 
 
-def report(out_dir: str) -> bool:
+def report(paths: list[Path]) -> bool:
     """Print one line a checkpoint (step, losses, size, integrity) -> whether all are whole."""
     print(f'{"checkpoint":<16}{"train loss":>12}{"val loss":>12}{"MB":>9}  integrity')
     whole, last = True, None
-    for path in listed(out_dir):
+    for path in paths:
         state = read_state(path) or {}
         losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
         cells = ''.join(f'{"-":>12}' if loss is None else f'{loss:12.4f}' for loss in losses)
@@ -352,25 +368,25 @@ def report(out_dir: str) -> bool:
             integrity, whole = str(error).partition('is ')[2], False
         print(f'{path.name:<16}{cells}{size:9.1f}  {integrity}')
     if last:
-        print(describe(last, read_state(last)))
+        print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)))
     return whole
 
 
-def describe(path: Path, state: dict) -> str:
-    """The model and tokenizer of a verified checkpoint in a line."""
-    c = GPTConfig(**state['model'])
-    with torch.device('meta'):
-        parameters = sum(p.numel() for p in GPT(c).parameters())
-    name = load_tokenizer(path / TOKENIZER).name if (path / TOKENIZER).exists() else 'none'
-    shape = f'{c.n_layer} layers of {c.n_embd}, {c.n_head} heads, context {c.block_size}'
-    return f'{c.arch}, {parameters / 1e6:.2f}M parameters, {shape}; tokenizer {name}'
+def describe(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
+    parameters = sum(p.numel() for p in outline(config).parameters())
+    shape = f'{config.n_layer} layers of {config.n_embd}, {config.n_head} heads'
+    name = tokenizer.name if tokenizer else 'none'
+    return (
+        f'{config.arch}, {parameters / 1e6:.2f}M parameters, {shape}, '
+        f'context {config.block_size}; tokenizer {name}'
+    )
 
 
 def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -> None:
     model, tokens, state = load_model(where, which, tokenizer=tokenizer)
     {'transformers': export_transformers, 'gguf': export_gguf}[kind](model, tokens, state, to)
     at = f', step {state["step"]}' if 'step' in state else ''
-    print(f'{where}{at}: written to {to}')
+    print(f'{where}{at}: written to {to}{"" if tokens else ", without a tokenizer"}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -380,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument('command', choices=['inspect', 'verify', 'export'])
-    parser.add_argument('out_dir', help="a run's folder; export takes all that --init_from does")
+    parser.add_argument('out_dir', help="a run's folder, or what else --init_from takes")
     parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')
     parser.add_argument('--format', choices=['transformers', 'gguf'], default='transformers')
     parser.add_argument('--checkpoint', default='best', help="'best', 'last', or the path of one")
@@ -390,9 +406,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.to is None:
             raise UserError(f'say where to: python checkpoint.py export {args.out_dir} DIR')
         return export(args.out_dir, args.checkpoint, args.to, args.format, args.tokenizer)
-    if not listed(args.out_dir):
-        find(args.out_dir)  # raises, saying what is missing
-    if not report(args.out_dir) and args.command == 'verify':
+    if is_foreign(args.out_dir):
+        model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer)
+        return print(f'{describe(model.config, tokenizer)}; read whole, there are no hashes')
+    paths = listed(args.out_dir) or [find(args.out_dir)]  # one, or what says that there is none
+    if not report(paths) and args.command == 'verify':
         raise CheckpointError(f'{args.out_dir} has damaged checkpoints')
 
 

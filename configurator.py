@@ -46,6 +46,8 @@ def one_line_errors() -> None:
     """Let a UserError end the program with one line on standard error and status 2."""
 
     def hook(kind, error, trace):
+        if issubclass(kind, PermissionError) and error.filename:
+            kind, error = UserError, UserError(f'{error.filename}: {error.strerror}')
         if issubclass(kind, UserError):
             rank = os.environ.get('RANK', '0')
             # not sys.stderr: torch.distributed holds it back while a hook runs, and would lose it

@@ -673,3 +673,14 @@ def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampl
     for piece in generate(model, tokenizer, prompts, sampling):
         out[piece.row] += piece.text
     return out
+
+
+def write_page(model: GPT, tokenizer: Tokenizer, prompt, tokens: int, seed: int) -> str:
+    """About `tokens` tokens of text that begin at `prompt`; after a short document, the next."""
+    texts = []
+    while tokens > 0:
+        sampling = Sampling(tokens, temperature=0.8, top_k=200, seed=seed + len(texts))
+        pieces = list(generate(model, tokenizer, [prompt], sampling))
+        texts.append(''.join(piece.text for piece in pieces).strip('\n'))
+        tokens -= len(pieces)
+    return '\n\n'.join(texts)

@@ -8,35 +8,68 @@ The models of others, in both directions: `transformers` folders, nanoGPT's chec
 Nothing is unpickled but tensors and plain values, and no code of a model's folder is run.
 """
 
-import itertools
 import json
 import os
 import re
 import shutil
+import sys
+import zipfile
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import ConfigError, UserError, did_you_mean
-from data.tokenizer import (
-    EOT,
-    Tokenizer,
-    byte_letters,
-    char_tokenizer,
-    from_nanogpt_meta,
-    get_tokenizer,
-)
+from data.huggingface import letters_and_merges, read_files, tokenizer_json
+from data.tokenizer import EOT, Tokenizer, byte_letters, from_nanogpt_meta, get_tokenizer, load
 from model import GPT, TRANSPOSED, GPTConfig
 
 WEIGHTS, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 RELEASED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
-# how GPT-2 splits text before merging, https://github.com/openai/gpt-2/blob/master/src/encoder.py
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# a config.json: what it calls the fields of GPTConfig, and what else model.py computes, and only
+# with these values
+GPT2_NAMES = {
+    'vocab_size': 'vocab_size',
+    'n_layer': 'n_layer',
+    'n_head': 'n_head',
+    'n_embd': 'n_embd',
+    'block_size': 'n_positions',
+}
+GPT2_SETTINGS = {
+    'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
+    'layer_norm_epsilon': (1e-5,),
+    'scale_attn_weights': (True,),
+    'scale_attn_by_inverse_layer_idx': (False,),
+    'add_cross_attention': (False,),
+    'tie_word_embeddings': (True,),
+}
+NANOCHAT_NAMES = {
+    'vocab_size': 'vocab_size',
+    'n_layer': 'num_hidden_layers',
+    'n_head': 'num_attention_heads',
+    'n_kv_head': 'num_key_value_heads',
+    'n_embd': 'hidden_size',
+    'block_size': 'max_position_embeddings',
+}
+NANOCHAT_SETTINGS = {
+    'hidden_act': ('relu2',),
+    'rms_norm_eps': (1e-6,),
+    'final_logit_softcapping': (15.0,),
+    'attention_bias': (False,),
+    'tie_word_embeddings': (False,),
+}
+EITHER_SETTINGS = {  # that both may have
+    'quantization_config': (None,),
+    'rope_type': ('default',),
+    'rope_theta': (10000.0,),
+    'rope_scaling': (None,),
+}
+NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
 
 
@@ -61,41 +94,43 @@ def is_foreign(where: str | Path) -> bool:
 
 
 def load_foreign(
-    where: str | Path, dropout: float = 0.0, tokenizer: str | None = None
+    where: str | Path, dropout: float = 0.0, tokenizer: Tokenizer | None = None
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """A GPT-2 or NanoChat of `transformers`, or a nanoGPT checkpoint -> model, tokenizer, state.
 
-    tokenizer: the name, tokenizer.json or meta.pkl to use instead of what comes with the model.
+    tokenizer: to be used instead of what comes with the model, which is then not looked at.
     """
-    path = Path(where)
+    path, name, state = Path(where), str(where), {}
     if (path / 'ckpt.pt').is_file():
         path /= 'ckpt.pt'
     if path.suffix == '.pt':
-        model, found, state = load_nanogpt(path, dropout)
+        model, state = load_nanogpt(path, dropout)
+        dataset = str(state['config'].get('dataset', ''))
+        tokenizer = tokenizer or nanogpt_tokenizer(path, dataset, model.config.vocab_size)
     else:
-        folder = path if path.is_dir() else download(str(where))
-        model, found, state = load_transformers(folder, str(where), dropout)
-    return model, read_named_tokenizer(tokenizer) if tokenizer else found, state
-
-
-def empty_model(config: GPTConfig) -> GPT:
-    """A model whose parameters are yet to be filled: starting values would take time and memory."""
-    with torch.device('meta'):
-        model = GPT(config)
-    model.to_empty(device='cpu')
-    model.tie()
-    return model
+        folder = path if path.is_dir() else download(name)
+        model = load_transformers(folder, name, dropout)
+        tokenizer = tokenizer or read_tokenizer(folder, name, model.config.vocab_size)
+    return model, tokenizer, state
 
 
 @torch.no_grad()
-def fill(model: GPT, named: Iterable, where: str | Path, transposed: tuple = TRANSPOSED) -> None:
-    """Copy (name, tensor) pairs into a model, those in `transposed` the other way round.
+def filled(shape: dict, named: Iterable, where: str | Path, transposed: tuple = ()) -> GPT:
+    """The model of GPTConfig(**shape) whose parameters are copies of (name, tensor) pairs.
 
-    Left out are the tied head, causal masks, and biases that are known to be zero.
+    Tensors whose names end like one in `transposed` lie the other way round. Memory is taken for
+    one parameter after the other, and only once its shape is seen to fit.
     """
-    parameters = dict(model.named_parameters())
+    try:
+        model = outline(GPTConfig(**shape))
+    except (ConfigError, RuntimeError) as error:  # the latter for sizes that no memory has
+        raise CheckpointError(f'{where}: {error}') from error
+    missing = dict(model.named_parameters())
     for name, tensor in named:
-        if (parameter := parameters.pop(name, None)) is None:
+        parameter = missing.pop(name, None)
+        if parameter is None:
+            if not is_derived(name, tensor):
+                raise CheckpointError(f'{where} has {name}: another architecture')
             continue
         tensor = tensor.T if name.endswith(transposed) else tensor
         if tensor.shape != parameter.shape:
@@ -103,20 +138,40 @@ def fill(model: GPT, named: Iterable, where: str | Path, transposed: tuple = TRA
                 f'{where}: {name} has shape {tuple(tensor.shape)}, and the model needs '
                 f'{tuple(parameter.shape)}: another architecture'
             )
-        parameter.copy_(tensor)
-    if parameters:
-        raise CheckpointError(f'{where} lacks {min(parameters)}: another architecture')
+        if not tensor.is_floating_point():
+            raise CheckpointError(f'{where}: {name} is quantized ({tensor.dtype}); floats are read')
+        owner, _, leaf = name.rpartition('.')
+        copy = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(copy))
+    if missing:
+        raise CheckpointError(f'{where} lacks {min(missing)}: another architecture')
+    model.tie()
+    return model
 
 
-def load_transformers(
-    folder: Path, name: str, dropout: float
-) -> tuple[GPT, Tokenizer | None, dict]:
+def outline(config: GPTConfig) -> GPT:
+    """A model whose parameters have shapes and no values."""
+    # the first random number without a value has torch import 800 modules for it, in 0.7 s
+    with mock.patch('torch.nn.init.normal_'), torch.device('meta'):
+        return GPT(config)
+
+
+def is_derived(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor says nothing new: causal masks, the tied head, a bias that is zero."""
+    masks = ('.attn.bias', '.attn.masked_bias')  # which older versions saved
+    zero = name.endswith('.bias') and not tensor.any()
+    return zero or name.endswith(masks) or name == 'lm_head.weight'
+
+
+# --- transformers
+
+
+def load_transformers(folder: Path, name: str, dropout: float) -> GPT:
     """Weights are read from the mapped file one at a time, so that memory holds them once."""
-    config = read_json(folder / 'config.json', name)
-    model = empty_model(GPTConfig(dropout=dropout, **shape_of(config, name)))
+    shape = shape_of(read_json(folder / 'config.json', name), name)
     files = weight_files(folder, name)
-    fill(model, ((own_name(key), read_tensor(path, key)) for key, path in files.items()), name)
-    return model, read_tokenizer(folder, name, model.config.vocab_size), {}
+    named = ((own_name(key), read_tensor(path, key)) for key, path in files.items())
+    return filled({**shape, 'dropout': dropout}, named, name, TRANSPOSED)
 
 
 def own_name(key: str) -> str:
@@ -127,83 +182,61 @@ def own_name(key: str) -> str:
 def shape_of(config: dict, name: str) -> dict:
     """GPTConfig's fields out of a config.json; refused is what model.py would not compute."""
     kind = config.get('model_type')
-    try:
-        if kind == 'gpt2':
-            expected = GPT2_SETTINGS | {'n_inner': (None, 4 * config['n_embd'])}
-            shape = {key: config[key] for key in ('vocab_size', 'n_layer', 'n_head', 'n_embd')}
-            shape |= {'block_size': config['n_positions'], 'arch': 'gpt2'}
-            shape['bias'] = config.get('flatgpt_bias', True)
-        elif kind == 'nanochat':
-            expected = NANOCHAT_SETTINGS | {'intermediate_size': (4 * config['hidden_size'],)}
-            shape = {ours: config[theirs] for ours, theirs in NANOCHAT_NAMES.items()}
-            shape['arch'] = 'modern'
-            rope = config.get('rope_parameters') or config
-            if rope.get('rope_theta', 10000.0) != 10000.0:
-                raise CheckpointError(
-                    f'{name}: rope_theta={rope["rope_theta"]}; only 10,000 is read'
-                )
-        else:
-            raise CheckpointError(f'{name} is a {kind} model; GPT-2 and NanoChat are read')
-    except KeyError as error:
-        raise CheckpointError(f'{name}: its config.json has no {error}') from error
-    for key, values in expected.items():
-        if config.get(key, values[0]) not in values:
+    if kind not in ('gpt2', 'nanochat'):
+        raise CheckpointError(f'{name} is a {kind} model; GPT-2 and NanoChat are read')
+    names = GPT2_NAMES if kind == 'gpt2' else NANOCHAT_NAMES
+    shape = {ours: config.get(theirs) for ours, theirs in names.items()}
+    for ours, theirs in names.items():
+        if not isinstance(shape[ours], int) and ours != 'n_kv_head':  # which may be None
+            raise CheckpointError(f'{name}: its config.json has no whole number {theirs!r}')
+    if kind == 'gpt2':
+        shape |= {'arch': 'gpt2', 'bias': config.get('flatgpt_bias', True)}
+        expected = GPT2_SETTINGS | {'n_inner': (None, 4 * shape['n_embd'])}
+    else:
+        shape |= {'arch': 'modern'}
+        expected = NANOCHAT_SETTINGS | {'intermediate_size': (4 * shape['n_embd'],)}
+        rope = config.get('rope_parameters') or {}  # where older versions have the keys outside it
+        config = config | (rope if isinstance(rope, dict) else {'rope_type': rope})
+    for key, values in (expected | EITHER_SETTINGS).items():
+        if key in config and config[key] not in values:
             raise CheckpointError(f'{name}: {key}={config[key]!r}; only {values[0]!r} is read')
     return shape
 
 
-GPT2_SETTINGS = {
-    'activation_function': ('gelu_new', 'gelu_pytorch_tanh'),
-    'layer_norm_epsilon': (1e-5,),
-    'scale_attn_weights': (True,),
-    'scale_attn_by_inverse_layer_idx': (False,),
-    'add_cross_attention': (False,),
-    'tie_word_embeddings': (True,),
-}
-NANOCHAT_SETTINGS = {
-    'hidden_act': ('relu2',),
-    'rms_norm_eps': (1e-6,),
-    'final_logit_softcapping': (15.0,),
-    'attention_bias': (False,),
-    'tie_word_embeddings': (False,),
-}
-NANOCHAT_NAMES = {
-    'vocab_size': 'vocab_size',
-    'n_layer': 'num_hidden_layers',
-    'n_head': 'num_attention_heads',
-    'n_kv_head': 'num_key_value_heads',
-    'n_embd': 'hidden_size',
-    'block_size': 'max_position_embeddings',
-}
-
-
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
     """Every tensor's name and the file it lies in."""
-    if (folder / INDEX).is_file():
-        files = read_json(folder / INDEX, name).get('weight_map', {})
-        for file in sorted(set(files.values())):
-            if not (folder / Path(file).name).is_file():
-                raise CheckpointError(f'{name}: {file} is missing; fetch it again')
-        return {key: folder / Path(file).name for key, file in files.items()}
     path = folder / WEIGHTS
-    if not path.is_file():
+    if path.is_file():
+        with open_weights(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    if not (folder / INDEX).is_file():
         raise CheckpointError(
             f'{name}: {WEIGHTS} is missing; save the model with save_pretrained()'
         )
-    try:
-        with safe_open(path, framework='pt') as file:
-            return dict.fromkeys(file.keys(), path)
-    except SafetensorError as error:
-        raise CheckpointError(f'{path} is damaged or half fetched: {error}') from error
+    files = read_json(folder / INDEX, name).get('weight_map')
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise CheckpointError(f'{name}: {INDEX} does not say which file has which tensor')
+    for file in sorted(set(files.values())):
+        if not (folder / Path(file).name).is_file():
+            raise CheckpointError(f'{name}: {file} is missing; fetch it again')
+    return {key: folder / Path(file).name for key, file in files.items()}
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
     """One tensor; the file is mapped for it alone, or all that was read would stay in memory."""
+    with open_weights(path) as file:
+        return file.get_tensor(key)
+
+
+@contextmanager
+def open_weights(path: Path):
     try:
         with safe_open(path, framework='pt') as file:
-            return file.get_tensor(key)
+            yield file
     except SafetensorError as error:
         raise CheckpointError(f'{path} is damaged or half fetched: {error}') from error
+    except OSError as error:
+        raise CheckpointError(f'{path} cannot be read: {error}') from error
 
 
 def read_json(path: Path, name: str) -> dict:
@@ -212,14 +245,14 @@ def read_json(path: Path, name: str) -> dict:
         if not isinstance(content, dict):
             raise ValueError('it is no object')
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f'{name}: {path.name} cannot be read: {error}') from error
 
 
 def download(name: str) -> Path:
     """The folder of a model on the hub, from its cache if it is there (HF_HOME, HF_HUB_OFFLINE)."""
     if '/' not in name and name not in RELEASED:
-        hint = did_you_mean(name, RELEASED)
+        hint = did_you_mean(name.lower(), RELEASED)
         raise CheckpointError(f'{name}: no such model; {hint}there are {", ".join(RELEASED)}')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -231,10 +264,14 @@ def download(name: str) -> Path:
     if '/' not in name:
         repository = f'distilbert/{name}' if name == 'distilgpt2' else f'openai-community/{name}'
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
+        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        found = [file for file in ('config.json', WEIGHTS, INDEX) if (folder / file).is_file()]
+        if len(found) < 2:  # what a fetch for another purpose, or a broken one, leaves
+            raise FileNotFoundError(f'of it {found} is there')
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f'{name} is neither a folder, nor in the local cache, nor to be had from the hub '
+            f'{name} is neither a folder, nor whole in the local cache, nor to be had from the hub '
             f'({type(error).__name__}); put config.json, {WEIGHTS} and tokenizer.json of '
             f'{repository} into a folder and name that'
         ) from error
@@ -243,130 +280,71 @@ def download(name: str) -> Path:
 # --- nanoGPT
 
 
-def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, Tokenizer | None, dict]:
+def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, dict]:
     """A ckpt.pt that nanoGPT's train.py wrote, compiled or not. Only tensors are unpickled."""
+    if not path.is_file():
+        raise CheckpointError(f'{path}: no such checkpoint')
+    try:
+        with zipfile.ZipFile(path) as archive:  # with a checksum of each of its files
+            if part := archive.testzip():
+                raise zipfile.BadZipFile(f'{part} is not what was written')
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path} is not nanoGPT's, or damaged or half fetched: {error}"
+        ) from error
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         shape = {key: saved['model_args'][key] for key in NANOGPT_SHAPE}
-        weights, config = saved['model'], saved.get('config', {})
-    except FileNotFoundError:
-        raise CheckpointError(f'{path}: no such checkpoint') from None
+        weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): t for k, t in saved['model'].items()}
+        if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+            raise TypeError('its weights are no tensors')
+        state = {'step': int(saved.get('iter_num', 0)), 'config': dict(saved.get('config', {}))}
     except Exception as error:  # a broken pickle can raise nearly anything
-        if 'weights_only' in str(error).lower():
-            what = 'is refused: it holds more than weights and numbers, and could run code'
+        if wants := re.search(r'GLOBAL (\S+)', str(error)):
+            what = f'is refused: it asks for {wants[1]}, which could run code'
             raise CheckpointError(f'{path} {what}') from error
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:150]
         raise CheckpointError(f'{path}: not a checkpoint of nanoGPT: {reason}') from error
-    model = empty_model(GPTConfig(dropout=dropout, **shape))
-    named = ((key.removeprefix('_orig_mod.'), tensor) for key, tensor in weights.items())
-    fill(model, named, path, transposed=())
-    state = {'step': int(saved.get('iter_num', 0)), 'config': config}
-    return model, nanogpt_tokenizer(path, config, model.config.vocab_size), state
+    return filled({**shape, 'dropout': dropout}, weights.items(), path), state
 
 
-NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
-
-
-def nanogpt_tokenizer(path: Path, config: dict, vocab_size: int) -> Tokenizer | None:
+def nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokenizer | None:
     """The characters of its dataset's meta.pkl, looked for beside the checkpoint and among ours."""
-    dataset = str(config.get('dataset', ''))
     roots = [*path.resolve().parents, Path(__file__).resolve().parent]
     for root in roots if re.fullmatch(r'[\w.-]+', dataset) else ():
-        folder = root / 'data' / dataset
-        if (folder / 'meta.pkl').is_file():
-            return fitting(from_nanogpt_meta(folder / 'meta.pkl'), vocab_size)
-        if (folder / 'tokenizer.json').is_file() and (folder / 'meta.json').is_file():
-            return fitting(read_named_tokenizer(str(folder / 'tokenizer.json')), vocab_size)
+        for name, read in (('meta.pkl', from_nanogpt_meta), ('tokenizer.json', load)):
+            file = root / 'data' / dataset / name
+            if file.is_file() and (found := read(file)).vocab_size == vocab_size:
+                return found
     # without a meta.pkl, nanoGPT's own sample.py takes GPT-2's tokens too
     return get_tokenizer('gpt2') if vocab_size in GPT2_VOCABULARIES else None
-
-
-def fitting(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer | None:
-    return tokenizer if tokenizer.vocab_size <= vocab_size else None
 
 
 # --- tokenizers
 
 
 def read_named_tokenizer(name: str) -> Tokenizer:
-    """--tokenizer=: an encoding's name, a nanoGPT meta.pkl, or a tokenizer.json of either kind."""
+    """An encoding's name, the path of a nanoGPT meta.pkl, or of a tokenizer.json of either kind."""
     path = Path(name)
     if path.suffix == '.pkl':
         return from_nanogpt_meta(path)
     if path.suffix != '.json':
         return get_tokenizer(name)
-    content = read_json(path, name)
-    return Tokenizer.from_dict(content) if 'kind' in content else parse_tokenizer(content, name)
+    return load(path) if 'kind' in read_json(path, 'tokenizer') else read_files(path)
 
 
 def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None:
     """What a transformers folder has for a tokenizer, None if nothing tells."""
-    if (folder / 'tokenizer.json').is_file():
-        return parse_tokenizer(read_json(folder / 'tokenizer.json', name), name)
-    if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
-        lines = (folder / 'merges.txt').read_text(encoding='utf-8').splitlines()
-        merges = [line for line in lines if line and not line.startswith('#version')]
-        model = {'type': 'BPE', 'vocab': read_json(folder / 'vocab.json', name), 'merges': merges}
-        special = [{'content': EOT, 'id': model['vocab'][EOT]}] if EOT in model['vocab'] else []
-        split = {'type': 'ByteLevel', 'add_prefix_space': False}
-        content = {'model': model, 'added_tokens': special, 'pre_tokenizer': split}
-        return parse_tokenizer(content, name)
-    if vocab_size in GPT2_VOCABULARIES:
-        print(f"{name} has no tokenizer files; by its {vocab_size} ids it is taken for GPT-2's")
-        return get_tokenizer('gpt2')
-    return None
-
-
-def parse_tokenizer(content: dict, name: str) -> Tokenizer:
-    """A tokenizer.json of `tokenizers`: byte-level BPE, or our characters; UserError otherwise."""
-    try:
-        model = content['model']
-        special = {token['content']: token['id'] for token in content.get('added_tokens', [])}
-        if model['type'] == 'WordLevel':
-            ordered = sorted(model['vocab'], key=model['vocab'].get)
-            letters = [text for text in ordered if text not in special]
-            if any(len(text) != 1 for text in letters) or set(special) - {EOT}:
-                raise UserError('its words are not single characters')
-            return char_tokenizer(letters, eot=EOT in special)
-        if model['type'] != 'BPE':
-            raise UserError(f'it is of type {model["type"]}; byte-level BPE is read')
-        letters = byte_letters()
-        size = max([*model['vocab'].values(), *special.values()]) + 1
-        tokens: list[bytes | None] = [None] * size
-        for text, i in model['vocab'].items():
-            tokens[i] = text.encode() if text in special else bytes(letters[c] for c in text)
-        for text, i in special.items():
-            tokens[i] = text.encode()
-        pairs = [pair.split(' ') if isinstance(pair, str) else pair for pair in model['merges']]
-        merged = [model['vocab'][a + b] for a, b in pairs]
-        if merged != sorted(merged):
-            raise UserError('its merges are not in the order of its ids')
-        if not pairs and len(tokens) <= 257:
-            return Tokenizer('byte', 'byte', tokens, special)
-        pattern = pattern_of(content.get('pre_tokenizer') or {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f'{name}: its tokenizer.json is not understood: {error!r}') from error
-    except UserError as error:
-        raise CheckpointError(f'{name}: its tokenizer.json cannot be used: {error}') from error
-    own = Tokenizer('bpe', 'bpe', tokens, special, pattern)
-    if pattern == GPT2_WORDS and len(tokens) == 50257:
-        own.kind, own.name = 'tiktoken', 'gpt2'
-    return own
-
-
-def pattern_of(split: dict) -> str:
-    """The regular expression by which a pre-tokenizer of `tokenizers` splits text."""
-    if split.get('type') == 'ByteLevel' and split.get('use_regex', True):
-        if split.get('add_prefix_space'):
-            raise UserError('it puts a space before the text')
-        return GPT2_WORDS
-    if split.get('type') == 'Sequence':
-        parts = split['pretokenizers']
-        regexes = [p['pattern']['Regex'] for p in parts if p.get('type') == 'Split']
-        levels = [p for p in parts if p.get('type') == 'ByteLevel']
-        if len(regexes) == 1 and len(levels) == 1 and len(parts) == 2:
-            return regexes[0]
-    raise UserError('it splits text in a way that is not understood')
+    for files in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
+        paths = [folder / file for file in files]
+        if all(path.is_file() for path in paths):
+            return read_files(*paths)
+    if vocab_size not in GPT2_VOCABULARIES:
+        return None
+    if os.environ.get('RANK', '0') == '0':
+        line = f"{name} has no tokenizer files; by its {vocab_size} ids it is taken for GPT-2's"
+        print(line, file=sys.stderr)
+    return get_tokenizer('gpt2')
 
 
 # -----------------------------------------------------------------------------
@@ -386,7 +364,7 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             'clean_up_tokenization_spaces': False,
             **({'bos_token': EOT, 'eos_token': EOT} if tokenizer.eot is not None else {}),
         }
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder):
         raise UserError(f'{folder} is there already; name a new folder')
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
@@ -397,8 +375,6 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (part / name).write_text(text + '\n', encoding='utf-8')
         (part / 'README.md').write_text(model_card(model, tokenizer, state), encoding='utf-8')
-        if folder.exists():
-            folder.rmdir()
         part.rename(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder}: cannot be written: {error}') from error
@@ -422,20 +398,12 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
     c, end = model.config, None if tokenizer is None else tokenizer.eot
-    both = {
-        'vocab_size': c.vocab_size,
-        'bos_token_id': end,
-        'eos_token_id': end,
-        'dtype': 'float32',
-    }
+    both = {'bos_token_id': end, 'eos_token_id': end, 'dtype': 'float32'}
     if c.arch == 'gpt2':
         return {
             'architectures': ['GPT2LMHeadModel'],
             'model_type': 'gpt2',
-            'n_positions': c.block_size,
-            'n_embd': c.n_embd,
-            'n_layer': c.n_layer,
-            'n_head': c.n_head,
+            **{theirs: asdict(c)[ours] for ours, theirs in GPT2_NAMES.items()},
             **{key: values[0] for key, values in GPT2_SETTINGS.items()},
             **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), c.dropout),
             'flatgpt_bias': c.bias,  # False: the biases in the file are zero, and none are ours
@@ -452,65 +420,6 @@ def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
         'pad_token_id': end,
         **both,
     }
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """The same in the format of `tokenizers`, which AutoTokenizer reads."""
-    special = [
-        {
-            **{'id': i, 'content': text, 'special': True},
-            **dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False),
-        }
-        for text, i in sorted(tokenizer.special.items(), key=lambda item: item[1])
-    ]
-    content = {'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': special}
-    content |= {'normalizer': None, 'post_processor': None}
-    if tokenizer.kind == 'char':
-        letters = {token.decode(): i for i, token in enumerate(tokenizer.token_bytes)}
-        every = {'type': 'Split', 'pattern': {'Regex': r'[\s\S]'}, 'behavior': 'Isolated'}
-        content['pre_tokenizer'] = every | {'invert': False}
-        content['decoder'] = {'type': 'Fuse'}
-        content['model'] = {'type': 'WordLevel', 'vocab': letters, 'unk_token': '<unk>'}
-        return content
-    level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
-    content['decoder'] = level | {'use_regex': True}
-    if tokenizer.name in ('gpt2', 'r50k_base'):
-        content['pre_tokenizer'] = level | {'use_regex': True}  # which is GPT-2's
-    else:
-        split = {'type': 'Split', 'pattern': {'Regex': tokenizer.pattern}, 'behavior': 'Isolated'}
-        parts = [split | {'invert': False}] if tokenizer.pattern else []
-        parts.append(level | {'use_regex': False})
-        content['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': parts}
-    vocabulary, merges = letters_and_merges(tokenizer)
-    content['model'] = {'type': 'BPE', 'vocab': vocabulary, 'merges': merges}
-    return content
-
-
-def letters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
-    """Tokens written as letters, and the pair that each is merged from, in the order of the ids."""
-    letter = {byte: character for character, byte in byte_letters().items()}
-
-    def written(token: bytes) -> str:
-        return ''.join(letter[byte] for byte in token)
-
-    special = set(tokenizer.special.values())
-    ranks = {
-        token: i
-        for i, token in enumerate(tokenizer.token_bytes)
-        if token is not None and i not in special
-    }
-    merges = []
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            parts = [token[i : i + 1] for i in range(len(token))]
-            while len(parts) > 2:  # as encoding goes, up to the last merge
-                joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
-                at = int(np.argmin(joined))
-                if joined[at] >= rank:
-                    raise UserError(f'token {rank} cannot be had by merging two that come before')
-                parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            merges.append([written(part) for part in parts])
-    return {written(token): i for token, i in ranks.items()}, merges
 
 
 def model_card(model: GPT, tokenizer: Tokenizer | None, state: dict) -> str:
@@ -554,18 +463,12 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
     c = model.config
     if c.arch != 'gpt2':
         raise ConfigError(f"arch={c.arch!r}: llama.cpp has no such model; only 'gpt2' goes to GGUF")
-    if (
-        tokenizer is None
-        or tokenizer.kind not in ('tiktoken', 'byte')
-        or tokenizer.name
-        not in (
-            'gpt2',
-            'byte',
-        )
-    ):
-        name = None if tokenizer is None else tokenizer.name
-        raise UserError(f"tokenizer {name}: llama.cpp does not split text so; it has GPT-2's way")
-    if path.exists():
+    if tokenizer is None:
+        raise UserError('a GGUF file holds the tokenizer, and this model has none: --tokenizer=')
+    if tokenizer.name not in ('gpt2', 'byte'):
+        what = f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do"
+        raise UserError(what)
+    if os.path.lexists(path):
         raise UserError(f'{path} is there already; name a new file')
     part = path.with_name(f'.{path.name}.part')
     writer = gguf.GGUFWriter(part, 'gpt2')

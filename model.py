@@ -48,8 +48,11 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f'{name}={getattr(self, name)}: must be at least 1')
+            value = getattr(self, name)
+            if value is None and name == 'n_kv_head':
+                continue
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f'{name}={value!r}: must be at least 1, and whole')
         if self.n_embd % self.n_head:
             near = max(self.n_head, round(self.n_embd / self.n_head) * self.n_head)
             raise ConfigError(

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from data.tokenizer import char_tokenizer
-from engine import Sampling, generate
+from engine import Engine, Piece, Request, Sampling, generate
 from exchange import config_json, transformers_tensors
 from linear import freeze
 from model import GPT, GPTConfig, KVCache
@@ -145,7 +145,34 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
         written = [piece.token for piece in pieces if piece.row == 0]
         return seconds, {'tokens': len(pieces) - rows, 'result': exact(written, c)}
 
-    return {'prefill': prefill, 'decode': decode}
+    def whole(rows: int):
+        """Prompts and texts, submitted at once."""
+        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+        prompts, begin = prompts_of(c, rows).tolist(), time.perf_counter()
+        count = sum(1 for _ in generate(model, tokenizer, prompts, sampling))
+        return time.perf_counter() - begin, {'tokens': count, 'result': []}
+
+    engines: dict[int, Engine] = {}
+
+    def served(clients: int, requests: int):
+        """What `clients` get who each ask again when they have their answer, without HTTP."""
+        engine = engines.setdefault(clients, Engine(model, tokenizer, clients))
+        left, tokens = prompts_of(c, requests).tolist(), []
+        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+
+        def take(piece: Piece) -> None:
+            tokens.append(piece.token)
+            if piece.finish and left:
+                engine.submit(Request(left.pop(), sampling, take))
+
+        begin = time.perf_counter()
+        for _ in range(clients):
+            engine.submit(Request(left.pop(), sampling, take))
+        while engine.step():
+            pass
+        return time.perf_counter() - begin, {'tokens': len(tokens), 'result': []}
+
+    return {'prefill': prefill, 'decode': decode, 'whole': whole, 'served': served}
 
 
 def transformers(c: dict, runtime: Runtime) -> dict:
@@ -197,7 +224,31 @@ def transformers(c: dict, runtime: Runtime) -> dict:
         result = exact(written[0, prompts.size(1) :].tolist(), c)
         return clock.ticks[-1] - clock.ticks[1], {'tokens': tokens, 'result': result}
 
-    return {'prefill': prefill, 'decode': decode}
+    fixed = {'max_new_tokens': c['new_tokens'], 'do_sample': False, 'pad_token_id': 0}
+
+    @torch.inference_mode()
+    def whole(rows: int):
+        """generate() of one static batch: prompts of one length that come together."""
+        prompts = prompts_of(c, rows).to(runtime.device)
+        mask, begin = torch.ones_like(prompts), time.perf_counter()
+        at_least = {'min_new_tokens': c['new_tokens']}
+        written = model.generate(prompts, attention_mask=mask, **fixed, **at_least)
+        tokens = rows * (written.size(1) - prompts.size(1))
+        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
+
+    def batched(rows: int):
+        """generate_batch(): its continuous batching."""
+        from transformers import GenerationConfig
+
+        how = GenerationConfig(**fixed, eos_token_id=-1)
+        begin = time.perf_counter()
+        written = model.generate_batch(
+            inputs=prompts_of(c, rows).tolist(), generation_config=how, progress_bar=False
+        )
+        tokens = sum(len(text.generated_tokens) for text in written.values())
+        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
+
+    return {'prefill': prefill, 'decode': decode, 'whole': whole, 'batched': batched}
 
 
 def nanogpt_side(c: dict, runtime: Runtime) -> dict:

@@ -42,7 +42,7 @@ from runtime import keep_freed_memory, pick_device, pick_dtype
 out_dir: str | None = None  # folder of the run; None is the newest run below out/
 init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
-tokenizer: str | None = None  # for a model that came without: a name, tokenizer.json or meta.pkl
+tokenizer: str | None = None  # not the model's own: a name, tokenizer.json or meta.pkl
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faster for few texts
@@ -392,9 +392,6 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         raise UserError(
             f'{where} came without a tokenizer; say which it was made with --tokenizer='
         )
-    if tokenizer.vocab_size > model.config.vocab_size:
-        ids = f'{tokenizer.vocab_size} ids, and the model {model.config.vocab_size}'
-        raise UserError(f'{where}: its tokenizer has {ids}: one is not made for the other')
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
     return freeze(model.to(dtype), settings['quantize']), tokenizer

@@ -5,9 +5,11 @@ $ python track.py out/small out/large --picture=runs.png    # several runs in on
 """
 
 import argparse
+import html
 import json
 import math
 import os
+import textwrap
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,6 +86,17 @@ class Tracker:
         if self.wandb:
             self.wandb.log(values, step=step)
 
+    def log_text(self, step: int, text: str) -> None:
+        """What the model writes, for the trackers that the settings ask for."""
+        if self.board:  # its texts are Markdown, in which an indent means verbatim
+            self.board.add_text('sample', textwrap.indent(text, '    '), step)
+        if self.wandb:
+            import wandb
+
+            with suppress(OSError):  # it becomes a file
+                page = wandb.Html(f'<pre>{html.escape(text)}</pre>')
+                self.wandb.log({'sample': page}, step=step)
+
     def close(self) -> None:
         self.file.close()
         if self.board:
@@ -118,7 +131,7 @@ def wandb_run(out_dir: str | Path, config: dict):
 def draw_loss(out_dir: str | Path) -> Path:
     """Draw the run's training and validation loss against the step -> the picture's path."""
     lines = read_metrics(out_dir)
-    figure, axes = plot('step')
+    figure, (axes,) = plot('step')
     axes.plot(*points(lines, 'step', 'loss'), lw=1, alpha=0.5, label='training batch')
     for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
         steps, losses = points(lines, 'step', key)
@@ -132,18 +145,23 @@ def draw_loss(out_dir: str | Path) -> Path:
 
 
 def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | None = None) -> Path:
-    """Draw the validation loss of several runs against the seconds since each one's start."""
-    figure, axes = plot('seconds since the start, evaluation included')
-    for out_dir in out_dirs:
+    """Draw the losses of several runs against the steps and the seconds since each one's start."""
+    figure, panels = plot('step', 'seconds since the start, evaluation included')
+    for number, out_dir in enumerate(out_dirs):
         if not (Path(out_dir) / 'metrics.jsonl').is_file():
             raise UserError(f'{out_dir}: there is no metrics.jsonl; give the folder of a run')
-        seconds, losses = points(read_metrics(out_dir), 'seconds', 'val_loss')
-        if not losses:
+        lines = read_metrics(out_dir)
+        if not points(lines, 'seconds', 'val_loss')[0]:
             raise UserError(f'{out_dir}: its metrics.jsonl has no evaluation with its seconds')
-        label = f'{Path(out_dir).name}: {min(losses):.3f}'
-        axes.plot(seconds, losses, 'o-', ms=3, lw=1.5, label=label)
+        for axes, x in zip(panels, ('step', 'seconds'), strict=True):
+            axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.8, alpha=0.4)
+            along, losses = points(lines, x, 'val_loss')
+            label = f'{Path(out_dir).name}: {min(losses):.3f}'
+            axes.plot(along, losses, 'o-', color=f'C{number}', ms=3, lw=1.5, label=label)
+    panels[0].set_title('validation; faint: training batches', fontsize='medium', loc='left')
     if goal is not None:
-        axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
+        for axes in panels:
+            axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
     try:
         path = Path(picture)
         return write(figure, path if path.suffix else path.with_suffix('.png'))
@@ -157,14 +175,17 @@ def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
     return [line[x] for line in both], [line[y] for line in both]
 
 
-def plot(xlabel: str):
+def plot(*xlabels: str):
+    """A figure, and one pair of axes for each of the xlabels, with the loss upwards."""
     from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout='tight')
-    axes = figure.subplots()
-    axes.set(xlabel=xlabel, ylabel='loss (nats per token)')
-    axes.grid(alpha=0.25)
-    return figure, axes
+    figure = Figure(figsize=(2 + 6 * len(xlabels), 4.5), dpi=120, layout='tight')
+    panels = figure.subplots(1, len(xlabels), sharey=True, squeeze=False)[0]
+    for axes, xlabel in zip(panels, xlabels, strict=True):
+        axes.set_xlabel(xlabel)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel('loss (nats per token)')
+    return figure, panels
 
 
 def write(figure, path: Path) -> Path:

@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ import folder
 from checkpoint import find, listed, load, load_model, load_optimizer, newest_run, save
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
-from engine import Sampling, generate
+from engine import write_page
 from model import GPT, GPTConfig
 from optim import build_optimizers
 from runtime import StopSignal, on_out_of_memory, start
@@ -52,6 +52,7 @@ always_save_checkpoint = True  # keep every evaluation's checkpoint, not just th
 patience: int | None = None  # stop after so many evaluations without a new best; None: never
 log_interval = 1  # steps between lines in metrics.jsonl
 sample_tokens = 256  # length of the text to print at the end; 0: none
+eval_sample_tokens = 0  # length of one at each evaluation before that; 0: none
 # trackers
 wandb_log = False
 wandb_project = 'owt'
@@ -112,7 +113,7 @@ within(1, None, config, 'batch_size', 'gradient_accumulation_steps')
 within(1, None, config, 'block_size', 'short_block_size')
 within(0, None, config, 'max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')
 within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')
-within(0, None, config, 'sample_tokens', 'peak_tflops')
+within(0, None, config, 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
 within(0, 1, config, 'cooldown')
 within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
@@ -378,24 +379,27 @@ def save_checkpoint() -> str | None:
         return f'checkpoint of step {step} not written: {error}; the ones before are untouched'
 
 
+def show_sample(tokens: int) -> None:
+    """Print and log what the model writes now."""
+    if not tokens or tokenizer is None:
+        return
+    # begin as a document begins, or as the validation split does
+    prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
+    raw_model.eval()
+    text = write_page(raw_model, tokenizer, prompt, tokens, seed)
+    raw_model.train()
+    tracker.log_text(step, text)
+    rule = '-' * 64
+    say(f'what it writes:\n{rule}\n{text}\n{rule}')
+
+
 def report_end() -> None:
     """What the run reached, where it lies, and a page of what the model learned to write."""
     bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
     spent = f'{tqdm.format_interval(state["seconds"])} after the start'
     say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
-    if sample_tokens > 0 and tokenizer is not None:
-        raw_model.eval()
-        # begin as a document begins, or as the validation split does
-        prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
-        left, page = sample_tokens, []
-        while left > 0:  # a short document leaves room for the next
-            sampling = Sampling(left, temperature=0.8, top_k=200, seed=seed + len(page))
-            pieces = list(generate(raw_model, tokenizer, [prompt], sampling))
-            page.append(''.join(piece.text for piece in pieces).strip('\n'))
-            left -= len(pieces)
-        rule, text = '-' * 64, '\n\n'.join(page)
-        say(f'what it writes:\n{rule}\n{text}\n{rule}')
+    show_sample(sample_tokens)
     for path in listed(out_dir)[-1:]:
         say(f'checkpoint: {path}')
         say(f'more: python sample.py --out_dir={shlex.quote(str(out_dir))}')
@@ -466,6 +470,8 @@ while True:
             say(f'warning: {failure}; training goes on')
     if finished or stopping:
         break
+    if runtime.main and losses and sound:
+        show_sample(eval_sample_tokens)
 
     # one update: the gradient of the mean loss over all micro-batches and all ranks
     started = time.perf_counter()
@@ -532,23 +538,23 @@ progress.close()
 batches.shutdown(cancel_futures=True)
 stop.release()
 if runtime.main:
-    tracker.close()
-    if failure:
-        raise UserError(f'{failure}; make room and continue with --init_from=resume')
-    if finished and not math.isfinite(state['val_loss']):
-        raise UserError(
-            f'the validation loss is {state["val_loss"]} at step {step}, and those weights are not '
-            f'saved: lower {rates}'
-        )
-    with suppress(OSError):  # a full disk
-        say(f'loss curve: {draw_loss(out_dir)}')
-    if finished:
-        (out_dir / 'DONE').touch()
-        report_end()
-    elif saved := listed(out_dir):
-        config_file = shlex.quote(str(out_dir / 'config.py'))
-        command = f'python train.py {config_file} --init_from=resume'
-        say(f'stopped at step {step}; {saved[-1].name} is saved, continue with: {command}')
-    else:
-        say(f'stopped at step {step}, with nothing to save yet; the same command starts again')
+    with closing(tracker):
+        if failure:
+            raise UserError(f'{failure}; make room and continue with --init_from=resume')
+        if finished and not math.isfinite(state['val_loss']):
+            raise UserError(
+                f'the validation loss is {state["val_loss"]} at step {step}, and those weights are '
+                f'not saved: lower {rates}'
+            )
+        with suppress(OSError):  # a full disk
+            say(f'loss curve: {draw_loss(out_dir)}')
+        if finished:
+            (out_dir / 'DONE').touch()
+            report_end()
+        elif saved := listed(out_dir):
+            config_file = shlex.quote(str(out_dir / 'config.py'))
+            command = f'python train.py {config_file} --init_from=resume'
+            say(f'stopped at step {step}; {saved[-1].name} is saved, continue with: {command}')
+        else:
+            say(f'stopped at step {step}, with nothing to save yet; the same command starts again')
 runtime.leave(0 if finished else stop.status)

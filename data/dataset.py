@@ -5,6 +5,7 @@ data/<name>/ holds the ids of each split as raw little-endian uint16 or uint32 i
 train-00000.bin, train-00001.bin, ...) and val.bin, the tokenizer.json, and meta.json, written last:
 {"format": "flatgpt", "tokenizer", "vocab_size", "dtype",
  "splits": {"train": {"tokens", "bytes", "shards": [{"file", "tokens", "sha256"}]}, "val": ...}}.
+A large one is made of parts (see data/parquet.py): then the files are in folders below it.
 A folder with only nanoGPT's train.bin, val.bin and perhaps meta.pkl is read as well.
 
     with Writer(folder, tokenizer) as writer:        # nothing is published unless this ends well
@@ -38,10 +39,20 @@ class Writer:
     """
     Writes a dataset folder, in shards of `shard_tokens`. What is written has other names until the
     `with` ends without an error, so that a folder never looks finished when it is not.
+
+    source: what a part of a larger dataset is made from, which its meta.json then tells; a split
+    of a part may be empty.
     """
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer, shard_tokens: int = 2**30):
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        shard_tokens: int = 2**30,
+        source: dict | None = None,
+    ):
         self.folder, self.tokenizer, self.shard_tokens = Path(folder), tokenizer, shard_tokens
+        self.source = source
         self.shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
         self._files, self._hashes = {}, {}
@@ -81,6 +92,17 @@ class Writer:
         except OSError as error:
             raise self._cannot_write(error) from error
 
+    def include(self, name: str) -> None:
+        """Append the shards of a finished part, the folder `name` in this one, where they lie."""
+        meta = read_meta(self.folder / name)
+        check_files(self.folder / name, meta)
+        if (meta['tokenizer'], meta['dtype']) != (self.tokenizer.name, self.tokenizer.dtype.name):
+            raise UserError(f'{self.folder / name}: its tokenizer is {meta["tokenizer"]}')
+        for split in SPLITS:
+            self.bytes[split] += meta['splits'][split]['bytes']
+            for shard in meta['splits'][split]['shards']:
+                self.shards[split].append(shard | {'file': f'{name}/{shard["file"]}'})
+
     def _cannot_write(self, error: OSError) -> UserError:
         return UserError(f'{self.folder}: the dataset cannot be written: {error.strerror or error}')
 
@@ -113,7 +135,7 @@ class Writer:
         for split in list(self._files):
             self._close_shard(split)
         for split in SPLITS:
-            if not self.shards[split]:
+            if not self.shards[split] and not self.source:
                 raise UserError(f'{self.folder}: nothing was left for the {split} split')
         (self.folder / UNFINISHED).touch()
         for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', 'meta.*'):
@@ -122,6 +144,8 @@ class Writer:
         for split, shards in self.shards.items():
             for shard in shards:
                 part = self.folder / f'{shard["file"]}.part'
+                if not part.exists():
+                    continue  # of an included part
                 if len(shards) == 1:
                     shard['file'] = f'{split}.bin'  # what nanoGPT's tools look for
                 os.replace(part, self.folder / shard['file'])
@@ -137,6 +161,8 @@ class Writer:
         tokenizer = self.tokenizer
         meta = {'format': 'flatgpt', 'tokenizer': tokenizer.name, 'splits': splits}
         meta |= {'vocab_size': tokenizer.vocab_size, 'dtype': tokenizer.dtype.name}
+        if self.source:
+            meta['source'] = self.source
         part = self.folder / 'meta.json.part'
         with part.open('w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
@@ -178,7 +204,8 @@ class Dataset:
         self.tokens: dict[str, int] = {s: splits[s]['tokens'] for s in SPLITS}
         self.bytes: dict[str, int | None] = {s: splits[s].get('bytes') for s in SPLITS}
         self._shards = {s: [(d['file'], d['tokens']) for d in splits[s]['shards']] for s in SPLITS}
-        self._check_files()
+        check_files(self.folder, meta)
+        self._check_lengths()
         sizes = np.array([tokens for _, tokens in self._shards['train']])
         self._first_token = np.cumsum(sizes) - sizes
         # A window and the token after it lie in one shard. Where there are several, one less than
@@ -290,15 +317,7 @@ class Dataset:
             'another tokenizer: prepare the dataset again'
         )
 
-    def _check_files(self) -> None:
-        for name, tokens in self._shards['train'] + self._shards['val']:
-            path, expected = self.folder / name, tokens * self._dtype.itemsize
-            size = path.stat().st_size if path.exists() else None
-            if size != expected:
-                found = 'is missing' if size is None else f'has {size:,} bytes'
-                raise UserError(
-                    f'{path}: {found}, and meta.json says {expected:,}; prepare the dataset again'
-                )
+    def _check_lengths(self) -> None:
         # What a window can be cut from: a shard to train on, the whole split to evaluate.
         longest = {
             'train': max((tokens for _, tokens in self._shards['train']), default=0),
@@ -362,12 +381,26 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f'{path}: not the meta.json of a dataset: {error!r}') from error
 
 
+def check_files(folder: Path, meta: dict) -> None:
+    """Raise UserError unless every shard has the size that meta.json says."""
+    for split in SPLITS:
+        for shard in meta['splits'][split]['shards']:
+            path = folder / shard['file']
+            expected = shard['tokens'] * np.dtype(meta['dtype']).itemsize
+            size = path.stat().st_size if path.exists() else None
+            if size != expected:
+                found = 'is missing' if size is None else f'has {size:,} bytes'
+                raise UserError(
+                    f'{path}: {found}, and meta.json says {expected:,}; prepare the dataset again'
+                )
+
+
 def nanogpt_meta(folder: Path) -> dict:
     if (folder / 'tokenizer.json').exists():
         raise UserError(f'{folder}: its meta.json is missing; prepare the dataset again')
     for split in SPLITS:
         if not (folder / f'{split}.bin').exists():
-            if parts_in(folder):
+            if parts_in(folder) or any(folder.glob('part-*/')):
                 raise UserError(f'{folder}: its preparation did not finish; prepare it again')
             raise UserError(f'{folder}: no dataset here; it has no meta.json and no {split}.bin')
     pickled = folder / 'meta.pkl'

@@ -9,12 +9,13 @@ gigatoken is installed and serves, one core is faster than a dozen would be othe
 
 import contextlib
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -75,7 +76,8 @@ def write_chunks(
         fast = tokenizer.accelerated or tokenizer.kind in ('char', 'byte')
         workers = 1 if fast or small else cores()
     with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
-        for size, ids in encode_all(jobs(chunks), writer.tokenizer, workers):
+        encoded = in_processes(encode_job, jobs(chunks), tokenizer, workers, ahead=workers)
+        for size, ids in encoded:
             for split, part in ids.items():
                 writer.write(split, part)
             bar.update(size)
@@ -97,41 +99,47 @@ def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
         yield read, job
 
 
-_tokenizer: Tokenizer | None = None  # in a worker process
-
-
-def encode_job(job: list, tokenizer: Tokenizer | None = None) -> dict[str, np.ndarray]:
-    tokenizer = tokenizer or _tokenizer
+def encode_job(job: tuple[int, list], tokenizer: Tokenizer) -> tuple[int, dict[str, np.ndarray]]:
+    """-> bytes read, ids by split"""
+    size, chunks = job
     between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
     parts: dict[str, list] = {}
-    for split, begins, text in job:
+    for split, begins, text in chunks:
         ids = parts.setdefault(split, [])
         ids += [between] * begins + [tokenizer.encode(text)]
-    return {split: np.concatenate(ids) for split, ids in parts.items()}
+    return size, {split: np.concatenate(ids) for split, ids in parts.items()}
 
 
-def encode_all(jobs: Iterable[tuple], tokenizer: Tokenizer, workers: int) -> Iterator[tuple]:
-    """(bytes read, ids by split) of each job, in order; few jobs are in memory at a time."""
+def in_processes(
+    function: Callable, jobs: Iterable, tokenizer: Tokenizer, workers: int, ahead: int
+) -> Iterator:
+    """
+    function(job, tokenizer) of each job, in order. At most `ahead` jobs are taken beyond those that
+    the workers are at; one worker is this process itself.
+    """
     if workers == 1:
-        yield from ((size, encode_job(job, tokenizer)) for size, job in jobs)
+        yield from (function(job, tokenizer) for job in jobs)
         return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context('spawn'), start_worker, (tokenizer.to_dict(),)
-    )
+    spawn = multiprocessing.get_context('spawn')
+    stop = spawn.Event()
+    arguments = (tokenizer.to_dict(), tokenizer.accelerated, stop)
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, arguments)
     waiting = deque()
     try:
-        for size, job in jobs:
+        for job in jobs:
             with interrupts_held_back():  # submit() is what starts the processes
-                waiting.append((size, pool.submit(encode_job, job)))
-            if len(waiting) > 2 * workers:
-                size, result = waiting.popleft()
-                yield size, result.result()
-        for size, result in waiting:
-            yield size, result.result()
+                waiting.append(pool.submit(work, function, job))
+            if len(waiting) > workers + ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
             f'a worker process was killed, perhaps for want of memory; try --workers={workers // 2}'
         ) from error
+    except KeyboardInterrupt:
+        stop.set()  # and not terminate(): half a result in a pipe is waited for until it is whole
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -149,11 +157,29 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_worker(fields: dict) -> None:
-    global _tokenizer
+# in a worker process
+_tokenizer: Tokenizer | None = None
+_stop: multiprocessing.synchronize.Event | None = None
+
+
+def start_worker(fields: dict, accelerate: bool, stop: multiprocessing.synchronize.Event) -> None:
+    global _tokenizer, _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer.from_dict(fields)
+    if accelerate:
+        _tokenizer.accelerate()
+
+
+def work(function: Callable, job):
+    return function(job, _tokenizer)
+
+
+def may_go_on() -> None:
+    """What a long job asks now and then: raises KeyboardInterrupt after the parent's Ctrl-C."""
+    if _stop and _stop.is_set():
+        raise KeyboardInterrupt
 
 
 def end_with_parent() -> None:

@@ -211,7 +211,12 @@ class Tokenizer:
         try:
             tokens = [None if t is None else base64.b64decode(t) for t in fields['tokens']]
             special = {str(text): int(i) for text, i in fields['special_tokens'].items()}
-            return cls(fields['kind'], fields['name'], tokens, special, fields['pattern'])
+            kind, name, pattern = (str(fields[key]) for key in ('kind', 'name', 'pattern'))
+            if kind not in ('char', 'byte', 'tiktoken', 'bpe'):
+                raise ValueError(f'kind {kind!r}')
+            if not all(0 <= i < len(tokens) for i in special.values()):
+                raise ValueError(f'special ids past {len(tokens)} tokens')
+            return cls(kind, name, tokens, special, pattern)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f'not a tokenizer of flatGPT: {error!r}') from error
 

@@ -16,7 +16,8 @@ import peers
 from bench import Report, different
 from configurator import ConfigError, UserError, configure
 from data.dataset import Writer
-from data.tokenizer import byte_tokenizer
+from data.tokenizer import byte_tokenizer, char_tokenizer
+from exchange import export_transformers
 from model import GPT, GPTConfig
 from runtime import Runtime
 
@@ -248,10 +249,36 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, monkeypatch, repo
     assert abs(found['int8'] / found['float32'] - 1) < 0.01
     assert '399 tokens of data' in capsys.readouterr().out
 
+    export_transformers(model, tokenizer, {}, tmp_path / 'theirs')
+    assert '--dataset=' in refused('--only=quality', f'--out_dir={tmp_path / "theirs"}')
+    flags = [f'--out_dir={tmp_path / "theirs"}', f'--dataset={tmp_path / "data"}']
+    again = Report({'json': 'bench.json'}, {})
+    bench.bench_quality(settings(*flags), Runtime('cpu', torch.float32), again)
+    assert again.entries[0]['perplexity'] == found['float32']
+    with Writer(tmp_path / 'other', char_tokenizer('ab')) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, np.arange(400) % 2)
+    flags[1] = f'--dataset={tmp_path / "other"}'
+    with pytest.raises(UserError, match='was not made with the tokenizer'):
+        bench.bench_quality(settings(*flags), Runtime('cpu', torch.float32), again)
+
 
 def test_a_run_whose_data_is_gone_is_refused(tmp_path):
     with pytest.raises(UserError, match='is not here'):
-        bench.dataset_of({'config': {'dataset': str(tmp_path)}})
+        bench.dataset_of({'config': {'dataset': str(tmp_path)}}, None)
+
+
+def test_compare_draws_the_losses_of_runs_into_one_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in 'ab':
+        Path(name).mkdir()
+        line = '{"step": 0, "val_loss": 3.0, "seconds": 0.5}\n'
+        (tmp_path / name / 'metrics.jsonl').write_text(line)
+    bench.main(settings('--compare=a,b'))
+    assert capsys.readouterr().out == 'runs.png\n'
+    assert Path('runs.png').read_bytes().startswith(b'\x89PNG')
+    assert {path.name for path in tmp_path.iterdir()} == {'a', 'b', 'runs.png'}
+    assert 'c: there is no metrics.jsonl' in refused('--compare=a,c')
 
 
 def test_an_unwritable_report_is_one_line(tmp_path):

@@ -453,6 +453,7 @@ def test_the_defaults_are_nanogpt_s():
         ('UserError("mend it")', 2, 'error: mend it\n'),
         ('ConfigError("mend it")', 2, 'error: mend it\n'),
         ('KeyboardInterrupt()', 130, 'interrupted\n'),
+        ("PermissionError(13, 'Permission denied', 'x')", 2, 'error: x: Permission denied\n'),
     ],
 )
 def test_a_user_error_is_one_line_and_status_2(environment, error, status, text):

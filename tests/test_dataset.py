@@ -487,7 +487,7 @@ def test_a_large_download_is_not_started_unasked(data_folder):
 def test_openwebtext_is_such_a_download():
     if (ROOT / 'data' / 'openwebtext' / 'meta.json').exists():
         pytest.skip('openwebtext is prepared here')
-    with pytest.raises(UserError, match='54 GB'):
+    with pytest.raises(UserError, match='24 GB'):
         open_dataset('openwebtext', 1024)
 
 

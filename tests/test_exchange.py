@@ -1,9 +1,11 @@
 """Models of others: read with their numbers, given back with ours."""
 
+import io
 import json
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import exchange
 from checkpoint import load_model
 from configurator import UserError
 from data.dataset import Writer
+from data.huggingface import GPT2_WORDS, letters_and_merges, tokenizer_json
 from data.tokenizer import (
     EOT,
     byte_tokenizer,
@@ -32,7 +35,6 @@ from exchange import (
     export_gguf,
     export_transformers,
     is_foreign,
-    letters_and_merges,
     read_tokenizer,
 )
 from model import GPT, GPTConfig
@@ -71,6 +73,11 @@ def gpt2(folder, **changes):
     model = shaken(transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **changes})))
     model.save_pretrained(folder)
     return model
+
+
+def rewrite(path, **changes):
+    """Other values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def nanochat(folder, **changes):
@@ -140,6 +147,17 @@ def test_the_older_names_without_a_prefix_are_read(tmp_path):
     assert_same_logits(load_model(tmp_path)[0], theirs)
 
 
+def test_a_model_without_its_head_and_what_other_versions_write_is_read(tmp_path):
+    theirs = gpt2(tmp_path / 'a', n_inner=128)
+    theirs.transformer.save_pretrained(tmp_path / 'b')  # a GPT2Model: names without a prefix
+    assert_same_logits(load_model(tmp_path / 'b')[0], theirs)
+    theirs = nanochat(tmp_path / 'c')
+    config = json.loads((tmp_path / 'c' / 'config.json').read_text())
+    config |= {'rope_theta': config.pop('rope_parameters')['rope_theta'], 'rope_scaling': None}
+    (tmp_path / 'c' / 'config.json').write_text(json.dumps(config))
+    assert_same_logits(load_model(tmp_path / 'c')[0], theirs)
+
+
 @pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])
 def test_weights_in_16_bits_become_float32(tmp_path, kind):
     theirs = gpt2(tmp_path).to(kind)
@@ -155,18 +173,55 @@ def test_weights_in_16_bits_become_float32(tmp_path, kind):
         (gpt2, {'scale_attn_by_inverse_layer_idx': True}, 'scale_attn_by_inverse_layer_idx=True'),
         (gpt2, {'n_inner': 100}, 'n_inner=100'),
         (gpt2, {'n_embd': 64}, 'has shape'),
-        (gpt2, {'n_layer': 3}, 'transformer.h.2'),
+        (gpt2, {'n_embd': 10**6}, 'has shape'),  # before memory is taken for it
+        (gpt2, {'n_layer': 3}, 'lacks transformer.h.2'),
+        (gpt2, {'n_layer': 1}, 'has transformer.h.1'),
+        (gpt2, {'n_layer': 2.0}, "whole number 'n_layer'"),
+        (gpt2, {'n_embd': None}, "whole number 'n_embd'"),
+        (gpt2, {'n_positions': -1}, 'block_size=-1'),
+        (gpt2, {'tie_word_embeddings': False}, 'tie_word_embeddings=False'),
+        (gpt2, {'quantization_config': {'bits': 4}}, 'quantization_config='),
+        (gpt2, {'flatgpt_bias': False}, 'c_attn.bias'),  # which were trained since
         (nanochat, {'hidden_act': 'silu'}, "hidden_act='silu'"),
         (nanochat, {'final_logit_softcapping': 30.0}, 'final_logit_softcapping=30.0'),
         (nanochat, {'num_key_value_heads': 3}, 'n_kv_head=3'),
         (nanochat, {'rope_parameters': {'rope_theta': 5e5}}, 'rope_theta=500000.0'),
+        (nanochat, {'rope_parameters': {'rope_type': 'yarn', 'factor': 4}}, "rope_type='yarn'"),
+        (nanochat, {'rope_parameters': 'yarn'}, "rope_type='yarn'"),
+        (nanochat, {'rope_scaling': {'factor': 2}}, 'rope_scaling='),
+        (nanochat, {'num_key_value_heads': '2'}, "n_kv_head='2'"),
     ],
 )
 def test_what_we_would_not_compute_is_refused(tmp_path, write, change, line):
     write(tmp_path)
-    config = json.loads((tmp_path / 'config.json').read_text())
-    (tmp_path / 'config.json').write_text(json.dumps(config | change))
+    rewrite(tmp_path / 'config.json', **change)
+    text = refused(load_model, tmp_path)
+    assert text.startswith(str(tmp_path))
+    assert line in text
+
+
+@pytest.mark.parametrize(
+    ('change', 'line'),
+    [
+        (lambda t: t.update({'score.weight': torch.ones(2, 32)}), 'has transformer.score.weight'),
+        (lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()}), 'quantized'),
+        (lambda t: t.pop('transformer.ln_f.weight'), 'lacks transformer.ln_f.weight'),
+    ],
+)
+def test_weights_of_another_kind_are_refused(tmp_path, change, line):
+    gpt2(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    change(tensors)
+    save_file(tensors, tmp_path / WEIGHTS)
     assert line in refused(load_model, tmp_path)
+
+
+@pytest.mark.parametrize('files', [[], {'a': 1}, 'x', None])
+def test_an_index_that_says_nothing_is_one_line(tmp_path, files):
+    gpt2(tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / INDEX).write_text(json.dumps({'weight_map': files}))
+    assert INDEX in refused(load_model, tmp_path)
 
 
 @pytest.mark.parametrize('keep', [0, 4, 100, -8])
@@ -181,12 +236,22 @@ def test_a_missing_weight_file_and_a_broken_config_are_one_line(tmp_path):
     gpt2(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert 'save_pretrained' in refused(load_model, tmp_path)
-    (tmp_path / 'config.json').write_text('{"model_type": ')
-    assert 'config.json' in refused(load_model, tmp_path)
+    for text in ('', '{"model_type": ', '[]', '[' * 100_000, '\udcff'):
+        (tmp_path / 'config.json').write_bytes(text.encode(errors='surrogateescape'))
+        assert 'config.json' in refused(load_model, tmp_path)
 
 
-def test_an_unknown_name_gets_the_nearest():
-    assert 'did you mean gpt2-large?' in refused(load_model, 'gpt2-lrage')
+@pytest.mark.parametrize(
+    ('name', 'near'),
+    [('gpt2-lrage', 'gpt2-large'), ('gtp2', 'gpt2'), ('GPT2-XL', 'gpt2-xl'), ('gpt-2', 'gpt2')],
+)
+def test_an_unknown_name_gets_the_nearest(tmp_path, monkeypatch, name, near):
+    monkeypatch.chdir(tmp_path)
+    assert f'did you mean {near}?' in refused(load_model, name)
+
+
+def test_a_model_of_others_has_no_checkpoints_to_choose_from():
+    assert 'leave out --checkpoint' in refused(checkpoint.find, 'gpt2', 'last')
 
 
 @pytest.mark.parametrize('name', ['gpt2-xl', 'distilgpt2', 'someone/model'])
@@ -196,6 +261,21 @@ def test_a_name_without_a_network_says_where_to_put_which_files(tmp_path, monkey
     text = refused(load_model, name)
     assert name in text
     assert WEIGHTS in text
+
+
+def test_the_hub_s_cache_is_read_and_half_of_a_model_in_it_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
+    theirs = gpt2(tmp_path / 'model')
+    cached = tmp_path / 'hub/models--openai-community--gpt2'
+    snapshot = cached / 'snapshots/0123'
+    (cached / 'refs').mkdir(parents=True)
+    (cached / 'refs/main').write_text('0123')
+    snapshot.mkdir(parents=True)
+    (tmp_path / 'model/config.json').rename(snapshot / 'config.json')
+    assert 'whole in the local cache' in refused(load_model, 'gpt2')
+    (tmp_path / 'model' / WEIGHTS).rename(snapshot / WEIGHTS)
+    assert_same_logits(load_model('gpt2')[0], theirs)
 
 
 @pytest.mark.parametrize(
@@ -216,16 +296,33 @@ def test_names_are_told_from_folders(tmp_path, monkeypatch, where, foreign):
     assert is_foreign(where) is foreign
 
 
-def test_memory_holds_the_weights_about_once(tmp_path):
+MEASURE = """
+import sys
+from pathlib import Path
+import exchange, checkpoint
+def kilobytes(of):
+    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(of))
+Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+before = kilobytes('VmRSS')
+model = checkpoint.load_model(sys.argv[1])[0]
+weights = sum(p.nbytes for p in model.parameters()) / 1024
+print((kilobytes('VmHWM') - before) / weights)
+"""
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='Linux measures it so')
+@pytest.mark.parametrize('kind', ['a folder', 'ours'])
+def test_memory_holds_the_weights_about_once(tmp_path, script, kind):
     """Filled one tensor at a time, from starting values that were never made."""
-    gpt2(tmp_path, n_embd=256, n_layer=4, vocab_size=8000)
-    model = exchange.empty_model(GPTConfig(16, 8000, 4, 4, 256, bias=True))
-    assert model.lm_head.weight is model.transformer.wte.weight
-    loaded = load_model(tmp_path)[0]
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
-    mapped = Path('/proc/self/maps')
-    if mapped.exists():
-        assert str(tmp_path) not in mapped.read_text()
+    model = own(n_embd=384, n_layer=16)
+    if kind == 'a folder':
+        export_transformers(model, None, {}, tmp_path / 'model')
+    else:
+        checkpoint.save(tmp_path / 'model', model, [], None, {'step': 1, 'evaluated': False})
+    (tmp_path / 'measure.py').write_text(MEASURE)
+    done = script(tmp_path / 'measure.py', tmp_path / 'model')
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.3
 
 
 # -----------------------------------------------------------------------------
@@ -283,29 +380,81 @@ def test_vocab_json_and_merges_txt_are_read(tmp_path, bpe):
     back = read_tokenizer(tmp_path, 'x', 600)
     assert back.token_bytes == bpe.token_bytes
     assert back.eot == bpe.eot
-    assert back.pattern == exchange.GPT2_WORDS
+    assert back.pattern == GPT2_WORDS
 
 
 @needs_gpt2
 def test_without_tokenizer_files_50257_ids_are_gpt2s_and_it_says_so(tmp_path, capsys):
     assert read_tokenizer(tmp_path, 'x', 50257) == get_tokenizer('gpt2')
-    assert "taken for GPT-2's" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "taken for GPT-2's" in said.err
+    assert said.out == ''  # which may be a file, for the text that is written
+
+
+def first_split(content):
+    return content['pre_tokenizer']['pretokenizers'][0]
+
+
+UNIGRAM = {'type': 'Unigram', 'unk_id': 0, 'vocab': [['a', 0.0]], 'byte_fallback': False}
 
 
 @pytest.mark.parametrize(
     ('change', 'line'),
     [
-        (lambda c: c['model'].update(type='Unigram'), 'Unigram'),
+        (lambda c: c.update(model=UNIGRAM), 'Unigram'),
         (lambda c: c['model']['merges'].reverse(), 'order'),
         (lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}), 'splits text'),
-        (lambda c: c.pop('model'), 'model'),
+        (lambda c: first_split(c).update(behavior='Removed'), 'splits text'),
+        (lambda c: c['pre_tokenizer']['pretokenizers'].reverse(), 'splits text'),
+        (lambda c: first_split(c).update(pattern={'Regex': r'\S+|\s+'}), None),
+        (lambda c: c.update(normalizer={'type': 'Lowercase'}), 'encodes text'),
+        (lambda c: c.update(normalizer={'type': 'NFC'}), 'encodes text'),
+        (lambda c: c['model'].update(end_of_word_suffix='</w>'), 'tokenizer.json'),
+        (lambda c: c['model']['vocab'].pop('\u0120'), 'tokenizer.json'),
+        (lambda c: c['model']['vocab'].update(zz=10**9), 'its ids'),
+        (lambda c: c['added_tokens'][0].update(id=-1), 'tokenizer.json'),
+        (lambda c: c.pop('model'), 'tokenizer.json'),
     ],
 )
 def test_a_tokenizer_that_would_encode_otherwise_is_refused(tmp_path, bpe, change, line):
-    content = exchange.tokenizer_json(bpe)
+    content = tokenizer_json(bpe)
     change(content)
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
-    assert line in refused(read_tokenizer, tmp_path, 'x', 600)
+    if line is None:  # another way to split is followed
+        assert read_tokenizer(tmp_path, 'x', 600).pattern == r'\S+|\s+'
+    else:
+        assert line in refused(read_tokenizer, tmp_path, 'x', 600)
+
+
+def test_characters_and_bytes_under_other_ids_are_refused(tmp_path):
+    letters = char_tokenizer('abcd')
+    for tokenizer, change in (
+        (letters, {'a': 3, 'd': 0}),
+        (letters, {'d': 9}),
+        (byte_tokenizer(), {'a': 98, 'b': 97}),
+    ):
+        content = tokenizer_json(tokenizer)
+        content['model']['vocab'].update(change)
+        (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+        if change == {'a': 3, 'd': 0}:
+            assert read_tokenizer(tmp_path, 'x', 600).encode('abcd').tolist() == [3, 1, 2, 0]
+        else:
+            assert 'tokenizer.json' in refused(read_tokenizer, tmp_path, 'x', 600)
+
+
+def test_a_tokenizer_that_was_named_takes_the_place_of_what_comes_with_a_model(tmp_path):
+    gpt2(tmp_path / 'folder')
+    (tmp_path / 'folder' / 'tokenizer.json').write_text('damaged')
+    state = {'step': 1, 'evaluated': False}
+    checkpoint.save(tmp_path / 'run', own(), [], char_tokenizer('ab'), state)
+    for where in ('folder', 'run'):
+        assert load_model(tmp_path / where, tokenizer='byte')[1] == byte_tokenizer()
+    checkpoint.save(tmp_path / 'small', own(vocab_size=100), [], None, state)
+    text = refused(load_model, tmp_path / 'small', tokenizer='byte')
+    assert '257 ids, and the model 100' in text
+    damaged = {**byte_tokenizer().to_dict(), 'special_tokens': {EOT: 999}}
+    (tmp_path / 'own.json').write_text(json.dumps(damaged))
+    assert 'own.json' in refused(load_model, tmp_path / 'run', tokenizer=str(tmp_path / 'own.json'))
 
 
 # -----------------------------------------------------------------------------
@@ -343,10 +492,13 @@ def test_an_export_has_the_same_logits_text_and_weights(tmp_path, changes):
 
 def test_an_export_never_replaces_or_leaves_anything_half(tmp_path, monkeypatch):
     model, folder = own(), tmp_path / 'out'
+    (tmp_path / 'link').symlink_to('nowhere')
     folder.mkdir()
-    (folder / 'mine.txt').write_text('precious')
-    assert 'is there already' in refused(export_transformers, model, None, {}, folder)
-    assert [path.name for path in tmp_path.iterdir()] == ['out']
+    monkeypatch.chdir(folder)
+    for there in (folder, Path('.'), tmp_path / 'link'):
+        assert 'is there already' in refused(export_transformers, model, None, {}, there)
+    (tmp_path / 'link').unlink()
+    assert [path.name for path in tmp_path.rglob('*')] == ['out']
 
     def full(*args, **options):
         raise OSError(28, 'No space left on device')
@@ -364,8 +516,16 @@ def test_the_command_exports_a_run_and_says_where_to(tmp_path, capsys, monkeypat
     assert 'step 3: written to' in capsys.readouterr().out
     assert transformers.AutoConfig.from_pretrained(tmp_path / 'out').n_embd == 32
     assert 'say where to' in refused(checkpoint.main, ['export', str(tmp_path / 'run')])
-    checkpoint.main(['inspect', str(tmp_path / 'run')])
-    assert 'gpt2, 0.03M parameters, 2 layers of 32' in capsys.readouterr().out
+    for where in ('run', 'run/checkpoints/step-00000003'):
+        checkpoint.main(['inspect', str(tmp_path / where)])
+        said = capsys.readouterr().out
+        assert 'step-00000003' in said
+        assert 'gpt2, 0.03M parameters, 2 layers of 32' in said
+    checkpoint.main(['inspect', str(tmp_path / 'out')])
+    assert 'context 16; tokenizer byte' in capsys.readouterr().out
+    checkpoint.save(tmp_path / 'mute', model, [], None, state)
+    checkpoint.main(['export', str(tmp_path / 'mute'), str(tmp_path / 'out2')])
+    assert 'without a tokenizer' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('bias', [True, False])
@@ -397,6 +557,7 @@ def test_what_llama_cpp_does_not_have_is_refused(tmp_path, bpe):
     modern = own('modern')
     assert 'modern' in refused(export_gguf, modern, byte_tokenizer(), {}, tmp_path / 'a.gguf')
     assert 'bpe' in refused(export_gguf, own(), bpe, {}, tmp_path / 'a.gguf')
+    assert '--tokenizer=' in refused(export_gguf, own(), None, {}, tmp_path / 'a.gguf')
     assert not list(tmp_path.iterdir())
 
 
@@ -420,7 +581,9 @@ def nanogpt_checkpoint(path, model, prefix='', dataset='letters', **extra):
     torch.save(saved | extra, path)
 
 
-@pytest.mark.parametrize('prefix', ['', '_orig_mod.'], ids=['plain', 'compiled'])
+@pytest.mark.parametrize(
+    'prefix', ['', '_orig_mod.', 'module._orig_mod.'], ids=['plain', 'compiled', 'wrapped']
+)
 @pytest.mark.parametrize('bias', [True, False])
 def test_nanogpts_checkpoint_gives_its_weights_vocabulary_and_loss(tmp_path, prefix, bias):
     model = own(vocab_size=10, bias=bias)
@@ -436,6 +599,17 @@ def test_nanogpts_checkpoint_gives_its_weights_vocabulary_and_loss(tmp_path, pre
         x, y = torch.randint(10, (2, 3, 16))
         with torch.no_grad():
             torch.testing.assert_close(loaded(x, y)[1], model(x, y)[1], rtol=1e-5, atol=1e-5)
+
+
+def test_data_of_another_size_under_the_same_name_is_not_taken_for_its_own(tmp_path):
+    model = own(vocab_size=10)
+    nanogpt_checkpoint(tmp_path / 'a/b/ckpt.pt', model)
+    for root, letters in (('a', 'abc'), ('.', 'abcdefghij')):
+        folder = tmp_path / root / 'data/letters'
+        folder.mkdir(parents=True)
+        meta = {'itos': dict(enumerate(letters))}
+        (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
+    assert load_model(tmp_path / 'a/b')[1] == char_tokenizer('abcdefghij')
 
 
 def test_without_its_data_the_tokenizer_can_be_named(tmp_path):
@@ -455,7 +629,16 @@ class Malicious:
 def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', own(), extra=Malicious())
-    assert 'refused' in refused(load_model, tmp_path / 'ckpt.pt')
+    assert 'refused: it asks for' in refused(load_model, tmp_path / 'ckpt.pt')
+    (tmp_path / 'ckpt.pt').write_bytes(pickle.dumps(Malicious()))
+    refused(load_model, tmp_path / 'ckpt.pt')
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', own())
+    content = (tmp_path / 'ckpt.pt').read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile('ckpt.pt', 'w') as new:
+        for name in old.namelist():
+            evil = pickle.dumps(Malicious(), 2) if name.endswith('data.pkl') else old.read(name)
+            new.writestr(name, evil)
+    assert 'refused: it asks for' in refused(load_model, tmp_path / 'ckpt.pt')
     assert not (tmp_path / 'owned').exists()
 
 
@@ -466,6 +649,36 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
     assert 'no such checkpoint' in refused(load_model, tmp_path / 'gone.pt')
 
 
+@pytest.mark.parametrize('place', [0.3, 0.7, -20])
+@pytest.mark.parametrize('damage', ['cut', 'flipped'])
+def test_a_damaged_or_half_fetched_checkpoint_is_one_line(tmp_path, place, damage):
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', own())
+    content = bytearray((tmp_path / 'ckpt.pt').read_bytes())
+    at = int(place * len(content)) if isinstance(place, float) else place
+    content[at] ^= 255
+    (tmp_path / 'ckpt.pt').write_bytes(content[:at] if damage == 'cut' else content)
+    assert str(tmp_path / 'ckpt.pt') in refused(load_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'model': [1]},
+        {'model': {'transformer.wte.weight': 3}},
+        {'model': {1: torch.ones(2)}},
+        {'model_args': None},
+        {'config': None},
+        {'iter_num': 'many'},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_checkpoint_whose_parts_are_of_another_kind_is_one_line(tmp_path, change):
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', own())
+    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    torch.save(saved | change, tmp_path / 'ckpt.pt')
+    assert 'not a checkpoint of nanoGPT' in refused(load_model, tmp_path)
+
+
 def test_a_checkpoint_of_other_shapes_is_one_line(tmp_path):
     model = own(vocab_size=10)
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', model)
@@ -473,6 +686,9 @@ def test_a_checkpoint_of_other_shapes_is_one_line(tmp_path):
     saved['model_args']['n_embd'] = 64
     torch.save(saved, tmp_path / 'ckpt.pt')
     assert 'has shape' in refused(load_model, tmp_path)
+    saved['model_args']['n_embd'] = '32'
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    assert "n_embd='32'" in refused(load_model, tmp_path)
     saved['model_args'].pop('n_head')
     torch.save(saved, tmp_path / 'ckpt.pt')
     assert 'n_head' in refused(load_model, tmp_path)
@@ -499,4 +715,4 @@ def test_a_baseline_prints_its_losses_beside_the_published_ones(tmp_path, script
     line = next(line for line in done.stdout.splitlines() if line.startswith('train_loss'))
     assert re.match(r'train_loss \d+\.\d+, val_loss \d+\.\d+', line)
     assert line.endswith(f'(published: {published})')
-    assert 'no tokenizer files' in done.stdout
+    assert 'no tokenizer files' in done.stderr

@@ -22,7 +22,6 @@ import data.shakespeare_char.prepare as shakespeare_char
 from configurator import UserError
 from data.dataset import Dataset
 from data.download import fetch
-from data.openwebtext import prepare as openwebtext
 from data.pydocs import prepare as pydocs
 from data.text import prepare as text
 from data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
@@ -677,61 +676,6 @@ def test_the_datasets_that_come_with_flatgpt_are_not_overwritten(name):
     assert 'comes with flatGPT' in message
     message = refused(text.main, ['a.txt', f'--out_dir={data.dataset.DATA / name}'])
     assert 'comes with flatGPT' in message
-
-
-# --- OpenWebText
-
-
-def parquet(path: str, documents: list[str]) -> None:
-    pyarrow = pytest.importorskip('pyarrow')
-    Path(path).parent.mkdir(exist_ok=True)
-    table = pyarrow.table({'text': documents})
-    importlib.import_module('pyarrow.parquet').write_table(table, path)
-
-
-@pytest.fixture
-def with_bytes(monkeypatch, tmp_path):
-    """The byte tokenizer in place of gpt2, whose vocabulary may not be here."""
-    pytest.importorskip('datasets')
-    monkeypatch.setattr(openwebtext, 'get_tokenizer', lambda name: byte_tokenizer())
-    monkeypatch.setattr('datasets.config.HF_DATASETS_CACHE', tmp_path / 'cache')
-
-
-def test_openwebtext_is_read_from_parquet_files(with_bytes, monkeypatch):
-    monkeypatch.setattr(openwebtext, 'VAL_EVERY', 3)
-    parquet('source/0.parquet', ['zero', 'one', 'two'])
-    parquet('source/1.parquet', ['three', 'four'])
-    openwebtext.main(['--source=source', '--out_dir=out', '--workers=1'])
-    assert text_of('val') == f'zero{EOT}three'
-    assert text_of('train') == f'one{EOT}two{EOT}four'
-
-
-def test_openwebtext_without_parquet_files_is_one_line(with_bytes):
-    argv = ['--source=nowhere', '--out_dir=out', '--workers=1']
-    assert 'nowhere: no .parquet files' in refused(openwebtext.main, argv)
-
-
-def test_openwebtext_from_other_parquet_files_is_one_line(with_bytes):
-    write('source/0.parquet', 'not parquet')
-    argv = ['--source=source', '--out_dir=out', '--workers=1']
-    assert 'source cannot be read' in refused(openwebtext.main, argv)
-
-
-def test_openwebtext_offline_is_one_line(with_bytes, monkeypatch):
-    def offline(*_, **__):
-        raise ConnectionError("Couldn't reach\nthe Hub")
-
-    monkeypatch.setattr('datasets.load_dataset', offline)
-    message = refused(openwebtext.main, ['--out_dir=out', '--workers=1'])
-    assert 'ConnectionError' in message
-    assert '--source=' in message
-
-
-def test_openwebtext_needs_datasets(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'datasets', None)
-    monkeypatch.setattr(openwebtext, 'get_tokenizer', lambda name: byte_tokenizer())
-    message = refused(openwebtext.main, ['--out_dir=out', '--workers=1'])
-    assert 'pip install datasets' in message
 
 
 def test_the_dataset_below_its_source_is_not_taken_for_text():

@@ -76,16 +76,23 @@ def test_a_picture_needs_no_metrics_file(tmp_path):
     assert draw_loss(tmp_path).is_file()
 
 
-def test_several_runs_are_drawn_into_one_picture(tmp_path):
+def test_several_runs_are_drawn_into_one_picture_by_steps_and_seconds(tmp_path, monkeypatch):
     for name in 'ab':
         (tmp_path / name).mkdir()
         lines = [{'step': i, 'seconds': i / 2, 'val_loss': 3 - i} for i in range(3)]
+        lines += [{'step': 2, 'seconds': 1, 'loss': 9}]
         text = ''.join(json.dumps(line) + '\n' for line in lines)
         (tmp_path / name / 'metrics.jsonl').write_text(text)
     (tmp_path / 'b').rename(tmp_path / 'b$x_$')
     (tmp_path / 'b').symlink_to(tmp_path / 'b$x_$')
     assert draw_loss(tmp_path / 'b$x_$').exists()
+    figures, write = [], track.write
+    monkeypatch.setattr(track, 'write', lambda *args: figures.append(args[0]) or write(*args))
     path = draw_runs([tmp_path / 'a', tmp_path / 'b$x_$'], tmp_path / 'runs', goal=1.5)
+    for axes, along in zip(figures[0].axes, ([0, 1, 2], [0, 0.5, 1]), strict=True):
+        drawn = [list(map(list, line.get_data())) for line in axes.lines]
+        assert drawn[:4] == [[along[-1:], [9]], [along, [3, 2, 1]]] * 2
+        assert axes.lines[1].get_color() != axes.lines[3].get_color()
     assert path == tmp_path / 'runs.png'
     assert path.read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'b' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
@@ -106,9 +113,13 @@ def test_tensorboard_events_are_written(tmp_path):
     tracker = Tracker(tmp_path, {**PLAIN, 'tensorboard_log': True}, -1)
     tracker.log(1, loss=2.5)
     tracker.log(2, loss=1.5)
+    tracker.log_text(2, 'one *two*\n\nthree')
     tracker.close()
     events = EventAccumulator(str(tmp_path / 'tb')).Reload()
     assert [(event.step, event.value) for event in events.Scalars('loss')] == [(1, 2.5), (2, 1.5)]
+    (event,) = events.Tensors('sample/text_summary')
+    assert event.step == 2
+    assert event.tensor_proto.string_val[0].decode() == '    one *two*\n\n    three'
 
 
 def test_wandb_logs_offline_into_the_run_s_folder(tmp_path, script):
@@ -118,14 +129,20 @@ def test_wandb_logs_offline_into_the_run_s_folder(tmp_path, script):
         "config = {'tensorboard_log': False, 'wandb_log': True, 'wandb_project': 'p', "
         "'wandb_run_name': 'n'}\n"
         'tracker = Tracker(sys.argv[1], config, -1)\n'
-        'tracker.log(1, loss=2.5)\ntracker.close()\n'
+        "tracker.log(1, loss=2.5, **dict.fromkeys('lr grad_norm tokens_per_s mfu'.split(), 0.5))\n"
+        "tracker.log_text(2, 'a <b>')\n"
+        'tracker.log(2, val_loss=2.25)\ntracker.close()\n'
     )
     program = tmp_path / 'program.py'
     program.write_text(code)
     (tmp_path / 'run').mkdir()
     done = script(program, tmp_path / 'run', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / 'run').rglob('offline-run-*/*.wandb'))
+    (kept,) = (tmp_path / 'run').rglob('offline-run-*/*.wandb')
+    for key in ('loss', 'lr', 'grad_norm', 'tokens_per_s', 'mfu', 'val_loss', 'sample'):
+        assert key.encode() in kept.read_bytes(), key
+    (page,) = kept.parent.rglob('sample*.html')
+    assert '<pre>a &lt;b&gt;</pre>' in page.read_text()
     assert not (tmp_path / 'wandb').exists()
 
 

@@ -128,6 +128,35 @@ def test_short_documents_make_a_page_together(run_here, tmp_path, monkeypatch, c
     assert text == '\none page\n\none page\n\none page\n'
 
 
+def test_a_sample_at_each_evaluation_is_printed_and_logged_and_changes_nothing(
+    run_here, tmp_path, capsys
+):
+    pytest.importorskip('tensorboard', reason='tensorboard is not installed')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ('--max_iters=6', '--dropout=0.2')
+    run_here(f'--out_dir={tmp_path}/without', *flags)
+    assert 'what it writes' not in capsys.readouterr().out
+    samples = ('--eval_sample_tokens=20', '--sample_tokens=30', '--tensorboard_log')
+    run_here(f'--out_dir={tmp_path}/with', *flags, *samples, '--peak_tflops=1')
+    texts = capsys.readouterr().out.split('-' * 64 + '\n')[1::2]
+    assert [len(text.strip('\n')) for text in texts] == [20, 20, 20, 30]
+    assert len(set(texts)) == 4
+
+    assert metrics(tmp_path / 'with') == metrics(tmp_path / 'without')
+    assert metrics(tmp_path / 'with', 'val_loss') == metrics(tmp_path / 'without', 'val_loss')
+    assert hashes(find(tmp_path / 'with', 'last')) == hashes(find(tmp_path / 'without', 'last'))
+
+    events = EventAccumulator(str(tmp_path / 'with' / 'tb')).Reload()
+    logged = events.Tensors('sample/text_summary')
+    assert [event.step for event in logged] == [0, 2, 4, 6]
+    for event, text in zip(logged, texts, strict=True):
+        assert event.tensor_proto.string_val[0].decode().strip() == text.strip()
+    for key in ('loss', 'lr', 'grad_norm', 'tokens_per_s', 'mfu'):
+        assert [event.step for event in events.Scalars(key)] == [1, 2, 3, 4, 5, 6], key
+    assert [event.step for event in events.Scalars('val_loss')] == [0, 2, 4, 6]
+
+
 def test_the_newest_run_is_the_one_resumed_and_sampled(first, run_here, monkeypatch, capsys):
     _, cwd = first
     monkeypatch.chdir(cwd)
@@ -273,7 +302,7 @@ def test_no_evaluation_interval_means_only_the_end(run_here, tmp_path):
     assert list(metrics(tmp_path, 'val_loss')) == [4]
     assert metrics(tmp_path, 'train_loss') == {}
     assert (tmp_path / 'loss.png').exists()
-    assert report(tmp_path)
+    assert report(listed(tmp_path))
 
 
 def test_evaluation_does_not_change_the_training(run_here, tmp_path):
