@@ -9,6 +9,7 @@ $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
+$ python bench.py --task=lambada,cbt --out_dir=gpt2   # what a model knows, beside GPT-2's figures
 $ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
@@ -18,7 +19,6 @@ ratio is printed only between sides that did the same work and came to the same 
 
 import contextlib
 import importlib.metadata
-import json as json_module
 import math
 import os
 import platform
@@ -33,9 +33,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
 import load
 import track
+from checkpoint import find, is_foreign, load_model, read_state, save
 from configurator import UserError, configure, one_of, within
 from data.dataset import SPLITS, Dataset, is_prepared
 from data.encode import cores
@@ -46,10 +46,11 @@ from peers import (
     build_model,
     import_nanogpt,
     in_format,
-    prompts_of,
+    opened,
     synchronize,
     transformers_model,
 )
+from report import Report, line, shown, spread
 from runtime import DTYPES, Runtime, pick_device, pick_dtype
 
 # -----------------------------------------------------------------------------
@@ -76,9 +77,15 @@ formats = 'float32,bfloat16,int8'  # of the weights
 # serving
 clients = 16  # that ask again when they have their answer
 serve_format = 'bfloat16'  # of the weights
-# quality
-out_dir: str | None = None  # a run whose perplexity is measured in each format, or gpt2 ...
-dataset: str | None = None  # to measure it on; None: what the run was trained on
+# quality, the perplexity of a model in each format; and tasks, instead of all that
+out_dir: str | None = None  # a run, or gpt2, owner/name, a folder of others
+dataset: str | None = None  # to measure quality on; None: what the run was trained on
+task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
+limit: int | None = None  # examples of each task, the first ones; None: all
+init_from = 'resume'  # tasks, without out_dir: the newest run, or as out_dir
+checkpoint: str | None = None  # tasks: None or 'best', 'last', or a path
+tokenizer: str | None = None  # tasks: for a model that came without
+quantize: str | None = None  # tasks: 'int8' to see what it costs
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # of it at most
@@ -93,89 +100,13 @@ n_kv_head: int | None = None  # arch='modern'
 bias = False
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
-dtype = 'auto'  # of training: 'auto', 'float32', 'bfloat16' or 'float16'
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
 seed = 1337
 # -----------------------------------------------------------------------------
 
 JOBS = ('training', 'prefill', 'decode', 'quality', 'data', 'startup')
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
-
-
-# -----------------------------------------------------------------------------
-# results
-
-
-class Report:
-    """Prints each figure as it comes, and writes all of them as JSON."""
-
-    def __init__(self, c: dict, machine: dict):
-        self.path, self.machine, self.entries = c['json'], machine, []
-        self.settings = {name: c[name] for name in c if name != 'json'}
-        self.command = ' '.join(['python bench.py', *sys.argv[1:]])
-
-    def add(self, job: str, side: str, note: str = '', **figures) -> None:
-        self.entries.append({'job': job, 'side': side, 'note': note, **figures})
-
-    def compare(self, job: str, turns: dict[str, list], notes: dict, against: dict) -> None:
-        """Print and keep a job's lines: the speed of each side, and how it compares with others.
-
-        against: side -> {another side: how far apart, relatively, their results may be}.
-        """
-        for side, results in turns.items():
-            note, figures = notes.get(side) or '', {}
-            if results:
-                speeds = [work['tokens'] / seconds for seconds, work, _ in results]
-                figures['tokens_per_second'] = spread(speeds)
-                figures['milliseconds'] = spread([seconds * 1e3 for seconds, _, _ in results])
-            line(job, side, shown(speeds, ',.0f') if results else '', note)
-            for other, tolerance in against.get(side, {}).items():
-                if not results or not turns.get(other):
-                    continue
-                reason = different(turns[other][0][1], results[0][1], tolerance)
-                times = [t[0] / o[0] for o, t in zip(turns[other], results, strict=False)]
-                if reason:
-                    print(f'{"":<16} no ratio to {other}: {reason}', flush=True)
-                    figures[f'no ratio to {other}'] = reason
-                else:
-                    beside = f'{other} is {shown(times, ".2f")} times as fast'
-                    print(f'{"":<16} {beside}', flush=True)
-                    figures[f'times as fast is {other}'] = spread(times)
-            self.add(job, side, note, **figures)
-
-    def write(self) -> None:
-        content = {'command': self.command, 'settings': self.settings, 'machine': self.machine}
-        content['results'] = self.entries
-        try:
-            Path(self.path).write_text(json_module.dumps(content, indent=1) + '\n')
-        except OSError as error:
-            raise UserError(f'json={self.path}: cannot be written: {error.strerror}') from error
-        print(f'written: {self.path}')
-
-
-def spread(values: list[float]) -> dict:
-    return {'median': statistics.median(values), 'low': min(values), 'high': max(values)}
-
-
-def shown(values: list[float], how: str) -> str:
-    """'12.1 (11.8 to 12.2)': the median, and between what all lie."""
-    return f'{statistics.median(values):{how}} ({min(values):{how}} to {max(values):{how}})'
-
-
-def line(job: str, side: str, figures: str, note: str) -> None:
-    print(f'{job:<16} {side:<23} {figures:<40} {note}'.rstrip(), flush=True)
-
-
-def different(ours: dict, theirs: dict, tolerance: float) -> str:
-    """'' if two sides did the same work with the same result, else what differs."""
-    if ours['tokens'] != theirs['tokens']:
-        return f'{ours["tokens"]:,} against {theirs["tokens"]:,} tokens'
-    if ours.get('optimizer') != theirs.get('optimizer'):
-        return f'{ours["optimizer"]} against {theirs["optimizer"]}'
-    a, b = np.array(ours['result'], float), np.array(theirs['result'], float)
-    limit = tolerance * np.abs(b).max(initial=0)
-    near = a.shape == b.shape and bool((np.abs(a - b) <= limit).all())
-    return '' if near else 'the results differ'
 
 
 def take_turns(sides: list[Side], c: dict, job: str, *arguments) -> dict[str, list]:
@@ -233,21 +164,6 @@ def time_often(run, device: str, times: int = 9) -> list[float]:
         synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return seconds
-
-
-@contextlib.contextmanager
-def opened(names: list[tuple], c: dict, job: str):
-    """The processes of (side, format), ended afterwards."""
-    sides = []
-    try:
-        for name, kind in names:
-            sides.append(Side(name, {**c, 'job': job, 'format': kind}))
-        for side in sides:
-            side.trouble = side.receive()
-        yield sides
-    finally:
-        for side in sides:
-            side.close()
 
 
 def bench_training(c: dict, runtime: Runtime, report: Report) -> None:
@@ -346,7 +262,7 @@ def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
     formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
     for kind in formats:
-        model, tokenizer, state = checkpoint.load_model(c['out_dir'], 'best', runtime.device)
+        model, tokenizer, state = load_model(c['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
         data = Dataset(dataset_of(state, c['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
@@ -477,6 +393,25 @@ def add_peers(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
     notes['transformers'] = 'ids in memory'
 
 
+def bench_tasks(c: dict) -> None:
+    """What a model knows, by lm-evaluation-harness."""
+    if c['only']:
+        raise UserError('task and only: give one of them; tasks are not timed')
+    within(1, None, c, 'limit')
+    check_writable(c)
+    try:
+        import harness
+    except ModuleNotFoundError as error:
+        raise UserError(f'task={c["task"]}: needs pip install "lm_eval>=0.4.13"') from error
+    versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
+    report = Report(c, {'device': pick_device(c['device']), **versions})
+    try:
+        harness.run(c, report.entries)
+    finally:  # what was measured stays, whatever happened after it
+        if report.entries:
+            report.write()
+
+
 PEER_SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM
@@ -495,9 +430,7 @@ def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
     letters = [chr(0x4E00 + i) for i in range(c['vocab_size'])]
     with tempfile.TemporaryDirectory() as folder:
         run, exported = Path(folder) / 'run', Path(folder) / 'transformers'
-        checkpoint.save(
-            run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False
-        )
+        save(run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False)
         options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
         script = Path(__file__).with_name('sample.py')
         prompt = [letters[1], '--device=cpu', '--dtype=float32']
@@ -535,151 +468,6 @@ def first_token(command: list) -> tuple[float, str]:
 
 
 # -----------------------------------------------------------------------------
-# api.py under load
-
-
-def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
-    """Clients of api.py beside the engine without HTTP, and beside transformers without either."""
-    kind, clients = c['serve_format'], c['clients']
-    names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
-    with tempfile.TemporaryDirectory() as folder, opened(names, c, 'writing') as (ours, theirs):
-        run = save_random(Path(folder), c)
-        flags = {'dtype': ours.dtype, 'quantize': 'int8' if kind == 'int8' else None}
-        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 10 * clients}
-        with load.Server(run, **flags) as server:
-            bench_throughput(c, report, server, ours, theirs)
-            bench_lone_client(c, report, server, ours)
-            bench_latency(c, report, server)
-    with tempfile.TemporaryDirectory() as folder:
-        small = {**c, **SMALL, 'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'vocab_size': 256}
-        with load.Server(save_random(Path(folder), small), max_rows=clients) as server:
-            bench_plumbing(small, report, server)
-
-
-def save_random(folder: Path, c: dict) -> Path:
-    """A run's folder with the weights that all sides have."""
-    letters = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
-    checkpoint.save(folder, build_model(c), [], letters, {'step': 0}, keep_evaluated=False)
-    return folder
-
-
-def bodies(c: dict, count: int, **fields) -> list[dict]:
-    """Requests for greedy texts after the same prompts that the other sides get."""
-    prompts = prompts_of(c, count).tolist()
-    common = {'max_tokens': c['new_tokens'], 'temperature': 0, **fields}
-    return [{'prompt': prompt, **common} for prompt in prompts]
-
-
-def asked(answers: list[load.Answer], seconds: float) -> tuple[float, dict, int]:
-    """What clients got, as a turn; UserError if one of them got nothing."""
-    if lost := [answer for answer in answers if answer.status != 200]:
-        raise UserError(f'serving: {len(lost)} of {len(answers)} requests failed')
-    return seconds, {'tokens': sum(answer.tokens for answer in answers), 'result': []}, 0
-
-
-def bench_throughput(c: dict, report: Report, server: load.Server, ours: Side, theirs: Side):
-    """Tokens per second over the same requests, for each way to have them answered."""
-    clients, count = c['clients'], 4 * c['clients']
-    http, alone = f'{clients} clients, HTTP', f'{clients} clients, engine'
-    static, batched = 'transformers static', 'transformers continuous'
-    turns = {side: [] for side in (http, alone, static, batched)}
-    for number in range(c['rounds'] + 1):
-        begin = time.perf_counter()
-        answers = load.closed_loop(server.address, bodies(c, count), clients)
-        found = {http: asked(answers, time.perf_counter() - begin)}
-        found[alone] = ours.turn('served', clients, count)
-        found[static] = theirs.turn('whole', clients)
-        found[batched] = theirs.turn('batched', clients)
-        for side in turns:
-            if number and found[side]:
-                turns[side].append(found[side])
-    speeds = {side: [work['tokens'] / s for s, work, _ in turns[side]] for side in turns}
-    asks = f'{count} prompts of {c["prompt_tokens"]}, {c["new_tokens"]} tokens each'
-    notes = {
-        http: f'api.py: {asks}, each asked when its client has the answer before',
-        alone: 'the same without HTTP',
-        static: theirs.trouble or f'generate() of {clients} prompts at once',
-        batched: theirs.trouble or f'generate_batch() of {clients} prompts at once',
-    }
-    for side in turns:
-        line('serving', side, shown(speeds[side], ',.0f') if speeds[side] else '', notes[side])
-        figures = {'tokens_per_second': spread(speeds[side])} if speeds[side] else {}
-        if side != http and speeds[side]:
-            times = [mine / other for mine, other in zip(speeds[http], speeds[side], strict=True)]
-            print(f'{"":<16} {http} are {shown(times, ".2f")} times as fast', flush=True)
-            figures['times as fast are clients over HTTP'] = spread(times)
-        report.add('serving', side, notes[side], **figures)
-
-
-def bench_lone_client(c: dict, report: Report, server: load.Server, ours: Side) -> None:
-    """One client against sample.py's way to write one text."""
-    shares, speeds = [], []
-    for number in range(c['rounds'] + 1):
-        begin = time.perf_counter()
-        answers = load.closed_loop(server.address, bodies(c, 2), 1)
-        seconds, work, _ = asked(answers, time.perf_counter() - begin)
-        alone, done, _ = ours.turn('whole', 1)
-        if number:
-            speeds.append(work['tokens'] / seconds)
-            shares.append(speeds[-1] / (done['tokens'] / alone))
-    note = f'{shown(shares, ".0%")} of what sample.py writes by itself'
-    line('serving', 'one client, HTTP', shown(speeds, ',.0f'), note)
-    figures = {'tokens_per_second': spread(speeds), 'share of sample.py': spread(shares)}
-    report.add('serving', 'one client, HTTP', note, **figures)
-
-
-def bench_latency(c: dict, report: Report, server: load.Server) -> None:
-    """What streaming clients wait for: in a closed loop, at random moments, and 64 at once."""
-    streamed = {'stream': True, 'stream_options': {'include_usage': True}}
-    clients = c['clients']
-    begin = time.perf_counter()
-    answers = load.closed_loop(server.address, bodies(c, 2 * clients, **streamed), clients)
-    rate = len(answers) / (time.perf_counter() - begin)
-    latency_lines(report, f'{clients} streams', answers)
-    answers = load.poisson(server.address, bodies(c, 2 * clients, **streamed), 0.7 * rate)
-    latency_lines(report, f'Poisson {0.7 * rate:.1f}/s', answers)
-    with load.Prober(server.address) as prober:
-        answers = load.closed_loop(server.address, bodies(c, 64, **streamed), 64)
-    latency_lines(report, '64 streams', answers)
-    health = load.percentiles(prober.seconds)
-    note = f'/health meanwhile: {in_milliseconds(health)}, {prober.failed} failed'
-    line('serving', '64 streams', '', note)
-    report.add('serving', '/health beside 64 streams', note, seconds=health)
-
-
-def latency_lines(report: Report, side: str, answers: list[load.Answer]) -> None:
-    asked(answers, 0.0)
-    waits = {
-        'first token': [answer.first for answer in answers],
-        'between tokens': [gap for answer in answers for gap in answer.gaps],
-        'whole answer': [answer.total for answer in answers],
-    }
-    for what, seconds in waits.items():
-        found = load.percentiles(seconds)
-        line(
-            'serving', side, in_milliseconds(found), f'to the {what}' if 'n t' not in what else what
-        )
-        report.add('serving', side, what, seconds=found)
-
-
-def in_milliseconds(found: dict[str, float]) -> str:
-    return ', '.join(f'{name} {value * 1e3:,.0f} ms' for name, value in found.items())
-
-
-def bench_plumbing(c: dict, report: Report, server: load.Server) -> None:
-    """Answers of one token of a tiny model: what is left is the server."""
-    rates = []
-    for number in range(c['rounds'] + 1):
-        asks = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
-        begin = time.perf_counter()
-        answers = load.closed_loop(server.address, asks, c['clients'])
-        seconds, _, _ = asked(answers, time.perf_counter() - begin)
-        rates += [len(answers) / seconds] if number else []
-    line('serving', 'a tiny model', shown(rates, ',.0f') + ' requests/s', 'answers of one token')
-    report.add('serving', 'a tiny model', requests_per_second=spread(rates))
-
-
-# -----------------------------------------------------------------------------
 # the command line
 
 
@@ -697,14 +485,12 @@ def check(c: dict) -> list[str]:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
     if c['out_dir']:
-        foreign = checkpoint.is_foreign(c['out_dir'])
-        state = {} if foreign else checkpoint.read_state(checkpoint.find(c['out_dir']))
+        foreign = is_foreign(c['out_dir'])
+        state = {} if foreign else read_state(find(c['out_dir']))
         dataset_of(state, c['dataset'])
     if c['text'] and not Path(c['text']).is_dir():
         raise UserError(f'text={c["text"]}: no such folder')
-    folder = Path(c['json']).parent
-    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'json={c["json"]}: is no file that can be written')
+    check_writable(c)
     for kind in c['formats'].split(','):
         one_of((*DTYPES, 'int8'), {'formats': kind}, 'formats')
     for count in c['rows'].split(','):
@@ -721,6 +507,12 @@ def check(c: dict) -> list[str]:
             raise UserError("nanogpt: is GPT-2, so it cannot be timed beside arch='modern'")
         import_nanogpt(c['nanogpt'])
     return jobs
+
+
+def check_writable(c: dict) -> None:
+    folder = Path(c['json']).parent
+    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'json={c["json"]}: is no file that can be written')
 
 
 def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
@@ -752,6 +544,8 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 def main(c: dict) -> None:
     if c['compare']:
         return print(track.draw_runs(c['compare'].split(','), 'runs.png'))
+    if c['task']:
+        return bench_tasks(c)
     jobs = check(c)
     device = pick_device(c['device'])
     runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))
@@ -761,7 +555,7 @@ def main(c: dict) -> None:
     line('job', 'side', 'tokens/s, median (low to high)', '')
     try:
         if c['serve']:
-            return bench_serving(c, runtime, report)
+            return load.bench_serving(c, runtime, report)
         if 'training' in jobs:
             bench_training(c, runtime, report)
         writing = [job for job in ('prefill', 'decode') if job in jobs]

@@ -1,5 +1,5 @@
 """
-Clients that ask a server for texts as people and programs do, and what they see of it.
+api.py under load: clients that ask for texts as people and programs do, and what they see of it.
 
     with Server(run_folder, max_rows=16) as server:          # python api.py, a process of its own
         answers = closed_loop(server.address, bodies, clients=16)
@@ -17,12 +17,18 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoint import save
 from configurator import UserError
+from data.tokenizer import char_tokenizer
+from peers import Side, build_model, opened, prompts_of
+from report import Report, line, shown, spread
+from runtime import Runtime
 
 PATIENCE = 300  # seconds for an answer, or for the server to be ready
 
@@ -53,8 +59,8 @@ class Server:
         )
 
     def __enter__(self) -> 'Server':
-        for line in self.process.stdout:
-            if found := re.search(r'http://([\d.]+):(\d+)', line):
+        for text in self.process.stdout:
+            if found := re.search(r'http://([\d.]+):(\d+)', text):
                 self.address = found[1], int(found[2])
                 return self
         raise UserError(f'api.py ended with status {self.process.wait()} before it served')
@@ -89,10 +95,10 @@ def ask(connection: http.client.HTTPConnection, body: dict) -> Answer:
 
 def read_stream(reply: http.client.HTTPResponse, answer: Answer, begin: float) -> None:
     last = None
-    for line in reply:
-        if not line.startswith(b'data: {'):
+    for frame in reply:
+        if not frame.startswith(b'data: {'):
             continue
-        frame, now = json.loads(line[6:]), time.perf_counter()
+        frame, now = json.loads(frame[6:]), time.perf_counter()
         if frame.get('usage'):
             answer.tokens = frame['usage']['completion_tokens']
         elif 'error' in frame:
@@ -186,3 +192,148 @@ def percentiles(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     rank = lambda share: ordered[max(0, -(-share * len(ordered) // 100) - 1)]  # noqa: E731
     return {f'p{share}': rank(share) for share in (50, 90, 99)} if ordered else {}
+
+
+# -----------------------------------------------------------------------------
+# what bench.py --serve measures
+
+
+def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
+    """Clients of api.py beside the engine without HTTP, and beside transformers without either."""
+    kind, clients = c['serve_format'], c['clients']
+    names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
+    with tempfile.TemporaryDirectory() as folder, opened(names, c, 'writing') as (ours, theirs):
+        run = save_random(Path(folder), c)
+        flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
+        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
+        with Server(run, **flags) as server:
+            bench_throughput(c, report, server, ours, theirs)
+            bench_lone_client(c, report, server, ours)
+            bench_latency(c, report, server)
+    with tempfile.TemporaryDirectory() as folder:
+        small = {**c, 'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'n_kv_head': None, 'vocab_size': 256}
+        with Server(save_random(Path(folder), small), max_rows=clients) as server:
+            bench_plumbing(small, report, server)
+
+
+def save_random(folder: Path, c: dict) -> Path:
+    """A run's folder with the weights that all sides have."""
+    letters = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
+    save(folder, build_model(c), [], letters, {'step': 0}, keep_evaluated=False)
+    return folder
+
+
+def bodies(c: dict, count: int, **fields) -> list[dict]:
+    """Requests for greedy texts after the same prompts that the other sides get."""
+    prompts = prompts_of(c, count).tolist()
+    common = {'max_tokens': c['new_tokens'], 'temperature': 0, **fields}
+    return [{'prompt': prompt, **common} for prompt in prompts]
+
+
+def asked(answers: list[Answer], seconds: float) -> tuple[float, dict, int]:
+    """What clients got, as a turn; UserError if one of them got nothing."""
+    if lost := [answer for answer in answers if answer.status != 200]:
+        raise UserError(f'serving: {len(lost)} of {len(answers)} requests failed')
+    return seconds, {'tokens': sum(answer.tokens for answer in answers), 'result': []}, 0
+
+
+def bench_throughput(c: dict, report: Report, server: Server, ours: Side, theirs: Side):
+    """Tokens per second over the same requests, for each way to have them answered."""
+    clients, count = c['clients'], 4 * c['clients']
+    http, alone = f'{clients} clients, HTTP', f'{clients} clients, engine'
+    static, batched = 'transformers static', 'transformers continuous'
+    turns = {side: [] for side in (http, alone, static, batched)}
+    for number in range(c['rounds'] + 1):
+        begin = time.perf_counter()
+        answers = closed_loop(server.address, bodies(c, count), clients)
+        found = {http: asked(answers, time.perf_counter() - begin)}
+        found[alone] = ours.turn('served', clients, count)
+        found[static] = theirs.turn('whole', clients)
+        found[batched] = theirs.turn('batched', clients)
+        for side in turns:
+            if number and found[side]:
+                turns[side].append(found[side])
+    speeds = {side: [work['tokens'] / s for s, work, _ in turns[side]] for side in turns}
+    asks = f'{count} prompts of {c["prompt_tokens"]}, {c["new_tokens"]} tokens each'
+    notes = {
+        http: f'api.py: {asks}, each asked when its client has the answer before',
+        alone: 'the same without HTTP',
+        static: theirs.trouble or f'generate() of {clients} prompts at once',
+        batched: theirs.trouble or f'generate_batch() of {clients} prompts at once',
+    }
+    for side in turns:
+        line('serving', side, shown(speeds[side], ',.0f') if speeds[side] else '', notes[side])
+        figures = {'tokens_per_second': spread(speeds[side])} if speeds[side] else {}
+        if side != http and speeds[side]:
+            times = [mine / other for mine, other in zip(speeds[http], speeds[side], strict=True)]
+            print(f'{"":<16} {http} are {shown(times, ".2f")} times as fast', flush=True)
+            figures['times as fast are clients over HTTP'] = spread(times)
+        report.add('serving', side, notes[side], **figures)
+
+
+def bench_lone_client(c: dict, report: Report, server: Server, ours: Side) -> None:
+    """One client against sample.py's way to write one text."""
+    shares, speeds = [], []
+    for number in range(c['rounds'] + 1):
+        begin = time.perf_counter()
+        answers = closed_loop(server.address, bodies(c, 2), 1)
+        seconds, work, _ = asked(answers, time.perf_counter() - begin)
+        alone, done, _ = ours.turn('whole', 1)
+        if number:
+            speeds.append(work['tokens'] / seconds)
+            shares.append(speeds[-1] / (done['tokens'] / alone))
+    note = f'{shown(shares, ".0%")} of what sample.py writes by itself'
+    line('serving', 'one client, HTTP', shown(speeds, ',.0f'), note)
+    figures = {'tokens_per_second': spread(speeds), 'share of sample.py': spread(shares)}
+    report.add('serving', 'one client, HTTP', note, **figures)
+
+
+def bench_latency(c: dict, report: Report, server: Server) -> None:
+    """What streaming clients wait for: in a closed loop, at random moments, and 64 at once."""
+    streamed = {'stream': True, 'stream_options': {'include_usage': True}}
+    clients = c['clients']
+    begin = time.perf_counter()
+    answers = closed_loop(server.address, bodies(c, 2 * clients, **streamed), clients)
+    rate = len(answers) / (time.perf_counter() - begin)
+    latency_lines(report, f'{clients} streams', answers)
+    answers = poisson(server.address, bodies(c, 2 * clients, **streamed), 0.7 * rate)
+    latency_lines(report, f'Poisson {0.7 * rate:.1f}/s', answers)
+    with Prober(server.address) as prober:
+        answers = closed_loop(server.address, bodies(c, 64, **streamed), 64)
+    latency_lines(report, '64 streams', answers)
+    health = percentiles(prober.seconds)
+    note = f'/health meanwhile: {in_milliseconds(health)}, {prober.failed} failed'
+    line('serving', '64 streams', '', note)
+    report.add('serving', '/health beside 64 streams', note, seconds=health)
+
+
+def latency_lines(report: Report, side: str, answers: list[Answer]) -> None:
+    asked(answers, 0.0)
+    waits = {
+        'first token': [answer.first for answer in answers],
+        'between tokens': [gap for answer in answers for gap in answer.gaps],
+        'whole answer': [answer.total for answer in answers],
+    }
+    for what, seconds in waits.items():
+        found = percentiles(seconds)
+        line(
+            'serving', side, in_milliseconds(found), f'to the {what}' if 'n t' not in what else what
+        )
+        report.add('serving', side, what, seconds=found)
+
+
+def in_milliseconds(found: dict[str, float]) -> str:
+    return ', '.join(f'{name} {value * 1e3:,.0f} ms' for name, value in found.items())
+
+
+def bench_plumbing(c: dict, report: Report, server: Server) -> None:
+    """Answers of one token of a tiny model: what is left is the server."""
+    rates = []
+    for number in range(c['rounds'] + 1):
+        asks = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
+        begin = time.perf_counter()
+        answers = closed_loop(server.address, asks, c['clients'])
+        seconds, _, _ = asked(answers, time.perf_counter() - begin)
+        rates += [len(answers) / seconds] if number else []
+    line('serving', 'a tiny model', shown(rates, ',.0f') + ' requests/s', 'answers of one token')
+    report.add('serving', 'a tiny model', requests_per_second=spread(rates))

@@ -423,13 +423,16 @@ class GPT(nn.Module):
         x = self.trunk(idx, pos, cache)  # (B, T, C)
         if cache is not None and not whole:  # only the last real token is asked what follows it
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
-        logits = self.lm_head(x)  # (B, T, V) or (B, V)
-        if self.config.arch == 'modern':
-            logits = 15.0 * torch.tanh(logits.float() / 15.0)
+        logits = self.head(x)  # (B, T, V) or (B, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
+
+    def head(self, x):
+        """What the trunk makes of tokens (..., C) -> logits of the token that follows (..., V)."""
+        logits = self.lm_head(x)
+        return logits if self.config.arch == 'gpt2' else 15.0 * torch.tanh(logits.float() / 15.0)
 
     def block_matrices(self) -> list[nn.Parameter]:
         """The matrices inside the blocks: neither embeddings nor head, no gains, no biases."""
@@ -476,8 +479,10 @@ class KVCache:
     def __init__(self, model: GPT, rows: int, length: int | None = None):
         c, weight = model.config, model.embedding.weight
         self.length = length or c.block_size
-        # torch's CPU kernel takes for one query in bfloat16 five times as long as in float32
-        dtype = torch.float32 if weight.device.type == 'cpu' else weight.dtype
+        # without AMX, torch's CPU kernel takes for one query in bfloat16 five times as long as in
+        # float32; with it, less
+        slow = weight.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
+        dtype = torch.float32 if slow else weight.dtype
         # the column after the last takes the keys of padding, which nothing ever reads
         shape = (c.n_layer, 2, rows, c.kv_heads, self.length + 1, c.n_embd // c.n_head)
         self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)

@@ -382,3 +382,18 @@ class Side:
             self.pipe.send(None)
         self.process.join(10)
         self.process.kill()
+
+
+@contextlib.contextmanager
+def opened(names: list[tuple], c: dict, job: str):
+    """The processes of (side, format), ended afterwards."""
+    sides = []
+    try:
+        for name, kind in names:
+            sides.append(Side(name, {**c, 'job': job, 'format': kind}))
+        for side in sides:
+            side.trouble = side.receive()
+        yield sides
+    finally:
+        for side in sides:
+            side.close()

@@ -13,12 +13,12 @@ import torch
 import bench
 import checkpoint
 import peers
-from bench import Report, different
 from configurator import ConfigError, UserError, configure
 from data.dataset import Writer
 from data.tokenizer import byte_tokenizer, char_tokenizer
 from exchange import export_transformers
 from model import GPT, GPTConfig
+from report import Report, different
 from runtime import Runtime
 
 SCRIPT = Path(bench.__file__)
