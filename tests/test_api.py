@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -1313,24 +1312,6 @@ def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, enviro
         assert process.wait(10) == 0
         lines = process.stderr.read().splitlines()
         assert all(json.loads(line) for line in lines if 'parameters on' not in line)
-
-
-@pytest.mark.skipif(not shutil.which('curl'), reason='needs curl')
-def test_the_curl_lines_of_the_readme_are_answered(make_app, environment, tmp_path):
-    readme = SCRIPT.with_name('README.md').read_text(encoding='utf-8')
-    lines = re.findall(r'^curl .*127\.0\.0\.1:8000.*', readme, re.MULTILINE)
-    assert {path for line in lines for path in re.findall(r':8000([\w/]+)', line)} == {
-        *(PATH, '/v1/models', '/tokenize', '/detokenize', '/tokenizer_info'),
-        *('/health', '/ready', '/metrics'),
-    }
-    with served(make_app()) as port:
-        where = tmp_path / '.curlrc'
-        where.write_text(f'connect-to = "127.0.0.1:8000:127.0.0.1:{port}"\nfail\nsilent\n')
-        for line in lines:
-            env = {**environment, 'HOME': str(tmp_path)}
-            done = subprocess.run(line, shell=True, env=env, capture_output=True, text=True)
-            assert done.returncode == 0, line
-            assert done.stdout.startswith(('{', 'data: {', '# HELP'))
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
