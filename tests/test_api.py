@@ -1314,6 +1314,14 @@ def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, enviro
         assert all(json.loads(line) for line in lines if 'parameters on' not in line)
 
 
+def test_a_server_that_died_does_not_pretend_to_serve(app):
+    class Dead:
+        thread = threading.Thread()
+
+    with pytest.raises(RuntimeError, match='the server failed'):
+        api.wait_until_drained(app.extensions['flatgpt'], Dead())
+
+
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
 def test_a_second_signal_ends_the_server_at_once(out_dir, environment):
     with started(out_dir, environment) as (process, port):
@@ -1331,6 +1339,7 @@ def test_mistakes_at_the_start_are_one_line(environment, out_dir):
         (['--host=0.0.0.0'], 'FLATGPT_API_KEY'),
         (['--max_rows=0'], 'max_rows=0'),
         (['--prot=1'], 'did you mean port'),
+        (['--port=0', '--out_dir=no-such-run'], 'no-such-run'),
     ):
         command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', *args]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
