@@ -32,7 +32,11 @@ from model import GPT, KVCache
 HEAD = 1024  # likeliest tokens among which top_p is looked for first
 SCORED = 128  # of a prompt whose log-probabilities are asked for, each over the vocabulary
 WORTHWHILE = 16  # keys of another prompt that are taken over, at least
-IDLE = 4096  # tokens of prompts computed at once while no text waits for its next token
+IDLE = 2048  # tokens of prompts computed at once while no text waits for its next token
+NOT_FINITE = (
+    'the model gives no finite logits: its weights are broken, or too large for this number '
+    'format; try --dtype=float32 or another --checkpoint'
+)
 MOST_ROWS = 64  # of one generate(): further texts wait for a row
 
 
@@ -239,11 +243,8 @@ class Request:
 
     def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> Piece:
         """The piece that a chosen token makes."""
-        if token < 0:
-            raise UserError(
-                'the model gives no finite logits: its weights are broken, or too large for this '
-                'number format; try --dtype=float32 or another --checkpoint'
-            )
+        if token < 0:  # no finite logits, as float16 may have after one prompt and not others
+            return Piece(self.row, None, '', 'error')
         self.written.append(token)
         last, end = len(self.written) == self.sampling.max_new_tokens, token == tokenizer.eot
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
@@ -553,6 +554,8 @@ class Engine:
         request = slot.request
         if piece.finish:
             slot.end()
+            if piece.finish == 'error':  # nothing masks keys that are not finite
+                self.cache.kv[:, :, slot.row], slot.keys = 0, []
         else:
             slot.append(piece.token, self.model.config.block_size)
             if not slot.keys:
@@ -663,7 +666,10 @@ def generate(
         engine.submit(Request(prompt, sampling, pieces.append, row, seed))
     while engine.step():
         while pieces:
-            yield pieces.popleft()
+            piece = pieces.popleft()
+            if piece.finish == 'error':
+                raise UserError(NOT_FINITE)
+            yield piece
 
 
 def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampling) -> list[str]:

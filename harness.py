@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from configurator import UserError, did_you_mean
 from data.tokenizer import EOT, Tokenizer
-from engine import Sampling, generate, pad
+from engine import NOT_FINITE, Sampling, generate, pad
 from model import GPT
 from sample import load
 
@@ -140,10 +140,7 @@ class Scorer(TemplateLM):
                 total.index_add_(0, owners, logprobs.cpu().double())
                 misses.index_add_(0, owners, (~hits).cpu().long())
         if not total.isfinite().all():
-            raise UserError(
-                'the model gives no finite logits: its weights are broken, or too large for this '
-                'number format; try --dtype=float32 or another --checkpoint'
-            )
+            raise UserError(NOT_FINITE)
         return list(zip(total.tolist(), (misses == 0).tolist(), strict=True))
 
     def predict(self, batch: list[tuple], asked: dict) -> Iterator[tuple]:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import load_model, newest_run
 from configurator import ConfigError, UserError, configure, did_you_mean, one_of, within
 from data.tokenizer import Tokenizer
-from engine import Engine, Piece, Request, Sampling, generate
+from engine import NOT_FINITE, Engine, Piece, Request, Sampling, generate
 from linear import freeze
 from model import GPT
 from runtime import keep_freed_memory, pick_device, pick_dtype
@@ -228,6 +228,8 @@ class Console:
             while self.engine.step():
                 while pieces:  # what was shown is what is remembered, also after Ctrl-C
                     piece = pieces.popleft()
+                    if piece.finish == 'error':
+                        raise UserError(NOT_FINITE)
                     shown += piece.text
                     write(piece.text)
                     if piece.finish != 'stop':
@@ -330,6 +332,8 @@ class Batch:
             answer['text'] += piece.text
             answer['tokens'] += 1
             answer['finish'] = piece.finish
+            if piece.finish == 'error':
+                answer['error'] = NOT_FINITE
 
         engine.submit(Request(ids, sampling, take, row=number))
         return answer
