@@ -78,6 +78,7 @@ def visit(chromium, make_app):  # noqa: F811
             return Page(chromium, app.extensions['flatgpt'], port)
 
         yield open_page
+        chromium.execute_script('localStorage.clear(); sessionStorage.clear()')
         chromium.get('about:blank')
     said = [line for line in chromium.get_log('browser') if line['level'] == 'SEVERE']
     assert [line for line in said if line['source'] != 'network'] == []
