@@ -456,7 +456,6 @@ class Server:
     def run(self) -> None:
         while not self.closed.is_set():
             wasyncore.loop(0.5, use_poll=hasattr(select, 'poll'), map=self.channels, count=1)
-        wasyncore.close_all(self.channels)
 
     def expect(self, texts: int) -> None:
         """Have a thread for each text that may be open: 429 and /health must not wait for them."""
@@ -471,6 +470,7 @@ class Server:
         self.closed.set()
         self.server.pull_trigger()
         self.thread.join()
+        wasyncore.close_all(self.channels)
         self.server.task_dispatcher.shutdown()
 
 
@@ -489,6 +489,8 @@ def drain_on_signals(service: Service) -> None:
 def wait_until_drained(service: Service, server: Server) -> None:
     quiet = math.inf  # since when nobody waits for anything
     while time.monotonic() - quiet < LINGER:
+        if not server.thread.is_alive():
+            raise RuntimeError('the server failed')  # what it died of was printed
         time.sleep(0.05)
         waits = not service.draining or service.jobs or server.busy()
         quiet = math.inf if waits else min(quiet, time.monotonic())
