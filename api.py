@@ -26,6 +26,7 @@ import socket
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPStatus
 from importlib.util import find_spec
@@ -72,7 +73,7 @@ max_prompt_tokens: int | None = None  # of each prompt; None: what the model's c
 max_new_tokens: int | None = None  # of each text; None: the same
 max_seconds = 600.0  # from when a request comes to its last token
 max_body = 4.0  # MiB that a request may have
-chunk: int | None = None  # tokens of prompts between two steps of the texts; None: 64, or 256
+chunk = 256  # tokens of prompts computed between two tokens of the texts: more for throughput
 deterministic = False  # the same bits for a text whatever else is computed; slower
 # -----------------------------------------------------------------------------
 
@@ -112,15 +113,11 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
     check(settings)
     if loaded is None:
         settings['name'] = settings['name'] or Path(source(settings)[0]).name
-        loaded = load(settings)
     settings['name'] = settings['name'] or 'flatgpt'
-    on_cpu = loaded[0].embedding.weight.device.type == 'cpu'
-    rows, piece = (8, 64) if on_cpu else (32, 256)
-    rows, piece = settings['max_rows'] or rows, settings['chunk'] or piece
-    try:
-        engine = Engine(*loaded, rows, piece, deterministic=settings['deterministic'])
-    except (RuntimeError, MemoryError) as error:
-        raise UserError(f'max_rows={rows}: so many do not fit into memory; try fewer') from error
+    # GNU OpenMP keeps a team of workers for each thread that ever computed, as long as that lives;
+    # where they are more than the cores, the engine's would sleep between any two products
+    with ThreadPoolExecutor(1) as brief:
+        engine = brief.submit(make_engine, loaded, settings).result()
     app = flask.Flask('flatgpt', static_folder=None)
     app.extensions['flatgpt'] = Service(engine, settings)
     app.config['MAX_CONTENT_LENGTH'] = int(settings['max_body'] * 2**20)
@@ -128,6 +125,16 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
     app.json.sort_keys = False
     app.register_blueprint(routes)
     return app
+
+
+def make_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine:
+    model, tokenizer = loaded or load(settings)
+    on_cpu = model.embedding.weight.device.type == 'cpu'
+    rows, always = settings['max_rows'] or (8 if on_cpu else 32), settings['deterministic']
+    try:
+        return Engine(model, tokenizer, rows, settings['chunk'], deterministic=always)
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(f'max_rows={rows}: so many do not fit into memory; try fewer') from error
 
 
 def check(settings: dict) -> None:
