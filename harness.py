@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 from configurator import UserError, did_you_mean
 from data.tokenizer import EOT, Tokenizer
-from engine import NOT_FINITE, Sampling, generate, pad
+from engine import NOT_FINITE, generate, pad
 from model import GPT
 from sample import load
+from sampling import Sampling
 
 OURS = Path(__file__).resolve().parent / 'config' / 'tasks'  # what the harness lacks
 NAMES = {'lambada': 'lambada_openai'}  # tasks that go by another name there

@@ -24,12 +24,13 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from data.tokenizer import char_tokenizer
-from engine import Engine, Piece, Request, Sampling, generate
+from engine import Engine, Piece, Request, generate
 from exchange import config_json, transformers_tensors
 from linear import freeze
 from model import GPT, GPTConfig, KVCache
 from optim import build_optimizers
 from runtime import DTYPES, Runtime, is_out_of_memory, pick_dtype, start
+from sampling import Sampling
 
 
 def synchronize(device: str) -> None:

@@ -32,10 +32,11 @@ from tqdm import tqdm
 from checkpoint import load_model, newest_run
 from configurator import ConfigError, UserError, configure, did_you_mean, one_of, within
 from data.tokenizer import Tokenizer
-from engine import NOT_FINITE, Engine, Piece, Request, Sampling, generate
+from engine import NOT_FINITE, Engine, Piece, Request, generate
 from linear import freeze
 from model import GPT
 from runtime import keep_freed_memory, pick_device, pick_dtype
+from sampling import Sampling
 
 # -----------------------------------------------------------------------------
 # model

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
-from engine import Sampling
+from sampling import Sampling
 
 MOST_STOPS, LONGEST_STOP = 128, 512  # each is looked for after every token
 MOST_BIASES = 1024

@@ -24,7 +24,8 @@ import api
 import schema
 from configurator import ConfigError, UserError, configure, help_text
 from data.tokenizer import EOT, byte_tokenizer, char_tokenizer
-from engine import Piece, Request, Sampling, generate
+from engine import Piece, Request, generate
+from sampling import Sampling
 from service import Answer
 
 SCRIPT = Path(api.__file__)

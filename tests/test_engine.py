@@ -12,19 +12,10 @@ from conftest import random_model
 import engine as engine_module
 from configurator import ConfigError, UserError
 from data.tokenizer import byte_tokenizer, char_tokenizer
-from engine import (
-    Engine,
-    Request,
-    Sampling,
-    TextStream,
-    candidates,
-    choose,
-    complete,
-    edit_logits,
-    generate,
-)
+from engine import Engine, Request, TextStream, complete, generate
 from linear import freeze
 from model import KVCache
+from sampling import Sampling, candidates, choose, edit_logits
 
 BLOCK = 16
 LETTERS = '\n abcdefgh'

@@ -28,7 +28,7 @@ from data.tokenizer import (
     get_tokenizer,
     train_bpe,
 )
-from engine import Sampling, generate
+from engine import generate
 from exchange import (
     INDEX,
     WEIGHTS,
@@ -38,6 +38,7 @@ from exchange import (
     read_tokenizer,
 )
 from model import GPT, GPTConfig
+from sampling import Sampling
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 needs_gpt2 = pytest.mark.skipif(

@@ -19,8 +19,9 @@ import checkpoint
 import sample as sample_module
 from configurator import UserError, configure
 from data.tokenizer import char_tokenizer
-from engine import Sampling, complete, generate
+from engine import complete, generate
 from sample import main, split_stop
+from sampling import Sampling
 
 SCRIPT = Path(__file__).parent.parent / 'sample.py'
 LETTERS = '\n abcdefgh'
