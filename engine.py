@@ -129,7 +129,7 @@ class Request:
         now = time.monotonic()
         self.first = self.first or now
         if piece.finish:
-            self.finish, self.ended = piece.finish, now
+            self.ended, self.finish = now, piece.finish  # read by other threads, in this order
         self.on_piece(piece)
 
 
@@ -217,8 +217,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Have a request computed; its on_piece is called from step()."""
         with self.arrival:
-            if self.error:
-                raise self.error
+            if self.error or self.closed:
+                raise self.error or UserError('the engine is closed')
             self.waiting.append(request)
             self.arrival.notify()
 
@@ -229,24 +229,26 @@ class Engine:
                 if not self.step():
                     with self.arrival:
                         self.arrival.wait_for(lambda: self.waiting or self.closed)
+            self.end_all('cancelled')
         except BaseException as error:
-            self.fail(error)
+            self.error = error
+            self.end_all('error')
             raise
 
     def close(self) -> None:
+        """Have serve() end what is open, and return."""
         with self.arrival:
             self.closed = True
             self.arrival.notify()
 
-    def fail(self, error: BaseException) -> None:
+    def end_all(self, finish: str) -> None:
         with self.arrival:
-            self.error = error
             left = [*self.waiting, *(slot.request for slot in self.slots if slot.request)]
             self.waiting.clear()
         for slot in self.slots:
             slot.end()
         for request in left:
-            request.send(Piece(request.row, None, '', 'error'))
+            request.send(Piece(request.row, None, '', finish))
 
     # --- one step
 
@@ -262,7 +264,7 @@ class Engine:
         dropped = [slot for slot in self.slots if slot.request and slot.request.cancelled]
         left = [slot.request for slot in dropped]
         for slot in dropped:
-            slot.end()
+            self.vacate(slot, forget=not slot.request.written)
         if self.waiting:
             with self.arrival:  # others append to it at any moment
                 left += [request for request in self.waiting if request.cancelled]
@@ -347,7 +349,7 @@ class Engine:
         self.write([slots[i] for i in done], logits[done])
 
     def score(self, slot: Slot, logits) -> None:
-        """Keep how likely the prompt's tokens were that follow those of logits (T, V)."""
+        """Keep how likely the prompt's tokens were that follow the ones logits (T, V) are of."""
         first, request = len(slot.keys) + 1, slot.request
         following = (slot.keys + slot.pending)[first : first + len(logits)]
         scores = scores_of(logits[: len(following)], following, request.top or 0)
@@ -392,20 +394,35 @@ class Engine:
 
     def write(self, slots: list[Slot], logits) -> None:
         """Choose the next token of each slot from its row of logits (R, V), and pass it on."""
-        waiting = [slot for slot in slots if slot.request.sampling.max_new_tokens == 0]
-        if waiting:  # the prompt was all that mattered
-            for slot in waiting:
-                self.pass_on(slot, Piece(slot.request.row, None, '', 'length'))
-            kept = [i for i, slot in enumerate(slots) if slot not in waiting]
-            slots, logits = [slots[i] for i in kept], logits[kept]
-        if not slots:
+        writing = []
+        for i, slot in enumerate(slots):
+            request = slot.request
+            if not all(math.isfinite(score) for score, _ in request.prompt_scores[1:]):
+                self.pass_on(slot, Piece(request.row, None, '', 'error'))
+            elif request.sampling.max_new_tokens == 0:  # the prompt was all that mattered
+                self.pass_on(slot, Piece(request.row, None, '', 'length'))
+            else:
+                writing.append(i)
+        if not writing:
             return
+        if len(writing) < len(slots):
+            slots, logits = [slots[i] for i in writing], logits[writing]
         tokens = self.choose_all(slots, logits)
-        for i, (slot, token) in enumerate(zip(slots, tokens, strict=True)):
-            request, score = slot.request, (None, ())
-            if request.top is not None and token >= 0:
-                (score,) = scores_of(logits[i : i + 1], [token], request.top)
-            self.pass_on(slot, request.take(token, self.tokenizer, *score))
+        scores = self.scores_asked(slots, tokens, logits)
+        for slot, token, score in zip(slots, tokens, scores, strict=True):
+            self.pass_on(slot, slot.request.take(token, self.tokenizer, *score))
+
+    def scores_asked(self, slots: list[Slot], tokens: list[int], logits) -> list[tuple]:
+        """(logprob, top) of each slot's token, (None, ()) where nobody asked."""
+        scores: list[tuple] = [(None, ())] * len(slots)
+        asked = [i for i, slot in enumerate(slots) if slot.request.top is not None]
+        asked = [i for i in asked if tokens[i] >= 0]
+        if asked:
+            most = max(slots[i].request.top for i in asked)
+            found = scores_of(logits[asked], [tokens[i] for i in asked], most)
+            for i, (logprob, top) in zip(asked, found, strict=True):
+                scores[i] = logprob, top[: slots[i].request.top]
+        return scores
 
     def choose_all(self, slots: list[Slot], logits) -> list[int]:
         """A token for each slot from its row of logits (R, V); those of one rule at once."""
@@ -427,14 +444,18 @@ class Engine:
     def pass_on(self, slot: Slot, piece: Piece) -> None:
         request = slot.request
         if piece.finish:
-            slot.end()
-            if piece.finish == 'error':  # nothing masks keys that are not finite
-                self.cache.kv[:, :, slot.row], slot.keys = 0, []
+            self.vacate(slot, forget=piece.finish == 'error')
         else:
             slot.append(piece.token, self.model.config.block_size)
             if not slot.keys:
                 self.cache.pos[slot.row] = 0
         request.send(piece)
+
+    def vacate(self, slot: Slot, forget: bool) -> None:
+        """Free a row. forget: its keys may not be finite, and those no mask hides from the next."""
+        slot.end()
+        if forget:
+            self.cache.kv[:, :, slot.row], slot.keys = 0, []
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -39,9 +39,9 @@ class Answer:
 
     status: int = 0  # of HTTP; 0: the connection broke
     tokens: int = 0
-    first: float = 0.0  # to the first piece of text
+    first: float = 0.0  # to the first frame with text
     total: float = 0.0
-    gaps: list[float] = field(default_factory=list)  # between pieces of text
+    gaps: list[float] = field(default_factory=list)  # between frames, which may hold several tokens
 
 
 class Server:
@@ -94,11 +94,12 @@ def ask(connection: http.client.HTTPConnection, body: dict) -> Answer:
 
 
 def read_stream(reply: http.client.HTTPResponse, answer: Answer, begin: float) -> None:
-    last = None
-    for frame in reply:
-        if not frame.startswith(b'data: {'):
+    last, whole = None, False
+    for text in reply:
+        now, whole = time.perf_counter(), whole or text.startswith(b'data: [DONE]')
+        if not text.startswith(b'data: {'):
             continue
-        frame, now = json.loads(frame[6:]), time.perf_counter()
+        frame = json.loads(text[6:])
         if frame.get('usage'):
             answer.tokens = frame['usage']['completion_tokens']
         elif 'error' in frame:
@@ -108,6 +109,7 @@ def read_stream(reply: http.client.HTTPResponse, answer: Answer, begin: float) -
         else:
             answer.gaps.append(now - last)
             last = now
+    answer.status *= whole
 
 
 def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Answer]:
@@ -232,7 +234,7 @@ def bodies(c: dict, count: int, **fields) -> list[dict]:
 
 def asked(answers: list[Answer], seconds: float) -> tuple[float, dict, int]:
     """What clients got, as a turn; UserError if one of them got nothing."""
-    if lost := [answer for answer in answers if answer.status != 200]:
+    if lost := [answer for answer in answers if answer.status != 200 or not answer.tokens]:
         raise UserError(f'serving: {len(lost)} of {len(answers)} requests failed')
     return seconds, {'tokens': sum(answer.tokens for answer in answers), 'result': []}, 0
 
@@ -310,15 +312,16 @@ def bench_latency(c: dict, report: Report, server: Server) -> None:
 def latency_lines(report: Report, side: str, answers: list[Answer]) -> None:
     asked(answers, 0.0)
     waits = {
-        'first token': [answer.first for answer in answers],
-        'between tokens': [gap for answer in answers for gap in answer.gaps],
-        'whole answer': [answer.total for answer in answers],
+        'to the first frame': [answer.first for answer in answers],
+        'between frames': [gap for answer in answers for gap in answer.gaps],
+        'between tokens, mean of a text': [
+            (answer.total - answer.first) / max(1, answer.tokens - 1) for answer in answers
+        ],
+        'to the end': [answer.total for answer in answers],
     }
     for what, seconds in waits.items():
         found = percentiles(seconds)
-        line(
-            'serving', side, in_milliseconds(found), f'to the {what}' if 'n t' not in what else what
-        )
+        line('serving', side, in_milliseconds(found), what)
         report.add('serving', side, what, seconds=found)
 
 

@@ -473,7 +473,7 @@ class KVCache:
 
     Rows stand at their own positions and share nothing: `pos` (rows,) counts the tokens each holds.
     A forward pass of fewer rows continues the first ones. Nothing here is ever moved to other
-    memory, so that sample.py can record a step as a CUDA graph.
+    memory, so that engine.py can record a step as a CUDA graph.
     """
 
     def __init__(self, model: GPT, rows: int, length: int | None = None):
@@ -491,7 +491,7 @@ class KVCache:
         self.count = torch.arange(self.length, device=weight.device)
         self.zeros = torch.zeros(self.length, device=weight.device, dtype=dtype)
         self.span = 0  # no row holds more; kept on the host, so that no step waits for the device
-        self.graphs = {}  # steps that sample.py recorded on this memory
+        self.graphs = {}  # steps that engine.py recorded on this memory
 
     def columns(self, T: int) -> int:
         """How many a step of T more tokens attends over: on a GPU one of a few fixed counts."""

@@ -286,9 +286,11 @@ class Batch:
 
     def begun(self, model: GPT) -> list[bytes]:
         """The answers that an earlier start of the same job left, without what a kill cut off."""
-        some = model.embedding.weight[:64].float().cpu().numpy().tobytes()
-        job = {name: self.settings[name] for name in CHOICES}
-        job |= {'model': hashlib.sha256(some).hexdigest()}
+        some = [p.detach().flatten()[:256].float().cpu().numpy() for p in model.parameters()]
+        job = {
+            name: self.settings[name] for name in (*CHOICES, 'out_dir', 'checkpoint', 'quantize')
+        }
+        job |= {'model': hashlib.sha256(b''.join(part.tobytes() for part in some)).hexdigest()}
         job |= {'batch': hashlib.sha256(b'\n'.join(self.lines)).hexdigest()}
         if not self.part.exists():
             self.job.write_text(json.dumps(job), encoding='utf-8')

@@ -591,6 +591,38 @@ def test_logits_that_are_not_finite_end_their_own_text_only():
     assert len(ids_of(pieces, 1)) == 3
 
 
+def test_a_scored_prompt_that_is_not_finite_ends_in_an_error_and_leaves_nothing_behind():
+    model = random_model(len(LETTERS), arch='modern', n_kv_head=1)
+    with torch.no_grad():
+        model.embedding.weight[9] = math.inf
+    engine, pieces = Engine(model, char_tokenizer(LETTERS), 1), []
+    finish(engine, Request([1, 9, 2, 3], Sampling(0), pieces.append, 0, None, 0, True))
+    cancelled = Request([9] * 5, Sampling(5), pieces.append, 1)
+    finish(engine, Request([1, 2], Sampling(3, temperature=0), pieces.append, 2))
+    assert [piece.finish for piece in pieces if piece.row == 0] == ['error']
+    assert len(ids_of(pieces, 2)) == 3
+    engine.submit(cancelled)
+    engine.admit()
+    engine.prefill()  # its keys are there, its first token is not
+    cancelled.cancel()
+    finish(engine, Request([1, 2], Sampling(3, temperature=0), pieces.append, 3))
+    assert ids_of(pieces, 3) == ids_of(pieces, 2)
+
+
+def test_an_engine_that_is_closed_ends_what_is_open_and_takes_nothing_more(model, tokenizer):
+    engine, pieces = Engine(model, tokenizer, 1), []
+    for row in range(2):
+        engine.submit(Request([row], Sampling(10**6), pieces.append, row))
+    engine.step()
+    engine.close()
+    engine.serve()
+    assert {piece.row: piece.finish for piece in pieces if piece.finish} == dict.fromkeys(
+        (0, 1), 'cancelled'
+    )
+    with pytest.raises(UserError, match='closed'):
+        engine.submit(Request([1], Sampling(5), pieces.append))
+
+
 def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, tokenizer):
     engine, done = Engine(model, tokenizer, 2), threading.Event()
     thread = threading.Thread(target=engine.serve)
