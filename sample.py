@@ -238,7 +238,7 @@ class Console:
                     write(piece.text)
                     if piece.finish != 'stop':
                         self.ids.append(piece.token)
-                    elif piece.token != self.tokenizer.eot:  # some of what came is not shown
+                    elif piece.token not in self.tokenizer.ends:  # some of what came is not shown
                         self.ids[before:] = self.encode(shown)
         finally:
             request.cancel()
