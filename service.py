@@ -12,6 +12,7 @@ Between the requests of a server, each in a thread, and the engine in another: l
 import codecs
 import json
 import logging
+import os
 import secrets
 import threading
 import time
@@ -223,6 +224,10 @@ class Job:
 
 # -----------------------------------------------------------------------------
 # the service
+
+
+def key_of(settings: dict) -> str:
+    return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
 
 
 class Service:

@@ -26,6 +26,7 @@ from configurator import ConfigError, UserError, configure, help_text
 from data.tokenizer import EOT, byte_tokenizer, char_tokenizer
 from engine import Piece, Request, generate
 from sampling import Sampling
+from server import Door, JsonLines, Server, listen, wait_until_drained
 from service import Answer
 
 SCRIPT = Path(api.__file__)
@@ -661,21 +662,21 @@ def test_the_key_may_come_from_the_environment(make_app, monkeypatch):
 @pytest.mark.parametrize('host', ['0.0.0.0', '::'])
 def test_a_host_that_others_reach_needs_a_key(host):
     with pytest.raises(ConfigError, match='FLATGPT_API_KEY'):
-        api.listen({'host': host, 'port': 0, 'api_key': None})
+        listen({'host': host, 'port': 0, 'api_key': None})
     with (
-        api.listen({'host': '0.0.0.0', 'port': 0, 'api_key': 'x'}),
-        api.listen({'host': 'localhost', 'port': 0, 'api_key': None}),
+        listen({'host': '0.0.0.0', 'port': 0, 'api_key': 'x'}),
+        listen({'host': 'localhost', 'port': 0, 'api_key': None}),
     ):
         pass
 
 
 def test_a_port_that_is_taken_and_a_host_that_is_none_are_one_line():
-    with api.listen({'host': '127.0.0.1', 'port': 0, 'api_key': None}) as taken:
+    with listen({'host': '127.0.0.1', 'port': 0, 'api_key': None}) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f'--port={port}: .*in use'):
-            api.listen({'host': '127.0.0.1', 'port': port, 'api_key': None})
+            listen({'host': '127.0.0.1', 'port': port, 'api_key': None})
     with pytest.raises(UserError, match=r'--host=no\.such\.host\.invalid'):
-        api.listen({'host': 'no.such.host.invalid', 'port': 0, 'api_key': None})
+        listen({'host': 'no.such.host.invalid', 'port': 0, 'api_key': None})
 
 
 # -----------------------------------------------------------------------------
@@ -747,7 +748,7 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     assert not service.jobs
     wait_until(lambda: 'ZeroDivisionError' in caplog.text)
     failure = next(record for record in caplog.records if 'engine failed' in record.message)
-    assert 'ZeroDivisionError' in json.loads(api.JsonLines().format(failure))['traceback']
+    assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
 
 
 def test_while_draining_nothing_new_is_begun_and_what_runs_is_finished(client):
@@ -852,7 +853,7 @@ def test_metrics_show_what_runs_and_waits(make_app):
 
 
 def logged(caplog, path=PATH):
-    lines = [json.loads(api.JsonLines().format(record)) for record in caplog.records]
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     return [line for line in lines if line.get('path') == path]
 
 
@@ -909,7 +910,7 @@ def test_a_line_of_the_log_is_one_line_whatever_is_in_it(client, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     client.get('/a%0a{"level":"error"}', buffered=True)
     (record,) = [record for record in caplog.records if record.message == 'request']
-    assert '\n' not in api.JsonLines().format(record)
+    assert '\n' not in JsonLines().format(record)
 
 
 # -----------------------------------------------------------------------------
@@ -1028,7 +1029,7 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 def served(app):
     """Serve an application on a free port -> the port."""
     service, listener = app.extensions['flatgpt'], listening()
-    server = api.Server(app, listener, 4)
+    server = Server(app, listener, 4)
     server.expect(service.most)
     try:
         yield listener.getsockname()[1]
@@ -1037,7 +1038,7 @@ def served(app):
 
 
 def listening():
-    return api.listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
+    return listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
 
 
 def post(port, path=PATH, **body):
@@ -1103,8 +1104,8 @@ def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
 
 
 def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
-    door, listener = api.Door(), listening()
-    server, port = api.Server(door, listener, 4), listener.getsockname()[1]
+    door, listener = Door(), listening()
+    server, port = Server(door, listener, 4), listener.getsockname()[1]
     try:
         seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
         assert seen.pop('/health') == (200, {'status': 'ok'})
@@ -1320,7 +1321,7 @@ def test_a_server_that_died_does_not_pretend_to_serve(app):
         thread = threading.Thread()
 
     with pytest.raises(RuntimeError, match='the server failed'):
-        api.wait_until_drained(app.extensions['flatgpt'], Dead())
+        wait_until_drained(app.extensions['flatgpt'], Dead())
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
