@@ -9,7 +9,6 @@ What stands between api.py and the network: waitress, its threads, the log, sign
 import ipaddress
 import json
 import logging
-import math
 import os
 import select
 import signal
@@ -34,7 +33,10 @@ from service import LOG, Service, key_of
 MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
 CONNECTIONS = 1000  # at once; idle ones are closed after two minutes
 SPARE = 16  # threads for all that is not a text
+STALLED = 60.0  # seconds in which a client must take some byte of its answer, or is cut off
+LOOK = 1.0  # seconds between two looks for them
 LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
+FLUSH = 30.0  # seconds in which the clients of such a server must have read what was begun
 
 
 class JsonLines(logging.Formatter):
@@ -137,27 +139,45 @@ class Server:
             ident='flatgpt',
         )
         self.server.channel_class = Channel
-        self.closed = threading.Event()
+        self.looked, self.closed = time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self.run, name='flatgpt server', daemon=True)
         self.thread.start()
 
     def run(self) -> None:
         while not self.closed.is_set():
             wasyncore.loop(0.5, use_poll=hasattr(select, 'poll'), map=self.channels, count=1)
+            if time.monotonic() - self.looked > LOOK:
+                self.looked = time.monotonic()
+                self.cut_off_stalled()
+
+    def cut_off_stalled(self) -> None:
+        """Hang up on who reads nothing: a thread may wait for them, and a socket does."""
+        for channel in self.open_channels():
+            if not channel.outbuf_lock.acquire(False):
+                continue  # something is being written
+            try:
+                if channel.total_outbufs_len and time.time() - channel.last_activity > STALLED:
+                    channel.handle_close()
+            finally:
+                channel.outbuf_lock.release()
 
     def expect(self, texts: int) -> None:
         """Have a thread for each text that may be open: 429 and /health must not wait for them."""
         self.server.task_dispatcher.set_thread_count(texts + SPARE)
 
-    def busy(self) -> bool:
-        """Whether somebody waits for an answer, or for the end of one."""
-        channels = list(self.server.active_channels.values())
-        return any(channel.requests or channel.total_outbufs_len for channel in channels)
+    def open_channels(self) -> list[Channel]:
+        return list(self.server.active_channels.values())
+
+    def busy(self) -> set[Channel]:
+        """Those who wait for an answer, or for the end of one."""
+        return {each for each in self.open_channels() if each.requests or each.total_outbufs_len}
 
     def close(self) -> None:
         self.closed.set()
         self.server.pull_trigger()
         self.thread.join()
+        for channel in self.open_channels():
+            channel.handle_close()  # lets go a thread that waits for its client
         wasyncore.close_all(self.channels)
         self.server.task_dispatcher.shutdown()
 
@@ -175,13 +195,22 @@ def drain_on_signals(service: Service) -> None:
 
 
 def wait_until_drained(service: Service, server: Server) -> None:
-    quiet = math.inf  # since when nobody waits for anything
-    while time.monotonic() - quiet < LINGER:
-        if not server.thread.is_alive():
-            raise RuntimeError('the server failed')  # what it died of was printed
-        time.sleep(0.05)
-        waits = not service.draining or service.jobs or server.busy()
-        quiet = math.inf if waits else min(quiet, time.monotonic())
+    """Return once it drains, all texts are written, and their clients have read them.
+
+    What comes afterwards is refused, and nobody who goes on asking, or does not read, keeps it.
+    """
+    while not service.draining or any(job.left for job in service.open_jobs()):
+        wait_a_moment(server)
+    done, unread = time.monotonic(), server.busy()
+    while (past := time.monotonic() - done) < LINGER or (unread and past < FLUSH):
+        wait_a_moment(server)
+        unread &= server.busy()
+
+
+def wait_a_moment(server: Server) -> None:
+    if not server.thread.is_alive():
+        raise RuntimeError('the server failed')  # what it died of was printed
+    time.sleep(0.05)
 
 
 def log_to_stderr() -> None:

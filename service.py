@@ -331,7 +331,9 @@ class Service:
         with self.lock:
             if trouble := self.trouble():
                 raise trouble
-            if sum(len(other.requests) for other in self.jobs) + len(job.requests) > self.most:
+            # one whose texts are written has a thread until its client has read them
+            taken = sum(max(other.left, 1) for other in self.jobs)
+            if taken + len(job.requests) > self.most:
                 message = f'{self.most} texts are being written or wait; try again'
                 raise Refusal(429, message, code='queue_full', headers={'Retry-After': '1'})
             self.jobs.add(job)

@@ -1026,15 +1026,21 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 
 
 @contextlib.contextmanager
-def served(app):
-    """Serve an application on a free port -> the port."""
+def serving(app):
+    """Serve an application on a free port -> the server and the port."""
     service, listener = app.extensions['flatgpt'], listening()
     server = Server(app, listener, 4)
     server.expect(service.most)
     try:
-        yield listener.getsockname()[1]
+        yield server, listener.getsockname()[1]
     finally:
         server.close()
+
+
+@contextlib.contextmanager
+def served(app):
+    with serving(app) as (_, port):
+        yield port
 
 
 def listening():
@@ -1168,6 +1174,79 @@ def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
         began = time.monotonic()
         assert post(port, prompt='a')[0] == 200
         assert time.monotonic() - began < 2
+
+
+def connect_and_never_read(port, service):
+    """A client whose thread soon waits for it to read: its frames are larger than any buffer."""
+    given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
+    frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('service.Job.frames', frames)
+        client = connect(port, **given)
+        client.recv(1, socket.MSG_PEEK)
+    wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
+    return client
+
+
+def test_who_does_not_read_takes_no_row_and_is_cut_off_in_the_end(make_app, monkeypatch):
+    app = make_app(max_rows=1, max_queue=2)
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port), connect_and_never_read(port, service):
+        assert post(port, prompt='a', n=2)[0] == 200
+        assert len(service.jobs) == 1
+        monkeypatch.setattr('server.LOOK', 0.05)
+        monkeypatch.setattr('server.STALLED', 0.2)
+        wait_until(lambda: not service.jobs)
+        wait_until(lambda: not server.busy())
+
+
+def test_who_does_not_read_is_not_waited_for_without_end(make_app, monkeypatch):
+    monkeypatch.setattr('server.FLUSH', 1.0)
+    app = make_app()
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port):
+        client = connect_and_never_read(port, service)
+        service.draining, began = True, time.monotonic()
+        wait_until_drained(service, server)
+        assert 1 <= time.monotonic() - began < 3
+    with client:
+        wait_until(lambda: not service.jobs)
+
+
+def test_those_who_go_on_asking_do_not_keep_a_server_that_drains(app):
+    service, end = app.extensions['flatgpt'], threading.Event()
+
+    def poll(port):
+        while not end.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                get(port, '/v1/models')
+                post(port, prompt='a')
+
+    with serving(app) as (server, port):
+        pollers = [in_background(poll, port) for _ in range(8)]
+        wait_until(lambda: server.busy())
+        service.draining, began = True, time.monotonic()
+        wait_until_drained(service, server)
+        took = time.monotonic() - began
+        end.set()
+        for poller in pollers:
+            poller()
+    assert 0.5 <= took < 5
+
+
+def test_what_was_begun_is_read_to_its_end_while_a_server_drains(make_app):
+    app = make_app()
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port), connect_and_never_read(port, service) as slow:
+        service.draining = True
+        drained = threading.Event()
+        in_background(lambda: (wait_until_drained(service, server), drained.set()))
+        time.sleep(1)
+        assert not drained.is_set()
+        received = 0
+        while received < 3 * 2**24:
+            received += len(slow.recv(2**20))
+        assert drained.wait(5)
 
 
 def test_frames_arrive_while_the_text_is_written(make_app):
