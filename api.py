@@ -149,7 +149,7 @@ def enter():
     g, headers = flask.g, flask.request.headers
     given = headers.get('X-Request-Id', '')
     g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
-    g.began, g.job = time.monotonic(), None
+    g.began, g.job, g.code = time.monotonic(), None, None
     guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
     key, sent = key_of(here().settings), headers.get('Authorization', '').removeprefix('Bearer ')
     if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
@@ -171,6 +171,7 @@ def leave(response):
         'method': request.method,
         'path': request.path,
         'status': response.status_code,
+        **({'code': g.code} if g.code else {}),
     }
 
     @response.call_on_close
@@ -185,6 +186,7 @@ def leave(response):
 @routes.app_errorhandler(Refusal)
 def refuse(refusal: Refusal):
     here().metrics.rejected.labels(refusal.status).inc()
+    flask.g.code = refusal.code  # for the log
     return refusal.body, refusal.status, refusal.headers
 
 
@@ -291,7 +293,8 @@ def completions():
 
 @routes.post('/v1/chat/completions')
 def chat_completions():
-    raise Refusal(400, 'this model has no chat template', 'messages', 'no_chat_template')
+    message = 'no chat completions here yet: no chat template is kept, of no model'
+    raise Refusal(400, message, 'messages', 'no_chat_template')
 
 
 def card(service: Service) -> dict:

@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from configurator import UserError
 from data.tokenizer import Tokenizer
-from engine import Engine, Piece, Request
+from engine import NOT_FINITE, Engine, Piece, Request
 from schema import CompletionRequest, error_body
 
 PACE = 0.03  # seconds between the frames of a stream: threads that wake up hold up the engine
@@ -37,7 +37,7 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, param=None, code=None, headers=()):
         super().__init__(message)
-        self.status, self.headers = status, dict(headers)
+        self.status, self.code, self.headers = status, code, dict(headers)
         self.body = error_body(status, message, param, code)
 
 
@@ -104,7 +104,7 @@ class Job:
         self,
         body: CompletionRequest,
         prompts: list[list[int]],
-        tokenizer: Tokenizer,
+        engine: Engine,
         gone: Callable[[], bool],
         seconds: float,
     ):
@@ -117,14 +117,16 @@ class Job:
             for i, ids in enumerate(prompts)
             for j in range(n)
         ]
-        self.answers = [Answer(each, tokenizer, bool(body.echo)) for each in self.requests]
-        self.prompts, self.gone, self.seconds = prompts, gone, seconds
+        echo = bool(body.echo)
+        self.answers = [Answer(each, engine.tokenizer, echo) for each in self.requests]
+        self.engine, self.prompts, self.gone, self.seconds = engine, prompts, gone, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.pieces: deque[Piece] = deque()
         self.left = len(self.requests)
         self.hungry = False  # whether a thread waits for the next piece
         self.arrived, self.finished = threading.Event(), threading.Event()
         self.late = False
+        self.code: str | None = None  # of the error that ended a stream
 
     # --- in the engine's thread
 
@@ -189,6 +191,7 @@ class Job:
             if usage:
                 yield frame({**head, 'choices': [], 'usage': self.usage()})
         except Refusal as refusal:
+            self.code = refusal.code
             yield frame(refusal.body)
         yield b'data: [DONE]\n\n'
 
@@ -196,9 +199,14 @@ class Job:
         if self.late:
             message = f'it took longer than {self.seconds:g} seconds, the limit of this server'
             # the clients of OpenAI's library would try the same again
-            return Refusal(503, message, code='timeout', headers={'X-Should-Retry': 'false'})
+            return Refusal(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
         if self.gone():
             return Refusal(499, 'the client has left')  # as nginx calls it; for the log
+        if self.engine.error is None and any(r.finish == 'error' for r in self.requests):
+            LOG.error(NOT_FINITE)
+            return Refusal(500, NOT_FINITE, code='not_finite')
+        if self.engine.error is None and self.engine.closed:
+            return Refusal(503, 'the server is shutting down', code='draining')
         return Refusal(500, 'the engine failed; the log says why', code='engine_stopped')
 
     def usage(self) -> dict:
@@ -215,6 +223,7 @@ class Job:
         moments = {'queued': r.began, 'first_token': r.first if r.written else None}
         out = {name: round(at - r.came, 4) for name, at in moments.items() if at}
         out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
+        out |= {'code': self.code} if self.code else {}
         if with_text:
             decode = self.answers[0].tokenizer.decode
             out['prompts'] = [decode(ids) for ids in self.prompts]
@@ -294,7 +303,7 @@ class Service:
             raise Refusal(400, f'logit_bias: there are {tokens} token ids', 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
-        job = Job(body, prompts, self.tokenizer, gone, self.settings['max_seconds'])
+        job = Job(body, prompts, self.engine, gone, self.settings['max_seconds'])
         self.submit(job)
         return job
 
@@ -366,7 +375,7 @@ class Metrics:
             ('requests_waiting', lambda: len(engine.waiting), 'Texts that wait for a row'),
         ):
             Gauge(f'flatgpt_{name}', about, registry=self.registry).set_function(read)
-        self.prompt_tokens = self.counter('prompt_tokens', 'Tokens of prompts')
+        self.prompt_tokens = self.counter('prompt_tokens', 'Tokens of prompts, once for n texts')
         self.generation_tokens = self.counter('generation_tokens', 'Tokens written')
         self.finished = self.counter('requests_finished', 'Texts that ended', 'reason')
         self.rejected = self.counter('requests_rejected', 'Requests answered by an error', 'status')
@@ -385,16 +394,18 @@ class Metrics:
         return Histogram(name, about, buckets=buckets, registry=self.registry)
 
     def count(self, job: Job) -> None:
+        """At any moment: the engine may be writing its texts still."""
+        if any(r.began for r in job.requests):
+            self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
             written = len(r.written)
             self.finished.labels(r.finish or 'cancelled').inc()
             self.generation_tokens.inc(written)
             if r.began:
-                self.prompt_tokens.inc(len(r.prompt))
                 self.queue.observe(r.began - r.came)
-            if r.finish in ('stop', 'length'):
+            if r.finish in ('stop', 'length') and r.ended:
                 self.total.observe(r.ended - r.came)
-            if written:
+            if written and r.first:
                 self.first.observe(r.first - r.came)
             if written > 1 and r.ended:
                 self.inter_token.observe((r.ended - r.first) / (written - 1))

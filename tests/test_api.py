@@ -24,7 +24,7 @@ import api
 import schema
 from configurator import ConfigError, UserError, configure, help_text
 from data.tokenizer import EOT, byte_tokenizer, char_tokenizer
-from engine import Piece, Request, generate
+from engine import NOT_FINITE, Piece, Request, generate
 from sampling import Sampling
 from server import Door, JsonLines, Server, listen, wait_until_drained
 from service import Answer
@@ -706,7 +706,8 @@ def test_a_request_that_takes_too_long_is_ended(make_app):
     client = make_app(max_seconds=0.2).test_client()
     service, step = service_of(client), service_of(client).engine.step
     service.engine.step = lambda: (time.sleep(0.05), step())[1]
-    error = ask(client, 503, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
+    error = ask(client, 504, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
+    assert error['code'] == 'timeout'
     assert error['message'] == 'it took longer than 0.2 seconds, the limit of this server'
     frames = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
     assert frames[0]['choices']
@@ -749,6 +750,40 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     wait_until(lambda: 'ZeroDivisionError' in caplog.text)
     failure = next(record for record in caplog.records if 'engine failed' in record.message)
     assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
+
+
+def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
+    service = service_of(client)
+    choose_all = service.engine.choose_all
+    service.engine.choose_all = lambda slots, logits: [-1] * len(slots)
+    error = ask(client, 500, prompt='a', n=2)['error']
+    assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
+    assert caplog.text.count(NOT_FINITE) == 1
+    assert stream(client, prompt='a')[-1] == {'error': error}
+    service.engine.choose_all = choose_all
+    ask(client, prompt='a')
+
+
+def test_a_client_may_leave_between_a_token_and_the_moment_it_is_sent(client):
+    service, body = service_of(client), schema.CompletionRequest(prompt='a')
+    with held(service):
+        job = service.begin(body, lambda: True)
+        (request,) = job.requests
+        request.began = request.came
+        request.written += [97, 98]  # as take() does, before send() notes when
+        service.release(job)
+        assert 'first_token' not in job.record(False)
+    assert figures(client)['flatgpt_generation_tokens_total'] == 2
+
+
+def test_what_an_engine_that_is_closed_leaves_open_is_told_so(make_app):
+    client = make_app(model=random_model(VOCABULARY, 4096)).test_client()
+    service = service_of(client)
+    given = {'prompt': 'a', 'max_tokens': 4000, 'logit_bias': GOES_ON}
+    answer = in_background(ask, client, 503, **given)
+    wait_until(lambda: service.engine.running)
+    service.engine.close()
+    assert answer()['error']['code'] == 'draining'
 
 
 def test_while_draining_nothing_new_is_begun_and_what_runs_is_finished(client):
@@ -826,7 +861,7 @@ def test_metrics_count_texts_tokens_and_refusals(client):
         'flatgpt_slots': 8,
         'flatgpt_requests_running': 0,
         'flatgpt_requests_waiting': 0,
-        'flatgpt_prompt_tokens_total': 12,
+        'flatgpt_prompt_tokens_total': 3 * 3,  # once for the n texts, as in `usage`
         'flatgpt_generation_tokens_total': 5 * 2 + 1 + 7,
         'flatgpt_requests_finished_total{reason="length"}': 3,
         'flatgpt_requests_finished_total{reason="stop"}': 1,
@@ -883,6 +918,21 @@ def test_a_line_of_the_log_says_who_asked_and_what_it_took(client, caplog):
     assert 'secret' not in json.dumps(line)
     assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z', line['time'])
     assert logged(caplog, '/health')[0]['status'] == 200
+
+
+def test_a_refusal_is_logged_with_its_code(make_app, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    client = make_app(api_key='secret', max_seconds=0.001).test_client()
+    client.post(PATH, json={'prompt': 'a'}, buffered=True)
+    right = {'Authorization': 'Bearer secret'}
+    body = {'prompt': 'a', 'max_tokens': 60, 'logit_bias': GOES_ON}
+    for streamed in (False, True):
+        given = {**body, 'stream': streamed}
+        with held(service_of(client)):
+            reply = in_background(client.post, PATH, json=given, headers=right, buffered=True)
+            time.sleep(0.3)
+        assert b'took longer' in reply().data
+    assert [line['code'] for line in logged(caplog)] == ['invalid_api_key', 'timeout', 'timeout']
 
 
 def test_the_log_has_prompts_only_where_asked(make_app, caplog):
@@ -1336,7 +1386,7 @@ def test_openai_raises_what_comes_midway_in_a_stream(make_app):
                 list(frames)
             with pytest.raises(openai.InternalServerError, match='took longer than'):
                 client.completions.create(**given)  # which does not try again
-    assert figures(app.test_client())['flatgpt_requests_rejected_total{status="503"}'] == 1
+    assert figures(app.test_client())['flatgpt_requests_rejected_total{status="504"}'] == 1
 
 
 # -----------------------------------------------------------------------------
