@@ -13,50 +13,43 @@ For another server than its own: create_app(out_dir='out/my_run') is the WSGI ap
 """
 
 import hmac
-import ipaddress
-import json
-import logging
-import math
-import os
 import re
 import secrets
-import select
-import signal
-import socket
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 
 import flask
-import waitress
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
-from waitress import wasyncore
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask
-from waitress.utilities import RequestEntityTooLarge
 from werkzeug.exceptions import HTTPException
 
 import schema
-from configurator import ConfigError, UserError, configure, known, read_settings, within
+from configurator import UserError, configure, known, read_settings, within
 from data.tokenizer import EOT, Tokenizer
 from engine import Engine
 from model import GPT
 from sample import load, source
-from service import LOG, Refusal, Service
+from server import (
+    CONNECTIONS,
+    Door,
+    Server,
+    allow_open_files,
+    drain_on_signals,
+    listen,
+    log_to_stderr,
+    wait_until_drained,
+)
+from service import LOG, Chat, Refusal, Service, key_of
 
 # -----------------------------------------------------------------------------
 # model
 out_dir: str | None = None  # folder of the run; None is the newest run below out/
 init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
-tokenizer: str | None = None  # for a model that came without: a name, tokenizer.json or meta.pkl
+tokenizer: str | None = None  # not the model's own: a name, tokenizer.json or meta.pkl
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faster for few texts
@@ -94,10 +87,6 @@ DOCS = """<!doctype html>
 SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLinking: true})
 </script>
 """
-MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
-CONNECTIONS = 1000  # at once; idle ones are closed after two minutes
-SPARE = 16  # threads for all that is not a text
-LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
 
 
 # -----------------------------------------------------------------------------
@@ -144,10 +133,6 @@ def check(settings: dict) -> None:
     within(0.001, None, settings, 'max_seconds', 'max_body')
 
 
-def key_of(settings: dict) -> str:
-    return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
-
-
 routes = flask.Blueprint('flatgpt', __name__)
 
 
@@ -164,7 +149,7 @@ def enter():
     g, headers = flask.g, flask.request.headers
     given = headers.get('X-Request-Id', '')
     g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
-    g.began, g.job = time.monotonic(), None
+    g.began, g.job, g.code = time.monotonic(), None, None
     guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
     key, sent = key_of(here().settings), headers.get('Authorization', '').removeprefix('Bearer ')
     if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
@@ -186,6 +171,7 @@ def leave(response):
         'method': request.method,
         'path': request.path,
         'status': response.status_code,
+        **({'code': g.code} if g.code else {}),
     }
 
     @response.call_on_close
@@ -200,6 +186,7 @@ def leave(response):
 @routes.app_errorhandler(Refusal)
 def refuse(refusal: Refusal):
     here().metrics.rejected.labels(refusal.status).inc()
+    flask.g.code = refusal.code  # for the log
     return refusal.body, refusal.status, refusal.headers
 
 
@@ -282,12 +269,26 @@ def read(kind: type[BaseModel]):
 
 @routes.post('/v1/completions')
 def completions():
-    body, service, g = read(schema.CompletionRequest), here(), flask.g
+    return answer(read(schema.CompletionRequest), 'cmpl', 'text_completion')
+
+
+@routes.post('/v1/chat/completions')
+def chat_completions():
+    body, service = read(schema.ChatRequest), here()
+    ids, end = service.conversation(body.messages)
+    asked = body.completion(ids, service.size - len(ids), end)
+    kind = 'chat.completion.chunk' if body.stream else 'chat.completion'
+    return answer(asked, 'chatcmpl', kind, Chat('delta' if body.stream else 'message'))
+
+
+def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
+    """The texts of a completion, whole or as they come; shape: of its choices, if another's."""
+    service, g = here(), flask.g
     gone = flask.request.environ.get('waitress.client_disconnected', lambda: False)
-    job = g.job = service.begin(body, gone)
+    job = g.job = service.begin(body, gone, shape)
     head = {
-        'id': f'cmpl-{g.id}',
-        'object': 'text_completion',
+        'id': f'{prefix}-{g.id}',
+        'object': kind,
         'created': int(time.time()),
         'model': service.name,
     }
@@ -302,11 +303,6 @@ def completions():
     # a generator that is closed before its first frame never comes to a `finally`
     response.call_on_close(lambda: service.release(job))
     return response
-
-
-@routes.post('/v1/chat/completions')
-def chat_completions():
-    raise Refusal(400, 'this model has no chat template', 'messages', 'no_chat_template')
 
 
 def card(service: Service) -> dict:
@@ -337,7 +333,7 @@ def tokenizer_info():
     end = None if tokenizer.eot is None else EOT
     special = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), end)
     about = {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size}
-    return about | special | {'chat_template': None}
+    return about | special | {'chat_template': tokenizer.chat_template}
 
 
 @routes.post('/tokenize')
@@ -353,172 +349,7 @@ def detokenize():
 
 
 # -----------------------------------------------------------------------------
-# the server
-
-
-class JsonLines(logging.Formatter):
-    """A line of the log as a JSON object."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))
-        line = {
-            'time': f'{moment}.{int(record.msecs):03}Z',
-            'level': record.levelname.lower(),
-            'message': record.getMessage(),
-            **getattr(record, 'fields', {}),
-        }
-        if record.exc_info:
-            line['traceback'] = self.formatException(record.exc_info)
-        return json.dumps(line)
-
-
-class JsonErrorTask(ErrorTask):
-    """What waitress answers by itself to what is no HTTP, or too much of it."""
-
-    def execute(self):
-        error = self.request.error
-        body = json.dumps(schema.error_body(error.code, f'{error.reason}: {error.body}')).encode()
-        self.status = f'{error.code} {error.reason}'
-        self.response_headers.append(('Content-Type', 'application/json'))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class Parser(HTTPRequestParser):
-    """Reads what is too large to its end, within reason: a client cut off would read no answer."""
-
-    surplus = 0  # bytes still to come, and to be thrown away
-
-    def received(self, data: bytes) -> int:
-        if not self.surplus:
-            count = super().received(data)
-            if isinstance(self.error, RequestEntityTooLarge):
-                self.surplus = self.content_length if self.content_length < MOST_SURPLUS else 0
-        else:
-            count = min(len(data), self.surplus)
-            self.surplus -= count
-        self.completed = self.completed if not self.error else not self.surplus
-        return count
-
-
-class Channel(HTTPChannel):
-    error_task_class = JsonErrorTask
-    parser_class = Parser
-
-
-def listen(settings: dict) -> socket.socket:
-    """A socket at the host and port asked for. UserError if that may not or cannot be."""
-    where, at = settings['host'], settings['port']
-    try:
-        family, _, _, _, address = socket.getaddrinfo(where, at, type=socket.SOCK_STREAM)[0]
-        if not (ipaddress.ip_address(address[0]).is_loopback or key_of(settings)):
-            raise ConfigError(
-                f'host={where}: others could reach it, so it needs a key that clients must send; '
-                'set FLATGPT_API_KEY, or --api_key='
-            )
-        return socket.create_server(address[:2], family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(
-            f'--host={where} --port={at}: {error.strerror or error}; try another'
-        ) from error
-
-
-class Door:
-    """The application; until it is there, a word that it is being loaded."""
-
-    app: flask.Flask | None = None
-
-    def __call__(self, environ: dict, start_response):
-        if self.app:
-            return self.app(environ, start_response)
-        body, status = schema.error_body(503, 'the model is being loaded', code='loading'), 503
-        if environ['PATH_INFO'] == '/health':
-            body, status = {'status': 'ok'}, 200
-        phrase = f'{status} {HTTPStatus(status).phrase}'
-        start_response(phrase, [('Content-Type', 'application/json'), ('Retry-After', '5')])
-        return [json.dumps(body).encode()]
-
-
-class Server:
-    """waitress in a thread of its own, from now on."""
-
-    def __init__(self, app, listener: socket.socket, max_body: float):
-        self.channels: dict = {}
-        self.server = waitress.create_server(
-            app,
-            map=self.channels,
-            sockets=[listener],
-            threads=SPARE,
-            connection_limit=CONNECTIONS,
-            channel_request_lookahead=1,  # without it nobody notices a client that left
-            max_request_body_size=int(max_body * 2**20),
-            ident='flatgpt',
-        )
-        self.server.channel_class = Channel
-        self.closed = threading.Event()
-        self.thread = threading.Thread(target=self.run, name='flatgpt server', daemon=True)
-        self.thread.start()
-
-    def run(self) -> None:
-        while not self.closed.is_set():
-            wasyncore.loop(0.5, use_poll=hasattr(select, 'poll'), map=self.channels, count=1)
-
-    def expect(self, texts: int) -> None:
-        """Have a thread for each text that may be open: 429 and /health must not wait for them."""
-        self.server.task_dispatcher.set_thread_count(texts + SPARE)
-
-    def busy(self) -> bool:
-        """Whether somebody waits for an answer, or for the end of one."""
-        channels = list(self.server.active_channels.values())
-        return any(channel.requests or channel.total_outbufs_len for channel in channels)
-
-    def close(self) -> None:
-        self.closed.set()
-        self.server.pull_trigger()
-        self.thread.join()
-        wasyncore.close_all(self.channels)
-        self.server.task_dispatcher.shutdown()
-
-
-def drain_on_signals(service: Service) -> None:
-    """SIGTERM and Ctrl-C let what has begun be finished; a second one does not."""
-
-    def stop(number, stack):
-        if service.draining:
-            os._exit(128 + number)  # the engine is at work, and would abort an orderly end
-        service.draining = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-
-
-def wait_until_drained(service: Service, server: Server) -> None:
-    quiet = math.inf  # since when nobody waits for anything
-    while time.monotonic() - quiet < LINGER:
-        if not server.thread.is_alive():
-            raise RuntimeError('the server failed')  # what it died of was printed
-        time.sleep(0.05)
-        waits = not service.draining or service.jobs or server.busy()
-        quiet = math.inf if waits else min(quiet, time.monotonic())
-
-
-def log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    LOG.setLevel(logging.INFO)
-    logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # a line for each that waits
-
-
-def allow_open_files(count: int) -> None:
-    """Have the system allow a process so many sockets and files, or as many as it ever does."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+# its own server
 
 
 def main(settings: dict) -> None:

@@ -275,7 +275,7 @@ class TokenizerInfo(BaseModel):
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
-    chat_template: str | None
+    chat_template: dict[str, list[str]] | None
 
 
 class Status(BaseModel):
@@ -306,11 +306,22 @@ ERRORS = {  # status: type, and an example's message, param and code
     429: ('rate_limit_error', '136 texts are being written or wait', None, 'queue_full'),
     500: ('server_error', 'the engine failed; the log says why', None, 'engine_stopped'),
     503: ('service_unavailable', 'the server is shutting down', None, 'draining'),
+    504: ('timeout_error', 'it took longer than 600 seconds', None, 'timeout'),
 }
 RETRY_AFTER = {'description': 'Seconds to wait.', 'schema': {'type': 'integer'}}
 FRAMES = """\
 data: {"id": "cmpl-1", "object": "text_completion", "created": 1764000000, "model": "mine", \
 "choices": [{"index": 0, "text": " be", "logprobs": null, "finish_reason": "length"}]}
+
+data: [DONE]
+
+"""
+
+
+CHAT_FRAMES = """\
+data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1764000000, \
+"model": "mine", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "That"}, \
+"logprobs": null, "finish_reason": "length"}]}
 
 data: [DONE]
 
@@ -339,8 +350,8 @@ def error_response(status: int) -> dict:
 
 def operation(does: str, takes=None, gives=None, errors=(), guarded=True, content=None) -> dict:
     """An OpenAPI operation. takes, gives: models of bodies. content: what it gives, if not JSON."""
-    answers = {'200': {'description': 'OK', 'content': {**(json_of(gives) if gives else {})}}}
-    answers['200']['content'] |= content or {}
+    content = (json_of(gives) if gives else {}) | (content or {})
+    answers = {'200': {'description': 'OK', 'content': content}}
     statuses = {*errors, *((400, 413, 415) if takes else ()), *((401,) if guarded else ())}
     answers |= {str(status): error_response(status) for status in sorted(statuses)}
     body = {'requestBody': {'required': True, 'content': json_of(takes)}} if takes else {}
@@ -368,12 +379,17 @@ def openapi(name: str) -> dict:
     post = {
         '/v1/completions': operation(
             'Continue texts. With stream, the answer comes as server-sent events.',
-            *(CompletionRequest, CompletionResponse, (429, 500, 503)),
+            CompletionRequest,
+            CompletionResponse,
+            errors=(429, 500, 503, 504),
             content=frames,
         ),
         '/v1/chat/completions': operation(
             'Answer a conversation, if the tokenizer has a chat template; else 400.',
-            *(ChatRequest, ChatResponse, (429, 500, 503)),
+            ChatRequest,
+            ChatResponse,
+            (429, 500, 503, 504),
+            content={'text/event-stream': {'example': CHAT_FRAMES}},
         ),
         '/tokenize': operation('The token ids of a text.', TokenizeRequest, TokenizeResponse),
         '/detokenize': operation('The text of token ids.', DetokenizeRequest, DetokenizeResponse),

@@ -12,6 +12,7 @@ Between the requests of a server, each in a thread, and the engine in another: l
 import codecs
 import json
 import logging
+import os
 import secrets
 import threading
 import time
@@ -22,8 +23,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from configurator import UserError
 from data.tokenizer import Tokenizer
-from engine import Engine, Piece, Request
-from schema import CompletionRequest, error_body
+from engine import NOT_FINITE, Engine, Piece, Request
+from schema import CompletionRequest, Message, error_body
 
 PACE = 0.03  # seconds between the frames of a stream: threads that wake up hold up the engine
 WATCH = 0.1  # seconds until a client that left is noticed
@@ -36,7 +37,7 @@ class Refusal(Exception):
 
     def __init__(self, status: int, message: str, param=None, code=None, headers=()):
         super().__init__(message)
-        self.status, self.headers = status, dict(headers)
+        self.status, self.code, self.headers = status, code, dict(headers)
         self.body = error_body(status, message, param, code)
 
 
@@ -85,6 +86,33 @@ class Answer:
         return out
 
 
+class Chat:
+    """Choices of completions as those of a chat, with their text as a 'message' or a 'delta'."""
+
+    def __init__(self, part: str):
+        self.part, self.begun = part, set()
+
+    def __call__(self, choice: dict) -> dict:
+        index, scores = choice['index'], choice['logprobs']
+        text = {'content': choice['text']}
+        if index not in self.begun:  # the first frame says who speaks
+            self.begun.add(index)
+            text = {'role': 'assistant', **text}
+        logprobs = None if scores is None else {'content': self.tokens(scores)}
+        finish = choice['finish_reason']
+        return {'index': index, self.part: text, 'logprobs': logprobs, 'finish_reason': finish}
+
+    def tokens(self, scores: dict) -> list[dict]:
+        def one(text: str, logprob: float) -> dict:
+            return {'token': text, 'logprob': logprob, 'bytes': list(text.encode())}
+
+        each = (scores[name] for name in ('tokens', 'token_logprobs', 'top_logprobs'))
+        return [
+            {**one(text, logprob), 'top_logprobs': [one(*other) for other in top.items()]}
+            for text, logprob, top in zip(*each, strict=True)
+        ]
+
+
 def frame(data: dict) -> bytes:
     return b'data: ' + json.dumps(data).encode() + b'\n\n'
 
@@ -103,9 +131,10 @@ class Job:
         self,
         body: CompletionRequest,
         prompts: list[list[int]],
-        tokenizer: Tokenizer,
+        engine: Engine,
         gone: Callable[[], bool],
         seconds: float,
+        shape: Callable[[dict], dict] | None = None,
     ):
         sampling, n, top = body.sampling(), body.n or 1, body.logprobs
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
@@ -116,14 +145,17 @@ class Job:
             for i, ids in enumerate(prompts)
             for j in range(n)
         ]
-        self.answers = [Answer(each, tokenizer, bool(body.echo)) for each in self.requests]
-        self.prompts, self.gone, self.seconds = prompts, gone, seconds
+        echo = bool(body.echo)
+        self.answers = [Answer(each, engine.tokenizer, echo) for each in self.requests]
+        self.engine, self.prompts, self.gone, self.seconds = engine, prompts, gone, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.shape = shape or (lambda choice: choice)  # of a choice, as the client knows it
         self.pieces: deque[Piece] = deque()
         self.left = len(self.requests)
         self.hungry = False  # whether a thread waits for the next piece
         self.arrived, self.finished = threading.Event(), threading.Event()
         self.late = False
+        self.code: str | None = None  # of the error that ended a stream
 
     # --- in the engine's thread
 
@@ -171,7 +203,7 @@ class Job:
         for piece in pieces:
             rows.setdefault(piece.row, []).append(piece)
         choices = [self.answers[row].choice(rows[row]) for row in sorted(rows)]
-        return [choice for choice in choices if choice]
+        return [self.shape(choice) for choice in choices if choice]
 
     def whole(self, head: dict) -> dict:
         """The answer, when it is finished."""
@@ -188,6 +220,7 @@ class Job:
             if usage:
                 yield frame({**head, 'choices': [], 'usage': self.usage()})
         except Refusal as refusal:
+            self.code = refusal.code
             yield frame(refusal.body)
         yield b'data: [DONE]\n\n'
 
@@ -195,9 +228,14 @@ class Job:
         if self.late:
             message = f'it took longer than {self.seconds:g} seconds, the limit of this server'
             # the clients of OpenAI's library would try the same again
-            return Refusal(503, message, code='timeout', headers={'X-Should-Retry': 'false'})
+            return Refusal(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
         if self.gone():
             return Refusal(499, 'the client has left')  # as nginx calls it; for the log
+        if self.engine.error is None and any(r.finish == 'error' for r in self.requests):
+            LOG.error(NOT_FINITE)
+            return Refusal(500, NOT_FINITE, code='not_finite')
+        if self.engine.error is None and self.engine.closed:
+            return Refusal(503, 'the server is shutting down', code='draining')
         return Refusal(500, 'the engine failed; the log says why', code='engine_stopped')
 
     def usage(self) -> dict:
@@ -214,6 +252,7 @@ class Job:
         moments = {'queued': r.began, 'first_token': r.first if r.written else None}
         out = {name: round(at - r.came, 4) for name, at in moments.items() if at}
         out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
+        out |= {'code': self.code} if self.code else {}
         if with_text:
             decode = self.answers[0].tokenizer.decode
             out['prompts'] = [decode(ids) for ids in self.prompts]
@@ -223,6 +262,10 @@ class Job:
 
 # -----------------------------------------------------------------------------
 # the service
+
+
+def key_of(settings: dict) -> str:
+    return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
 
 
 class Service:
@@ -277,7 +320,20 @@ class Service:
 
     # --- requests
 
-    def begin(self, body: CompletionRequest, gone: Callable[[], bool]) -> Job:
+    def conversation(self, messages: list[Message]) -> tuple[list[int], str]:
+        """The ids of a conversation up to its answer, and the text that ends one, if no token does."""
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            message = "this model's tokenizer has no chat template: /v1/completions continues text"
+            raise Refusal(400, message, 'messages', 'no_chat_template')
+        try:
+            ids = tokenizer.encode_chat([dict(message) for message in messages]).tolist()
+        except UserError as error:
+            raise Refusal(400, str(error), 'messages') from None
+        end = tokenizer.chat_template['assistant'][1]
+        return ids, '' if end in tokenizer.special else end
+
+    def begin(self, body: CompletionRequest, gone: Callable[[], bool], shape=None) -> Job:
         """Have a request computed; release() must follow. Refusal if it cannot be."""
         prompts, tokens = body.prompts(), self.tokenizer.vocab_size
         if body.max_tokens == 0 and not body.echo:
@@ -289,7 +345,7 @@ class Service:
             raise Refusal(400, f'logit_bias: there are {tokens} token ids', 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
-        job = Job(body, prompts, self.tokenizer, gone, self.settings['max_seconds'])
+        job = Job(body, prompts, self.engine, gone, self.settings['max_seconds'], shape)
         self.submit(job)
         return job
 
@@ -326,7 +382,9 @@ class Service:
         with self.lock:
             if trouble := self.trouble():
                 raise trouble
-            if sum(len(other.requests) for other in self.jobs) + len(job.requests) > self.most:
+            # one whose texts are written has a thread until its client has read them
+            taken = sum(max(other.left, 1) for other in self.jobs)
+            if taken + len(job.requests) > self.most:
                 message = f'{self.most} texts are being written or wait; try again'
                 raise Refusal(429, message, code='queue_full', headers={'Retry-After': '1'})
             self.jobs.add(job)
@@ -359,7 +417,7 @@ class Metrics:
             ('requests_waiting', lambda: len(engine.waiting), 'Texts that wait for a row'),
         ):
             Gauge(f'flatgpt_{name}', about, registry=self.registry).set_function(read)
-        self.prompt_tokens = self.counter('prompt_tokens', 'Tokens of prompts')
+        self.prompt_tokens = self.counter('prompt_tokens', 'Tokens of prompts, once for n texts')
         self.generation_tokens = self.counter('generation_tokens', 'Tokens written')
         self.finished = self.counter('requests_finished', 'Texts that ended', 'reason')
         self.rejected = self.counter('requests_rejected', 'Requests answered by an error', 'status')
@@ -378,16 +436,18 @@ class Metrics:
         return Histogram(name, about, buckets=buckets, registry=self.registry)
 
     def count(self, job: Job) -> None:
+        """At any moment: the engine may be writing its texts still."""
+        if any(r.began for r in job.requests):
+            self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
             written = len(r.written)
             self.finished.labels(r.finish or 'cancelled').inc()
             self.generation_tokens.inc(written)
             if r.began:
-                self.prompt_tokens.inc(len(r.prompt))
                 self.queue.observe(r.began - r.came)
-            if r.finish in ('stop', 'length'):
+            if r.finish in ('stop', 'length') and r.ended:
                 self.total.observe(r.ended - r.came)
-            if written:
+            if written and r.first:
                 self.first.observe(r.first - r.came)
             if written > 1 and r.ended:
                 self.inter_token.observe((r.ended - r.first) / (written - 1))

@@ -24,8 +24,9 @@ import api
 import schema
 from configurator import ConfigError, UserError, configure, help_text
 from data.tokenizer import EOT, byte_tokenizer, char_tokenizer
-from engine import Piece, Request, generate
+from engine import NOT_FINITE, Piece, Request, generate
 from sampling import Sampling
+from server import Door, JsonLines, Server, listen, wait_until_drained
 from service import Answer
 
 SCRIPT = Path(api.__file__)
@@ -661,21 +662,21 @@ def test_the_key_may_come_from_the_environment(make_app, monkeypatch):
 @pytest.mark.parametrize('host', ['0.0.0.0', '::'])
 def test_a_host_that_others_reach_needs_a_key(host):
     with pytest.raises(ConfigError, match='FLATGPT_API_KEY'):
-        api.listen({'host': host, 'port': 0, 'api_key': None})
+        listen({'host': host, 'port': 0, 'api_key': None})
     with (
-        api.listen({'host': '0.0.0.0', 'port': 0, 'api_key': 'x'}),
-        api.listen({'host': 'localhost', 'port': 0, 'api_key': None}),
+        listen({'host': '0.0.0.0', 'port': 0, 'api_key': 'x'}),
+        listen({'host': 'localhost', 'port': 0, 'api_key': None}),
     ):
         pass
 
 
 def test_a_port_that_is_taken_and_a_host_that_is_none_are_one_line():
-    with api.listen({'host': '127.0.0.1', 'port': 0, 'api_key': None}) as taken:
+    with listen({'host': '127.0.0.1', 'port': 0, 'api_key': None}) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f'--port={port}: .*in use'):
-            api.listen({'host': '127.0.0.1', 'port': port, 'api_key': None})
+            listen({'host': '127.0.0.1', 'port': port, 'api_key': None})
     with pytest.raises(UserError, match=r'--host=no\.such\.host\.invalid'):
-        api.listen({'host': 'no.such.host.invalid', 'port': 0, 'api_key': None})
+        listen({'host': 'no.such.host.invalid', 'port': 0, 'api_key': None})
 
 
 # -----------------------------------------------------------------------------
@@ -705,7 +706,8 @@ def test_a_request_that_takes_too_long_is_ended(make_app):
     client = make_app(max_seconds=0.2).test_client()
     service, step = service_of(client), service_of(client).engine.step
     service.engine.step = lambda: (time.sleep(0.05), step())[1]
-    error = ask(client, 503, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
+    error = ask(client, 504, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
+    assert error['code'] == 'timeout'
     assert error['message'] == 'it took longer than 0.2 seconds, the limit of this server'
     frames = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
     assert frames[0]['choices']
@@ -747,7 +749,41 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     assert not service.jobs
     wait_until(lambda: 'ZeroDivisionError' in caplog.text)
     failure = next(record for record in caplog.records if 'engine failed' in record.message)
-    assert 'ZeroDivisionError' in json.loads(api.JsonLines().format(failure))['traceback']
+    assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
+
+
+def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
+    service = service_of(client)
+    choose_all = service.engine.choose_all
+    service.engine.choose_all = lambda slots, logits: [-1] * len(slots)
+    error = ask(client, 500, prompt='a', n=2)['error']
+    assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
+    assert caplog.text.count(NOT_FINITE) == 1
+    assert stream(client, prompt='a')[-1] == {'error': error}
+    service.engine.choose_all = choose_all
+    ask(client, prompt='a')
+
+
+def test_a_client_may_leave_between_a_token_and_the_moment_it_is_sent(client):
+    service, body = service_of(client), schema.CompletionRequest(prompt='a')
+    with held(service):
+        job = service.begin(body, lambda: True)
+        (request,) = job.requests
+        request.began = request.came
+        request.written += [97, 98]  # as take() does, before send() notes when
+        service.release(job)
+        assert 'first_token' not in job.record(False)
+    assert figures(client)['flatgpt_generation_tokens_total'] == 2
+
+
+def test_what_an_engine_that_is_closed_leaves_open_is_told_so(make_app):
+    client = make_app(model=random_model(VOCABULARY, 4096)).test_client()
+    service = service_of(client)
+    given = {'prompt': 'a', 'max_tokens': 4000, 'logit_bias': GOES_ON}
+    answer = in_background(ask, client, 503, **given)
+    wait_until(lambda: service.engine.running)
+    service.engine.close()
+    assert answer()['error']['code'] == 'draining'
 
 
 def test_while_draining_nothing_new_is_begun_and_what_runs_is_finished(client):
@@ -825,7 +861,7 @@ def test_metrics_count_texts_tokens_and_refusals(client):
         'flatgpt_slots': 8,
         'flatgpt_requests_running': 0,
         'flatgpt_requests_waiting': 0,
-        'flatgpt_prompt_tokens_total': 12,
+        'flatgpt_prompt_tokens_total': 3 * 3,  # once for the n texts, as in `usage`
         'flatgpt_generation_tokens_total': 5 * 2 + 1 + 7,
         'flatgpt_requests_finished_total{reason="length"}': 3,
         'flatgpt_requests_finished_total{reason="stop"}': 1,
@@ -852,7 +888,7 @@ def test_metrics_show_what_runs_and_waits(make_app):
 
 
 def logged(caplog, path=PATH):
-    lines = [json.loads(api.JsonLines().format(record)) for record in caplog.records]
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     return [line for line in lines if line.get('path') == path]
 
 
@@ -884,6 +920,21 @@ def test_a_line_of_the_log_says_who_asked_and_what_it_took(client, caplog):
     assert logged(caplog, '/health')[0]['status'] == 200
 
 
+def test_a_refusal_is_logged_with_its_code(make_app, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    client = make_app(api_key='secret', max_seconds=0.001).test_client()
+    client.post(PATH, json={'prompt': 'a'}, buffered=True)
+    right = {'Authorization': 'Bearer secret'}
+    body = {'prompt': 'a', 'max_tokens': 60, 'logit_bias': GOES_ON}
+    for streamed in (False, True):
+        given = {**body, 'stream': streamed}
+        with held(service_of(client)):
+            reply = in_background(client.post, PATH, json=given, headers=right, buffered=True)
+            time.sleep(0.3)
+        assert b'took longer' in reply().data
+    assert [line['code'] for line in logged(caplog)] == ['invalid_api_key', 'timeout', 'timeout']
+
+
 def test_the_log_has_prompts_only_where_asked(make_app, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     client = make_app(log_prompts=True).test_client()
@@ -909,7 +960,7 @@ def test_a_line_of_the_log_is_one_line_whatever_is_in_it(client, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     client.get('/a%0a{"level":"error"}', buffered=True)
     (record,) = [record for record in caplog.records if record.message == 'request']
-    assert '\n' not in api.JsonLines().format(record)
+    assert '\n' not in JsonLines().format(record)
 
 
 # -----------------------------------------------------------------------------
@@ -1025,19 +1076,25 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 
 
 @contextlib.contextmanager
-def served(app):
-    """Serve an application on a free port -> the port."""
+def serving(app):
+    """Serve an application on a free port -> the server and the port."""
     service, listener = app.extensions['flatgpt'], listening()
-    server = api.Server(app, listener, 4)
+    server = Server(app, listener, 4)
     server.expect(service.most)
     try:
-        yield listener.getsockname()[1]
+        yield server, listener.getsockname()[1]
     finally:
         server.close()
 
 
+@contextlib.contextmanager
+def served(app):
+    with serving(app) as (_, port):
+        yield port
+
+
 def listening():
-    return api.listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
+    return listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
 
 
 def post(port, path=PATH, **body):
@@ -1103,8 +1160,8 @@ def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
 
 
 def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
-    door, listener = api.Door(), listening()
-    server, port = api.Server(door, listener, 4), listener.getsockname()[1]
+    door, listener = Door(), listening()
+    server, port = Server(door, listener, 4), listener.getsockname()[1]
     try:
         seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
         assert seen.pop('/health') == (200, {'status': 'ok'})
@@ -1167,6 +1224,79 @@ def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
         began = time.monotonic()
         assert post(port, prompt='a')[0] == 200
         assert time.monotonic() - began < 2
+
+
+def connect_and_never_read(port, service):
+    """A client whose thread soon waits for it to read: its frames are larger than any buffer."""
+    given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
+    frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('service.Job.frames', frames)
+        client = connect(port, **given)
+        client.recv(1, socket.MSG_PEEK)
+    wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
+    return client
+
+
+def test_who_does_not_read_takes_no_row_and_is_cut_off_in_the_end(make_app, monkeypatch):
+    app = make_app(max_rows=1, max_queue=2)
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port), connect_and_never_read(port, service):
+        assert post(port, prompt='a', n=2)[0] == 200
+        assert len(service.jobs) == 1
+        monkeypatch.setattr('server.LOOK', 0.05)
+        monkeypatch.setattr('server.STALLED', 0.2)
+        wait_until(lambda: not service.jobs)
+        wait_until(lambda: not server.busy())
+
+
+def test_who_does_not_read_is_not_waited_for_without_end(make_app, monkeypatch):
+    monkeypatch.setattr('server.FLUSH', 1.0)
+    app = make_app()
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port):
+        client = connect_and_never_read(port, service)
+        service.draining, began = True, time.monotonic()
+        wait_until_drained(service, server)
+        assert 1 <= time.monotonic() - began < 3
+    with client:
+        wait_until(lambda: not service.jobs)
+
+
+def test_those_who_go_on_asking_do_not_keep_a_server_that_drains(app):
+    service, end = app.extensions['flatgpt'], threading.Event()
+
+    def poll(port):
+        while not end.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                get(port, '/v1/models')
+                post(port, prompt='a')
+
+    with serving(app) as (server, port):
+        pollers = [in_background(poll, port) for _ in range(8)]
+        wait_until(lambda: server.busy())
+        service.draining, began = True, time.monotonic()
+        wait_until_drained(service, server)
+        took = time.monotonic() - began
+        end.set()
+        for poller in pollers:
+            poller()
+    assert 0.5 <= took < 5
+
+
+def test_what_was_begun_is_read_to_its_end_while_a_server_drains(make_app):
+    app = make_app()
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port), connect_and_never_read(port, service) as slow:
+        service.draining = True
+        drained = threading.Event()
+        in_background(lambda: (wait_until_drained(service, server), drained.set()))
+        time.sleep(1)
+        assert not drained.is_set()
+        received = 0
+        while received < 3 * 2**24:
+            received += len(slow.recv(2**20))
+        assert drained.wait(5)
 
 
 def test_frames_arrive_while_the_text_is_written(make_app):
@@ -1256,7 +1386,7 @@ def test_openai_raises_what_comes_midway_in_a_stream(make_app):
                 list(frames)
             with pytest.raises(openai.InternalServerError, match='took longer than'):
                 client.completions.create(**given)  # which does not try again
-    assert figures(app.test_client())['flatgpt_requests_rejected_total{status="503"}'] == 1
+    assert figures(app.test_client())['flatgpt_requests_rejected_total{status="504"}'] == 1
 
 
 # -----------------------------------------------------------------------------
@@ -1320,7 +1450,7 @@ def test_a_server_that_died_does_not_pretend_to_serve(app):
         thread = threading.Thread()
 
     with pytest.raises(RuntimeError, match='the server failed'):
-        api.wait_until_drained(app.extensions['flatgpt'], Dead())
+        wait_until_drained(app.extensions['flatgpt'], Dead())
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
