@@ -72,6 +72,7 @@ JSON_LINES = ('.jsonl', '.ndjson')
 AHEAD = 4096  # answers of a batch file that wait for a slow one before them, at most
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
 CHOICES = [f.name for f in fields(Sampling) if f.name in globals()]  # settings of each text
+DOES = {'a': 'answers what you type', 'no': 'continues what you type'}
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
 model's context reaches, until you clear it. Ctrl-C stops an answer.
   /set NAME VALUE   change a setting, for example /set temperature 0.5
@@ -149,7 +150,8 @@ def write_samples(pieces: Iterator[Piece], prompt: str, samples: int) -> None:
 
 
 class Console:
-    """--chat: what the user types and what the model answers are one text, which it continues."""
+    """--chat: a conversation by the tokenizer's chat template. Without one, what the user types and
+    what the model answers are one text, which it continues."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, opening: str):
         self.engine, self.tokenizer, self.opening = Engine(model, tokenizer, 1), tokenizer, opening
@@ -166,7 +168,8 @@ class Console:
         return self.tokenizer.encode(text, allow_eot=True).tolist()
 
     def run(self) -> None:
-        print('This model has no chat template: it continues what you type. /help lists commands.')
+        has = 'a' if self.tokenizer.chat_template else 'no'
+        print(f'This model has {has} chat template: it {DOES[has]}. /help lists commands.')
         if self.opening:
             write(self.opening + '\n')
         while (line := self.read_line()) not in (None, '/quit', '/exit'):
@@ -218,8 +221,14 @@ class Console:
         print(f'({name} = {changed[name]!r})', flush=True)
 
     def answer(self, line: str) -> None:
-        ids = self.encode((self.newline if self.ids else '') + line)
-        sampling = sampling_of(self.settings)
+        sampling, template = sampling_of(self.settings), self.tokenizer.chat_template
+        if template:
+            ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
+            end = template['assistant'][1]
+            if end and end not in self.tokenizer.special:
+                sampling = replace(sampling, stop=(*sampling.stop, end))
+        else:
+            ids = self.encode((self.newline if self.ids else '') + line)
         self.ids, self.turn = self.ids + ids, self.turn + 1
         while len(self.ids) - self.start > self.size:  # by eighths, as the engine forgets
             self.start += max(1, self.size // 8)
@@ -242,6 +251,8 @@ class Console:
                         self.ids[before:] = self.encode(shown)
         finally:
             request.cancel()
+            if template:
+                self.ids += self.tokenizer.encode_mark(end).tolist()
         write('\n')
 
 

@@ -321,7 +321,7 @@ class Service:
     # --- requests
 
     def conversation(self, messages: list[Message]) -> tuple[list[int], str]:
-        """The ids of a conversation up to its answer, and the text that ends one, if no token does."""
+        """The ids of a conversation up to its answer, and the text that ends that, or ''."""
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
             message = "this model's tokenizer has no chat template: /v1/completions continues text"

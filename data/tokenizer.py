@@ -175,11 +175,12 @@ class Tokenizer:
                     f'messages[{number}]: no role {message["role"]!r}; there are {roles}'
                 )
             before, after = self.chat_template[message['role']]
-            parts += [self._encode_mark(before), self.encode(message['content'])]
-            parts += [self._encode_mark(after)]
+            parts += [self.encode_mark(before), self.encode(message['content'])]
+            parts += [self.encode_mark(after)]
         return np.concatenate(parts[:-2]).astype(self.dtype)
 
-    def _encode_mark(self, mark: str) -> np.ndarray:
+    def encode_mark(self, mark: str) -> np.ndarray:
+        """The ids of what the template puts around a message."""
         return np.array([self.special[mark]]) if mark in self.special else self.encode(mark)
 
     def accelerate(self) -> str:
@@ -256,7 +257,15 @@ class Tokenizer:
                 raise ValueError(f'kind {kind!r}')
             if not all(0 <= i < len(tokens) for i in special.values()):
                 raise ValueError(f'special ids past {len(tokens)} tokens')
-            return cls(kind, name, tokens, special, pattern)
+            chat = fields.get('chat_template') or None
+            marks = [*(chat or {}).values()]
+            if any(
+                not isinstance(mark, str) for before, after in marks for mark in (before, after)
+            ):
+                raise ValueError('chat_template: a role has no two texts')
+            if chat and 'assistant' not in chat:
+                raise ValueError('chat_template: has no assistant')
+            return cls(kind, name, tokens, special, pattern, chat)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f'not a tokenizer of flatGPT: {error!r}') from error
 

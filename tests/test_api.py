@@ -23,7 +23,7 @@ from test_sample import saved
 import api
 import schema
 from configurator import ConfigError, UserError, configure, help_text
-from data.tokenizer import EOT, byte_tokenizer, char_tokenizer
+from data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
 from engine import NOT_FINITE, Piece, Request, generate
 from sampling import Sampling
 from server import Door, JsonLines, Server, listen, wait_until_drained
@@ -608,6 +608,85 @@ def test_the_limits_of_the_server_are_named(make_app):
     error = ask(client, 400, prompt='a', max_tokens=21)['error']
     assert error['message'] == 'max_tokens: 21 tokens; this server takes 20 at most'
     ask(client, prompt='a' * 10, max_tokens=20)
+
+
+CHAT = '/v1/chat/completions'
+TALK = [
+    {'role': 'system', 'content': 'be kind'},
+    {'role': 'user', 'content': 'hi <|end|>'},  # spelt, which is not the token
+]
+
+
+@pytest.fixture
+def chatting(make_app):
+    """A client of a model whose tokenizer has a chat template, with a token that ends a turn."""
+    plain = byte_tokenizer()
+    tokens = [*plain.token_bytes, b'<|end|>']
+    special = {**plain.special, '<|end|>': VOCABULARY}
+    template = {role: [f'{role}: ', '<|end|>'] for role in ('system', 'user', 'assistant')}
+    tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template)
+    return make_app(tokenizer, random_model(VOCABULARY + 1, SIZE)).test_client()
+
+
+def test_a_chat_is_the_completion_of_its_template(chatting):
+    tokenizer = service_of(chatting).tokenizer
+    text = 'system: be kind|user: hi <|end|>|assistant: '
+    ids = [VOCABULARY if c == '|' else ord(c) for c in text.replace('<|', '<¦').replace('|>', '¦>')]
+    ids = [ord('|') if i == ord('¦') else i for i in ids]
+    assert tokenizer.encode_chat(TALK).tolist() == ids
+    choice = {'max_tokens': 9, 'seed': 3, 'temperature': 0.5}
+    (text,) = ask_texts(chatting, prompt=ids, **choice)
+    answer = ask(chatting, path=CHAT, messages=TALK, **choice)
+    assert answer['object'] == 'chat.completion'
+    assert answer['id'].startswith('chatcmpl-')
+    assert answer['choices'][0]['message'] == {'role': 'assistant', 'content': text}
+    assert answer['usage']['prompt_tokens'] == len(ids)
+
+
+def test_a_streamed_chat_says_who_speaks_and_what_a_whole_one_says(chatting):
+    given = {'messages': TALK, 'max_tokens': 9, 'seed': 3, 'n': 2}
+    whole = ask(chatting, path=CHAT, **given)
+    with chatting.post(CHAT, json={**given, 'stream': True}, buffered=True) as reply:
+        frames = frames_of(reply.text)
+    assert {frame['object'] for frame in frames} == {'chat.completion.chunk'}
+    for index, choice in enumerate(whole['choices']):
+        deltas = [c for frame in frames for c in frame['choices'] if c['index'] == index]
+        assert [delta['delta'].get('role') for delta in deltas[:2]] in (
+            ['assistant'],
+            ['assistant', None],
+        )
+        text = ''.join(delta['delta']['content'] for delta in deltas)
+        assert text == choice['message']['content']
+        assert deltas[-1]['finish_reason'] == choice['finish_reason']
+
+
+def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
+    write(service_of(chatting), [*b'yes', VOCABULARY, *b'no'])
+    answer = ask(chatting, path=CHAT, messages=TALK, logprobs=True, top_logprobs=2)
+    assert answer['choices'][0]['message']['content'] == 'yes'
+    assert answer['choices'][0]['finish_reason'] == 'stop'
+    scores = answer['choices'][0]['logprobs']['content']
+    assert [score['token'] for score in scores] == ['y', 'e', 's', '<|end|>']
+    assert all(len(score['top_logprobs']) >= 2 for score in scores)
+    plain = byte_tokenizer()
+    plain.chat_template = {role: [f'{role}: ', '\n'] for role in ('user', 'assistant')}
+    client = make_app(plain).test_client()
+    write(service_of(client), b'yes\nno')
+    answer = ask(client, path=CHAT, messages=TALK[1:])
+    assert answer['choices'][0]['message']['content'] == 'yes'
+
+
+@pytest.mark.parametrize(
+    ('body', 'says'),
+    [
+        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: no role 'tool'"),
+        ({'messages': []}, 'messages: '),
+        ({'messages': [{'role': 'user'}]}, 'messages: '),
+        ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered_is_400(chatting, body, says):
+    assert says in ask(chatting, 400, CHAT, **body)['error']['message']
 
 
 def test_without_a_chat_template_chat_is_400(client):

@@ -327,6 +327,23 @@ def test_the_console_remembers_until_reset_and_checks_what_is_set(out_dir):
     assert all(cause in error for cause, error in zip(causes, errors, strict=True))
 
 
+def test_the_console_speaks_by_the_chat_template(tmp_path):
+    tokenizer = char_tokenizer(LETTERS)
+    tokenizer.chat_template = {'user': ['a ', '\n'], 'assistant': ['b ', '\n']}
+    out_dir = saved(tmp_path, tokenizer)
+    result = chat(out_dir, ['cd', 'ef'])
+    assert 'has a chat template: it answers' in result.stdout
+    model, heard = checkpoint.load_model(out_dir)[0], ''
+    sampling = Sampling(6, **AS_SAMPLED, stop=('\n',))
+    for turn, line in enumerate(['cd', 'ef'], 1):
+        heard += f'a {line}\nb '
+        forgotten = max(0, -(-(len(heard) - 16) // 2) * 2)  # by eighths of the context
+        ids = [tokenizer.encode(heard[forgotten:])]
+        said = ''.join(p.text for p in generate(model, tokenizer, ids, sampling, [(1337, turn)]))
+        assert said + '\n' in result.stdout
+        heard += said + '\n'
+
+
 def test_the_console_begins_with_a_given_prompt(out_dir):
     result = chat(out_dir, ['cd'], '--start=abc')
     assert 'abc\n' in result.stdout

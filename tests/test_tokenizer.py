@@ -368,3 +368,20 @@ def test_a_gigatoken_that_encodes_otherwise_is_not_used(monkeypatch):
 
 def test_an_own_bpe_stays_with_tiktoken(bpe):
     assert 'does not know bpe' in bpe.accelerate()
+
+
+def test_a_chat_template_is_kept_and_a_broken_one_refused():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {'user': ['u: ', '\n'], 'assistant': ['a: ', '<|endoftext|>']}
+    again = Tokenizer.from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert again.chat_template == tokenizer.chat_template
+    ids = again.encode_chat([{'role': 'user', 'content': 'x<|endoftext|>'}]).tolist()
+    assert bytes(ids) == b'u: x<|endoftext|>\na: '
+    assert again.ends == {256}
+    with pytest.raises(
+        UserError, match=r"messages\[0\]: no role 'tool'; there are user, assistant"
+    ):
+        again.encode_chat([{'role': 'tool', 'content': ''}])
+    for broken in ({'user': ['', '']}, {'assistant': ['a']}, {'assistant': [1, 2]}, ['a']):
+        with pytest.raises(UserError, match='not a tokenizer of flatGPT'):
+            Tokenizer.from_dict({**tokenizer.to_dict(), 'chat_template': broken})
