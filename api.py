@@ -42,7 +42,7 @@ from server import (
     log_to_stderr,
     wait_until_drained,
 )
-from service import LOG, Refusal, Service, key_of
+from service import LOG, Chat, Refusal, Service, key_of
 
 # -----------------------------------------------------------------------------
 # model
@@ -279,12 +279,26 @@ def read(kind: type[BaseModel]):
 
 @routes.post('/v1/completions')
 def completions():
-    body, service, g = read(schema.CompletionRequest), here(), flask.g
+    return answer(read(schema.CompletionRequest), 'cmpl', 'text_completion')
+
+
+@routes.post('/v1/chat/completions')
+def chat_completions():
+    body, service = read(schema.ChatRequest), here()
+    ids, end = service.conversation(body.messages)
+    asked = body.completion(ids, service.size - len(ids), end)
+    kind = 'chat.completion.chunk' if body.stream else 'chat.completion'
+    return answer(asked, 'chatcmpl', kind, Chat('delta' if body.stream else 'message'))
+
+
+def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
+    """The texts of a completion, whole or as they come; shape: of its choices, if another's."""
+    service, g = here(), flask.g
     gone = flask.request.environ.get('waitress.client_disconnected', lambda: False)
-    job = g.job = service.begin(body, gone)
+    job = g.job = service.begin(body, gone, shape)
     head = {
-        'id': f'cmpl-{g.id}',
-        'object': 'text_completion',
+        'id': f'{prefix}-{g.id}',
+        'object': kind,
         'created': int(time.time()),
         'model': service.name,
     }
@@ -299,12 +313,6 @@ def completions():
     # a generator that is closed before its first frame never comes to a `finally`
     response.call_on_close(lambda: service.release(job))
     return response
-
-
-@routes.post('/v1/chat/completions')
-def chat_completions():
-    message = 'no chat completions here yet: no chat template is kept, of no model'
-    raise Refusal(400, message, 'messages', 'no_chat_template')
 
 
 def card(service: Service) -> dict:
@@ -335,7 +343,7 @@ def tokenizer_info():
     end = None if tokenizer.eot is None else EOT
     special = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), end)
     about = {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size}
-    return about | special | {'chat_template': None}
+    return about | special | {'chat_template': tokenizer.chat_template}
 
 
 @routes.post('/tokenize')

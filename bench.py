@@ -395,8 +395,6 @@ def add_peers(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
 
 def bench_tasks(c: dict) -> None:
     """What a model knows, by lm-evaluation-harness."""
-    if c['only']:
-        raise UserError('task and only: give one of them; tasks are not timed')
     within(1, None, c, 'limit')
     check_writable(c)
     try:
@@ -542,7 +540,12 @@ def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def main(c: dict) -> None:
-    if c['compare']:
+    modes = [name for name in ('compare', 'task', 'serve', 'only') if c[name]]
+    if len(modes) > 1:
+        raise UserError(f'--{modes[0]} and --{modes[1]}: give one of them')
+    if c['serve'] and c['out_dir']:
+        raise UserError('--serve: times random weights of the shape given; leave out --out_dir')
+    if c['compare'] is not None:
         return print(track.draw_runs(c['compare'].split(','), 'runs.png'))
     if c['task']:
         return bench_tasks(c)

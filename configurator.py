@@ -14,6 +14,7 @@ A config file is Python that starts with the current values as its globals, so
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
@@ -158,7 +159,8 @@ def find_config(arg: str) -> Path | None:
             if path.is_file():
                 return path
         raise ConfigError(missing_config(arg, {}))
-    return bare if arg.isidentifier() and bare.is_file() else None
+    with contextlib.suppress(OSError):  # a prompt can be longer than a file's name
+        return bare if arg.isidentifier() and bare.is_file() else None
 
 
 def missing_config(arg: str, settings) -> str:

@@ -42,7 +42,7 @@ class Piece(NamedTuple):
     """One more token of one text."""
 
     row: int  # place of its prompt among those of its caller
-    token: int | None  # its id, the end-of-text id if that ended the text; None: no more came
+    token: int | None  # its id, that of an end if that ended the text; None: no more came
     text: str  # what may be shown now: often the token's text, '' while something is held back
     finish: str | None = None  # 'stop' (end of text, stop string), 'length', 'cancelled', 'error'
     logprob: float | None = None  # of the token, in nats, before any rule; where asked for
@@ -120,7 +120,7 @@ class Request:
         if token < 0:  # no finite logits, as float16 may have after one prompt and not others
             return Piece(self.row, None, '', 'error')
         self.written.append(token)
-        last, end = len(self.written) == self.sampling.max_new_tokens, token == tokenizer.eot
+        last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.ends
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
         finish = 'stop' if end or stopped else 'length' if last else None
         return Piece(self.row, token, text, finish, logprob, top)

@@ -27,6 +27,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import load_model, newest_run
@@ -94,6 +95,8 @@ def split_stop(text: str) -> tuple[str, ...]:
     """'END|\\n\\n' -> ('END', a blank line)."""
     escapes = {'n': '\n', 't': '\t', '|': '|', '\\': '\\'}
     parts = re.findall(r'(?:\\.|[^|])+', text, re.DOTALL)
+    if text and not parts:
+        raise ConfigError(f'stop={text!r}: a bar separates stop strings; write \\| to stop at one')
     return tuple(re.sub(r'\\(.)', lambda m: escapes.get(m[1], m[0]), part) for part in parts)
 
 
@@ -235,7 +238,7 @@ class Console:
                     write(piece.text)
                     if piece.finish != 'stop':
                         self.ids.append(piece.token)
-                    elif piece.token != self.tokenizer.eot:  # some of what came is not shown
+                    elif piece.token not in self.tokenizer.ends:  # some of what came is not shown
                         self.ids[before:] = self.encode(shown)
         finally:
             request.cancel()
@@ -254,8 +257,9 @@ class Batch:
         self.settings, self.path, self.out = settings, Path(settings['batch']), settings['out']
         if not self.out:
             raise UserError(f'--batch={self.path}: say where the answers go, with --out=')
-        if Path(self.out).exists():
-            raise UserError(f'--out={self.out}: is there already; name another file')
+        self.check_free()
+        if not Path(self.out).parent.is_dir():
+            raise UserError(f'--out={self.out}: there is no folder {Path(self.out).parent}')
         self.part, self.job = Path(f'{self.out}.part'), Path(f'{self.out}.job')
         try:
             content = self.path.read_bytes()
@@ -266,30 +270,47 @@ class Batch:
             raise UserError(f'--batch={self.path}: is empty; it takes a prompt a line')
 
     def run(self, model: GPT, tokenizer: Tokenizer) -> None:
+        held = FileLock(f'{self.out}.lock', timeout=0)
         try:
-            done = self.begun(model)
-            errors = sum('error' in json.loads(line) for line in done)
-            engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
-            bar = tqdm(total=len(self.lines), initial=len(done), unit='text', disable=None)
-            with self.part.open('ab') as file, bar:
-                for answer in self.answers(engine, len(done)):
-                    errors += 'error' in answer
-                    file.write(json.dumps(answer, ensure_ascii=False).encode() + b'\n')
-                    file.flush()
-                    bar.update()
-            self.part.rename(self.out)
-            self.job.unlink()
+            with held:
+                errors = self.answer_all(model, tokenizer)
+                Path(held.lock_file).unlink(missing_ok=True)
+        except Timeout:
+            raise UserError(f'--out={self.out}: another batch is writing it now') from None
         except OSError as error:
-            raise UserError(f'{error.filename or self.part}: {error.strerror}') from error
-        beside = f', {errors} of them errors' if errors else ''
-        print(f'{self.out}: {len(self.lines)} answers{beside}', file=sys.stderr)
+            raise UserError(f'--out={self.out}: {error.strerror}') from error
+        print(f'{self.out}: {len(self.lines)} answers, {errors} of them errors', file=sys.stderr)
+        if errors:
+            raise SystemExit(1)
 
-    def begun(self, model: GPT) -> list[bytes]:
+    def answer_all(self, model: GPT, tokenizer: Tokenizer) -> int:
+        """Write all answers that are not there yet -> how many of all are errors."""
+        done = self.begun(model)
+        errors = sum('error' in answer for answer in done)
+        engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
+        bar = tqdm(total=len(self.lines), initial=len(done), unit='text', disable=None)
+        with self.part.open('ab') as file, bar:
+            for answer in self.answers(engine, len(done)):
+                errors += 'error' in answer
+                text = json.dumps(answer, ensure_ascii=False)
+                # half a surrogate pair is written as JSON's escape for it
+                file.write(text.encode(errors='backslashreplace') + b'\n')
+                file.flush()
+                bar.update()
+        self.check_free()
+        self.part.rename(self.out)
+        self.job.unlink()
+        return errors
+
+    def check_free(self) -> None:
+        if Path(self.out).exists():
+            raise UserError(f'--out={self.out}: is there already; name another file')
+
+    def begun(self, model: GPT) -> list[dict]:
         """The answers that an earlier start of the same job left, without what a kill cut off."""
         some = [p.detach().flatten()[:256].float().cpu().numpy() for p in model.parameters()]
-        job = {
-            name: self.settings[name] for name in (*CHOICES, 'out_dir', 'checkpoint', 'quantize')
-        }
+        names = (*CHOICES, 'out_dir', 'quantize', 'tokenizer')
+        job = {name: self.settings[name] for name in names} | {'kind': self.path.suffix}
         job |= {'model': hashlib.sha256(b''.join(part.tobytes() for part in some)).hexdigest()}
         job |= {'batch': hashlib.sha256(b'\n'.join(self.lines)).hexdigest()}
         if not self.part.exists():
@@ -300,8 +321,14 @@ class Batch:
                 f'{self.part}: is of another batch, model or settings; delete it, or name another '
                 '--out'
             )
-        *done, cut = self.part.read_bytes().split(b'\n')
-        os.truncate(self.part, self.part.stat().st_size - len(cut))
+        done, size = [], 0
+        for line in self.part.read_bytes().split(b'\n')[:-1]:
+            answer = json_or_none(line)
+            if not isinstance(answer, dict) or answer.get('line') != len(done) + 1:
+                break
+            done.append(answer)
+            size += len(line) + 1
+        os.truncate(self.part, size)
         print(f'{self.part}: goes on after {len(done)} answers', file=sys.stderr)
         return done
 
@@ -330,6 +357,8 @@ class Batch:
         except UserError as error:
             return answer | {'error': str(error)}
         answer |= {**own, 'text': '', 'tokens': 0, 'finish': None}
+        if len(ids) > engine.model.config.block_size:
+            answer['prompt_tokens_left_out'] = len(ids) - engine.model.config.block_size
 
         def take(piece: Piece) -> None:
             answer['text'] += piece.text
@@ -356,7 +385,8 @@ class Batch:
         own = {key: record[key] for key in ('id', 'prompt') if key in record}
         for key in chosen:
             if key not in CHOICES:
-                raise UserError(f'no setting is called {key!r}; {did_you_mean(key, CHOICES)}')
+                hint = did_you_mean(key, CHOICES).strip() or f'there are {", ".join(CHOICES)}'
+                raise UserError(f'no setting is called {key!r}; {hint}')
         stops = chosen.pop('stop') if isinstance(chosen.get('stop'), list) else None
         flags = [f'--{key}={value}' for key, value in chosen.items()]
         sampling = sampling_of(configure({'__file__': __file__, **self.settings}, flags))
@@ -368,8 +398,12 @@ class Batch:
 
 
 def json_or_none(text: str | bytes):
+    def refuse(constant: str):
+        raise ValueError(f'{constant} is no JSON')
+
     with suppress(ValueError, RecursionError):
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
+    return None
 
 
 def source(settings: dict) -> tuple[str | Path, str]:
@@ -409,6 +443,8 @@ def main(settings: dict) -> None:
     if samples < 1:
         raise ConfigError(f'num_samples={samples}: must be at least 1')
     if settings['batch']:
+        if settings['chat'] or settings['start'] != start:
+            raise UserError('--batch has prompts of its own: leave out the prompt, and --chat')
         within(1, None, settings, 'rows')
         batch = Batch(settings)
         return batch.run(*load(settings))

@@ -131,7 +131,7 @@ def edit_logits(logits, sampling: Sampling, prompt: list[int], written: list[int
 
 
 def banned_ids(tokenizer: Tokenizer, model: GPT):
-    """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the end."""
+    """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the ends."""
     banned = torch.ones(model.config.vocab_size, dtype=torch.bool)
     banned[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
     return banned.to(model.embedding.weight.device)

@@ -52,30 +52,14 @@ class StreamOptions(Body):
     include_usage: bool | None = about('Send a last frame with the number of tokens.')
 
 
-class CompletionRequest(Body):
-    model_config = ConfigDict(
-        json_schema_extra={
-            'examples': [
-                {'prompt': 'To be, or not', 'max_tokens': 32, 'temperature': 0.8, 'seed': 1},
-                {'prompt': ['One', 'Two'], 'n': 2, 'stop': ['\n\n'], 'stream': True},
-                {'prompt': [[1, 2, 3]], 'max_tokens': 0, 'echo': True, 'logprobs': 1},
-            ]
-        }
-    )
-    prompt: Text | Texts | Ids | Prompts = Field(
-        description='A text, several, the token ids of one, or of several.'
-    )
+class Options(Body):
+    """What a request for a text says of how it is written."""
+
     model: str | None = about('There is one; its name is not looked at.')
-    max_tokens: number(0, 2**31, kind=int) | None = about(
-        'New tokens in each text at most (default 16). 0, together with echo, scores the prompt.'
-    )
     n: number(1, 2**16, kind=int) | None = about('Texts for each prompt (default 1).')
+    max_tokens: number(0, 2**31, kind=int) | None = about('New tokens in each text at most.')
     stream: bool | None = about('Send text as it is written, as server-sent events.')
     stream_options: StreamOptions | None = about('Of a stream.')
-    echo: bool | None = about('Begin each text with its prompt.')
-    logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
-        "Report each token's log-probability, and those of so many likeliest ones."
-    )
     stop: Stop | Stops | None = about('End a text before this string, or any of these.')
     seed: number(-(2**63), 2**63 - 1, kind=int) | None = about(
         'The same seed gives the same text. Without one every answer is another.'
@@ -110,10 +94,59 @@ class CompletionRequest(Body):
         }
         return Sampling(**{name: value for name, value in chosen.items() if value is not None})
 
+
+class CompletionRequest(Options):
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [
+                {'prompt': 'To be, or not', 'max_tokens': 32, 'temperature': 0.8, 'seed': 1},
+                {'prompt': ['One', 'Two'], 'n': 2, 'stop': ['\n\n'], 'stream': True},
+                {'prompt': [[1, 2, 3]], 'max_tokens': 0, 'echo': True, 'logprobs': 1},
+            ]
+        }
+    )
+    prompt: Text | Texts | Ids | Prompts = Field(
+        description='A text, several, the token ids of one, or of several.'
+    )
+    max_tokens: number(0, 2**31, kind=int) | None = about(
+        'New tokens in each text at most (default 16). 0, together with echo, scores the prompt.'
+    )
+    echo: bool | None = about('Begin each text with its prompt.')
+    logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
+        "Report each token's log-probability, and those of so many likeliest ones."
+    )
+
     def prompts(self) -> list:
         """Its prompts, each a text or token ids."""
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if one else self.prompt
+
+
+class Message(Body):
+    role: str
+    content: str
+
+
+class ChatRequest(Options):
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [{'messages': [{'role': 'user', 'content': 'To be?'}], 'max_tokens': 32}]
+        }
+    )
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: number(0, 2**31, kind=int) | None = about(
+        'New tokens at most (default: what the context holds).'
+    )
+    logprobs: bool | None = about("Report each token's log-probability.")
+    top_logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about('And so many likeliest ones.')
+
+    def completion(self, ids: list[int], room: int, end: str) -> CompletionRequest:
+        """The same as a completion of token ids, for which the context has room; end: of a turn."""
+        stop = [self.stop] if isinstance(self.stop, str) else [*(self.stop or [])]
+        fields = self.model_dump(exclude={'messages', 'max_completion_tokens', 'top_logprobs'})
+        fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(room, 1)
+        fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
+        return CompletionRequest(**{**fields, 'prompt': ids, 'stop': stop + [end] * bool(end)})
 
 
 ALIKE = (  # in a request and in Sampling
@@ -158,6 +191,33 @@ class Choice(BaseModel):
     )
 
 
+class ChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatScores(ChatToken):
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatScores]
+
+
+class ChatText(BaseModel):
+    role: Literal['assistant'] | None = None
+    content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatText | None = Field(None, description='Of a whole answer.')
+    delta: ChatText | None = Field(None, description='Of a frame: what is new.')
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal['stop', 'length'] | None
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -172,6 +232,17 @@ class CompletionResponse(BaseModel):
     created: int
     model: str
     choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ChatResponse(BaseModel):
+    """An answer, or a frame of a streamed one."""
+
+    id: str
+    object: Literal['chat.completion', 'chat.completion.chunk']
+    created: int
+    model: str
+    choices: list[ChatChoice]
     usage: Usage | None = None
 
 
@@ -204,7 +275,7 @@ class TokenizerInfo(BaseModel):
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
-    chat_template: str | None
+    chat_template: dict[str, list[str]] | None
 
 
 class Status(BaseModel):
@@ -247,6 +318,16 @@ data: [DONE]
 """
 
 
+CHAT_FRAMES = """\
+data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1764000000, \
+"model": "mine", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "That"}, \
+"logprobs": null, "finish_reason": "length"}]}
+
+data: [DONE]
+
+"""
+
+
 def error_body(status: int, message: str, param=None, code=None) -> dict:
     kind = ERRORS.get(status, ERRORS[400])[0]
     return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
@@ -281,8 +362,15 @@ def operation(does: str, takes=None, gives=None, errors=(), guarded=True, conten
 @functools.cache
 def openapi(name: str) -> dict:
     """The OpenAPI document of a server whose model has this name."""
-    bodies = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
-    answers = (CompletionResponse, ModelList, TokenizeResponse, DetokenizeResponse, TokenizerInfo)
+    bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    answers = (
+        CompletionResponse,
+        ChatResponse,
+        ModelList,
+        TokenizeResponse,
+        DetokenizeResponse,
+        TokenizerInfo,
+    )
     models = [(model, 'validation') for model in (*bodies, *answers, Status, ErrorResponse)]
     _, schemas = models_json_schema(models, ref_template='#/components/schemas/{model}')
     which = {'name': 'model', 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
@@ -297,7 +385,11 @@ def openapi(name: str) -> dict:
             content=frames,
         ),
         '/v1/chat/completions': operation(
-            'Not here yet: always 400, since no chat template is kept.', errors=(400,)
+            'Answer a conversation, if the tokenizer has a chat template; else 400.',
+            ChatRequest,
+            ChatResponse,
+            (429, 500, 503, 504),
+            content={'text/event-stream': {'example': CHAT_FRAMES}},
         ),
         '/tokenize': operation('The token ids of a text.', TokenizeRequest, TokenizeResponse),
         '/detokenize': operation('The text of token ids.', DetokenizeRequest, DetokenizeResponse),

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from configurator import UserError
 from data.tokenizer import Tokenizer
 from engine import NOT_FINITE, Engine, Piece, Request
-from schema import CompletionRequest, error_body
+from schema import CompletionRequest, Message, error_body
 
 PACE = 0.03  # seconds between the frames of a stream: threads that wake up hold up the engine
 WATCH = 0.1  # seconds until a client that left is noticed
@@ -86,6 +86,33 @@ class Answer:
         return out
 
 
+class Chat:
+    """Choices of completions as those of a chat, with their text as a 'message' or a 'delta'."""
+
+    def __init__(self, part: str):
+        self.part, self.begun = part, set()
+
+    def __call__(self, choice: dict) -> dict:
+        index, scores = choice['index'], choice['logprobs']
+        text = {'content': choice['text']}
+        if index not in self.begun:  # the first frame says who speaks
+            self.begun.add(index)
+            text = {'role': 'assistant', **text}
+        logprobs = None if scores is None else {'content': self.tokens(scores)}
+        finish = choice['finish_reason']
+        return {'index': index, self.part: text, 'logprobs': logprobs, 'finish_reason': finish}
+
+    def tokens(self, scores: dict) -> list[dict]:
+        def one(text: str, logprob: float) -> dict:
+            return {'token': text, 'logprob': logprob, 'bytes': list(text.encode())}
+
+        each = (scores[name] for name in ('tokens', 'token_logprobs', 'top_logprobs'))
+        return [
+            {**one(text, logprob), 'top_logprobs': [one(*other) for other in top.items()]}
+            for text, logprob, top in zip(*each, strict=True)
+        ]
+
+
 def frame(data: dict) -> bytes:
     return b'data: ' + json.dumps(data).encode() + b'\n\n'
 
@@ -107,6 +134,7 @@ class Job:
         engine: Engine,
         gone: Callable[[], bool],
         seconds: float,
+        shape: Callable[[dict], dict] | None = None,
     ):
         sampling, n, top = body.sampling(), body.n or 1, body.logprobs
         seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
@@ -121,6 +149,7 @@ class Job:
         self.answers = [Answer(each, engine.tokenizer, echo) for each in self.requests]
         self.engine, self.prompts, self.gone, self.seconds = engine, prompts, gone, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self.shape = shape or (lambda choice: choice)  # of a choice, as the client knows it
         self.pieces: deque[Piece] = deque()
         self.left = len(self.requests)
         self.hungry = False  # whether a thread waits for the next piece
@@ -174,7 +203,7 @@ class Job:
         for piece in pieces:
             rows.setdefault(piece.row, []).append(piece)
         choices = [self.answers[row].choice(rows[row]) for row in sorted(rows)]
-        return [choice for choice in choices if choice]
+        return [self.shape(choice) for choice in choices if choice]
 
     def whole(self, head: dict) -> dict:
         """The answer, when it is finished."""
@@ -291,7 +320,20 @@ class Service:
 
     # --- requests
 
-    def begin(self, body: CompletionRequest, gone: Callable[[], bool]) -> Job:
+    def conversation(self, messages: list[Message]) -> tuple[list[int], str]:
+        """The ids of a conversation up to its answer, and the text that ends one, if no token does."""
+        tokenizer = self.tokenizer
+        if tokenizer.chat_template is None:
+            message = "this model's tokenizer has no chat template: /v1/completions continues text"
+            raise Refusal(400, message, 'messages', 'no_chat_template')
+        try:
+            ids = tokenizer.encode_chat([dict(message) for message in messages]).tolist()
+        except UserError as error:
+            raise Refusal(400, str(error), 'messages') from None
+        end = tokenizer.chat_template['assistant'][1]
+        return ids, '' if end in tokenizer.special else end
+
+    def begin(self, body: CompletionRequest, gone: Callable[[], bool], shape=None) -> Job:
         """Have a request computed; release() must follow. Refusal if it cannot be."""
         prompts, tokens = body.prompts(), self.tokenizer.vocab_size
         if body.max_tokens == 0 and not body.echo:
@@ -303,7 +345,7 @@ class Service:
             raise Refusal(400, f'logit_bias: there are {tokens} token ids', 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
-        job = Job(body, prompts, self.engine, gone, self.settings['max_seconds'])
+        job = Job(body, prompts, self.engine, gone, self.settings['max_seconds'], shape)
         self.submit(job)
         return job
 

@@ -65,10 +65,21 @@ class Tokenizer:
     token_bytes: text bytes of every id 0..vocab_size-1, None for an id that stands for nothing.
     special: the ids that no text produces by itself, by their written form.
     pattern: the regular expression that splits text before merging (tiktoken and bpe).
+    chat_template: what comes before and after a message of each role, None for a model that only
+        continues text. A special token, or the end of text, is meant where it stands alone.
     """
 
-    def __init__(self, kind: str, name: str, token_bytes: list, special: dict, pattern: str = ''):
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        token_bytes: list,
+        special: dict,
+        pattern: str = '',
+        chat_template: dict[str, list[str]] | None = None,
+    ):
         self.kind, self.name, self.pattern = kind, name, pattern
+        self.chat_template = chat_template
         self.token_bytes: list[bytes | None] = token_bytes
         self.special: dict[str, int] = special
         self.vocab_size = len(token_bytes)
@@ -137,12 +148,39 @@ class Tokenizer:
         )
 
     @functools.cached_property
+    def ends(self) -> frozenset[int]:
+        """The ids that end what a model writes: of the text, and of the assistant's turn."""
+        turn = self.special.get((self.chat_template or {}).get('assistant', ['', ''])[1])
+        return frozenset(i for i in (self.eot, turn) if i is not None)
+
+    @functools.cached_property
     def writable(self) -> np.ndarray:
-        """Whether a model may write an id (vocab_size,): text and the end of text, no other."""
+        """Whether a model may write an id (vocab_size,): text and what ends it, no other."""
         text = np.array([token is not None for token in self.token_bytes])
         text[list(self.special.values())] = False
-        text[[] if self.eot is None else self.eot] = True
+        text[list(self.ends)] = True
         return text
+
+    def encode_chat(self, messages: Iterable[dict]) -> np.ndarray:
+        """The ids of a conversation, {'role', 'content'} each, up to where the assistant answers.
+
+        What a message says is text, also where it spells a special token. UserError for a role that
+        the template lacks.
+        """
+        parts = []
+        for number, message in enumerate([*messages, {'role': 'assistant', 'content': ''}]):
+            if message['role'] not in self.chat_template:
+                roles = ', '.join(self.chat_template)
+                raise UserError(
+                    f'messages[{number}]: no role {message["role"]!r}; there are {roles}'
+                )
+            before, after = self.chat_template[message['role']]
+            parts += [self._encode_mark(before), self.encode(message['content'])]
+            parts += [self._encode_mark(after)]
+        return np.concatenate(parts[:-2]).astype(self.dtype)
+
+    def _encode_mark(self, mark: str) -> np.ndarray:
+        return np.array([self.special[mark]]) if mark in self.special else self.encode(mark)
 
     def accelerate(self) -> str:
         """From now on encode by gigatoken, 20 times as fast -> '', or why that cannot be done.
@@ -204,6 +242,8 @@ class Tokenizer:
     def to_dict(self) -> dict:
         tokens = [None if t is None else base64.b64encode(t).decode() for t in self.token_bytes]
         fields = {'kind': self.kind, 'name': self.name, 'pattern': self.pattern}
+        if self.chat_template:
+            fields['chat_template'] = self.chat_template
         return fields | {'special_tokens': self.special, 'tokens': tokens}
 
     @classmethod

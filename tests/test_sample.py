@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
+from filelock import FileLock
 
 import checkpoint
 import sample as sample_module
@@ -177,7 +178,7 @@ def test_a_batch_is_answered_in_order_each_as_if_alone(out_dir, tmp_path):
     prompts = prompt_file(tmp_path / 'prompts.jsonl', 40)
     result, answers = batch(out_dir, tmp_path / 'prompts.jsonl', '--rows=3')
     assert result.returncode == 0, result.stderr
-    assert 'answers.jsonl: 40 answers\n' in result.stderr
+    assert 'answers.jsonl: 40 answers, 0 of them errors\n' in result.stderr
     assert [answer['prompt'] for answer in answers] == prompts
     assert [answer['line'] for answer in answers] == list(range(1, 41))
     model, tokenizer, _ = checkpoint.load_model(out_dir)
@@ -208,7 +209,7 @@ def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path
     path = tmp_path / 'prompts.jsonl'
     path.write_bytes('\r\n'.join(lines).encode() + b'\r\n\xff\n')
     result, answers = batch(out_dir, path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 1, result.stderr
     assert f'{len(lines) + 1} answers, 13 of them errors' in result.stderr
     assert answers[0].items() >= {'id': 'first', 'tokens': 3, 'finish': 'length'}.items()
     assert answers[10]['finish'] in ('stop', 'length')
@@ -247,7 +248,8 @@ def test_a_killed_batch_goes_on_where_it_was(out_dir, tmp_path):
     process.kill()
     process.wait()
     assert part.exists()
-    part.write_bytes(part.read_bytes() + b'{"line": 99, "te')  # as a kill in mid-write leaves it
+    # as a power cut and a kill in mid-write leave it
+    part.write_bytes(part.read_bytes() + b'\0\0\n{"line": 99, "te')
     refused, _ = batch(out_dir, killed / 'prompts.jsonl', '--rows=2', '--temperature=0.1')
     assert 'is of another batch, model or settings' in refused.stderr
     result, answers = batch(out_dir, killed / 'prompts.jsonl', '--rows=2')
@@ -258,6 +260,23 @@ def test_a_killed_batch_goes_on_where_it_was(out_dir, tmp_path):
     assert (again.returncode, 'is there already' in again.stderr) == (2, True)
 
 
+def test_half_a_surrogate_and_a_prompt_too_long_are_answered_and_said(out_dir, tmp_path):
+    path = tmp_path / 'prompts.jsonl'
+    path.write_text('{"prompt": "ab", "id": "\\ud800"}\n{"prompt": "%s"}\n' % ('ab' * 20))
+    result, answers = batch(out_dir, path)
+    assert result.returncode == 0, result.stderr
+    assert answers[0]['id'] == '\ud800'
+    assert answers[1]['prompt_tokens_left_out'] == 24
+
+
+def test_two_batches_never_write_one_file(out_dir, tmp_path):
+    prompt_file(tmp_path / 'prompts.jsonl', 3)
+    with FileLock(tmp_path / 'answers.jsonl.lock'):
+        result, answers = batch(out_dir, tmp_path / 'prompts.jsonl')
+    assert (result.returncode, answers) == (2, [])
+    assert 'another batch is writing it now' in result.stderr
+
+
 def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
     here, path = f'--out_dir={out_dir}', tmp_path / 'prompts.txt'
     path.touch()
@@ -266,8 +285,9 @@ def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
     assert 'is empty' in fails(here, f'--batch={path}', out)
     assert 'cannot be read' in fails(here, f'--batch={tmp_path}/nowhere.txt', out)
     path.write_text('ab\n')
+    assert 'leave out the prompt' in fails(here, f'--batch={path}', out, 'hello')
     assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
-    assert 'No such file' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')
+    assert 'there is no folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')
 
 
 # -----------------------------------------------------------------------------
