@@ -27,7 +27,7 @@ from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
 import schema
-from configurator import UserError, configure, known, read_settings, within
+from configurator import ConfigError, UserError, configure, known, read_settings, within
 from data.tokenizer import EOT, Tokenizer
 from engine import Engine
 from model import GPT
@@ -94,12 +94,22 @@ SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLin
 
 
 def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Flask:
-    """The WSGI application. given: settings of this file. loaded: a model, else they say which."""
+    """The WSGI application. given: settings of this file. loaded: a model, else they say which.
+
+    For a server of one process, with a thread for each text. What listens, `host` and `port`, and
+    what ends are that server's; a client that leaves may be noticed no sooner than it is sent to.
+    """
     settings = {name: globals()[name] for name in read_settings(__file__)}
     for key in given:
         known(key, settings, f'create_app({key}=)')
+        if key in ('host', 'port'):
+            raise ConfigError(f'create_app({key}=): the server that runs it has its own; leave out')
     settings |= given
     check(settings)
+    return build(loaded, settings)
+
+
+def build(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:
     if loaded is None:
         settings['name'] = settings['name'] or Path(source(settings)[0]).name
     settings['name'] = settings['name'] or 'flatgpt'
@@ -357,7 +367,7 @@ def main(settings: dict) -> None:
     allow_open_files(4 * CONNECTIONS)
     door, listener = Door(), listen(settings)
     server = Server(door, listener, settings['max_body'])
-    app = create_app(**settings)
+    app = build(None, settings)
     service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
     server.expect(service.most)
     log_to_stderr()

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from contextlib import suppress
-from http import HTTPStatus
 
 import flask
 import waitress
@@ -63,6 +62,7 @@ class JsonErrorTask(ErrorTask):
         body = json.dumps(schema.error_body(error.code, f'{error.reason}: {error.body}')).encode()
         self.status = f'{error.code} {error.reason}'
         self.response_headers.append(('Content-Type', 'application/json'))
+        self.channel.server.door.note(self.channel.addr[0], error.code)
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -110,34 +110,45 @@ def listen(settings: dict) -> socket.socket:
 class Door:
     """The application; until it is there, a word that it is being loaded."""
 
-    app: flask.Flask | None = None
+    def __init__(self, app: flask.Flask | None = None):
+        self.app = app
 
     def __call__(self, environ: dict, start_response):
         if self.app:
             return self.app(environ, start_response)
-        body, status = schema.error_body(503, 'the model is being loaded', code='loading'), 503
+        headers = [('Content-Type', 'application/json')]
         if environ['PATH_INFO'] == '/health':
-            body, status = {'status': 'ok'}, 200
-        phrase = f'{status} {HTTPStatus(status).phrase}'
-        start_response(phrase, [('Content-Type', 'application/json'), ('Retry-After', '5')])
+            start_response('200 OK', headers)
+            return [b'{"status": "ok"}']
+        start_response('503 Service Unavailable', [*headers, ('Retry-After', '5')])
+        body = schema.error_body(503, 'the model is being loaded', code='loading')
         return [json.dumps(body).encode()]
+
+    def note(self, client: str, status: int) -> None:
+        """Log and count what never got here, as it was no HTTP, or too much of it."""
+        LOG.info('request', extra={'fields': {'client': client, 'status': status}})
+        if self.app:
+            self.app.extensions['flatgpt'].metrics.rejected.labels(status).inc()
 
 
 class Server:
     """waitress in a thread of its own, from now on."""
 
-    def __init__(self, app, listener: socket.socket, max_body: float):
+    def __init__(self, door: Door, listener: socket.socket, max_body: float):
         self.channels: dict = {}
         self.server = waitress.create_server(
-            app,
+            door,
             map=self.channels,
             sockets=[listener],
             threads=SPARE,
             connection_limit=CONNECTIONS,
             channel_request_lookahead=1,  # without it nobody notices a client that left
             max_request_body_size=int(max_body * 2**20),
+            trusted_proxy='127.0.0.1',  # nginx on this machine says whose request it passes on
+            trusted_proxy_headers={'x-forwarded-for'},
             ident='flatgpt',
         )
+        self.server.door = door
         self.server.channel_class = Channel
         self.looked, self.closed = time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self.run, name='flatgpt server', daemon=True)

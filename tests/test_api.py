@@ -1125,7 +1125,7 @@ def test_every_setting_is_explained(monkeypatch):
         ),
         ({'max_rows': 0}, 'max_rows=0: must be at least 1'),
         ({'max_queue': -1}, 'max_queue=-1'),
-        ({'port': 70000}, 'port=70000'),
+        ({'port': 8000}, 'create_app.port=.: the server that runs it has its own'),
         ({'max_seconds': 0.0}, 'max_seconds=0.0'),
     ],
 )
@@ -1158,7 +1158,7 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 def serving(app):
     """Serve an application on a free port -> the server and the port."""
     service, listener = app.extensions['flatgpt'], listening()
-    server = Server(app, listener, 4)
+    server = Server(Door(app), listener, 4)
     server.expect(service.most)
     try:
         yield server, listener.getsockname()[1]
@@ -1244,6 +1244,8 @@ def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
     try:
         seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
         assert seen.pop('/health') == (200, {'status': 'ok'})
+        assert 'Retry-After' not in post(port, '/health')[1]
+        assert post(port)[1]['Retry-After'] == '5'
         for status, body in seen.values():
             assert (status, body['error']['code']) == (503, 'loading')
         door.app = app
@@ -1284,7 +1286,8 @@ def test_connections_are_kept_for_the_next_request(app):
     ],
     ids=lambda value: repr(value)[:50],
 )
-def test_what_is_no_http_is_answered_in_json_too(app, sent, status):
+def test_what_is_no_http_is_answered_in_json_too_and_logged(app, caplog, sent, status):
+    caplog.set_level(logging.INFO, 'flatgpt')
     with served(app) as port, socket.create_connection(('127.0.0.1', port), timeout=30) as client:
         client.sendall(sent)
         with http.client.HTTPResponse(client) as reply:
@@ -1292,6 +1295,21 @@ def test_what_is_no_http_is_answered_in_json_too(app, sent, status):
             assert reply.status == status
             assert json.loads(reply.read())['error']['message']
             assert reply.headers['Content-Type'] == 'application/json'
+    (line,) = logged(caplog, None)
+    assert (line['client'], line['status']) == ('127.0.0.1', status)
+    assert figures(app.test_client())[f'flatgpt_requests_rejected_total{{status="{status}"}}'] == 1
+
+
+def test_the_log_has_the_client_that_a_proxy_on_this_machine_names(app, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    with served(app) as port:
+        for named in ({}, {'X-Forwarded-For': '192.0.2.9'}):
+            connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+            with contextlib.closing(connection):
+                connection.request('GET', '/health', headers=named)
+                assert connection.getresponse().status == 200
+        wait_until(lambda: len(logged(caplog, '/health')) == 2)
+    assert [line['client'] for line in logged(caplog, '/health')] == ['127.0.0.1', '192.0.2.9']
 
 
 def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
@@ -1549,6 +1567,7 @@ def test_mistakes_at_the_start_are_one_line(environment, out_dir):
         (['--host=0.0.0.0'], 'FLATGPT_API_KEY'),
         (['--max_rows=0'], 'max_rows=0'),
         (['--prot=1'], 'did you mean port'),
+        (['--port=70000'], 'port=70000'),
         (['--port=0', '--out_dir=no-such-run'], 'no-such-run'),
     ):
         command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', *args]

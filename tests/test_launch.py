@@ -166,6 +166,18 @@ def test_ids_and_errors_pass_through(cluster):
         assert json.loads(reply)['error']['message']
 
 
+def test_a_request_that_takes_too_long_is_not_sent_to_the_other(tmp_path, out_dir, environment):  # noqa: F811
+    def start(port):
+        return started(out_dir, environment, f'--port={port}', '--max_seconds=0.3')
+
+    with Cluster(tmp_path, start) as cluster:
+        for count in range(1, 9):  # three failures would take a server out
+            status, _, body = cluster.ask(max_tokens=4000, logit_bias=GOES_ON)
+            assert (status, json.loads(body)['error']['code']) == (504, 'timeout')
+            assert cluster.finished(0) + cluster.finished(1) == count
+        assert all(cluster.finished(number) for number in range(2))
+
+
 def test_no_request_fails_after_a_server_is_killed(cluster):
     long = [in_background(cluster.ask, max_tokens=300, logit_bias=GOES_ON) for _ in range(8)]
     wait_until(lambda: all(cluster.running()))

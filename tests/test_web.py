@@ -303,6 +303,14 @@ def test_a_key_is_asked_for_and_kept_for_this_tab_only(visit):
     assert page.script('document.cookie') == ''
 
 
+def test_a_right_key_takes_the_question_away(visit):
+    page = visit(api_key='wohlan')
+    page['key'].send_keys('wohlan', Keys.TAB)
+    wait_until(lambda: page['model'].text == 'tiny')
+    assert not page['key'].is_displayed()
+    assert not page['error'].is_displayed()
+
+
 def test_an_engine_that_fails_midway_is_said_in_words(visit):
     page = visit(block_size=4096)
     page.begin(max_tokens=4000)
