@@ -167,6 +167,8 @@ def missing_config(arg: str, settings) -> str:
     names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     if arg.lstrip('-').partition('=')[0] in settings:
         return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}'
+    if os.path.isdir(arg):
+        return f'{arg}: is a folder, and no config; did you mean --out_dir={arg}?'
     hint = did_you_mean(Path(arg).stem, names)
     return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
 

@@ -274,6 +274,11 @@ def test_an_exception_in_a_config_gives_file_line_and_its_text(thing, config):
     assert 'ValueError: one' in refused(thing, path)
 
 
+def test_a_folder_in_place_of_a_config_is_taken_for_the_run_it_may_be(tmp_path):
+    with pytest.raises(ConfigError, match='did you mean --out_dir='):
+        configure({'a': 1}, [str(tmp_path)])
+
+
 def test_a_missing_config_is_answered_with_the_names_there_are(thing, project):
     for name in ('quickstart', 'train_text'):
         (project / 'config' / f'{name}.py').touch()
