@@ -14,7 +14,8 @@ $ python bench.py --compare=out/a,out/b               # the losses of runs in on
 
 Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
 speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
-ratio is printed only between sides that did the same work and came to the same result.
+ratio is printed only between sides that did the same amount of work, and came to the same result
+where that can be told: the loss before training, logits of a prompt, and tokens written in float32.
 """
 
 import contextlib

@@ -157,7 +157,9 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
 
     def served(clients: int, requests: int):
         """What `clients` get who each ask again when they have their answer, without HTTP."""
-        engine = engines.setdefault(clients, Engine(model, tokenizer, clients))
+        if clients not in engines:
+            engines[clients] = Engine(model, tokenizer, clients)
+        engine = engines[clients]
         left, tokens = prompts_of(c, requests).tolist(), []
         sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
 

@@ -285,11 +285,12 @@ class Batch:
         try:
             with held:
                 errors = self.answer_all(model, tokenizer)
-                Path(held.lock_file).unlink(missing_ok=True)
         except Timeout:
             raise UserError(f'--out={self.out}: another batch is writing it now') from None
         except OSError as error:
             raise UserError(f'--out={self.out}: {error.strerror}') from error
+        with suppress(OSError):
+            Path(held.lock_file).unlink()
         print(f'{self.out}: {len(self.lines)} answers, {errors} of them errors', file=sys.stderr)
         if errors:
             raise SystemExit(1)
@@ -319,10 +320,9 @@ class Batch:
 
     def begun(self, model: GPT) -> list[dict]:
         """The answers that an earlier start of the same job left, without what a kill cut off."""
-        some = [p.detach().flatten()[:256].float().cpu().numpy() for p in model.parameters()]
-        names = (*CHOICES, 'out_dir', 'quantize', 'tokenizer')
+        names = (*CHOICES, 'out_dir', 'init_from', 'checkpoint', 'dtype', 'quantize', 'tokenizer')
         job = {name: self.settings[name] for name in names} | {'kind': self.path.suffix}
-        job |= {'model': hashlib.sha256(b''.join(part.tobytes() for part in some)).hexdigest()}
+        job |= {'model': fingerprint(model)}
         job |= {'batch': hashlib.sha256(b'\n'.join(self.lines)).hexdigest()}
         if not self.part.exists():
             self.job.write_text(json.dumps(job), encoding='utf-8')
@@ -392,20 +392,29 @@ class Batch:
         record = json_or_none(text)
         if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
             raise UserError('not a JSON object with a "prompt" that is text')
-        chosen = {key: value for key, value in record.items() if key not in ('prompt', 'id')}
+        kept = ('prompt', 'id')
+        chosen = {k: v for k, v in record.items() if k not in kept and (k, v) != ('stop', None)}
         own = {key: record[key] for key in ('id', 'prompt') if key in record}
         for key in chosen:
             if key not in CHOICES:
                 hint = did_you_mean(key, CHOICES).strip() or f'there are {", ".join(CHOICES)}'
                 raise UserError(f'no setting is called {key!r}; {hint}')
-        stops = chosen.pop('stop') if isinstance(chosen.get('stop'), list) else None
+        stops = None if isinstance(chosen.get('stop', ''), str) else chosen.pop('stop')
         flags = [f'--{key}={value}' for key, value in chosen.items()]
         sampling = sampling_of(configure({'__file__': __file__, **self.settings}, flags))
         if stops is not None:
-            if not all(isinstance(stop, str) for stop in stops):
+            if not (isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)):
                 raise UserError('stop: needs a text, or a list of texts')
             sampling = replace(sampling, stop=tuple(stops))
         return record['prompt'], sampling, own
+
+
+@torch.inference_mode()
+def fingerprint(model: GPT) -> str:
+    """What a model answers to all its tokens in a row: other weights give other logits."""
+    device, c = model.embedding.weight.device, model.config
+    idx = torch.arange(min(c.block_size, c.vocab_size, 64), device=device)[None]
+    return hashlib.sha256(model(idx)[0][0, -1].float().cpu().numpy().tobytes()).hexdigest()
 
 
 def json_or_none(text: str | bytes):

@@ -1,5 +1,6 @@
 """The command line: prompts, files of prompts, the console."""
 
+import copy
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import sample as sample_module
 from configurator import UserError, configure
 from data.tokenizer import char_tokenizer
 from engine import complete, generate
+from linear import freeze
 from sample import main, split_stop
 from sampling import Sampling
 
@@ -267,6 +269,24 @@ def test_half_a_surrogate_and_a_prompt_too_long_are_answered_and_said(out_dir, t
     assert result.returncode == 0, result.stderr
     assert answers[0]['id'] == '\ud800'
     assert answers[1]['prompt_tokens_left_out'] == 24
+
+
+def test_a_batch_of_another_model_is_known_by_any_of_its_weights():
+    tell = sample_module.fingerprint
+    model = random_model(257, arch='modern')
+    before = tell(freeze(copy.deepcopy(model)))
+    assert tell(freeze(copy.deepcopy(model))) == before
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight[3, 3] += 0.5
+    assert tell(freeze(model)) != before
+
+
+def test_no_stop_string_is_none_and_what_is_no_text_is_an_error(out_dir, tmp_path):
+    path = tmp_path / 'prompts.jsonl'
+    path.write_text('{"prompt": "ab", "stop": null}\n{"prompt": "ab", "stop": 5}\n')
+    _, answers = batch(out_dir, path)
+    assert answers[0]['finish'] == 'length'
+    assert 'stop: needs a text' in answers[1]['error']
 
 
 def test_two_batches_never_write_one_file(out_dir, tmp_path):
