@@ -80,12 +80,11 @@ def test_modern_logits_equal_those_of_nanochat(n_kv_head, direction):
     assert_close(logits, expected)
     assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()))
 
-    cache, past = KVCache(ours, rows=4), theirs(idx[:, :20], use_cache=True).past_key_values
+    cache = KVCache(ours, rows=4)  # theirs has another name from version to version
     assert_close(ours(idx[:, :20], cache=cache)[0], expected[:, 19])
     for t in range(20, BLOCK):
         logits, _ = ours(idx[:, t : t + 1], cache=cache)
         assert_close(logits, expected[:, t])
-        assert_close(logits, theirs(idx[:, t : t + 1], past_key_values=past).logits[:, -1])
 
 
 def test_grouped_heads_shrink_the_cache():
