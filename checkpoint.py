@@ -13,6 +13,8 @@ A run's folder holds checkpoints/step-00002000/ and so on, each complete in itse
     state.json              step, losses, the model's shape, the settings
     manifest.json           sha256 of every file above, written last
 
+A sharded run writes its tensors in parts, model-00001-of-00004.safetensors and so on, the rows that
+each rank holds; together they are the same parameters, and any number of processes can go on.
 A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a folder
 called step-... is whole whenever the power went. None is ever overwritten. No pickle anywhere.
 """
@@ -25,11 +27,13 @@ import os
 import re
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import UserError, did_you_mean, one_line_errors
@@ -49,11 +53,13 @@ from exchange import (
     read_tensor,
 )
 from model import GPT, GPTConfig
+from parallel import cut_like, local, settle
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
 STATE, MANIFEST = 'state.json', 'manifest.json'
 LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
 STEP = re.compile(r'step-(\d{8,})')
+PART_SECONDS = 600  # that rank 0 waits for the files of another
 
 
 # -----------------------------------------------------------------------------
@@ -74,45 +80,35 @@ def save(
     evaluation) decides which checkpoint is the best; 'evaluated' says whether it is of this step.
     Kept are the last two, the best, and with keep_evaluated every one that was evaluated.
     Raises OSError if the disk fails or is full; what was there before is then still there.
+
+    By one process, at once; saver.py does the same with several, and in the background.
     """
-    folder = Path(out_dir) / 'checkpoints'
-    final = folder / f'step-{state["step"]:08d}'
-    if final.exists() and (read_state(final) or {}).get('evaluated') == state['evaluated']:
-        return final  # the same step of the same run: equal
-    tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
-    check_space(folder, tensors)
-    for leftover in folder.glob('.*'):  # of a save or a removal that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    parts = folder / f'.{final.name}'
-    parts.mkdir(parents=True)
-    try:
-        for name, named in tensors.items():
-            save_file(named, parts / name, metadata={'format': 'pt'})
-        if tokenizer is not None:
-            write_json(parts / TOKENIZER, tokenizer.to_dict())
-        write_json(parts / STATE, {**state, 'model': asdict(model.config)})
-        write_json(parts / MANIFEST, {p.name: sha256(p) for p in sorted(parts.iterdir())})
-        for path in [*parts.iterdir(), parts]:
-            flush(path)
-    except BaseException as error:
-        shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
-        if isinstance(error, SafetensorError):  # its word for an OSError
-            raise OSError(str(error)) from error
-        raise
-    if final.exists():  # saved on the way out, and evaluated only now
-        shutil.rmtree(final.rename(folder / f'.{final.name}.before'), ignore_errors=True)
-    parts.rename(final)
-    flush(folder)
-    try:
-        prune(folder, keep_evaluated)
-    except OSError as error:
-        print(f'warning: an old checkpoint cannot be removed: {error}', file=sys.stderr)
+    final = place(out_dir, state)
+    if not is_there(final, state):
+        tensors = tensors_of(model, optimizers)
+        clear(final, size_of(tensors))
+        write(final, tensors, tokenizer, {**state, 'model': asdict(model.config)}, keep_evaluated)
     return final
 
 
+def place(out_dir: str | Path, state: dict) -> Path:
+    return Path(out_dir) / 'checkpoints' / f'step-{state["step"]:08d}'
+
+
+def is_there(final: Path, state: dict) -> bool:
+    """Whether this step of this run has been saved already: it would be equal."""
+    return final.exists() and (read_state(final) or {}).get('evaluated') == state['evaluated']
+
+
+def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
+    """What each file will hold; of a sharded model, this rank's rows. Nothing is copied."""
+    settle(model)
+    return {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
+
+
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters by name, on the host. named_parameters() gives a tied matrix once."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    """Parameters by name. named_parameters() gives a tied matrix once."""
+    return {name: local(p.detach()).contiguous() for name, p in model.named_parameters()}
 
 
 def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
@@ -120,17 +116,130 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
     named, states = {}, {p: state for each in optimizers for p, state in each.state.items()}
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
-            named[f'{name}.{key}'] = torch.as_tensor(value).detach().cpu().contiguous()
+            named[f'{name}.{key}'] = local(torch.as_tensor(value).detach()).contiguous()
     return named
 
 
-def check_space(folder: Path, tensors: dict) -> None:
-    """Refuse before writing what cannot fit: a half-written file helps nobody."""
-    folder.mkdir(parents=True, exist_ok=True)
-    need = sum(t.nbytes for named in tensors.values() for t in named.values()) + 2**22
+def size_of(tensors: dict) -> int:
+    """Bytes that a checkpoint of these takes, about."""
+    return sum(t.nbytes for named in tensors.values() for t in named.values()) + 2**22
+
+
+def clear(final: Path, need: int) -> None:
+    """Make an empty folder for what becomes the checkpoint `final`; OSError without room for it.
+
+    Refused before anything is written: a half-written file helps nobody.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    check_space(final.parent, need)
+    for leftover in final.parent.glob('.*'):  # of a save or a removal that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    hidden(final).mkdir()
+
+
+def check_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise OSError(f'needs {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free')
+
+
+def hidden(path: Path) -> Path:
+    """The name of a checkpoint that does not count: not whole yet, or being removed."""
+    return path.with_name(f'.{path.name}')
+
+
+def write(
+    final: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    tokenizer: Tokenizer | None,
+    state: dict,
+    keep_evaluated: bool,
+    rank: int = 0,
+    ranks: int = 1,
+) -> None:
+    """Write the tensors of one of `ranks` to the folder that clear() made; rank 0 publishes it all.
+
+    The ranks tell one another by files, not by messages, so that each can do this in a thread.
+    """
+    parts = hidden(final)
+    if rank > 0:
+        return write_part(parts, tensors, rank, ranks)
+    try:
+        hashes = write_tensors(parts, tensors, rank, ranks)
+        if tokenizer is not None:
+            write_json(parts / TOKENIZER, tokenizer.to_dict())
+        write_json(parts / STATE, state)
+        hashes |= {
+            name: sha256(parts / name) for name in (TOKENIZER, STATE) if (parts / name).exists()
+        }
+        for other in range(1, ranks):
+            hashes |= hashes_of_part(parts, other)
+        write_json(parts / MANIFEST, dict(sorted(hashes.items())))
+        for path in [*parts.iterdir(), parts]:
+            flush(path)
+    except BaseException as error:
+        shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
+        if isinstance(error, SafetensorError):  # its word for an OSError
+            raise OSError(str(error)) from error
+        raise
+    publish(final, keep_evaluated)
+
+
+def write_tensors(parts: Path, tensors: dict, rank: int, ranks: int) -> dict[str, str]:
+    """Write the files of one rank -> the hash of each."""
+    hashes = {}
+    for name, named in tensors.items():
+        name = part_name(name, rank, ranks)
+        save_file({k: t.cpu() for k, t in named.items()}, parts / name, metadata={'format': 'pt'})
+        hashes[name] = sha256(parts / name)
+    return hashes
+
+
+def part_name(name: str, rank: int, ranks: int) -> str:
+    """model.safetensors, or of several ranks model-00001-of-00004.safetensors."""
+    stem, suffix = name.split('.')
+    return name if ranks == 1 else f'{stem}-{rank + 1:05d}-of-{ranks:05d}.{suffix}'
+
+
+def write_part(parts: Path, tensors: dict, rank: int, ranks: int) -> None:
+    """Write the files of a rank other than 0, then what rank 0 waits for: their hashes."""
+    try:
+        report = write_tensors(parts, tensors, rank, ranks)
+        for name in report:
+            flush(parts / name)
+    except (OSError, SafetensorError) as error:
+        report = {'error': f'rank {rank}: {error}'}
+    write_json(parts / f'rank-{rank}.part', report)
+    (parts / f'rank-{rank}.part').rename(parts / f'rank-{rank}')
+    if 'error' in report:
+        raise OSError(report['error'])
+
+
+def hashes_of_part(parts: Path, rank: int) -> dict[str, str]:
+    """Wait for what write_part() says, and take it away."""
+    path, deadline = parts / f'rank-{rank}', time.monotonic() + PART_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise OSError(f'rank {rank} did not write its part within {PART_SECONDS} s')
+        time.sleep(0.01)
+    report = json.loads(path.read_text(encoding='utf-8'))
+    path.unlink()
+    if 'error' in report:
+        raise OSError(report['error'])
+    return report
+
+
+def publish(final: Path, keep_evaluated: bool) -> None:
+    """Let a checkpoint that is whole count, and drop what is no longer needed."""
+    if final.exists():  # saved on the way out, and evaluated only now
+        before = final.rename(final.with_name(f'.{final.name}.before'))
+        shutil.rmtree(before, ignore_errors=True)
+    hidden(final).rename(final)
+    flush(final.parent)
+    try:
+        prune(final.parent, keep_evaluated)
+    except OSError as error:
+        print(f'warning: an old checkpoint cannot be removed: {error}', file=sys.stderr)
 
 
 def write_json(path: Path, value) -> None:
@@ -156,15 +265,19 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def prune(folder: Path, keep_evaluated: bool) -> None:
+def prune(folder: Path, keep_evaluated: bool, remove: Callable | None = None) -> None:
     """Remove all but the last two, the best and, if asked for, the evaluated ones."""
     paths = listed(folder.parent)
     keep = {*paths[-2:], *best_first(paths)[:1]}
     for path in paths:
         if path not in keep and not (keep_evaluated and val_loss(path) < math.inf):
-            trash = folder / f'.{path.name}'  # the rename is atomic, the removal is not
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+            (remove or remove_at_once)(path)
+
+
+def remove_at_once(path: Path) -> None:
+    """Remove a checkpoint: the rename is atomic, which the removal is not."""
+    path.rename(hidden(path))
+    shutil.rmtree(hidden(path), ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
@@ -258,7 +371,8 @@ def verify(path: Path) -> None:
         raise CheckpointError(f'{path}: no such checkpoint')
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
-        for name, digest in {MODEL: '', OPTIMIZER: '', STATE: '', **manifest}.items():
+        needed = [n for n in (MODEL, OPTIMIZER, STATE) if not parts_of(n, list(manifest))]
+        for name, digest in {**dict.fromkeys(needed, ''), **manifest}.items():
             if not (path / name).is_file():
                 raise CheckpointError(f'{path} is damaged: {name} is missing')
             if sha256(path / name) != digest:
@@ -284,11 +398,27 @@ def read_state(path: Path) -> dict | None:
 
 def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
     """The model (float32, on the host), tokenizer and state of a verified checkpoint."""
-    with open_weights(path / MODEL) as file:
-        keys = list(file.keys())
-    named = ((key, read_tensor(path / MODEL, key)) for key in keys)
+    named = read_tensors(path, MODEL)
     model = filled({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
     return model, tokenizer_in(path), read_state(path)
+
+
+def parts_of(name: str, names: list[str]) -> list[str]:
+    """Those of `names` that hold `name`: the file itself, or the ranks' parts of it in order."""
+    stem, _, suffix = name.partition('.')
+    part = re.compile(rf'{stem}-\d+-of-\d+\.{suffix}')
+    return sorted(n for n in names if n == name or part.fullmatch(n))
+
+
+def read_tensors(path: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint's file, one after the other; the rows of all ranks together."""
+    files = [path / part for part in parts_of(name, os.listdir(path))]
+    with open_weights(files[0]) as file:
+        keys = list(file.keys())
+    for key in keys:
+        pieces = [read_tensor(file, key) for file in files]
+        one = len(pieces) == 1 or not pieces[0].dim()  # a count of steps has no rows
+        yield key, pieces[0] if one else torch.cat(pieces)
 
 
 def shape_in(path: Path) -> dict:
@@ -334,13 +464,13 @@ def load_model(
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
     """Give the optimizers the state a checkpoint holds for each of the model's parameters."""
-    states = {}
-    with safe_open(path / OPTIMIZER, framework='pt') as file:
-        for key in file.keys():
-            name, _, entry = key.rpartition('.')
-            # cloned, or it would be a mapping of the file, which prune() could then not remove
-            states.setdefault(name, {})[entry] = file.get_tensor(key).clone()
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    states, parameters = {}, dict(model.named_parameters())
+    for key, tensor in read_tensors(path, OPTIMIZER):
+        name, _, entry = key.rpartition('.')
+        # cloned, or it would be a mapping of the file, which prune() could then not remove
+        tensor = cut_like(tensor, parameters[name]) if tensor.dim() else tensor
+        states.setdefault(name, {})[entry] = tensor.clone()
+    names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:
         packed = optimizer.state_dict()
         order = [names[p] for group in optimizer.param_groups for p in group['params']]

@@ -16,6 +16,7 @@ from collections import defaultdict
 import torch
 
 from configurator import ConfigError
+from parallel import cut_like, local, whole
 
 
 def orthogonalize(stack, steps: int = 5):
@@ -53,7 +54,8 @@ class Muon(Uncompiled):
     """Muon over 2-dimensional parameters; matrices of one shape are orthogonalised together.
 
     lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
-    as AdamW's. Under DDP every rank sees the same gradients and makes the same update.
+    as AdamW's. Under DDP every rank sees the same gradients and makes the same update; of a sharded
+    model, every rank has the whole matrix for as long as it takes.
     """
 
     def __init__(self, params, lr, weight_decay, momentum, compile=False):
@@ -72,13 +74,13 @@ class Muon(Uncompiled):
                 if parameter.grad is not None:
                     alike[tuple(sorted(parameter.shape))].append(parameter)
             for parameters in alike.values():
-                stack = [wide(self.nesterov(p, momentum)).bfloat16() for p in parameters]
+                stack = [wide(whole(self.nesterov(p, momentum).bfloat16())) for p in parameters]
                 updates = self.orthogonalize(torch.stack(stack))
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows, columns = parameter.shape
-                    parameter.mul_(1 - lr * decay)
-                    update = update.mT if rows > columns else update
-                    parameter.add_(update, alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    update = cut_like(update.mT if rows > columns else update, parameter)
+                    mine = local(parameter).mul_(1 - lr * decay)
+                    mine.add_(local(update), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def nesterov(self, parameter, momentum: float):
         """The gradient's running mean, one step ahead."""

@@ -6,20 +6,26 @@ The machine a script finds itself on: device, number format, processes, and what
 """
 
 import ctypes
+import hashlib
+import json
 import os
 import re
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from configurator import ConfigError, UserError
 
+CLOCK_SECONDS = 60  # that the clocks of two machines may be apart
 DTYPES = {
     'float32': torch.float32,
     'bfloat16': torch.bfloat16,
@@ -69,6 +75,7 @@ class Runtime:
     dtype: torch.dtype  # of matrix products; parameters stay float32
     rank: int = 0  # of this process among all
     world_size: int = 1  # processes, over all nodes
+    store: dist.Store | None = None  # where they leave one another notes; None outside torchrun
 
     def __str__(self) -> str:
         processes = f', {self.world_size} processes' if self.world_size > 1 else ''
@@ -153,28 +160,36 @@ class Runtime:
         """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def compile(self, model: torch.nn.Module, batches: list, say: Callable) -> torch.nn.Module:
-        """The compiled model, tried on a batch (x, y) of each shape; as it is where that fails."""
+    def compile(self, model: torch.nn.Module, batches: list, say: Callable):
+        """The compiled model, tried on a batch (x, y) of each shape, and True.
+
+        As it is, and False, where that fails. A sharded model is compiled block by block, in place.
+        """
         say('compiling the model, about a minute ...')
+        blocks = model.blocks if hasattr(model, 'set_requires_gradient_sync') else []
         try:
-            compiled = torch.compile(model, dynamic=False)
+            for block in blocks:
+                block.compile(dynamic=False)
+            compiled = model if blocks else torch.compile(model, dynamic=False)
             for x, y in batches:
                 with self.autocast():
                     loss = compiled(x, y)[1]
                 loss.backward()
-            return compiled
+            return compiled, True
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            for block in blocks:
+                block._compiled_call_impl = None
             reason = (str(error).strip().splitlines() or [''])[0][:100]
             say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
-            return model
+            return model, False
         finally:
             model.zero_grad(set_to_none=True)
 
     def leave(self, status: int = 0) -> None:
         """End the program. Does not return when there are several processes."""
-        if self.world_size > 1:
+        if dist.is_initialized():
             # gloo's threads can abort an interpreter that shuts down in the usual way
             dist.destroy_process_group()
             sys.stdout.flush()
@@ -234,8 +249,18 @@ def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
     sys.excepthook = hook
 
 
-def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> Runtime:
-    """Choose the device and dtype, and join the process group if torchrun started this process."""
+def start(
+    device: str = 'auto',
+    dtype: str = 'auto',
+    backend: str = 'auto',
+    timeout: float = 600.0,
+    facts: dict | None = None,
+) -> Runtime:
+    """Choose the device and dtype, and join the process group if torchrun started this process.
+
+    timeout: seconds that a process waits for the others, at the start and whenever they exchange
+    something. facts: what has to be the same on all of them, by name; one that differs is named.
+    """
     world_size, local_rank = (
         int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
     )
@@ -254,9 +279,65 @@ def start(device: str = 'auto', dtype: str = 'auto', backend: str = 'auto') -> R
     dtype = pick_dtype(dtype, device, training=True)
     if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= os.environ.keys():
         return Runtime(device, dtype)
-    backend = pick_backend(backend, device)
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return Runtime(device, dtype, int(os.environ['RANK']), world_size)
+    runtime = Runtime(device, dtype, int(os.environ['RANK']), world_size)
+    limit = timedelta(seconds=timeout)
+    store = meet(runtime, limit)
+    kind = device.partition(':')[0]
+    facts = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend, **(facts or {})}
+    compare(runtime, store, {**facts, 'torch': torch.__version__})
+    # what waits in vain is ended by watch.py, which knows for whom; this is for what it cannot see
+    limit += timedelta(seconds=30)
+    backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}
+    dist.init_process_group(backend, store=store, timeout=limit, **where)
+    return replace(runtime, store=store)
+
+
+def code_hash() -> str:
+    """What tells one version of these scripts from another."""
+    scripts = sorted(Path(__file__).parent.glob('*.py'))
+    return hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()[:12]
+
+
+def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
+    """The store that all processes share, once they have found one another."""
+    try:
+        store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+        store.set_timeout(limit)
+        return store
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        place = f'{os.environ["MASTER_ADDR"]}:{os.environ.get("MASTER_PORT")}'
+        reason = str(error).splitlines()[0][:150]
+        raise UserError(
+            f'the processes cannot meet at {place}: {reason}; the address must be of the first '
+            'machine, the port free there and open to the others'
+        ) from error
+
+
+def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
+    """Refuse to start where the processes would not do the same: UserError names rank and fact."""
+    host, now = socket.gethostname(), time.time()
+    store.set(f'facts/{runtime.rank}', json.dumps([host, now, facts]))
+    for rank in range(runtime.world_size):
+        try:
+            other_host, other_now, others = json.loads(store.get(f'facts/{rank}'))
+        except dist.DistError:
+            raise UserError(
+                f'rank {rank} did not come; see what it printed, or start all {runtime.world_size}'
+            ) from None
+        if rank == 0:
+            first_host, first_now, first = other_host, other_now, others
+        for name in first:
+            if others.get(name) != first[name]:
+                raise UserError(
+                    f'rank {rank} on {other_host} has {name} {others.get(name)!r}, and rank 0 on '
+                    f'{first_host} {first[name]!r}: start the same on all'
+                )
+        if runtime.main and abs(other_now - first_now) > CLOCK_SECONDS and other_host != first_host:
+            print(
+                f'warning: the clock of {other_host} (rank {rank}) and that of {first_host} are '
+                f'{abs(other_now - first_now):,.0f} s apart, or it came late; set both by NTP',
+                file=sys.stderr,
+            )
 
 
 def keep_freed_memory() -> None:

@@ -20,18 +20,20 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import folder
-from checkpoint import find, listed, load, load_model, load_optimizer, newest_run, save
+from checkpoint import find, listed, load, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from engine import write_page
 from model import GPT, GPTConfig
 from optim import build_optimizers
-from runtime import StopSignal, on_out_of_memory, start
+from parallel import check_shard, parallelize, sync_gradients, whole
+from runtime import StopSignal, code_hash, on_out_of_memory, start
+from saver import Saver, check_mirror, fetch, restore
 from track import Progress, Tracker, draw_loss
+from watch import Watch
 
 # -----------------------------------------------------------------------------
 # the run
@@ -49,6 +51,7 @@ eval_only = False  # evaluate once, print, write nothing
 published: str | None = None  # losses that others measured, to print beside eval_only's
 save_interval: int | None = None  # steps between checkpoints besides those of the evaluations
 always_save_checkpoint = True  # keep every evaluation's checkpoint, not just the last two and best
+checkpoint_mirror: str | None = None  # a second folder for them, such as a mounted bucket
 patience: int | None = None  # stop after so many evaluations without a new best; None: never
 log_interval = 1  # steps between lines in metrics.jsonl
 sample_tokens = 256  # length of the text to print at the end; 0: none
@@ -96,6 +99,9 @@ device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
 compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
+shard = False  # each process holds its rows of the model (FSDP2), instead of all of it (DDP)
+offload = False  # keep those rows, and the optimizer, in the host's memory
+hang_timeout = 600.0  # seconds that processes wait for one of them; then all end, and it is named
 peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
 # -----------------------------------------------------------------------------
 config = configure(globals(), sys.argv[1:])
@@ -104,7 +110,8 @@ if config['auto_resume'] and not config['out_dir']:
 resuming = config['init_from'] == 'resume' or config['auto_resume']
 if resuming:  # the run's own settings come first, this command's after them
     out_dir = config['out_dir'] or str(newest_run())
-    defaults = {**globals(), **folder.saved_settings(out_dir), 'out_dir': out_dir}
+    saved = folder.saved_settings(out_dir) or folder.saved_settings(config['checkpoint_mirror'])
+    defaults = {**globals(), **saved, 'out_dir': out_dir}
     config = configure({**defaults, 'checkpoint': None}, sys.argv[1:])
 globals().update(config)
 
@@ -115,13 +122,18 @@ within(0, None, config, 'max_iters', 'epochs', 'short_iters', 'warmup_iters', 'l
 within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')
 within(0, None, config, 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
+within(1, None, config, 'hang_timeout')
 within(0, 1, config, 'cooldown')
 within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
 one_of(('adamw', 'muon'), config, 'optimizer')
 one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
 one_of((True, False, 'auto'), config, 'compile')
 
-runtime = start(device, dtype, backend)
+same = {'code': code_hash(), **config}  # on all processes
+runtime = start(device, dtype, backend, hang_timeout, same)
+watch = Watch(runtime, hang_timeout)
+if shard:
+    check_shard(runtime, offload)
 on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
 
 
@@ -145,6 +157,8 @@ def starting_point() -> Path | None:
     global lock
     if listed(out_dir) and not eval_only:
         lock = folder.lock(out_dir)
+    if checkpoint_mirror and resuming:
+        restore(checkpoint_mirror, out_dir)
     if resuming:
         return folder.resume_point(out_dir, config)
     if not overwrite:
@@ -152,6 +166,8 @@ def starting_point() -> Path | None:
 
 
 resume_from = runtime.agree(starting_point)
+if resume_from and checkpoint_mirror and not resume_from.exists():  # another machine, another disk
+    fetch(Path(checkpoint_mirror) / 'checkpoints' / resume_from.name, out_dir)
 
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 torch.manual_seed(seed)
@@ -216,7 +232,9 @@ if data.vocab_size > raw_model.config.vocab_size:
     )
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
-raw_model.train().to(runtime.device)
+raw_model.train()
+if not shard:  # a whole one may not fit there
+    raw_model.to(runtime.device)
 
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, shared out equally
@@ -280,19 +298,19 @@ say(
     f'machine: {runtime}'
 )
 
-# raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
+# raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
 model, compiled = raw_model, False
 began = time.perf_counter() - state['seconds']
+if shard:
+    model = parallelize(raw_model, runtime, shard, offload)
 if not eval_only:
     if runtime.wants_compile(compile):
         x, y = get_batch(0)
         widths = {x.size(1), block_size}  # short sequences, if they come first, and whole ones
         batches = [(x.reshape(-1, T), y.reshape(-1, T)) for T in sorted(widths)]
-        model = runtime.compile(model, batches, say)
-        compiled = model is not raw_model
-    if runtime.world_size > 1:
-        gpu = [runtime.device] if runtime.device_type == 'cuda' else None
-        model = DistributedDataParallel(model, device_ids=gpu)
+        model, compiled = runtime.compile(model, batches, say)
+    if not shard:
+        model = parallelize(model, runtime, shard)
 
 optimizers = build_optimizers(
     optimizer,
@@ -324,13 +342,15 @@ def estimate_loss() -> dict[str, float] | None:
     count = whole if eval_iters is None else eval_iters * batch_size
     for split in ('train', 'val') if eval_train else ('val',):
         windows = data.eval_windows(split, count)
-        starts = range(runtime.rank * batch_size, len(windows), runtime.world_size * batch_size)
         total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
+        starts = range(0, len(windows), runtime.world_size * batch_size)
         for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.live):
-            x, y = to_device(*data.eval_batch(split, windows[i : i + batch_size]))
+            mine = windows[i + runtime.rank * batch_size :][:batch_size]
+            # of a sharded model every rank has to compute, also where none is left for it
+            x, y = to_device(*data.eval_batch(split, mine if len(mine) else windows[:1]))
             with runtime.autocast():
                 loss = raw_model(x, y)[1]
-            targets = (y >= 0).sum()
+            targets = (y >= 0).sum() * bool(len(mine))
             total += torch.stack([loss * targets, targets])
             if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
                 raw_model.train()
@@ -368,25 +388,25 @@ def is_finished() -> bool:
     return last and state['evaluated_step'] == step
 
 
-def save_checkpoint() -> str | None:
-    """Save the run as it stands now -> None, or why the disk did not take it."""
+def save_checkpoint() -> None:
+    """Save the run as it stands now; what goes wrong is the saver's news."""
     now = {'step': step, 'samples': samples, 'config': config, 'scaler': scaler.state_dict()}
     now |= {'data': data.fingerprint, 'seconds': time.perf_counter() - began}
     now['evaluated'] = state['evaluated_step'] == step
-    try:
-        save(out_dir, raw_model, optimizers, tokenizer, {**state, **now}, always_save_checkpoint)
-    except OSError as error:
-        return f'checkpoint of step {step} not written: {error}; the ones before are untouched'
+    saver.save(raw_model, optimizers, tokenizer, {**state, **now})
 
 
 def show_sample(tokens: int) -> None:
     """Print and log what the model writes now."""
-    if not tokens or tokenizer is None:
+    if not tokens or tokenizer is None or (shard and not listed(out_dir)):
         return
     # begin as a document begins, or as the validation split does
     prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
-    raw_model.eval()
-    text = write_page(raw_model, tokenizer, prompt, tokens, seed)
+    writer = raw_model
+    if shard:  # rank 0 has but its rows; what it has just saved is whole
+        saver.wait()
+        writer = load_model(out_dir, 'last', runtime.device)[0]
+    text = write_page(writer.eval(), tokenizer, prompt, tokens, seed)
     raw_model.train()
     tracker.log_text(step, text)
     rule = '-' * 64
@@ -427,6 +447,8 @@ if resume_from and is_finished():
 def open_folder() -> None:
     """Take the folder for this run. From here on it changes, so whatever can fail comes first."""
     global lock, tracker
+    if checkpoint_mirror:
+        check_mirror(checkpoint_mirror)
     lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
     folder.begin(out_dir, step if resume_from else -1, overwrite)
@@ -435,17 +457,19 @@ def open_folder() -> None:
 
 
 runtime.agree(open_folder)
+saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror)
 progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
 upcoming, number = batches.submit(get_batch, 0), 0
-stopping, failure = False, None
+stopping = False
 
 while True:
     # evaluate before the update, so that step 0 shows the untrained model
     losses = None
     due = step >= max_iters or (eval_interval and step % eval_interval == 0)
     if due and state['evaluated_step'] != step and not stopping:
+        watch.at(step, 'the evaluation')
         losses = estimate_loss()
     if losses:
         state |= {'train_loss': None, **losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
@@ -464,13 +488,15 @@ while True:
     due = losses or finished or stopping or (save_interval and step % save_interval == 0)
     new = step > first_step or (losses and step > 0)
     sound = math.isfinite(losses['val_loss']) if losses else not state['skipped']
-    if runtime.main and due and new and sound:
-        failure = save_checkpoint()
-        if failure:
-            say(f'warning: {failure}; training goes on')
+    if (runtime.main or shard) and due and new and sound:
+        watch.at(step, 'the saving')
+        save_checkpoint()
+    for problem in saver.news():
+        say(f'warning: {problem}; training goes on')
     if finished or stopping:
         break
     if runtime.main and losses and sound:
+        watch.at(step, 'the sample')
         show_sample(eval_sample_tokens)
 
     # one update: the gradient of the mean loss over all micro-batches and all ranks
@@ -480,20 +506,25 @@ while True:
     for each in optimizers:
         for group in each.param_groups:
             group['lr'] = lr * group['lr_ratio']
-    mean_loss = 0.0
+    mean_loss = data_wait = 0.0
     for micro_step in range(micro_steps):
+        watch.at(step, 'the data')
+        asked = time.perf_counter()
         x, y = upcoming.result()
+        data_wait += time.perf_counter() - asked
         number += 1
         upcoming = batches.submit(get_batch, number)
-        if runtime.world_size > 1:  # the ranks exchange gradients once, with the last micro-batch
-            model.require_backward_grad_sync = micro_step == micro_steps - 1
+        watch.at(step, 'the gradients')
+        if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
+            sync_gradients(model, last=micro_step == micro_steps - 1)
         with runtime.autocast():
             loss = model(x, y)[1] / micro_steps
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for each in optimizers:
         scaler.unscale_(each)
-    norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    watch.at(step, 'the update')
+    norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
     mean_loss, norm = torch.stack([mean_loss, norm]).tolist()
 
     # an update that is not finite is left out, by all ranks or none; in float16 the scale may just
@@ -528,6 +559,7 @@ while True:
             say(line)
         if runtime.main:
             measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
+            measured |= {'data_wait': data_wait, **saver.times()}
             tracker.log(step, loss=mean_loss, **measured, seconds=time.perf_counter() - began)
 
 # -----------------------------------------------------------------------------
@@ -535,12 +567,17 @@ while True:
 
 state['seconds'] = time.perf_counter() - began
 progress.close()
+watch.at(step, 'the last saving')
+saver.finish()
+for problem in saver.news():
+    say(f'warning: {problem}')
+watch.close()
 batches.shutdown(cancel_futures=True)
 stop.release()
 if runtime.main:
     with closing(tracker):
-        if failure:
-            raise UserError(f'{failure}; make room and continue with --init_from=resume')
+        if saver.failure:
+            raise UserError(f'{saver.failure}; make room and continue with --init_from=resume')
         if finished and not math.isfinite(state['val_loss']):
             raise UserError(
                 f'the validation loss is {state["val_loss"]} at step {step}, and those weights are '

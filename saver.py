@@ -1,0 +1,228 @@
+"""
+Saves a run while it trains: a step waits only until the tensors have been copied.
+
+    saver = Saver(out_dir, runtime, mirror='/bucket/my_run')
+    saver.save(model, optimizers, tokenizer, state)
+    for problem in saver.news(): ...
+    saver.finish()
+
+The mirror is a second place, such as a mounted bucket, that is given every finished checkpoint, its
+manifest last: without one it does not count there. restore() brings the newest back to a disk that
+is empty.
+"""
+
+import shutil
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import filelock
+import torch
+
+from checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    clear,
+    hidden,
+    is_there,
+    listed,
+    place,
+    prune,
+    size_of,
+    step_of,
+    tensors_of,
+    verify,
+    write,
+)
+from configurator import UserError
+from runtime import Runtime
+
+SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
+BESIDE = ('config.py', 'metrics.jsonl')  # what a run goes on with, besides its checkpoints
+
+
+class Saver:
+    """Writes the checkpoints of one run, one after the other.
+
+    failure: why the last one is missing, None if it is not.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        runtime: Runtime,
+        sharded: bool = False,
+        keep_evaluated: bool = False,
+        mirror: str | Path | None = None,
+    ):
+        self.out_dir, self.runtime, self.keep_evaluated = Path(out_dir), runtime, keep_evaluated
+        self.rank, self.ranks = (runtime.rank, runtime.world_size) if sharded else (0, 1)
+        self.mirror = Path(mirror) if mirror and runtime.main else None
+        self.failure: str | None = None
+        self._times: dict[str, float] = {}
+        self._news: list[str] = []
+        self._copies: dict[tuple[str, str], torch.Tensor] = {}  # kept: fresh memory is slow
+        self._writer, self._sender = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writing: Future | None = None
+
+    def save(self, model, optimizers, tokenizer, state: dict) -> None:
+        """Save the run as it stands; see checkpoint.save(). All ranks call it of a sharded model,
+        otherwise rank 0 alone."""
+        started = time.perf_counter()
+        self.wait()
+        final, tensors = place(self.out_dir, state), tensors_of(model, optimizers)
+        problem = self._agree(lambda: self._clear(final, state, size_of(tensors) * self.ranks))
+        if problem:
+            self._fail(final, problem)
+        elif problem is None:
+            small = size_of(tensors) < SMALL
+            tensors = tensors if small else self._copy(tensors)
+            state = {**state, 'model': asdict(model.config)}
+            self._writing = self._writer.submit(
+                self._write, started, final, tensors, tokenizer, state
+            )
+            if small:
+                self.wait()
+        self._times['save_pause'] = time.perf_counter() - started
+
+    def _agree(self, decide):
+        return self.runtime.agree(decide) if self.ranks > 1 else decide()
+
+    def _clear(self, final: Path, state: dict, need: int) -> str | None:
+        """Make room -> None, what is wrong, or '' if the checkpoint is there already."""
+        try:
+            return '' if is_there(final, state) else clear(final, need)
+        except OSError as error:
+            return str(error)
+
+    def _copy(self, tensors: dict) -> dict:
+        """The tensors on the host, in memory that no training step touches."""
+        copies = {file: {} for file in tensors}
+        for file, named in tensors.items():
+            for name, tensor in named.items():
+                copy = self._copies.get((file, name))
+                if copy is None:
+                    pinned = tensor.device.type == 'cuda'
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                copies[file][name] = self._copies[file, name] = copy
+                copy.copy_(tensor, non_blocking=True)
+        if self.runtime.device_type == 'cuda':
+            torch.cuda.synchronize()
+        return copies
+
+    def _write(self, started: float, final: Path, tensors, tokenizer, state: dict) -> None:
+        try:
+            write(final, tensors, tokenizer, state, self.keep_evaluated, self.rank, self.ranks)
+        except OSError as error:
+            return self._fail(final, error)
+        self.failure, self._times['save_seconds'] = None, time.perf_counter() - started
+        if self.mirror:
+            self._sender.submit(self._send, final)
+
+    def _fail(self, final: Path, why) -> None:
+        self.failure = (
+            f'checkpoint of step {step_of(final)} not written: {why}; the ones before are untouched'
+        )
+        self._news.append(self.failure)
+
+    def _send(self, final: Path) -> None:
+        try:
+            send(final, self.mirror, self.keep_evaluated)
+        except OSError as error:
+            if final.exists():  # or it has been pruned, and a newer one is next
+                self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
+
+    def news(self) -> list[str]:
+        """What went wrong since this was last asked."""
+        news, self._news = self._news, []
+        return news
+
+    def times(self) -> dict[str, float]:
+        """Seconds, once each: 'save_pause' that the training waited, 'save_seconds' in all."""
+        times, self._times = self._times, {}
+        return times
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk; the mirror may be behind."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def finish(self) -> None:
+        """Wait for the disk and the mirror."""
+        self.wait()
+        self._writer.shutdown()
+        self._sender.shutdown()
+
+
+# -----------------------------------------------------------------------------
+# the mirror: a folder that may be an object store, which has no renaming and no flushing
+
+
+def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
+    """Copy a checkpoint, and what lies beside the checkpoints, to the mirror."""
+    target = mirror / 'checkpoints' / path.name
+    target.mkdir(parents=True, exist_ok=True)
+    for name in BESIDE:
+        with suppress(FileNotFoundError):
+            shutil.copyfile(path.parents[1] / name, mirror / name)
+    for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
+        shutil.copyfile(file, target / file.name)
+    prune(target.parent, keep_evaluated, remove)
+
+
+def remove(path: Path) -> None:
+    """Remove a mirrored checkpoint; it stops to count first."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def check_mirror(mirror: str | Path) -> None:
+    """Raise UserError unless the mirror can be written."""
+    probe = Path(mirror) / '.write'
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f'checkpoint_mirror={str(mirror)!r}: cannot be written: {error.strerror}; give another '
+            'folder, or leave it out'
+        ) from error
+
+
+def restore(mirror: str | Path, out_dir: str | Path) -> None:
+    """Bring the mirror's newest checkpoint to out_dir, unless one as new is there."""
+    there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
+    here = max(map(step_of, listed(out_dir)), default=-1)
+    for path in reversed(there):
+        if step_of(path) <= here:
+            return
+        if fetch(path, Path(out_dir)):
+            return
+
+
+def fetch(path: Path, out_dir: Path) -> bool:
+    """Copy a checkpoint from the mirror, if it is whole, with what lies beside the checkpoints."""
+    final = out_dir / 'checkpoints' / path.name
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(out_dir / '.fetch.lock'):  # several processes of a machine may come
+        if final.exists():
+            return True
+        try:
+            clear(final, sum(file.stat().st_size for file in path.iterdir()))
+            shutil.copytree(path, hidden(final), dirs_exist_ok=True)
+            verify(hidden(final))
+            for name in BESIDE:
+                if not (out_dir / name).exists():
+                    shutil.copyfile(path.parents[1] / name, out_dir / name)
+        except CheckpointError as error:
+            print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
+            return False
+        except OSError as error:
+            raise UserError(f'{path} cannot be brought to {out_dir}: {error}') from error
+        hidden(final).rename(final)
+        return True
