@@ -12,9 +12,11 @@ waiting. Without this all would wait, or end in a timeout that names nobody.
 
 import json
 import os
+import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 
 from runtime import Runtime
 
@@ -25,6 +27,7 @@ class Watch:
         self.beat = min(1.0, timeout / 10)  # seconds between signs
         self.place, self.since = (0, 'the start'), time.monotonic()
         self.ended = threading.Event()
+        self.frozen: list[int] = []  # processes of this machine
         if runtime.world_size > 1:
             threading.Thread(target=self._run, daemon=True).start()
 
@@ -74,6 +77,7 @@ class Watch:
             count, host, pid, step, what, seconds = new
             who = f'rank {rank} (process {pid} on {host})'
             if rank != me and count == old[0]:
+                self.frozen += [pid] if host == socket.gethostname() else []
                 others.append(f'{who} gives no sign of life, last at {what} of step {step}')
                 continue
             alive.append(rank)
@@ -90,4 +94,7 @@ class Watch:
             os.write(2, line.encode())
         else:
             time.sleep(2)  # torchrun ends all when the first one leaves
+        for pid in self.frozen:  # a process that stands still does not hear torchrun's SIGTERM
+            with suppress(OSError):
+                os.kill(pid, getattr(signal, 'SIGKILL', signal.SIGTERM))
         os._exit(1)
