@@ -11,8 +11,10 @@ manifest last: without one it does not count there. restore() brings the newest 
 is empty.
 """
 
+import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -65,7 +67,8 @@ class Saver:
         self._times: dict[str, float] = {}
         self._news: list[str] = []
         self._copies: dict[tuple[str, str], torch.Tensor] = {}  # kept: fresh memory is slow
-        self._writer, self._sender = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writer = ThreadPoolExecutor(1, initializer=give_way)
+        self._sender = ThreadPoolExecutor(1, initializer=give_way)
         self._writing: Future | None = None
 
     def save(self, model, optimizers, tokenizer, state: dict) -> None:
@@ -156,6 +159,12 @@ class Saver:
         self.wait()
         self._writer.shutdown()
         self._sender.shutdown()
+
+
+def give_way() -> None:
+    """Let the training have the processor first: its threads wait for the slowest of them."""
+    if sys.platform == 'linux':  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 # -----------------------------------------------------------------------------
