@@ -3,7 +3,8 @@ Checkpoints: the only place that knows how a trained model lies on disk.
 
 $ python checkpoint.py inspect out/my_run     # a table of its checkpoints
 $ python checkpoint.py verify out/my_run      # recompute every hash
-$ python checkpoint.py export out/my_run DIR  # for transformers; --format=gguf for llama.cpp
+$ python checkpoint.py export out/my_run DIR  # for transformers; --format=gguf for llama.cpp,
+                                              # --format=peft for the adapter alone
 
 A run's folder holds checkpoints/step-00002000/ and so on, each complete in itself:
 
@@ -11,6 +12,7 @@ A run's folder holds checkpoints/step-00002000/ and so on, each complete in itse
     optimizer.safetensors   the optimizer's state, as <parameter>.<key>
     tokenizer.json          the vocabulary, so that sampling never needs data/
     state.json              step, losses, the model's shape, the settings
+    adapter/                of a run with lora_rank, as peft loads it; model.safetensors is its base
     manifest.json           sha256 of every file above, written last
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a folder
@@ -48,10 +50,18 @@ from exchange import (
     read_named_tokenizer,
     read_tensor,
 )
+from lora import (
+    adapter_tensors,
+    base_of,
+    is_adapter,
+    merge_lora,
+    read_adapter,
+    write_adapter,
+)
 from model import GPT, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
-STATE, MANIFEST = 'state.json', 'manifest.json'
+STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
 LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
 STEP = re.compile(r'step-(\d{8,})')
 
@@ -80,7 +90,8 @@ def save(
     if final.exists() and (read_state(final) or {}).get('evaluated') == state['evaluated']:
         return final  # the same step of the same run: equal
     tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
-    check_space(folder, tensors)
+    adapter = adapter_tensors(model)
+    check_space(folder, {**tensors, ADAPTER: adapter})
     for leftover in folder.glob('.*'):  # of a save or a removal that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     parts = folder / f'.{final.name}'
@@ -88,11 +99,15 @@ def save(
     try:
         for name, named in tensors.items():
             save_file(named, parts / name, metadata={'format': 'pt'})
+        if adapter:
+            write_adapter(model, parts / ADAPTER, state.get('config', {}).get('init_from'))
         if tokenizer is not None:
             write_json(parts / TOKENIZER, tokenizer.to_dict())
         write_json(parts / STATE, {**state, 'model': asdict(model.config)})
-        write_json(parts / MANIFEST, {p.name: sha256(p) for p in sorted(parts.iterdir())})
-        for path in [*parts.iterdir(), parts]:
+        files = sorted(path for path in parts.rglob('*') if path.is_file())
+        hashes = {path.relative_to(parts).as_posix(): sha256(path) for path in files}
+        write_json(parts / MANIFEST, hashes)
+        for path in [*parts.rglob('*'), parts]:
             flush(path)
     except BaseException as error:
         shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
@@ -111,8 +126,9 @@ def save(
 
 
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters by name, on the host. named_parameters() gives a tied matrix once."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    """Parameters by name, on the host, without adapters. A tied matrix is named once."""
+    named = {name: p for name, p in model.named_parameters() if '.lora_' not in name}
+    return {name: p.detach().cpu().contiguous() for name, p in named.items()}
 
 
 def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
@@ -283,11 +299,16 @@ def read_state(path: Path) -> dict | None:
 
 
 def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
-    """The model (float32, on the host), tokenizer and state of a verified checkpoint."""
+    """The model (float32, on the host), tokenizer and state of a verified checkpoint.
+
+    Adapters are in their places; merge_lora() makes the model one like any other.
+    """
     with open_weights(path / MODEL) as file:
         keys = list(file.keys())
     named = ((key, read_tensor(path / MODEL, key)) for key in keys)
     model = filled({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
+    if is_adapter(path / ADAPTER):
+        read_adapter(model, path / ADAPTER, path / MODEL)
     return model, tokenizer_in(path), read_state(path)
 
 
@@ -316,20 +337,38 @@ def load_model(
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
 
     where: a run's folder, a checkpoint, None for the newest run, or what others made: a
-    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint. tokenizer: the name,
+    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint, a folder of `peft`,
+    whose base is found by the name it gives. Adapters are merged. tokenizer: the name,
     tokenizer.json or meta.pkl of one to use instead of what comes with the model.
     """
     where = newest_run() if where is None else where
     named = read_named_tokenizer(tokenizer) if tokenizer else None
-    if is_foreign(where):
+    if is_adapter(where):
+        model, found, state = load_adapted(Path(where), dropout, tokenizer)
+    elif is_foreign(where):
         model, found, state = load_foreign(where, dropout, named)
     else:
         model, found, state = load(find(where, which), dropout)
-    found = named or found
+    model, found = merge_lora(model), named or found
     if found and found.vocab_size > model.config.vocab_size:
         ids = f'{found.vocab_size} ids, and the model {model.config.vocab_size}'
         raise CheckpointError(f'{where}: its tokenizer has {ids}: one is not made for the other')
     return model.to(device).eval(), found, state
+
+
+def load_adapted(
+    folder: Path, dropout: float, tokenizer: str | None
+) -> tuple[GPT, Tokenizer | None, dict]:
+    """The base that a folder of `peft` names, with the folder's adapters in their places."""
+    base = base_of(folder)
+    if is_adapter(base):
+        raise CheckpointError(f'{folder}: its base {base} is an adapter too')
+    try:
+        model, found, _ = load_model(base, dropout=dropout, tokenizer=tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f'{folder} adapts a model that is not there: {error}') from error
+    read_adapter(model, folder, base)
+    return model, found, {}
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -360,7 +399,7 @@ def report(paths: list[Path]) -> bool:
         state = read_state(path) or {}
         losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
         cells = ''.join(f'{"-":>12}' if loss is None else f'{loss:12.4f}' for loss in losses)
-        size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+        size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6
         try:
             verify(path)
             integrity, last = 'ok', path
@@ -368,7 +407,8 @@ def report(paths: list[Path]) -> bool:
             integrity, whole = str(error).partition('is ')[2], False
         print(f'{path.name:<16}{cells}{size:9.1f}  {integrity}')
     if last:
-        print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)))
+        adapter = f'; LoRA of {base_of(last / ADAPTER)}' if is_adapter(last / ADAPTER) else ''
+        print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)) + adapter)
     return whole
 
 
@@ -383,10 +423,31 @@ def describe(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
 
 
 def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -> None:
+    if kind == 'peft':
+        return export_adapter(where, which, to)
     model, tokens, state = load_model(where, which, tokenizer=tokenizer)
     {'transformers': export_transformers, 'gguf': export_gguf}[kind](model, tokens, state, to)
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: written to {to}{"" if tokens else ", without a tokenizer"}')
+
+
+def export_adapter(where: str, which: str, to: Path) -> None:
+    """The adapter of a run as a folder of its own, for `peft` and the base it names."""
+    path = None if is_foreign(where) else find(where, which)
+    if path is None or not is_adapter(path / ADAPTER):
+        raise UserError(f'{where} has no adapter, which a run with --lora_rank makes')
+    if os.path.lexists(to):
+        raise UserError(f'{to} is there already; name a new folder')
+    part = to.with_name(f'.{to.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(path / ADAPTER, part)
+        part.rename(to)
+    except OSError as error:
+        raise UserError(f'{to}: cannot be written: {error}') from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f'{path}: the adapter is written to {to}; its base is {base_of(to)}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -398,7 +459,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('command', choices=['inspect', 'verify', 'export'])
     parser.add_argument('out_dir', help="a run's folder, or what else --init_from takes")
     parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')
-    parser.add_argument('--format', choices=['transformers', 'gguf'], default='transformers')
+    parser.add_argument(
+        '--format', choices=['transformers', 'gguf', 'peft'], default='transformers'
+    )
     parser.add_argument('--checkpoint', default='best', help="'best', 'last', or the path of one")
     parser.add_argument('--tokenizer', help='a name, tokenizer.json or meta.pkl to use instead')
     args = parser.parse_args(argv)
