@@ -6,10 +6,9 @@ Low-rank adaptation (Hu et al. 2021, LoRA): beside a matrix that stays as it is,
     read_adapter(model, folder, 'gpt2')                             # one of ours or of `peft`
     merge_lora(model)                                               # a model like any other again
 
-An adapter is a folder with adapter_config.json and adapter_model.safetensors.
+An adapter is a folder with adapter_config.json and adapter_model.safetensors; ours have base.json.
 """
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -24,8 +23,8 @@ from exchange import CheckpointError, open_weights, own_name, read_json, read_te
 from model import GPT, dropout
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+BASE = 'base.json'  # by which the base is known again; what peft writes has none
 PREFIX = 'base_model.model.'  # of every name that peft writes
-BASE_DIGEST = 'base_sha256'  # of the matrices that were adapted, where this file's writer knew it
 PLAIN = {  # what else peft can do to a matrix, and only with these values is it what is done here
     'peft_type': ('LORA',),
     'bias': ('none',),
@@ -82,10 +81,9 @@ def adapted(model: GPT) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def replace(model: GPT, name: str, module: nn.Module) -> nn.Module:
+def replace(model: GPT, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(owner), leaf, module)
-    return module
 
 
 def place(name: str) -> tuple[int, str]:
@@ -154,12 +152,17 @@ def adapter_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return {PREFIX + name: p.detach().cpu().contiguous() for name, p in named.items()}
 
 
-def base_digest(weights: dict[str, torch.Tensor]) -> str:
-    """sha256 of the matrices that are adapted: another base of the same shape is another base."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(weights[name].detach().cpu().float().contiguous().numpy())
-    return digest.hexdigest()
+def landmarks(weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    """A number of each adapted matrix: in another base of the same shape they are others."""
+    return {name: w.flatten()[w.numel() // 2].item() for name, w in weights.items()}
+
+
+def is_base(written: dict, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether they are as written, but for a last digit: merging may round as another machine."""
+    return written.keys() == weights.keys() and all(
+        isinstance(written[name], float) and math.isclose(written[name], value, abs_tol=1e-6)
+        for name, value in landmarks(weights).items()
+    )
 
 
 def write_adapter(model: GPT, folder: Path, base: str | None) -> None:
@@ -180,12 +183,12 @@ def write_adapter(model: GPT, folder: Path, base: str | None) -> None:
         'bias': 'none',
         'inference_mode': True,
     }
-    digest = base_digest({name: module.weight for name, module in modules.items()})
+    marks = landmarks({name: module.weight for name, module in modules.items()})
     folder.mkdir()
-    text = json.dumps(config, indent=1, sort_keys=True)
-    (folder / CONFIG).write_text(text + '\n', encoding='utf-8')
-    facts = {'format': 'pt', BASE_DIGEST: digest}
-    save_file(adapter_tensors(model), folder / WEIGHTS, metadata=facts)
+    for name, content in ((CONFIG, config), (BASE, marks)):
+        text = json.dumps(content, indent=1, sort_keys=True)
+        (folder / name).write_text(text + '\n', encoding='utf-8')
+    save_file(adapter_tensors(model), folder / WEIGHTS, metadata={'format': 'pt'})
 
 
 def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
@@ -193,39 +196,42 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
 
     base: what to call that model. CheckpointError where the one does not fit the other.
     """
-    config = read_json(folder / CONFIG, str(folder))
-    for key, values in PLAIN.items():
-        if key in config and config[key] not in values:
-            raise CheckpointError(f'{folder}: {key}={config[key]!r}; only {values[0]!r} is read')
-    alpha, dropout = config.get('lora_alpha', 8), config.get('lora_dropout', 0.0)
-    if not all(type(value) in (int, float) for value in (alpha, dropout)):
-        raise CheckpointError(f'{folder}: {CONFIG} has no numbers lora_alpha and lora_dropout')
+    config = read_config(folder)
     with open_weights(folder / WEIGHTS) as file:
-        keys, digest = list(file.keys()), (file.metadata() or {}).get(BASE_DIGEST)
-    tensors = {key: read_tensor(folder / WEIGHTS, key).float() for key in keys}
-    pairs = paired(tensors, folder)
-    plain = matrices(model)
-    for name, pair in pairs.items():
-        if name not in plain:
+        keys = list(file.keys())
+    pairs = paired({key: read_tensor(folder / WEIGHTS, key).float() for key in keys}, folder)
+    weights = {name: linear.weight for name, linear in matrices(model).items()}
+    for name, (A, B) in pairs.items():
+        shape = (B.size(0), A.size(1))
+        if name not in weights or shape != weights[name].shape:
+            there = tuple(weights[name].shape) if name in weights else 'none in a block'
             raise CheckpointError(
-                f'{folder} adapts {name}, and the blocks of {base} have no such matrix: it was '
-                'made for another base'
+                f'{folder} adapts {name}, {shape}, and that of {base} is {there}: '
+                'it was made for another base'
             )
-        shape, (A, B) = tuple(plain[name].weight.shape), pair
-        if (B.size(0), A.size(1)) != shape:
-            raise CheckpointError(
-                f'{folder} adapts a {name} of shape {(B.size(0), A.size(1))}, and that of {base} '
-                f'is {shape}: it was made for another base'
-            )
-    if digest and digest != base_digest({name: plain[name].weight for name in pairs}):
+    marks = read_json(folder / BASE, str(folder)) if (folder / BASE).exists() else None
+    if marks is not None and not is_base(marks, {name: weights[name] for name in pairs}):
         raise CheckpointError(f'{folder} was made for another base: {base} has other weights')
     model.requires_grad_(False)
     for name, (A, B) in pairs.items():
         rank = A.size(0)
-        scale = alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
-        module = replace(model, name, LoRALinear(plain[name], rank, scale, dropout))
-        module.lora_A.weight.data.copy_(A)
-        module.lora_B.weight.data.copy_(B)
+        scale = config['lora_alpha'] / (math.sqrt(rank) if config.get('use_rslora') else rank)
+        linear = LoRALinear(model.get_submodule(name), rank, scale, config['lora_dropout'])
+        linear.lora_A.weight.data.copy_(A)
+        linear.lora_B.weight.data.copy_(B)
+        replace(model, name, linear)
+
+
+def read_config(folder: Path) -> dict:
+    """What adapter_config.json says; refused is what would not be computed as peft does."""
+    config = {'lora_alpha': 8, 'lora_dropout': 0.0} | read_json(folder / CONFIG, str(folder))
+    for key, values in PLAIN.items():
+        if key in config and config[key] not in values:
+            raise CheckpointError(f'{folder}: {key}={config[key]!r}; only {values[0]!r} is read')
+    for key in ('lora_alpha', 'lora_dropout'):
+        if type(config[key]) not in (int, float):
+            raise CheckpointError(f'{folder}: {key}={config[key]!r} is no number')
+    return config
 
 
 def paired(tensors: dict, folder: Path) -> dict[str, tuple]:
@@ -235,8 +241,11 @@ def paired(tensors: dict, folder: Path) -> dict[str, tuple]:
         name, _, leaf = own_name(key.removeprefix(PREFIX)).partition('.lora_')
         names.setdefault(name, {})[leaf] = tensors[key]
     for name, parts in names.items():
-        A, B = parts.get('A.weight'), parts.get('B.weight')
-        whole = len(parts) == 2 and A is not None and B is not None
-        if not whole or A.dim() != 2 or B.dim() != 2 or A.size(0) != B.size(1):
-            raise CheckpointError(f'{folder}: {WEIGHTS} has no pair lora_A, lora_B for {name}')
+        shapes = {leaf: tuple(tensor.shape) for leaf, tensor in parts.items()}
+        match shapes:
+            case {'A.weight': (rank, _), 'B.weight': (_, same)} if rank == same and len(parts) == 2:
+                continue
+        raise CheckpointError(
+            f'{folder}: {name} has {shapes}, and no pair lora_A, lora_B, which is all that is read'
+        )
     return {name: (parts['A.weight'], parts['B.weight']) for name, parts in names.items()}

@@ -440,7 +440,7 @@ def report_end() -> None:
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
     spent = f'{tqdm.format_interval(state["seconds"])} after the start'
     say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
-    if peak := runtime.peak_memory():
+    if peak:
         each = ' in each process' if runtime.world_size > 1 else ''
         say(f'peak memory {peak / 1e6:,.0f} MB{each}')
     show_sample(sample_tokens)
@@ -579,6 +579,7 @@ while True:
 # the end: what was reached, where it lies, and how to go on
 
 state['seconds'] = time.perf_counter() - began
+peak = runtime.peak_memory()  # before the picture and the sample
 progress.close()
 batches.shutdown(cancel_futures=True)
 stop.release()
