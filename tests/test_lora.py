@@ -17,6 +17,7 @@ import runtime
 import track
 from checkpoint import find, load, load_model, main
 from configurator import UserError
+from exchange import export_transformers
 from linear import freeze
 from lora import CONFIG, WEIGHTS, LoRALinear, adapted, add_lora, matrices, merge_lora
 
@@ -392,6 +393,21 @@ def test_peft_loads_a_run_s_adapter_over_the_exported_base(base, tuned, peft, tm
         torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@theirs_to_warn
+@torch.no_grad()
+def test_peft_adapts_the_blocks_and_matrices_that_were_adapted_and_no_others(peft, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = random_model(50)
+    export_transformers(model, None, {}, tmp_path / 'base')
+    adapters_of(model, targets='mlp.c_proj,c_attn', freeze=1)
+    lora.write_adapter(model, tmp_path / 'adapter', str(tmp_path / 'base'))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'adapter').eval()
+    assert sum('lora_A' in name for name, _ in theirs.named_parameters()) == 2
+    torch.testing.assert_close(theirs(text()).logits, model(text())[0], rtol=1e-4, atol=1e-4)
+
+
 def theirs(peft, folder, arch, **changes):
     """A base in folder/base and an adapter that peft made of it in folder/adapter."""
     import transformers
@@ -576,6 +592,28 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(base, run_here, tmp_path, ar
     said = refused(run_here, f'--out_dir={tmp_path}/new', f'--init_from={base}', *args)
     assert all(part in said for part in parts), said
     assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize(
+    'change', ['lora_rank=3', 'lora_rank=None', 'lora_alpha=9', 'lora_targets=c_fc', 'freeze=0']
+)
+@pytest.mark.parametrize('base', ['gpt2'], indirect=True)
+def test_a_resumed_run_keeps_its_adapters(tuned, run_here, change):
+    said = refused(run_here, f'--out_dir={tuned}', '--init_from=resume', f'--{change}')
+    name, _, value = change.partition('=')
+    given = f'{value!r}' if name == 'lora_targets' else value
+    assert said.startswith(f'{name}={given}: {find(tuned, "last")} was trained with {name}=')
+    assert f'--init_from={tuned} and another --out_dir' in said
+
+
+def test_a_resumed_run_may_thaw_what_was_frozen(base, run_here, tmp_path):
+    run_here(f'--out_dir={tmp_path}', f'--init_from={base}', '--freeze=2')
+    args = ('--init_from=resume', '--freeze=1', '--max_iters=6')
+    assert run_here(*args, config=tmp_path / 'config.py') == 0
+    before, after = (load(path)[0].state_dict() for path in (find(base), find(tmp_path, 'last')))
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any('.1.' in name for name in changed)
+    assert not any('.0.' in name for name in changed)
 
 
 def test_settings_of_adapters_without_a_rank_are_noticed(base, run_here, tmp_path, capsys):
