@@ -82,10 +82,11 @@ class CheckpointError(UserError):
 
 
 def is_foreign(where: str | Path) -> bool:
-    """Whether `where` is a transformers folder, a hub's name, or a nanoGPT checkpoint."""
+    """Whether `where` is a transformers or peft folder, a hub's name, or nanoGPT's checkpoint."""
     path = Path(where)
     if path.is_dir():
-        return (path / 'config.json').is_file() or (path / 'ckpt.pt').is_file()
+        files = ('config.json', 'ckpt.pt', 'adapter_config.json')
+        return any((path / file).is_file() for file in files)
     if path.suffix == '.pt' or str(where) in RELEASED:
         return True
     if re.fullmatch(r'(distil)?gpt-?2\S*', str(where), re.IGNORECASE):  # a misspelt size, perhaps

@@ -144,6 +144,26 @@ class Runtime:
         peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name))
         return next((peak * 1e12 for peak in peaks), None)  # an RTX A4000 is no A40
 
+    def peak_memory(self) -> int | None:
+        """Most bytes this process has held at once: on its GPU, else in main memory.
+
+        None where nobody counts: on Apple GPUs, and on Windows.
+        """
+        if self.device_type == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device_type != 'cpu':
+            return None
+        with suppress(OSError):  # Linux; getrusage would count what the parent held before exec
+            status = Path('/proc/self/status').read_text(encoding='utf-8')
+            if held := re.search(r'VmHWM:\s+(\d+) kB', status):
+                return int(held[1]) * 1024
+        with suppress(ImportError):
+            import resource
+
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return held if sys.platform == 'darwin' else held * 1024
+        return None
+
     def share(self, rows: int, at_once: int) -> tuple[int, int]:
         """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
         if rows % self.world_size:

@@ -18,7 +18,6 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -28,6 +27,7 @@ from checkpoint import (
     MANIFEST,
     CheckpointError,
     clear,
+    documents_of,
     hidden,
     is_there,
     listed,
@@ -83,10 +83,8 @@ class Saver:
         elif problem is None:
             small = size_of(tensors) < SMALL
             tensors = tensors if small else self._copy(tensors)
-            state = {**state, 'model': asdict(model.config)}
-            self._writing = self._writer.submit(
-                self._write, started, final, tensors, tokenizer, state
-            )
+            documents = documents_of(model, tokenizer, state)
+            self._writing = self._writer.submit(self._write, started, final, tensors, documents)
             if small:
                 self.wait()
         self._times['save_pause'] = time.perf_counter() - started
@@ -116,9 +114,9 @@ class Saver:
             torch.cuda.synchronize()
         return copies
 
-    def _write(self, started: float, final: Path, tensors, tokenizer, state: dict) -> None:
+    def _write(self, started: float, final: Path, tensors, documents) -> None:
         try:
-            write(final, tensors, tokenizer, state, self.keep_evaluated, self.rank, self.ranks)
+            write(final, tensors, documents, self.keep_evaluated, self.rank, self.ranks)
         except OSError as error:
             return self._fail(final, error)
         self.failure, self._times['save_seconds'] = None, time.perf_counter() - started

@@ -27,6 +27,7 @@ from checkpoint import find, listed, load, load_model, load_optimizer, newest_ru
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from engine import write_page
+from lora import add_lora
 from model import GPT, GPTConfig
 from optim import build_optimizers
 from parallel import check_shard, parallelize, sync_gradients, whole
@@ -76,6 +77,12 @@ n_embd = 768
 n_kv_head: int | None = None  # heads of keys and values, arch='modern'; None: n_head
 dropout = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning and small data
 bias = False  # in Linear and LayerNorm, arch='gpt2'
+# fine-tuning a part of a model
+lora_rank: int | None = None  # train adapters of this rank, and nothing else (LoRA); None: none
+lora_alpha: int | None = None  # what they add counts lora_alpha / lora_rank; None: twice the rank
+lora_dropout = 0.0  # of what they are given
+lora_targets = 'all'  # the blocks' matrices that have one, such as 'c_attn,mlp.c_proj'
+freeze: int | None = None  # keep the embeddings and so many first blocks as they are
 # optimizer
 optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # AdamW's at its highest
@@ -97,6 +104,7 @@ cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
+gradient_checkpointing = False  # compute activations twice instead of keeping them: less memory
 compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
 shard = False  # each process holds its rows of the model (FSDP2), instead of all of it (DDP)
@@ -120,11 +128,13 @@ within(1, None, config, 'batch_size', 'gradient_accumulation_steps')
 within(1, None, config, 'block_size', 'short_block_size')
 within(0, None, config, 'max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')
 within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')
+within(1, None, config, 'lora_rank', 'lora_alpha')
+within(0, None, config, 'freeze')
 within(0, None, config, 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
 within(1, None, config, 'hang_timeout')
 within(0, 1, config, 'cooldown')
-within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
+within(0, 0.9999999, config, 'lora_dropout', 'beta1', 'beta2', 'muon_momentum')
 one_of(('adamw', 'muon'), config, 'optimizer')
 one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
 one_of((True, False, 'auto'), config, 'compile')
@@ -169,6 +179,7 @@ resume_from = runtime.agree(starting_point)
 if resume_from and checkpoint_mirror and not resume_from.exists():  # another machine, another disk
     fetch(Path(checkpoint_mirror) / 'checkpoints' / resume_from.name, out_dir)
 
+LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
@@ -189,6 +200,13 @@ if resume_from:
             f'optimizer={optimizer!r}: {resume_from} holds the state of {began_with!r}; for a new '
             f'run from its weights, give --init_from={out_dir} and another --out_dir'
         )
+    for name, default in {**LORA, **({'freeze': None} if lora_rank else {})}.items():
+        if config[name] != state['config'].get(name, default):
+            raise ConfigError(
+                f'{name}={config[name]!r}: {resume_from} was trained with {name}='
+                f'{state["config"].get(name, default)!r}; for new adapters on its weights, give '
+                f'--init_from={out_dir} and another --out_dir'
+            )
     config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
 elif init_from not in ('scratch', 'resume'):
     if checkpoint:  # of that run; a resumed one would take it for one of its own
@@ -232,6 +250,19 @@ if data.vocab_size > raw_model.config.vocab_size:
     )
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
+if lora_rank and not resume_from:
+    if config['init_from'] in ('scratch', 'resume'):
+        raise ConfigError(
+            f'lora_rank={lora_rank}: adapters need a model that knows something; '
+            'give --init_from=gpt2, or the folder of a run'
+        )
+    alpha = lora_alpha or 2 * lora_rank
+    add_lora(raw_model, lora_rank, alpha, lora_dropout, lora_targets, freeze or 0)
+elif freeze is not None and not lora_rank:
+    raw_model.freeze_lower(freeze)
+if not lora_rank and any(config[name] != default for name, default in LORA.items()):
+    say('warning: lora_alpha, lora_dropout and lora_targets do nothing without lora_rank')
+raw_model.trunk.recompute = gradient_checkpointing
 raw_model.train()
 if not shard:  # a whole one may not fit there
     raw_model.to(runtime.device)
@@ -264,6 +295,8 @@ on_out_of_memory(
         f'--batch_size={micro_rows // 2} '
         f'--gradient_accumulation_steps={-(-global_rows // (micro_rows // 2))}'
         if micro_rows > 1
+        else '--gradient_checkpointing'
+        if not gradient_checkpointing
         else f'--block_size={block_size // 2} or a smaller model'
     ),
 )
@@ -297,6 +330,14 @@ say(
     f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
     f'machine: {runtime}'
 )
+
+of_all = sum(p.numel() for p in raw_model.parameters())
+trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+if trained < of_all:
+    say(
+        f'trained: {trained / 1e6:,.2f}M of {of_all / 1e6:,.2f}M parameters '
+        f'({trained / of_all:.1%})' + (f', LoRA of rank {lora_rank}' if lora_rank else '')
+    )
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
 model, compiled = raw_model, False
@@ -419,6 +460,9 @@ def report_end() -> None:
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
     spent = f'{tqdm.format_interval(state["seconds"])} after the start'
     say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
+    if peak:
+        each = ' in each process' if runtime.world_size > 1 else ''
+        say(f'peak memory {peak / 1e6:,.0f} MB{each}')
     show_sample(sample_tokens)
     for path in listed(out_dir)[-1:]:
         say(f'checkpoint: {path}')
@@ -479,7 +523,8 @@ while True:
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
         say(f'step {step}: {", ".join(shown)}')
         if runtime.main:
-            tracker.log(step, **losses, seconds=time.perf_counter() - began)
+            measured = {**losses, 'peak_memory': runtime.peak_memory()}  # in bytes
+            tracker.log(step, **measured, seconds=time.perf_counter() - began)
     finished = is_finished()
     stopping = stopping or (runtime.world_size == 1 and stop.signal > 0)
 
@@ -566,6 +611,7 @@ while True:
 # the end: what was reached, where it lies, and how to go on
 
 state['seconds'] = time.perf_counter() - began
+peak = runtime.peak_memory()  # before the picture and the sample
 progress.close()
 watch.at(step, 'the last saving')
 saver.finish()
