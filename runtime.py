@@ -153,14 +153,16 @@ class Runtime:
         """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def compile(self, model: torch.nn.Module, batches: list, say: Callable) -> torch.nn.Module:
-        """The compiled model, tried on a batch (x, y) of each shape; as it is where that fails."""
+    def compile(
+        self, model: torch.nn.Module, batches: list, say: Callable, loss_of: Callable
+    ) -> torch.nn.Module:
+        """The compiled model, tried on a batch of each shape; as it is where that fails."""
         say('compiling the model, about a minute ...')
         try:
             compiled = torch.compile(model, dynamic=False)
-            for x, y in batches:
+            for batch in batches:
                 with self.autocast():
-                    loss = compiled(x, y)[1]
+                    loss = loss_of(compiled, *batch)
                 loss.backward()
             return compiled
         except Exception as error:

@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,17 @@ from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from engine import write_page
 from model import GPT, GPTConfig
+from objective import (
+    MEASURED,
+    REFERENCE,
+    fingerprint,
+    loss_of,
+    measure,
+    read_reference,
+    reference_logps,
+    trim,
+    write_reference,
+)
 from optim import build_optimizers
 from runtime import StopSignal, on_out_of_memory, start
 from track import Progress, Tracker, draw_loss
@@ -61,10 +73,13 @@ tensorboard_log = False  # to tb/ in the run's folder
 # data
 dataset = 'openwebtext'  # a folder in data/, or the path of one
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
-batch_size = 12  # sequences that one process computes at a time
+batch_size = 12  # sequences, or pairs of them, that one process computes at a time
 block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # cut sequences into such pieces at first: cheaper attention
 short_iters = 0  # steps on those pieces
+# what to learn
+objective = 'lm'  # text; 'sft': the answers in conversations; 'dpo': which of two is better
+dpo_beta = 0.1  # how dearly a model pays for leaving what it was before: more keeps it nearer
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern': rotary positions, RMS norms, squared ReLU, as in NanoChat
 n_layer = 12
@@ -116,10 +131,12 @@ within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'g
 within(0, None, config, 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
 within(0, 1, config, 'cooldown')
+within(1e-9, None, config, 'dpo_beta')
 within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
 one_of(('adamw', 'muon'), config, 'optimizer')
 one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
 one_of((True, False, 'auto'), config, 'compile')
+one_of(('lm', 'sft', 'dpo'), config, 'objective')
 
 runtime = start(device, dtype, backend)
 on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
@@ -173,6 +190,11 @@ if resume_from:
             f'optimizer={optimizer!r}: {resume_from} holds the state of {began_with!r}; for a new '
             f'run from its weights, give --init_from={out_dir} and another --out_dir'
         )
+    if objective != state['config'].get('objective', 'lm'):
+        raise ConfigError(
+            f'objective={objective!r}: {resume_from} was trained for another; for a new run from '
+            f'its weights, give --init_from={out_dir} and another --out_dir'
+        )
     config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
 elif init_from not in ('scratch', 'resume'):
     if checkpoint:  # of that run; a resumed one would take it for one of its own
@@ -182,6 +204,8 @@ elif init_from not in ('scratch', 'resume'):
     if block_size < raw_model.config.block_size:
         raw_model.crop_block_size(block_size)
 else:
+    if objective == 'dpo':
+        raise ConfigError("objective='dpo' needs a model that answers: give --init_from")
     raw_model = tokenizer = None
 if raw_model:  # a model from elsewhere brings its shape
     kept = [name for name in SHAPE if config[name] != getattr(raw_model.config, name)]
@@ -192,7 +216,7 @@ if raw_model:  # a model from elsewhere brings its shape
     config |= {name: getattr(raw_model.config, name) for name in SHAPE}
     block_size = raw_model.config.block_size
 
-data = open_dataset(dataset, block_size, seed)
+data = open_dataset(dataset, block_size, seed, objective)
 if raw_model is None:
     # a large vocabulary is rounded up, which makes for faster matrix products
     vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
@@ -207,8 +231,13 @@ elif tokenizer is None:  # of a model that came without one
 elif tokenizer != data.tokenizer:
     raise UserError(
         f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
-        f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
+        f'{resume_from or init_from} with another ({tokenizer.name}): prepare '
+        + (f'it with --tokenizer={init_from}' if data.rows else 'the text with that')
     )
+elif data.tokenizer.chat_template:
+    if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
+        say(f'warning: the chat template of dataset {dataset} replaces that of {init_from}')
+    tokenizer = data.tokenizer  # the same, and the template: sampling and serving follow it
 if data.vocab_size > raw_model.config.vocab_size:
     raise UserError(
         f'dataset {dataset} has {data.vocab_size} different tokens, and the model of {init_from} '
@@ -222,6 +251,10 @@ raw_model.train().to(runtime.device)
 # batches: the same global batch at every world size, shared out equally
 
 piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
+if short_iters and data.rows:
+    raise ConfigError(
+        f'short_iters={short_iters}: the rows of {dataset} are not cut; leave it at 0'
+    )
 if short_iters and (not piece or block_size % piece):
     raise ConfigError(
         f'short_iters={short_iters}: short_block_size={short_block_size} does not cut '
@@ -231,7 +264,7 @@ if short_iters and (not piece or block_size % piece):
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
 rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
-tokens_per_step = global_rows * block_size
+tokens_per_step = round(global_rows * data.window_tokens)
 if epochs is not None:
     max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
@@ -259,14 +292,23 @@ def to_device(*arrays):
     return [tensor.to(runtime.device, non_blocking=True) for tensor in tensors]
 
 
-def get_batch(number: int):
-    """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T)."""
+def get_batch(number: int) -> tuple[list, float]:
+    """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T) and
+    what else loss_of() takes; by what to divide its loss, so that a step's sum is the step's mean.
+    """
     steps, part = divmod(number, micro_steps)
     first = state['samples'] + steps * global_rows
-    x, y = data.batch(first + runtime.rank * rank_rows + part * micro_rows, micro_rows)
+    mine = first + runtime.rank * rank_rows + part * micro_rows
+    batch, parts = data.batch(mine, micro_rows), micro_steps
     if state['step'] + steps < short_iters:
-        x, y = x.reshape(-1, piece), y.reshape(-1, piece)
-    return to_device(x, y)
+        batch = [array.reshape(-1, piece) for array in batch]
+    if objective == 'sft':  # of one row more is learned than of another
+        here = data.targets[data.windows(mine, micro_rows)].sum()
+        parts = data.targets[data.windows(first, global_rows)].sum() / (here * runtime.world_size)
+    if objective == 'dpo':
+        batch = batch if runtime.wants_compile(compile) else trim(*batch)  # compiled for one shape
+        batch = [*batch, reference['train'][data.windows(mine, micro_rows)].ravel()]
+    return to_device(*batch), float(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -280,15 +322,32 @@ say(
     f'machine: {runtime}'
 )
 
+# of preference pairs, what the model says before training: what it is held to from then on
+reference = None
+if objective == 'dpo':
+    if not resume_from:
+        state['reference'] = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
+    reference_key = f'{state["reference"]} {data.fingerprint}'
+    reference = runtime.agree(lambda: read_reference(out_dir / REFERENCE, reference_key))
+    if reference is None and resume_from:
+        raise UserError(
+            f'{out_dir / REFERENCE}: is missing or not of dataset {dataset} as it is now, and the '
+            f'model that the run began with is gone; start a new one with --init_from={out_dir} '
+            'and another --out_dir'
+        )
+    if reference is None:
+        say('reference: the log-probabilities of all answers, once for the run ...')
+        reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
+
 # raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
 model, compiled = raw_model, False
 began = time.perf_counter() - state['seconds']
 if not eval_only:
     if runtime.wants_compile(compile):
-        x, y = get_batch(0)
-        widths = {x.size(1), block_size}  # short sequences, if they come first, and whole ones
-        batches = [(x.reshape(-1, T), y.reshape(-1, T)) for T in sorted(widths)]
-        model = runtime.compile(model, batches, say)
+        (x, y, *others), _ = get_batch(0)
+        widths = {x.size(1), data.block_size}  # short sequences, if they come first, and whole ones
+        batches = [(x.reshape(-1, T), y.reshape(-1, T), *others) for T in sorted(widths)]
+        model = runtime.compile(model, batches, say, partial(loss_of, beta=dpo_beta))
         compiled = model is not raw_model
     if runtime.world_size > 1:
         gpu = [runtime.device] if runtime.device_type == 'cuda' else None
@@ -314,7 +373,8 @@ if resume_from:
 
 @torch.no_grad()
 def estimate_loss() -> dict[str, float] | None:
-    """Mean loss of each split in nats per token, over fixed windows shared out to all ranks.
+    """Mean loss of each split in nats per token, over fixed windows shared out to all ranks; of
+    preference pairs, per pair, and what else measure() has of them.
 
     None if a signal asked to stop meanwhile. Draws on no random state that training uses.
     """
@@ -325,18 +385,21 @@ def estimate_loss() -> dict[str, float] | None:
     for split in ('train', 'val') if eval_train else ('val',):
         windows = data.eval_windows(split, count)
         starts = range(runtime.rank * batch_size, len(windows), runtime.world_size * batch_size)
-        total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
+        names = [f'{split}_{name}' for name in MEASURED[objective]]
+        total = torch.zeros(len(names) + 1, dtype=runtime.wide, device=runtime.device)
         for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.live):
-            x, y = to_device(*data.eval_batch(split, windows[i : i + batch_size]))
+            some = windows[i : i + batch_size]
+            batch = data.eval_batch(split, some)
+            if objective == 'dpo':
+                batch = [*trim(*batch), reference[split][some // data.stride].ravel()]
             with runtime.autocast():
-                loss = raw_model(x, y)[1]
-            targets = (y >= 0).sum()
-            total += torch.stack([loss * targets, targets])
+                means, count = measure(raw_model, *to_device(*batch), beta=dpo_beta)
+            total += torch.stack([mean * count for mean in means] + [count])  # targets, or pairs
             if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
                 raw_model.train()
                 return None
-        nats, targets = runtime.reduce(total.tolist())
-        losses[f'{split}_loss'] = nats / targets
+        *sums, count = runtime.reduce(total.tolist())
+        losses |= {name: part / count for name, part in zip(names, sums, strict=True)}
     raw_model.train()
     if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
         tokens_per_byte = data.tokens['val'] / text_bytes
@@ -384,13 +447,16 @@ def show_sample(tokens: int) -> None:
     if not tokens or tokenizer is None:
         return
     # begin as a document begins, or as the validation split does
-    prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
+    x, y = data.eval_batch('val', [0])
+    prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
+    if data.rows:  # or as a conversation does, up to where the assistant answers
+        prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
     raw_model.eval()
-    text = write_page(raw_model, tokenizer, prompt, tokens, seed)
+    text = write_page(raw_model, tokenizer, prompt, tokens, seed, answer=bool(data.rows))
     raw_model.train()
     tracker.log_text(step, text)
     rule = '-' * 64
-    say(f'what it writes:\n{rule}\n{text}\n{rule}')
+    say(f'what it {"answers" if data.rows else "writes"}:\n{rule}\n{text}\n{rule}')
 
 
 def report_end() -> None:
@@ -398,7 +464,8 @@ def report_end() -> None:
     bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
     spent = f'{tqdm.format_interval(state["seconds"])} after the start'
-    say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
+    unit = 'per pair' if objective == 'dpo' else 'nats per token'
+    say(f'validation loss {state["val_loss"]:.4f} {unit}{bpb}{best}, {spent}')
     show_sample(sample_tokens)
     for path in listed(out_dir)[-1:]:
         say(f'checkpoint: {path}')
@@ -430,6 +497,8 @@ def open_folder() -> None:
     lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
     folder.begin(out_dir, step if resume_from else -1, overwrite)
+    if reference:
+        write_reference(out_dir / REFERENCE, reference_key, reference)
     here = {'device': runtime.device, 'dtype': runtime.dtype_name}
     folder.write_config(out_dir, {**config, 'overwrite': False}, here)
 
@@ -453,6 +522,9 @@ while True:
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
+        shown += [
+            f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in losses if k[:7] == 'val_rew'
+        ]
         say(f'step {step}: {", ".join(shown)}')
         if runtime.main:
             tracker.log(step, **losses, seconds=time.perf_counter() - began)
@@ -482,13 +554,13 @@ while True:
             group['lr'] = lr * group['lr_ratio']
     mean_loss = 0.0
     for micro_step in range(micro_steps):
-        x, y = upcoming.result()
+        batch, parts = upcoming.result()
         number += 1
         upcoming = batches.submit(get_batch, number)
         if runtime.world_size > 1:  # the ranks exchange gradients once, with the last micro-batch
             model.require_backward_grad_sync = micro_step == micro_steps - 1
         with runtime.autocast():
-            loss = model(x, y)[1] / micro_steps
+            loss = loss_of(model, *batch, beta=dpo_beta) / parts
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for each in optimizers:

@@ -243,7 +243,7 @@ class Dataset:
         self._check_objective(objective)
         self._check_row(block_size)
         self.block_size = block_size = self.rows['length'] if self.rows else block_size
-        self._stride = row_unit(self.rows) if self.rows else block_size
+        self.stride = row_unit(self.rows) if self.rows else block_size
         self.vocab_size: int = meta['vocab_size']
         self._dtype = np.dtype(meta['dtype']).newbyteorder('<')
         self._splits = splits = {split: meta['splits'][split] for split in SPLITS}
@@ -260,7 +260,7 @@ class Dataset:
         self._windows = np.maximum((sizes - block_size) // block_size, np.minimum(fit, 1))
         self._phases = np.minimum(block_size, sizes - self._windows * block_size)
         if self.rows:  # they begin where they begin, and what follows one is not learned
-            self._windows, self._phases = sizes // self._stride, np.ones_like(sizes)
+            self._windows, self._phases = sizes // self.stride, np.ones_like(sizes)
         self._last_window = np.cumsum(self._windows)
         self.n_windows = int(self._windows.sum())
 
@@ -311,7 +311,7 @@ class Dataset:
     def _flags(self) -> Iterator[np.ndarray]:
         """The flags of each shard of the training split, a line for each window."""
         for name, _ in self._shards['train']:
-            yield np.fromfile(self.folder / mask_file(name), np.uint8).reshape(-1, self._stride)
+            yield np.fromfile(self.folder / mask_file(name), np.uint8).reshape(-1, self.stride)
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """
@@ -336,12 +336,12 @@ class Dataset:
         shard = np.searchsorted(self._last_window, window, side='right')
         window -= (self._last_window - self._windows)[shard]
         phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
-        starts = self._first_token[shard] + phase + window * self._stride
+        starts = self._first_token[shard] + phase + window * self.stride
         return self._inputs_and_targets('train', self._sequences(starts))
 
     def _sequences(self, starts: np.ndarray) -> np.ndarray:
         """First positions of all sequences of the windows that begin at `starts`."""
-        return (starts[:, None] + np.arange(0, self._stride, self.block_size)).ravel()
+        return (starts[:, None] + np.arange(0, self.stride, self.block_size)).ravel()
 
     def _inputs_and_targets(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         ids = self._read(split, starts)
@@ -357,10 +357,10 @@ class Dataset:
         None, or more than there are: all, so that every token but the first is once a target.
         """
         last = self.tokens[split] - (0 if self.rows else 1)
-        whole = last // self._stride
+        whole = last // self.stride
         if count is None or count > whole:
-            return np.arange(0, last, self._stride)
-        return np.arange(count) * whole // count * self._stride
+            return np.arange(0, last, self.stride)
+        return np.arange(count) * whole // count * self.stride
 
     def eval_batch(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x, y as in batch(); beyond the end of the split x is 0 and y is -1."""

@@ -320,13 +320,16 @@ def write(
                 f'{folder}: no conversation is left to {purpose} on; {train.dropped + val.dropped} '
                 f'were left out, longer than --block_size={args.block_size}'
             )
-    rows = {'length': args.block_size, 'pairs': bool(train.pairs)}
-    learned = 0
+    length, learned = args.block_size, 0
+    if train.pairs:  # which are not packed: no row need be longer than the longest, to the next 64
+        longest = max(len(ids) for ids, _ in train.sequences + val.sequences)
+        length = min(length, -(-longest // 64) * 64)
+    rows = {'length': length, 'pairs': bool(train.pairs)}
     with Writer(folder, tokenizer, rows=rows) as writer:
         for split in SPLITS:
             each = [[s] for s in splits[split]] if train.pairs else pack(splits[split], args)
             for row in each:
-                ids, flags = filled(row, args.block_size, tokenizer.eot or 0)
+                ids, flags = filled(row, length, tokenizer.eot or 0)
                 writer.write(split, ids, flags)
                 learned += int((flags & LEARNED > 0).sum())
     report(args, writer, train, val, learned)
@@ -384,13 +387,13 @@ def filled(row: list[Sequence], size: int, padding: int) -> tuple[np.ndarray, np
 def report(
     args: argparse.Namespace, writer: Writer, train: Samples, val: Samples, learned: int
 ) -> None:
-    tokens = sum(map(writer.tokens, SPLITS))
+    tokens, length = sum(map(writer.tokens, SPLITS)), writer.rows['length']
     used = sum(len(ids) for ids, _ in train.sequences + val.sequences)
     what = 'preference pairs' if train.pairs else 'conversations'
     print(writer.summary())
     print(
-        f'{train.count + val.count:,} {what} in {tokens // args.block_size:,} rows of '
-        f'{args.block_size:,}, {1 - used / tokens:.1%} of them padding; {learned:,} tokens to learn'
+        f'{train.count + val.count:,} {what} in {tokens // length:,} rows of '
+        f'{length:,}, {1 - used / tokens:.1%} of them padding; {learned:,} tokens to learn'
     )
     cut, dropped = train.cut + val.cut, train.dropped + val.dropped
     print(f'longer than a row: {cut:,} cut, {dropped:,} left out')
