@@ -180,8 +180,8 @@ class Runtime:
         """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def compile(self, model: torch.nn.Module, batches: list, say: Callable):
-        """The compiled model, tried on a batch (x, y) of each shape, and True.
+    def compile(self, model: torch.nn.Module, batches: list, say: Callable, loss_of: Callable):
+        """The compiled model, tried on a batch of each shape, and True.
 
         As it is, and False, where that fails. A sharded model is compiled block by block, in place.
         """
@@ -191,9 +191,9 @@ class Runtime:
             for block in blocks:
                 block.compile(dynamic=False)
             compiled = model if blocks else torch.compile(model, dynamic=False)
-            for x, y in batches:
+            for batch in batches:
                 with self.autocast():
-                    loss = compiled(x, y)[1]
+                    loss = loss_of(compiled, *batch)
                 loss.backward()
             return compiled, True
         except Exception as error:

@@ -43,7 +43,11 @@ from configurator import UserError
 from runtime import Runtime
 
 SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
-BESIDE = ('config.py', 'metrics.jsonl')  # what a run goes on with, besides its checkpoints
+BESIDE = (
+    'config.py',
+    'metrics.jsonl',
+    'reference.safetensors',
+)  # what a run goes on with, besides its checkpoints
 
 
 class Saver:
@@ -224,7 +228,7 @@ def fetch(path: Path, out_dir: Path) -> bool:
             shutil.copytree(path, hidden(final), dirs_exist_ok=True)
             verify(hidden(final))
             for name in BESIDE:
-                if not (out_dir / name).exists():
+                if not (out_dir / name).exists() and (path.parents[1] / name).exists():
                     shutil.copyfile(path.parents[1] / name, out_dir / name)
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
