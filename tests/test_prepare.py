@@ -27,7 +27,10 @@ from data.text import prepare as text
 from data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ('openwebtext', 'pydocs', 'shakespeare', 'shakespeare_char', 'text')
+SCRIPTS = (
+    *('gutenberg', 'openwebtext', 'poe', 'poems', 'pydocs', 'shakespeare'),
+    *('shakespeare_char', 'sre', 'text'),
+)
 WORDS = 'The cat sat on the mat, and the dog ran off. '
 needs_gpt2 = pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
