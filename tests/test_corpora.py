@@ -6,6 +6,8 @@ import os
 import sys
 import threading
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +57,15 @@ class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         Server.requests.append((self.path, self.headers['User-Agent']))
         page = self.pages.get(self.path, (404, ''))
-        status, content = (200, page) if isinstance(page, (str, bytes)) else page
+        if isinstance(page, list):  # what it answers first, second, ...
+            page = page.pop(0)
+        status, content, *headers = (200, page) if isinstance(page, (str, bytes)) else page
         body = content if isinstance(content, bytes) else content.encode()
         self.send_response(status)
         if status in (301, 302):
             self.send_header('Location', content)
+        for name, value in headers:
+            self.send_header(name, value)
         self.send_header('Content-Length', str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -115,8 +121,8 @@ def text_of(split, folder='out'):
 def test_a_page_is_fetched_once_with_our_name_and_after_a_pause(site, naps, tmp_path):
     Server.pages = {'/a': 'text of a', '/b': 'text of b'}
     for _ in range(2):
-        assert fetch_page(f'{site}/a', tmp_path / 'kept' / 'a') == b'text of a'
-    fetch_page(f'{site}/b', tmp_path / 'kept' / 'b')
+        assert fetch_page([f'{site}/a'], tmp_path / 'kept' / 'a') == b'text of a'
+    fetch_page([f'{site}/b'], tmp_path / 'kept' / 'b')
     assert asked() == ['/robots.txt', '/a', '/b']
     assert all(agent.startswith('flatGPT/') for _, agent in Server.requests)
     assert naps == [data.download.PAUSE] * 3  # one before every request
@@ -128,18 +134,18 @@ def test_robots_txt_is_obeyed(site, tmp_path):
         '/private/a': 'x',
         '/b': 'y',
     }
-    message = refused(fetch_page, f'{site}/private/a', tmp_path / 'a')
+    message = refused(fetch_page, [f'{site}/private/a'], tmp_path / 'a')
     assert message == (
         f'{site}/private/a cannot be fetched (robots.txt asks programs not to); get the file by '
         f'other means and put it at {tmp_path / "a"}'
     )
-    assert fetch_page(f'{site}/b', tmp_path / 'b') == b'y'
+    assert fetch_page([f'{site}/b'], tmp_path / 'b') == b'y'
     assert asked() == ['/robots.txt', '/b']
 
 
 def test_a_page_that_moved_is_one_line_with_its_new_address(site, tmp_path):
     Server.pages = {'/old/': (301, '/new/'), '/new/': 'another page'}
-    message = refused(fetch_page, f'{site}/old/', tmp_path / 'old')
+    message = refused(fetch_page, [f'{site}/old/'], tmp_path / 'old')
     assert f'{site}/old/ cannot be fetched (it has moved to {site}/new/)' in message
     assert str(tmp_path / 'old') in message
     assert not list(tmp_path.glob('old*'))
@@ -147,14 +153,61 @@ def test_a_page_that_moved_is_one_line_with_its_new_address(site, tmp_path):
 
 def test_a_slash_that_the_server_adds_is_no_move(site, tmp_path):
     Server.pages = {'/a': (301, '/a/'), '/a/': 'the page'}
-    assert fetch_page(f'{site}/a', tmp_path / 'a') == b'the page'
+    assert fetch_page([f'{site}/a'], tmp_path / 'a') == b'the page'
 
 
 def test_a_page_is_tried_again_when_the_server_fails_but_not_when_it_refuses(site, tmp_path):
     Server.pages = {'/busy': (503, ''), '/gone': (404, '')}
-    assert '(HTTP 503)' in refused(fetch_page, f'{site}/busy', tmp_path / 'busy')
-    assert '(HTTP 404)' in refused(fetch_page, f'{site}/gone', tmp_path / 'gone')
+    assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy'], tmp_path / 'busy')
+    assert '(HTTP 404)' in refused(fetch_page, [f'{site}/gone'], tmp_path / 'gone')
     assert asked() == ['/robots.txt'] + ['/busy'] * 3 + ['/gone']
+
+
+def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
+    later = datetime.now(timezone.utc) + timedelta(seconds=50)
+    Server.pages['/a'] = [
+        (429, '', ('Retry-After', '7')),
+        (503, '', ('Retry-After', format_datetime(later, usegmt=True))),
+        'the page',
+    ]
+    assert fetch_page([f'{site}/a'], tmp_path / 'a') == b'the page'
+    pauses = [nap for nap in naps if nap != data.download.PAUSE]
+    assert pauses[0] == 7
+    assert 40 < pauses[1] <= 50
+
+
+def test_a_server_that_wants_to_be_left_alone_is(site, naps, tmp_path):
+    Server.pages['/a'] = (429, '', ('Retry-After', '3600'))
+    message = refused(fetch_page, [f'{site}/a'], tmp_path / 'a')
+    assert '(HTTP 429, to be tried after 3600)' in message
+    assert asked() == ['/robots.txt', '/a']
+    assert sum(naps) < 10
+
+
+def test_the_pause_that_robots_txt_asks_for_is_made(site, naps, tmp_path):
+    Server.pages = {'/robots.txt': 'User-agent: *\nCrawl-delay: 9', '/a': 'x'}
+    fetch_page([f'{site}/a'], tmp_path / 'a')
+    assert naps == [data.download.PAUSE, 9]
+
+
+def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_path):
+    Server.pages = {'/b': 'the page', '/busy': (503, '')}
+    urls = [f'{site}/{name}' for name in 'abc']
+    assert fetch_page(urls, tmp_path / 'b') == b'the page'
+    assert asked() == ['/robots.txt', '/a', '/b']
+    assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy', urls[1]], tmp_path / 'c')
+
+
+def test_a_page_with_a_flaw_is_not_kept_and_one_that_is_kept_not_deleted(site, tmp_path):
+    Server.pages = {'/a': 'sign in'}
+    args = ([f'{site}/a'], tmp_path / 'a', lambda page: 'is nothing to read' if page else None)
+    assert f'{site}/a cannot be fetched (it is nothing to read)' in refused(fetch_page, *args)
+    assert not list(tmp_path.glob('a*'))
+    (tmp_path / 'a').write_text('mine')
+    assert refused(fetch_page, *args) == (
+        f'{tmp_path / "a"}: is nothing to read; delete it, and it is fetched again from {site}/a'
+    )
+    assert (tmp_path / 'a').read_text() == 'mine'
 
 
 # --- books
@@ -231,17 +284,39 @@ def test_a_book_that_is_not_there_leaves_nothing_but_those_fetched(site):
     assert asked().count('/cache/epub/7/pg7.txt') == 1
 
 
-def test_another_book_under_a_number_is_refused(site):
-    Server.pages['/cache/epub/8/pg8.txt'] = book(7)
-    message = refused(gutenberg.main, ['8', '--out_dir=out', f'--site={site}'])
-    assert 'is book 7, not 8' in message
+def test_an_older_book_is_found_where_it_lies(site):
+    Server.pages['/1/3/134/134-8.txt'] = book(134).replace('plain', 'plaîn').encode('latin-1')
+    Server.pages['/0/7/7.txt'] = book(7)
+    gutenberg.main(['134', '7', '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
+    assert 'It was a plaîn night' in text_of('train')
+    assert asked()[1:4] == ['/cache/epub/134/pg134.txt', '/1/3/134/134-0.txt', '/1/3/134/134-8.txt']
 
 
-def test_a_page_without_a_book_is_refused(site):
-    Server.pages['/cache/epub/8/pg8.txt'] = '<html>please prove that you are human</html>'
+@pytest.mark.parametrize(
+    ('page', 'flaw'),
+    [
+        (book(7), 'it is book 7, not 8'),
+        ('<!DOCTYPE html><html>please prove that you are human</html>', 'it is a web page'),
+        ('Books are down for the night', 'it is no book'),
+        (book(8)[:1500], 'it is no book: it has no text between the marks of Project Gutenberg'),
+    ],
+)
+def test_what_is_not_the_book_is_refused_and_not_kept(site, page, flaw):
+    Server.pages['/cache/epub/8/pg8.txt'] = page
     message = refused(gutenberg.main, ['8', '--out_dir=out', f'--site={site}'])
-    assert 'no text between the marks' in message
+    assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({flaw}')
+    assert str(gutenberg.FOLDER / 'pages' / 'pg8.txt') in message
     assert not Path('out').exists()
+    assert not list((gutenberg.FOLDER / 'pages').iterdir())
+
+
+def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
+    page = gutenberg.FOLDER / 'pages' / 'pg8.txt'
+    page.parent.mkdir(parents=True)
+    page.write_text('nothing', encoding='utf-8')
+    message = refused(gutenberg.main, ['8', '--out_dir=out', f'--site={site}'])
+    assert message.startswith(f'{page}: is no book')
+    assert f'delete it, and it is fetched again from {site}/cache/epub/8/pg8.txt' in message
 
 
 @pytest.mark.parametrize(
@@ -249,6 +324,8 @@ def test_a_page_without_a_book_is_refused(site):
     [
         ([], 'say which books: python data/gutenberg/prepare.py 1342 84 --name=novels'),
         (['7'], 'say what to call it: python data/gutenberg/prepare.py 7 ... --name=novels'),
+        (['poe', '7'], 'say what to call it: python data/gutenberg/prepare.py poe ...'),
+        (['po', '--name=x'], 'po: is neither the number of a book nor a set: poe, poems'),
         (['7', '--name=poe'], 'poe is a dataset that comes with flatGPT'),
         (['7', '--name=x', '--val_fraction=2'], '--val_fraction=2.0: needs'),
     ],
@@ -258,15 +335,25 @@ def test_a_mistake_is_one_line_before_anything_is_fetched(site, argv, message):
     assert not asked()
 
 
-@pytest.mark.parametrize('name', ['poe', 'poems'])
-def test_a_set_is_prepared_from_its_books(site, name):
+@pytest.mark.parametrize('name', gutenberg.SETS)
+def test_a_set_is_prepared_by_its_name_or_by_its_own_script(site, name, monkeypatch):
+    monkeypatch.setattr(gutenberg, 'DATA', Path('data'))
     module = importlib.import_module(f'data.{name}.prepare')
     serve(*module.BOOKS)
-    module.main(['--out_dir=out', '--tokenizer=byte', f'--site={site}'])
+    gutenberg.main([name, '--tokenizer=byte', f'--site={site}'])
     assert len(asked()) == 1 + len(module.BOOKS)
     for number in module.BOOKS:
-        assert f'a {number} night' in text_of('train')
-    assert '7: not understood' in refused(module.main, ['7'])
+        assert f'a {number} night' in text_of('train', f'data/{name}')
+    module.main(['--tokenizer=byte', '--out_dir=out'])
+    assert text_of('train') == text_of('train', f'data/{name}')
+
+
+def test_a_set_and_a_number_are_books_like_others(site):
+    poe = importlib.import_module('data.poe.prepare')
+    serve(*poe.BOOKS, 7)
+    gutenberg.main(['poe', '7', '2147', '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
+    assert len(list((gutenberg.FOLDER / 'books').iterdir())) == 6
+    assert text_of('train').count('a 2147 night') < 40  # once
 
 
 # --- the SRE books
@@ -277,14 +364,14 @@ PAGE = """<!DOCTYPE html>
 <body><header class="top"><a href="/books/">Books</a> Menu</header>
 <main>
 <div class="header"><nav><ul><li><a href="{book}table-of-contents/">Table of Contents</a></li>
-<li><a href="{book}a-page-of-the-menu/">Menu</a></li></ul></nav></div>
+<li><a href="/resources/">Menu</a></li></ul></nav></div>
 <div id="maia-main" role="main">
 <div class="maia-teleport" id="content"></div>
 <div class="content">
 {content}
 </div>
 </div>
-<div class="footer"><a href="{book}previous/">Previous</a>
+<div class="footer"><a href="{book}index/">Next</a>
 <p>Copyright 2017. Licensed under CC BY-NC-ND 4.0</p></div>
 </main><script>end()</script></body></html>
 """
@@ -293,13 +380,16 @@ CHAPTER = """<section data-type="chapter" id="c{number}">
   Plain&nbsp;Things</h1>
 <p class="byline author">Written by Some Body</p>
 <p>Hope is   not a <em>plan</em>,
-and <a href="/sre-book/elsewhere/">a link</a> is text &amp; more. {filler}</p>
+and <a href="/sre-book/elsewhere/">a link</a> is text<sup><a data-type="noteref"
+href="#note">1</a></sup> &amp; more. {filler}</p><!-- a comment -->
 <section data-type="sect1"><h2>A Part</h2>
 <ul><li>one</li>
-<li>two<br>and a half</li></ul>
+<li><p>two<br>and a half, set <code>x = 1</code></p>
+<ol><li>first</li><li>second</li></ol></li></ul>
 <table><tr><th>Budget</th><th>Days</th></tr>
 <tr><td>99%</td><td>3.65</td></tr></table>
-<pre data-type="programlisting">for x in y:
+<pre data-type="programlisting">for <code>x</code> in y:
+
     print(x)
 </pre>
 <figure><img src="a.png" alt="x"><figcaption>Figure 1. A thing</figcaption></figure>
@@ -329,25 +419,49 @@ def serve_books():
 
 
 def parsed(content):
-    page = sre.Page()
-    page.feed(PAGE.format(title='x', book='/sre-book/', content=content))
-    page.close()
-    return page.text()
+    return sre.markdown(PAGE.format(title='x', book='/sre-book/', content=content).encode())
 
 
-def test_a_chapter_becomes_paragraphs():
-    assert parsed(CHAPTER.format(number=1, filler='')) == (
-        'Chapter 1 of Plain Things\n\nWritten by Some Body\n\n'
-        'Hope is not a plan, and a link is text & more.\n\n'
-        'A Part\n\none\ntwo\nand a half\n\nBudget\tDays\n99%\t3.65\n\n'
-        'for x in y:\n    print(x)\n\nFigure 1. A thing\n'
+def test_a_chapter_becomes_markdown():
+    assert (
+        parsed(CHAPTER.format(number=1, filler=''))
+        == """# Chapter 1 of Plain Things
+
+Written by Some Body
+
+Hope is not a plan, and a link is text & more.
+
+## A Part
+
+- one
+- two and a half, set `x = 1`
+  1. first
+  2. second
+
+| Budget | Days |
+| 99% | 3.65 |
+
+```
+for x in y:
+
+    print(x)
+```
+
+Figure 1. A thing
+"""
     )
 
 
-def test_tags_left_open_do_no_harm():
-    assert parsed('<p>one<p>two<ul><li>three<li>four</ul></i><p>five') == (
-        'one\n\ntwo\n\nthree\nfour\n\nfive\n'
+def test_text_in_no_paragraph_and_tags_left_open_do_no_harm():
+    assert parsed('loose <b>text</b><p>one<p>two<ul><li>three<li>four</ul></i><p>five') == (
+        'loose text\n\none\n\ntwo\n\n- three\n  - four\n\nfive\n'
     )
+
+
+def test_a_page_that_is_none_has_no_text():
+    assert [sre.markdown(page) for page in (b'', b'index.html', b'<?xml version="1.0"?><a/>')] == [
+        ''
+    ] * 3
 
 
 def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
@@ -357,10 +471,10 @@ def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
     pages = [f'{book}{name}/' for book, names in NAMES.items() for name in names]
     tables = [f'{book}table-of-contents/' for book in NAMES]
     assert asked() == ['/robots.txt', *tables, *pages]
-    assert text_of('train').startswith('Chapter chapter-0 of Plain Things\n\n')
-    assert text_of('train').count('<|endoftext|>Chapter ') == 8
-    assert text_of('val').startswith('Chapter d of Plain Things\n\n')  # the tenth
-    for stray in ('Menu', 'Licensed', 'script', 'Previous', 'end()'):
+    assert text_of('val').startswith('# Chapter chapter-0 of Plain Things\n\n')  # of ten, one
+    assert text_of('train').startswith('# Chapter chapter-1 of Plain Things\n\n')
+    assert text_of('train').count('<|endoftext|># Chapter ') == 8
+    for stray in ('Menu', 'Licensed', 'script', 'Next', 'end()'):
         assert stray not in text_of('train')
     sre.main(['--out_dir=out', '--tokenizer=byte'])
     assert len(asked()) == 13
@@ -386,17 +500,36 @@ def test_a_table_of_contents_without_chapters_is_one_line(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     Server.pages['/sre-book/table-of-contents/'] = PAGE.format(title='', book='/', content='<p>new')
     message = refused(sre.main, ['--out_dir=out', '--tokenizer=byte'])
-    assert f'{site}/sre-book/table-of-contents/: lists no chapters; the site has changed' in message
-    assert 'sre-book_table-of-contents.html' in message
+    assert message.startswith(
+        f'{site}/sre-book/table-of-contents/ cannot be fetched (it lists no chapters; perhaps the '
+        'site has changed)'
+    )
+    assert str(sre.FOLDER / 'pages' / 'sre-book_table-of-contents.html') in message
+    assert not list((sre.FOLDER / 'pages').iterdir())
 
 
 def test_a_chapter_without_text_is_one_line(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     serve_books()
+    whole = Server.pages['/sre-book/chapter-2/']
     Server.pages['/sre-book/chapter-2/'] = '<html><div>Loading ...</div></html>'
     message = refused(sre.main, ['--out_dir=out', '--tokenizer=byte'])
-    assert f'{site}/sre-book/chapter-2/: has no text where it should be' in message
+    assert f'{site}/sre-book/chapter-2/ cannot be fetched (it has no text in its main' in message
     assert not Path('out').exists()
+    Server.pages['/sre-book/chapter-2/'] = whole
+    before = len(asked())
+    sre.main(['--out_dir=out', '--tokenizer=byte'])
+    assert asked()[before] == '/sre-book/chapter-2/'  # those before it are kept
+
+
+@needs_gpt2
+@pytest.mark.parametrize(
+    ('argv', 'recipe'), [([], 'finetune_poe'), (['--tokenizer=byte'], 'train_text')]
+)
+def test_the_config_that_fits_is_named(site, argv, recipe, capsys):
+    serve(*importlib.import_module('data.poe.prepare').BOOKS)
+    gutenberg.main(['poe', '--out_dir=out', f'--site={site}', *argv])
+    assert f'Train on it: python train.py config/{recipe}.py --dataset=' in capsys.readouterr().out
 
 
 @needs_gpt2

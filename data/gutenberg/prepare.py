@@ -2,24 +2,33 @@
 Prepare books of Project Gutenberg by their numbers, without what it puts around each.
 
 $ python data/gutenberg/prepare.py 1342 84 --name=novels        # gutenberg.org/ebooks/1342, ...
-$ python data/poe/prepare.py                                    # two sets that come along
-$ python data/poems/prepare.py --tokenizer=byte --out_dir=verses
+$ python data/gutenberg/prepare.py poe                          # a set that comes along, or poems
+$ python data/gutenberg/prepare.py poe 84 --name=dark --tokenizer=byte
 
-Each book is fetched once and kept in data/gutenberg/pages/. The site itself is for people, and asks
-programs to go to a mirror: --site says which. Line ends become \\n. Each book gives its last tenth
-for validation, or of ten books and more some are for validation whole.
+Each book is a document. It is fetched once and kept in data/gutenberg/pages/, so a command that was
+stopped goes on where it was. Project Gutenberg's own site is for people, and asks programs to go to
+a mirror: --site says which. Line ends become \n. Each book gives its last tenth for validation, or
+of ten books and more some are for validation whole.
 """
 
 import argparse
+import importlib
 import re
 from pathlib import Path
 
 from configurator import UserError, one_line_errors
+from data.dataset import DATA
 from data.download import fetch_page
 from data.text import prepare as text
 
 FOLDER = Path(__file__).parent
-SITE = 'https://gutenberg.pglaf.org'  # Project Gutenberg's own mirror
+SETS = ('poe', 'poems')  # the BOOKS of data/<set>/prepare.py
+SITE = 'https://gutenberg.pglaf.org'  # the mirror that Project Gutenberg runs itself
+# made from the newest version of a book, then the places of its older files; digits is 1/34 of 134
+PLACES = (
+    'cache/epub/{n}/pg{n}.txt',
+    *(f'{{digits}}/{{n}}/{{n}}{end}.txt' for end in ('-0', '-8', '')),
+)
 COMMAND = 'python data/gutenberg/prepare.py'
 # *** START OF THE PROJECT GUTENBERG EBOOK X ***; of THIS in older files; X may take a second line
 MARK = (
@@ -33,84 +42,84 @@ OLD_END = re.compile(r"^End of (?:the |this )?Project Gutenberg(?:'s|\b)[^\n]*",
 CREDIT = re.compile(r'\s*(?:Produced|E-?text prepared|Transcribed) by\b.*?\n[ \t]*\n', re.S | re.I)
 NUMBER = re.compile(r'\[\s*e(?:book|text)\s*#\s*(\d+)\s*\]', re.I)
 TITLE = re.compile(r'^Title:[ \t]*(.+)$', re.M)
+HTML = re.compile(r'\s*<(?:!doctype|html)\b', re.I)
 HEAD = 10_000  # characters in which a file says what it is
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser(__doc__)
-    parser.add_argument(
-        'ids', nargs='*', type=int, help='numbers of books, as in gutenberg.org/ebooks/1342'
-    )
-    parser.add_argument('--name', help='what to call the dataset; it goes to data/NAME')
-    args, options = parse(parser, argv)
-    if not args.ids:
-        raise UserError(f'say which books: {COMMAND} 1342 84 --name=novels (see --help)')
-    if not (args.out_dir or args.name):
-        raise UserError(f'say what to call it: {COMMAND} {args.ids[0]} ... --name=novels')
-    options.name = args.name
-    prepare(args.ids, text.output_folder(options), args.site, options)
-
-
-def prepare_set(argv: list[str] | None, doc: str, folder: Path, books: dict[int, str]) -> None:
-    """Write a set of books to its own folder, or to --out_dir."""
-    args, options = parse(new_parser(doc), argv)
-    prepare(list(books), args.out_dir or folder, args.site, options)
-
-
-def new_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=doc,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog='Also --tokenizer, --vocab_size, --val_fraction, --split and --workers, as in '
-        'data/text/prepare.py.',
     )
-    parser.add_argument('--out_dir', type=Path, help='write here instead')
-    parser.add_argument('--site', default=SITE, help='where the books are, default %(default)s')
-    return parser
-
-
-def parse(
-    parser: argparse.ArgumentParser, argv: list[str] | None
-) -> tuple[argparse.Namespace, argparse.Namespace]:
-    """-> this script's own options, and those of data/text/prepare.py, which does the rest"""
-    args, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if not word.startswith('--')]
-    if unknown:
-        raise UserError(f'{unknown[0]}: not understood; --help lists the options')
-    options = text.arguments(['books', *rest])
-    options.out_dir = args.out_dir
-    return args, options
-
-
-def prepare(ids: list[int], folder: Path, site: str, options: argparse.Namespace) -> None:
+    add = parser.add_argument
+    add('books', nargs='*', help=f'numbers of books, or {" or ".join(SETS)}')
+    add('--name', help='what to call the dataset; it goes to data/NAME')
+    add('--out_dir', type=Path, help='write here instead')
+    add('--site', default=SITE, help='where the books are, default %(default)s')
+    text.add_options(parser)
+    parser.set_defaults(field='text', errors='strict')
+    args = parser.parse_args(argv)
+    text.check_options(args)
     try:
-        files = [book_file(number, site) for number in dict.fromkeys(ids)]
-        text.prepare(options, folder, files, [])
+        prepare(args)
     except OSError as error:
-        raise UserError(f'{error.filename or folder}: {error.strerror or error}') from error
+        raise UserError(f'{error.filename or FOLDER}: {error.strerror or error}') from error
+
+
+def prepare(args: argparse.Namespace) -> None:
+    folder, recipe = output(args)
+    numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word))
+    files = [book_file(number, args.site) for number in numbers]  # all, before any is encoded
+    text.prepare(args, folder, files, [], recipe)
+
+
+def output(args: argparse.Namespace) -> tuple[Path, str]:
+    """Where the dataset goes, and the config that is made for it."""
+    if not args.books:
+        raise UserError(f'say which books: {COMMAND} 1342 84 --name=novels (see --help)')
+    name = args.books[0] if len(args.books) == 1 and args.books[0] in SETS else None
+    recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'train_text'
+    if name and not (args.name or args.out_dir):
+        return DATA / name, recipe
+    if not (args.name or args.out_dir):
+        raise UserError(f'say what to call it: {COMMAND} {args.books[0]} ... --name=novels')
+    return text.output_folder(args), recipe
+
+
+def numbers_of(word: str) -> list[int]:
+    if word in SETS:
+        return list(importlib.import_module(f'data.{word}.prepare').BOOKS)
+    if not word.isdecimal():
+        raise UserError(f'{word}: is neither the number of a book nor a set: {", ".join(SETS)}')
+    return [int(word)]
 
 
 def book_file(number: int, site: str = SITE) -> Path:
     """The file with the text of a book alone, made from the page that is kept or fetched."""
-    page = FOLDER / 'pages' / f'pg{number}.txt'
-    url = f'{site.rstrip("/")}/cache/epub/{number}/pg{number}.txt'
-    book = decode(fetch_page(url, page))
-    found = NUMBER.search(book[:HEAD])
-    if found and int(found[1]) != number:
-        raise UserError(f'{page}: is book {found[1]}, not {number}; delete it to fetch it again')
+    where = {'n': number, 'digits': '/'.join(str(number)[:-1]) or '0'}
+    urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in PLACES]
+    page = fetch_page(urls, FOLDER / 'pages' / f'pg{number}.txt', lambda page: flaw(page, number))
+    book = decode(page)
     body = strip(book)
-    if not body:
-        raise UserError(
-            f'{page}: no text between the marks of Project Gutenberg; look at it, and delete it to '
-            f'fetch {url} again'
-        )
     title = TITLE.search(book[:HEAD])
     print(f'{number}: {title[1].strip() if title else "no title"}, {len(body):,} characters')
     path = FOLDER / 'books' / f'{number}.txt'
     path.parent.mkdir(exist_ok=True)
     path.write_text(body, encoding='utf-8', newline='')
     return path
+
+
+def flaw(page: bytes, number: int) -> str | None:
+    """Why a page is not the book of this number, if it is not."""
+    book = decode(page)
+    found = NUMBER.search(book[:HEAD])
+    if found and int(found[1]) != number:
+        return f'is book {found[1]}, not {number}'
+    if strip(book):
+        return None
+    kind = 'a web page' if HTML.match(book) else 'no book'
+    return f'is {kind}: it has no text between the marks of Project Gutenberg'
 
 
 def decode(raw: bytes) -> str:

@@ -3,13 +3,13 @@ Prepare the works of Edgar Allan Poe, five books of Project Gutenberg, with GPT-
 
 $ python data/poe/prepare.py
 
-The books are fetched once and kept in data/gutenberg/pages/.
+The same as `python data/gutenberg/prepare.py poe`, which has the options.
 """
 
-from pathlib import Path
+import sys
 
 from configurator import one_line_errors
-from data.gutenberg.prepare import prepare_set
+from data.gutenberg import prepare as gutenberg
 
 # The Raven Edition alone: the collections of his poems would bring what volume 5 has a second time,
 # perhaps once to train on and once to validate on.
@@ -23,7 +23,7 @@ BOOKS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_set(argv, __doc__, Path(__file__).parent, BOOKS)
+    gutenberg.main(['poe', *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == '__main__':

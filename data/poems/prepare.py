@@ -3,13 +3,13 @@ Prepare poems in English, six books of Project Gutenberg, with GPT-2's tokenizer
 
 $ python data/poems/prepare.py
 
-The books are fetched once and kept in data/gutenberg/pages/.
+The same as `python data/gutenberg/prepare.py poems`, which has the options.
 """
 
-from pathlib import Path
+import sys
 
 from configurator import one_line_errors
-from data.gutenberg.prepare import prepare_set
+from data.gutenberg import prepare as gutenberg
 
 BOOKS = {
     1041: "Shakespeare's Sonnets",
@@ -22,7 +22,7 @@ BOOKS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare_set(argv, __doc__, Path(__file__).parent, BOOKS)
+    gutenberg.main(['poems', *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == '__main__':

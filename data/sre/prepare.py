@@ -4,165 +4,175 @@ Prepare Google's two books on site reliability engineering, with GPT-2's tokeniz
 $ python data/sre/prepare.py
 $ python train.py config/finetune_sre.py
 
-The chapters are found by the tables of contents. Each page is fetched once, a second after the one
-before, if robots.txt allows it, and kept in data/sre/pages/, so a command that was stopped goes on
-where it was. Every tenth chapter is for validation. The books are under CC BY-NC-ND 4.0: read them
-at https://sre.google/books/, and do not hand the prepared text on.
+The tables of contents say which chapters there are. Each is a page that is fetched once, a second
+after the one before, if robots.txt allows it, and kept in data/sre/pages/, so a command that was
+stopped goes on where it was; of its text, in data/sre/chapters/, every tenth is for validation.
+
+The books are Google's and O'Reilly's, under CC BY-NC-ND 4.0: free to read at https://sre.google/books/,
+not to sell, nor to hand on in another form. Nothing of them comes with flatGPT.
 """
 
 import argparse
 import re
-from html.parser import HTMLParser
+import textwrap
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+from bs4 import BeautifulSoup, NavigableString, Tag
 from tqdm import tqdm
 
 from configurator import UserError, one_line_errors
-from data.dataset import Writer
 from data.download import fetch_page
-from data.tokenizer import EOT, get_tokenizer
+from data.text import prepare as text
 
 FOLDER = Path(__file__).parent
 SITE = 'https://sre.google'
 CONTENTS = ('/sre-book/table-of-contents/', '/workbook/table-of-contents/')
-VAL_EVERY = 10  # of ten chapters, one is for validation
-SHORTEST = 200  # characters of a page that has any text to learn from
+NO_CHAPTERS = {'table-of-contents', 'index', 'bibliography'}  # lists of words and titles
 
-# <div role="main"> holds a page's own text; around it are menus, and links to the pages beside
-BLOCKS = set(
-    'address article aside blockquote div dl figure h1 h2 h3 h4 h5 h6 hr main ol p pre section '
-    'table ul'.split()
+# What a page says itself stands in <div role="main">. Within it these are of the site, or no text
+HIDDEN = (
+    'script, style, noscript, template, svg, form, button, nav, footer, .header, .footer, '
+    '[data-type=noteref], [data-type=indexterm]'
 )
-LINES = {'br', 'caption', 'dd', 'dt', 'figcaption', 'li', 'tr'}
-CELLS = {'td', 'th'}
-HIDDEN = {'script', 'style', 'nav', 'header', 'footer', 'noscript', 'svg', 'form', 'template'}
-VOID = {'area', 'base', 'br', 'col', 'embed', 'hr', 'img', 'input', 'link', 'meta', 'source', 'wbr'}
+HEADINGS = ('h1', 'h2', 'h3', 'h4', 'h5', 'h6')
+LISTS = ('ul', 'ol', 'dl')
+BLOCKS = [
+    *HEADINGS, *LISTS, 'address', 'article', 'aside', 'blockquote', 'caption', 'dd', 'div', 'dt',
+    'figcaption', 'figure', 'header', 'hr', 'li', 'main', 'p', 'pre', 'section', 'table',
+]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument('--out_dir', type=Path, default=FOLDER, help='default: %(default)s')
-    parser.add_argument(
-        '--tokenizer', default='gpt2', help='gpt2 (default), byte or a tiktoken name'
-    )
+    text.add_options(parser)
+    parser.set_defaults(field='text', errors='strict')
     args = parser.parse_args(argv)
-    tokenizer = get_tokenizer(args.tokenizer)
+    text.check_options(args)
     try:
-        chapters = read_books()  # all of them, before anything is written
+        chapters = read_books()  # all of them, before any is encoded
+        recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
+        text.prepare(args, args.out_dir, chapters, [], recipe)
     except OSError as error:
         raise UserError(f'{error.filename or FOLDER}: {error.strerror or error}') from error
-    with Writer(args.out_dir, tokenizer) as writer:
-        for i, chapter in enumerate(chapters):
-            split = 'val' if i % VAL_EVERY == VAL_EVERY - 1 else 'train'
-            between = EOT if writer.tokens(split) else ''
-            writer.write(split, tokenizer.encode(between, allow_eot=True))
-            writer.write(split, tokenizer.encode(chapter))
-    print(writer.summary())
 
 
-def read_books() -> list[str]:
-    """The text of every chapter of both books, in their order."""
+def read_books() -> list[Path]:
+    """The files with the text of every chapter of both books, in their order."""
     urls = [url for contents in CONTENTS for url in read_contents(SITE + contents)]
-    chapters = []
+    paths = []
     for url in tqdm(urls, desc='sre', unit=' pages', disable=None):
-        text = parse(url).text()
-        if len(text) < SHORTEST:
-            raise changed(url, 'has no text where it should be')
-        chapters.append(text)
-    return chapters
+        page = fetch_page([url], page_of(url), without_text)
+        path = FOLDER / 'chapters' / page_of(url).with_suffix('.txt').name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(markdown(page), encoding='utf-8', newline='')
+        paths.append(path)
+    return paths
 
 
 def read_contents(url: str) -> list[str]:
     """The pages that a table of contents lists, each once, in their order."""
+    return chapters(fetch_page([url], page_of(url), lambda page: without_chapters(page, url)), url)
+
+
+def chapters(page: bytes, url: str) -> list[str]:
+    """What a page links to that is right below the address of its book."""
     book = url.removesuffix('table-of-contents/')
     found = {}
-    for link in parse(url).links:
-        target = urljoin(url, link).partition('#')[0].partition('?')[0].rstrip('/') + '/'
+    for link in soup(page).select('a[href]'):
+        target = urljoin(url, link['href']).partition('#')[0].partition('?')[0].rstrip('/')
         name = target.removeprefix(book)
-        if target.startswith(book) and name != 'table-of-contents/' and name.count('/') == 1:
-            found[target] = None
-    if not found:
-        raise changed(url, 'lists no chapters')
+        if target.startswith(book) and '/' not in name and name not in NO_CHAPTERS:
+            found[f'{target}/'] = None
     return list(found)
 
 
-def changed(url: str, what: str) -> UserError:
-    return UserError(
-        f'{url}: {what}; the site has changed, or {page_of(url)} is damaged: delete that file to '
-        'fetch the page again'
-    )
+def without_chapters(page: bytes, url: str) -> str | None:
+    return None if chapters(page, url) else 'lists no chapters; perhaps the site has changed'
+
+
+def without_text(page: bytes) -> str | None:
+    return None if markdown(page) else 'has no text in its main part; perhaps the site has changed'
 
 
 def page_of(url: str) -> Path:
     return FOLDER / 'pages' / (urlsplit(url).path.strip('/').replace('/', '_') + '.html')
 
 
-def parse(url: str) -> 'Page':
-    page = Page()
-    page.feed(fetch_page(url, page_of(url)).decode('utf-8', errors='replace'))
-    page.close()
-    return page
+# --- from HTML to Markdown
 
 
-class Page(HTMLParser):
-    """The text and the links in the main part of a page."""
+def soup(page: bytes) -> BeautifulSoup:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about pages that are something else
+        return BeautifulSoup(page.decode('utf-8', errors='replace'), 'html.parser')
 
-    def __init__(self):
-        super().__init__()
-        self.open: list[tuple[str, bool, bool]] = []  # tags: whether in the main part, and hidden
-        self.pieces: list[str] = []
-        self.links: list[str] = []
-        self.preformatted = 0
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        values = dict(attributes)
-        _, main, hidden = self.open[-1] if self.open else ('', False, False)
-        main = main or values.get('role') == 'main'
-        hidden = hidden or tag in HIDDEN or 'footer' in (values.get('class') or '').split()
-        if tag not in VOID:
-            self.open.append((tag, main, hidden))
-            self.preformatted += tag == 'pre'
-        if main and not hidden:
-            if tag == 'a' and values.get('href'):
-                self.links.append(values['href'])
-            self.begin(tag)
+def markdown(page: bytes) -> str:
+    """The main part of a page; '' where it has none."""
+    main = soup(page).select_one('[role=main]')
+    if main is None:
+        return ''
+    for hidden in main.select(HIDDEN):
+        hidden.extract()
+    for line_end in main.select('br'):
+        line_end.replace_with('\n')
+    for code in main.select('code'):
+        if not code.find_parent('pre'):
+            code.string = f'`{code.get_text()}`'
+    return ''.join(f'{block}\n\n' for block in blocks(main)).removesuffix('\n')
 
-    def begin(self, tag: str) -> None:
-        if tag in BLOCKS:
-            self.pieces.append('\n\n')
-        elif tag in LINES:
-            self.pieces.append('\n')
-        elif tag in CELLS and self.pieces and not self.pieces[-1].endswith('\n'):
-            self.pieces.append('\t')
 
-    def handle_endtag(self, tag: str) -> None:
-        if not any(tag == name for name, _, _ in self.open):
-            return
-        name = ''
-        while name != tag:  # also what was left open in it
-            name, main, hidden = self.open.pop()
-            self.preformatted -= name == 'pre'
-            if name in BLOCKS and main and not hidden:
-                self.pieces.append('\n\n')
+def blocks(parent: Tag) -> Iterator[str]:
+    """The headings, paragraphs, lists, tables and listings in an element."""
+    loose = ''  # text that stands in none of them
+    for child in parent.children:
+        if isinstance(child, Tag) and (child.name in BLOCKS or child.find(BLOCKS)):
+            yield from filter(None, [one_line(loose), *block(child)])
+            loose = ''
+        elif isinstance(child, Tag) or type(child) is NavigableString:  # and no comment
+            loose += child.get_text()
+    yield from filter(None, [one_line(loose)])
 
-    def handle_data(self, data: str) -> None:
-        _, main, hidden = self.open[-1] if self.open else ('', False, False)
-        if not main or hidden:
-            return
-        if not self.preformatted:
-            data = re.sub(r'\s+', ' ', data)
-            if not self.pieces or self.pieces[-1].endswith((' ', '\n', '\t')):
-                data = data.removeprefix(' ')
-        self.pieces += [data] if data else []
 
-    def text(self) -> str:
-        """Paragraphs with an empty line between them, and one line end at the end."""
-        lines = [line.rstrip() for line in ''.join(self.pieces).split('\n')]
-        text = re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip('\n')
-        return text and text + '\n'
+def block(tag: Tag) -> Iterator[str]:
+    if tag.name in HEADINGS:
+        words = one_line(tag.get_text())
+        yield words and f'{"#" * int(tag.name[1])} {words}'
+    elif tag.name == 'pre':
+        code = tag.get_text().strip('\n').rstrip()
+        yield code and f'```\n{code}\n```'
+    elif tag.name in LISTS:
+        yield '\n'.join(blocks(tag))
+    elif tag.name == 'li':
+        number = len(tag.find_previous_siblings('li')) + 1
+        mark = f'{number}.' if tag.parent.name == 'ol' else '-'
+        words = textwrap.indent('\n'.join(blocks(tag)), ' ' * (len(mark) + 1)).strip()
+        yield words and f'{mark} {words}'
+    elif tag.name == 'table':
+        yield from table(tag)
+    else:
+        yield from blocks(tag)
+
+
+def table(tag: Tag) -> Iterator[str]:
+    yield one_line(tag.caption.get_text()) if tag.caption else ''
+    rows = []
+    for row in tag.select('tr'):
+        cells = [one_line(cell.get_text(' ')) for cell in row.select('th, td')]
+        rows.append(f'| {" | ".join(cells)} |')
+    yield '\n'.join(rows)
+
+
+def one_line(words: str) -> str:
+    return re.sub(r'\s+', ' ', words).strip()
 
 
 if __name__ == '__main__':
