@@ -1,5 +1,7 @@
 # GPT-2 on Google's books about site reliability engineering; the first start fetches their pages.
 # $ python train.py config/finetune_sre.py
+# $ python sample.py --chat
+# The console goes on with what you type, as the books would: ask, or begin the answer yourself.
 # Two books are soon learned by heart: the model with the lowest validation loss is kept.
 
 dataset = 'sre'

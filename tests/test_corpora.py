@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT, metrics, random_model
 
 import data.dataset
 import data.download
@@ -20,6 +21,8 @@ from data.dataset import Dataset, open_dataset
 from data.download import fetch_page
 from data.gutenberg import prepare as gutenberg
 from data.sre import prepare as sre
+from data.tokenizer import byte_tokenizer
+from exchange import export_transformers
 
 needs_gpt2 = pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
@@ -543,3 +546,46 @@ def test_the_name_of_the_dataset_is_enough(site, tmp_path, monkeypatch):
     serve_books()
     assert open_dataset('sre', 16).tokenizer.name == 'gpt2'
     assert (folder / 'pages' / 'workbook_intro.html').exists()
+
+
+# --- what they are for
+
+SMALLER = ('--batch_size=2', '--gradient_accumulation_steps=1', '--eval_interval=2',
+           '--sample_tokens=0', '--eval_sample_tokens=0', '--device=cpu', '--dtype=float32',
+           '--compile=False')  # fmt: skip
+
+
+@pytest.fixture
+def gpt2(tmp_path):
+    """A folder as transformers writes it, with a GPT-2 that is tiny and reads bytes."""
+    folder, tokenizer = tmp_path / 'tiny-gpt2', byte_tokenizer()
+    model = random_model(tokenizer.vocab_size, 256, n_layer=1, n_head=2, n_embd=16, bias=True)
+    export_transformers(model, tokenizer, {}, folder)
+    return folder
+
+
+@pytest.mark.parametrize('name', ['sre', 'poe', 'poems'])
+def test_gpt2_is_fine_tuned_on_them_and_its_console_goes_on(
+    name, site, gpt2, run_here, script, monkeypatch
+):
+    monkeypatch.setattr(sre, 'SITE', site)
+    serve_books()
+    if name == 'sre':
+        sre.main(['--out_dir=out', '--tokenizer=byte'])
+    else:
+        serve(*importlib.import_module(f'data.{name}.prepare').BOOKS)
+        gutenberg.main([name, '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
+    config = ROOT / 'config' / f'finetune_{name}.py'
+    args = [f'--init_from={gpt2}', '--dataset=./out', '--out_dir=run', '--epochs=0.5', *SMALLER]
+    assert run_here(*args, config=config) == 0
+    losses = list(metrics('run', 'val_loss').values())
+    assert losses[-1] < losses[0]
+    if name == 'sre':
+        chat = script(
+            *('sample.py', '--out_dir=run', '--chat', '--max_new_tokens=8'),
+            cwd=Path.cwd(), input='What is an error budget?\n/quit\n',
+        )  # fmt: skip
+        greeting, _, answer = chat.stdout.partition('\n')
+        assert chat.returncode == 0, chat.stderr
+        assert 'it continues what you type' in greeting
+        assert answer.strip('\n')

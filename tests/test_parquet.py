@@ -122,7 +122,7 @@ def test_a_folder_with_the_name_of_a_file_is_none():
         'a.parquet/b.parquet'
     ]
     Path('empty/a.parquet').mkdir(parents=True)
-    with pytest.raises(UserError, match='no .parquet files there'):
+    with pytest.raises(UserError, match=r'no \.parquet files'):
         data.parquet.local_files(Path('empty'))
 
 
