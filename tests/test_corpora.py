@@ -467,6 +467,10 @@ def test_a_page_that_is_none_has_no_text():
     ] * 3
 
 
+def test_a_page_of_endless_depth_is_one_line():
+    assert 'is damaged' in sre.without_text(b'<div role="main">' + b'<p>deeper' * 5000)
+
+
 def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     serve_books()

@@ -99,7 +99,11 @@ def without_chapters(page: bytes, url: str) -> str | None:
 
 
 def without_text(page: bytes) -> str | None:
-    return None if markdown(page) else 'has no text in its main part; perhaps the site has changed'
+    try:
+        found = markdown(page)
+    except RecursionError:
+        return 'is damaged: its elements lie in one another hundreds deep'
+    return None if found else 'has no text in its main part; perhaps the site has changed'
 
 
 def page_of(url: str) -> Path:
