@@ -594,6 +594,6 @@ def missing_dataset(name: str, is_path: bool) -> str:
     if is_path:
         return f'{name}: no such dataset folder; {own_text}'
     candidates = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
-    names = sorted(set(candidates) - {'chat', 'text'})
+    names = sorted(set(candidates) - {'chat', 'gutenberg', 'text'})  # which need to be told more
     hint = did_you_mean(name, names)
     return f'no dataset is called {name}; {hint}there are {", ".join(names)}; {own_text}'
