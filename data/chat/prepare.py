@@ -3,7 +3,7 @@ Prepare conversations or preference pairs: rows of one context each, of which th
 are learned.
 
 $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
-$ python train.py finetune_chat --dataset=talks --init_from=out/base
+$ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 
 Each line is a conversation or, in files of their own, a preference pair:
@@ -398,8 +398,9 @@ def report(
     cut, dropped = train.cut + val.cut, train.dropped + val.dropped
     print(f'longer than a row: {cut:,} cut, {dropped:,} left out')
     dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
-    config = 'dpo' if train.pairs else 'sft'
-    print(f'Train on it: python train.py ... --objective={config} --dataset={dataset}')
+    config = 'train_dpo' if train.pairs else 'train_chat'
+    base = args.tokenizer if Path(args.tokenizer).is_dir() or args.tokenizer == 'gpt2' else '...'
+    print(f'Train on it: python train.py {config} --dataset={dataset} --init_from={base}')
 
 
 if __name__ == '__main__':
