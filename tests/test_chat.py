@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import WORDS, metrics
+from conftest import WORDS, metrics, random_model
 
 import objective
 from checkpoint import listed, load_model
@@ -14,7 +14,8 @@ from configurator import UserError
 from data.chat import prepare
 from data.dataset import FIRST, LEARNED, PADDING, Dataset, mask_file
 from data.text import prepare as text
-from data.tokenizer import EOT, char_tokenizer, load
+from data.tokenizer import EOT, char_tokenizer, get_tokenizer, load, train_bpe
+from exchange import export_transformers
 
 LETTERS = char_tokenizer(sorted({*'abcdefghijklmnopqrstuvwxyz .:\n', *'SUA'}), eot=True)
 MARKS = {'user': ['<', '>'], 'assistant': ['[', ']']}
@@ -91,9 +92,9 @@ def test_what_the_assistant_says_is_learned_and_what_ends_it(tmp_path):
 
 
 def test_a_batch_asks_for_what_is_learned_and_nothing_else(tmp_path):
-    data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B', 'C', 'D')], size=50)
+    data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B', 'C', 'D')], size=46)
     for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_windows('val'))):
-        assert x.shape == y.shape == (2, 50)
+        assert x.shape == y.shape == (2, 46)
         answers = {data.tokenizer.decode(row[row >= 0]) for row in y}
         assert answers == {f'Hello{EOT}', f'B{EOT}D{EOT}'}
         assert np.array_equal(y[:, :-1][y[:, :-1] >= 0], x[:, 1:][y[:, :-1] >= 0])
@@ -141,7 +142,7 @@ def test_it_is_said_what_was_packed(tmp_path, capsys):
     prepared(tmp_path, [talk('Hi', 'Yo'), talk('Hi', 'x' * 100)], size=64)
     out = capsys.readouterr().out
     assert '2 conversations in 2 rows of 64' in out  # one, in both splits
-    assert f'{1 - 24 / 64:.1%} of them padding; 6 tokens to learn' in out
+    assert f'{1 - 23 / 64:.1%} of them padding; 6 tokens to learn' in out
     assert '0 cut, 2 left out' in out
     assert out.splitlines()[-1].startswith('Train on it: python train.py train_chat --dataset=')
 
@@ -151,7 +152,7 @@ def test_of_a_longer_conversation_the_beginning_is_kept_if_asked_for(tmp_path, c
     data = prepared(tmp_path, talks, '--long=cut')
     assert '2 cut, 2 left out' in capsys.readouterr().out
     assert [f'Yo{EOT}'] in learned(data)
-    assert [('abc' * 30)[: 64 - 21]] in learned(data)
+    assert [('abc' * 30)[: 64 - 20]] in learned(data)
     assert data.n_windows == 2
 
 
@@ -215,6 +216,33 @@ def test_letters_that_the_marks_need_are_missed_by_name(tmp_path):
     assert '--template=' in message
 
 
+@pytest.mark.parametrize('marks', [None, {'user': ['é"\\ ', '\n'], 'assistant': ['', '\n\n']}])
+def test_an_export_brings_the_template_along(tmp_path, marks):
+    transformers = pytest.importorskip('transformers')
+    tokenizer = prepare.with_template(
+        train_bpe(['the cat sat. hello, User: no\n\nAssi'], 300), None
+    )
+    tokenizer.chat_template = marks or tokenizer.chat_template
+    export_transformers(random_model(300), tokenizer, {}, tmp_path / 'exported')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    messages = talk('the cat?', 'hello,\n\nno', 'sat')
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = theirs(text, add_special_tokens=False)['input_ids']
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(messages))
+    if marks is None:
+        assert ids == tokenizer.encode_chat(messages).tolist()
+
+
+def test_gpt2s_ids_are_those_of_the_whole_text_at_once():
+    try:
+        tokenizer = prepare.with_template(get_tokenizer('gpt2'), None)
+    except UserError as error:
+        pytest.skip(str(error))
+    ids = tokenizer.encode_chat(talk('Hi there', 'Hello.\n\n  x', 'And 2 + 2?', system='Be kind.'))
+    text = tokenizer.decode(ids)
+    assert ids.tolist() == tokenizer.encode(text, allow_eot=True).tolist()
+
+
 # -----------------------------------------------------------------------------
 # pairs
 
@@ -250,7 +278,7 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
     pair = {'prompt': 'Hi', 'chosen': 'a' * 60, 'rejected': 'b'}
     data = prepared(tmp_path, [alike, pair], '--long=cut', objective='dpo')
     assert '2 cut, 2 left out' in capsys.readouterr().out
-    assert learned(data) == [['a' * (64 - 21)], [f'b{EOT}']]
+    assert learned(data) == [['a' * (64 - 20)], [f'b{EOT}']]
 
 
 # -----------------------------------------------------------------------------
@@ -296,7 +324,7 @@ def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(tmp_path, li
 
 def test_a_conversation_that_is_too_long_is_named_if_asked_for(tmp_path):
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)], '--long=error')
-    assert 'line 1: 121 tokens, and a row holds 64' in message
+    assert 'line 1: 120 tokens, and a row holds 64' in message
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)])
     assert 'no conversation is left to train on; 2 were left out' in message
 

@@ -38,13 +38,14 @@ from data.text.prepare import bytes_of, find_files, without_bom
 from data.tokenizer import ASSISTANT, EOT, Tokenizer, get_tokenizer
 
 COMMAND = 'python data/chat/prepare.py'
-# Line ends, since words that begin a line are tokens of their own in most vocabularies, and a space
-# at the end of a mark would not be.
+# A mark is encoded by itself. With a line end on either side of a message, and no more than one,
+# GPT-2's tokenizer gives the same ids as for the whole text at once, which a base model knows.
 TEMPLATE = {
-    'system': ['System:\n', '\n\n'],
-    'user': ['User:\n', '\n\n'],
+    'system': ['System:\n', '\n'],
+    'user': ['User:\n', '\n'],
     ASSISTANT: ['Assistant:\n', EOT],
 }
+BLANK_LINE = '\n\n'  # what ends an answer where the tokenizer has no end of text
 Sequence = tuple[np.ndarray, np.ndarray]  # ids, and whether each is to be learned
 
 
@@ -143,8 +144,8 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
             template = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: not a chat template: {error}') from error
-    elif not tokenizer.chat_template and tokenizer.eot is None:  # a blank line ends all turns
-        template = TEMPLATE | {ASSISTANT: [TEMPLATE[ASSISTANT][0], TEMPLATE['user'][1]]}
+    elif not tokenizer.chat_template and tokenizer.eot is None:
+        template = TEMPLATE | {ASSISTANT: [TEMPLATE[ASSISTANT][0], BLANK_LINE]}
     try:
         tokenizer = Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': template})
         if not template or not tokenizer.chat_template[ASSISTANT][1]:
