@@ -455,14 +455,14 @@ def estimate_loss() -> dict[str, float] | None:
             if objective == 'dpo':
                 batch = [*trim(*batch), reference[split][some // data.stride].ravel()]
             with runtime.autocast():
-                means, count = measure(raw_model, *to_device(*batch), beta=dpo_beta)
+                means, weight = measure(raw_model, *to_device(*batch), beta=dpo_beta)
             if len(mine):
-                total += torch.stack([mean * count for mean in means] + [count])
+                total += torch.stack([mean * weight for mean in means] + [weight])
             if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
                 raw_model.train()
                 return None
-        *sums, count = runtime.reduce(total.tolist())
-        losses |= {name: part / count for name, part in zip(names, sums, strict=True)}
+        *sums, weight = runtime.reduce(total.tolist())  # of targets, or of pairs
+        losses |= {name: part / weight for name, part in zip(names, sums, strict=True)}
     raw_model.train()
     if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
         tokens_per_byte = data.tokens['val'] / text_bytes

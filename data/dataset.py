@@ -432,8 +432,9 @@ class Dataset:
     def _check_row(self, block_size: int) -> None:
         if self.rows and self.rows['length'] > block_size:
             raise UserError(
-                f'{self.folder}: has rows of {self.rows["length"]} tokens, and block_size is '
-                f'{block_size}; prepare it again with --block_size={block_size}'
+                f'{self.folder}: has rows of {self.rows["length"]} tokens, more than block_size='
+                f'{block_size}; raise that if the model reads as far, or prepare it again with '
+                f'--block_size={block_size}'
             )
 
     def _check_lengths(self) -> None:

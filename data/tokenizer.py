@@ -266,9 +266,9 @@ class Tokenizer:
             if not all(0 <= i < len(tokens) for i in special.values()):
                 raise ValueError(f'special ids past {len(tokens)} tokens')
             chat = fields.get('chat_template') or None
-            marks = [*(chat or {}).values()]
             if any(
-                not isinstance(mark, str) for before, after in marks for mark in (before, after)
+                not isinstance(marks, list) or list(map(type, marks)) != [str, str]
+                for marks in (chat or {}).values()
             ):
                 raise ValueError('chat_template: a role has no two texts')
             if chat and ASSISTANT not in chat:

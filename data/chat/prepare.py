@@ -3,7 +3,7 @@ Prepare conversations or preference pairs: rows of one context each, of which th
 are learned.
 
 $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
-$ python train.py finetune_chat --dataset=talks --init_from=out/base
+$ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 
 Each line is a conversation or, in files of their own, a preference pair:
@@ -38,13 +38,14 @@ from data.text.prepare import bytes_of, find_files, without_bom
 from data.tokenizer import ASSISTANT, EOT, Tokenizer, get_tokenizer
 
 COMMAND = 'python data/chat/prepare.py'
-# Line ends, since words that begin a line are tokens of their own in most vocabularies, and a space
-# at the end of a mark would not be.
+# A mark is encoded by itself. With a line end on either side of a message, and no more than one,
+# GPT-2's tokenizer gives the same ids as for the whole text at once, which a base model knows.
 TEMPLATE = {
-    'system': ['System:\n', '\n\n'],
-    'user': ['User:\n', '\n\n'],
+    'system': ['System:\n', '\n'],
+    'user': ['User:\n', '\n'],
     ASSISTANT: ['Assistant:\n', EOT],
 }
+BLANK_LINE = '\n\n'  # what ends an answer where the tokenizer has no end of text
 Sequence = tuple[np.ndarray, np.ndarray]  # ids, and whether each is to be learned
 
 
@@ -143,8 +144,8 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
             template = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: not a chat template: {error}') from error
-    elif not tokenizer.chat_template and tokenizer.eot is None:  # a blank line ends all turns
-        template = TEMPLATE | {ASSISTANT: [TEMPLATE[ASSISTANT][0], TEMPLATE['user'][1]]}
+    elif not tokenizer.chat_template and tokenizer.eot is None:
+        template = TEMPLATE | {ASSISTANT: [TEMPLATE[ASSISTANT][0], BLANK_LINE]}
     try:
         tokenizer = Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': template})
         if not template or not tokenizer.chat_template[ASSISTANT][1]:
@@ -398,8 +399,9 @@ def report(
     cut, dropped = train.cut + val.cut, train.dropped + val.dropped
     print(f'longer than a row: {cut:,} cut, {dropped:,} left out')
     dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
-    config = 'dpo' if train.pairs else 'sft'
-    print(f'Train on it: python train.py ... --objective={config} --dataset={dataset}')
+    config = 'train_dpo' if train.pairs else 'train_chat'
+    base = args.tokenizer if Path(args.tokenizer).is_dir() or args.tokenizer == 'gpt2' else '...'
+    print(f'Train on it: python train.py {config} --dataset={dataset} --init_from={base}')
 
 
 if __name__ == '__main__':
