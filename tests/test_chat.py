@@ -560,7 +560,10 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
             ('--dataset={talks}', '--objective=sft', '--init_from={base}', '--short_iters=2'),
             'are not cut',
         ),
-        (('--init_from=resume', '--out_dir={base}', '--objective=sft'), 'trained for another'),
+        (
+            ('--init_from=resume', '--out_dir={base}', '--objective=sft'),
+            "was trained with objective='lm'",
+        ),
     ],
 )
 def test_a_wrong_combination_is_one_line(run_here, base, talks, pairs, tmp_path, flags, problem):
