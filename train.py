@@ -127,11 +127,11 @@ within(1, None, config, 'eval_interval', 'eval_iters', 'save_interval', 'log_int
 within(1, None, config, 'batch_size', 'gradient_accumulation_steps')
 within(1, None, config, 'block_size', 'short_block_size')
 within(0, None, config, 'max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')
+within(1e-9, None, config, 'dpo_beta')
 within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')
 within(0, None, config, 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
 within(0, 1, config, 'cooldown')
-within(1e-9, None, config, 'dpo_beta')
 within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
 one_of(('adamw', 'muon'), config, 'optimizer')
 one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
@@ -184,16 +184,16 @@ if resume_from:
                 f'{name}={config[name]}: {resume_from} was trained with {name}='
                 f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
             )
+    if objective != state['config'].get('objective', 'lm'):
+        raise ConfigError(
+            f'objective={objective!r}: {resume_from} was trained for another; for a new run from '
+            f'its weights, give --init_from={out_dir} and another --out_dir'
+        )
     began_with = state['config'].get('optimizer', 'adamw')
     if optimizer != began_with:
         raise ConfigError(
             f'optimizer={optimizer!r}: {resume_from} holds the state of {began_with!r}; for a new '
             f'run from its weights, give --init_from={out_dir} and another --out_dir'
-        )
-    if objective != state['config'].get('objective', 'lm'):
-        raise ConfigError(
-            f'objective={objective!r}: {resume_from} was trained for another; for a new run from '
-            f'its weights, give --init_from={out_dir} and another --out_dir'
         )
     config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
 elif init_from not in ('scratch', 'resume'):
@@ -311,17 +311,6 @@ def get_batch(number: int) -> tuple[list, float]:
     return to_device(*batch), float(parts)
 
 
-# -----------------------------------------------------------------------------
-# optimizer, compilation, processes
-
-say(
-    f'model: {config["arch"]}, {raw_model.num_params() / 1e6:,.2f}M parameters, '
-    f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
-    f'context {block_size}; {optimizer}\n'
-    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
-    f'machine: {runtime}'
-)
-
 # of preference pairs, what the model says before training: what it is held to from then on
 reference = None
 if objective == 'dpo':
@@ -338,6 +327,18 @@ if objective == 'dpo':
     if reference is None:
         say('reference: the log-probabilities of all answers, once for the run ...')
         reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
+
+
+# -----------------------------------------------------------------------------
+# optimizer, compilation, processes
+
+say(
+    f'model: {config["arch"]}, {raw_model.num_params() / 1e6:,.2f}M parameters, '
+    f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
+    f'context {block_size}; {optimizer}\n'
+    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+    f'machine: {runtime}'
+)
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, wrapped for training
 model, compiled = raw_model, False
