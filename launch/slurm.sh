@@ -34,8 +34,10 @@ node='exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GP
   --rdzv_conf=is_host="$((SLURM_NODEID == 0))" --max-restarts=3 --shutdown-timeout=100 \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py "$@"'
 
-# bash runs a trap only between commands: the step is in the background, and `wait` can be interrupted
-srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+# bash runs a trap only between commands: the step is in the background, and `wait` can be interrupted.
+# The first node to end must not take the others with it, one of which may still be saving, but
+# where one has failed for good they have no business left.
+srun --kill-on-bad-exit=0 --wait=300 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   bash -c "$node" torchrun "$@" --out_dir="$out_dir" --auto_resume &
 step=$! again=
 trap 'again=1; kill -USR1 $step' USR1
