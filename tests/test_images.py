@@ -120,7 +120,7 @@ def services():
     return yaml.safe_load((ROOT / 'compose.yaml').read_text(encoding='utf-8'))['services']
 
 
-def check_settings(*args):
+def check_settings(script, *args):
     """Fail if the script is none, or one of its configs or settings."""
     settings = (ROOT / script).read_text(encoding='utf-8').split('# ' + 77 * '-')[1]
     for arg in args:
