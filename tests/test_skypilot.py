@@ -1,0 +1,170 @@
+"""launch/skypilot.yaml: SkyPilot's own check, and its commands on two "machines" without it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+
+import pytest
+from conftest import ROOT, hashes, steps
+
+from checkpoint import find
+
+TASK = ROOT / 'launch' / 'skypilot.yaml'
+# SkyPilot holds some packages to older versions than ours, so it may live in another environment
+SKYPILOT = os.environ.get('FLATGPT_SKYPILOT') or (find_spec('sky') and sys.executable)
+CHECK = """
+import json, sys
+import sky
+
+task = sky.Task.from_yaml(sys.argv[1])
+kinds = sorted({(str(each.cloud), each.use_spot) for each in task.resources})
+mounts = {path: [each.name, each.mode.value] for path, each in task.storage_mounts.items()}
+print(json.dumps([task.num_nodes, kinds, mounts]))
+"""
+
+
+def checked(path, environment):
+    command = [SKYPILOT, '-c', CHECK, str(path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not SKYPILOT, reason='needs SkyPilot: FLATGPT_SKYPILOT, the python that has it')
+def test_skypilot_takes_the_task_as_it_is_meant(environment, tmp_path):
+    done = checked(TASK, environment)
+    assert done.returncode == 0, done.stderr
+    nodes, kinds, mounts = json.loads(done.stdout.splitlines()[-1])
+    assert nodes == 2
+    assert kinds == [['AWS', True], ['GCP', True], ['Lambda', False], ['Nebius', True]]
+    assert mounts == {'/checkpoints': ['flatgpt-checkpoints', 'MOUNT']}
+
+    text = TASK.read_text(encoding='utf-8')
+    wrong = tmp_path / 'wrong.yaml'
+    wrong.write_text(text.replace('job_recovery', 'job_recover'), encoding='utf-8')
+    assert 'job_recover' in checked(wrong, environment).stderr
+
+
+# -----------------------------------------------------------------------------
+# two machines: network namespaces of this one, each with a folder as its disk
+
+ADDRESSES = ('10.77.0.1', '10.77.0.2')
+NAMES = [f'flatgpt-{os.getpid()}-{number}' for number in range(2)]
+
+
+def ip(*args):
+    subprocess.run(['ip', *args], check=True, capture_output=True)
+
+
+@pytest.fixture(scope='module')
+def network():
+    """Two network namespaces with a cable between them."""
+    if not shutil.which('ip') or not hasattr(os, 'geteuid') or os.geteuid() != 0:
+        pytest.skip('needs root and iproute2, for network namespaces')
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in NAMES:
+                ip('netns', 'add', name)
+                stack.callback(ip, 'netns', 'delete', name)
+            ends = ('name', 'eth0', 'netns')
+            ip('link', 'add', *ends, NAMES[0], 'type', 'veth', 'peer', *ends, NAMES[1])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f'no network namespaces here: {error.stderr.decode().strip()}')
+        for name, address in zip(NAMES, ADDRESSES, strict=True):
+            ip('-n', name, 'address', 'add', f'{address}/24', 'dev', 'eth0')
+            ip('-n', name, 'link', 'set', 'eth0', 'up')
+            ip('-n', name, 'link', 'set', 'lo', 'up')
+        yield
+
+
+@pytest.fixture
+def machines(network, environment, tmp_path):
+    """Start the task's commands on both machines with these settings -> the two processes."""
+    yaml = pytest.importorskip('yaml')
+    run = yaml.safe_load(TASK.read_text(encoding='utf-8'))['run']
+    assert '"/checkpoints/' in run
+    run = run.replace('"/checkpoints/', f'"{tmp_path}/bucket/')
+    started = []
+
+    def start(*settings):
+        for rank, name in enumerate(NAMES):
+            disk = make_disk(tmp_path / f'machine{rank}')
+            task = {'RUN': 'mine', 'SETTINGS': ' '.join(map(str, settings))}
+            told = {'SKYPILOT_NODE_IPS': '\n'.join(ADDRESSES), 'SKYPILOT_NODE_RANK': str(rank)}
+            told |= {'SKYPILOT_NUM_NODES': '2', 'SKYPILOT_NUM_GPUS_PER_NODE': '1'}
+            # gloo would look up this machine's own name, which is none of the two addresses
+            env = {**environment, **task, **told, 'GLOO_SOCKET_IFNAME': 'eth0'}
+            command = ['ip', 'netns', 'exec', name, 'bash', '-c', run]
+            pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+            process = subprocess.Popen(command, cwd=disk, env=env, **pipes)
+            started.append(process)
+        return started[-2:]
+
+    yield start
+    take_away()
+    for process in started:
+        process.wait()
+        process.stdout.close()
+
+
+def make_disk(folder):
+    """What SkyPilot's workdir and the task's setup leave on a machine."""
+    folder.mkdir(exist_ok=True)
+    (folder / '.venv' / 'bin').mkdir(parents=True, exist_ok=True)
+    activate = f'PATH="{os.path.dirname(sys.executable)}:$PATH"\n'
+    (folder / '.venv' / 'bin' / 'activate').write_text(activate, encoding='utf-8')
+    with contextlib.suppress(FileExistsError):
+        (folder / 'train.py').symlink_to(ROOT / 'train.py')
+    return folder
+
+
+def take_away():
+    """Kill whatever runs on the machines."""
+    for name in NAMES:
+        found = subprocess.run(['ip', 'netns', 'pids', name], capture_output=True, text=True)
+        for pid in map(int, found.stdout.split()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def finish(processes):
+    """-> what each has printed."""
+    texts = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], '\n'.join(texts)
+    return texts
+
+
+MIRROR = 'checkpoint_mirror' in (ROOT / 'train.py').read_text(encoding='utf-8')
+FIXED = ('--dropout=0.2', '--lr_decay_iters=1000', '--eval_interval=100000', '--save_interval=5')
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(not MIRROR, reason='needs the setting checkpoint_mirror of train.py')
+def test_taken_away_and_given_other_machines_the_run_goes_on_from_the_bucket(
+    machines, script, tiny, tmp_path
+):
+    first = machines(tiny, *FIXED, '--max_iters=100000')
+    bucket, deadline = tmp_path / 'bucket' / 'mine', time.monotonic() + 60
+    while not (bucket / 'checkpoints').is_dir() or not steps(bucket):
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in first] == [None, None]
+        time.sleep(0.1)
+    take_away()
+    for rank, process in enumerate(first):
+        process.wait()
+        shutil.rmtree(tmp_path / f'machine{rank}')
+
+    last = steps(bucket)[-1] + 10
+    text, _ = finish(machines(tiny, *FIXED, f'--max_iters={last}'))
+    assert f'step {last}/' in text
+    assert 'step 1/' not in text
+    out_dir = tmp_path / 'machine0' / 'out' / 'mine'
+    assert (out_dir / 'DONE').exists()
+    python = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+    whole = (tiny, *FIXED, f'--out_dir={tmp_path}/whole', f'--max_iters={last}')
+    assert script('train.py', *whole, python=python).returncode == 0
+    assert hashes(find(out_dir, 'last')) == hashes(find(tmp_path / 'whole', 'last'))
