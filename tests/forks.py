@@ -1,13 +1,13 @@
 """
 Starts train.py in a moment: an interpreter that has imported everything forks itself.
 
-    crew = Forks(environment).start(2, 'tiny.py', '--shard')    # what torchrun would start
+    crew = Forks(environment, folder).start(2, '--shard', config='tiny.py')
     crew.end() -> [0, 0]
 
 Each rank is a process of its own, a group of its own, and ends as an interpreter ends. torchrun
 takes five seconds for two of them, most of it imports. `before` is Python that runs ahead of the
-script, for the fault that is to happen. hosts=['a', 'b']: each rank in the network namespace of
-that name, as a machine of that name.
+script, for the fault that is to happen. hosts: for each rank the network namespace that it is in,
+as a machine of that name.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ def become(task: dict) -> None:
     os.environ.update(task['env'])
     if task['host']:
         enter(task['host'])
-    sys.argv = [str(ROOT / task['script']), *task['args']]
+    sys.argv = [str(ROOT / 'train.py'), *task['args']]
 
 
 def enter(host: str) -> None:
@@ -111,8 +111,8 @@ class Rank:
         """Wait until it has printed `text`."""
         deadline = time.monotonic() + seconds
         while text not in self.out:
-            gone = self.poll() is not None and text not in self.out
-            assert not gone and time.monotonic() < deadline, f'{text!r} missing: {self.err[-2000:]}'
+            gone = self.poll() is not None or time.monotonic() > deadline
+            assert not gone or text in self.out, f'{text!r} is missing: {self.err[-2000:]}'
             time.sleep(0.005)
 
 
@@ -143,26 +143,25 @@ class Forks:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, world: int, *args, before='', env=None, hosts=(), port=None, script='train.py'):
-        """`world` ranks of the script with these arguments; world 0: one process without torchrun's
-        variables. before, args and env may be functions of the rank."""
-        meeting = {'MASTER_ADDR': '10.77.0.1' if hosts else '127.0.0.1'}
-        meeting |= {'MASTER_PORT': str(port or free_port()), 'WORLD_SIZE': str(world)}
+    def start(self, world: int, *args, config, before='', env=None, hosts=(), port=None) -> Crew:
+        """`world` ranks of train.py; 0: one process that knows of no others. What is given, and
+        each of args, may be a function of the rank."""
+        meeting = {'MASTER_ADDR': hosts[0].address if hosts else '127.0.0.1'}
+        meeting |= {'MASTER_PORT': port or free_port(), 'WORLD_SIZE': world}
         crew = Crew()
         for rank in range(max(1, world)):
-            mine = {'RANK': str(rank), 'LOCAL_RANK': str(rank), **meeting} if world else {}
-            given = [given(rank) if callable(given) else given for given in (args, before, env)]
-            crew.append(self.fork(script, *given, mine, hosts[rank] if hosts else ''))
+            mine = {'RANK': rank, 'LOCAL_RANK': 0 if hosts else rank, **meeting} if world else {}
+            own = [of(rank) if callable(of) else of for of in (before, env or {}, config, *args)]
+            crew.append(self.fork(*own, mine=mine, host=hosts[rank].name if hosts else ''))
         return crew
 
-    def fork(self, script, args, before, env, mine, host):
+    def fork(self, before, env, *args, mine, host) -> Rank:
         self.count += 1
         files = {name: str(self.folder / f'{self.count}.{name}') for name in OUTPUTS}
         for path in files.values():
             Path(path).touch()
-        task = {'script': script, 'before': before, 'host': host, **files}
-        task['args'] = [str(arg(int(mine['RANK'])) if callable(arg) else arg) for arg in args]
-        task['env'] = {**self.environment, **mine, **(env or {})}
+        env = {name: str(value) for name, value in {**self.environment, **mine, **env}.items()}
+        task = {'args': list(map(str, args)), 'before': before, 'host': host, 'env': env, **files}
         rank = Rank(self, self.ask(task), files)
         self.started.append(rank)
         return rank
