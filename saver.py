@@ -31,6 +31,7 @@ from checkpoint import (
     listed,
     place,
     prune,
+    set_aside,
     size_of,
     step_of,
     tensors_of,
@@ -132,8 +133,10 @@ class Saver:
         try:
             send(final, self.mirror, self.keep_evaluated)
         except OSError as error:
-            if final.exists():  # or it has been pruned, and a newer one is next
+            if final.exists():
                 self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
+            else:  # it has been pruned meanwhile, and a newer one is next
+                remove(self.mirror / 'checkpoints' / final.name)
 
     def news(self) -> list[str]:
         """What went wrong since this was last asked."""
@@ -165,7 +168,10 @@ class Saver:
 def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
     """Copy a checkpoint, and what lies beside the checkpoints, to the mirror."""
     target = mirror / 'checkpoints' / path.name
-    target.mkdir(parents=True, exist_ok=True)
+    for other in listed(mirror):
+        if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
+            remove(other)
+    target.mkdir(parents=True)
     for name in BESIDE:
         with suppress(FileNotFoundError):
             shutil.copyfile(path.parents[1] / name, mirror / name)
@@ -176,8 +182,9 @@ def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
 
 def remove(path: Path) -> None:
     """Remove a mirrored checkpoint; it stops to count first."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_mirror(mirror: str | Path) -> None:
@@ -195,14 +202,23 @@ def check_mirror(mirror: str | Path) -> None:
 
 
 def restore(mirror: str | Path, out_dir: str | Path) -> None:
-    """Bring the mirror's newest checkpoint to out_dir, unless one as new is there."""
+    """Bring the mirror's newest checkpoint to out_dir, unless one as new is there, and whole."""
     there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
-    here = max(map(step_of, listed(out_dir)), default=-1)
+    here = next((step_of(path) for path in reversed(listed(out_dir)) if is_whole(path)), -1)
     for path in reversed(there):
         if step_of(path) <= here:
             return
+        if (damaged := Path(out_dir) / 'checkpoints' / path.name).exists():
+            set_aside(damaged)
         if fetch(path, Path(out_dir)):
             return
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        return verify(path) is None
+    except CheckpointError:
+        return False
 
 
 def fetch(path: Path, out_dir: Path) -> bool:
@@ -218,7 +234,8 @@ def fetch(path: Path, out_dir: Path) -> bool:
             verify(hidden(final))
             for name in BESIDE:
                 if not (out_dir / name).exists():
-                    shutil.copyfile(path.parents[1] / name, out_dir / name)
+                    with suppress(FileNotFoundError):
+                        shutil.copyfile(path.parents[1] / name, out_dir / name)
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
             return False
