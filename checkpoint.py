@@ -219,6 +219,8 @@ def write_part(parts: Path, tensors: dict, rank: int, ranks: int) -> None:
         for name in report:
             flush(parts / name)
     except (OSError, SafetensorError) as error:
+        for name in tensors:  # a full disk needs room for what rank 0 waits for
+            (parts / part_name(name, rank, ranks)).unlink(missing_ok=True)
         report = {'error': f'rank {rank}: {error}'}
     (parts / f'rank-{rank}.part').write_bytes(as_json(report))
     (parts / f'rank-{rank}.part').rename(parts / f'rank-{rank}')

@@ -257,6 +257,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another process is gone, or the network: gloo has no error of its own for it."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and 'gloo' in str(error)
+    )
+
+
 def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
     """From now on, running out of memory ends the program with one line: what to lower, to what."""
     hook_before = sys.excepthook
@@ -335,15 +342,21 @@ def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
 
 def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
     """Refuse to start where the processes would not do the same: UserError names rank and fact."""
-    host, now = socket.gethostname(), time.time()
+    host, now, ranks = socket.gethostname(), time.time(), range(runtime.world_size)
     store.set(f'facts/{runtime.rank}', json.dumps([host, now, facts]))
-    for rank in range(runtime.world_size):
+    came = []
+    for rank in ranks:
         try:
-            other_host, other_now, others = json.loads(store.get(f'facts/{rank}'))
+            came.append(json.loads(store.get(f'facts/{rank}')))
         except dist.DistError:
             raise UserError(
                 f'rank {rank} did not come; see what it printed, or start all {runtime.world_size}'
             ) from None
+    store.set(f'compared/{runtime.rank}', '')
+    if runtime.main:  # which may keep the store: it leaves last
+        with suppress(dist.DistError):
+            store.wait([f'compared/{rank}' for rank in ranks])
+    for rank, (other_host, other_now, others) in enumerate(came):
         if rank == 0:
             first_host, first_now, first = other_host, other_now, others
         for name in first:

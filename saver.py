@@ -33,6 +33,7 @@ from checkpoint import (
     listed,
     place,
     prune,
+    set_aside,
     size_of,
     step_of,
     tensors_of,
@@ -137,8 +138,10 @@ class Saver:
         try:
             send(final, self.mirror, self.keep_evaluated)
         except OSError as error:
-            if final.exists():  # or it has been pruned, and a newer one is next
+            if final.exists():
                 self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
+            else:  # it has been pruned meanwhile, and a newer one is next
+                remove(self.mirror / 'checkpoints' / final.name)
 
     def news(self) -> list[str]:
         """What went wrong since this was last asked."""
@@ -176,19 +179,26 @@ def give_way() -> None:
 def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
     """Copy a checkpoint, and what lies beside the checkpoints, to the mirror."""
     target = mirror / 'checkpoints' / path.name
-    target.mkdir(parents=True, exist_ok=True)
-    for name in BESIDE:
+    for other in listed(mirror):
+        if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
+            remove(other)
+    target.mkdir(parents=True)
+    for name in BESIDE:  # with each, as of its step: a file that is written anew can be cut short
         with suppress(FileNotFoundError):
-            shutil.copyfile(path.parents[1] / name, mirror / name)
-    for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
-        shutil.copyfile(file, target / file.name)
+            shutil.copyfile(path.parents[1] / name, target / name)
+    files = [file for file in path.rglob('*') if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == MANIFEST):
+        copy = target / file.relative_to(path)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     prune(target.parent, keep_evaluated, remove)
 
 
 def remove(path: Path) -> None:
     """Remove a mirrored checkpoint; it stops to count first."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_mirror(mirror: str | Path) -> None:
@@ -206,14 +216,23 @@ def check_mirror(mirror: str | Path) -> None:
 
 
 def restore(mirror: str | Path, out_dir: str | Path) -> None:
-    """Bring the mirror's newest checkpoint to out_dir, unless one as new is there."""
+    """Bring the mirror's newest checkpoint to out_dir, unless one as new is there, and whole."""
     there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
-    here = max(map(step_of, listed(out_dir)), default=-1)
+    here = next((step_of(path) for path in reversed(listed(out_dir)) if is_whole(path)), -1)
     for path in reversed(there):
         if step_of(path) <= here:
             return
+        if (damaged := Path(out_dir) / 'checkpoints' / path.name).exists():
+            set_aside(damaged)
         if fetch(path, Path(out_dir)):
             return
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        return verify(path) is None
+    except CheckpointError:
+        return False
 
 
 def fetch(path: Path, out_dir: Path) -> bool:
@@ -227,13 +246,13 @@ def fetch(path: Path, out_dir: Path) -> bool:
             clear(final, sum(file.stat().st_size for file in path.iterdir()))
             shutil.copytree(path, hidden(final), dirs_exist_ok=True)
             verify(hidden(final))
-            for name in BESIDE:
-                if not (out_dir / name).exists() and (path.parents[1] / name).exists():
-                    shutil.copyfile(path.parents[1] / name, out_dir / name)
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
             return False
         except OSError as error:
             raise UserError(f'{path} cannot be brought to {out_dir}: {error}') from error
+        for beside in (hidden(final) / name for name in BESIDE):
+            if beside.exists():
+                beside.replace(out_dir / beside.name)
         hidden(final).rename(final)
         return True

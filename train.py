@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from socket import gethostname
 
 import torch
 from tqdm import tqdm
@@ -188,12 +189,19 @@ def starting_point() -> Path | None:
     if resuming:
         return folder.resume_point(out_dir, config)
     if not overwrite:
-        folder.check_free(out_dir)
+        for where in filter(None, (out_dir, checkpoint_mirror)):
+            folder.check_free(Path(where))
 
 
 resume_from = runtime.agree(starting_point)
-if resume_from and checkpoint_mirror and not resume_from.exists():  # another machine, another disk
-    fetch(Path(checkpoint_mirror) / 'checkpoints' / resume_from.name, out_dir)
+if resume_from and not resume_from.exists():  # another machine, another disk
+    if not checkpoint_mirror or not fetch(
+        Path(checkpoint_mirror) / 'checkpoints' / resume_from.name, out_dir
+    ):
+        raise UserError(
+            f'{resume_from} is not on this machine ({gethostname()}): give an --out_dir or a '
+            '--checkpoint_mirror that all machines see'
+        )
 
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
@@ -473,7 +481,8 @@ def open_folder() -> None:
         check_mirror(checkpoint_mirror)
     lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
-    folder.begin(out_dir, step if resume_from else -1, overwrite)
+    for where in filter(None, (out_dir, checkpoint_mirror)):
+        folder.begin(Path(where), step if resume_from else -1, overwrite)
     if reference:
         write_reference(out_dir / REFERENCE, reference_key, reference)
     here = {'device': runtime.device, 'dtype': runtime.dtype_name}
@@ -481,6 +490,14 @@ def open_folder() -> None:
 
 
 runtime.agree(open_folder)
+if shard:  # each writes its part of a checkpoint there
+    unseen = 0 if (out_dir / 'config.py').exists() else runtime.rank
+    (unseen,) = runtime.reduce([unseen], 'MAX')
+    if unseen:
+        raise UserError(
+            f'{out_dir} of rank 0 is not there for rank {unseen:.0f}: shard=True needs an '
+            '--out_dir that all machines see'
+        )
 saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror)
 progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()

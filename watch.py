@@ -5,20 +5,23 @@ Notices that a process hangs, says which one and where, and ends the run.
     watch.at(step, 'the exchange of gradients')    # wherever a process may wait for others
 
 Each process leaves signs of life in the store that they share, with what it is doing. Whoever has
-been at one thing for longer than the timeout looks at the signs of the others, twice: a process
-whose sign stands still is frozen or gone, and one that is at something else keeps the others
-waiting. Without this all would wait, or end in a timeout that names nobody.
+been at one thing for longer than the timeout, or has lost its connection to another, looks at the
+signs of the others, twice: a process whose sign stands still is frozen or gone, and one that is at
+something else keeps the others waiting. Without this all would wait, or end in a timeout or a
+traceback that names nobody.
 """
 
 import json
 import os
+import re
 import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
 
-from runtime import Runtime
+from runtime import Runtime, is_lost_connection
 
 
 class Watch:
@@ -26,10 +29,13 @@ class Watch:
         self.runtime, self.timeout = runtime, timeout
         self.beat = min(1.0, timeout / 10)  # seconds between signs
         self.place, self.since = (0, 'the start'), time.monotonic()
+        self.heard = time.monotonic()  # when the store last answered
         self.ended = threading.Event()
         self.frozen: list[int] = []  # processes of this machine
         if runtime.world_size > 1:
-            threading.Thread(target=self._run, daemon=True).start()
+            self._catch_lost_connections()
+            for work in (self._run, self._guard):
+                threading.Thread(target=work, daemon=True).start()
 
     def at(self, step: int, what: str) -> None:
         """This process comes to `what` of a step."""
@@ -38,29 +44,61 @@ class Watch:
     def close(self) -> None:
         self.ended.set()
 
-    def _run(self) -> None:
-        count = 0
-        while not self.ended.wait(self.beat):
-            count += 1
-            late = time.monotonic() - self.since > self.timeout
-            try:
-                self._sign(count)
-                if late:
-                    self._end(*self._blame())
-            except Exception as error:  # whoever keeps the store may be what is gone
-                if late:
-                    reason = str(error).splitlines()[0][:100]
-                    self._end(f'the store of the processes is out of reach ({reason})')
+    def _late(self) -> bool:
+        return time.monotonic() - self.since > self.timeout
 
-    def _sign(self, count: int) -> None:
-        sign = [
-            count,
-            socket.gethostname(),
-            os.getpid(),
-            *self.place,
-            time.monotonic() - self.since,
-        ]
-        self.runtime.store.set(f'sign/{self.runtime.rank}', json.dumps(sign))
+    def _run(self) -> None:
+        while not self.ended.wait(self.beat):
+            try:
+                self._sign()
+                if self._late():
+                    self._end(f'no progress for {self.timeout:g} s', *self._blame())
+            except Exception:  # whoever keeps the store may be what is gone: see _guard()
+                continue
+
+    def _guard(self) -> None:
+        """End a process that is late and cannot ask why: a call of the store may never return."""
+        while not self.ended.wait(self.beat):
+            if self._late() and time.monotonic() - self.heard > 5 * self.beat:
+                self._end(f'no progress for {self.timeout:g} s', self._out_of_reach())
+
+    def _out_of_reach(self) -> str:
+        at_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+        keeper = 'torchrun' if at_torchrun else 'rank 0'
+        step, what = self.place
+        return (
+            f'{keeper} on {os.environ["MASTER_ADDR"]}, or the network on the way there, does not '
+            f'answer; waited for at {what} of step {step}'
+        )
+
+    def _catch_lost_connections(self) -> None:
+        """End with one line where the main thread would with a traceback out of torch."""
+        hook_before = sys.excepthook
+
+        def hook(kind, error, trace):
+            if is_lost_connection(error):
+                asking = threading.Thread(target=self._lost, args=[error], daemon=True)
+                asking.start()
+                asking.join(10 * self.beat)
+                self._end('a connection is lost', self._out_of_reach())
+            hook_before(kind, error, trace)
+
+        sys.excepthook = hook
+
+    def _lost(self, error: BaseException) -> None:
+        with suppress(Exception):
+            why, mine = self._blame()
+            self.frozen = []  # gone, and the numbers of their processes may be others' by now
+            said = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0]).split('. ')[0][:100]
+            self._end(f'a connection is lost ({said})', why, mine)
+
+    def _sign(self) -> None:
+        seconds = time.monotonic() - self.since
+        sign = [time.monotonic(), socket.gethostname(), os.getpid(), *self.place, seconds]
+        key = f'sign/{self.runtime.rank}'
+        self.runtime.store.set(key, json.dumps(sign))
+        self.runtime.store.get(key)  # which waits for an answer; set() does not
+        self.heard = time.monotonic()
 
     def _signs(self) -> list[list]:
         keys = [f'sign/{rank}' for rank in range(self.runtime.world_size)]
@@ -69,15 +107,15 @@ class Watch:
     def _blame(self) -> tuple[str, bool]:
         """Whom this process waits for, and whether it is the one to say so."""
         before, me = self._signs(), self.runtime.rank
-        self._sign(before[me][0] + 1)
+        self._sign()
         time.sleep(3 * self.beat)
-        self._sign(before[me][0] + 2)
+        self._sign()
         others, alive = [], [me]
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
-            count, host, pid, step, what, seconds = new
+            at, host, pid, step, what, seconds = new
             who = f'rank {rank} (process {pid} on {host})'
-            if rank != me and count == old[0]:
-                self.frozen += [pid] if host == socket.gethostname() else []
+            if rank != me and at == old[0]:
+                self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
                 others.append(f'{who} gives no sign of life, last at {what} of step {step}')
                 continue
             alive.append(rank)
@@ -87,9 +125,9 @@ class Watch:
         why = '; '.join(others) or 'no process is elsewhere'
         return f'{why}; waited for at {what} of step {step}', me == min(alive)
 
-    def _end(self, why: str, mine: bool = True) -> None:
+    def _end(self, what: str, why: str, mine: bool = True) -> None:
         """End this process, from here: its main thread waits."""
-        line = f'error (rank {self.runtime.rank}): no progress for {self.timeout:g} s: {why}\n'
+        line = f'error (rank {self.runtime.rank}): {what}: {why}\n'
         if mine:
             os.write(2, line.encode())
         else:
@@ -98,3 +136,12 @@ class Watch:
             with suppress(OSError):
                 os.kill(pid, getattr(signal, 'SIGKILL', signal.SIGTERM))
         os._exit(1)
+
+
+def is_sibling(pid: int) -> bool:
+    """Whether the same parent, such as torchrun, started that process of this machine."""
+    try:
+        with open(f'/proc/{pid}/stat', encoding='utf-8') as file:
+            return int(file.read().rpartition(')')[2].split()[1]) == os.getppid()
+    except OSError:
+        return False

@@ -1,5 +1,6 @@
 """What several test files share: a tiny dataset, tiny settings, and two ways to run train.py."""
 
+import functools
 import json
 import os
 import runpy
@@ -13,6 +14,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 
 import checkpoint
 import folder
@@ -133,6 +135,22 @@ def script(environment, shared):
         )
 
     return run
+
+
+@pytest.fixture(scope='session')
+def forks(environment, shared):
+    if not hasattr(os, 'fork'):
+        pytest.skip('needs os.fork')
+    forks = Forks(environment, shared)
+    yield forks
+    forks.close()
+
+
+@pytest.fixture
+def ranks(forks, tiny):
+    """Start train.py as several ranks, on the tiny settings -> a Crew; none outlives the test."""
+    yield functools.partial(forks.start, config=tiny)
+    forks.clear()
 
 
 @pytest.fixture(scope='session')

@@ -94,7 +94,7 @@ def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(
         assert metrics(tmp_path, key) == metrics(whole, key)
 
 
-LONG = ('--max_iters=300', '--eval_interval=1000', '--save_interval=5', *FIXED)
+LONG = ('--max_iters=120', '--eval_interval=1000', '--save_interval=5', *FIXED)
 
 
 @pytest.fixture(scope='module')
@@ -106,14 +106,14 @@ def long(run_here, tmp_path_factory):
 
 
 @posix
-@pytest.mark.parametrize('number', times(20))
-def test_killed_at_any_moment_at_most_five_steps_are_lost(run_here, launch, long, tmp_path, number):
+@pytest.mark.parametrize('number', times(100))
+def test_killed_at_any_moment_at_most_five_steps_are_lost(run_here, ranks, long, tmp_path, number):
     reference, duration = long
-    process = launch(f'--out_dir={tmp_path}', *LONG)
-    wait_for_step(process, 6)
+    (process,) = ranks(0, f'--out_dir={tmp_path}', *LONG)
+    process.says('step 6/')
     time.sleep(np.random.default_rng(number).uniform(0, 0.8 * duration))
-    process.kill()
-    process.communicate()
+    process.send(signal.SIGKILL)
+    process.end()
     reached = max(line['step'] for line in track.read_metrics(tmp_path))
     saved = steps(tmp_path)[-1]
     assert saved >= reached - 5
@@ -190,6 +190,97 @@ def test_killed_at_any_file_operation_of_a_save_the_previous_checkpoint_loads(
         assert whole
         assert best == 1
         assert left == [f'step-{n:08d}' for n in (1, loaded, number + 1)]
+
+
+# -----------------------------------------------------------------------------
+# for a long time
+
+
+@posix
+def test_killed_again_and_again_a_supervised_run_ends_the_same(ranks, tmp_path):
+    """What SLURM or a loop in a shell does: start with --auto_resume until there is DONE."""
+    steps_in_all, chance = max(200, round(2000 * SHARE)), np.random.default_rng(0)
+    args = (f'--max_iters={steps_in_all}', '--eval_interval=50', '--save_interval=5')
+    args += ('--lr_decay_iters=5000', '--dropout=0.2', '--hang_timeout=3', '--auto_resume')
+    args += ('--always_save_checkpoint=False',)
+    starts = reached = 0
+    while not (tmp_path / 'many' / 'DONE').exists():
+        crew = ranks(2, f'--out_dir={tmp_path}/many', *args, f'--checkpoint_mirror={tmp_path}/copy')
+        aim, starts = reached + round(chance.uniform(50, 150)), starts + 1
+        if aim < steps_in_all:
+            crew[0].says(f'step {aim}/')
+            crew[chance.integers(2)].send(signal.SIGKILL)
+            statuses = crew.end(30)
+            assert -signal.SIGKILL in statuses
+            assert 'Traceback' not in crew.err
+            reached = max(metrics(tmp_path / 'many'))
+            assert steps(tmp_path / 'many')[-1] >= reached - 5
+        else:
+            assert crew.end() == [0, 0], crew.err
+    assert starts > steps_in_all / 150
+    crew = ranks(2, f'--out_dir={tmp_path}/one', *args)
+    assert crew.end() == [0, 0], crew.err
+    assert hashes(find(tmp_path / 'many', 'last')) == hashes(find(tmp_path / 'one', 'last'))
+    for key in ('loss', 'val_loss'):
+        assert metrics(tmp_path / 'many', key) == metrics(tmp_path / 'one', key)
+    assert hashes(find(tmp_path / 'copy', 'last')) == hashes(find(tmp_path / 'one', 'last'))
+    assert steps(tmp_path / 'copy') == steps(tmp_path / 'one')
+
+
+def megabytes(pid, key):
+    """VmRSS, what a process holds now, or VmHWM, the most it held."""
+    with open(f'/proc/{pid}/status', encoding='utf-8') as file:
+        return int(re.search(rf'{key}:\s+(\d+) kB', file.read())[1]) / 1024
+
+
+linux = pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc')
+
+
+@linux
+@pytest.mark.parametrize('world', [0, 2])
+def test_memory_does_not_grow(ranks, tmp_path, world):
+    """With evaluations, checkpoints in the background, a mirror; sharded if there are two."""
+    args = ('--eval_interval=20', '--save_interval=5', '--max_iters=100000', '--n_embd=64')
+    args += (f'--checkpoint_mirror={tmp_path}/copy', '--always_save_checkpoint=False')
+    args += (f'--out_dir={tmp_path}/run', f'--shard={world > 0}')
+    crew = ranks(world, *args, before='import saver; saver.SMALL = 0')
+    last, held = max(300, round(2000 * SHARE)), []
+    for step in (last // 3, last):
+        crew[0].says(f'step {step}/', 300)
+        held.append([megabytes(rank.pid, 'VmRSS') for rank in crew])
+    for before, after in zip(*held, strict=True):
+        assert after < before + 8, held
+    for rank in crew:
+        rank.send(signal.SIGTERM)
+    assert set(crew.end()) == {128 + signal.SIGTERM}
+
+
+PEAK = """
+import atexit, runpy, sys
+def tell():
+    with open('/proc/self/status') as file:
+        print(*[line for line in file if line.startswith('VmHWM')])
+atexit.register(tell)
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+@linux
+def test_resuming_takes_no_more_memory_than_training(script, tiny, tmp_path):
+    """25M parameters: 100 MB, and another 200 MB of the optimizer's state."""
+    args = ('--n_layer=8', '--n_embd=512', '--n_head=8', '--eval_interval=100', '--eval_iters=1')
+    args += ('--save_interval=2', '--batch_size=1', '--gradient_accumulation_steps=1')
+    peaks = []
+    for name, last, flag in (('a', 4, 'scratch'), ('b', 2, 'scratch'), ('b', 4, 'resume')):
+        run = (f'--out_dir={tmp_path}/{name}', f'--max_iters={last}', f'--init_from={flag}')
+        done = script('train.py', tiny, *args, *run, '--lr_decay_iters=9', python=('-c', PEAK))
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(re.search(r'VmHWM:\s+(\d+) kB', done.stdout)[1]) / 1024)
+    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    whole, _, resumed = peaks
+    assert whole > 700  # so that it is the model that is measured
+    assert resumed < 1.05 * whole, peaks
 
 
 # -----------------------------------------------------------------------------
@@ -303,10 +394,11 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
     assert list(metrics(tmp_path / 'a')) == list(range(1, 301))
 
 
-@pytest.mark.parametrize('number', times(20))
-def test_two_processes_end_cleanly_every_time(script, tiny, tmp_path, number):
-    done = script('train.py', tiny, f'--out_dir={tmp_path}', python=TORCHRUN)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize('number', times(200))
+def test_two_processes_end_cleanly_every_time(ranks, tmp_path, number):
+    crew = ranks(2, f'--out_dir={tmp_path}', f'--shard={number % 4 == 3}')
+    assert crew.end() == [0, 0], crew.err
+    assert crew.err == ''
     assert (tmp_path / 'DONE').exists()
 
 

@@ -1,0 +1,211 @@
+"""Who hangs, or is gone, is named, and nobody waits for it any longer than was said."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runtime import Runtime, is_lost_connection
+from watch import Watch, is_sibling
+
+GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
+FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
+
+
+@pytest.fixture
+def crew(monkeypatch):
+    """Watches of some ranks in one process; what each ends with -> (start, said)."""
+    said, store, started = {}, dist.HashStore(), []
+
+    def end(self, what, why, mine=True):
+        said.setdefault(self.runtime.rank, (what, why, mine))
+        self.ended.set()
+
+    monkeypatch.setattr(Watch, '_end', end)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setenv('MASTER_ADDR', 'first.host')
+
+    def start(world, timeout=0.3, store=store):
+        ranks = [Runtime('cpu', torch.float32, rank, world, store) for rank in range(world)]
+        started.extend(Watch(runtime, timeout) for runtime in ranks)
+        return started
+
+    yield start, said
+    for each in started:
+        each.close()
+
+
+def wait_for(said, rank):
+    deadline = time.monotonic() + 10
+    while rank not in said:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return said[rank]
+
+
+def keep_busy(*watches):
+    """They get on: each is at something new all the time."""
+
+    def work():
+        while not all(each.ended.wait(0.01) for each in watches):
+            for each in watches:
+                each.at(each.place[0] + 1, 'the update')
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_nobody_is_blamed_while_all_get_on(crew):
+    start, said = crew
+    keep_busy(*start(3, timeout=0.1))
+    time.sleep(0.5)
+    assert said == {}
+
+
+def test_the_rank_that_stays_elsewhere_is_named_by_the_first_that_waits(crew):
+    start, said = crew
+    watches = start(3)
+    watches[0].at(7, 'the gradients')
+    watches[1].at(7, 'the data')
+    watches[2].at(7, 'the gradients')
+    what, why, mine = wait_for(said, 0)
+    assert what == 'no progress for 0.3 s'
+    assert re.fullmatch(
+        rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for 0 s; '
+        r'waited for at the gradients of step 7',
+        why,
+    )
+    assert mine
+    assert not wait_for(said, 2)[2]  # it leaves, too, but says nothing
+
+
+def test_the_rank_whose_signs_stopped_is_named(crew):
+    start, said = crew
+    watches = start(3, timeout=1)
+    watches[1].at(4, 'the saving')
+    time.sleep(0.3)  # a sign of that
+    watches[1].close()
+    for each in watches[::2]:
+        each.at(5, 'the gradients')
+    _, why, _ = wait_for(said, 2)
+    assert re.match(r'rank 1 \(.*\) gives no sign of life, last at the saving of step 4; ', why)
+    assert 'rank 0' not in why
+
+
+def test_that_all_wait_at_the_same_place_is_said_as_it_is(crew):
+    start, said = crew
+    start(2)
+    assert wait_for(said, 0)[1] == 'no process is elsewhere; waited for at the start of step 0'
+
+
+class Silent(dist.HashStore):
+    """A store whose keeper is stopped: it takes what it is given, and never answers."""
+
+    def get(self, key):
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(('agent', 'keeper'), [('True', 'torchrun'), ('False', 'rank 0')])
+def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keeper):
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', agent)
+    start, said = crew
+    started = time.monotonic()
+    start(2, store=Silent())
+    what, why, _ = wait_for(said, 1)
+    assert time.monotonic() - started < 2
+    assert what == 'no progress for 0.3 s'
+    assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
+
+
+def test_a_lost_connection_names_who_is_gone(crew):
+    start, said = crew
+    watches = start(2, timeout=3)
+    time.sleep(0.5)
+    watches[1].close()
+    watches[0].at(9, 'the gradients')
+    sys.excepthook(RuntimeError, RuntimeError(GLOO), None)
+    what, why, mine = said[0]
+    assert what == 'a connection is lost (Connection closed by peer [10.0.0.2]:12)'
+    assert why.startswith('rank 1 (')
+    assert 'gives no sign of life' in why
+    assert mine
+
+
+def test_only_a_lost_connection_counts_as_one(crew, capsys):
+    start, said = crew
+    start(2)
+    sys.excepthook(RuntimeError, RuntimeError('shapes differ'), None)
+    assert said == {}
+    assert 'RuntimeError: shapes differ' in capsys.readouterr().err
+    assert is_lost_connection(RuntimeError(GLOO))
+    assert is_lost_connection(dist.DistNetworkError('closed'))
+    assert not is_lost_connection(ValueError(GLOO))
+
+
+def test_one_process_is_not_watched(monkeypatch):
+    monkeypatch.setattr(threading.Thread, 'start', lambda self: pytest.fail('a thread'))
+    hook = sys.excepthook
+    Watch(Runtime('cpu', torch.float32), 0.1).close()
+    assert sys.excepthook is hook
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
+def test_only_a_process_of_the_same_parent_would_be_killed():
+    assert is_sibling(os.getpid())
+    assert not is_sibling(1)
+    assert not is_sibling(os.getppid())
+    assert not is_sibling(2**22 + 1)  # there is no such process
+
+
+def last_line(rank):
+    return rank.err.splitlines()[-1]
+
+
+def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
+    crew = ranks(3, f'--out_dir={tmp_path}', *FOREVER, '--hang_timeout=4')
+    crew[0].says('step 3/')
+    crew[1].send(signal.SIGKILL)
+    assert crew.end(20) == [1, -signal.SIGKILL, 1]
+    assert re.fullmatch(
+        rf'error \(rank 0\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on \S+\) '
+        r'gives no sign of life, last at .* of step \d+; waited for at the gradients of step \d+',
+        crew[0].err.strip(),
+    )
+    assert 'Traceback' not in crew.err
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('shard', [False, True])
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_stopped_rank_is_named_within_the_timeout_and_five_seconds(ranks, tmp_path, which, shard):
+    args = (f'--out_dir={tmp_path}', *FOREVER, '--hang_timeout=3', f'--shard={shard}')
+    crew = ranks(2, *args)
+    crew[0].says('step 3/')
+    crew[which].send(signal.SIGSTOP)
+    started, other = time.monotonic(), crew[1 - which]
+    assert other.end(30) == 1
+    assert 3 <= time.monotonic() - started < 3 + 5
+    assert 'Traceback' not in other.err
+    assert last_line(other).startswith(
+        f'error (rank {1 - which}): no progress for 3 s: rank {which} '
+    )
+    if which == 1:  # and rank 0 keeps the store, without which there is no more to be known
+        assert f'(process {crew[1].pid} on ' in other.err
+        assert crew[1].end(5) == -signal.SIGKILL  # it would not hear torchrun
+
+
+def test_a_sign_can_be_read_by_all(crew):
+    start, _ = crew
+    (first, *_) = start(2)
+    first.at(3, 'the data')
+    first._sign()
+    _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('sign/0'))
+    assert (pid, step, what) == (os.getpid(), 3, 'the data')
+    assert seconds < 5
+    assert host
