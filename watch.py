@@ -59,7 +59,7 @@ class Watch:
     def _guard(self) -> None:
         """End a process that is late and cannot ask why: a call of the store may never return."""
         while not self.ended.wait(self.beat):
-            if self._late() and time.monotonic() - self.heard > 5 * self.beat:
+            if self._late() and time.monotonic() - self.heard > max(3, 5 * self.beat):
                 self._end(f'no progress for {self.timeout:g} s', self._out_of_reach())
 
     def _out_of_reach(self) -> str:
@@ -79,7 +79,7 @@ class Watch:
             if is_lost_connection(error):
                 asking = threading.Thread(target=self._lost, args=[error], daemon=True)
                 asking.start()
-                asking.join(10 * self.beat)
+                asking.join(max(5, 10 * self.beat))
                 self._end('a connection is lost', self._out_of_reach())
             hook_before(kind, error, trace)
 
@@ -108,7 +108,7 @@ class Watch:
         """Whom this process waits for, and whether it is the one to say so."""
         before, me = self._signs(), self.runtime.rank
         self._sign()
-        time.sleep(3 * self.beat)
+        time.sleep(max(1, 3 * self.beat))  # also where a machine is so busy that signs come late
         self._sign()
         others, alive = [], [me]
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):

@@ -210,17 +210,16 @@ def test_a_run_that_saves_in_the_background_saves_the_same(
     write, meanwhile = saver.write, []
 
     def write_late(final, *args):
-        began = max(metrics(tmp_path), default=0)
-        deadline = time.monotonic() + 20
-        while (reached := max(metrics(tmp_path), default=0)) < min(began + 2, 12):
+        step, deadline = checkpoint.step_of(final), time.monotonic() + 20
+        while (reached := max(metrics(tmp_path), default=0)) < min(step + 2, 12):
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        meanwhile.append(reached - checkpoint.step_of(final))
+        meanwhile.append(reached - step)
         write(final, *args)
 
     monkeypatch.setattr(saver, 'write', write_late)
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
-    assert meanwhile[:3] == [2, 2, 2]  # steps that were made while it had not been written
+    assert min(meanwhile[:3]) >= 2  # steps that were made while it had not been written
     assert steps(tmp_path) == steps(at_once) == [3, 6, 9, 12]
     for here, there in zip(listed(tmp_path), listed(at_once), strict=True):
         assert hashes(here) == hashes(there)
@@ -384,25 +383,25 @@ def test_a_rank_whose_part_never_comes_is_not_waited_for_forever(tmp_path, monke
     final = tmp_path / 'checkpoints' / 'step-00000001'
     checkpoint.clear(final, 0)
     with pytest.raises(OSError, match=r'rank 1 did not write its part within 0\.1 s'):
-        checkpoint.write(final, {}, None, state_of(1), False, 0, 2)
+        checkpoint.write(final, {}, {}, False, 0, 2)
     assert list(final.parent.iterdir()) == []
 
 
 def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch):
     parts = tmp_path / 'parts'
     parts.mkdir()
-    write_json, left = checkpoint.write_json, []
+    as_json, left = checkpoint.as_json, []
 
     def full_after_a_few_bytes(tensors, path, **options):
         path.write_bytes(b'x')
         raise FULL
 
-    def look_then_write(path, value):
+    def look_then_write(value):
         left.extend(parts.iterdir())
-        write_json(path, value)
+        return as_json(value)
 
     monkeypatch.setattr(checkpoint, 'save_file', full_after_a_few_bytes)
-    monkeypatch.setattr(checkpoint, 'write_json', look_then_write)
+    monkeypatch.setattr(checkpoint, 'as_json', look_then_write)
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
         checkpoint.write_part(parts, {MODEL: {}, OPTIMIZER: {}}, 1, 2)
     assert left == []
@@ -444,11 +443,14 @@ def test_a_mirror_has_the_same_checkpoints_and_what_a_run_goes_on_with(pair):
     assert mirrored(mirror) == steps(run)
     assert len(steps(run)) < 4  # by the same rules: the last two and the best
     for here, there in zip(listed(run), listed(mirror), strict=True):
-        assert {f.name: f.read_bytes() for f in here.iterdir()} == {
-            f.name: f.read_bytes() for f in there.iterdir()
-        }
-    assert list(metrics(mirror)) == list(range(1, 13))
-    assert 'max_iters = 12' in (mirror / 'config.py').read_text(encoding='utf-8')
+        copies = {f.name: f.read_bytes() for f in there.iterdir()}
+        beside = {name: copies.pop(name) for name in ('config.py', 'metrics.jsonl')}
+        assert copies == {f.name: f.read_bytes() for f in here.iterdir()}
+        assert beside['config.py'] == (run / 'config.py').read_bytes()
+        assert list(metrics(there))[: checkpoint.step_of(there)] == list(
+            range(1, 1 + checkpoint.step_of(there))
+        )
+    assert b'max_iters = 12' in beside['config.py']
 
 
 def test_the_manifest_goes_last_and_leaves_first(tmp_path, monkeypatch):
