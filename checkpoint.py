@@ -54,7 +54,7 @@ from exchange import (
     read_named_tokenizer,
     read_tensor,
 )
-from lora import adapter_files, adapter_tensors, base_of, is_adapter, merge_lora, read_adapter
+from lora import adapted, adapter_files, base_of, is_adapter, merge_lora, read_adapter
 from model import GPT, GPTConfig
 from parallel import cut_like, local, settle
 
@@ -127,7 +127,7 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
 def documents_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
     """The small files of a checkpoint, by name. Of a sharded model every rank has to ask."""
     base = state.get('config', {}).get('init_from')
-    files = adapter_files(model, base) if adapter_tensors(model) else {}
+    files = adapter_files(model, base) if adapted(model) else {}
     documents = {f'{ADAPTER}/{name}': content for name, content in files.items()}
     if tokenizer is not None:
         documents[TOKENIZER] = as_json(tokenizer.to_dict())

@@ -282,11 +282,13 @@ def start(
     backend: str = 'auto',
     timeout: float = 600.0,
     facts: dict | None = None,
+    offload: bool = False,
 ) -> Runtime:
     """Choose the device and dtype, and join the process group if torchrun started this process.
 
     timeout: seconds that a process waits for the others, at the start and whenever they exchange
     something. facts: what has to be the same on all of them, by name; one that differs is named.
+    offload: whether they also exchange what lies in the host's memory.
     """
     world_size, local_rank = (
         int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
@@ -315,6 +317,8 @@ def start(
     # what waits in vain is ended by watch.py, which knows for whom; this is for what it cannot see
     limit += timedelta(seconds=30)
     backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}
+    if offload and backend == 'nccl':
+        backend = 'cpu:gloo,cuda:nccl'
     dist.init_process_group(backend, store=store, timeout=limit, **where)
     return replace(runtime, store=store)
 

@@ -114,7 +114,7 @@ class Saver:
                     pinned = tensor.device.type == 'cuda'
                     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
                 copies[file][name] = self._copies[file, name] = copy
-                copy.copy_(tensor, non_blocking=True)
+                copy.copy_(tensor, non_blocking=tensor.is_cuda)
         if self.runtime.device_type == 'cuda':
             torch.cuda.synchronize()
         return copies

@@ -42,7 +42,7 @@ from objective import (
 )
 from optim import build_optimizers
 from origin import choose_trained, find_model, fit_to_data, keep_shape
-from parallel import check_shard, parallelize, sync_gradients, whole
+from parallel import check_shard, parallelize, settle, sync_gradients, whole
 from runtime import StopSignal, code_hash, on_out_of_memory, start
 from saver import Saver, check_mirror, fetch, restore
 from track import Progress, Tracker, draw_loss
@@ -104,7 +104,7 @@ learning_rate = 6e-4  # AdamW's at its highest
 muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
 muon_momentum = 0.95
 max_iters = 600000  # updates in all
-epochs: float | None = None  # passes over the training split; sets max_iters and lr_decay_iters
+epochs: float | None = None  # passes over the training split, if they end before max_iters
 weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices in the blocks
 beta1 = 0.9  # AdamW's
 beta2 = 0.95
@@ -157,7 +157,7 @@ one_of((True, False, 'auto'), config, 'compile')
 one_of(('lm', 'sft', 'dpo'), config, 'objective')
 
 same = {'code': code_hash(), **config}  # on all processes
-runtime = start(device, dtype, backend, hang_timeout, same)
+runtime = start(device, dtype, backend, hang_timeout, same, offload)
 watch = Watch(runtime, hang_timeout)
 if shard:
     check_shard(runtime, offload)
@@ -173,7 +173,7 @@ def say(text: str) -> None:
 
 
 # -----------------------------------------------------------------------------
-# where to start: nothing here changes what is on disk, so that a mistake costs nothing
+# where to start: nothing here changes a run, so that a mistake costs nothing
 
 out_dir = Path(out_dir or runtime.agree(folder.new_name))
 config['out_dir'] = str(out_dir)
@@ -239,11 +239,14 @@ rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
 tokens_per_step = round(global_rows * data.window_tokens)
 if epochs is not None:
-    max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
+    lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
+    max_iters = min(max_iters, lr_decay_iters)
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 rates = '--learning_rate or --muon_lr' if optimizer == 'muon' else '--learning_rate'
 if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
     say(f'warning: min_lr={min_lr} is above learning_rate={learning_rate}: the rate will rise')
+if decay_lr and 0 < max_iters <= warmup_iters:
+    say(f'warning: warmup_iters={warmup_iters} outlasts the {max_iters} steps of the run')
 if 0 < max_iters <= short_iters:
     say(f'warning: short_iters={short_iters} leaves no step of {max_iters} for whole sequences')
 on_out_of_memory(
@@ -309,6 +312,11 @@ if shard:
 # what a model says of preference pairs before training is what it is held to from then on
 reference = None
 if objective == 'dpo':
+    if eval_only and not resume_from:
+        raise ConfigError(
+            "objective='dpo' with eval_only compares a run with what it began with: give its "
+            '--out_dir and --init_from=resume'
+        )
     reference_key = f'{state["reference"]} {data.fingerprint}'
     reference = runtime.agree(lambda: read_reference(out_dir / REFERENCE, reference_key))
     if reference is None and resume_from:
@@ -320,6 +328,7 @@ if objective == 'dpo':
     if reference is None:
         say('reference: the log-probabilities of all answers, once for the run ...')
         reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
+        settle(raw_model)  # the optimizer is to be given each rank's rows
 if not eval_only:
     if runtime.wants_compile(compile):
         (x, y, *others), _ = get_batch(0)
@@ -357,8 +366,8 @@ def estimate_loss() -> dict[str, float] | None:
     """
     raw_model.eval()
     losses = {}
-    whole = len(data.eval_windows('val'))  # the training split is never looked at for longer
-    count = whole if eval_iters is None else eval_iters * batch_size
+    count = len(data.eval_windows('val'))  # the training split is never looked at for longer
+    count = count if eval_iters is None else eval_iters * batch_size
     for split in ('train', 'val') if eval_train else ('val',):
         windows = data.eval_windows(split, count)
         names = [f'{split}_{name}' for name in MEASURED[objective]]
@@ -570,7 +579,7 @@ while True:
         scaler.unscale_(each)
     watch.at(step, 'the update')
     norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
-    mean_loss, norm = torch.stack([mean_loss, norm]).tolist()
+    mean_loss, norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
 
     # an update that is not finite is left out, by all ranks or none; in float16 the scale may just
     # have been too large, which the scaler notices and mends by itself
@@ -613,11 +622,10 @@ while True:
 state['seconds'] = time.perf_counter() - began
 peak = runtime.peak_memory()  # before the picture and the sample
 progress.close()
-watch.at(step, 'the last saving')
+watch.close()  # a mirror may be slow
 saver.finish()
 for problem in saver.news():
     say(f'warning: {problem}')
-watch.close()
 batches.shutdown(cancel_futures=True)
 stop.release()
 if runtime.main:

@@ -51,8 +51,8 @@ class Watch:
         while not self.ended.wait(self.beat):
             try:
                 self._sign()
-                if self._late():
-                    self._end(f'no progress for {self.timeout:g} s', *self._blame())
+                if self._late() and (blamed := self._blame())[0]:
+                    self._end(f'no progress for {self.timeout:g} s', *blamed)
             except Exception:  # whoever keeps the store may be what is gone: see _guard()
                 continue
 
@@ -88,6 +88,7 @@ class Watch:
     def _lost(self, error: BaseException) -> None:
         with suppress(Exception):
             why, mine = self._blame()
+            why = why or 'no process is elsewhere'
             self.frozen = []  # gone, and the numbers of their processes may be others' by now
             said = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0]).split('. ')[0][:100]
             self._end(f'a connection is lost ({said})', why, mine)
@@ -105,7 +106,10 @@ class Watch:
         return [json.loads(sign) for sign in self.runtime.store.multi_get(keys)]
 
     def _blame(self) -> tuple[str, bool]:
-        """Whom this process waits for, and whether it is the one to say so."""
+        """Whom this process waits for, and whether it is the one to say so.
+
+        '' where all are at the same: what they do, each for itself, takes long.
+        """
         before, me = self._signs(), self.runtime.rank
         self._sign()
         time.sleep(max(1, 3 * self.beat))  # also where a machine is so busy that signs come late
@@ -122,8 +126,8 @@ class Watch:
             if [step, what] != list(self.place):
                 others.append(f'{who} has been at {what} of step {step} for {seconds:.0f} s')
         step, what = self.place
-        why = '; '.join(others) or 'no process is elsewhere'
-        return f'{why}; waited for at {what} of step {step}', me == min(alive)
+        waited = f'; waited for at {what} of step {step}' if others else ''
+        return '; '.join(others) + waited, me == min(alive)
 
     def _end(self, what: str, why: str, mine: bool = True) -> None:
         """End this process, from here: its main thread waits."""

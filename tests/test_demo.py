@@ -76,7 +76,7 @@ def test_every_step_of_the_notebook_works(executed):
         'written to',
     ):
         assert word in printed
-    assert printed.splitlines()[-1].startswith('python train.py')
+    assert ''.join(outputs[-1]['text']).startswith('python train.py')
     assert sum('image/png' in output.get('data', {}) for output in outputs) == 1
     assert not [output for output in outputs if output['output_type'] == 'error']
     assert (folder / 'work' / 'for-transformers' / 'config.json').is_file()

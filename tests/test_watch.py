@@ -77,7 +77,7 @@ def test_the_rank_that_stays_elsewhere_is_named_by_the_first_that_waits(crew):
     what, why, mine = wait_for(said, 0)
     assert what == 'no progress for 0.3 s'
     assert re.fullmatch(
-        rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for 0 s; '
+        rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for \d s; '
         r'waited for at the gradients of step 7',
         why,
     )
@@ -98,10 +98,11 @@ def test_the_rank_whose_signs_stopped_is_named(crew):
     assert 'rank 0' not in why
 
 
-def test_that_all_wait_at_the_same_place_is_said_as_it_is(crew):
+def test_all_may_take_long_for_the_same(crew):
     start, said = crew
     start(2)
-    assert wait_for(said, 0)[1] == 'no process is elsewhere; waited for at the start of step 0'
+    time.sleep(2)
+    assert said == {}
 
 
 class Silent(dist.HashStore):
@@ -118,7 +119,7 @@ def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keepe
     started = time.monotonic()
     start(2, store=Silent())
     what, why, _ = wait_for(said, 1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
     assert what == 'no progress for 0.3 s'
     assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
 
