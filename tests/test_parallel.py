@@ -231,6 +231,7 @@ def test_a_dataset_that_one_rank_lacks_is_named_by_it_and_the_others_leave(
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.faults
 def test_a_rank_that_does_not_come_is_named(ranks, tmp_path):
     args = (f'--out_dir={tmp_path}/run', '--hang_timeout=1')
     crew = ranks(2, *args, before=only(1, 'raise SystemExit(3)'))
@@ -270,6 +271,7 @@ def test_clocks_that_differ_are_a_warning(ranks, tmp_path):
     )
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize('shard', [False, True])
 def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, shard):
     """Two machines that share no disk: each rank has a folder of its own."""
