@@ -21,6 +21,7 @@ import inspect
 import os
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def one_line_errors() -> None:
             print(line, file=sys.__stderr__)
             if 'RANK' in os.environ:  # gloo's threads can abort a process that ends as usual
                 sys.__stderr__.flush()
+                if rank == '0':  # which may keep the store, and the others come to say the same
+                    time.sleep(1)
                 os._exit(2)
             raise SystemExit(2)  # an exception hook may end the program; 1 is for crashes
         if issubclass(kind, KeyboardInterrupt):

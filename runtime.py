@@ -312,8 +312,9 @@ def start(
     limit = timedelta(seconds=timeout)
     store = meet(runtime, limit)
     kind = device.partition(':')[0]
-    facts = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend, **(facts or {})}
-    compare(runtime, store, {**facts, 'torch': torch.__version__})
+    found = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend}
+    found |= {'torch': torch.__version__}
+    compare(runtime, store, {**(facts or {}), **found})  # what 'auto' came to, not the setting
     # what waits in vain is ended by watch.py, which knows for whom; this is for what it cannot see
     limit += timedelta(seconds=30)
     backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}

@@ -192,6 +192,23 @@ def test_killed_at_any_file_operation_of_a_save_the_previous_checkpoint_loads(
         assert left == [f'step-{n:08d}' for n in (1, loaded, number + 1)]
 
 
+@posix
+@pytest.mark.parametrize('what', ['background', 'part-0', 'part-1', 'mirror'])
+def test_killed_at_any_file_operation_the_last_checkpoint_is_a_whole_one(
+    tmp_path, environment, what
+):
+    command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests' / 'killed.py'), what, tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''  # none was ever found damaged
+    stages = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(stages) > (5 if what == 'part-1' else 15)  # as many places to be killed at
+    for number, reached, left in stages[:-1]:
+        assert reached in (number - 1, number)
+        assert left == [f'step-{n:08d}' for n in (1, reached, number + 1)]
+    assert {reached - number for number, reached, _ in stages} == {-1, 0}
+
+
 # -----------------------------------------------------------------------------
 # for a long time
 
@@ -343,6 +360,36 @@ def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
     assert run_here(*args, '--init_from=resume', '--max_iters=6') == 0
 
 
+def test_a_mirror_that_fills_up_does_not_end_the_training(run_here, disk, tmp_path, capsys):
+    mirror = f'--checkpoint_mirror={disk}/mirror'
+    assert run_here(f'--out_dir={tmp_path}/run', mirror, *LARGER) == 0
+    assert 'No space left' in capsys.readouterr().out
+    assert steps(tmp_path / 'run') == list(range(1, 10))
+    shutil.rmtree(tmp_path / 'run')
+    assert run_here(f'--out_dir={tmp_path}/run', mirror, *LARGER, '--auto_resume') == 0
+    assert list(metrics(tmp_path / 'run')) == list(range(1, 10))
+
+
+def test_a_mirror_that_becomes_read_only_does_not_end_the_training(
+    run_here, disk, tmp_path, monkeypatch, capsys
+):
+    log = track.Tracker.log
+
+    def change(self, step, **values):
+        if step == 5 and 'loss' in values:
+            subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
+        log(self, step, **values)
+
+    monkeypatch.setattr(track.Tracker, 'log', change)
+    args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={disk}/mirror')
+    assert run_here(*args, '--max_iters=8', '--eval_interval=2') == 0
+    assert 'Read-only file system' in capsys.readouterr().out
+    assert steps(tmp_path / 'run') == [2, 4, 6, 8]
+    assert [path for path in steps(disk / 'mirror')][:2] == [2, 4]
+    with pytest.raises(checkpoint.UserError, match='cannot be written: Read-only file system'):
+        run_here(*args, '--init_from=resume', '--max_iters=9', '--eval_interval=2')
+
+
 # -----------------------------------------------------------------------------
 # several processes
 
@@ -392,6 +439,43 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
     assert done.returncode == 0, done.stderr
     assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
     assert list(metrics(tmp_path / 'a')) == list(range(1, 301))
+
+
+NAN = """
+import model
+forward = model.GPT.forward
+calls = 0
+def spoilt(self, *args, **options):
+    global calls
+    logits, loss, *rest = forward(self, *args, **options)
+    if self.training:
+        calls += 1
+        loss = loss * float('nan') if calls in ({calls}) else loss
+    return (logits, loss, *rest)
+model.GPT.forward = spoilt
+"""
+
+
+@pytest.mark.parametrize('shard', [False, True])
+def test_one_rank_s_nan_is_left_out_by_all(ranks, tmp_path, shard):
+    """Each rank computes one micro-batch a step, so call 5 is of step 5."""
+    args = ('--max_iters=9', '--save_interval=1', '--eval_interval=9', f'--shard={shard}')
+    ends = []
+    for name, spoilt in (('one', [1]), ('both', [0, 1])):
+        before = {rank: NAN.format(calls='5,') for rank in spoilt}
+        crew = ranks(2, f'--out_dir={tmp_path}/{name}', *args, before=lambda r: before.get(r, ''))  # noqa: B023
+        assert crew.end() == [0, 0], crew.err
+        assert crew.out.count('update skipped') == 1
+        path = find(tmp_path / name, 'last')
+        names = sorted(file.name for file in path.glob('*.safetensors'))
+        ends.append([checkpoint.sha256(path / name) for name in names])
+    assert ends[0] == ends[1]
+    before = NAN.format(calls='4, 5, 6')
+    crew = ranks(2, f'--out_dir={tmp_path}/three', *args, before=lambda r: before if r else '')
+    assert crew.end() == [2, 2]
+    assert crew.err.count('not finite three steps in a row, up to step 6') == 2
+    assert 'Traceback' not in crew.err
+    assert find(tmp_path / 'three', 'last').name == 'step-00000003'
 
 
 @pytest.mark.parametrize('number', times(200))

@@ -1,7 +1,9 @@
 """One model over several processes learns what one process would: whole in each, or in rows."""
 
 import os
+import re
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -174,3 +176,121 @@ def test_what_is_not_sharded_is_left_as_it_is():
     tensor = torch.ones(3)
     assert local(tensor) is whole(tensor) is cut_like(tensor, tensor) is tensor
     settle(torch.nn.Linear(1, 1))
+
+
+# -----------------------------------------------------------------------------
+# what is refused: in one line that names the rank, by all of them
+
+
+def only(rank, code):
+    """`before` for one rank."""
+    return lambda each: code if each == rank else ''
+
+
+OTHER_CODE = "import runtime; runtime.code_hash = lambda: 'abc'"
+OTHER_DEVICE = "import runtime; runtime.pick_device = lambda name: 'mps'"
+OTHER_TORCH = "import torch; torch.__version__ = '2.0'"
+UNLIKE = [
+    ((lambda rank: f'--seed={rank}',), '', r'rank 1 on \S+ has seed 1, and rank 0 on \S+ 0'),
+    ((), only(1, OTHER_CODE), r"rank 1 on \S+ has code 'abc', and rank 0 on \S+ '\w{12}'"),
+    ((), only(1, OTHER_DEVICE), r"rank 1 on \S+ has device 'mps', and rank 0 on \S+ 'cpu'"),
+    ((), only(0, OTHER_TORCH), r"rank 1 on \S+ has torch '2\.\S+', and rank 0 on \S+ '2\.0'"),
+    (('--batch_size=3', '--gradient_accumulation_steps=1'), '', 'batch_size is 3 .* 2 or 4$'),
+    (('--checkpoint_mirror=/dev/null/mirror',), '', 'checkpoint_mirror=.*: cannot be written'),
+    (('--offload', '--shard'), '', 'offload=True: cpu is the host'),
+]
+
+
+@pytest.mark.parametrize(('args', 'before', 'text'), UNLIKE)
+def test_a_mistake_is_one_line_on_each_rank_and_leaves_no_folder(
+    ranks, tmp_path, args, before, text
+):
+    crew = ranks(2, f'--out_dir={tmp_path}/run', *args, before=before)
+    assert crew.end(30) == [2, 2]
+    for n, rank in enumerate(crew):
+        assert re.search(rf'^error{" .rank 1." if n else ""}: .*{text}', rank.err, re.M), rank.err
+    assert crew.err.count('\n') == 2
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_dataset_that_one_rank_lacks_is_named_by_it_and_the_others_leave(
+    ranks, dataset, tmp_path
+):
+    there, elsewhere = tmp_path / 'there', tmp_path / 'elsewhere'
+    shutil.copytree(dataset, there / 'letters')
+    elsewhere.mkdir()
+    crew = ranks(
+        2,
+        *(f'--out_dir={tmp_path}/run', '--dataset=./letters', '--hang_timeout=4'),
+        before=lambda rank: f'import os; os.chdir({str(elsewhere if rank else there)!r})',
+    )
+    assert crew.end(30) == [1, 2]
+    assert re.match(r'error \(rank 1\): .*letters', crew[1].err)
+    assert re.match(r'error \(rank 0\): a connection is lost .*: rank 1 \(process', crew[0].err)
+    assert crew.err.count('\n') == 2
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.faults
+def test_a_rank_that_does_not_come_is_named(ranks, tmp_path):
+    args = (f'--out_dir={tmp_path}/run', '--hang_timeout=1')
+    crew = ranks(2, *args, before=only(1, 'raise SystemExit(3)'))
+    assert crew.end(30) == [2, 3]
+    assert 'error: ' in crew[0].err
+    assert 'start all 2' in crew[0].err or 'cannot meet' in crew[0].err
+    assert 'Traceback' not in crew[0].err
+
+
+def test_a_port_that_is_taken_is_named(ranks, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        crew = ranks(1, f'--out_dir={tmp_path}/run', '--hang_timeout=1', port=port)
+        assert crew.end(30) == [2]
+    line = crew.err.splitlines()[-1]
+    assert line.startswith(f'error: the processes cannot meet at 127.0.0.1:{port}: ')
+    assert 'the port free there' in line
+    assert 'Traceback' not in crew.err
+
+
+CLOCK = """
+import socket, time
+now = time.time
+time.time = lambda: now() + 100
+socket.gethostname = lambda: 'late.host'
+"""
+
+
+def test_clocks_that_differ_are_a_warning(ranks, tmp_path):
+    crew = ranks(2, f'--out_dir={tmp_path}', before=only(1, CLOCK))
+    assert crew.end() == [0, 0], crew.err
+    assert re.fullmatch(
+        r'warning: the clock of late\.host \(rank 1\) and that of \S+ are \d+ s apart, .*NTP\n',
+        crew.err,
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('shard', [False, True])
+def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, shard):
+    """Two machines that share no disk: each rank has a folder of its own."""
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+    where = lambda rank: f'import os; os.chdir({str(tmp_path / "ab"[rank])!r})'  # noqa: E731
+    args = ('--out_dir=run', '--hang_timeout=4', f'--shard={shard}')
+    crew = ranks(2, *args, before=where)
+    if shard:  # which is noticed before the first part is written
+        assert crew.end(30) == [2, 2]
+        assert crew.err.count('run of rank 0 is not there for rank 1: shard=True needs') == 2
+        return
+    assert crew.end(30) == [0, 0], crew.err
+    crew = ranks(2, *args, '--init_from=resume', '--max_iters=6', before=where)
+    assert crew.end(30) == [1, 2]
+    assert 'step-00000004 is not on this machine' in crew[1].err
+    mirror = f'--checkpoint_mirror={tmp_path}/mirror'
+    shutil.copytree(tmp_path / 'a' / 'run', tmp_path / 'mirror')
+    args = (*args, mirror, '--init_from=resume', '--max_iters=6')
+    crew = ranks(2, *args, before=where)
+    assert crew.end(30) == [0, 0], crew.err
+    assert steps(tmp_path / 'a' / 'run')[-1] == 6

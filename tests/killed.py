@@ -1,0 +1,126 @@
+"""
+Saves checkpoints in processes that are killed, each at one more file operation.
+
+$ python tests/killed.py background|part-0|part-1|mirror FOLDER
+
+Prints a line of JSON for each kill: the step that was being saved, the last one that can be loaded
+afterwards, and what is in the folder of checkpoints once the next one has been saved. Damage that
+is found on the way would be a line on standard error.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import saver
+from model import GPT, GPTConfig
+from runtime import Runtime
+
+WHAT, FOLDER = sys.argv[1], Path(sys.argv[2])
+OUT_DIR, MIRROR = FOLDER / 'run', FOLDER / 'mirror'
+model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
+optimizer = torch.optim.AdamW(model.parameters())
+operations, kill_at = 0, None
+
+
+def hook(event, args):
+    global operations
+    if kill_at and (event == 'open' or event.startswith(('os.', 'shutil.'))):
+        operations += 1
+        if operations == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def forked(work, *args, at=None) -> int:
+    """A process that does `work`, and is killed at operation number `at` of it -> its id."""
+    global kill_at
+    child = os.fork()
+    if child == 0:
+        kill_at = at
+        work(*args)
+        os._exit(0)
+    return child
+
+
+def killed(child: int) -> bool:
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def state_of(step):
+    return {'step': step, 'val_loss': 1.0 + step, 'evaluated': True}
+
+
+def in_background(step):
+    run = saver.Saver(OUT_DIR, Runtime('cpu', torch.float32))
+    run.save(model, [optimizer], None, state_of(step))
+    time.sleep(0.01)  # the training goes on
+    run.finish()
+
+
+def write_part(step, rank):
+    """What one of two ranks does: the upper or the lower half of each tensor."""
+
+    def half(tensor):
+        return tensor[len(tensor) // 2 :] if rank else tensor[: len(tensor) // 2]
+
+    tensors = checkpoint.tensors_of(model, [optimizer])
+    mine = {file: {k: half(t) for k, t in named.items()} for file, named in tensors.items()}
+    state = {**state_of(step), 'model': vars(model.config)}
+    checkpoint.write(checkpoint.place(OUT_DIR, state), mine, None, state, False, rank, 2)
+
+
+def in_parts(step, at, victim):
+    checkpoint.clear(checkpoint.place(OUT_DIR, state_of(step)), 0)
+    ranks = [forked(write_part, step, rank, at=at if rank == victim else None) for rank in (0, 1)]
+    died = killed(ranks[victim])
+    if died and victim == 1:  # torchrun ends the other one
+        os.kill(ranks[0], signal.SIGKILL)
+    killed(ranks[1 - victim])
+    return died
+
+
+def save(step, at=None) -> bool:
+    """Save a step, as WHAT says -> whether it was killed at operation number `at`."""
+    for parameter in model.parameters():
+        parameter.data += 0.01
+    if WHAT == 'background':
+        return killed(forked(in_background, step, at=at))
+    if WHAT.startswith('part'):
+        return in_parts(step, at, victim=int(WHAT[-1]))
+    path = checkpoint.save(OUT_DIR, model, [optimizer], None, state_of(step))
+    return killed(forked(saver.send, path, MIRROR, False, at=at))
+
+
+def last_step(number) -> int:
+    """That of the checkpoint a new process would go on from."""
+    where = OUT_DIR
+    if WHAT == 'mirror':
+        where = FOLDER / f'new-{number}'
+        saver.restore(MIRROR, where)
+    model_, _, state = checkpoint.load(checkpoint.find(where, 'last'))
+    assert all(parameter.isfinite().all() for parameter in model_.parameters())
+    shutil.rmtree(FOLDER / f'new-{number}', ignore_errors=True)
+    return state['step']
+
+
+torch.set_num_threads(1)
+saver.SMALL = 0
+sys.addaudithook(hook)
+for number in (1, 2, 3):
+    save(number)
+died, at = True, 0
+while died and at < 999:
+    at, number = at + 1, number + 1
+    died = save(number, at)
+    reached = last_step(number)
+    number += 1
+    save(number)
+    left = sorted(path.name for path in checkpoint.listed(MIRROR if WHAT == 'mirror' else OUT_DIR))
+    print(json.dumps([number - 1, reached, left]))
