@@ -81,6 +81,7 @@ batch_size = 12  # sequences, or pairs of them, that one process computes at a t
 block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # cut sequences into such pieces at first: cheaper attention
 short_iters = 0  # steps on those pieces
+mask_documents = False  # no attention across an end of text, or from conversation to conversation
 # what to learn
 objective = 'lm'  # text; 'sft': the answers in conversations; 'dpo': which of two is better
 dpo_beta = 0.1  # how dearly a model pays for leaving what it was before: more keeps it nearer
@@ -335,6 +336,15 @@ on_out_of_memory(
 )
 
 
+if mask_documents and objective == 'dpo':
+    raise ConfigError('mask_documents=True: a row of a pair is one conversation; leave it False')
+if mask_documents and not data.rows and data.tokenizer.eot is None:
+    raise ConfigError(
+        f'mask_documents=True: nothing divides the documents of {dataset}, whose '
+        f'{data.tokenizer.name} tokenizer has no end of text; leave it at False'
+    )
+
+
 def to_device(*arrays):
     """numpy int64 (B, T) -> tensors on the device, without waiting for the copy."""
     tensors = [torch.from_numpy(array) for array in arrays]
@@ -343,14 +353,14 @@ def to_device(*arrays):
     return [tensor.to(runtime.device, non_blocking=True) for tensor in tensors]
 
 
-def get_batch(number: int) -> tuple[list, float]:
+def get_batch(number: int) -> tuple[dict, float]:
     """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T) and
     what else loss_of() takes; by what to divide its loss, so that a step's sum is the step's mean.
     """
     steps, part = divmod(number, micro_steps)
     first = state['samples'] + steps * global_rows
     mine = first + runtime.rank * rank_rows + part * micro_rows
-    batch, parts = data.batch(mine, micro_rows), micro_steps
+    batch, parts = data.batch(mine, micro_rows, mask_documents), micro_steps
     if state['step'] + steps < short_iters:
         batch = [array.reshape(-1, piece) for array in batch]
     if objective == 'sft':  # of one row more is learned than of another
@@ -359,7 +369,13 @@ def get_batch(number: int) -> tuple[list, float]:
     if objective == 'dpo':
         batch = batch if runtime.wants_compile(compile) else trim(*batch)  # compiled for one shape
         batch = [*batch, reference['train'][data.windows(mine, micro_rows)].ravel()]
-    return to_device(*batch), float(parts)
+    return named(to_device(*batch)), float(parts)
+
+
+def named(batch: list) -> dict:
+    """x, y and what comes with them, by the names that loss_of() has for them."""
+    names = ('x', 'y', 'reference' if objective == 'dpo' else 'documents')
+    return dict(zip(names, batch, strict=False))
 
 
 # -----------------------------------------------------------------------------
@@ -405,9 +421,12 @@ if objective == 'dpo':
         reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
 if not eval_only:
     if runtime.wants_compile(compile):
-        (x, y, *others), _ = get_batch(0)
-        widths = {x.size(1), data.block_size}  # short sequences, if they come first, and whole ones
-        batches = [(x.reshape(-1, T), y.reshape(-1, T), *others) for T in sorted(widths)]
+        batch, _ = get_batch(0)
+        # short sequences, if they come first, and whole ones
+        widths = sorted({batch['x'].size(1), data.block_size})
+        batches = [
+            {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
+        ]
         trial = partial(loss_of, beta=dpo_beta)
         model, compiled = runtime.compile(model, batches, say, trial)
     if not shard:
@@ -451,11 +470,11 @@ def estimate_loss() -> dict[str, float] | None:
             mine = windows[i + runtime.rank * batch_size :][:batch_size]
             # of a sharded model every rank has to compute, also where none is left for it
             some = mine if len(mine) else windows[:1]
-            batch = data.eval_batch(split, some)
+            batch = data.eval_batch(split, some, mask_documents)
             if objective == 'dpo':
                 batch = [*trim(*batch), reference[split][some // data.stride].ravel()]
             with runtime.autocast():
-                means, weight = measure(raw_model, *to_device(*batch), beta=dpo_beta)
+                means, weight = measure(raw_model, **named(to_device(*batch)), beta=dpo_beta)
             if len(mine):
                 total += torch.stack([mean * weight for mean in means] + [weight])
             if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
@@ -637,7 +656,7 @@ while True:
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == micro_steps - 1)
         with runtime.autocast():
-            loss = loss_of(model, *batch, beta=dpo_beta) / parts
+            loss = loss_of(model, **batch, beta=dpo_beta) / parts
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for each in optimizers:
