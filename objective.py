@@ -33,14 +33,14 @@ MEASURED = {'lm': ['loss'], 'sft': ['loss'], 'dpo': ['loss', 'reward_accuracy', 
 REFERENCE = 'reference.safetensors'  # in the run's folder
 
 
-def loss_of(model, x, y, reference=None, documents=None, beta: float | None = None):
+def loss_of(model, x, y, reference=None, beta: float | None = None, documents=None):
     """The mean loss of a batch: in nats per target or, with a reference, per pair."""
     if reference is None:
         return model(x, y, documents=documents)[1]
     return dpo(answer_logps(model, x, y), reference, beta)[0].mean()
 
 
-def measure(model, x, y, reference=None, documents=None, beta: float | None = None):
+def measure(model, x, y, reference=None, beta: float | None = None, documents=None):
     """What MEASURED names, as means over a batch, and over how many targets, or pairs, they are."""
     if reference is None:
         return [model(x, y, documents=documents)[1]], (y >= 0).sum()

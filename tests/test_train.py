@@ -1027,7 +1027,7 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
     run_here, tmp_path, monkeypatch, capsys, settings
 ):
     def compile(model, **options):
-        def fail(*args):
+        def fail(*args, **options):
             raise RuntimeError('no C++ compiler\nfound here')
 
         return fail
