@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import folder
 from checkpoint import find, listed, load, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
-from data.dataset import open_dataset
+from data.mixture import open_data
 from engine import write_page
 from lora import add_lora
 from model import GPT, GPTConfig
@@ -75,7 +76,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 tensorboard_log = False  # to tb/ in the run's folder
 # data
-dataset = 'openwebtext'  # a folder in data/, or the path of one
+dataset = 'openwebtext'  # a folder in data/, the path of one, or a mixture: 'a:0.7,b:0.3'
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
 batch_size = 12  # sequences, or pairs of them, that one process computes at a time
 block_size = 1024  # tokens per sequence
@@ -105,7 +106,7 @@ learning_rate = 6e-4  # AdamW's at its highest
 muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
 muon_momentum = 0.95
 max_iters = 600000  # updates in all
-epochs: float | None = None  # passes over the training split; sets max_iters and lr_decay_iters
+epochs: float | None = None  # passes over the training data; sets max_iters and lr_decay_iters
 weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices in the blocks
 beta1 = 0.9  # AdamW's
 beta2 = 0.95
@@ -251,7 +252,7 @@ if raw_model:  # a model from elsewhere brings its shape
     config |= {name: getattr(raw_model.config, name) for name in SHAPE}
     block_size = raw_model.config.block_size
 
-data = open_dataset(dataset, block_size, seed, objective)
+data = open_data(dataset, block_size, seed, objective)
 if raw_model is None:
     # a large vocabulary is rounded up, which makes for faster matrix products
     vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
@@ -364,8 +365,8 @@ def get_batch(number: int) -> tuple[dict, float]:
     if state['step'] + steps < short_iters:
         batch = [array.reshape(-1, piece) for array in batch]
     if objective == 'sft':  # of one row more is learned than of another
-        here = data.targets[data.windows(mine, micro_rows)].sum()
-        parts = data.targets[data.windows(first, global_rows)].sum() / (here * runtime.world_size)
+        here = data.count_targets(mine, micro_rows)
+        parts = data.count_targets(first, global_rows) / (here * runtime.world_size)
     if objective == 'dpo':
         batch = batch if runtime.wants_compile(compile) else trim(*batch)  # compiled for one shape
         batch = [*batch, reference['train'][data.windows(mine, micro_rows)].ravel()]
@@ -385,7 +386,7 @@ say(
     f'model: {config["arch"]}, {raw_model.num_params() / 1e6:,.2f}M parameters, '
     f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
     f'context {block_size}; {optimizer}\n'
-    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+    f'data: {data.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
     f'machine: {runtime}'
 )
 
@@ -453,16 +454,18 @@ if resume_from:
 @torch.no_grad()
 def estimate_loss() -> dict[str, float] | None:
     """Mean loss of each split in nats per token, over fixed windows shared out to all ranks; of
-    preference pairs, per pair, and what else measure() has of them.
+    preference pairs, per pair, and what else measure() has of them. Of a mixture, the loss on each
+    part, and their mean by the parts' shares.
 
     None if a signal asked to stop meanwhile. Draws on no random state that training uses.
     """
     raw_model.eval()
     losses = {}
-    whole = len(data.eval_windows('val'))  # the training split is never looked at for longer
-    count = whole if eval_iters is None else eval_iters * batch_size
-    for split in ('train', 'val') if eval_train else ('val',):
-        windows = data.eval_windows(split, count)
+    splits = ('train', 'val') if eval_train else ('val',)
+    for split, (share, part) in product(splits, data.parts):
+        whole = len(part.eval_windows('val'))  # the training split is never looked at for longer
+        count = whole if eval_iters is None else math.ceil(share * eval_iters * batch_size)
+        windows = part.eval_windows(split, count)
         names = [f'{split}_{name}' for name in MEASURED[objective]]
         total = torch.zeros(len(names) + 1, dtype=runtime.wide, device=runtime.device)
         starts = range(0, len(windows), runtime.world_size * batch_size)
@@ -470,7 +473,7 @@ def estimate_loss() -> dict[str, float] | None:
             mine = windows[i + runtime.rank * batch_size :][:batch_size]
             # of a sharded model every rank has to compute, also where none is left for it
             some = mine if len(mine) else windows[:1]
-            batch = data.eval_batch(split, some, mask_documents)
+            batch = part.eval_batch(split, some, mask_documents)
             if objective == 'dpo':
                 batch = [*trim(*batch), reference[split][some // data.stride].ravel()]
             with runtime.autocast():
@@ -481,7 +484,10 @@ def estimate_loss() -> dict[str, float] | None:
                 raw_model.train()
                 return None
         *sums, weight = runtime.reduce(total.tolist())  # of targets, or of pairs
-        losses |= {name: part / weight for name, part in zip(names, sums, strict=True)}
+        for name, each in zip(names, sums, strict=True):
+            losses[name] = losses.get(name, 0.0) + share * each / weight
+        if part is not data:
+            losses[f'{split}_loss_on_{part.name}'] = sums[0] / weight
     raw_model.train()
     if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
         tokens_per_byte = data.tokens['val'] / text_bytes
@@ -526,7 +532,7 @@ def show_sample(tokens: int) -> None:
     if not tokens or tokenizer is None or (shard and not listed(out_dir)):
         return
     # begin as a document begins, or as the validation split does
-    x, y = data.eval_batch('val', [0])
+    x, y = data.parts[0][1].eval_batch('val', [0])
     prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
     if data.rows:  # or as a conversation does, up to where the assistant answers
         prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
@@ -611,6 +617,9 @@ while True:
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
+        shown += [
+            f'{k.replace("_", " ", 3)} {v:.4f}' for k, v in losses.items() if '_loss_on_' in k
+        ]
         shown += [
             f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in losses if k[:7] == 'val_rew'
         ]

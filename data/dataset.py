@@ -239,6 +239,7 @@ class Dataset:
         self, folder: str | Path, block_size: int, seed: int = 1337, objective: str = 'lm'
     ):
         self.folder, self.seed = Path(folder), seed
+        self.name, self.parts = self.folder.name, [(1.0, self)]  # a mixture has several
         meta = read_meta(self.folder)
         self.rows: dict | None = meta.get('rows')
         self._check_objective(objective)
@@ -303,6 +304,10 @@ class Dataset:
     def targets(self) -> np.ndarray:
         """How many targets each window of the training split has, (n_windows,)."""
         return np.concatenate([(flags & LEARNED > 0).sum(1) for flags in self._flags()])
+
+    def count_targets(self, first: int, count: int) -> int:
+        """The targets that training samples number first..first+count-1 have together."""
+        return int(self.targets[self.windows(first, count)].sum())
 
     @functools.cached_property
     def window_tokens(self) -> float:
@@ -563,6 +568,10 @@ def nanogpt_meta(folder: Path) -> dict:
 
 
 def open_dataset(name: str, block_size: int, seed: int = 1337, objective: str = 'lm') -> Dataset:
+    return Dataset(find_dataset(name), block_size, seed, objective)
+
+
+def find_dataset(name: str) -> Path:
     """
     The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
     flatGPT and is not there yet is prepared first, unless it is a large download.
@@ -574,7 +583,7 @@ def open_dataset(name: str, block_size: int, seed: int = 1337, objective: str = 
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))
-    return Dataset(folder, block_size, seed, objective)
+    return folder
 
 
 def is_prepared(folder: Path) -> bool:
