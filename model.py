@@ -107,10 +107,10 @@ def dropout(x, p, training):
     return x * keep.mul_(2**16 / (2**16 - share))
 
 
-def attention(q, k, v, p=0.0, cache=None, layer=None):
+def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
     """Causal attention of q (B, H, T, D) to k, v (B, G, T, D), and to the cache -> (B, T, C).
 
-    p: of dropping a weight; for training.
+    p: of dropping a weight; for training. mask (B, 1, T, T): what attends to what, without a cache.
     """
     grouped, dtype = k.size(1) < q.size(1), q.dtype
     if cache is not None:
@@ -119,13 +119,27 @@ def attention(q, k, v, p=0.0, cache=None, layer=None):
         q, mask = q.to(k.dtype), cache.mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
-        y = written_out_attention(q, k, v, p)
+        y = written_out_attention(q, k, v, p, mask)
+    elif mask is not None:
+        if grouped and q.device.type == 'cuda':  # else by products, which keep (B, H, T, T)
+            k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
+            grouped = False
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=grouped)
     else:
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(2)
 
 
-def written_out_attention(q, k, v, p):
+def same_document(documents):
+    """What attends to what (B, 1, T, T): no token to a later one or to another document's.
+
+    documents (B, T): a number for each token, which tells its document from the others of the row.
+    """
+    mask = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
+    return mask.tril_()[:, None]
+
+
+def written_out_attention(q, k, v, p, mask=None):
     """Causal attention as plain products (Vaswani et al. 2017, equation 1).
 
     For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
@@ -136,6 +150,8 @@ def written_out_attention(q, k, v, p):
     k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+    if mask is not None:  # heads share it
+        future = future.masked_fill(~mask, -math.inf).expand(B, H, T, T).reshape(B * H, T, T)
     scores = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
     weights = dropout(scores.softmax(-1).to(v.dtype), p, training=True)
     return (weights @ v).view(B, H, T, D)
@@ -180,11 +196,12 @@ class GPT2Attention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None, layer=None):
+    def forward(self, x, cache=None, mask=None, layer=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = attention(q, k, v, self.dropout if self.training else 0.0, cache, layer)  # (B, T, C)
+        p = self.dropout if self.training else 0.0
+        y = attention(q, k, v, p, cache, mask, layer)  # (B, T, C)
         return dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -208,8 +225,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x, cache=None, layer=None):
-        x = x + self.attn(self.ln_1(x), cache, layer)
+    def forward(self, x, cache=None, mask=None, layer=None):
+        x = x + self.attn(self.ln_1(x), cache, mask, layer)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -225,10 +242,10 @@ class GPT2(nn.Module):
         self.dropout = config.dropout
         self.recompute = False  # gradient checkpointing
 
-    def forward(self, idx, pos, cache=None):
+    def forward(self, idx, pos, cache=None, mask=None):
         x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
         x = dropout(x, self.dropout, self.training)
-        return self.ln_f(through(self.h, x, cache, recompute=self.recompute))
+        return self.ln_f(through(self.h, x, cache, mask, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
@@ -314,7 +331,7 @@ class ModernAttention(nn.Module):
         self.qkv_proj = None  # the first three in one, once linear.py has made them ready to write
         self.dropout = config.dropout
 
-    def forward(self, x, angles, cache=None, layer=None):
+    def forward(self, x, angles, cache=None, mask=None, layer=None):
         projections = self.q_proj, self.k_proj, self.v_proj
         if self.qkv_proj is not None:
             qkv = self.qkv_proj(x)
@@ -328,7 +345,7 @@ class ModernAttention(nn.Module):
         q, k = qk.split((self.n_head, self.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
         # no dropout of attention weights: on a CPU it would cost as much as the attention
-        y = attention(q, k, v, cache=cache, layer=layer)  # (B, T, C)
+        y = attention(q, k, v, 0.0, cache, mask, layer)  # (B, T, C)
         return dropout(self.o_proj(y), self.dropout, self.training)
 
 
@@ -350,8 +367,8 @@ class ModernBlock(nn.Module):
         self.self_attn = ModernAttention(config)
         self.mlp = ModernMLP(config)
 
-    def forward(self, x, angles, cache=None, layer=None):
-        x = x + self.self_attn(rms_norm(x), angles, cache, layer)
+    def forward(self, x, angles, cache=None, mask=None, layer=None):
+        x = x + self.self_attn(rms_norm(x), angles, cache, mask, layer)
         return x + self.mlp(rms_norm(x))
 
 
@@ -366,14 +383,15 @@ class Modern(nn.Module):
         self.dropout = config.dropout
         self.recompute = False  # gradient checkpointing
 
-    def forward(self, idx, pos, cache=None):
+    def forward(self, idx, pos, cache=None, mask=None):
         x = self.embed_tokens(idx)  # (B, T, C)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()  # half the memory traffic, as NanoChat trains; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
         angles = rotation(pos, self.head_size, x.dtype)
-        return rms_norm(through(self.layers, x, angles, cache, recompute=self.recompute))
+        others = angles, cache, mask
+        return rms_norm(through(self.layers, x, *others, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
@@ -423,12 +441,14 @@ class GPT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
-    def forward(self, idx, targets=None, cache=None, lengths=None, whole=False):
+    def forward(self, idx, targets=None, cache=None, lengths=None, whole=False, documents=None):
         """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
 
         idx (B, T): token ids. targets (B, T): the token that follows each; -1 does not count.
         cache: a KVCache with B rows; idx continues each row where it stands, and the cache grows.
         lengths (B,): with a cache, how many of each row's T tokens are real; the rest is padding.
+        documents (B, T): without one, the number of each token's document in the row; a token
+        attends to its own document, and positions run on from one document to the next.
         Logits are (B, T, V), with a cache (B, V): those that follow each row's last real token, or
         with whole=True those that follow every token.
         """
@@ -437,7 +457,8 @@ class GPT(nn.Module):
             pos = torch.arange(T, device=idx.device)  # (T,)
         else:
             pos = cache.extend(B, T, lengths)  # (B, T)
-        x = self.trunk(idx, pos, cache)  # (B, T, C)
+        mask = None if documents is None else same_document(documents)
+        x = self.trunk(idx, pos, cache, mask)  # (B, T, C)
         if cache is not None and not whole:  # only the last real token is asked what follows it
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
         logits = self.head(x)  # (B, T, V) or (B, V)

@@ -4,6 +4,7 @@ pairs of a better answer and a worse ('dpo', Rafailov et al. 2023, "Direct Prefe
 Your Language Model is Secretly a Reward Model").
 
     loss = loss_of(model, x, y)                         # 'lm', 'sft': -1 in y is not a target
+    loss = loss_of(model, x, y, documents=numbers)      # and none attends to another document
     loss = loss_of(model, x, y, reference, beta=0.1)    # 'dpo': rows better, worse, better, ...
 
 `reference` is what the model gave the same answers before training. It is computed once, by all
@@ -32,17 +33,17 @@ MEASURED = {'lm': ['loss'], 'sft': ['loss'], 'dpo': ['loss', 'reward_accuracy', 
 REFERENCE = 'reference.safetensors'  # in the run's folder
 
 
-def loss_of(model, x, y, reference=None, beta: float | None = None):
+def loss_of(model, x, y, reference=None, beta: float | None = None, documents=None):
     """The mean loss of a batch: in nats per target or, with a reference, per pair."""
     if reference is None:
-        return model(x, y)[1]
+        return model(x, y, documents=documents)[1]
     return dpo(answer_logps(model, x, y), reference, beta)[0].mean()
 
 
-def measure(model, x, y, reference=None, beta: float | None = None):
+def measure(model, x, y, reference=None, beta: float | None = None, documents=None):
     """What MEASURED names, as means over a batch, and over how many targets, or pairs, they are."""
     if reference is None:
-        return [model(x, y)[1]], (y >= 0).sum()
+        return [model(x, y, documents=documents)[1]], (y >= 0).sum()
     losses, margins = dpo(answer_logps(model, x, y), reference, beta)
     means = [each.mean() for each in (losses, (margins > 0).float(), margins)]
     return means, losses.new_tensor(len(losses))

@@ -193,7 +193,7 @@ class Runtime:
             compiled = model if blocks else torch.compile(model, dynamic=False)
             for batch in batches:
                 with self.autocast():
-                    loss = loss_of(compiled, *batch)
+                    loss = loss_of(compiled, **batch)
                 loss.backward()
             return compiled, True
         except Exception as error:

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
+from itertools import product
 from pathlib import Path
 from socket import gethostname
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import folder
 from checkpoint import listed, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
-from data.dataset import open_dataset
+from data.mixture import open_data
 from engine import write_page
 from objective import (
     MEASURED,
@@ -75,12 +76,13 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 tensorboard_log = False  # to tb/ in the run's folder
 # data
-dataset = 'openwebtext'  # a folder in data/, or the path of one
+dataset = 'openwebtext'  # a folder in data/, the path of one, or a mixture: 'a:0.7,b:0.3'
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
 batch_size = 12  # sequences, or pairs of them, that one process computes at a time
 block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # cut sequences into such pieces at first: cheaper attention
 short_iters = 0  # steps on those pieces
+mask_documents = False  # no attention across an end of text, or from conversation to conversation
 # what to learn
 objective = 'lm'  # text; 'sft': the answers in conversations; 'dpo': which of two is better
 dpo_beta = 0.1  # how dearly a model pays for leaving what it was before: more keeps it nearer
@@ -212,7 +214,7 @@ state |= saved
 if raw_model and (kept := keep_shape(raw_model, config)):
     say(f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say')
 init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoint', 'block_size'))
-data = open_dataset(dataset, block_size, seed, objective)
+data = open_data(dataset, block_size, seed, objective)
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
 raw_model, tokenizer = fit_to_data(raw_model, tokenizer, data, config, say)
@@ -262,6 +264,15 @@ on_out_of_memory(
 )
 
 
+if mask_documents and objective == 'dpo':
+    raise ConfigError('mask_documents=True: a row of a pair is one conversation; leave it False')
+if mask_documents and not data.rows and data.tokenizer.eot is None:
+    raise ConfigError(
+        f'mask_documents=True: nothing divides the documents of {dataset}, whose '
+        f'{data.tokenizer.name} tokenizer has no end of text; leave it at False'
+    )
+
+
 def to_device(*arrays):
     """numpy int64 (B, T) -> tensors on the device, without waiting for the copy."""
     tensors = [torch.from_numpy(array) for array in arrays]
@@ -270,23 +281,29 @@ def to_device(*arrays):
     return [tensor.to(runtime.device, non_blocking=True) for tensor in tensors]
 
 
-def get_batch(number: int) -> tuple[list, float]:
+def get_batch(number: int) -> tuple[dict, float]:
     """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T) and
     what else loss_of() takes; by what to divide its loss, so that a step's sum is the step's mean.
     """
     steps, part = divmod(number, micro_steps)
     first = state['samples'] + steps * global_rows
     mine = first + runtime.rank * rank_rows + part * micro_rows
-    batch, parts = data.batch(mine, micro_rows), micro_steps
+    batch, parts = data.batch(mine, micro_rows, mask_documents), micro_steps
     if state['step'] + steps < short_iters:
         batch = [array.reshape(-1, piece) for array in batch]
     if objective == 'sft':  # of one row more is learned than of another
-        here = data.targets[data.windows(mine, micro_rows)].sum()
-        parts = data.targets[data.windows(first, global_rows)].sum() / (here * runtime.world_size)
+        here = data.count_targets(mine, micro_rows)
+        parts = data.count_targets(first, global_rows) / (here * runtime.world_size)
     if objective == 'dpo':
         batch = batch if runtime.wants_compile(compile) else trim(*batch)  # compiled for one shape
         batch = [*batch, reference['train'][data.windows(mine, micro_rows)].ravel()]
-    return to_device(*batch), float(parts)
+    return named(to_device(*batch)), float(parts)
+
+
+def named(batch: list) -> dict:
+    """x, y and what comes with them, by the names that loss_of() has for them."""
+    names = ('x', 'y', 'reference' if objective == 'dpo' else 'documents')
+    return dict(zip(names, batch, strict=False))
 
 
 # -----------------------------------------------------------------------------
@@ -296,7 +313,7 @@ say(
     f'model: {config["arch"]}, {raw_model.num_params() / 1e6:,.2f}M parameters, '
     f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
     f'context {block_size}; {optimizer}\n'
-    f'data: {data.folder.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+    f'data: {data.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
     f'machine: {runtime}'
 )
 
@@ -331,9 +348,12 @@ if objective == 'dpo':
         settle(raw_model)  # the optimizer is to be given each rank's rows
 if not eval_only:
     if runtime.wants_compile(compile):
-        (x, y, *others), _ = get_batch(0)
-        widths = {x.size(1), data.block_size}  # short sequences, if they come first, and whole ones
-        batches = [(x.reshape(-1, T), y.reshape(-1, T), *others) for T in sorted(widths)]
+        batch, _ = get_batch(0)
+        # short sequences, if they come first, and whole ones
+        widths = sorted({batch['x'].size(1), data.block_size})
+        batches = [
+            {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
+        ]
         trial = partial(loss_of, beta=dpo_beta)
         model, compiled = runtime.compile(model, batches, say, trial)
     if not shard:
@@ -360,16 +380,18 @@ if resume_from:
 @torch.no_grad()
 def estimate_loss() -> dict[str, float] | None:
     """Mean loss of each split in nats per token, over fixed windows shared out to all ranks; of
-    preference pairs, per pair, and what else measure() has of them.
+    preference pairs, per pair, and what else measure() has of them. Of a mixture, the loss on each
+    part, and their mean by the parts' shares.
 
     None if a signal asked to stop meanwhile. Draws on no random state that training uses.
     """
     raw_model.eval()
     losses = {}
-    count = len(data.eval_windows('val'))  # the training split is never looked at for longer
-    count = count if eval_iters is None else eval_iters * batch_size
-    for split in ('train', 'val') if eval_train else ('val',):
-        windows = data.eval_windows(split, count)
+    splits = ('train', 'val') if eval_train else ('val',)
+    for split, (share, part) in product(splits, data.parts):
+        whole = len(part.eval_windows('val'))  # the training split is never looked at for longer
+        count = whole if eval_iters is None else math.ceil(share * eval_iters * batch_size)
+        windows = part.eval_windows(split, count)
         names = [f'{split}_{name}' for name in MEASURED[objective]]
         total = torch.zeros(len(names) + 1, dtype=runtime.wide, device=runtime.device)
         starts = range(0, len(windows), runtime.world_size * batch_size)
@@ -377,18 +399,21 @@ def estimate_loss() -> dict[str, float] | None:
             mine = windows[i + runtime.rank * batch_size :][:batch_size]
             # of a sharded model every rank has to compute, also where none is left for it
             some = mine if len(mine) else windows[:1]
-            batch = data.eval_batch(split, some)
+            batch = part.eval_batch(split, some, mask_documents)
             if objective == 'dpo':
                 batch = [*trim(*batch), reference[split][some // data.stride].ravel()]
             with runtime.autocast():
-                means, weight = measure(raw_model, *to_device(*batch), beta=dpo_beta)
+                means, weight = measure(raw_model, **named(to_device(*batch)), beta=dpo_beta)
             if len(mine):
                 total += torch.stack([mean * weight for mean in means] + [weight])
             if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
                 raw_model.train()
                 return None
         *sums, weight = runtime.reduce(total.tolist())  # of targets, or of pairs
-        losses |= {name: part / weight for name, part in zip(names, sums, strict=True)}
+        for name, each in zip(names, sums, strict=True):
+            losses[name] = losses.get(name, 0.0) + share * each / weight
+        if part is not data:
+            losses[f'{split}_loss_on_{part.name}'] = sums[0] / weight
     raw_model.train()
     if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
         tokens_per_byte = data.tokens['val'] / text_bytes
@@ -433,7 +458,7 @@ def show_sample(tokens: int) -> None:
     if not tokens or tokenizer is None or (shard and not listed(out_dir)):
         return
     # begin as a document begins, or as the validation split does
-    x, y = data.eval_batch('val', [0])
+    x, y = data.parts[0][1].eval_batch('val', [0])
     prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
     if data.rows:  # or as a conversation does, up to where the assistant answers
         prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
@@ -528,6 +553,9 @@ while True:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
         shown += [
+            f'{k.replace("_", " ", 3)} {v:.4f}' for k, v in losses.items() if '_loss_on_' in k
+        ]
+        shown += [
             f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in losses if k[:7] == 'val_rew'
         ]
         say(f'step {step}: {", ".join(shown)}')
@@ -572,7 +600,7 @@ while True:
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == micro_steps - 1)
         with runtime.autocast():
-            loss = loss_of(model, *batch, beta=dpo_beta) / parts
+            loss = loss_of(model, **batch, beta=dpo_beta) / parts
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for each in optimizers:

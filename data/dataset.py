@@ -26,6 +26,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -238,6 +239,7 @@ class Dataset:
         self, folder: str | Path, block_size: int, seed: int = 1337, objective: str = 'lm'
     ):
         self.folder, self.seed = Path(folder), seed
+        self.name, self.parts = self.folder.name, [(1.0, self)]  # a mixture has several
         meta = read_meta(self.folder)
         self.rows: dict | None = meta.get('rows')
         self._check_objective(objective)
@@ -250,10 +252,12 @@ class Dataset:
         self.tokens: dict[str, int] = {s: splits[s]['tokens'] for s in SPLITS}
         self.bytes: dict[str, int | None] = {s: splits[s].get('bytes') for s in SPLITS}
         self._shards = {s: [(d['file'], d['tokens']) for d in splits[s]['shards']] for s in SPLITS}
+        lengths = {s: [tokens for _, tokens in self._shards[s]] for s in SPLITS}
+        self._ends = {s: np.cumsum(lengths[s], dtype=np.int64) for s in SPLITS}
         check_files(self.folder, meta)
         self._check_lengths()
-        sizes = np.array([tokens for _, tokens in self._shards['train']])
-        self._first_token = np.cumsum(sizes) - sizes
+        sizes = np.array(lengths['train'])
+        self._first_token = self._ends['train'] - sizes
         # A window and the token after it lie in one shard. Where there are several, one less than
         # fit, so that their borders can move by up to a window from epoch to epoch.
         fit = (sizes - 1) // block_size
@@ -301,6 +305,10 @@ class Dataset:
         """How many targets each window of the training split has, (n_windows,)."""
         return np.concatenate([(flags & LEARNED > 0).sum(1) for flags in self._flags()])
 
+    def count_targets(self, first: int, count: int) -> int:
+        """The targets that training samples number first..first+count-1 have together."""
+        return int(self.targets[self.windows(first, count)].sum())
+
     @functools.cached_property
     def window_tokens(self) -> float:
         """Tokens of a training window on average, padding left out."""
@@ -327,29 +335,37 @@ class Dataset:
         key = mix(np.full(count, self.seed % 2**64, np.uint64), epoch.astype(np.uint64))
         return permute(sample % self.n_windows, self.n_windows, key), key
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
         """
         The windows(first, count) -> x, y int64, both (count, block_size), of pairs
         (2 * count, block_size); y is -1 where nothing is to be learned.
+
+        documents: numbers of the same shape as well, which tell each document of a row from its
+        neighbours: an end of text, or the first token of a conversation, begins the next.
         """
         window, key = self._draw(first, count)
         shard = np.searchsorted(self._last_window, window, side='right')
         window -= (self._last_window - self._windows)[shard]
         phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
         starts = self._first_token[shard] + phase + window * self.stride
-        return self._inputs_and_targets('train', self._sequences(starts))
+        return self._inputs_and_targets('train', self._sequences(starts), documents)
 
     def _sequences(self, starts: np.ndarray) -> np.ndarray:
         """First positions of all sequences of the windows that begin at `starts`."""
         return (starts[:, None] + np.arange(0, self.stride, self.block_size)).ravel()
 
-    def _inputs_and_targets(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _inputs_and_targets(
+        self, split: str, starts: np.ndarray, documents: bool
+    ) -> tuple[np.ndarray, ...]:
         ids = self._read(split, starts)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         if self.rows:
             flags = self._read_files(split, starts, np.dtype(np.uint8), mask_file)
             y[flags[:, 1:] & LEARNED == 0] = -1
-        return x, y
+        if not documents:
+            return x, y
+        begins = flags[:, :-1] & FIRST > 0 if self.rows else x == self.tokenizer.eot
+        return x, y, begins.cumsum(1)
 
     def eval_windows(self, split: str, count: int | None = None) -> np.ndarray:
         """
@@ -362,13 +378,15 @@ class Dataset:
             return np.arange(0, last, self.stride)
         return np.arange(count) * whole // count * self.stride
 
-    def eval_batch(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x, y as in batch(); beyond the end of the split x is 0 and y is -1."""
+    def eval_batch(
+        self, split: str, starts: np.ndarray, documents: bool = False
+    ) -> tuple[np.ndarray, ...]:
+        """As batch(); beyond the end of the split x is 0 and y is -1."""
         starts = self._sequences(np.asarray(starts, np.int64))
-        x, y = self._inputs_and_targets(split, starts)
+        x, y, *numbers = self._inputs_and_targets(split, starts, documents)
         beyond = starts[:, None] + np.arange(1, self.block_size + 1) >= self.tokens[split]
         x[beyond], y[beyond] = 0, -1
-        return x, y
+        return x, y, *numbers
 
     def _read(self, split: str, starts: np.ndarray) -> np.ndarray:
         """block_size + 1 ids from each start, 0 beyond the end of the split."""
@@ -388,30 +406,36 @@ class Dataset:
         """
         width = self.block_size + 1
         ids = np.zeros((len(starts), width), dtype)
-        first, size = 0, ids.itemsize
-        for name, tokens in self._shards[split]:
-            local = starts - first
-            first += tokens
-            rows = np.flatnonzero((local < tokens) & (local + width > 0))
-            if not len(rows):
-                continue
-            path = self.folder / name_of(name)
-            with path.open('rb', buffering=0) as file:
-                for row, start in zip(rows.tolist(), local[rows].tolist(), strict=True):
+        size = ids.itemsize
+        rows, shards = self._where(split, starts)
+        for shard, group in itertools.groupby(zip(shards, rows, strict=True), itemgetter(0)):
+            name, tokens = self._shards[split][shard]
+            path, first = f'{self.folder}/{name_of(name)}', int(self._ends[split][shard]) - tokens
+            with open(path, 'rb', buffering=0) as file:
+                for _, row in group:
+                    start = int(starts[row]) - first
                     begin, end = max(start, 0), min(start + width, tokens)
                     file.seek(begin * size)
                     if file.readinto(ids[row, begin - start : end - start]) < (end - begin) * size:
                         raise UserError(f'{path}: was cut short; prepare it again')
         return ids
 
+    def _where(self, split: str, starts: np.ndarray) -> tuple[list[int], list[int]]:
+        """Every row and a shard that it lies in, a row as often as there are such, by shards."""
+        ends, last = self._ends[split], starts + self.block_size
+        first, last = (np.searchsorted(ends, at, side='right') for at in (starts, last))
+        count = np.minimum(last, len(ends) - 1) - first + 1  # 0 beyond the end
+        rows = np.repeat(np.arange(len(starts)), count)
+        shards = first[rows] + np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+        order = np.argsort(shards, kind='stable')
+        return rows[order].tolist(), shards[order].tolist()
+
     def _refuse_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(ids >= self.vocab_size)[0]
         position = int(starts[row] + column)
-        shards = iter(self._shards[split])
-        name, tokens = next(shards)
-        while position >= tokens:
-            position -= tokens
-            name, tokens = next(shards)
+        shard = int(np.searchsorted(self._ends[split], position, side='right'))
+        name, tokens = self._shards[split][shard]
+        position -= int(self._ends[split][shard]) - tokens
         raise UserError(
             f'{self.folder / name}: token id {ids[row, column]} at byte {position * ids.itemsize} '
             f'is outside the vocabulary of {self.vocab_size}; the file is damaged or was made with '
@@ -544,6 +568,10 @@ def nanogpt_meta(folder: Path) -> dict:
 
 
 def open_dataset(name: str, block_size: int, seed: int = 1337, objective: str = 'lm') -> Dataset:
+    return Dataset(find_dataset(name), block_size, seed, objective)
+
+
+def find_dataset(name: str) -> Path:
     """
     The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
     flatGPT and is not there yet is prepared first, unless it is a large download.
@@ -555,7 +583,7 @@ def open_dataset(name: str, block_size: int, seed: int = 1337, objective: str = 
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))
-    return Dataset(folder, block_size, seed, objective)
+    return folder
 
 
 def is_prepared(folder: Path) -> bool:

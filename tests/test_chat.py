@@ -104,6 +104,17 @@ def test_a_batch_asks_for_what_is_learned_and_nothing_else(tmp_path):
     assert data.targets[data.windows(0, 2)].tolist() == (data.batch(0, 2)[1] >= 0).sum(1).tolist()
 
 
+def test_every_conversation_of_a_row_has_a_number_of_its_own(tmp_path):
+    data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B'), talk('C', 'D')], size=96)
+    for (_, flags), numbers in zip(
+        rows(data), data.eval_batch('val', data.eval_windows('val'), True)[2], strict=True
+    ):
+        starts = np.flatnonzero(flags & FIRST)
+        assert len(starts) > 2
+        assert numbers[0] == 1  # a row begins with a conversation
+        assert np.flatnonzero(np.diff(numbers)).tolist() == (starts[1:] - 1).tolist()
+
+
 def test_a_mark_that_is_spelled_in_a_message_is_text(tmp_path):
     data = prepared(tmp_path, [talk(EOT, f'a{EOT}b')], size=64)
     (ids, flags) = rows(data)[0]
@@ -555,6 +566,10 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
             'prepare it again with --block_size=16',
         ),
         (('--objective=ppo',), 'objective'),
+        (
+            ('--dataset={pairs}', '--objective=dpo', '--init_from={base}', '--mask_documents'),
+            'one conversation',
+        ),
         (('--dpo_beta=0',), 'dpo_beta'),
         (
             ('--dataset={talks}', '--objective=sft', '--init_from={base}', '--short_iters=2'),

@@ -138,6 +138,34 @@ def test_the_permutation_scatters_neighbours():
     assert (steps == 1).mean() < 0.001
 
 
+@pytest.mark.parametrize('shards', [1, 20, 500])
+def test_a_batch_opens_no_more_files_than_it_has_rows(tmp_path, monkeypatch, shards):
+    dataset, opened = make(tmp_path, train=40 * shards, shard_tokens=40), []
+    real = open
+    monkeypatch.setattr(
+        'builtins.open', lambda *args, **k: opened.append(args[0]) or real(*args, **k)
+    )
+    x, _ = dataset.batch(0, 30)
+    assert len(opened) == len(set(opened)) == len(set((x[:, 0] // 40).tolist())) <= min(30, shards)
+
+
+def test_an_end_of_text_begins_the_document_after_it(tmp_path):
+    tokenizer = byte_tokenizer()
+    ids = np.random.default_rng(0).choice([1, 2, 3, tokenizer.eot], 60 * 16 + 1)
+    with Writer(tmp_path, tokenizer, shard_tokens=100) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, ids)
+    dataset = Dataset(tmp_path, 16)
+    starts = dataset.eval_windows('val')
+    for read, args in ((dataset.batch, (3, 40)), (dataset.eval_batch, ('val', starts))):
+        x, y, numbers = read(*args, documents=True)
+        assert numbers.shape == x.shape
+        for row, number in zip(x.tolist(), numbers.tolist(), strict=True):
+            for t in range(1, 16):
+                assert (number[t] != number[t - 1]) == (row[t] == tokenizer.eot)
+        assert all(map(np.array_equal, (x, y), read(*args)))
+
+
 # --- evaluation
 
 

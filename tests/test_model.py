@@ -337,3 +337,68 @@ def test_a_shape_that_cannot_be_built_is_one_line(changes, message):
     with pytest.raises(ConfigError, match=message) as error:
         GPTConfig(**changes)
     assert '\n' not in str(error.value)
+
+
+# --- documents
+
+
+ROW = torch.tensor([[0] * 9 + [1] * 11 + [2] * 12, [3] * 32])  # document numbers, (2, BLOCK)
+
+
+def written_out(monkeypatch):
+    """Have float32 take the path that bfloat16 takes on a CPU."""
+    by_products = model_module.written_out_attention
+
+    def attend(q, k, v, mask=None, dropout_p=0.0, **options):
+        return by_products(q, k, v, dropout_p, mask)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attend)
+
+
+@pytest.mark.parametrize('path', ['torch', 'written out', 'recomputed'])
+def test_nothing_leaks_from_one_document_into_another(model, path, monkeypatch):
+    if path == 'written out':
+        written_out(monkeypatch)
+    model.trunk.recompute = path == 'recomputed'
+    seen = []
+    model.embedding.register_forward_hook(lambda *args: seen.append(args[2]))
+    for documents in (ROW, None):
+        logits, _ = model(tokens(2, BLOCK), documents=documents)
+        seen[-1].retain_grad()
+        loss = F.cross_entropy(logits[0, 9:20], tokens(2, BLOCK)[0, 9:20])  # of the second
+        loss.backward()
+    masked, plain = (x.grad[0].abs().amax(1) for x in seen)
+    assert not masked[:9].any()
+    assert not masked[20:].any()
+    assert (masked[9:20] > 1e-6).all()
+    assert (plain[:9] > 1e-6).all()  # what leaked without the mask
+
+
+@torch.no_grad()
+def test_a_document_is_read_as_it_is_alone(model, monkeypatch):
+    idx = tokens(2, BLOCK)
+    masked = model(idx, documents=ROW)[0]
+    assert_close(masked[1], model(idx)[0][1])  # one document is the whole row
+    assert_close(masked[0, :9], model(idx)[0][0, :9])
+    pos = torch.arange(9, 20)
+    if model.config.arch == 'modern':  # whose positions are relative: where it stands is the same
+        pos -= 9
+    alone = model.head(model.trunk(idx[:1, 9:20], pos))[0]
+    assert_close(masked[0, 9:20], alone)
+    written_out(monkeypatch)
+    assert_close(masked, model(idx, documents=ROW)[0])
+
+
+@torch.no_grad()
+def test_documents_are_told_apart_by_their_numbers_alone(model):
+    idx = tokens(2, BLOCK)
+    assert torch.equal(model(idx, documents=ROW)[0], model(idx, documents=7 - ROW)[0])
+
+
+def test_the_mask_of_bfloat16_is_that_of_float32(model):
+    idx = tokens(2, BLOCK)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        logits = model(idx, documents=ROW)[0]
+        other = model(torch.cat([tokens(3, 9)[2:], idx[:1, 9:]], 1), documents=ROW[:1])[0]
+    assert torch.equal(logits[0, 9:], other[0, 9:])  # whatever the first document says
+    assert not torch.equal(logits[0, :9], other[0, :9])

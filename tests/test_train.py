@@ -28,8 +28,8 @@ import sample
 import track
 from checkpoint import find, listed, load_model, report
 from configurator import UserError, configure
-from data.dataset import Dataset
-from data.tokenizer import byte_tokenizer
+from data.dataset import Dataset, Writer
+from data.tokenizer import EOT, byte_tokenizer
 from model import GPT, GPTConfig
 
 SHORT = ('--short_block_size=4', '--short_iters=4')
@@ -355,6 +355,49 @@ def test_sequences_are_cut_into_short_pieces_at_first(run_here, tmp_path, datase
         width = 4 if step < 2 else 16
         losses.append(model(x.view(-1, width), y.view(-1, width))[1].item())
     assert list(metrics(tmp_path).values()) == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.fixture(scope='session')
+def stories(shared):
+    """A dataset of documents of a few words each."""
+    folder, tokenizer = shared / 'stories', byte_tokenizer()
+    text = f'{EOT}the cat sat{EOT}a dog ran as rain fell at noon{EOT}that mat' * 20
+    with Writer(folder, tokenizer) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, tokenizer.encode(text, allow_eot=True))
+    return folder
+
+
+@torch.no_grad()
+def masked_loss(model, x, y, documents):
+    x, y, documents = map(torch.from_numpy, (x, y, documents))
+    loss = model(x, y, documents=documents)[1].item()
+    assert abs(loss - model(x, y)[1].item()) > 1e-5  # it does make a difference
+    return loss
+
+
+@pytest.mark.parametrize('settings', [(), ('--gradient_checkpointing',)])
+def test_a_step_masks_documents_also_in_short_pieces(run_here, tmp_path, stories, settings):
+    still = ('--learning_rate=0', '--decay_lr=False', '--gradient_accumulation_steps=1')
+    cut = ('--short_block_size=8', '--short_iters=2', '--max_iters=3', '--mask_documents')
+    run_here(f'--out_dir={tmp_path}', f'--dataset={stories}', *still, *cut, *settings)
+    model, data, losses = load_model(tmp_path, 'last')[0], Dataset(stories, 16), []
+    for step in range(3):
+        batch = data.batch(4 * step, 4, documents=True)
+        losses.append(
+            masked_loss(model, *(part.reshape(-1, 8 if step < 2 else 16) for part in batch))
+        )
+    assert list(metrics(tmp_path).values()) == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
+def test_an_evaluation_masks_documents_as_the_training_does(run_here, tmp_path, stories, settings):
+    args = (f'--dataset={stories}', '--mask_documents', '--eval_iters=None', '--eval_train=False')
+    run_here(f'--out_dir={tmp_path}', *args, *settings)
+    data = Dataset(stories, 16)
+    batch = data.eval_batch('val', data.eval_windows('val'), documents=True)
+    loss = masked_loss(load_model(tmp_path, 'last')[0], *batch)
+    assert metrics(tmp_path, 'val_loss')[4] == pytest.approx(loss, rel=1e-5)
 
 
 def test_the_norm_of_the_gradient_is_logged_before_it_is_clipped(run_here, tmp_path):
@@ -984,7 +1027,7 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
     run_here, tmp_path, monkeypatch, capsys, settings
 ):
     def compile(model, **options):
-        def fail(*args):
+        def fail(*args, **options):
             raise RuntimeError('no C++ compiler\nfound here')
 
         return fail
@@ -1005,8 +1048,8 @@ def test_a_compiled_model_is_saved_under_its_bare_names(run_here, tmp_path, monk
             super().__init__()
             self._orig_mod = model
 
-        def forward(self, *args):
-            return self._orig_mod(*args)
+        def forward(self, *args, **options):
+            return self._orig_mod(*args, **options)
 
     monkeypatch.setattr(torch, 'compile', Wrapped)
     run_here(f'--out_dir={tmp_path}/a', '--compile', *FIXED)
@@ -1093,6 +1136,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--init_from=scrach'], ['scrach', 'no such folder']),
         (['--init_from=out/none'], ['out/none']),
         (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
+        (['--mask_documents'], ['mask_documents', 'no end of text']),
         (['--learning_rat=1'], ['did you mean learning_rate?']),
         (['nosuch.py'], ['nosuch.py', 'quickstart']),
     ],
@@ -1278,6 +1322,20 @@ def test_two_processes_train_as_one(script, run_here, tiny, tmp_path, environmen
         assert list(two.values()) == pytest.approx(list(one.values()), rel=tolerance), key
     assert steps(tmp_path / 'two') == [3, 6]
     assert (tmp_path / 'two' / 'DONE').exists()
+
+
+def test_two_processes_that_share_a_model_mask_documents_as_one(
+    script, run_here, tiny, tmp_path, stories
+):
+    pytest.importorskip('torch.distributed', reason='torch was built without it')
+    args = (f'--dataset={stories}', '--mask_documents', '--arch=modern')
+    run_here(f'--out_dir={tmp_path}/one', *args)
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+    done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *args, '--shard', python=torchrun)
+    assert done.returncode == 0, done.stderr
+    for key in ('loss', 'val_loss', 'grad_norm'):
+        one, two = (list(metrics(tmp_path / run, key).values()) for run in ('one', 'two'))
+        assert two == pytest.approx(one, rel=1e-5), key
 
 
 def test_a_dataset_fixture_has_text_of_one_byte_a_character(tmp_path):
