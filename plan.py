@@ -1,65 +1,29 @@
 """
-What a run will need of memory, before it is there.
+Whether a run fits, before it starts: what it will need of memory, and what to change if that is not
+there.
 
-    case = case_of(config, shape, runtime)
-    needs = rehearse(case)                       # {'parameters': bytes, 'gradients': ..., ...}
-    print(report(case, runtime))
+$ python train.py train_gpt2 --batch_size=4 --plan
 
-A few steps are computed by model.py and optim.py themselves on tensors without numbers, and a
-ledger notes when each is made and dropped: all that autograd keeps is in it, whatever the
-architecture. What lies where is then laid out as the C library would. A sharded model is rehearsed
-as one rank sees it, with the rows of the others coming and going.
+    fits, table = verdict(case_of(config, shape, runtime), runtime)
 """
 
 import math
 import os
 import re
-import weakref
-from bisect import bisect_left, insort
-from collections import Counter
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from model import GPT, GPTConfig
-from optim import build_optimizers, orthogonalize, wide
+from exchange import outline
+from model import GPTConfig
+from rehearsal import Case, Heap, parameters, rehearse
 from runtime import Runtime
-from saver import SMALL
 
+KINDS = ('parameters', 'gradients', 'optimizer', 'activations', 'copy to save')
 LATER = 60e6  # bytes that libraries take between here and the end of a run, measured on Linux
-LATER_RANKS = 40e6  # and more of them where there are several processes
-BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once
-TINY = 1024  # bytes; what is smaller lies in the gaps
-GIBI = 2**30
-
-
-@dataclass(frozen=True)
-class Case:
-    """All that the memory of one process depends on."""
-
-    shape: GPTConfig
-    device: str  # 'cpu', 'cuda' or 'mps'
-    dtype: torch.dtype
-    optimizer: str
-    rows: int  # computed at a time
-    parts: int = 1  # micro-batches per update
-    ranks: int = 1
-    shard: bool = False
-    offload: bool = False
-    recompute: bool = False  # gradient checkpointing
-    adapt: tuple | None = None  # rank and targets of LoRA
-    freeze: int | None = None
-    saves: bool = True  # checkpoints while it trains, not just at the end
-
-    def batch(self) -> int:
-        """Sequences per update and process."""
-        return self.rows * self.parts
+LATER_RANKS = 75e6  # and more of them where there are several processes
 
 
 def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
@@ -68,7 +32,7 @@ def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
     every = [config[name] for name in ('eval_interval', 'save_interval') if config[name]]
-    rank = config.get('lora_rank')
+    rank = config['lora_rank']
     return Case(
         shape=shape,
         device=runtime.device_type,
@@ -79,320 +43,173 @@ def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
         ranks=runtime.world_size,
         shard=config['shard'],
         offload=config['offload'],
-        recompute=config.get('gradient_checkpointing', False),
+        recompute=config['gradient_checkpointing'],
         adapt=(rank, config['lora_targets']) if rank else None,
-        freeze=config.get('freeze'),
+        freeze=config['freeze'],
+        objective=config['objective'],
         saves=min(every, default=math.inf) < config['max_iters'],
     )
 
 
-def parameters(case: Case) -> tuple[int, int]:
-    """How many there are, and how many of them are trained."""
-    with FakeTensorMode():
-        model = build(case)
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+def needs(case: Case, here: float | None = None) -> dict[str, float]:
+    """Bytes that one process takes at its peak, by what they are for; they add up.
 
-
-def build(case: Case, dtype: torch.dtype = torch.float32) -> GPT:
-    # what a random number is has torch import 800 modules for it
-    with mock.patch('torch.nn.init.normal_'), mock.patch('torch.nn.init.kaiming_uniform_'):
-        with torch.device(case.device), default_dtype(dtype):
-            model = GPT(case.shape)
-        if case.adapt:
-            from lora import add_lora
-
-            rank, targets = case.adapt
-            add_lora(model, rank, rank, 0.0, targets, case.freeze or 0)
-        elif case.freeze is not None:
-            model.freeze_lower(case.freeze)
-    model.trunk.recompute = case.recompute
-    return model.train()
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-# -----------------------------------------------------------------------------
-# a rehearsal
-
-
-class Ledger(TorchDispatchMode):
-    """Notes every tensor's size when it is made, and when it goes.
-
-    events: (number, bytes), the bytes negative for one that goes; None between two phases.
-    most: bytes of each kind at the moment when most is held.
+    here: what this process takes now; None asks the system.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.events: list[tuple[int, int] | None] = []
-        self.kind, self.held, self.most = 'parameters', Counter(), Counter()
-        self._entries, self._number = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.note(tensor.untyped_storage())
-        return out
-
-    def note(self, storage, counted: bool = True) -> None:
-        key = storage._cdata
-        if key in self._entries:
-            return
-        size = storage.nbytes() if counted else 0
-        self._number += 1
-        self._entries[key] = self._number, size, self.kind
-        weakref.finalize(storage, self.drop, key)
-        self.events.append((self._number, size))
-        self.held[self.kind] += size
-        if self.held.total() > self.most.total():
-            self.most = self.held.copy()
-
-    def drop(self, key: int) -> None:
-        number, size, kind = self._entries.pop(key)
-        self.events.append((number, -size))
-        self.held[kind] -= size
-
-    def rename(self, tensor, kind: str) -> None:
-        """A tensor turns out to be of another kind than was thought."""
-        key = tensor.untyped_storage()._cdata
-        number, size, before = self._entries[key]
-        self._entries[key] = number, size, kind
-        self.held[before] -= size
-        self.held[kind] += size
-
-    def phase(self, kind: str) -> None:
-        """What is made from here on is of this kind."""
-        self.kind = kind
-        self.events.append(None)
+    parts = {}
+    if case.device == 'cpu':
+        taken = resident() if here is None else here
+        parts['Python, torch and the code'] = taken + LATER + LATER_RANKS * (case.ranks > 1)
+    shape, few = case.shape, (6, 8)
+    if shape.n_layer <= 2 * few[1] or case.freeze:
+        return parts | computed(case)
+    # blocks are alike: what two of them add is added for all that are not rehearsed
+    less, more = (computed(replace(case, shape=replace(shape, n_layer=n))) for n in few)
+    times = (shape.n_layer - few[0]) / (few[1] - few[0])
+    return parts | {name: less[name] + times * (more[name] - less[name]) for name in less}
 
 
-def rehearse(case: Case) -> Ledger:
-    """A few steps of a run, one process of it, on tensors without numbers."""
-    ledger = Ledger()
-    with FakeTensorMode():
-        if case.shard:
-            run = Sharded(case, ledger)
-        else:
-            with ledger:
-                run = Whole(case, ledger)
-        with ledger:
-            idx = torch.zeros(case.rows, case.shape.block_size, dtype=torch.long).to(case.device)
-            copies = []
-            for step in range(3 if case.saves else 2):
-                for part in range(min(case.parts, 2)):
-                    run.last = part == min(case.parts, 2) - 1
-                    ledger.phase('activations')
-                    with torch.autocast(
-                        case.device, case.dtype, enabled=case.dtype != torch.float32
-                    ):
-                        loss = run.model(idx, idx)[1]
-                    ledger.phase('activations')
-                    loss.backward()
-                    del loss
-                run.update()
-                if step == 1:
-                    ledger.phase('a copy to save')
-                    state = run.state()
-                    if case.device == 'cpu' and sum(t.nbytes for t in state) >= SMALL:
-                        copies += [torch.empty_like(tensor) for tensor in state]
-                    del state
-            ledger.phase('activations')
-    return ledger
+def computed(case: Case) -> dict[str, float]:
+    """Bytes of what is computed with."""
+    ledger = rehearse(case)
+    held = {kind: ledger.most[kind] for kind in KINDS}
+    if case.device == 'cpu':
+        held['holes between them'] = max(0, Heap().play(ledger.events) - ledger.most.total())
+    return held
 
 
-class Whole:
-    """A model that is whole in every process."""
-
-    def __init__(self, case: Case, ledger: Ledger):
-        self.model, self.ledger = build(case), ledger
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in self.trained:
-            parameter.register_post_accumulate_grad_hook(
-                lambda p: ledger.rename(p.grad, 'gradients')
-            )
-        self.optimizers = optimizers_of(case, self.model)
-        ledger.kind = 'gradients'
-        left = sum(p.nbytes for p in self.trained) if case.ranks > 1 else 0
-        self.buckets = [
-            torch.empty(min(BUCKET, left - start), dtype=torch.uint8, device=case.device)
-            for start in range(0, left, BUCKET)
-        ]
-
-    def update(self) -> None:
-        self.ledger.phase('activations')
-        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        self.ledger.phase('optimizer')
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.model.zero_grad(set_to_none=True)
-
-    def state(self) -> list:
-        """What a checkpoint holds."""
-        kept = [value for each in self.optimizers for s in each.state.values() for value in s.values()]
-        return [*self.model.parameters(), *kept]
+def total(case: Case, here: float | None = None) -> float:
+    return sum(needs(case, here).values())
 
 
-class Sharded:
-    """One rank's rows of a model: the whole ones come and go as FSDP2 has them."""
-
-    def __init__(self, case: Case, ledger: Ledger):
-        self.case, self.ledger, self.last = case, ledger, True
-        self.model = build(case, case.dtype)  # the rows travel in it
-        self.units = [list(block.parameters()) for block in self.model.blocks]
-        inside = {id(p) for unit in self.units for p in unit}
-        self.root = [p for p in self.model.parameters() if id(p) not in inside]
-        for parameter in self.model.parameters():  # others' rows: counted when they are gathered
-            ledger.note(parameter.untyped_storage(), counted=False)
-        self.whole, self.sums, self.grads, self.states = {}, {}, [], []
-        with ledger:
-            self.rows = [self.share(p) for p in self.model.parameters()]
-        for block, unit in zip(self.model.blocks, self.units, strict=True):
-            block.register_forward_pre_hook(lambda *_, unit=unit: self.gather(unit))
-            block.register_forward_hook(lambda *_, unit=unit: self.let_go(unit))
-            block.register_full_backward_pre_hook(lambda *_, unit=unit: self.gather(unit))
-        self.model.register_forward_pre_hook(lambda *_: self.gather(self.root))
-        for unit in (*self.units, self.root):
-            for parameter in unit:
-                parameter.register_post_accumulate_grad_hook(
-                    lambda p, unit=unit: self.scatter(unit)
-                )
-
-    def share(self, parameter, dtype=torch.float32):
-        """An empty tensor as large as this rank's rows."""
-        rows = -(-parameter.size(0) // self.case.ranks)
-        return torch.empty((rows, *parameter.shape[1:]), dtype=dtype, device=self.case.device)
-
-    def flat(self, unit, dtype):
-        count = sum(p.numel() for p in unit if p.requires_grad or dtype != torch.float32)
-        return torch.empty(count, dtype=dtype, device=self.case.device)
-
-    def gather(self, unit) -> None:
-        if id(unit) not in self.whole:
-            kind, self.ledger.kind = self.ledger.kind, 'parameters'
-            received = self.flat(unit, self.case.dtype)  # from all ranks, and then in order
-            self.whole[id(unit)] = [torch.empty_like(p) for p in unit]
-            del received
-            self.ledger.kind = kind
-
-    def let_go(self, unit) -> None:
-        self.whole.pop(id(unit), None)
-
-    def scatter(self, unit) -> None:
-        """Once all gradients of a unit are there: to the ranks, or into this rank's sum."""
-        trained = [p for p in unit if p.requires_grad]
-        if any(p.grad is None for p in trained):
-            return
-        kind, self.ledger.kind = self.ledger.kind, 'gradients'
-        if not self.last:
-            self.sums.setdefault(id(unit), self.flat(unit, torch.float32))
-        else:
-            sent = self.sums.pop(id(unit), None)
-            sent = self.flat(unit, torch.float32)
-            self.grads += [self.share(p) for p in trained]
-            del sent
-        for parameter in trained:
-            parameter.grad = None
-        self.let_go(unit)
-        self.ledger.kind = kind
-
-    def update(self) -> None:
-        self.ledger.phase('optimizer')
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        muon = self.model.block_matrices() if self.case.optimizer == 'muon' else []
-        alike, ids = {}, {id(p) for p in muon}
-        for parameter in muon:
-            alike.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
-        if not self.states:
-            for parameter in trained:
-                self.states += [self.share(parameter) for _ in range(1 if id(parameter) in ids else 2)]
-        for matrices in alike.values():
-            stack = [wide(torch.empty_like(p, dtype=torch.bfloat16)) for p in matrices]
-            orthogonalize(torch.stack(stack))
-        self.grads.clear()
-
-    def state(self) -> list:
-        return [*self.rows, *self.states]
+def kv_row(shape: GPTConfig, itemsize: int = 4) -> int:
+    """Bytes of keys and values of one row as long as the context."""
+    size = shape.n_embd // shape.n_head
+    return 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size * itemsize
 
 
-def optimizers_of(case: Case, model: GPT) -> list:
-    return build_optimizers(
-        case.optimizer,
-        model,
-        learning_rate=1e-3,
-        betas=(0.9, 0.95),
-        muon_lr=1e-3,
-        muon_momentum=0.9,
-        weight_decay=0.0,
-    )
+def least(case: Case) -> float:
+    """Bytes below which it cannot be, by arithmetic alone: the real run asks this at its start."""
+    model = outline(case.shape)
+    count = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for p in model.block_matrices()) if case.optimizer == 'muon' else 0
+    state = 4 * count
+    if case.adapt is None and case.freeze is None:
+        state += 4 * count + 8 * (count - matrices) + 4 * matrices
+    held = 4 * count if case.shard and case.device == 'cpu' else 0  # whole, before it is cut
+    state = max(held, state / case.ranks if case.shard else state)
+    return state + 4 * case.rows * case.shape.block_size * case.shape.vocab_size
 
 
-# -----------------------------------------------------------------------------
-# the heap
+def resident() -> int:
+    """Bytes of main memory that this process takes now, 0 where nobody says."""
+    with suppress(OSError):
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    return 0
 
 
-class Heap:
-    """Where glibc puts what a CPU computes with, when it gives nothing back (keep_freed_memory()).
+def room(runtime: Runtime) -> float | None:
+    """Bytes that each process of this machine can take in all; None where nobody says."""
+    if runtime.device_type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        return free + torch.cuda.memory_reserved(runtime.device)
+    if runtime.device_type == 'mps':
+        return torch.mps.recommended_max_memory()
+    free = []
+    with suppress(OSError, AttributeError):
+        text = Path('/proc/meminfo').read_text(encoding='utf-8')
+        free += [int(kb) * 1024 for kb in re.findall(r'MemAvailable:\s+(\d+) kB', text)]
+        group = Path('/sys/fs/cgroup')  # of a container
+        with suppress(OSError, ValueError):
+            used = int((group / 'memory.current').read_text())
+            free.append(int((group / 'memory.max').read_text()) - used)
+    if not free:
+        with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
+            free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return min(free) / here + resident() if free else None
 
-    The smallest hole that is large enough, cut to size, or else the end; free neighbours become
-    one. What aligning takes beside a block is soon some small object's, and free again only after
-    the phase: so a hole never takes a tensor of its own size, of which there are many.
+
+def cures(case: Case, memory: float, fresh: bool = True) -> list[tuple[str, float]]:
+    """Changes that would bring a case down to `memory`, the least first: what to say, and bytes.
+
+    fresh: whether the shape of the model is still to be chosen. With none that does, the one that
+    comes nearest, alone.
     """
+    found, others = [], []
 
-    SLACK = 96  # an alignment of 64 and the least that malloc(3) leaves over
+    def attempt(text: str, changed: Case) -> bool:
+        if least(changed) > memory:
+            others.append((text, least(changed)))
+            return False
+        size = total(changed)
+        (found if size <= memory else others).append((text, size))
+        return size <= memory
 
-    def __init__(self):
-        self.end, self.blocks, self.slack = 0, {}, []
-        self.holes, self.sizes, self.ends = [], {}, {}  # (size, start) sorted; start: size; end: start
+    def fewer(start: Case, before: str = '') -> bool:
+        """The most sequences at a time that fit, for the same number per update."""
+        for rows in range(start.rows // 2, 0, -1):
+            if start.batch() % rows == 0 and (rows & rows - 1 == 0 or rows == 1):
+                steps = start.batch() // rows * start.ranks
+                text = f'{before}--batch_size={rows} --gradient_accumulation_steps={steps}'
+                changed = replace(start, rows=rows, parts=start.batch() // rows)
+                if attempt(text, changed):
+                    return True
+        return False
 
-    def play(self, events: list) -> int:
-        """How far the heap has grown, in bytes, after these events."""
-        for event in events:
-            if event is None:
-                for start, size in self.slack:
-                    self.release(start, size)
-                self.slack.clear()
-            elif event[1] >= TINY:
-                self.take(*event)
-            elif event[1] <= -TINY:
-                self.release(*self.blocks.pop(event[0]))
-        return self.end
+    fewer(case)
+    again = replace(case, recompute=True)
+    if not case.recompute and not attempt('--gradient_checkpointing', again):
+        fewer(again, '--gradient_checkpointing ')
+    if not case.shard:
+        places = 'GPUs' if case.device == 'cuda' else 'machines of this size'
+        for ranks in (2, 4, 8, 16, 32, 64):
+            parts = max(1, case.parts * case.ranks // ranks)
+            spread = replace(case, shard=True, ranks=ranks, parts=parts)
+            if ranks > case.ranks and attempt(f'--shard with {ranks} {places}', spread):
+                break
+    elif case.device == 'cuda' and not case.offload:
+        attempt('--offload', replace(case, offload=True))
+    block, shape = case.shape.block_size // 2, case.shape
+    if block >= 128:
+        attempt(f'--block_size={block}', replace(case, shape=replace(shape, block_size=block)))
+    layers = shape.n_layer // 2
+    while not found and fresh and layers:  # then it has to be a smaller model
+        attempt(f'--n_layer={layers}', replace(case, shape=replace(shape, n_layer=layers)))
+        layers //= 2
+    return found or sorted(others, key=lambda each: each[1])[:1]
 
-    def take(self, number: int, size: int) -> None:
-        size = -(-(size + 8) // 16) * 16
-        at = bisect_left(self.holes, (size + self.SLACK, 0))
-        if at < len(self.holes):
-            found, start = self.holes[at]
-            self.remove(start)
-        else:
-            found, start = size + self.SLACK, self.end
-            self.end += found
-        self.blocks[number] = start, size
-        self.slack.append((start + size, self.SLACK))
-        if found > size + self.SLACK:
-            self.release(start + size + self.SLACK, found - size - self.SLACK)
 
-    def release(self, start: int, size: int) -> None:
-        if start in self.ends:
-            before = self.ends[start]
-            size += self.remove(before)
-            start = before
-        if start + size in self.sizes:
-            size += self.remove(start + size)
-        insort(self.holes, (size, start))
-        self.sizes[start], self.ends[start + size] = size, start
-
-    def remove(self, start: int) -> int:
-        size = self.sizes.pop(start)
-        del self.ends[start + size]
-        self.holes.pop(bisect_left(self.holes, (size, start)))
-        return size
+def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
+    """Whether it fits this device; the table that says so, and what to change if it does not."""
+    parts, memory, where = needs(case), room(runtime), runtime.device
+    whole, trained = parameters(case)
+    of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
+    each = f'each of {case.ranks} processes' if case.ranks > 1 else 'one process'
+    rows = f'{case.rows} x {case.shape.block_size} tokens at a time'
+    lines = [
+        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; '
+        f'{rows}, {runtime.dtype_name}'
+    ]
+    lines += [f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in parts.items() if size]
+    size = sum(parts.values())
+    lines += [f'  {"at the peak, in all":<28}{size / 1e6:10,.0f} MB']
+    lines += [
+        f'keys and values of a text of {case.shape.block_size} tokens: '
+        f'{kv_row(case.shape) / 1e6:,.1f} MB in float32, for each that is sampled or served'
+    ]
+    if case.device == 'cuda':
+        lines += ["not counted: the CUDA allocator's rounding and holes, which were not measured"]
+    if memory is None:
+        return True, '\n'.join([*lines, f'nobody here says how much memory {where} has'])
+    fits = size <= memory
+    lines += [
+        f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB of {where} that '
+        f'{"each process can have" if case.ranks > 1 else "are free"}'
+    ]
+    if not fits:
+        changes = cures(case, memory, fresh)
+        enough = changes and changes[0][1] <= memory
+        lines += ['what would:' if enough else 'nothing here would; the nearest:']
+        lines += [f'  {text:<56}{size / 1e9:8,.1f} GB' for text, size in changes]
+    return fits, '\n'.join(lines)
