@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-from exchange import outline
 from model import GPTConfig
-from rehearsal import Case, Heap, parameters, rehearse
+from rehearsal import Case, Heap, build, rehearse
 from runtime import Runtime
 
 KINDS = ('parameters', 'gradients', 'optimizer', 'activations', 'copy to save')
@@ -88,17 +87,28 @@ def kv_row(shape: GPTConfig, itemsize: int = 4) -> int:
     return 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size * itemsize
 
 
+def state_of(case: Case) -> tuple[int, int, int]:
+    """Bytes of the parameters, of their gradients and of the optimizer's state, by arithmetic."""
+    model = build(replace(case, device='meta'))
+    trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    muon = case.optimizer == 'muon'
+    matrices = sum(trained[id(p)] for p in model.block_matrices()) if muon else 0
+    count = sum(trained.values())
+    return 4 * sum(p.numel() for p in model.parameters()), 4 * count, 8 * count - 4 * matrices
+
+
+def checkpoint_size(case: Case) -> int:
+    """Bytes of a checkpoint, about: what checkpoint.size_of() says of the tensors once they are."""
+    parameters, _, optimizer = state_of(case)
+    return parameters + optimizer + 2**22
+
+
 def least(case: Case) -> float:
     """Bytes below which it cannot be, by arithmetic alone: the real run asks this at its start."""
-    model = outline(case.shape)
-    count = sum(p.numel() for p in model.parameters())
-    matrices = sum(p.numel() for p in model.block_matrices()) if case.optimizer == 'muon' else 0
-    state = 4 * count
-    if case.adapt is None and case.freeze is None:
-        state += 4 * count + 8 * (count - matrices) + 4 * matrices
-    held = 4 * count if case.shard and case.device == 'cpu' else 0  # whole, before it is cut
-    state = max(held, state / case.ranks if case.shard else state)
-    return state + 4 * case.rows * case.shape.block_size * case.shape.vocab_size
+    state = state_of(case)
+    held = state[0] if case.shard and case.device == 'cpu' else 0  # whole, before it is cut
+    kept = 0 if case.offload else max(held, sum(state) / (case.ranks if case.shard else 1))
+    return kept + 4 * case.rows * case.shape.block_size * case.shape.vocab_size  # the logits
 
 
 def resident() -> int:
@@ -131,59 +141,86 @@ def room(runtime: Runtime) -> float | None:
 
 
 def cures(case: Case, memory: float, fresh: bool = True) -> list[tuple[str, float]]:
-    """Changes that would bring a case down to `memory`, the least first: what to say, and bytes.
+    """Changes that would bring a case down to `memory`: what to say, and the bytes then.
 
-    fresh: whether the shape of the model is still to be chosen. With none that does, the one that
-    comes nearest, alone.
+    fresh: whether the shape of the model is still to be chosen. With none that does, the nearest.
     """
     found, others = [], []
 
-    def attempt(text: str, changed: Case) -> bool:
-        if least(changed) > memory:
-            others.append((text, least(changed)))
-            return False
-        size = total(changed)
-        (found if size <= memory else others).append((text, size))
+    def attempt(changed: Case) -> bool:
+        size = least(changed)
+        size = size if size > memory else total(changed)
+        (found if size <= memory else others).append((flags(case, changed), size))
         return size <= memory
 
-    def fewer(start: Case, before: str = '') -> bool:
-        """The most sequences at a time that fit, for the same number per update."""
-        for rows in range(start.rows // 2, 0, -1):
-            if start.batch() % rows == 0 and (rows & rows - 1 == 0 or rows == 1):
-                steps = start.batch() // rows * start.ranks
-                text = f'{before}--batch_size={rows} --gradient_accumulation_steps={steps}'
-                changed = replace(start, rows=rows, parts=start.batch() // rows)
-                if attempt(text, changed):
-                    return True
-        return False
-
-    fewer(case)
-    again = replace(case, recompute=True)
-    if not case.recompute and not attempt('--gradient_checkpointing', again):
-        fewer(again, '--gradient_checkpointing ')
-    if not case.shard:
-        places = 'GPUs' if case.device == 'cuda' else 'machines of this size'
-        for ranks in (2, 4, 8, 16, 32, 64):
-            parts = max(1, case.parts * case.ranks // ranks)
-            spread = replace(case, shard=True, ranks=ranks, parts=parts)
-            if ranks > case.ranks and attempt(f'--shard with {ranks} {places}', spread):
-                break
-    elif case.device == 'cuda' and not case.offload:
-        attempt('--offload', replace(case, offload=True))
-    block, shape = case.shape.block_size // 2, case.shape
-    if block >= 128:
-        attempt(f'--block_size={block}', replace(case, shape=replace(shape, block_size=block)))
-    layers = shape.n_layer // 2
-    while not found and fresh and layers:  # then it has to be a smaller model
-        attempt(f'--n_layer={layers}', replace(case, shape=replace(shape, n_layer=layers)))
-        layers //= 2
+    for group in changes(case):  # of each kind the least that does
+        any(attempt(changed) for changed in group)
+    if not found and fresh:
+        any(attempt(changed) for changed in smaller(tight(case)))
     return found or sorted(others, key=lambda each: each[1])[:1]
+
+
+def changes(case: Case) -> list[list[Case]]:
+    """What can be changed, one list for each kind, the least change first."""
+    again = replace(case, recompute=True)
+    block = replace(case.shape, block_size=max(1, case.shape.block_size // 2))
+    groups = [fewer(case), [replace(case, shape=block)]]
+    if not case.recompute:
+        groups.insert(1, [again, *fewer(again)])
+    if case.shard and case.device == 'cuda' and not case.offload:
+        groups.append([replace(case, offload=True)])
+    if not case.shard:
+        counts = [n for n in (2, 4, 8, 16, 32, 64) if case.rows * case.parts % n == 0]
+        groups.append([spread(each, n) for each in (case, tight(case)) for n in counts])
+    return groups
+
+
+def fewer(case: Case) -> list[Case]:
+    """Fewer sequences at a time, and as many per update."""
+    rows = [case.rows >> n for n in range(1, case.rows.bit_length())]
+    batch = case.rows * case.parts
+    return [replace(case, rows=n, parts=batch // n) for n in rows if batch % n == 0]
+
+
+def tight(case: Case) -> Case:
+    """The same computation with the fewest activations."""
+    return replace(case, rows=1, parts=case.rows * case.parts, recompute=True)
+
+
+def spread(case: Case, ranks: int) -> Case:
+    """Sharded among so many, and as many sequences per update."""
+    batch = max(1, case.rows * case.parts * case.ranks // ranks)
+    rows = min(case.rows, batch)
+    return replace(case, shard=True, ranks=ranks, rows=rows, parts=batch // rows)
+
+
+def smaller(case: Case) -> list[Case]:
+    layers = [case.shape.n_layer >> n for n in range(1, case.shape.n_layer.bit_length())]
+    return [replace(case, shape=replace(case.shape, n_layer=n)) for n in layers]
+
+
+def flags(before: Case, case: Case) -> str:
+    """What to add to the command for another case."""
+    told = []
+    if case.shard > before.shard:
+        places = 'GPUs' if case.device == 'cuda' else 'machines like this'
+        told.append(f'--shard on {case.ranks} {places}')
+    if case.rows != before.rows:
+        steps = case.parts * case.ranks
+        told.append(f'--batch_size={case.rows} --gradient_accumulation_steps={steps}')
+    for flag in ('recompute', 'offload'):
+        if getattr(case, flag) > getattr(before, flag):
+            told.append('--gradient_checkpointing' if flag == 'recompute' else '--offload')
+    for name in ('block_size', 'n_layer'):
+        if getattr(case.shape, name) != getattr(before.shape, name):
+            told.append(f'--{name}={getattr(case.shape, name)}')
+    return ' '.join(told)
 
 
 def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
     """Whether it fits this device; the table that says so, and what to change if it does not."""
     parts, memory, where = needs(case), room(runtime), runtime.device
-    whole, trained = parameters(case)
+    whole, trained, _ = (size // 4 for size in state_of(case))
     of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
     each = f'each of {case.ranks} processes' if case.ranks > 1 else 'one process'
     rows = f'{case.rows} x {case.shape.block_size} tokens at a time'
@@ -211,5 +248,5 @@ def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str
         changes = cures(case, memory, fresh)
         enough = changes and changes[0][1] <= memory
         lines += ['what would:' if enough else 'nothing here would; the nearest:']
-        lines += [f'  {text:<56}{size / 1e9:8,.1f} GB' for text, size in changes]
+        lines += [f'  {text:<72}{size / 1e9:8,.1f} GB' for text, size in changes]
     return fits, '\n'.join(lines)

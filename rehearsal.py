@@ -54,18 +54,6 @@ class Case:
     objective: str = 'lm'
     saves: bool = True  # checkpoints while it trains, not just at the end
 
-    def batch(self) -> int:
-        """Sequences per update and process."""
-        return self.rows * self.parts
-
-
-def parameters(case: Case) -> tuple[int, int]:
-    """How many there are, and how many of them are trained."""
-    with FakeTensorMode():
-        model = build(case)
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
-
 
 def build(case: Case, dtype: torch.dtype = torch.float32) -> GPT:
     # what a random number is has torch import 800 modules for it
@@ -245,7 +233,7 @@ class Sharded:
             block.register_full_backward_pre_hook(lambda *_, unit=unit: self.gather_back(unit))
         self.model.register_forward_pre_hook(lambda *_: self.gather(self.root))
         for unit in (*self.units, self.root):
-            for parameter in unit:
+            for parameter in (p for p in unit if p.requires_grad):
                 parameter.register_post_accumulate_grad_hook(
                     lambda p, unit=unit: self.scatter(unit)
                 )

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 import folder
+from check import doubts, preflight
 from checkpoint import find, listed, load, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
@@ -126,6 +127,9 @@ shard = False  # each process holds its rows of the model (FSDP2), instead of al
 offload = False  # keep those rows, and the optimizer, in the host's memory
 hang_timeout = 600.0  # seconds that processes wait for one of them; then all end, and it is named
 peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
+# before a long run
+check = False  # look at everything that it needs, say go or no-go, and leave
+plan = False  # say what memory it will need, and what to change if that is not there, and leave
 # -----------------------------------------------------------------------------
 config = configure(globals(), sys.argv[1:])
 if config['auto_resume'] and not config['out_dir']:
@@ -162,6 +166,11 @@ watch = Watch(runtime, hang_timeout)
 if shard:
     check_shard(runtime, offload)
 on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
+if check or plan:
+    watch.at(0, 'the check')
+    status = preflight(config, runtime, resuming)
+    watch.close()
+    runtime.leave(status)
 
 
 def say(text: str) -> None:
@@ -255,7 +264,11 @@ if raw_model is None:
     # a large vocabulary is rounded up, which makes for faster matrix products
     vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
     shape = {name: config[name] for name in SHAPE}
-    raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
+    shape = GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape)
+for doubt in doubts(raw_model.config if raw_model else shape, config, runtime):
+    say(f'warning: {doubt}')
+if raw_model is None:
+    raw_model = GPT(shape)
     try:
         tokenizer = data.tokenizer
     except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
