@@ -32,7 +32,7 @@ from saver import SMALL
 
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once
 TINY = 1024  # bytes; what is smaller lies in the gaps
-BACKWARD = 'backward'
+BACKWARD, AGAIN = 'backward', 'a block again'  # of what events tell
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,8 @@ class Whole:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: ledger.rename(p.grad, 'gradients')
             )
+        for block in self.model.blocks if case.recompute else ():
+            block.register_forward_pre_hook(lambda *_: ledger.events.append(AGAIN))
         self.optimizers = optimizers_of(case, self.model)
         ledger.kind = 'gradients'
         left = sum(p.nbytes for p in self.trained) if case.ranks > 1 else 0
@@ -229,6 +231,8 @@ class Sharded:
             del built
         for block, unit in zip(self.model.blocks, self.units, strict=True):
             block.register_forward_pre_hook(lambda *_, unit=unit: self.gather(unit))
+            if case.recompute:
+                block.register_forward_pre_hook(lambda *_: ledger.events.append(AGAIN))
             block.register_forward_hook(lambda *_, unit=unit: self.let_go(unit))
             block.register_full_backward_pre_hook(lambda *_, unit=unit: self.gather_back(unit))
         self.model.register_forward_pre_hook(lambda *_: self.gather(self.root))
@@ -353,7 +357,9 @@ class Heap:
     def turn(self, phase: str) -> None:
         """What is small goes with the pass that made it; what the forward pass made, backwards."""
         gone = self.kept
-        if phase == BACKWARD:
+        if phase == AGAIN:
+            gone = self.beside
+        elif phase == BACKWARD:
             self.kept, self.first = self.beside, self.beside[0][0] if self.beside else 0
         else:
             gone, self.kept = [*self.beside, *gone], []
