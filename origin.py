@@ -92,7 +92,7 @@ def fit_to_data(
     """A model for the data: the one there is, if both have the same tokens, or a new one."""
     dataset, where = config['dataset'], config['init_from']
     if model is None:
-        return new_model(data, config), tokenizer_of(data, say)
+        return GPT(new_shape(data, config)), tokenizer_of(data, say)
     if tokenizer is None:  # of a model that came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
@@ -113,12 +113,12 @@ def fit_to_data(
     return model, tokenizer
 
 
-def new_model(data: Dataset, config: dict) -> GPT:
+def new_shape(data: Dataset, config: dict) -> GPTConfig:
     vocab_size = data.vocab_size
     if vocab_size > 1024:  # rounded up, which makes for faster matrix products
         vocab_size = -(-vocab_size // 64) * 64
     shape = {name: config[name] for name in SHAPE}
-    return GPT(GPTConfig(vocab_size=vocab_size, dropout=config['dropout'], **shape))
+    return GPTConfig(vocab_size=vocab_size, dropout=config['dropout'], **shape)
 
 
 def tokenizer_of(data: Dataset, say: Callable) -> Tokenizer | None:

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import folder
+from check import doubts, preflight
 from checkpoint import listed, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.mixture import open_data
@@ -42,7 +43,7 @@ from objective import (
     write_reference,
 )
 from optim import build_optimizers
-from origin import choose_trained, find_model, fit_to_data, keep_shape
+from origin import choose_trained, find_model, fit_to_data, keep_shape, new_shape
 from parallel import check_shard, parallelize, settle, sync_gradients, whole
 from runtime import StopSignal, code_hash, on_out_of_memory, start
 from saver import Saver, check_mirror, fetch, restore
@@ -128,6 +129,9 @@ shard = False  # each process holds its rows of the model (FSDP2), instead of al
 offload = False  # keep those rows, and the optimizer, in the host's memory
 hang_timeout = 600.0  # seconds that processes wait for one of them; then all end, and it is named
 peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
+# before a long run
+check = False  # look at everything that it needs, say go or no-go, and leave
+plan = False  # say what memory it will need, and what to change if that is not there, and leave
 # -----------------------------------------------------------------------------
 config = configure(globals(), sys.argv[1:])
 if config['auto_resume'] and not config['out_dir']:
@@ -164,6 +168,11 @@ watch = Watch(runtime, hang_timeout)
 if shard:
     check_shard(runtime, offload)
 on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
+if check or plan:
+    watch.at(0, 'the check')
+    status = preflight(config, runtime, resuming)
+    watch.close()
+    runtime.leave(status)
 
 
 def say(text: str) -> None:
@@ -217,6 +226,8 @@ init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoin
 data = open_data(dataset, block_size, seed, objective)
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
+for doubt in doubts(raw_model.config if raw_model else new_shape(data, config), config, runtime):
+    say(f'warning: {doubt}')
 raw_model, tokenizer = fit_to_data(raw_model, tokenizer, data, config, say)
 raw_model.train()
 if not shard:  # a whole one may not fit there

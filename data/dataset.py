@@ -576,14 +576,19 @@ def find_dataset(name: str) -> Path:
     The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
     flatGPT and is not there yet is prepared first, unless it is a large download.
     """
-    is_path = os.path.basename(name) != name or name in ('', '.', '..')
-    folder = Path(name) if is_path else DATA / name
+    folder, is_path = folder_of(name)
     if not is_prepared(folder):
         if not is_path and (folder / 'prepare.py').exists():  # never a stranger's
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))
     return folder
+
+
+def folder_of(name: str) -> tuple[Path, bool]:
+    """Where a dataset is or would be, and whether its name is a path."""
+    is_path = os.path.basename(name) != name or name in ('', '.', '..')
+    return Path(name) if is_path else DATA / name, is_path
 
 
 def is_prepared(folder: Path) -> bool:

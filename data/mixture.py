@@ -27,13 +27,17 @@ def open_data(
     name: str, block_size: int, seed: int = 1337, objective: str = 'lm'
 ) -> 'Dataset | Mixture':
     """The dataset of that name or path, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'."""
-    if ',' not in name or os.path.isdir(name):
+    if names_in(name) == [name]:
         return Dataset(find_dataset(name), block_size, seed, objective)
     if objective == 'dpo':
         raise UserError(f"dataset={name!r}: objective='dpo' takes one dataset, not a mixture")
     weights = parse(name)
     parts = [Dataset(find_dataset(part), block_size, seed, objective) for part in weights]
     return Mixture(parts, list(weights.values()), seed)
+
+
+def names_in(setting: str) -> list[str]:
+    return [setting] if ',' not in setting or os.path.isdir(setting) else list(parse(setting))
 
 
 def parse(setting: str) -> dict[str, float]:
