@@ -27,7 +27,7 @@ def open_data(
     name: str, block_size: int, seed: int = 1337, objective: str = 'lm'
 ) -> 'Dataset | Mixture':
     """The dataset of that name or path, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'."""
-    if names_in(name) == [name]:
+    if not is_mixture(name):
         return Dataset(find_dataset(name), block_size, seed, objective)
     if objective == 'dpo':
         raise UserError(f"dataset={name!r}: objective='dpo' takes one dataset, not a mixture")
@@ -36,8 +36,12 @@ def open_data(
     return Mixture(parts, list(weights.values()), seed)
 
 
+def is_mixture(setting: str) -> bool:
+    return ',' in setting and not os.path.isdir(setting)
+
+
 def names_in(setting: str) -> list[str]:
-    return [setting] if ',' not in setting or os.path.isdir(setting) else list(parse(setting))
+    return list(parse(setting)) if is_mixture(setting) else [setting]
 
 
 def parse(setting: str) -> dict[str, float]:
