@@ -76,7 +76,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 tensorboard_log = False  # to tb/ in the run's folder
 # data
-dataset = 'openwebtext'  # a folder in data/, the path of one, or a mixture: 'a:0.7,b:0.3'
+dataset = 'openwebtext'  # a folder in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
+data_cache: str | None = None  # a folder on this machine's own disk to copy it to first
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
 batch_size = 12  # sequences, or pairs of them, that one process computes at a time
 block_size = 1024  # tokens per sequence
@@ -252,7 +253,10 @@ if raw_model:  # a model from elsewhere brings its shape
     config |= {name: getattr(raw_model.config, name) for name in SHAPE}
     block_size = raw_model.config.block_size
 
-data = open_data(dataset, block_size, seed, objective)
+copying = partial(watch.at, 0, 'the copying of the data')
+data = runtime.wait_for_all(
+    lambda: open_data(dataset, block_size, seed, objective, data_cache, copying), copying
+)
 if raw_model is None:
     # a large vocabulary is rounded up, which makes for faster matrix products
     vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
