@@ -190,7 +190,8 @@ class Preflight:
             yield from self.part(name)
         if all(is_prepared(folder_of(name)[0]) for name in names):
             block = self.find_shape().block_size
-            self.data = open_data(config['dataset'], block, config['seed'], config['objective'])
+            where = config['dataset'], block, config['seed'], config['objective']
+            self.data = open_data(*where, config['data_cache'])
 
     def part(self, dataset: str) -> Iterator[tuple[str, str]]:
         where, is_path = folder_of(dataset)

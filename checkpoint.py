@@ -39,6 +39,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from configurator import UserError, did_you_mean, one_line_errors
+from data.huggingface import MARKS, with_marks
 from data.tokenizer import Tokenizer
 from data.tokenizer import load as load_tokenizer
 from exchange import (
@@ -495,7 +496,7 @@ def load_adapted(
     except CheckpointError as error:
         raise CheckpointError(f'{folder} adapts a model that is not there: {error}') from error
     read_adapter(model, folder, base)
-    return model, found, {}
+    return model, with_marks(found, folder), {}
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -569,6 +570,9 @@ def export_adapter(where: str, which: str, to: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         shutil.copytree(path / ADAPTER, part)
+        tokenizer = tokenizer_in(path)
+        if tokenizer and tokenizer.chat_template:
+            (part / MARKS).write_bytes(as_json(tokenizer.chat_template))
         part.rename(to)
     except OSError as error:
         raise UserError(f'{to}: cannot be written: {error}') from error

@@ -25,7 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import ConfigError, UserError, did_you_mean
-from data.huggingface import chat_jinja, letters_and_merges, read_files, tokenizer_json
+from data.huggingface import (
+    MARKS,
+    chat_jinja,
+    letters_and_merges,
+    read_files,
+    tokenizer_json,
+    with_marks,
+)
 from data.tokenizer import EOT, Tokenizer, byte_letters, from_nanogpt_meta, get_tokenizer, load
 from model import GPT, TRANSPOSED, GPTConfig
 
@@ -339,7 +346,7 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
     for files in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
         paths = [folder / file for file in files]
         if all(path.is_file() for path in paths):
-            return read_files(*paths)
+            return with_marks(read_files(*paths), folder)
     if vocab_size not in GPT2_VOCABULARIES:
         return None
     if os.environ.get('RANK', '0') == '0':
@@ -366,6 +373,8 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             **({'bos_token': EOT, 'eos_token': EOT} if tokenizer.eot is not None else {}),
             **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
+        if tokenizer.chat_template:  # as it is, too: its Jinja is not read back
+            files[MARKS] = tokenizer.chat_template
     if os.path.lexists(folder):
         raise UserError(f'{folder} is there already; name a new folder')
     part = folder.with_name(f'.{folder.name}.part')

@@ -136,6 +136,26 @@ class Runtime:
             raise box[1]
         return box[0]
 
+    def wait_for_all(self, do: Callable, alive: Callable):
+        """What do() returns here, once it has on every rank, however long it takes.
+
+        A UserError on one is raised on all. alive() is called while this one waits.
+        """
+        if self.world_size == 1:
+            return do()
+        try:
+            result = do()
+        except UserError as error:
+            self.store.set('failed', str(error))
+            raise
+        self.store.add('ready', 1)
+        while self.store.add('ready', 0) < self.world_size:
+            if self.store.check(['failed']):
+                raise UserError(self.store.get('failed').decode())
+            alive()
+            time.sleep(0.1)
+        return result
+
     def peak_flops(self) -> float | None:
         """Peak of this device in FLOP/s for 16-bit matrix products, None if it is not known."""
         if self.device_type != 'cuda' or self.dtype == torch.float32:

@@ -77,7 +77,8 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2'
 tensorboard_log = False  # to tb/ in the run's folder
 # data
-dataset = 'openwebtext'  # a folder in data/, the path of one, or a mixture: 'a:0.7,b:0.3'
+dataset = 'openwebtext'  # a folder in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
+data_cache: str | None = None  # a folder on this machine's own disk to copy it to first
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
 batch_size = 12  # sequences, or pairs of them, that one process computes at a time
 block_size = 1024  # tokens per sequence
@@ -223,7 +224,10 @@ state |= saved
 if raw_model and (kept := keep_shape(raw_model, config)):
     say(f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say')
 init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoint', 'block_size'))
-data = open_data(dataset, block_size, seed, objective)
+copying = partial(watch.at, 0, 'the copying of the data')
+data = runtime.wait_for_all(
+    lambda: open_data(dataset, block_size, seed, objective, data_cache, copying), copying
+)
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
 for doubt in doubts(raw_model.config if raw_model else new_shape(data, config), config, runtime):

@@ -10,6 +10,7 @@ init_from = 'gpt2'
 gradient_accumulation_steps = 2
 batch_size = 8
 epochs = 3  # more are learned by heart
+mask_documents = True  # those of a row know nothing of one another
 block_size = 1024  # the base keeps its own, if that is shorter
 
 # a twelfth of what GPT-2 is pretrained with; a model of a few million parameters bears 3e-4

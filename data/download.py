@@ -114,7 +114,7 @@ def download(url: str, part: Path) -> str:
     return with_patience(lambda: stream(url, part), url, part.with_suffix(''))
 
 
-def with_patience(request: Callable, url: str, path: Path):
+def with_patience(request: Callable, url: str, path: Path | None = None):
     """What `request` returns, in three attempts. UserError says where else to put the file."""
     for attempt in range(ATTEMPTS):
         try:
@@ -124,10 +124,8 @@ def with_patience(request: Callable, url: str, path: Path):
             if not isinstance(error, Refused):
                 wait = seconds_to_wait(error.response, 2**attempt)
             if wait is None or attempt == ATTEMPTS - 1:
-                raise UserError(
-                    f'{url} cannot be fetched ({reason(error)}); get the file by other means and '
-                    f'put it at {path}'
-                ) from error
+                cure = f'; get the file by other means and put it at {path}' if path else ''
+                raise UserError(f'{url} cannot be fetched ({reason(error)}){cure}') from error
         time.sleep(wait)
 
 

@@ -27,6 +27,9 @@ from data.tokenizer import (
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
+MARKS = 'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
+
+
 def read_files(*paths: str | Path) -> Tokenizer:
     """A tokenizer.json of `tokenizers`, or vocab.json and merges.txt, as one of ours.
 
@@ -153,6 +156,17 @@ def letters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             merges.append([written(part) for part in parts])
     return {written(token): i for token, i in ranks.items()}, merges
+
+
+def with_marks(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer | None:
+    """The tokenizer with the chat template that an export of ours left in the folder, if it did."""
+    if tokenizer is None or not (folder / MARKS).is_file():
+        return tokenizer
+    try:
+        marks = json.loads((folder / MARKS).read_text(encoding='utf-8'))
+        return Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': marks})
+    except (OSError, ValueError, UserError) as error:
+        raise UserError(f'{folder / MARKS}: not a chat template: {error}') from error
 
 
 def chat_jinja(tokenizer: Tokenizer) -> str:

@@ -14,26 +14,47 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
+from data.cache import copied, is_url
 from data.dataset import SPLITS, Dataset, find_dataset, mix, permute
 
 BLOCK = 1000  # samples in which the shares are exact
 
 
 def open_data(
-    name: str, block_size: int, seed: int = 1337, objective: str = 'lm'
+    name: str,
+    block_size: int,
+    seed: int = 1337,
+    objective: str = 'lm',
+    cache: str | None = None,
+    alive: Callable = lambda: None,
 ) -> 'Dataset | Mixture':
-    """The dataset of that name or path, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'."""
+    """
+    The dataset of that name, path or URL, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'.
+
+    cache: a folder to copy what is read to; see data/cache.py, of alive, too.
+    """
     if not is_mixture(name):
-        return Dataset(find_dataset(name), block_size, seed, objective)
+        return Dataset(folder_of(name, cache, alive), block_size, seed, objective)
     if objective == 'dpo':
         raise UserError(f"dataset={name!r}: objective='dpo' takes one dataset, not a mixture")
     weights = parse(name)
-    parts = [Dataset(find_dataset(part), block_size, seed, objective) for part in weights]
+    folders = [folder_of(part, cache, alive) for part in weights]
+    parts = [Dataset(folder, block_size, seed, objective) for folder in folders]
     return Mixture(parts, list(weights.values()), seed)
+
+
+def folder_of(name: str, cache: str | None, alive: Callable) -> Path:
+    """Where a dataset is read from."""
+    if is_url(name) and not cache:
+        raise UserError(f'dataset={name!r}: give --data_cache, a folder here to copy it to')
+    source = name if is_url(name) else find_dataset(name)
+    return copied(source, cache, alive) if cache else source
 
 
 def is_mixture(setting: str) -> bool:

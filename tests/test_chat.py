@@ -35,10 +35,17 @@ def lines(path, records):
     return path
 
 
+def again(path):
+    """A copy to validate on: the same file would not be trained on."""
+    copy = path.with_name('again.jsonl')
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
 def prepared(tmp_path, records, *flags, objective='sft', tokenizer='byte', size=64):
     """The dataset made of records, all of them in both splits."""
     source, folder = lines(tmp_path / 'source.jsonl', records), tmp_path / 'data'
-    command = (source, f'--val={source}', f'--out_dir={folder}', f'--tokenizer={tokenizer}')
+    command = (source, f'--val={again(source)}', f'--out_dir={folder}', f'--tokenizer={tokenizer}')
     prepare.main([*map(str, command), f'--block_size={size}', *flags])
     return Dataset(folder, size, objective=objective)
 

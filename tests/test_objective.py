@@ -27,7 +27,8 @@ PAIRS = [('Hi', 'Hello, you!', 'What'), ('A fish?', 'Eel', 'A cow, I think.'), (
 def prepared(folder, lines, *flags):
     (folder / 'lines.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     command = [str(folder / 'lines.jsonl'), f'--out_dir={folder / "data"}', '--tokenizer=byte']
-    prepare.main([*command, f'--val={folder / "lines.jsonl"}', *flags])
+    (folder / 'again.jsonl').write_bytes((folder / 'lines.jsonl').read_bytes())
+    prepare.main([*command, f'--val={folder / "again.jsonl"}', *flags])
     return folder / 'data'
 
 

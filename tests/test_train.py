@@ -645,9 +645,9 @@ def test_a_run_goes_on_in_another_number_format(copied, run_here):
 def test_a_new_global_batch_goes_on_where_the_old_one_ended(copied, run_here, monkeypatch):
     firsts, batch = [], Dataset.batch
 
-    def noting(self, first, count):
+    def noting(self, first, *args):
         firsts.append(first)
-        return batch(self, first, count)
+        return batch(self, first, *args)
 
     monkeypatch.setattr(Dataset, 'batch', noting)
     samples = checkpoint.read_state(find(copied, 'last'))['samples']

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from configurator import UserError, one_line_errors
 from data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
-from data.text.prepare import bytes_of, find_files, without_bom
+from data.text.prepare import bytes_of, find_files, identity, without_bom
 from data.tokenizer import ASSISTANT, EOT, Tokenizer, get_tokenizer
 
 COMMAND = 'python data/chat/prepare.py'
@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
         files, val_files = find_files(args.files), find_files(args.val)
+        own = {identity(path) for path in val_files}
+        files = [path for path in files if identity(path) not in own]
+        if not files:
+            raise UserError('nothing is left to train on: all the files are given with --val')
         sources = {'train': read(files, args, tokenizer), 'val': read(val_files, args, tokenizer)}
         write(args, folder, tokenizer, sources)
     except OSError as error:
