@@ -8,6 +8,7 @@ $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --n
 $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
 $ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
+$ python bench.py --only=saving,processes             # what checkpoints and a second process cost
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
 $ python bench.py --task=lambada,cbt --out_dir=gpt2   # what a model knows, beside GPT-2's figures
 $ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
@@ -53,10 +54,13 @@ from peers import (
 )
 from report import Report, line, shown, spread
 from runtime import DTYPES, Runtime, pick_device, pick_dtype
+from scaling import bench_processes, bench_saving
 
 # -----------------------------------------------------------------------------
 # what is timed
-only = ''  # some of training,prefill,decode,quality,data,startup; empty: all
+only = (
+    ''  # some of training,prefill,decode,quality,data,startup; saving,processes; empty: those six
+)
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # turns of each side
 nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
@@ -106,6 +110,7 @@ seed = 1337
 # -----------------------------------------------------------------------------
 
 JOBS = ('training', 'prefill', 'decode', 'quality', 'data', 'startup')
+ASKED = ('saving', 'processes')  # only when they are named
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
@@ -479,7 +484,7 @@ def check(c: dict) -> list[str]:
     one_of(('adamw', 'muon'), c, 'optimizer')
     jobs = [job for job in c['only'].split(',') if job]
     for job in jobs:
-        one_of(JOBS, {'only': job}, 'only')
+        one_of((*JOBS, *ASKED), {'only': job}, 'only')
     if 'quality' in jobs and not c['out_dir']:
         raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
     jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
@@ -566,6 +571,7 @@ def main(c: dict) -> None:
         if writing:
             bench_writing(c, runtime, report, writing)
         others = {'quality': bench_quality, 'data': bench_data, 'startup': bench_startup}
+        others |= {'saving': bench_saving, 'processes': bench_processes}
         for job in [job for job in others if job in jobs]:
             others[job](c, runtime, report)
     finally:  # what was measured stays, whatever happened after it
