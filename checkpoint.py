@@ -3,7 +3,8 @@ Checkpoints: the only place that knows how a trained model lies on disk.
 
 $ python checkpoint.py inspect out/my_run     # a table of its checkpoints
 $ python checkpoint.py verify out/my_run      # recompute every hash
-$ python checkpoint.py export out/my_run DIR  # for transformers; --format=gguf for llama.cpp
+$ python checkpoint.py export out/my_run DIR  # for transformers; --format=gguf for llama.cpp,
+                                              # --format=peft for the adapter alone
 
 A run's folder holds checkpoints/step-00002000/ and so on, each complete in itself:
 
@@ -11,6 +12,7 @@ A run's folder holds checkpoints/step-00002000/ and so on, each complete in itse
     optimizer.safetensors   the optimizer's state, as <parameter>.<key>
     tokenizer.json          the vocabulary, so that sampling never needs data/
     state.json              step, losses, the model's shape, the settings
+    adapter/                of a run with lora_rank, as peft loads it; model.safetensors is its base
     manifest.json           sha256 of every file above, written last
 
 A sharded run writes its tensors in parts, model-00001-of-00004.safetensors and so on, the rows that
@@ -52,11 +54,12 @@ from exchange import (
     read_named_tokenizer,
     read_tensor,
 )
+from lora import adapter_files, adapter_tensors, base_of, is_adapter, merge_lora, read_adapter
 from model import GPT, GPTConfig
 from parallel import cut_like, local, settle
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
-STATE, MANIFEST = 'state.json', 'manifest.json'
+STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
 LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
 STEP = re.compile(r'step-(\d{8,})')
 PART_SECONDS = 600  # that rank 0 waits for the files of another
@@ -87,7 +90,7 @@ def save(
     if not is_there(final, state):
         tensors = tensors_of(model, optimizers)
         clear(final, size_of(tensors))
-        write(final, tensors, tokenizer, {**state, 'model': asdict(model.config)}, keep_evaluated)
+        write(final, tensors, documents_of(model, tokenizer, state), keep_evaluated)
     return final
 
 
@@ -107,8 +110,9 @@ def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters by name. named_parameters() gives a tied matrix once."""
-    return {name: local(p.detach()).contiguous() for name, p in model.named_parameters()}
+    """Parameters by name, without adapters. named_parameters() gives a tied matrix once."""
+    named = {name: p for name, p in model.named_parameters() if '.lora_' not in name}
+    return {name: local(p.detach()).contiguous() for name, p in named.items()}
 
 
 def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
@@ -118,6 +122,16 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
         for key, value in states.get(parameter, {}).items():
             named[f'{name}.{key}'] = local(torch.as_tensor(value).detach()).contiguous()
     return named
+
+
+def documents_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
+    """The small files of a checkpoint, by name. Of a sharded model every rank has to ask."""
+    base = state.get('config', {}).get('init_from')
+    files = adapter_files(model, base) if adapter_tensors(model) else {}
+    documents = {f'{ADAPTER}/{name}': content for name, content in files.items()}
+    if tokenizer is not None:
+        documents[TOKENIZER] = as_json(tokenizer.to_dict())
+    return documents | {STATE: as_json({**state, 'model': asdict(model.config)})}
 
 
 def size_of(tensors: dict) -> int:
@@ -151,8 +165,7 @@ def hidden(path: Path) -> Path:
 def write(
     final: Path,
     tensors: dict[str, dict[str, torch.Tensor]],
-    tokenizer: Tokenizer | None,
-    state: dict,
+    documents: dict[str, bytes],
     keep_evaluated: bool,
     rank: int = 0,
     ranks: int = 1,
@@ -166,16 +179,14 @@ def write(
         return write_part(parts, tensors, rank, ranks)
     try:
         hashes = write_tensors(parts, tensors, rank, ranks)
-        if tokenizer is not None:
-            write_json(parts / TOKENIZER, tokenizer.to_dict())
-        write_json(parts / STATE, state)
-        hashes |= {
-            name: sha256(parts / name) for name in (TOKENIZER, STATE) if (parts / name).exists()
-        }
+        for name, content in documents.items():
+            (parts / name).parent.mkdir(exist_ok=True)
+            (parts / name).write_bytes(content)
+            hashes[name] = sha256(parts / name)
         for other in range(1, ranks):
             hashes |= hashes_of_part(parts, other)
-        write_json(parts / MANIFEST, dict(sorted(hashes.items())))
-        for path in [*parts.iterdir(), parts]:
+        (parts / MANIFEST).write_bytes(as_json(hashes))
+        for path in [*parts.rglob('*'), parts]:
             flush(path)
     except BaseException as error:
         shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
@@ -211,7 +222,7 @@ def write_part(parts: Path, tensors: dict, rank: int, ranks: int) -> None:
         for name in tensors:  # a full disk needs room for what rank 0 waits for
             (parts / part_name(name, rank, ranks)).unlink(missing_ok=True)
         report = {'error': f'rank {rank}: {error}'}
-    write_json(parts / f'rank-{rank}.part', report)
+    (parts / f'rank-{rank}.part').write_bytes(as_json(report))
     (parts / f'rank-{rank}.part').rename(parts / f'rank-{rank}')
     if 'error' in report:
         raise OSError(report['error'])
@@ -244,8 +255,8 @@ def publish(final: Path, keep_evaluated: bool) -> None:
         print(f'warning: an old checkpoint cannot be removed: {error}', file=sys.stderr)
 
 
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n', encoding='utf-8')
+def as_json(value) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + '\n').encode()
 
 
 def sha256(path: Path) -> str:
@@ -399,9 +410,14 @@ def read_state(path: Path) -> dict | None:
 
 
 def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
-    """The model (float32, on the host), tokenizer and state of a verified checkpoint."""
+    """The model (float32, on the host), tokenizer and state of a verified checkpoint.
+
+    Adapters are in their places; merge_lora() makes the model one like any other.
+    """
     named = read_tensors(path, MODEL)
     model = filled({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
+    if is_adapter(path / ADAPTER):
+        read_adapter(model, path / ADAPTER, path / MODEL)
     return model, tokenizer_in(path), read_state(path)
 
 
@@ -448,20 +464,38 @@ def load_model(
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
 
     where: a run's folder, a checkpoint, None for the newest run, or what others made: a
-    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint. tokenizer: the name,
+    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint, a folder of `peft`,
+    whose base is found by the name it gives. Adapters are merged. tokenizer: the name,
     tokenizer.json or meta.pkl of one to use instead of what comes with the model.
     """
     where = newest_run() if where is None else where
     named = read_named_tokenizer(tokenizer) if tokenizer else None
-    if is_foreign(where):
+    if is_adapter(where):
+        model, found, state = load_adapted(Path(where), dropout, tokenizer)
+    elif is_foreign(where):
         model, found, state = load_foreign(where, dropout, named)
     else:
         model, found, state = load(find(where, which), dropout)
-    found = named or found
+    model, found = merge_lora(model), named or found
     if found and found.vocab_size > model.config.vocab_size:
         ids = f'{found.vocab_size} ids, and the model {model.config.vocab_size}'
         raise CheckpointError(f'{where}: its tokenizer has {ids}: one is not made for the other')
     return model.to(device).eval(), found, state
+
+
+def load_adapted(
+    folder: Path, dropout: float, tokenizer: str | None
+) -> tuple[GPT, Tokenizer | None, dict]:
+    """The base that a folder of `peft` names, with the folder's adapters in their places."""
+    base = base_of(folder)
+    if is_adapter(base):
+        raise CheckpointError(f'{folder}: its base {base} is an adapter too')
+    try:
+        model, found, _ = load_model(base, dropout=dropout, tokenizer=tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f'{folder} adapts a model that is not there: {error}') from error
+    read_adapter(model, folder, base)
+    return model, found, {}
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -492,7 +526,7 @@ def report(paths: list[Path]) -> bool:
         state = read_state(path) or {}
         losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
         cells = ''.join(f'{"-":>12}' if loss is None else f'{loss:12.4f}' for loss in losses)
-        size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
+        size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6
         try:
             verify(path)
             integrity, last = 'ok', path
@@ -500,7 +534,8 @@ def report(paths: list[Path]) -> bool:
             integrity, whole = str(error).partition('is ')[2], False
         print(f'{path.name:<16}{cells}{size:9.1f}  {integrity}')
     if last:
-        print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)))
+        adapter = f'; LoRA of {base_of(last / ADAPTER)}' if is_adapter(last / ADAPTER) else ''
+        print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)) + adapter)
     return whole
 
 
@@ -515,10 +550,31 @@ def describe(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
 
 
 def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -> None:
+    if kind == 'peft':
+        return export_adapter(where, which, to)
     model, tokens, state = load_model(where, which, tokenizer=tokenizer)
     {'transformers': export_transformers, 'gguf': export_gguf}[kind](model, tokens, state, to)
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: written to {to}{"" if tokens else ", without a tokenizer"}')
+
+
+def export_adapter(where: str, which: str, to: Path) -> None:
+    """The adapter of a run as a folder of its own, for `peft` and the base it names."""
+    path = None if is_foreign(where) else find(where, which)
+    if path is None or not is_adapter(path / ADAPTER):
+        raise UserError(f'{where} has no adapter, which a run with --lora_rank makes')
+    if os.path.lexists(to):
+        raise UserError(f'{to} is there already; name a new folder')
+    part = to.with_name(f'.{to.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(path / ADAPTER, part)
+        part.rename(to)
+    except OSError as error:
+        raise UserError(f'{to}: cannot be written: {error}') from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f'{path}: the adapter is written to {to}; its base is {base_of(to)}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -530,7 +586,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('command', choices=['inspect', 'verify', 'export'])
     parser.add_argument('out_dir', help="a run's folder, or what else --init_from takes")
     parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')
-    parser.add_argument('--format', choices=['transformers', 'gguf'], default='transformers')
+    parser.add_argument(
+        '--format', choices=['transformers', 'gguf', 'peft'], default='transformers'
+    )
     parser.add_argument('--checkpoint', default='best', help="'best', 'last', or the path of one")
     parser.add_argument('--tokenizer', help='a name, tokenizer.json or meta.pkl to use instead')
     args = parser.parse_args(argv)

@@ -566,12 +566,19 @@ def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampl
     return out
 
 
-def write_page(model: GPT, tokenizer: Tokenizer, prompt, tokens: int, seed: int) -> str:
-    """About `tokens` tokens of text that begin at `prompt`; after a short document, the next."""
+def write_page(
+    model: GPT, tokenizer: Tokenizer, prompt, tokens: int, seed: int, answer: bool = False
+) -> str:
+    """About `tokens` tokens of text that begin at `prompt`; after a short document, the next.
+
+    answer: the prompt is a question, whose one answer comes after it.
+    """
     texts = []
     while tokens > 0:
         sampling = Sampling(tokens, temperature=0.8, top_k=200, seed=seed + len(texts))
         pieces = list(generate(model, tokenizer, [prompt], sampling))
         texts.append(''.join(piece.text for piece in pieces).strip('\n'))
+        if answer:
+            return tokenizer.decode(prompt) + texts[0]
         tokens -= len(pieces)
     return '\n\n'.join(texts)

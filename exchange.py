@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configurator import ConfigError, UserError, did_you_mean
-from data.huggingface import letters_and_merges, read_files, tokenizer_json
+from data.huggingface import chat_jinja, letters_and_merges, read_files, tokenizer_json
 from data.tokenizer import EOT, Tokenizer, byte_letters, from_nanogpt_meta, get_tokenizer, load
 from model import GPT, TRANSPOSED, GPTConfig
 
@@ -82,10 +82,11 @@ class CheckpointError(UserError):
 
 
 def is_foreign(where: str | Path) -> bool:
-    """Whether `where` is a transformers folder, a hub's name, or a nanoGPT checkpoint."""
+    """Whether `where` is a transformers or peft folder, a hub's name, or nanoGPT's checkpoint."""
     path = Path(where)
     if path.is_dir():
-        return (path / 'config.json').is_file() or (path / 'ckpt.pt').is_file()
+        files = ('config.json', 'ckpt.pt', 'adapter_config.json')
+        return any((path / file).is_file() for file in files)
     if path.suffix == '.pt' or str(where) in RELEASED:
         return True
     if re.fullmatch(r'(distil)?gpt-?2\S*', str(where), re.IGNORECASE):  # a misspelt size, perhaps
@@ -363,6 +364,7 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             'model_max_length': model.config.block_size,
             'clean_up_tokenization_spaces': False,
             **({'bos_token': EOT, 'eos_token': EOT} if tokenizer.eot is not None else {}),
+            **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
     if os.path.lexists(folder):
         raise UserError(f'{folder} is there already; name a new folder')
@@ -516,6 +518,8 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
         writer.add_bos_token_id(tokenizer.eot)
         writer.add_eos_token_id(tokenizer.eot)
     writer.add_add_bos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(chat_jinja(tokenizer))
 
 
 GGUF_NAMES = {

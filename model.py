@@ -19,8 +19,10 @@ set), D = C / H, V = vocab_size.
 import copy
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
 
@@ -139,6 +141,21 @@ def written_out_attention(q, k, v, p):
     return (weights @ v).view(B, H, T, D)
 
 
+def through(blocks, x, *others, recompute=False):
+    """x (B, T, C) through one block after the other.
+
+    recompute: keep only what goes from block to block, and compute the rest a second time for the
+    gradient (Chen et al. 2016), with the same random numbers: less memory, a third more work.
+    """
+    for layer, block in enumerate(blocks):
+        if recompute and torch.is_grad_enabled():
+            again = torch.utils.checkpoint.checkpoint
+            x = again(block, x, *others, layer, use_reentrant=False)
+        else:
+            x = block(x, *others, layer)
+    return x
+
+
 # -----------------------------------------------------------------------------
 # arch='gpt2'
 
@@ -206,13 +223,12 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.dropout = config.dropout
+        self.recompute = False  # gradient checkpointing
 
     def forward(self, idx, pos, cache=None):
         x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
         x = dropout(x, self.dropout, self.training)
-        for layer, block in enumerate(self.h):
-            x = block(x, cache, layer)
-        return self.ln_f(x)
+        return self.ln_f(through(self.h, x, cache, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
@@ -299,11 +315,13 @@ class ModernAttention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, angles, cache=None, layer=None):
-        if self.qkv_proj is None:  # one product is faster than three
-            projections = self.q_proj, self.k_proj, self.v_proj
-            qkv = F.linear(x, torch.cat([proj.weight for proj in projections]))
-        else:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if self.qkv_proj is not None:
             qkv = self.qkv_proj(x)
+        elif all(type(proj) is nn.Linear for proj in projections):  # one product is faster
+            qkv = F.linear(x, torch.cat([proj.weight for proj in projections]))
+        else:  # lora.py adds to them
+            qkv = torch.cat([proj(x) for proj in projections], dim=-1)
         qkv = qkv.unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
         qk, v = qkv.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
         qk = rms_norm(rotate(qk, *angles))
@@ -346,6 +364,7 @@ class Modern(nn.Module):
         self.layers = nn.ModuleList(ModernBlock(config) for _ in range(config.n_layer))
         self.head_size = config.n_embd // config.n_head
         self.dropout = config.dropout
+        self.recompute = False  # gradient checkpointing
 
     def forward(self, idx, pos, cache=None):
         x = self.embed_tokens(idx)  # (B, T, C)
@@ -354,9 +373,7 @@ class Modern(nn.Module):
             x = x.bfloat16()  # half the memory traffic, as NanoChat trains; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
         angles = rotation(pos, self.head_size, x.dtype)
-        for layer, block in enumerate(self.layers):
-            x = block(x, angles, cache, layer)
-        return rms_norm(x)
+        return rms_norm(through(self.layers, x, angles, cache, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
@@ -448,15 +465,36 @@ class GPT(nn.Module):
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
         ]
 
-    def num_params(self) -> int:
+    def num_params(self, trained: bool = False) -> int:
         """Parameters without the embeddings that are looked up and multiply nothing."""
         lookup = self.transformer.wpe if self.config.arch == 'gpt2' else self.embedding
-        return sum(p.numel() for p in self.parameters()) - lookup.weight.numel()
+        counted = [p for p in self.parameters() if p is not lookup.weight]
+        return sum(p.numel() for p in counted if p.requires_grad or not trained)
 
     def flops_per_token(self) -> int:
-        """Forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
-        c = self.config
-        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+        """Forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B).
+
+        Two of the six are for the gradient of a parameter, which a frozen one has none of; two are
+        for the gradient that goes on down, and in attention eight of the twelve, which the first
+        blocks are spared if they and the embeddings are frozen.
+        """
+        c, N = self.config, self.num_params()
+        spared = [] if self.embedding.weight.requires_grad else self.blocks
+        spared = list(takewhile(lambda b: not any(p.requires_grad for p in b.parameters()), spared))
+        matrices = 4 * N + 2 * self.num_params(trained=True)
+        matrices -= 2 * sum(p.numel() for block in spared for p in block.parameters())
+        return matrices + (12 * c.n_layer - 8 * len(spared)) * c.n_embd * c.block_size
+
+    def freeze_lower(self, blocks: int) -> None:
+        """Have training leave the embeddings and the first blocks as they are.
+
+        GPT-2's head is its embedding, and stays too.
+        """
+        if blocks > len(self.blocks):
+            raise ConfigError(f'freeze={blocks}: the model has {len(self.blocks)} blocks')
+        tables = [child for child in self.trunk.children() if isinstance(child, nn.Embedding)]
+        for module in (*tables, *self.blocks[:blocks]):
+            module.requires_grad_(False)
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions past `block_size`: a smaller context out of a pretrained model."""

@@ -144,6 +144,26 @@ class Runtime:
         peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name))
         return next((peak * 1e12 for peak in peaks), None)  # an RTX A4000 is no A40
 
+    def peak_memory(self) -> int | None:
+        """Most bytes this process has held at once: on its GPU, else in main memory.
+
+        None where nobody counts: on Apple GPUs, and on Windows.
+        """
+        if self.device_type == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device_type != 'cpu':
+            return None
+        with suppress(OSError):  # Linux; getrusage would count what the parent held before exec
+            status = Path('/proc/self/status').read_text(encoding='utf-8')
+            if held := re.search(r'VmHWM:\s+(\d+) kB', status):
+                return int(held[1]) * 1024
+        with suppress(ImportError):
+            import resource
+
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return held if sys.platform == 'darwin' else held * 1024
+        return None
+
     def share(self, rows: int, at_once: int) -> tuple[int, int]:
         """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
         if rows % self.world_size:
@@ -160,8 +180,8 @@ class Runtime:
         """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def compile(self, model: torch.nn.Module, batches: list, say: Callable):
-        """The compiled model, tried on a batch (x, y) of each shape, and True.
+    def compile(self, model: torch.nn.Module, batches: list, say: Callable, loss_of: Callable):
+        """The compiled model, tried on a batch of each shape, and True.
 
         As it is, and False, where that fails. A sharded model is compiled block by block, in place.
         """
@@ -171,9 +191,9 @@ class Runtime:
             for block in blocks:
                 block.compile(dynamic=False)
             compiled = model if blocks else torch.compile(model, dynamic=False)
-            for x, y in batches:
+            for batch in batches:
                 with self.autocast():
-                    loss = compiled(x, y)[1]
+                    loss = loss_of(compiled, *batch)
                 loss.backward()
             return compiled, True
         except Exception as error:

@@ -11,12 +11,13 @@ manifest last: without one it does not count there. restore() brings the newest 
 is empty.
 """
 
+import os
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import filelock
@@ -26,6 +27,7 @@ from checkpoint import (
     MANIFEST,
     CheckpointError,
     clear,
+    documents_of,
     hidden,
     is_there,
     listed,
@@ -42,7 +44,11 @@ from configurator import UserError
 from runtime import Runtime
 
 SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
-BESIDE = ('config.py', 'metrics.jsonl')  # what a run goes on with, besides its checkpoints
+BESIDE = (
+    'config.py',
+    'metrics.jsonl',
+    'reference.safetensors',
+)  # what a run goes on with, besides its checkpoints
 
 
 class Saver:
@@ -66,7 +72,8 @@ class Saver:
         self._times: dict[str, float] = {}
         self._news: list[str] = []
         self._copies: dict[tuple[str, str], torch.Tensor] = {}  # kept: fresh memory is slow
-        self._writer, self._sender = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._writer = ThreadPoolExecutor(1, initializer=give_way)
+        self._sender = ThreadPoolExecutor(1, initializer=give_way)
         self._writing: Future | None = None
 
     def save(self, model, optimizers, tokenizer, state: dict) -> None:
@@ -81,10 +88,8 @@ class Saver:
         elif problem is None:
             small = size_of(tensors) < SMALL
             tensors = tensors if small else self._copy(tensors)
-            state = {**state, 'model': asdict(model.config)}
-            self._writing = self._writer.submit(
-                self._write, started, final, tensors, tokenizer, state
-            )
+            documents = documents_of(model, tokenizer, state)
+            self._writing = self._writer.submit(self._write, started, final, tensors, documents)
             if small:
                 self.wait()
         self._times['save_pause'] = time.perf_counter() - started
@@ -114,9 +119,9 @@ class Saver:
             torch.cuda.synchronize()
         return copies
 
-    def _write(self, started: float, final: Path, tensors, tokenizer, state: dict) -> None:
+    def _write(self, started: float, final: Path, tensors, documents) -> None:
         try:
-            write(final, tensors, tokenizer, state, self.keep_evaluated, self.rank, self.ranks)
+            write(final, tensors, documents, self.keep_evaluated, self.rank, self.ranks)
         except OSError as error:
             return self._fail(final, error)
         self.failure, self._times['save_seconds'] = None, time.perf_counter() - started
@@ -159,6 +164,12 @@ class Saver:
         self.wait()
         self._writer.shutdown()
         self._sender.shutdown()
+
+
+def give_way() -> None:
+    """Let the training have the processor first: its threads wait for the slowest of them."""
+    if sys.platform == 'linux':  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 # -----------------------------------------------------------------------------
@@ -233,9 +244,8 @@ def fetch(path: Path, out_dir: Path) -> bool:
             shutil.copytree(path, hidden(final), dirs_exist_ok=True)
             verify(hidden(final))
             for name in BESIDE:
-                if not (out_dir / name).exists():
-                    with suppress(FileNotFoundError):
-                        shutil.copyfile(path.parents[1] / name, out_dir / name)
+                if not (out_dir / name).exists() and (path.parents[1] / name).exists():
+                    shutil.copyfile(path.parents[1] / name, out_dir / name)
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
             return False

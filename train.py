@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from socket import gethostname
 
@@ -24,12 +25,23 @@ import torch
 from tqdm import tqdm
 
 import folder
-from checkpoint import find, listed, load, load_model, load_optimizer, newest_run
+from checkpoint import listed, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.dataset import open_dataset
 from engine import write_page
-from model import GPT, GPTConfig
+from objective import (
+    MEASURED,
+    REFERENCE,
+    fingerprint,
+    loss_of,
+    measure,
+    read_reference,
+    reference_logps,
+    trim,
+    write_reference,
+)
 from optim import build_optimizers
+from origin import choose_trained, find_model, fit_to_data, keep_shape
 from parallel import check_shard, parallelize, sync_gradients, whole
 from runtime import StopSignal, code_hash, on_out_of_memory, start
 from saver import Saver, check_mirror, fetch, restore
@@ -65,10 +77,13 @@ tensorboard_log = False  # to tb/ in the run's folder
 # data
 dataset = 'openwebtext'  # a folder in data/, or the path of one
 gradient_accumulation_steps = 5 * 8  # with batch_size, the sequences per update over all processes
-batch_size = 12  # sequences that one process computes at a time
+batch_size = 12  # sequences, or pairs of them, that one process computes at a time
 block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # cut sequences into such pieces at first: cheaper attention
 short_iters = 0  # steps on those pieces
+# what to learn
+objective = 'lm'  # text; 'sft': the answers in conversations; 'dpo': which of two is better
+dpo_beta = 0.1  # how dearly a model pays for leaving what it was before: more keeps it nearer
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern': rotary positions, RMS norms, squared ReLU, as in NanoChat
 n_layer = 12
@@ -77,6 +92,12 @@ n_embd = 768
 n_kv_head: int | None = None  # heads of keys and values, arch='modern'; None: n_head
 dropout = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning and small data
 bias = False  # in Linear and LayerNorm, arch='gpt2'
+# fine-tuning a part of a model
+lora_rank: int | None = None  # train adapters of this rank, and nothing else (LoRA); None: none
+lora_alpha: int | None = None  # what they add counts lora_alpha / lora_rank; None: twice the rank
+lora_dropout = 0.0  # of what they are given
+lora_targets = 'all'  # the blocks' matrices that have one, such as 'c_attn,mlp.c_proj'
+freeze: int | None = None  # keep the embeddings and so many first blocks as they are
 # optimizer
 optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # AdamW's at its highest
@@ -98,6 +119,7 @@ cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
+gradient_checkpointing = False  # compute activations twice instead of keeping them: less memory
 compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
 shard = False  # each process holds its rows of the model (FSDP2), instead of all of it (DDP)
@@ -121,14 +143,18 @@ within(1, None, config, 'batch_size', 'gradient_accumulation_steps')
 within(1, None, config, 'block_size', 'short_block_size')
 within(0, None, config, 'max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')
 within(0, None, config, 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')
+within(1, None, config, 'lora_rank', 'lora_alpha')
+within(0, None, config, 'freeze')
 within(0, None, config, 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')
 within(0, 2**63 - 1, config, 'seed')
 within(1, None, config, 'hang_timeout')
 within(0, 1, config, 'cooldown')
-within(0, 0.9999999, config, 'beta1', 'beta2', 'muon_momentum')
+within(1e-9, None, config, 'dpo_beta')
+within(0, 0.9999999, config, 'lora_dropout', 'beta1', 'beta2', 'muon_momentum')
 one_of(('adamw', 'muon'), config, 'optimizer')
 one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
 one_of((True, False, 'auto'), config, 'compile')
+one_of(('lm', 'sft', 'dpo'), config, 'objective')
 
 same = {'code': code_hash(), **config}  # on all processes
 runtime = start(device, dtype, backend, hang_timeout, same)
@@ -177,69 +203,19 @@ if resume_from and not resume_from.exists():  # another machine, another disk
             '--checkpoint_mirror that all machines see'
         )
 
-SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
 state |= {'seconds': 0.0}  # since the start, with compilation and evaluation; summed over starts
-if resume_from:
-    raw_model, tokenizer, saved = load(resume_from, dropout)
-    state |= saved
-    for name in SHAPE if state['config']['init_from'] == 'scratch' else ():
-        if config[name] != getattr(raw_model.config, name):
-            raise ConfigError(
-                f'{name}={config[name]}: {resume_from} was trained with {name}='
-                f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
-            )
-    began_with = state['config'].get('optimizer', 'adamw')
-    if optimizer != began_with:
-        raise ConfigError(
-            f'optimizer={optimizer!r}: {resume_from} holds the state of {began_with!r}; for a new '
-            f'run from its weights, give --init_from={out_dir} and another --out_dir'
-        )
-    config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
-elif init_from not in ('scratch', 'resume'):
-    if checkpoint:  # of that run; a resumed one would take it for one of its own
-        init_from, checkpoint = str(find(init_from, checkpoint)), None
-        config |= {'init_from': init_from, 'checkpoint': None}
-    raw_model, tokenizer, _ = load_model(init_from, dropout=dropout)
-    if block_size < raw_model.config.block_size:
-        raw_model.crop_block_size(block_size)
-else:
-    raw_model = tokenizer = None
-if raw_model:  # a model from elsewhere brings its shape
-    kept = [name for name in SHAPE if config[name] != getattr(raw_model.config, name)]
-    if kept:
-        say(
-            f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say'
-        )
-    config |= {name: getattr(raw_model.config, name) for name in SHAPE}
-    block_size = raw_model.config.block_size
-
-data = open_dataset(dataset, block_size, seed)
-if raw_model is None:
-    # a large vocabulary is rounded up, which makes for faster matrix products
-    vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
-    shape = {name: config[name] for name in SHAPE}
-    raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
-    try:
-        tokenizer = data.tokenizer
-    except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
-        say(f'warning: {error}; until then, the checkpoints have no tokenizer')
-elif tokenizer is None:  # of a model that came without one
-    tokenizer = data.tokenizer
-elif tokenizer != data.tokenizer:
-    raise UserError(
-        f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
-        f'{resume_from or init_from} with another ({tokenizer.name}): prepare the text with that'
-    )
-if data.vocab_size > raw_model.config.vocab_size:
-    raise UserError(
-        f'dataset {dataset} has {data.vocab_size} different tokens, and the model of {init_from} '
-        f'only {raw_model.config.vocab_size}'
-    )
+raw_model, tokenizer, saved = find_model(config, resume_from)
+state |= saved
+if raw_model and (kept := keep_shape(raw_model, config)):
+    say(f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say')
+init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoint', 'block_size'))
+data = open_dataset(dataset, block_size, seed, objective)
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
+raw_model, tokenizer = fit_to_data(raw_model, tokenizer, data, config, say)
 raw_model.train()
 if not shard:  # a whole one may not fit there
     raw_model.to(runtime.device)
@@ -248,6 +224,10 @@ if not shard:  # a whole one may not fit there
 # batches: the same global batch at every world size, shared out equally
 
 piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
+if short_iters and data.rows:
+    raise ConfigError(
+        f'short_iters={short_iters}: the rows of {dataset} are not cut; leave it at 0'
+    )
 if short_iters and (not piece or block_size % piece):
     raise ConfigError(
         f'short_iters={short_iters}: short_block_size={short_block_size} does not cut '
@@ -257,7 +237,7 @@ if short_iters and (not piece or block_size % piece):
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
 rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
-tokens_per_step = global_rows * block_size
+tokens_per_step = round(global_rows * data.window_tokens)
 if epochs is not None:
     max_iters = lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
@@ -272,6 +252,8 @@ on_out_of_memory(
         f'--batch_size={micro_rows // 2} '
         f'--gradient_accumulation_steps={-(-global_rows // (micro_rows // 2))}'
         if micro_rows > 1
+        else '--gradient_checkpointing'
+        if not gradient_checkpointing
         else f'--block_size={block_size // 2} or a smaller model'
     ),
 )
@@ -285,14 +267,23 @@ def to_device(*arrays):
     return [tensor.to(runtime.device, non_blocking=True) for tensor in tensors]
 
 
-def get_batch(number: int):
-    """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T)."""
+def get_batch(number: int) -> tuple[list, float]:
+    """Micro-batch `number` of this rank, counted from where this process starts -> x, y (B, T) and
+    what else loss_of() takes; by what to divide its loss, so that a step's sum is the step's mean.
+    """
     steps, part = divmod(number, micro_steps)
     first = state['samples'] + steps * global_rows
-    x, y = data.batch(first + runtime.rank * rank_rows + part * micro_rows, micro_rows)
+    mine = first + runtime.rank * rank_rows + part * micro_rows
+    batch, parts = data.batch(mine, micro_rows), micro_steps
     if state['step'] + steps < short_iters:
-        x, y = x.reshape(-1, piece), y.reshape(-1, piece)
-    return to_device(x, y)
+        batch = [array.reshape(-1, piece) for array in batch]
+    if objective == 'sft':  # of one row more is learned than of another
+        here = data.targets[data.windows(mine, micro_rows)].sum()
+        parts = data.targets[data.windows(first, global_rows)].sum() / (here * runtime.world_size)
+    if objective == 'dpo':
+        batch = batch if runtime.wants_compile(compile) else trim(*batch)  # compiled for one shape
+        batch = [*batch, reference['train'][data.windows(mine, micro_rows)].ravel()]
+    return to_device(*batch), float(parts)
 
 
 # -----------------------------------------------------------------------------
@@ -306,17 +297,36 @@ say(
     f'machine: {runtime}'
 )
 
+choose_trained(raw_model, config, say)
+if objective == 'dpo' and not resume_from:
+    state['reference'] = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
+
 # raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
 model, compiled = raw_model, False
 began = time.perf_counter() - state['seconds']
 if shard:
     model = parallelize(raw_model, runtime, shard, offload)
+# what a model says of preference pairs before training is what it is held to from then on
+reference = None
+if objective == 'dpo':
+    reference_key = f'{state["reference"]} {data.fingerprint}'
+    reference = runtime.agree(lambda: read_reference(out_dir / REFERENCE, reference_key))
+    if reference is None and resume_from:
+        raise UserError(
+            f'{out_dir / REFERENCE}: is missing or not of dataset {dataset} as it is now, and the '
+            f'model that the run began with is gone; start a new one with --init_from={out_dir} '
+            'and another --out_dir'
+        )
+    if reference is None:
+        say('reference: the log-probabilities of all answers, once for the run ...')
+        reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
 if not eval_only:
     if runtime.wants_compile(compile):
-        x, y = get_batch(0)
-        widths = {x.size(1), block_size}  # short sequences, if they come first, and whole ones
-        batches = [(x.reshape(-1, T), y.reshape(-1, T)) for T in sorted(widths)]
-        model, compiled = runtime.compile(model, batches, say)
+        (x, y, *others), _ = get_batch(0)
+        widths = {x.size(1), data.block_size}  # short sequences, if they come first, and whole ones
+        batches = [(x.reshape(-1, T), y.reshape(-1, T), *others) for T in sorted(widths)]
+        trial = partial(loss_of, beta=dpo_beta)
+        model, compiled = runtime.compile(model, batches, say, trial)
     if not shard:
         model = parallelize(model, runtime, shard)
 
@@ -340,7 +350,8 @@ if resume_from:
 
 @torch.no_grad()
 def estimate_loss() -> dict[str, float] | None:
-    """Mean loss of each split in nats per token, over fixed windows shared out to all ranks.
+    """Mean loss of each split in nats per token, over fixed windows shared out to all ranks; of
+    preference pairs, per pair, and what else measure() has of them.
 
     None if a signal asked to stop meanwhile. Draws on no random state that training uses.
     """
@@ -350,21 +361,25 @@ def estimate_loss() -> dict[str, float] | None:
     count = whole if eval_iters is None else eval_iters * batch_size
     for split in ('train', 'val') if eval_train else ('val',):
         windows = data.eval_windows(split, count)
-        total = torch.zeros(2, dtype=runtime.wide, device=runtime.device)  # losses' sum, targets
+        names = [f'{split}_{name}' for name in MEASURED[objective]]
+        total = torch.zeros(len(names) + 1, dtype=runtime.wide, device=runtime.device)
         starts = range(0, len(windows), runtime.world_size * batch_size)
         for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.live):
             mine = windows[i + runtime.rank * batch_size :][:batch_size]
             # of a sharded model every rank has to compute, also where none is left for it
-            x, y = to_device(*data.eval_batch(split, mine if len(mine) else windows[:1]))
+            some = mine if len(mine) else windows[:1]
+            batch = data.eval_batch(split, some)
+            if objective == 'dpo':
+                batch = [*trim(*batch), reference[split][some // data.stride].ravel()]
             with runtime.autocast():
-                loss = raw_model(x, y)[1]
-            targets = (y >= 0).sum() * bool(len(mine))
-            total += torch.stack([loss * targets, targets])
+                means, weight = measure(raw_model, *to_device(*batch), beta=dpo_beta)
+            if len(mine):
+                total += torch.stack([mean * weight for mean in means] + [weight])
             if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
                 raw_model.train()
                 return None
-        nats, targets = runtime.reduce(total.tolist())
-        losses[f'{split}_loss'] = nats / targets
+        *sums, weight = runtime.reduce(total.tolist())  # of targets, or of pairs
+        losses |= {name: part / weight for name, part in zip(names, sums, strict=True)}
     raw_model.train()
     if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
         tokens_per_byte = data.tokens['val'] / text_bytes
@@ -409,16 +424,19 @@ def show_sample(tokens: int) -> None:
     if not tokens or tokenizer is None or (shard and not listed(out_dir)):
         return
     # begin as a document begins, or as the validation split does
-    prompt = data.eval_batch('val', [0])[0][0, :1] if tokenizer.eot is None else [tokenizer.eot]
+    x, y = data.eval_batch('val', [0])
+    prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
+    if data.rows:  # or as a conversation does, up to where the assistant answers
+        prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
     writer = raw_model
     if shard:  # rank 0 has but its rows; what it has just saved is whole
         saver.wait()
         writer = load_model(out_dir, 'last', runtime.device)[0]
-    text = write_page(writer.eval(), tokenizer, prompt, tokens, seed)
+    text = write_page(writer.eval(), tokenizer, prompt, tokens, seed, answer=bool(data.rows))
     raw_model.train()
     tracker.log_text(step, text)
     rule = '-' * 64
-    say(f'what it writes:\n{rule}\n{text}\n{rule}')
+    say(f'what it {"answers" if data.rows else "writes"}:\n{rule}\n{text}\n{rule}')
 
 
 def report_end() -> None:
@@ -426,7 +444,11 @@ def report_end() -> None:
     bpb = f', {state["val_bpb"]:.4f} bits per byte' if 'val_bpb' in state else ''
     best = f'; best {state["best_val_loss"]:.4f}' if state['stale'] else ''
     spent = f'{tqdm.format_interval(state["seconds"])} after the start'
-    say(f'validation loss {state["val_loss"]:.4f} nats per token{bpb}{best}, {spent}')
+    unit = 'per pair' if objective == 'dpo' else 'nats per token'
+    say(f'validation loss {state["val_loss"]:.4f} {unit}{bpb}{best}, {spent}')
+    if peak:
+        each = ' in each process' if runtime.world_size > 1 else ''
+        say(f'peak memory {peak / 1e6:,.0f} MB{each}')
     show_sample(sample_tokens)
     for path in listed(out_dir)[-1:]:
         say(f'checkpoint: {path}')
@@ -461,6 +483,8 @@ def open_folder() -> None:
     tracker = Tracker(out_dir, config, step if resume_from else -1)
     for where in filter(None, (out_dir, checkpoint_mirror)):
         folder.begin(Path(where), step if resume_from else -1, overwrite)
+    if reference:
+        write_reference(out_dir / REFERENCE, reference_key, reference)
     here = {'device': runtime.device, 'dtype': runtime.dtype_name}
     folder.write_config(out_dir, {**config, 'overwrite': False}, here)
 
@@ -494,9 +518,13 @@ while True:
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
+        shown += [
+            f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in losses if k[:7] == 'val_rew'
+        ]
         say(f'step {step}: {", ".join(shown)}')
         if runtime.main:
-            tracker.log(step, **losses, seconds=time.perf_counter() - began)
+            measured = {**losses, 'peak_memory': runtime.peak_memory()}  # in bytes
+            tracker.log(step, **measured, seconds=time.perf_counter() - began)
     finished = is_finished()
     stopping = stopping or (runtime.world_size == 1 and stop.signal > 0)
 
@@ -527,7 +555,7 @@ while True:
     for micro_step in range(micro_steps):
         watch.at(step, 'the data')
         asked = time.perf_counter()
-        x, y = upcoming.result()
+        batch, parts = upcoming.result()
         data_wait += time.perf_counter() - asked
         number += 1
         upcoming = batches.submit(get_batch, number)
@@ -535,7 +563,7 @@ while True:
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == micro_steps - 1)
         with runtime.autocast():
-            loss = model(x, y)[1] / micro_steps
+            loss = loss_of(model, *batch, beta=dpo_beta) / parts
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for each in optimizers:
@@ -583,6 +611,7 @@ while True:
 # the end: what was reached, where it lies, and how to go on
 
 state['seconds'] = time.perf_counter() - began
+peak = runtime.peak_memory()  # before the picture and the sample
 progress.close()
 watch.at(step, 'the last saving')
 saver.finish()

@@ -6,6 +6,10 @@ train-00000.bin, train-00001.bin, ...) and val.bin, the tokenizer.json, and meta
 {"format": "flatgpt", "tokenizer", "vocab_size", "dtype",
  "splits": {"train": {"tokens", "bytes", "shards": [{"file", "tokens", "sha256"}]}, "val": ...}}.
 A large one is made of parts (see data/parquet.py): then the files are in folders below it.
+Conversations (see data/chat/prepare.py) lie in rows of a fixed length: meta.json says "rows":
+{"length", "pairs"}, and beside train.bin is train.mask.bin with a byte of flags for each id:
+LEARNED, FIRST (of a conversation, or of the padding), PADDING. With pairs, a row with the better
+answer comes before one with the worse.
 A folder with only nanoGPT's train.bin, val.bin and perhaps meta.pkl is read as well.
 
     with Writer(folder, tokenizer) as writer:        # nothing is published unless this ends well
@@ -17,9 +21,11 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +37,7 @@ from data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 
 DATA = Path(__file__).resolve().parent
 SPLITS = ('train', 'val')
+LEARNED, FIRST, PADDING = 1, 2, 4  # flags of an id in a row
 UNFINISHED = '.unfinished'  # there while finished parts take the place of an older dataset
 QUICKSTART = 'python train.py config/quickstart.py'
 
@@ -42,6 +49,7 @@ class Writer:
 
     source: what a part of a larger dataset is made from, which its meta.json then tells; a split
     of a part may be empty.
+    rows: {'length', 'pairs'} of rows that are written with their flags.
     """
 
     def __init__(
@@ -50,12 +58,16 @@ class Writer:
         tokenizer: Tokenizer,
         shard_tokens: int = 2**30,
         source: dict | None = None,
+        rows: dict | None = None,
     ):
         self.folder, self.tokenizer, self.shard_tokens = Path(folder), tokenizer, shard_tokens
-        self.source = source
+        self.source, self.rows = source, rows
+        if rows:  # none of them, and no pair, in two shards
+            unit = row_unit(rows)
+            self.shard_tokens = max(1, shard_tokens // unit) * unit
         self.shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
-        self._files, self._hashes = {}, {}
+        self._files: dict[str, list] = {}  # a split's open shard, and its flags: [(file, sha256)]
         self._byte_lengths = tokenizer.byte_lengths()
         self._lock = filelock.FileLock(self.folder / '.write.lock', timeout=0)
 
@@ -70,23 +82,27 @@ class Writer:
         self._remove_parts()  # of a run that was killed
         return self
 
-    def write(self, split: str, ids: np.ndarray) -> None:
-        """Append `ids` to a split."""
+    def write(self, split: str, ids: np.ndarray, flags: np.ndarray | None = None) -> None:
+        """Append `ids` to a split; rows come with their flags, as many."""
+        assert (flags is not None) == bool(self.rows)
         if not len(ids):
             return
         self.bytes[split] += int(self._byte_lengths[ids].sum())
-        ids = np.asarray(ids).astype(self.tokenizer.dtype)
+        streams = [np.asarray(ids).astype(self.tokenizer.dtype)]
+        if self.rows:
+            streams.append(np.asarray(flags, np.uint8))
         try:
-            while len(ids):
+            while len(streams[0]):
                 if split not in self._files:
                     self._open_shard(split)
                 shard = self.shards[split][-1]
                 room = self.shard_tokens - shard['tokens']
-                raw = ids[:room].tobytes()
-                self._files[split].write(raw)
-                self._hashes[split].update(raw)
-                shard['tokens'] += len(ids[:room])
-                ids = ids[room:]
+                for (file, digest), stream in zip(self._files[split], streams, strict=True):
+                    raw = stream[:room].tobytes()
+                    file.write(raw)
+                    digest.update(raw)
+                shard['tokens'] += len(streams[0][:room])
+                streams = [stream[room:] for stream in streams]
                 if shard['tokens'] == self.shard_tokens:
                     self._close_shard(split)
         except OSError as error:
@@ -109,14 +125,17 @@ class Writer:
     def _open_shard(self, split: str) -> None:
         name = f'{split}-{len(self.shards[split]):05d}.bin'
         self.shards[split].append({'file': name, 'tokens': 0})
-        self._files[split] = (self.folder / f'{name}.part').open('wb')
-        self._hashes[split] = hashlib.sha256()
+        self._files[split] = []
+        for stream in (name, mask_file(name)) if self.rows else (name,):
+            file = (self.folder / f'{stream}.part').open('wb')
+            self._files[split].append((file, hashlib.sha256()))
 
     def _close_shard(self, split: str) -> None:
-        with self._files.pop(split) as file:
-            file.flush()
-            os.fsync(file.fileno())
-        self.shards[split][-1]['sha256'] = self._hashes[split].hexdigest()
+        for key, (file, digest) in zip(('', 'mask_'), self._files.pop(split), strict=False):
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+            self.shards[split][-1][f'{key}sha256'] = digest.hexdigest()
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -125,7 +144,7 @@ class Writer:
         except OSError as failure:
             raise self._cannot_write(failure) from failure
         finally:
-            for file in self._files.values():
+            for file, _ in itertools.chain(*self._files.values()):
                 with contextlib.suppress(OSError):  # a full disk, again
                     file.close()
             self._remove_parts()
@@ -138,7 +157,8 @@ class Writer:
             if not self.shards[split] and not self.source:
                 raise UserError(f'{self.folder}: nothing was left for the {split} split')
         (self.folder / UNFINISHED).touch()
-        for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', 'meta.*'):
+        masks = ('train.mask.bin', 'val.mask.bin')
+        for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', *masks, 'meta.*'):
             for old in self.folder.glob(pattern):
                 old.unlink()
         for split, shards in self.shards.items():
@@ -146,9 +166,12 @@ class Writer:
                 part = self.folder / f'{shard["file"]}.part'
                 if not part.exists():
                     continue  # of an included part
+                mask = self.folder / f'{mask_file(shard["file"])}.part'
                 if len(shards) == 1:
                     shard['file'] = f'{split}.bin'  # what nanoGPT's tools look for
                 os.replace(part, self.folder / shard['file'])
+                if self.rows:
+                    os.replace(mask, self.folder / mask_file(shard['file']))
         self.tokenizer.save(self.folder / 'tokenizer.json')
         self._write_meta()
         (self.folder / UNFINISHED).unlink()
@@ -163,6 +186,8 @@ class Writer:
         meta |= {'vocab_size': tokenizer.vocab_size, 'dtype': tokenizer.dtype.name}
         if self.source:
             meta['source'] = self.source
+        if self.rows:
+            meta['rows'] = self.rows
         part = self.folder / 'meta.json.part'
         with part.open('w', encoding='utf-8') as file:
             json.dump(meta, file, indent=1)
@@ -184,6 +209,16 @@ class Writer:
         return f'{self.folder}: {counts} tokens ({name}, {per_token:.2f} bytes of text per token)'
 
 
+def mask_file(name: str) -> str:
+    """The file with the flags of a shard's ids."""
+    return f'{name.removesuffix(".bin")}.mask.bin'
+
+
+def row_unit(rows: dict) -> int:
+    """Ids of a row, or of the two rows of a pair."""
+    return int(rows['length']) * (2 if rows['pairs'] else 1)
+
+
 def parts_in(folder: Path) -> list[Path]:
     patterns = ('train-*.bin.part', 'val-*.bin.part', 'meta.json.part', 'tokenizer.json.part')
     return [part for pattern in patterns for part in folder.glob(pattern)]
@@ -193,11 +228,22 @@ class Dataset:
     """
     Batches of a prepared folder, as functions of their numbers alone: the same for every world
     size, in any order of calls, and with nothing to save or restore when training resumes.
+
+    objective: 'lm' for text, whose windows are block_size long; 'sft' for rows of conversations,
+    'dpo' for pairs of such, two rows each. Rows keep their length, which becomes block_size, and
+    cannot be longer than that was.
     """
 
-    def __init__(self, folder: str | Path, block_size: int, seed: int = 1337):
-        self.folder, self.block_size, self.seed = Path(folder), block_size, seed
+    def __init__(
+        self, folder: str | Path, block_size: int, seed: int = 1337, objective: str = 'lm'
+    ):
+        self.folder, self.seed = Path(folder), seed
         meta = read_meta(self.folder)
+        self.rows: dict | None = meta.get('rows')
+        self._check_objective(objective)
+        self._check_row(block_size)
+        self.block_size = block_size = self.rows['length'] if self.rows else block_size
+        self.stride = row_unit(self.rows) if self.rows else block_size
         self.vocab_size: int = meta['vocab_size']
         self._dtype = np.dtype(meta['dtype']).newbyteorder('<')
         self._splits = splits = {split: meta['splits'][split] for split in SPLITS}
@@ -213,13 +259,16 @@ class Dataset:
         fit = (sizes - 1) // block_size
         self._windows = np.maximum((sizes - block_size) // block_size, np.minimum(fit, 1))
         self._phases = np.minimum(block_size, sizes - self._windows * block_size)
+        if self.rows:  # they begin where they begin, and what follows one is not learned
+            self._windows, self._phases = sizes // self.stride, np.ones_like(sizes)
         self._last_window = np.cumsum(self._windows)
         self.n_windows = int(self._windows.sum())
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """What tells one preparation from another: the shards' hashes, or else their sizes."""
-        return hashlib.sha256(json.dumps(self._splits, sort_keys=True).encode()).hexdigest()
+        made_of = [self._splits, self.rows] if self.rows else self._splits
+        return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -230,7 +279,12 @@ class Dataset:
         return from_nanogpt_meta(pickled) if pickled.exists() else get_tokenizer('gpt2')
 
     def text_bytes(self, split: str) -> int | None:
-        """Bytes of text in a split; counted for nanoGPT's folders, None without their tokenizer."""
+        """Bytes of text in a split; counted for nanoGPT's folders, None without their tokenizer.
+
+        None for rows, too: only some of their text is a target.
+        """
+        if self.rows:
+            return None
         if self.bytes[split] is None:
             try:
                 lengths = self.tokenizer.byte_lengths()
@@ -242,50 +296,98 @@ class Dataset:
             self.bytes[split] = sum(int(lengths[part[part < len(lengths)]].sum()) for part in ids)
         return self.bytes[split] or None
 
-    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """How many targets each window of the training split has, (n_windows,)."""
+        return np.concatenate([(flags & LEARNED > 0).sum(1) for flags in self._flags()])
+
+    @functools.cached_property
+    def window_tokens(self) -> float:
+        """Tokens of a training window on average, padding left out."""
+        if not self.rows:
+            return self.block_size
+        return sum(int((flags & PADDING == 0).sum()) for flags in self._flags()) / self.n_windows
+
+    def _flags(self) -> Iterator[np.ndarray]:
+        """The flags of each shard of the training split, a line for each window."""
+        for name, _ in self._shards['train']:
+            yield np.fromfile(self.folder / mask_file(name), np.uint8).reshape(-1, self.stride)
+
+    def windows(self, first: int, count: int) -> np.ndarray:
         """
-        Training samples number first..first+count-1 of the endless sequence of epochs, each of
-        which has every window once, in an order of its own. -> x, y int64, both (count, block_size)
+        Which windows training samples number first..first+count-1 are, of the endless sequence of
+        epochs, each of which has every window once, in an order of its own.
         """
+        return self._draw(first, count)[0]
+
+    def _draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The windows of samples, and a key of each one's epoch."""
         sample = np.arange(first, first + count, dtype=np.int64)
         epoch = sample // self.n_windows
         key = mix(np.full(count, self.seed % 2**64, np.uint64), epoch.astype(np.uint64))
-        window = permute(sample % self.n_windows, self.n_windows, key)
+        return permute(sample % self.n_windows, self.n_windows, key), key
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The windows(first, count) -> x, y int64, both (count, block_size), of pairs
+        (2 * count, block_size); y is -1 where nothing is to be learned.
+        """
+        window, key = self._draw(first, count)
         shard = np.searchsorted(self._last_window, window, side='right')
         window -= (self._last_window - self._windows)[shard]
         phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
-        starts = self._first_token[shard] + phase + window * self.block_size
-        ids = self._read('train', starts)
-        return ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        starts = self._first_token[shard] + phase + window * self.stride
+        return self._inputs_and_targets('train', self._sequences(starts))
+
+    def _sequences(self, starts: np.ndarray) -> np.ndarray:
+        """First positions of all sequences of the windows that begin at `starts`."""
+        return (starts[:, None] + np.arange(0, self.stride, self.block_size)).ravel()
+
+    def _inputs_and_targets(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ids = self._read(split, starts)
+        x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+        if self.rows:
+            flags = self._read_files(split, starts, np.dtype(np.uint8), mask_file)
+            y[flags[:, 1:] & LEARNED == 0] = -1
+        return x, y
 
     def eval_windows(self, split: str, count: int | None = None) -> np.ndarray:
         """
         First positions of `count` fixed, evenly spaced windows of a split that do not overlap.
         None, or more than there are: all, so that every token but the first is once a target.
         """
-        whole = (self.tokens[split] - 1) // self.block_size
+        last = self.tokens[split] - (0 if self.rows else 1)
+        whole = last // self.stride
         if count is None or count > whole:
-            return np.arange(0, self.tokens[split] - 1, self.block_size)
-        return np.arange(count) * whole // count * self.block_size
+            return np.arange(0, last, self.stride)
+        return np.arange(count) * whole // count * self.stride
 
     def eval_batch(self, split: str, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x, y int64 (len(starts), block_size); beyond the end of the split x is 0 and y is -1."""
-        starts = np.asarray(starts, np.int64)
-        ids = self._read(split, starts)
-        x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
-        beyond = starts[:, None] + np.arange(1, ids.shape[1]) >= self.tokens[split]
+        """x, y as in batch(); beyond the end of the split x is 0 and y is -1."""
+        starts = self._sequences(np.asarray(starts, np.int64))
+        x, y = self._inputs_and_targets(split, starts)
+        beyond = starts[:, None] + np.arange(1, self.block_size + 1) >= self.tokens[split]
         x[beyond], y[beyond] = 0, -1
         return x, y
 
     def _read(self, split: str, starts: np.ndarray) -> np.ndarray:
+        """block_size + 1 ids from each start, 0 beyond the end of the split."""
+        ids = self._read_files(split, starts, self._dtype)
+        if ids.max(initial=0) >= self.vocab_size:
+            self._refuse_id(split, ids, starts)
+        return ids
+
+    def _read_files(
+        self, split: str, starts: np.ndarray, dtype: np.dtype, name_of: Callable = str
+    ) -> np.ndarray:
         """
-        block_size + 1 ids from each start, 0 beyond the end of the split.
+        The same of the shards, or of what lies beside each under the name that name_of gives it.
 
         Read, not mapped: pages seen through a mapping count as this process's memory, up to the
         size of the file, and each short window drags in 128 KB of read-ahead from a cold disk.
         """
         width = self.block_size + 1
-        ids = np.zeros((len(starts), width), self._dtype)
+        ids = np.zeros((len(starts), width), dtype)
         first, size = 0, ids.itemsize
         for name, tokens in self._shards[split]:
             local = starts - first
@@ -293,14 +395,13 @@ class Dataset:
             rows = np.flatnonzero((local < tokens) & (local + width > 0))
             if not len(rows):
                 continue
-            with (self.folder / name).open('rb', buffering=0) as file:
+            path = self.folder / name_of(name)
+            with path.open('rb', buffering=0) as file:
                 for row, start in zip(rows.tolist(), local[rows].tolist(), strict=True):
                     begin, end = max(start, 0), min(start + width, tokens)
                     file.seek(begin * size)
                     if file.readinto(ids[row, begin - start : end - start]) < (end - begin) * size:
-                        raise UserError(f'{self.folder / name}: was cut short; prepare it again')
-        if ids.max(initial=0) >= self.vocab_size:
-            self._refuse_id(split, ids, starts)
+                        raise UserError(f'{path}: was cut short; prepare it again')
         return ids
 
     def _refuse_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
@@ -317,7 +418,28 @@ class Dataset:
             'another tokenizer: prepare the dataset again'
         )
 
+    def _check_objective(self, objective: str) -> None:
+        holds = {'lm': 'text', 'sft': 'conversations', 'dpo': 'preference pairs'}
+        fits = ('dpo' if self.rows['pairs'] else 'sft') if self.rows else 'lm'
+        if objective != fits:
+            maker = 'text' if objective == 'lm' else 'chat'
+            raise UserError(
+                f'{self.folder}: holds {holds[fits]}, for --objective={fits}, and '
+                f'objective={objective!r} needs {holds[objective]}, which data/{maker}/prepare.py '
+                'prepares'
+            )
+
+    def _check_row(self, block_size: int) -> None:
+        if self.rows and self.rows['length'] > block_size:
+            raise UserError(
+                f'{self.folder}: has rows of {self.rows["length"]} tokens, more than block_size='
+                f'{block_size}; raise that if the model reads as far, or prepare it again with '
+                f'--block_size={block_size}'
+            )
+
     def _check_lengths(self) -> None:
+        if self.rows:
+            return  # as many as there are
         # What a window can be cut from: a shard to train on, the whole split to evaluate.
         longest = {
             'train': max((tokens for _, tokens in self._shards['train']), default=0),
@@ -375,6 +497,10 @@ def read_meta(folder: Path) -> dict:
                 raise ValueError(f'the shards of {split} do not add up')
         if meta['format'] != 'flatgpt' or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('unknown format or dtype')
+        if rows := meta.get('rows'):
+            shards = [shard for split in SPLITS for shard in meta['splits'][split]['shards']]
+            if any(shard['tokens'] % row_unit(rows) for shard in shards):
+                raise ValueError(f'the shards are not in rows of {row_unit(rows)}')
         meta['vocab_size'] = int(meta['vocab_size'])
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -385,14 +511,18 @@ def check_files(folder: Path, meta: dict) -> None:
     """Raise UserError unless every shard has the size that meta.json says."""
     for split in SPLITS:
         for shard in meta['splits'][split]['shards']:
-            path = folder / shard['file']
-            expected = shard['tokens'] * np.dtype(meta['dtype']).itemsize
-            size = path.stat().st_size if path.exists() else None
-            if size != expected:
-                found = 'is missing' if size is None else f'has {size:,} bytes'
-                raise UserError(
-                    f'{path}: {found}, and meta.json says {expected:,}; prepare the dataset again'
-                )
+            check_size(folder / shard['file'], shard['tokens'] * np.dtype(meta['dtype']).itemsize)
+            if meta.get('rows'):
+                check_size(folder / mask_file(shard['file']), shard['tokens'])
+
+
+def check_size(path: Path, expected: int) -> None:
+    size = path.stat().st_size if path.exists() else None
+    if size != expected:
+        found = 'is missing' if size is None else f'has {size:,} bytes'
+        raise UserError(
+            f'{path}: {found}, and meta.json says {expected:,}; prepare the dataset again'
+        )
 
 
 def nanogpt_meta(folder: Path) -> dict:
@@ -413,7 +543,7 @@ def nanogpt_meta(folder: Path) -> dict:
     return {'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': splits}
 
 
-def open_dataset(name: str, block_size: int, seed: int = 1337) -> Dataset:
+def open_dataset(name: str, block_size: int, seed: int = 1337, objective: str = 'lm') -> Dataset:
     """
     The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
     flatGPT and is not there yet is prepared first, unless it is a large download.
@@ -425,7 +555,7 @@ def open_dataset(name: str, block_size: int, seed: int = 1337) -> Dataset:
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))
-    return Dataset(folder, block_size, seed)
+    return Dataset(folder, block_size, seed, objective)
 
 
 def is_prepared(folder: Path) -> bool:
@@ -465,6 +595,6 @@ def missing_dataset(name: str, is_path: bool) -> str:
     if is_path:
         return f'{name}: no such dataset folder; {own_text}'
     candidates = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
-    names = sorted(set(candidates) - {'text'})
+    names = sorted(set(candidates) - {'chat', 'gutenberg', 'text'})  # which need to be told more
     hint = did_you_mean(name, names)
     return f'no dataset is called {name}; {hint}there are {", ".join(names)}; {own_text}'

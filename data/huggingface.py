@@ -14,6 +14,7 @@ import tokenizers
 
 from configurator import UserError
 from data.tokenizer import (
+    ASSISTANT,
     EOT,
     Tokenizer,
     byte_letters,
@@ -152,3 +153,24 @@ def letters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             merges.append([written(part) for part in parts])
     return {written(token): i for token, i in ranks.items()}, merges
+
+
+def chat_jinja(tokenizer: Tokenizer) -> str:
+    """The chat template in the language that `transformers` and llama.cpp have for it."""
+
+    def said(text: str) -> str:
+        return '{{ ' + json.dumps(text, ensure_ascii=False) + ' }}'
+
+    turns = ''.join(
+        f"{{% elif message['role'] == {json.dumps(role, ensure_ascii=False)} %}}"
+        f"{said(before)}{{{{ message['content'] }}}}{said(after)}"
+        for role, (before, after) in tokenizer.chat_template.items()
+    )
+    return (
+        '{% for message in messages %}{% '
+        + turns.removeprefix('{% el')
+        + "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
+        + '{% if add_generation_prompt %}'
+        + said(tokenizer.chat_template[ASSISTANT][0])
+        + '{% endif %}'
+    )

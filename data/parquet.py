@@ -73,7 +73,8 @@ def describe(source: dict | None) -> str:
 def local_files(folder: Path) -> list[File]:
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder')
-    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob('*.parquet')}
+    found = [path for path in folder.rglob('*.parquet') if path.is_file()]
+    paths = {path.relative_to(folder).as_posix(): path for path in found}
     if not paths:
         raise UserError(f'{folder}: no .parquet files there')
     return [

@@ -22,6 +22,7 @@ import numpy as np
 from configurator import UserError, did_you_mean
 
 EOT = '<|endoftext|>'
+ASSISTANT = 'assistant'
 # Where an own BPE may not merge: between words (a contraction belongs to its word), between words,
 # numbers of up to three digits and other signs; a space goes with what follows it.
 WORDS = (
@@ -150,7 +151,7 @@ class Tokenizer:
     @functools.cached_property
     def ends(self) -> frozenset[int]:
         """The ids that end what a model writes: of the text, and of the assistant's turn."""
-        turn = self.special.get((self.chat_template or {}).get('assistant', ['', ''])[1])
+        turn = self.special.get((self.chat_template or {}).get(ASSISTANT, ['', ''])[1])
         return frozenset(i for i in (self.eot, turn) if i is not None)
 
     @functools.cached_property
@@ -161,23 +162,30 @@ class Tokenizer:
         text[list(self.ends)] = True
         return text
 
-    def encode_chat(self, messages: Iterable[dict]) -> np.ndarray:
-        """The ids of a conversation, {'role', 'content'} each, up to where the assistant answers.
+    def render(self, messages: Iterable[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of a conversation, {'role', 'content'} each, and what of them is the assistant's.
 
+        That is a mask, True for the words of the assistant and for the mark that ends its turn.
         What a message says is text, also where it spells a special token. UserError for a role that
         the template lacks.
         """
-        parts = []
-        for number, message in enumerate([*messages, {'role': 'assistant', 'content': ''}]):
+        ids, mask = [np.zeros(0, self.dtype)], [np.zeros(0, bool)]
+        for number, message in enumerate(messages):
             if message['role'] not in self.chat_template:
                 roles = ', '.join(self.chat_template)
                 raise UserError(
                     f'messages[{number}]: no role {message["role"]!r}; there are {roles}'
                 )
-            before, after = self.chat_template[message['role']]
-            parts += [self.encode_mark(before), self.encode(message['content'])]
-            parts += [self.encode_mark(after)]
-        return np.concatenate(parts[:-2]).astype(self.dtype)
+            before, after = map(self.encode_mark, self.chat_template[message['role']])
+            said = np.concatenate([self.encode(message['content']), after])
+            ids += [before, said]
+            mask += [np.zeros(len(before), bool), np.full(len(said), message['role'] == ASSISTANT)]
+        return np.concatenate(ids).astype(self.dtype), np.concatenate(mask)
+
+    def encode_chat(self, messages: Iterable[dict]) -> np.ndarray:
+        """The ids of a conversation, as render() has them, up to where the assistant answers."""
+        answer = self.encode_mark(self.chat_template[ASSISTANT][0])
+        return np.concatenate([self.render(messages)[0], answer]).astype(self.dtype)
 
     def encode_mark(self, mark: str) -> np.ndarray:
         """The ids of what the template puts around a message."""
@@ -258,12 +266,12 @@ class Tokenizer:
             if not all(0 <= i < len(tokens) for i in special.values()):
                 raise ValueError(f'special ids past {len(tokens)} tokens')
             chat = fields.get('chat_template') or None
-            marks = [*(chat or {}).values()]
             if any(
-                not isinstance(mark, str) for before, after in marks for mark in (before, after)
+                not isinstance(marks, list) or list(map(type, marks)) != [str, str]
+                for marks in (chat or {}).values()
             ):
                 raise ValueError('chat_template: a role has no two texts')
-            if chat and 'assistant' not in chat:
+            if chat and ASSISTANT not in chat:
                 raise ValueError('chat_template: has no assistant')
             return cls(kind, name, tokens, special, pattern, chat)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

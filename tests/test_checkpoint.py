@@ -307,7 +307,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(put, tmp_path
     verify(listed(tmp_path)[0])
 
 
-@pytest.mark.parametrize('call', ['save_file', 'write_json', 'sha256', 'flush'])
+@pytest.mark.parametrize('call', ['save_file', 'sha256', 'flush'])
 def test_a_disk_that_fails_midway_leaves_the_old_one_and_no_rubbish(
     put, tmp_path, monkeypatch, call
 ):

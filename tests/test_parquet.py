@@ -116,6 +116,16 @@ def test_a_sample_goes_to_a_dataset_of_its_own(tmp_path, monkeypatch):
     assert Dataset(tmp_path / 'openwebtext_dev', 64).n_windows
 
 
+def test_a_folder_with_the_name_of_a_file_is_none():
+    parquet('source/a.parquet/b.parquet', stories(0, 3))
+    assert [file.name for file in data.parquet.local_files(Path('source'))] == [
+        'a.parquet/b.parquet'
+    ]
+    Path('empty/a.parquet').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'no \.parquet files'):
+        data.parquet.local_files(Path('empty'))
+
+
 def test_empty_documents_are_left_out_and_a_file_may_have_none():
     parquet('source/0.parquet', ['', 'one', None, 'two'])
     parquet('source/1.parquet', pyarrow.array([], pyarrow.string()))

@@ -27,7 +27,9 @@ from data.text import prepare as text
 from data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ('openwebtext', 'pydocs', 'shakespeare', 'shakespeare_char', 'text')
+SCRIPTS = (
+    *('gutenberg', 'openwebtext', 'pydocs', 'shakespeare', 'shakespeare_char', 'sre', 'text'),
+)
 WORDS = 'The cat sat on the mat, and the dog ran off. '
 needs_gpt2 = pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
@@ -83,6 +85,15 @@ def test_every_script_explains_itself(name, capsys):
     out = capsys.readouterr().out
     assert f'$ python data/{name}/prepare.py' in out
     assert '--out_dir' in out
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_no_script_takes_a_part_of_an_options_name(name, capsys):
+    module = importlib.import_module(f'data.{name}.prepare')
+    with pytest.raises(SystemExit):
+        module.main(['--out_di=out'])
+    assert 'unrecognized arguments: --out_di=out' in capsys.readouterr().err
+    assert not Path('out').exists()
 
 
 def test_a_script_run_from_elsewhere_ends_a_mistake_with_one_line():

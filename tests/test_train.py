@@ -1143,10 +1143,10 @@ def test_a_run_from_before_there_were_two_architectures_goes_on(run_here, copied
         for name in ('arch', 'n_kv_head', 'optimizer', 'muon_lr', 'short_iters', 'eval_train'):
             del state['config'][name]
         del state['seconds']
-        checkpoint.write_json(path / 'state.json', state)
+        (path / 'state.json').write_bytes(checkpoint.as_json(state))
         manifest = json.loads((path / 'manifest.json').read_text())
         manifest['state.json'] = checkpoint.sha256(path / 'state.json')
-        checkpoint.write_json(path / 'manifest.json', manifest)
+        (path / 'manifest.json').write_bytes(checkpoint.as_json(manifest))
     assert run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=22') == 0
     assert steps(copied)[-1] == 22
 

@@ -28,7 +28,9 @@ def prepare(
 ) -> None:
     """Write Shakespeare's text with the tokenizer that `make_tokenizer` makes for it."""
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
     out_dir = parser.parse_args(argv).out_dir

@@ -53,7 +53,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(
-    args: argparse.Namespace, folder: Path, files: list[Path], val_files: list[Path]
+    args: argparse.Namespace,
+    folder: Path,
+    files: list[Path],
+    val_files: list[Path],
+    recipe: str = 'train_text',
 ) -> None:
     tokenizer = make_tokenizer(args, files, val_files)
     start = time.perf_counter()
@@ -64,7 +68,7 @@ def prepare(
     speed = sum(map(writer.tokens, ('train', 'val'))) / (time.perf_counter() - start)
     dataset = folder.name if folder.parent == DATA else folder.resolve()
     print(f'{speed:,.0f} tokens per second')
-    print(f'Train on it: python train.py config/train_text.py --dataset={dataset}')
+    print(f'Train on it: python train.py config/{recipe}.py --dataset={dataset}')
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -77,21 +81,11 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add('files', nargs='*', help='files, folders and patterns such as "corpus/**/*.md"')
     add('--name', help='what to call the dataset; it goes to data/NAME')
     add('--out_dir', type=lambda text: Path(text) if text else None, help='write here instead')
-    add('--tokenizer', default='gpt2', help='gpt2 (default), byte, char, bpe or a tiktoken name')
-    add('--vocab_size', type=int, help='ids of an own bpe, learned from the text; default 8192')
     add(
         '--val',
         action='append',
         default=[],
         help='take these files for validation; may be repeated',
-    )
-    add('--val_fraction', type=float, default=0.1, help='part for validation, default %(default)s')
-    add(
-        '--split',
-        choices=('auto', 'document', 'fraction'),
-        default='auto',
-        help='validate on whole documents, evenly spaced, or on the last part of each; '
-        'auto: on whole ones if there are enough for val_fraction',
     )
     add('--field', default='text', help='key of the text in JSON lines, default %(default)s')
     add(
@@ -100,17 +94,37 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default='strict',
         help='at bytes that are not UTF-8: stop (default), or put U+FFFD in their place',
     )
-    add('--workers', type=int, help='processes; default: one, or one for each core if that pays')
+    add_options(parser)
     args = parser.parse_args(argv)
     if not args.files:
         raise UserError(f'say which text: {COMMAND} FILES --name=mine (see --help)')
+    check_options(args)
+    return args
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What every preparation of text can be asked for."""
+    add = parser.add_argument
+    add('--tokenizer', default='gpt2', help='gpt2 (default), byte, char, bpe or a tiktoken name')
+    add('--vocab_size', type=int, help='ids of an own bpe, learned from the text; default 8192')
+    add('--val_fraction', type=float, default=0.1, help='part for validation, default %(default)s')
+    add(
+        '--split',
+        choices=('auto', 'document', 'fraction'),
+        default='auto',
+        help='validate on whole documents, evenly spaced, or on the last part of each; '
+        'auto: on whole ones if there are enough for val_fraction',
+    )
+    add('--workers', type=int, help='processes; default: one, or one for each core if that pays')
+
+
+def check_options(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction <= 0.5:
         raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
     if args.vocab_size and args.tokenizer != 'bpe':
         raise UserError(f'--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own')
     if args.workers is not None and args.workers < 1:
         raise UserError(f'--workers={args.workers}: needs at least 1')
-    return args
 
 
 def output_folder(args: argparse.Namespace) -> Path:

@@ -1,0 +1,184 @@
+"""
+Prepare Google's two books on site reliability engineering, with GPT-2's tokenizer.
+
+$ python data/sre/prepare.py
+$ python train.py config/finetune_sre.py
+
+The tables of contents say which chapters there are. Each is a page that is fetched once, a second
+after the one before, if robots.txt allows it, and kept in data/sre/pages/, so a command that was
+stopped goes on where it was; of its text, in data/sre/chapters/, every tenth is for validation.
+
+The books are Google's and O'Reilly's, under CC BY-NC-ND 4.0: free to read at https://sre.google/books/,
+not to sell, nor to hand on in another form. Nothing of them comes with flatGPT.
+"""
+
+import argparse
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+from bs4 import BeautifulSoup, NavigableString, Tag
+from tqdm import tqdm
+
+from configurator import UserError, one_line_errors
+from data.download import fetch_page
+from data.text import prepare as text
+
+FOLDER = Path(__file__).parent
+SITE = 'https://sre.google'
+CONTENTS = ('/sre-book/table-of-contents/', '/workbook/table-of-contents/')
+NO_CHAPTERS = {'table-of-contents', 'index', 'bibliography'}  # lists of words and titles
+
+# What a page says itself stands in <div role="main">. Within it these are of the site, or no text
+HIDDEN = (
+    'script, style, noscript, template, svg, form, button, nav, footer, .header, .footer, '
+    '[data-type=noteref], [data-type=indexterm]'
+)
+HEADINGS = ('h1', 'h2', 'h3', 'h4', 'h5', 'h6')
+LISTS = ('ul', 'ol', 'dl')
+BLOCKS = [
+    *HEADINGS, *LISTS, 'address', 'article', 'aside', 'blockquote', 'caption', 'dd', 'div', 'dt',
+    'figcaption', 'figure', 'header', 'hr', 'li', 'main', 'p', 'pre', 'section', 'table',
+]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument('--out_dir', type=Path, default=FOLDER, help='default: %(default)s')
+    text.add_options(parser)
+    parser.set_defaults(field='text', errors='strict')
+    args = parser.parse_args(argv)
+    text.check_options(args)
+    try:
+        chapters = read_books()  # all of them, before any is encoded
+        recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
+        text.prepare(args, args.out_dir, chapters, [], recipe)
+    except OSError as error:
+        raise UserError(f'{error.filename or FOLDER}: {error.strerror or error}') from error
+
+
+def read_books() -> list[Path]:
+    """The files with the text of every chapter of both books, in their order."""
+    urls = [url for contents in CONTENTS for url in read_contents(SITE + contents)]
+    paths = []
+    for url in tqdm(urls, desc='sre', unit=' pages', disable=None):
+        page = fetch_page([url], page_of(url), without_text)
+        path = FOLDER / 'chapters' / page_of(url).with_suffix('.txt').name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(markdown(page), encoding='utf-8', newline='')
+        paths.append(path)
+    return paths
+
+
+def read_contents(url: str) -> list[str]:
+    """The pages that a table of contents lists, each once, in their order."""
+    return chapters(fetch_page([url], page_of(url), lambda page: without_chapters(page, url)), url)
+
+
+def chapters(page: bytes, url: str) -> list[str]:
+    """What a page links to that is right below the address of its book."""
+    book = url.removesuffix('table-of-contents/')
+    found = {}
+    for link in soup(page).select('a[href]'):
+        target = urljoin(url, link['href']).partition('#')[0].partition('?')[0].rstrip('/')
+        name = target.removeprefix(book)
+        if target.startswith(book) and '/' not in name and name not in NO_CHAPTERS:
+            found[f'{target}/'] = None
+    return list(found)
+
+
+def without_chapters(page: bytes, url: str) -> str | None:
+    return None if chapters(page, url) else 'lists no chapters; perhaps the site has changed'
+
+
+def without_text(page: bytes) -> str | None:
+    try:
+        found = markdown(page)
+    except RecursionError:
+        return 'is damaged: its elements lie in one another hundreds deep'
+    return None if found else 'has no text in its main part; perhaps the site has changed'
+
+
+def page_of(url: str) -> Path:
+    return FOLDER / 'pages' / (urlsplit(url).path.strip('/').replace('/', '_') + '.html')
+
+
+# --- from HTML to Markdown
+
+
+def soup(page: bytes) -> BeautifulSoup:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # about pages that are something else
+        return BeautifulSoup(page.decode('utf-8', errors='replace'), 'html.parser')
+
+
+def markdown(page: bytes) -> str:
+    """The main part of a page; '' where it has none."""
+    main = soup(page).select_one('[role=main]')
+    if main is None:
+        return ''
+    for hidden in main.select(HIDDEN):
+        hidden.extract()
+    for line_end in main.select('br'):
+        line_end.replace_with('\n')
+    for code in main.select('code'):
+        if not code.find_parent('pre'):
+            code.string = f'`{code.get_text()}`'
+    return ''.join(f'{block}\n\n' for block in blocks(main)).removesuffix('\n')
+
+
+def blocks(parent: Tag) -> Iterator[str]:
+    """The headings, paragraphs, lists, tables and listings in an element."""
+    loose = ''  # text that stands in none of them
+    for child in parent.children:
+        if isinstance(child, Tag) and (child.name in BLOCKS or child.find(BLOCKS)):
+            yield from filter(None, [one_line(loose), *block(child)])
+            loose = ''
+        elif isinstance(child, Tag) or type(child) is NavigableString:  # and no comment
+            loose += child.get_text()
+    yield from filter(None, [one_line(loose)])
+
+
+def block(tag: Tag) -> Iterator[str]:
+    if tag.name in HEADINGS:
+        words = one_line(tag.get_text())
+        yield words and f'{"#" * int(tag.name[1])} {words}'
+    elif tag.name == 'pre':
+        code = tag.get_text().strip('\n').rstrip()
+        yield code and f'```\n{code}\n```'
+    elif tag.name in LISTS:
+        yield '\n'.join(blocks(tag))
+    elif tag.name == 'li':
+        number = len(tag.find_previous_siblings('li')) + 1
+        mark = f'{number}.' if tag.parent.name == 'ol' else '-'
+        words = textwrap.indent('\n'.join(blocks(tag)), ' ' * (len(mark) + 1)).strip()
+        yield words and f'{mark} {words}'
+    elif tag.name == 'table':
+        yield from table(tag)
+    else:
+        yield from blocks(tag)
+
+
+def table(tag: Tag) -> Iterator[str]:
+    yield one_line(tag.caption.get_text()) if tag.caption else ''
+    rows = []
+    for row in tag.select('tr'):
+        cells = [one_line(cell.get_text(' ')) for cell in row.select('th, td')]
+        rows.append(f'| {" | ".join(cells)} |')
+    yield '\n'.join(rows)
+
+
+def one_line(words: str) -> str:
+    return re.sub(r'\s+', ' ', words).strip()
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    main()
