@@ -186,8 +186,10 @@ def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
     for name in BESIDE:
         with suppress(FileNotFoundError):
             shutil.copyfile(path.parents[1] / name, mirror / name)
-    for file in sorted(path.iterdir(), key=lambda file: file.name == MANIFEST):
-        shutil.copyfile(file, target / file.name)
+    files = [file for file in path.rglob('*') if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == MANIFEST):
+        (target / file.relative_to(path)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target / file.relative_to(path))
     prune(target.parent, keep_evaluated, remove)
 
 

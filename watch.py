@@ -108,9 +108,9 @@ class Watch:
     def _blame(self) -> tuple[str, bool]:
         """Whom this process waits for, and whether it is the one to say so."""
         before, me = self._signs(), self.runtime.rank
-        self._sign()
-        time.sleep(3 * self.beat)
-        self._sign()
+        for _ in range(3):  # signing on, for others look at the same time
+            self._sign()
+            time.sleep(self.beat)
         others, alive = [], [me]
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
             at, host, pid, step, what, seconds = new
