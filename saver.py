@@ -182,7 +182,7 @@ def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
     for other in listed(mirror):
         if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
             remove(other)
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
     for name in BESIDE:  # with each, as of its step: a file that is written anew can be cut short
         with suppress(FileNotFoundError):
             shutil.copyfile(path.parents[1] / name, target / name)

@@ -112,9 +112,9 @@ class Watch:
         '' where all are at the same: what they do, each for itself, takes long.
         """
         before, me = self._signs(), self.runtime.rank
-        self._sign()
-        time.sleep(max(1, 3 * self.beat))  # also where a machine is so busy that signs come late
-        self._sign()
+        for _ in range(max(3, round(1 / self.beat))):  # signing on, for others look as well
+            self._sign()
+            time.sleep(self.beat)
         others, alive = [], [me]
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
             at, host, pid, step, what, seconds = new

@@ -72,8 +72,8 @@ def write_part(step, rank):
 
     tensors = checkpoint.tensors_of(model, [optimizer])
     mine = {file: {k: half(t) for k, t in named.items()} for file, named in tensors.items()}
-    state = {**state_of(step), 'model': vars(model.config)}
-    checkpoint.write(checkpoint.place(OUT_DIR, state), mine, None, state, False, rank, 2)
+    documents = checkpoint.documents_of(model, None, state_of(step))
+    checkpoint.write(checkpoint.place(OUT_DIR, state_of(step)), mine, documents, False, rank, 2)
 
 
 def in_parts(step, at, victim):

@@ -519,6 +519,19 @@ def test_the_settings_come_from_the_mirror_too(run_here, both, capsys):
     assert f'{run} is finished: 12 of 12 steps' in capsys.readouterr().out
 
 
+def test_a_checkpoint_with_a_folder_in_it_comes_back_too(run_here, pair, tmp_path):
+    """Adapters of low rank lie in a folder of their own."""
+    args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
+    start = (f'--init_from={pair}/run', '--lora_rank=2', '--max_iters=2')
+    assert run_here(*args, *start) == 0
+    before = hashes(find(tmp_path / 'run', 'last'))
+    assert any(path.is_dir() for path in find(tmp_path / 'run', 'last').iterdir())
+    shutil.rmtree(tmp_path / 'run')
+    restore(tmp_path / 'mirror', tmp_path / 'run')
+    assert hashes(find(tmp_path / 'run', 'last')) == before
+    assert mirrored(tmp_path / 'mirror') == steps(tmp_path / 'run')[-1:]
+
+
 def damage(path):
     (path / MODEL).write_bytes(b'damaged')
 
