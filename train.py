@@ -621,9 +621,7 @@ while True:
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
-        shown += [
-            f'{k.replace("_", " ", 3)} {v:.4f}' for k, v in losses.items() if '_loss_on_' in k
-        ]
+        shown += [f'on {k[12:]} {v:.4f}' for k, v in losses.items() if k[:12] == 'val_loss_on_']
         shown += [
             f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in losses if k[:7] == 'val_rew'
         ]
