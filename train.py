@@ -15,6 +15,7 @@ import math
 import shlex
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
@@ -25,12 +26,10 @@ import torch
 from tqdm import tqdm
 
 import folder
-from checkpoint import find, listed, load, load_model, load_optimizer, newest_run
+from checkpoint import listed, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.mixture import open_data
 from engine import write_page
-from lora import add_lora
-from model import GPT, GPTConfig
 from objective import (
     MEASURED,
     REFERENCE,
@@ -43,6 +42,7 @@ from objective import (
     write_reference,
 )
 from optim import build_optimizers
+from origin import choose_trained, find_model, fit_to_data, keep_shape
 from parallel import check_shard, parallelize, sync_gradients, whole
 from runtime import StopSignal, code_hash, on_out_of_memory, start
 from saver import Saver, check_mirror, fetch, restore
@@ -199,105 +199,22 @@ resume_from = runtime.agree(starting_point)
 if resume_from and checkpoint_mirror and not resume_from.exists():  # another machine, another disk
     fetch(Path(checkpoint_mirror) / 'checkpoints' / resume_from.name, out_dir)
 
-LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
-SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
 state |= {'seconds': 0.0}  # since the start, with compilation and evaluation; summed over starts
-if resume_from:
-    raw_model, tokenizer, saved = load(resume_from, dropout)
-    state |= saved
-    for name in SHAPE if state['config']['init_from'] == 'scratch' else ():
-        if config[name] != getattr(raw_model.config, name):
-            raise ConfigError(
-                f'{name}={config[name]}: {resume_from} was trained with {name}='
-                f'{getattr(raw_model.config, name)}, and a resumed run keeps its shape'
-            )
-    began_with = state['config'].get('optimizer', 'adamw')
-    if optimizer != began_with:
-        raise ConfigError(
-            f'optimizer={optimizer!r}: {resume_from} holds the state of {began_with!r}; for a new '
-            f'run from its weights, give --init_from={out_dir} and another --out_dir'
-        )
-    for name, default in {**LORA, **({'freeze': None} if lora_rank else {})}.items():
-        if config[name] != state['config'].get(name, default):
-            raise ConfigError(
-                f'{name}={config[name]!r}: {resume_from} was trained with {name}='
-                f'{state["config"].get(name, default)!r}; for new adapters on its weights, give '
-                f'--init_from={out_dir} and another --out_dir'
-            )
-    if objective != state['config'].get('objective', 'lm'):
-        raise ConfigError(
-            f'objective={objective!r}: {resume_from} was trained for another; for a new run from '
-            f'its weights, give --init_from={out_dir} and another --out_dir'
-        )
-    config |= {'init_from': state['config']['init_from'], 'checkpoint': None}  # how the run began
-elif init_from not in ('scratch', 'resume'):
-    if checkpoint:  # of that run; a resumed one would take it for one of its own
-        init_from, checkpoint = str(find(init_from, checkpoint)), None
-        config |= {'init_from': init_from, 'checkpoint': None}
-    raw_model, tokenizer, _ = load_model(init_from, dropout=dropout)
-    if block_size < raw_model.config.block_size:
-        raw_model.crop_block_size(block_size)
-else:
-    if objective == 'dpo':
-        raise ConfigError("objective='dpo' needs a model that answers: give --init_from")
-    raw_model = tokenizer = None
-if raw_model:  # a model from elsewhere brings its shape
-    kept = [name for name in SHAPE if config[name] != getattr(raw_model.config, name)]
-    if kept:
-        say(
-            f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say'
-        )
-    config |= {name: getattr(raw_model.config, name) for name in SHAPE}
-    block_size = raw_model.config.block_size
-
+raw_model, tokenizer, saved = find_model(config, resume_from)
+state |= saved
+if raw_model and (kept := keep_shape(raw_model, config)):
+    say(f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say')
+init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoint', 'block_size'))
 copying = partial(watch.at, 0, 'the copying of the data')
 data = runtime.wait_for_all(
     lambda: open_data(dataset, block_size, seed, objective, data_cache, copying), copying
 )
-if raw_model is None:
-    # a large vocabulary is rounded up, which makes for faster matrix products
-    vocab_size = -(-data.vocab_size // 64) * 64 if data.vocab_size > 1024 else data.vocab_size
-    shape = {name: config[name] for name in SHAPE}
-    raw_model = GPT(GPTConfig(vocab_size=vocab_size, dropout=dropout, **shape))
-    try:
-        tokenizer = data.tokenizer
-    except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
-        say(f'warning: {error}; until then, the checkpoints have no tokenizer')
-elif tokenizer is None:  # of a model that came without one
-    tokenizer = data.tokenizer
-elif tokenizer != data.tokenizer:
-    raise UserError(
-        f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and '
-        f'{resume_from or init_from} with another ({tokenizer.name}): prepare '
-        + (f'it with --tokenizer={init_from}' if data.rows else 'the text with that')
-    )
-elif data.tokenizer.chat_template:
-    if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
-        say(f'warning: the chat template of dataset {dataset} replaces that of {init_from}')
-    tokenizer = data.tokenizer  # the same, and the template: sampling and serving follow it
-if data.vocab_size > raw_model.config.vocab_size:
-    raise UserError(
-        f'dataset {dataset} has {data.vocab_size} different tokens, and the model of {init_from} '
-        f'only {raw_model.config.vocab_size}'
-    )
 if resume_from and state['data'] != data.fingerprint:
     say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
-if lora_rank and not resume_from:
-    if config['init_from'] in ('scratch', 'resume'):
-        raise ConfigError(
-            f'lora_rank={lora_rank}: adapters need a model that knows something; '
-            'give --init_from=gpt2, or the folder of a run'
-        )
-    alpha = lora_alpha or 2 * lora_rank
-    add_lora(raw_model, lora_rank, alpha, lora_dropout, lora_targets, freeze or 0)
-elif freeze is not None and not lora_rank:
-    raw_model.freeze_lower(freeze)
-if not lora_rank and any(config[name] != default for name, default in LORA.items()):
-    say('warning: lora_alpha, lora_dropout and lora_targets do nothing without lora_rank')
-raw_model.trunk.recompute = gradient_checkpointing
+raw_model, tokenizer = fit_to_data(raw_model, tokenizer, data, config, say)
 raw_model.train()
 if not shard:  # a whole one may not fit there
     raw_model.to(runtime.device)
@@ -305,6 +222,7 @@ if not shard:  # a whole one may not fit there
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, shared out equally
 
+AHEAD = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
 piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
 if short_iters and data.rows:
     raise ConfigError(
@@ -394,14 +312,7 @@ say(
     f'machine: {runtime}'
 )
 
-of_all = sum(p.numel() for p in raw_model.parameters())
-trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-if trained < of_all:
-    say(
-        f'trained: {trained / 1e6:,.2f}M of {of_all / 1e6:,.2f}M parameters '
-        f'({trained / of_all:.1%})' + (f', LoRA of rank {lora_rank}' if lora_rank else '')
-    )
-
+choose_trained(raw_model, config, say)
 if objective == 'dpo' and not resume_from:
     state['reference'] = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
 
@@ -604,8 +515,8 @@ runtime.agree(open_folder)
 saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror)
 progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
-batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
-upcoming, number = batches.submit(get_batch, 0), 0
+batches = ThreadPoolExecutor(1)  # reads the next batches while this one is computed
+upcoming, number = deque(batches.submit(get_batch, i) for i in range(AHEAD)), 0
 stopping = False
 
 while True:
@@ -659,10 +570,10 @@ while True:
     for micro_step in range(micro_steps):
         watch.at(step, 'the data')
         asked = time.perf_counter()
-        batch, parts = upcoming.result()
+        batch, parts = upcoming.popleft().result()
         data_wait += time.perf_counter() - asked
         number += 1
-        upcoming = batches.submit(get_batch, number)
+        upcoming.append(batches.submit(get_batch, number + AHEAD - 1))
         watch.at(step, 'the gradients')
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == micro_steps - 1)

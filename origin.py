@@ -1,0 +1,144 @@
+"""
+What a run begins with: a model made new, that of a run that goes on, or one from elsewhere.
+
+    model, tokenizer, saved = find_model(config, resume_from)       # None, None, {} to make one
+    model, tokenizer = fit_to_data(model, tokenizer, data, config, say)
+    choose_trained(model, config)
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from checkpoint import find, load, load_model
+from configurator import ConfigError, UserError
+from data.dataset import Dataset
+from data.tokenizer import Tokenizer
+from lora import adapted, add_lora
+from model import GPT, GPTConfig
+
+SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
+LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
+FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}  # of a run that goes on; older: as here
+NEW = ('scratch', 'resume')  # a run that starts anew, 'resume' where auto_resume finds nothing
+
+
+def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Tokenizer | None, dict]:
+    """The model that there is already, its tokenizer, and what a resumed run knows of itself.
+
+    Sets in config the model's shape, and how the run began.
+    """
+    if resume_from:
+        model, tokenizer, saved = load(resume_from, config['dropout'])
+        check_same(config, saved['config'], model.config, resume_from)
+        config['init_from'] = saved['config']['init_from']
+    elif config['init_from'] not in NEW:
+        if config['checkpoint']:
+            config['init_from'] = str(find(config['init_from'], config['checkpoint']))
+        model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
+        saved = {}
+        if config['block_size'] < model.config.block_size:
+            model.crop_block_size(config['block_size'])
+    else:
+        check_new(config)
+        return None, None, {}
+    config['checkpoint'] = None  # of the other run; a resumed one would take it for its own
+    return model, tokenizer, saved
+
+
+def check_new(config: dict) -> None:
+    """Refuse what a model that knows nothing cannot be used for."""
+    if config['objective'] == 'dpo':
+        raise ConfigError("objective='dpo' needs a model that answers: give --init_from")
+    if config['lora_rank']:
+        raise ConfigError(
+            f'lora_rank={config["lora_rank"]}: adapters need a model that knows something; '
+            'give --init_from=gpt2, or the folder of a run'
+        )
+
+
+def check_same(config: dict, before: dict, shape: GPTConfig, path: Path) -> None:
+    """Refuse what a resumed run cannot change."""
+    for name in SHAPE if before['init_from'] == 'scratch' else ():
+        if config[name] != getattr(shape, name):
+            raise ConfigError(
+                f'{name}={config[name]}: {path} was trained with {name}={getattr(shape, name)}, '
+                'and a resumed run keeps its shape'
+            )
+    freeze = {'freeze': None} if config['lora_rank'] else {}  # whole blocks may thaw
+    for name, default in {**FIXED, **freeze}.items():
+        if config[name] != before.get(name, default):
+            raise ConfigError(
+                f'{name}={config[name]!r}: {path} was trained with {name}='
+                f'{before.get(name, default)!r}; for a new run from its weights, give '
+                f'--init_from={path.parents[1]} and another --out_dir'
+            )
+
+
+def keep_shape(model: GPT, config: dict) -> list[str]:
+    """Set the shape in config to the model's -> the settings that said otherwise."""
+    kept = [name for name in SHAPE if config[name] != getattr(model.config, name)]
+    config |= {name: getattr(model.config, name) for name in SHAPE}
+    return kept
+
+
+def fit_to_data(
+    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, say: Callable
+) -> tuple[GPT, Tokenizer | None]:
+    """A model for the data: the one there is, if both have the same tokens, or a new one."""
+    dataset, where = config['dataset'], config['init_from']
+    if model is None:
+        return new_model(data, config), tokenizer_of(data, say)
+    if tokenizer is None:  # of a model that came without one
+        tokenizer = data.tokenizer
+    if tokenizer != data.tokenizer:
+        raise UserError(
+            f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and {where} '
+            f'with another ({tokenizer.name}): prepare '
+            + (f'it with --tokenizer={where}' if data.rows else 'the text with that')
+        )
+    if data.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f'dataset {dataset} has {data.vocab_size} different tokens, and the model of {where} '
+            f'only {model.config.vocab_size}'
+        )
+    if data.tokenizer.chat_template:
+        if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
+            say(f'warning: the chat template of dataset {dataset} replaces that of {where}')
+        tokenizer = data.tokenizer  # the same, with the template that sampling will follow
+    return model, tokenizer
+
+
+def new_model(data: Dataset, config: dict) -> GPT:
+    vocab_size = data.vocab_size
+    if vocab_size > 1024:  # rounded up, which makes for faster matrix products
+        vocab_size = -(-vocab_size // 64) * 64
+    shape = {name: config[name] for name in SHAPE}
+    return GPT(GPTConfig(vocab_size=vocab_size, dropout=config['dropout'], **shape))
+
+
+def tokenizer_of(data: Dataset, say: Callable) -> Tokenizer | None:
+    try:
+        return data.tokenizer
+    except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
+        say(f'warning: {error}; until then, the checkpoints have no tokenizer')
+        return None
+
+
+def choose_trained(model: GPT, config: dict, say: Callable) -> None:
+    """Give the model its adapters, unless it has them, or freeze what is not to be trained."""
+    rank, freeze = config['lora_rank'], config['freeze']
+    if rank and not adapted(model):
+        alpha = config['lora_alpha'] or 2 * rank
+        add_lora(model, rank, alpha, config['lora_dropout'], config['lora_targets'], freeze or 0)
+    elif freeze is not None and not rank:
+        model.freeze_lower(freeze)
+    if not rank and any(config[name] != default for name, default in LORA.items()):
+        say('warning: lora_alpha, lora_dropout and lora_targets do nothing without lora_rank')
+    model.trunk.recompute = config['gradient_checkpointing']
+    counts = [p.numel() for p in model.parameters()]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained < sum(counts):
+        say(
+            f'trained: {trained / 1e6:,.2f}M of {sum(counts) / 1e6:,.2f}M parameters '
+            f'({trained / sum(counts):.1%})' + (f', LoRA of rank {rank}' if rank else '')
+        )
