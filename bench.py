@@ -6,7 +6,7 @@ $ python bench.py --quick                             # a minute, of a small mod
 $ python bench.py --only=decode --rows=1,16 --arch=modern
 $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --nanogpt=../nanoGPT
 $ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
-$ python bench.py --only=data --text=corpus/          # tokenizers, on your own files
+$ python bench.py --only=data --text=corpus/          # tokenizers, on your own files; reading
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
 $ python bench.py --only=saving,processes             # what checkpoints and a second process cost
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
@@ -24,12 +24,14 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
+from json import dumps
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +41,10 @@ import load
 import track
 from checkpoint import find, is_foreign, load_model, read_state, save
 from configurator import UserError, configure, one_of, within
-from data.dataset import SPLITS, Dataset, is_prepared
+from data.dataset import SPLITS, Dataset, Writer, is_prepared, read_meta
 from data.encode import cores
 from data.text import prepare
-from data.tokenizer import char_tokenizer, get_tokenizer
+from data.tokenizer import byte_tokenizer, char_tokenizer, get_tokenizer
 from peers import (
     Side,
     build_model,
@@ -109,6 +111,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but flo
 seed = 1337
 # -----------------------------------------------------------------------------
 
+TOKENS = 50_000_000  # to read batches from
 JOBS = ('training', 'prefill', 'decode', 'quality', 'data', 'startup')
 ASKED = ('saving', 'processes')  # only when they are named
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
@@ -323,6 +326,37 @@ def bench_data(c: dict, runtime: Runtime, report: Report) -> None:
             against = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
             turns |= {side: [] for side in notes if side not in turns}  # what is not installed
             report.compare(f'data {name}', turns, notes, against)
+    for shards in (1, 100) if c['quick'] else (1, 100, 10_000):
+        with tempfile.TemporaryDirectory() as folder:
+            turns = read_batches(cut_into(Path(folder), shards), c['rounds'])
+        side, note = f'{shards:,} files', 'batches of 64 x 1,024, in time of one core'
+        report.compare('data reading', {side: turns}, {side: note}, {})
+
+
+def cut_into(folder: Path, shards: int) -> Dataset:
+    """Random ids in so many files, without an fsync for each."""
+    ids = np.random.default_rng(0).integers(0, 256, TOKENS // shards)
+    with Writer(folder, byte_tokenizer()) as writer:
+        for split in SPLITS:
+            writer.write(split, ids)
+    meta = read_meta(folder)
+    names = [f'train-{n:05d}.bin' for n in range(shards)]
+    for name in names:
+        shutil.copyfile(folder / 'train.bin', folder / name)
+    listed = [{'file': name, 'tokens': len(ids)} for name in names]
+    meta['splits']['train'] = {'tokens': len(ids) * shards, 'bytes': None, 'shards': listed}
+    (folder / 'meta.json').write_text(dumps(meta))
+    return Dataset(folder, 1024)
+
+
+def read_batches(data: Dataset, rounds: int) -> list[tuple[float, dict, int]]:
+    turns = []
+    for number in range(rounds + 1):
+        begin = time.thread_time()
+        for step in range(20):
+            data.batch((20 * number + step) * 64, 64)
+        turns.append((time.thread_time() - begin, {'tokens': 20 * 64 * 1024}, 0))
+    return turns[1:]
 
 
 def copy_texts(c: dict, folder: Path) -> list[str]:

@@ -141,7 +141,7 @@ class Runtime:
 
         A UserError on one is raised on all. alive() is called while this one waits.
         """
-        if self.world_size == 1:
+        if self.store is None:
             return do()
         try:
             result = do()

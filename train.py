@@ -15,6 +15,7 @@ import math
 import shlex
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
@@ -240,6 +241,7 @@ if not shard:  # a whole one may not fit there
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, shared out equally
 
+AHEAD = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
 piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
 if short_iters and data.rows:
     raise ConfigError(
@@ -550,8 +552,8 @@ if shard:  # each writes its part of a checkpoint there
 saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror)
 progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
-batches = ThreadPoolExecutor(1)  # reads the next batch while this one is computed
-upcoming, number = batches.submit(get_batch, 0), 0
+batches = ThreadPoolExecutor(1)  # reads the next batches while this one is computed
+upcoming, number = deque(batches.submit(get_batch, i) for i in range(AHEAD)), 0
 stopping = False
 
 while True:
@@ -567,9 +569,7 @@ while True:
         if losses['val_loss'] < best:
             state |= {'best_val_loss': losses['val_loss'], 'stale': 0}
         shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
-        shown += [
-            f'{k.replace("_", " ", 3)} {v:.4f}' for k, v in losses.items() if '_loss_on_' in k
-        ]
+        shown += [f'on {k[12:]} {v:.4f}' for k, v in losses.items() if k[:12] == 'val_loss_on_']
         shown += [
             f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in losses if k[:7] == 'val_rew'
         ]
@@ -607,10 +607,10 @@ while True:
     for micro_step in range(micro_steps):
         watch.at(step, 'the data')
         asked = time.perf_counter()
-        batch, parts = upcoming.result()
+        batch, parts = upcoming.popleft().result()
         data_wait += time.perf_counter() - asked
         number += 1
-        upcoming = batches.submit(get_batch, number)
+        upcoming.append(batches.submit(get_batch, number + AHEAD - 1))
         watch.at(step, 'the gradients')
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == micro_steps - 1)

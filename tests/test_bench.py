@@ -285,3 +285,13 @@ def test_an_unwritable_report_is_one_line(tmp_path):
     report = Report({'json': str(tmp_path)}, {})
     with pytest.raises((UserError, ConfigError), match='cannot be written'):
         report.write()
+
+
+def test_batches_are_read_from_as_many_files_as_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, 'TOKENS', 200_000)
+    data = bench.cut_into(tmp_path, 20)
+    assert len(list(tmp_path.glob('train-*.bin'))) == 20
+    assert data.tokens['train'] == 200_000
+    turns = bench.read_batches(data, 2)
+    assert len(turns) == 2
+    assert all(seconds > 0 and work['tokens'] == 20 * 64 * 1024 for seconds, work, _ in turns)

@@ -172,7 +172,7 @@ def test_a_mixture_is_evaluated_part_by_part_and_by_its_shares(run_here, tmp_pat
         assert metrics(tmp_path, f'val_loss_on_{name}')[10] == pytest.approx(
             expected[name], rel=1e-5
         )
-        assert f'val loss on {name} {expected[name]:.3f}' in out
+        assert f'on {name} {expected[name]:.3f}' in out
     whole = 0.75 * expected['words'] + 0.25 * expected['noise']
     assert expected['noise'] > expected['words'] + 0.5
     assert metrics(tmp_path, 'val_loss')[10] == pytest.approx(whole, rel=1e-5)

@@ -1,5 +1,7 @@
 """The machine: what is chosen on it, what is refused, and what the processes agree on."""
 
+import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -210,3 +212,32 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
     assert asked == [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     monkeypatch.setattr(runtime.ctypes, 'CDLL', lambda name: object())  # musl, macOS
     runtime.keep_freed_memory()
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_a_rank_waits_for_the_slowest_or_hears_why_it_does_not_come(fails):
+    distributed = pytest.importorskip('torch.distributed', reason='torch was built without it')
+    store, ends, alive = distributed.HashStore(), {}, []
+
+    def copy(rank):
+        if rank == 0:
+            while not alive:  # the other one is there, and waits
+                time.sleep(0.01)
+            if fails:
+                raise UserError('the disk is full')
+        return rank
+
+    def run(rank):
+        there = Runtime('cpu', torch.float32, rank, 2, store)
+        try:
+            ends[rank] = there.wait_for_all(lambda: copy(rank), lambda: alive.append(rank))
+        except UserError as error:
+            ends[rank] = str(error)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert ends == ({0: 'the disk is full', 1: 'the disk is full'} if fails else {0: 0, 1: 1})
+    assert 1 in alive
