@@ -118,7 +118,7 @@ def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keepe
     started = time.monotonic()
     start(2, store=Silent())
     what, why, _ = wait_for(said, 1)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # and not 60
     assert what == 'no progress for 0.3 s'
     assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
 
