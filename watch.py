@@ -34,7 +34,8 @@ class Watch:
         self.frozen: list[int] = []  # processes of this machine
         if runtime.world_size > 1:
             self._catch_lost_connections()
-            self._sign()  # so that who ends at once is known, too
+            with suppress(Exception):
+                self._sign()  # so that who ends at once is known, too
             for work in (self._run, self._guard):
                 threading.Thread(target=work, daemon=True).start()
 

@@ -120,7 +120,7 @@ def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keepe
     started = time.monotonic()
     start(2, store=Silent())
     what, why, _ = wait_for(said, 1)
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 10  # and not 60
     assert what == 'no progress for 0.3 s'
     assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
 
@@ -176,7 +176,7 @@ def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
     assert crew.end(20) == [1, -signal.SIGKILL, 1]
     assert re.fullmatch(
         rf'error \(rank 0\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on \S+\) '
-        r'gives no sign of life, last at .* of step \d+; waited for at the gradients of step \d+',
+        r'gives no sign of life, last at .* of step \d+; waited for at the \w+ of step \d+',
         crew[0].err.strip(),
     )
     assert 'Traceback' not in crew.err
