@@ -146,7 +146,7 @@ class Runtime:
         try:
             result = do()
         except UserError as error:
-            self.store.set('failed', str(error))
+            self.store.set('failed', f'rank {self.rank}: {error}')
             raise
         self.store.add('ready', 1)
         while self.store.add('ready', 0) < self.world_size:
