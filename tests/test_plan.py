@@ -101,8 +101,8 @@ def test_what_lies_beside_the_forward_pass_goes_backwards_with_it():
 
 
 MEASURED = (  # one process or two, and the settings
-    (1, '--n_layer=4 --n_embd=256 --batch_size=32 --dtype=float32'),
-    (1, '--n_layer=4 --n_embd=256 --batch_size=32 --dtype=bfloat16 --arch=modern --optimizer=muon'),
+    (1, '--n_layer=6 --n_embd=384 --batch_size=8 --dtype=float32 --arch=modern'),
+    (1, '--n_layer=6 --n_embd=384 --batch_size=8 --dtype=bfloat16'),
     (2, '--n_layer=4 --n_embd=512 --batch_size=8 --dtype=float32 --shard'),
 )
 
@@ -112,7 +112,7 @@ MEASURED = (  # one process or two, and the settings
 def test_the_plan_is_within_15_percent_of_what_a_run_takes(script, tmp_path, ranks, flags):
     data = make_dataset(tmp_path / 'data', byte_tokenizer(), train=20_000, val=4000)
     flags = f'{flags} --n_head=4 --block_size=256 --dataset={data} --out_dir={tmp_path / "run"}'
-    flags += f' --max_iters=2 --gradient_accumulation_steps={ranks} --eval_interval=None'
+    flags += f' --max_iters=4 --gradient_accumulation_steps={ranks} --eval_interval=None'
     flags += ' --eval_iters=1 --sample_tokens=0 --device=cpu --compile=False --warmup_iters=0'
     python = TORCHRUN if ranks > 1 else ()
     planned, done = (
