@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -136,6 +135,8 @@ class Ledger(TorchDispatchMode):
 def rehearse(case: Case) -> Ledger:
     """A few steps of a run, one process of it, on tensors without numbers."""
     ledger = Ledger()
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
+
     with FakeTensorMode():
         if case.shard:
             run = Sharded(case, ledger)

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError
-from data.cache import copied, is_url
 from data.dataset import SPLITS, Dataset, find_dataset, mix, permute
 
 BLOCK = 1000  # samples in which the shares are exact
@@ -51,6 +50,10 @@ def open_data(
 
 def folder_of(name: str, cache: str | None, alive: Callable) -> Path:
     """Where a dataset is read from."""
+    if not cache and '://' not in name:
+        return find_dataset(name)
+    from data.cache import copied, is_url  # requests is slow to import
+
     if is_url(name) and not cache:
         raise UserError(f'dataset={name!r}: give --data_cache, a folder here to copy it to')
     source = name if is_url(name) else find_dataset(name)
