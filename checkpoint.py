@@ -564,6 +564,11 @@ def export_adapter(where: str, which: str, to: Path) -> None:
     path = None if is_foreign(where) else find(where, which)
     if path is None or not is_adapter(path / ADAPTER):
         raise UserError(f'{where} has no adapter, which a run with --lora_rank makes')
+    if is_adapter(base_of(path / ADAPTER)):
+        raise UserError(
+            f'{where}: its base {base_of(path / ADAPTER)} is an adapter too; without --format=peft '
+            'the export has all of them merged'
+        )
     if os.path.lexists(to):
         raise UserError(f'{to} is there already; name a new folder')
     part = to.with_name(f'.{to.name}.part')

@@ -13,7 +13,7 @@ from checkpoint import find, load, load_model
 from configurator import ConfigError, UserError
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
-from lora import adapted, add_lora, is_adapter
+from lora import adapted, add_lora
 from model import GPT, GPTConfig
 
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
@@ -34,11 +34,6 @@ def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Toke
     elif config['init_from'] not in NEW:
         if config['checkpoint']:
             config['init_from'] = str(find(config['init_from'], config['checkpoint']))
-        if config['lora_rank'] and is_adapter(config['init_from']):
-            raise ConfigError(
-                f'init_from={config["init_from"]!r} is an adapter, and a new one needs a whole '
-                'model: python checkpoint.py export makes one of both'
-            )
         model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
         saved = {}
         if config['block_size'] < model.config.block_size:

@@ -109,7 +109,7 @@ learning_rate = 6e-4  # AdamW's at its highest
 muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
 muon_momentum = 0.95
 max_iters = 600000  # updates in all
-epochs: float | None = None  # passes over the training split, if they end before max_iters
+epochs: float | None = None  # passes over the training data; sets max_iters and lr_decay_iters
 weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices in the blocks
 beta1 = 0.9  # AdamW's
 beta2 = 0.95
@@ -259,7 +259,12 @@ micro_steps = rank_rows // micro_rows
 tokens_per_step = round(global_rows * data.window_tokens)
 if epochs is not None:
     lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
-    max_iters = min(max_iters, lr_decay_iters)
+    if max_iters < lr_decay_iters:
+        say(
+            f'warning: epochs={epochs} are {lr_decay_iters} steps, and that counts, not '
+            f'max_iters={max_iters}; --epochs=None leaves it to that'
+        )
+    max_iters = lr_decay_iters
 lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
 rates = '--learning_rate or --muon_lr' if optimizer == 'muon' else '--learning_rate'
 if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:

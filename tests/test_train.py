@@ -1005,7 +1005,7 @@ def test_a_learning_rate_that_blows_up_leaves_a_checkpoint_to_go_on_from(run_her
 def test_a_full_disk_does_not_end_the_training_and_spares_the_old_checkpoint(
     run_here, tmp_path, monkeypatch, capsys
 ):
-    free = iter([2**40, 0, 2**40, 0])
+    free = iter([2**40, 2**40, 0, 2**40, 0])  # the first is looked at before the run
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)
         patch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=next(free)))
