@@ -225,6 +225,7 @@ class Sharded:
         for parameter in self.model.parameters():  # others' rows: counted when they are gathered
             ledger.note(parameter, counted=False)
         self.whole, self.sums, self.grads, self.states = {}, {}, [], []
+        self.received = self.sent = None
         with ledger:
             # train.py has every rank make the whole model first, on the host
             built = build(case) if case.device == 'cpu' else None
@@ -234,8 +235,7 @@ class Sharded:
             block.register_forward_pre_hook(lambda *_, unit=unit: self.gather(unit))
             if case.recompute:
                 block.register_forward_pre_hook(lambda *_: ledger.events.append(AGAIN))
-            block.register_forward_hook(lambda *_, unit=unit: self.let_go(unit))
-            block.register_full_backward_pre_hook(lambda *_, unit=unit: self.gather_back(unit))
+            block.register_forward_hook(lambda _, __, y, unit=unit: self.leave(unit, y))
         self.model.register_forward_pre_hook(lambda *_: self.gather(self.root))
         for unit in (*self.units, self.root):
             for parameter in (p for p in unit if p.requires_grad):
@@ -256,10 +256,16 @@ class Sharded:
     def gather(self, unit) -> None:
         if id(unit) not in self.whole:
             kind, self.ledger.kind = self.ledger.kind, 'parameters'
-            received = self.flat(unit, self.case.dtype)  # from all ranks, and then in order
+            # what came from all ranks, then in order; FSDP keeps the former until the next comes
+            self.received = self.flat(unit, self.case.dtype)
             self.whole[id(unit)] = [torch.empty_like(p) for p in unit]
-            del received
             self.ledger.kind = kind
+
+    def leave(self, unit, output) -> None:
+        """A block is computed; its gradient will need it again."""
+        self.let_go(unit)
+        if output.requires_grad:
+            output.register_hook(lambda _: self.gather_back(unit))
 
     def gather_back(self, unit) -> None:
         """Going backwards, the block before is on its way already."""
@@ -282,6 +288,7 @@ class Sharded:
             sent = self.flat(unit, torch.float32)
             summed = torch.empty_like(sent) if self.case.device == 'cpu' else None  # gloo's own
             self.grads += [self.share(p) for p in trained]
+            self.sent = sent, summed  # and these until the next go
             del sent, summed
         for parameter in trained:
             parameter.grad = None
@@ -289,6 +296,7 @@ class Sharded:
         self.ledger.kind = kind
 
     def update(self) -> None:
+        self.sent = self.received = None
         self.ledger.phase('update', 'optimizer')
         trained = [p for p in self.model.parameters() if p.requires_grad]
         muon = self.model.block_matrices() if self.case.optimizer == 'muon' else []
