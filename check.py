@@ -10,6 +10,7 @@ go and 2 for no-go. Under torchrun every process looks at its own device, and th
 
 import hashlib
 import importlib.util
+import math
 import netrc
 import os
 import shutil
@@ -41,7 +42,7 @@ from exchange import RELEASED, CheckpointError, is_foreign, read_json, shape_of
 from lora import base_of, is_adapter
 from model import GPT, GPTConfig
 from objective import loss_of
-from origin import SHAPE
+from origin import SHAPE, check_new, check_pieces
 from plan import case_of, checkpoint_size, least, room, verdict
 from runtime import Runtime
 
@@ -100,6 +101,9 @@ class Preflight:
 
     def settings(self) -> Iterator[tuple[str, str]]:
         shape, source = self.find_shape(), self.source()
+        if source == 'scratch':
+            check_new(self.config)
+        check_pieces(self.config, shape.block_size)
         yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
 
     def find_shape(self) -> GPTConfig:
@@ -187,11 +191,14 @@ class Preflight:
     def dataset(self) -> Iterator[tuple[str, str]]:
         config, names = self.config, names_in(self.config['dataset'])
         for name in names:
+            if '://' in name:
+                yield 'warning', f'{name} is looked at when the run copies it'
+                return
             yield from self.part(name)
         if all(is_prepared(folder_of(name)[0]) for name in names):
             block = self.find_shape().block_size
             where = config['dataset'], block, config['seed'], config['objective']
-            self.data = open_data(*where, config['data_cache'])
+            self.data = open_data(*where)
 
     def part(self, dataset: str) -> Iterator[tuple[str, str]]:
         where, is_path = folder_of(dataset)
@@ -288,7 +295,7 @@ class Preflight:
 
     def disk(self) -> Iterator[tuple[str, str]]:
         case = case_of(self.config, self.find_shape(), self.runtime)
-        size, kept = checkpoint_size(case), kept_at_once(self.config)
+        size, kept = checkpoint_size(case), kept_at_once(self.config, self.data)
         for name in ('out_dir', 'checkpoint_mirror'):
             where = self.config[name] or (None if name == 'checkpoint_mirror' else 'out')
             if where is None:
@@ -391,10 +398,13 @@ def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) ->
     return digest.hexdigest()
 
 
-def kept_at_once(config: dict) -> int:
+def kept_at_once(config: dict, data: Dataset | Mixture | None) -> int:
     """Checkpoints that a run leaves: the last two and the best, or that of every evaluation."""
-    every = config['eval_interval']
-    evaluations = 1 + (config['max_iters'] // every if every else 0)
+    every, steps = config['eval_interval'], config['max_iters']
+    if config['epochs'] is not None and data is not None:
+        rows = config['gradient_accumulation_steps'] * config['batch_size']
+        steps = math.ceil(config['epochs'] * data.n_windows / rows)
+    evaluations = 1 + (steps // every if every else 0)
     return max(3, evaluations + 1) if config['always_save_checkpoint'] else 3
 
 

@@ -75,7 +75,10 @@ def begin(out_dir: Path, step: int, overwrite: bool) -> None:
         if overwrite and step < 0:
             shutil.rmtree(path)
         elif step_of(path) > step:
-            print(f'{path} is set aside as {set_aside(path).name}')
+            try:
+                print(f'{path} is set aside as {set_aside(path).name}')
+            except OSError as error:
+                raise UserError(f'{path} cannot be renamed: {error.strerror}; remove it') from error
     (out_dir / 'DONE').unlink(missing_ok=True)
 
 

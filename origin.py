@@ -6,6 +6,7 @@ What a run begins with: a model made new, that of a run that goes on, or one fro
     choose_trained(model, config)
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def check_new(config: dict) -> None:
         raise ConfigError(
             f'lora_rank={config["lora_rank"]}: adapters need a model that knows something; '
             'give --init_from=gpt2, or the folder of a run'
+        )
+
+
+def check_pieces(config: dict, block_size: int) -> None:
+    """Refuse short sequences that whole ones cannot be cut into."""
+    short, iters = config['short_block_size'], config['short_iters']
+    piece = min(short or 0, block_size)  # a shorter block_size has nothing to cut
+    if iters and (not piece or block_size % piece):
+        fits = math.gcd(short or block_size // 4, block_size)
+        raise ConfigError(
+            f'short_iters={iters}: short_block_size={short} does not cut block_size={block_size} '
+            f'into equal pieces; try --short_block_size={fits}'
         )
 
 

@@ -9,10 +9,14 @@ rows are brought together while it is computed, and then dropped. Embeddings, he
 stay together at the root, where GPT-2's tied matrix is one parameter (Zhao et al. 2023, FSDP).
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from configurator import ConfigError
+from model import GPT
 from runtime import Runtime
 
 
@@ -42,16 +46,27 @@ def check_shard(runtime: Runtime, offload: bool) -> None:
 
 def cut(model, runtime: Runtime, offload: bool):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     how = {'mesh': init_device_mesh(runtime.device_type, (runtime.world_size,))}
-    if runtime.dtype != torch.float32:  # rows travel in 16 bits, and gradients are summed in 32
-        how['mp_policy'] = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32)
     if offload:
         how['offload_policy'] = CPUOffloadPolicy()
     for block in model.blocks:
         fully_shard(block, **how)
     return fully_shard(model, **how)
+
+
+def compile_blocks(model: GPT, runtime: Runtime, say: Callable) -> bool:
+    """Compile the blocks of a model that is to be cut, in place -> whether that can be done here.
+
+    Tried on a small one: where compiling fails, rows that were brought together do not part again.
+    """
+    small = GPT(replace(model.config, n_layer=1, vocab_size=64)).to(runtime.device)
+    x = torch.zeros(1, model.config.block_size, dtype=torch.long, device=runtime.device)
+    _, works = runtime.compile(small, [{'x': x, 'y': x}], say, lambda m, x, y: m(x, y)[1])
+    for block in model.blocks if works else ():
+        block.compile(dynamic=False)
+    return works
 
 
 def sync_gradients(model, last: bool) -> None:

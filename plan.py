@@ -134,6 +134,8 @@ def room(runtime: Runtime) -> float | None:
         group = Path('/sys/fs/cgroup')  # of a container
         with suppress(OSError, ValueError):
             used = int((group / 'memory.current').read_text())
+            cached = re.search(r'^inactive_file (\d+)', (group / 'memory.stat').read_text(), re.M)
+            used -= int(cached[1]) if cached else 0  # what can be had back
             free.append(int((group / 'memory.max').read_text()) - used)
     if not free:
         with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf

@@ -217,7 +217,7 @@ class Sharded:
 
     def __init__(self, case: Case, ledger: Ledger):
         self.case, self.ledger, self.last = case, ledger, True
-        self.model = build(case, case.dtype)  # the rows travel in it
+        self.model = build(case)
         self.units = [list(block.parameters()) for block in self.model.blocks]
         self.order = {id(unit): i for i, unit in enumerate(self.units)}
         inside = {id(p) for unit in self.units for p in unit}
@@ -257,7 +257,7 @@ class Sharded:
         if id(unit) not in self.whole:
             kind, self.ledger.kind = self.ledger.kind, 'parameters'
             # what came from all ranks, then in order; FSDP keeps the former until the next comes
-            self.received = self.flat(unit, self.case.dtype)
+            self.received = self.flat(unit, torch.float32)
             self.whole[id(unit)] = [torch.empty_like(p) for p in unit]
             self.ledger.kind = kind
 

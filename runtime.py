@@ -203,14 +203,11 @@ class Runtime:
     def compile(self, model: torch.nn.Module, batches: list, say: Callable, loss_of: Callable):
         """The compiled model, tried on a batch of each shape, and True.
 
-        As it is, and False, where that fails. A sharded model is compiled block by block, in place.
+        As it is, and False, where that fails.
         """
         say('compiling the model, about a minute ...')
-        blocks = model.blocks if hasattr(model, 'set_requires_gradient_sync') else []
         try:
-            for block in blocks:
-                block.compile(dynamic=False)
-            compiled = model if blocks else torch.compile(model, dynamic=False)
+            compiled = torch.compile(model, dynamic=False)
             for batch in batches:
                 with self.autocast():
                     loss = loss_of(compiled, **batch)
@@ -219,8 +216,6 @@ class Runtime:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            for block in blocks:
-                block._compiled_call_impl = None
             reason = (str(error).strip().splitlines() or [''])[0][:100]
             say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
             return model, False
@@ -346,7 +341,8 @@ def start(
 
 def code_hash() -> str:
     """What tells one version of these scripts from another."""
-    scripts = sorted(Path(__file__).parent.glob('*.py'))
+    here = Path(__file__).parent
+    scripts = sorted([*here.glob('*.py'), *here.glob('data/**/*.py')])
     return hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()[:12]
 
 

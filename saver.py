@@ -137,7 +137,7 @@ class Saver:
     def _send(self, final: Path) -> None:
         try:
             send(final, self.mirror, self.keep_evaluated)
-        except OSError as error:
+        except Exception as error:  # in a thread, where nobody would hear of it
             if final.exists():
                 self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
             else:  # it has been pruned meanwhile, and a newer one is next
@@ -187,11 +187,22 @@ def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
         with suppress(FileNotFoundError):
             shutil.copyfile(path.parents[1] / name, target / name)
     files = [file for file in path.rglob('*') if file.is_file()]
+    if not files:
+        raise FileNotFoundError(f'{path} has been pruned meanwhile')
     for file in sorted(files, key=lambda file: file.name == MANIFEST):
         copy = target / file.relative_to(path)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
     prune(target.parent, keep_evaluated, remove)
+
+
+def catch_up(path: Path, mirror: str | Path) -> None:
+    """Have the mirror hold a checkpoint that a killed run had not copied yet."""
+    if not (Path(mirror) / 'checkpoints' / path.name / MANIFEST).is_file():
+        try:
+            send(path, Path(mirror), keep_evaluated=True)
+        except OSError as error:
+            raise UserError(f'{path} cannot be copied to {mirror}: {error}') from error
 
 
 def remove(path: Path) -> None:

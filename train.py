@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import folder
 from check import doubts, preflight
-from checkpoint import listed, load_model, load_optimizer, newest_run
+from checkpoint import MANIFEST, listed, load_model, load_optimizer, newest_run, sha256
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.mixture import open_data
 from engine import write_page
@@ -44,10 +44,10 @@ from objective import (
     write_reference,
 )
 from optim import build_optimizers
-from origin import choose_trained, find_model, fit_to_data, keep_shape, new_shape
-from parallel import check_shard, parallelize, settle, sync_gradients, whole
+from origin import check_pieces, choose_trained, find_model, fit_to_data, keep_shape, new_shape
+from parallel import check_shard, compile_blocks, parallelize, settle, sync_gradients, whole
 from runtime import StopSignal, code_hash, on_out_of_memory, start
-from saver import Saver, check_mirror, fetch, restore
+from saver import Saver, catch_up, check_mirror, fetch, restore
 from track import Progress, Tracker, draw_loss
 from watch import Watch
 
@@ -129,7 +129,7 @@ compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
 shard = False  # each process holds its rows of the model (FSDP2), instead of all of it (DDP)
 offload = False  # keep those rows, and the optimizer, in the host's memory
-hang_timeout = 600.0  # seconds that processes wait for one of them; then all end, and it is named
+hang_timeout = 600.0  # seconds until one that keeps the others waiting is named, and all end
 peak_tflops: float | None = None  # of one device, for the MFU; None looks it up, or shows no MFU
 # before a long run
 check = False  # look at everything that it needs, say go or no-go, and leave
@@ -200,7 +200,10 @@ def starting_point() -> Path | None:
     if checkpoint_mirror and resuming:
         restore(checkpoint_mirror, out_dir)
     if resuming:
-        return folder.resume_point(out_dir, config)
+        path = folder.resume_point(out_dir, config)
+        if path and checkpoint_mirror and runtime.world_size > 1:
+            catch_up(path, checkpoint_mirror)  # a machine with another disk has it from there
+        return path
     if not overwrite:
         for where in filter(None, (out_dir, checkpoint_mirror)):
             folder.check_free(Path(where))
@@ -214,6 +217,13 @@ if resume_from and not resume_from.exists():  # another machine, another disk
         raise UserError(
             f'{resume_from} is not on this machine ({gethostname()}): give an --out_dir or a '
             '--checkpoint_mirror that all machines see'
+        )
+
+if resume_from:  # each rank reads the optimizer's state from what may be a disk of its own
+    here = sha256(resume_from / MANIFEST)
+    if here != runtime.agree(lambda: here):
+        raise UserError(
+            f'{resume_from} on this machine ({gethostname()}) is not that of rank 0: remove it here'
         )
 
 torch.manual_seed(seed)
@@ -247,12 +257,7 @@ if short_iters and data.rows:
     raise ConfigError(
         f'short_iters={short_iters}: the rows of {dataset} are not cut; leave it at 0'
     )
-if short_iters and (not piece or block_size % piece):
-    raise ConfigError(
-        f'short_iters={short_iters}: short_block_size={short_block_size} does not cut '
-        f'block_size={block_size} into equal pieces; try '
-        f'--short_block_size={math.gcd(short_block_size or block_size // 4, block_size)}'
-    )
+check_pieces(config, block_size)
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
 rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
@@ -347,6 +352,8 @@ if objective == 'dpo' and not resume_from:
 model, compiled = raw_model, False
 began = time.perf_counter() - state['seconds']
 if shard:
+    if runtime.wants_compile(compile) and not eval_only:
+        compiled = compile_blocks(raw_model, runtime, say)
     model = parallelize(raw_model, runtime, shard, offload)
 # what a model says of preference pairs before training is what it is held to from then on
 reference = None
@@ -367,8 +374,7 @@ if objective == 'dpo':
     if reference is None:
         say('reference: the log-probabilities of all answers, once for the run ...')
         reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
-        settle(raw_model)  # the optimizer is to be given each rank's rows
-if not eval_only:
+if not eval_only and not shard:
     if runtime.wants_compile(compile):
         batch, _ = get_batch(0)
         # short sequences, if they come first, and whole ones
@@ -378,9 +384,9 @@ if not eval_only:
         ]
         trial = partial(loss_of, beta=dpo_beta)
         model, compiled = runtime.compile(model, batches, say, trial)
-    if not shard:
-        model = parallelize(model, runtime, shard)
+    model = parallelize(model, runtime, shard)
 
+settle(raw_model)  # the optimizer is to be given each rank's rows, whatever has been computed
 optimizers = build_optimizers(
     optimizer,
     raw_model,
@@ -469,7 +475,8 @@ def is_finished() -> bool:
 
 def save_checkpoint() -> None:
     """Save the run as it stands now; what goes wrong is the saver's news."""
-    now = {'step': step, 'samples': samples, 'config': config, 'scaler': scaler.state_dict()}
+    now = {'step': step, 'samples': samples, 'scaler': scaler.state_dict()}
+    now['config'] = {**config, 'overwrite': False}  # a restart is to keep what this one made
     now |= {'data': data.fingerprint, 'seconds': time.perf_counter() - began}
     now['evaluated'] = state['evaluated_step'] == step
     saver.save(raw_model, optimizers, tokenizer, {**state, **now})

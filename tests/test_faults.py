@@ -536,6 +536,19 @@ def test_without_a_c_compiler_training_goes_on_uncompiled(script, tiny, tmp_path
     assert (tmp_path / 'a' / 'DONE').exists()
 
 
+def test_a_sharded_model_that_cannot_be_compiled_trains_all_the_same(script, tiny, tmp_path):
+    env = {
+        'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'),
+        'CXX': '/bin/false',
+        'CC': '/bin/false',
+    }
+    for name in ('True', 'False'):
+        args = (f'--out_dir={tmp_path}/{name}', '--shard', f'--compile={name}', *FIXED)
+        done = script('train.py', tiny, *args, python=TORCHRUN, env=env)
+        assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / 'True') == metrics(tmp_path / 'False')
+
+
 SHORT = ('--short_block_size=4', '--short_iters=2')
 
 
