@@ -563,6 +563,8 @@ def export_adapter(where: str, which: str, to: Path) -> None:
     """The adapter of a run as a folder of its own, for `peft` and the base it names."""
     path = None if is_foreign(where) else find(where, which)
     if path is None or not is_adapter(path / ADAPTER):
+        if is_adapter(where):
+            raise UserError(f'{where} is an adapter already; without --format=peft it is merged')
         raise UserError(f'{where} has no adapter, which a run with --lora_rank makes')
     if is_adapter(base_of(path / ADAPTER)):
         raise UserError(

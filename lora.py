@@ -118,6 +118,11 @@ def add_lora(
     model.requires_grad_(False)
     for name in [name for name, leaf in names.items() if leaf in chosen]:
         linear = model.get_submodule(name)
+        if rank > min(linear.weight.shape):
+            raise ConfigError(
+                f'lora_rank={rank}: {name} is {tuple(linear.weight.shape)}, and a higher rank than '
+                f'{min(linear.weight.shape)} adds nothing'
+            )
         replace(model, name, LoRALinear(linear, rank, alpha / rank, dropout))
 
 

@@ -33,6 +33,11 @@ def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Toke
         check_same(config, saved['config'], model.config, resume_from)
         config['init_from'] = saved['config']['init_from']
     elif config['init_from'] not in NEW:
+        if config['overwrite'] and is_same(config['init_from'], config['out_dir']):
+            raise ConfigError(
+                f'init_from={config["init_from"]!r} is the out_dir, which --overwrite would empty; '
+                'give another --out_dir'
+            )
         if config['checkpoint']:
             config['init_from'] = str(find(config['init_from'], config['checkpoint']))
         model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
@@ -46,10 +51,19 @@ def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Toke
     return model, tokenizer, saved
 
 
+def is_same(a: str, b: str) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
+
+
 def check_new(config: dict) -> None:
     """Refuse what a model that knows nothing cannot be used for."""
     if config['objective'] == 'dpo':
         raise ConfigError("objective='dpo' needs a model that answers: give --init_from")
+    if config['freeze'] is not None:
+        raise ConfigError(
+            f'freeze={config["freeze"]}: would keep random numbers; give --init_from=gpt2, or the '
+            'folder of a run'
+        )
     if config['lora_rank']:
         raise ConfigError(
             f'lora_rank={config["lora_rank"]}: adapters need a model that knows something; '

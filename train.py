@@ -240,7 +240,10 @@ data = runtime.wait_for_all(
     lambda: open_data(dataset, block_size, seed, objective, data_cache, copying), copying
 )
 if resume_from and state['data'] != data.fingerprint:
-    say(f'warning: dataset {dataset} has changed since {resume_from.name} was saved')
+    say(
+        f'warning: dataset {dataset} has changed since {resume_from.name} was saved; losses from '
+        'before do not compare, and the best may be one of them'
+    )
 for doubt in doubts(raw_model.config if raw_model else new_shape(data, config), config, runtime):
     say(f'warning: {doubt}')
 raw_model, tokenizer = fit_to_data(raw_model, tokenizer, data, config, say)

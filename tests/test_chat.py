@@ -218,7 +218,7 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
         ('{"assistant": ["a"]}', 'two texts'),
         ('{"assistant": ["a", ""]}', 'nothing that ends'),
         ('{}', 'nothing that ends'),
-        ('[]', 'nothing that ends'),
+        ('[]', 'not a chat template'),
         ('{"assistant": ["a", 1]}', 'two texts'),
     ],
 )
@@ -328,6 +328,7 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
         ('{"messages": [1]}', "messages[0]: has no text as its 'role'"),
         ('{"messages": [{"role": "user"}]}', "messages[0]: has no text as its 'content'"),
         ('[{"role": "user", "content": "Hi"}]', 'the assistant says nothing'),
+        ('[{"messages": []}, {"messages": []}]', 'an array of records'),
         ('[{"role": "tool", "content": "1"}]', "messages[0]: no role 'tool'; there are system"),
         ('{"instruction": 1, "output": "a"}', 'not both text'),
         ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; it has prompt, chosen"),

@@ -577,7 +577,9 @@ def test_inspect_names_the_base_and_only_adapters_are_exported(base, tuned, tmp_
     ('args', 'parts'),
     [
         (['--init_from=scratch', '--lora_rank=4'], ['lora_rank=4', '--init_from=gpt2']),
+        (['--init_from=scratch', '--freeze=1'], ['freeze=1', '--init_from=gpt2']),
         (['--lora_rank=0'], ['lora_rank=0']),
+        (['--lora_rank=500'], ['lora_rank=500', 'adds nothing']),
         (['--lora_rank=4', '--lora_alpha=0'], ['lora_alpha=0']),
         (['--lora_rank=4', '--lora_dropout=1'], ['lora_dropout=1']),
         (['--lora_rank=4', '--lora_targets=attn'], ["'attn'", 'attn.c_attn, attn.c_proj']),

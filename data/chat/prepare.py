@@ -104,6 +104,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
     if args.block_size < 2:
         raise UserError(f'--block_size={args.block_size}: needs at least 2')
+    if args.block_size > 2**20:
+        raise UserError(f'--block_size={args.block_size}: no model here reads as far')
     return args
 
 
@@ -127,13 +129,15 @@ def output_folder(args: argparse.Namespace) -> Path:
 def find_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a run, of its newest checkpoint, in a file, or with that name."""
     path = Path(name)
-    if path.is_dir():
+    if name and path.is_dir():
         inside = [path / 'tokenizer.json', *sorted(path.glob('checkpoints/step-*/tokenizer.json'))]
         there = [file for file in inside if file.is_file()]
         if not there:
             raise UserError(f'--tokenizer={name}: the folder has none, and no checkpoint with one')
         path = there[-1]
     if not path.is_file():
+        if not name or len(path.parts) > 1 or path.suffix == '.json':
+            raise UserError(f'--tokenizer={name}: no such folder or file')
         return get_tokenizer(name)
     from exchange import read_named_tokenizer  # with torch, which nothing else here needs
 
@@ -148,6 +152,8 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
             template = json.loads(path.read_text(encoding='utf-8'))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: not a chat template: {error}') from error
+        if not isinstance(template, dict):
+            raise UserError(f'{path}: not a chat template, which is {json.dumps(TEMPLATE)} or so')
     elif not tokenizer.chat_template and tokenizer.eot is None:
         template = TEMPLATE | {ASSISTANT: [TEMPLATE[ASSISTANT][0], BLANK_LINE]}
     try:
@@ -210,14 +216,18 @@ def read_records(path: Path) -> Iterator[tuple[str, dict, int]]:
             except UnicodeDecodeError as error:
                 raise UserError(f'{where}: not UTF-8; save the file as UTF-8') from error
             except (ValueError, RecursionError) as error:
-                raise UserError(f'{where}: not JSON: {error}') from error
-            record = {'messages': record} if isinstance(record, list) else record
+                raise UserError(f'{where}: not JSON, which each line has to be: {error}') from error
+            if isinstance(record, list):
+                if any(isinstance(part, dict) and 'role' not in part for part in record):
+                    raise UserError(f'{where}: is an array of records; give each a line of its own')
+                record = {'messages': record}
             if not isinstance(record, dict):
                 raise UserError(f'{where}: is no object with "messages", but {str(record)[:40]!r}')
             yield where, record, len(line)
 
 
 def add(samples: Samples, record: dict, args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    record = {key: value for key, value in record.items() if value is not None}  # as tables have
     pairs = 'chosen' in record or 'rejected' in record
     if samples.pairs not in (None, pairs):
         raise UserError('conversations and preference pairs in one dataset; prepare two')
@@ -321,6 +331,8 @@ def write(
         splits = divide(train.sequences, args.val_fraction, 2 if train.pairs else 1)
     for split, purpose in (('train', 'train'), ('val', 'validate')):
         if not splits[split]:
+            if train.count == 1 and not args.val:
+                raise UserError('one sample cannot be divided; --val=FILE takes others')
             raise UserError(
                 f'{folder}: no conversation is left to {purpose} on; {train.dropped + val.dropped} '
                 f'were left out, longer than --block_size={args.block_size}'

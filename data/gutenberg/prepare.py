@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     folder, recipe = output(args)
+    if not args.site.startswith(('http://', 'https://')):
+        raise UserError(f'--site={args.site}: begins with neither http:// nor https://')
     numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word))
     files = [book_file(number, args.site) for number in numbers]  # all, before any is encoded
     text.prepare(args, folder, files, [], recipe)
