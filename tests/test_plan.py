@@ -107,6 +107,7 @@ MEASURED = (  # one process or two, and the settings
 )
 
 
+@pytest.mark.faults  # for their length
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='whose heap is imitated')
 @pytest.mark.parametrize(('ranks', 'flags'), MEASURED)
 def test_the_plan_is_near_what_a_run_takes(script, tmp_path, ranks, flags):
@@ -175,6 +176,7 @@ def test_a_large_model_is_built_steps_and_has_a_checkpoint_without_memory(shape)
     }
 
 
+@pytest.mark.faults  # for its length
 def test_a_model_as_wide_as_gpt2_xl_trains_sharded_and_saves(script, dataset, tmp_path):
     shape = '--n_layer=1 --n_head=25 --n_embd=1600 --bias --block_size=32'.split()
     run = f'--batch_size=1 --gradient_accumulation_steps=2 --dataset={dataset} --max_iters=1'

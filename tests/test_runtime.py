@@ -239,5 +239,7 @@ def test_a_rank_waits_for_the_slowest_or_hears_why_it_does_not_come(fails):
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert ends == ({0: 'the disk is full', 1: 'the disk is full'} if fails else {0: 0, 1: 1})
+    assert ends == (
+        {0: 'the disk is full', 1: 'rank 0: the disk is full'} if fails else {0: 0, 1: 1}
+    )
     assert 1 in alive
