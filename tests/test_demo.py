@@ -80,7 +80,7 @@ def test_every_step_of_the_notebook_works(executed):
         'written to',
     ):
         assert word in printed
-    said = [output for output in cells_with_code(cells)[-1]['outputs'] if 'text' in output]
+    said = [o for o in cells_with_code(cells)[-1]['outputs'] if o.get('name') == 'stdout']
     assert ''.join(''.join(output['text']) for output in said).startswith('python train.py')
     assert sum('image/png' in output.get('data', {}) for output in outputs) == 1
     assert not [output for output in outputs if output['output_type'] == 'error']
