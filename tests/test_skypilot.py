@@ -138,12 +138,10 @@ def finish(processes):
     return texts
 
 
-MIRROR = 'checkpoint_mirror' in (ROOT / 'train.py').read_text(encoding='utf-8')
 FIXED = ('--dropout=0.2', '--lr_decay_iters=1000', '--eval_interval=100000', '--save_interval=5')
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not MIRROR, reason='needs the setting checkpoint_mirror of train.py')
 def test_taken_away_and_given_other_machines_the_run_goes_on_from_the_bucket(
     machines, script, tiny, tmp_path
 ):
