@@ -50,6 +50,7 @@ from exchange import (
     filled,
     is_foreign,
     load_foreign,
+    new_folder,
     open_weights,
     outline,
     read_named_tokenizer,
@@ -571,20 +572,11 @@ def export_adapter(where: str, which: str, to: Path) -> None:
             f'{where}: its base {base_of(path / ADAPTER)} is an adapter too; without --format=peft '
             'the export has all of them merged'
         )
-    if os.path.lexists(to):
-        raise UserError(f'{to} is there already; name a new folder')
-    part = to.with_name(f'.{to.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        shutil.copytree(path / ADAPTER, part)
-        tokenizer = tokenizer_in(path)
+    tokenizer = tokenizer_in(path)
+    with new_folder(to) as part:
+        shutil.copytree(path / ADAPTER, part, dirs_exist_ok=True)
         if tokenizer and tokenizer.chat_template:
             (part / MARKS).write_bytes(as_json(tokenizer.chat_template))
-        part.rename(to)
-    except OSError as error:
-        raise UserError(f'{to}: cannot be written: {error}') from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     print(f'{path}: the adapter is written to {to}; its base is {base_of(to)}')
 
 

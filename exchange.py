@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -359,6 +359,23 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
 # write
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name when the `with` ends: all of it or nothing."""
+    if os.path.lexists(folder):
+        raise UserError(f'{folder} is there already; name a new folder')
+    part = folder.with_name(f'.{folder.name}.part')
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{folder}: cannot be written: {error}') from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, folder: Path) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; all of it or nothing."""
     files = {'config.json': config_json(model, tokenizer)}
@@ -375,22 +392,12 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
         }
         if tokenizer.chat_template:  # as it is, too: its Jinja is not read back
             files[MARKS] = tokenizer.chat_template
-    if os.path.lexists(folder):
-        raise UserError(f'{folder} is there already; name a new folder')
-    part = folder.with_name(f'.{folder.name}.part')
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    with new_folder(folder) as part:
         save_file(transformers_tensors(model), part / WEIGHTS, metadata={'format': 'pt'})
         for name, content in files.items():
             text = json.dumps(content, indent=1, ensure_ascii=False)
             (part / name).write_text(text + '\n', encoding='utf-8')
         (part / 'README.md').write_text(model_card(model, tokenizer, state), encoding='utf-8')
-        part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f'{folder}: cannot be written: {error}') from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:

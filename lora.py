@@ -2,7 +2,7 @@
 Low-rank adaptation (Hu et al. 2021, LoRA): beside a matrix that stays as it is, a thin one learns.
 
     add_lora(model, rank=8, alpha=16, dropout=0.0, targets='all')   # nothing else is trained now
-    write_adapter(model, folder, base='gpt2')                       # in the format of `peft`
+    adapter_files(model, base='gpt2')                               # in the format of `peft`
     read_adapter(model, folder, 'gpt2')                             # one of ours or of `peft`
     merge_lora(model)                                               # a model like any other again
 
@@ -198,12 +198,6 @@ def adapter_files(model: GPT, base: str | None) -> dict[str, bytes]:
     files = {name: json.dumps(text, indent=1, sort_keys=True) for name, text in texts.items()}
     files = {name: f'{text}\n'.encode() for name, text in files.items()}
     return files | {WEIGHTS: save(adapter_tensors(model), metadata={'format': 'pt'})}
-
-
-def write_adapter(model: GPT, folder: Path, base: str | None) -> None:
-    folder.mkdir()
-    for name, content in adapter_files(model, base).items():
-        (folder / name).write_bytes(content)
 
 
 def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:

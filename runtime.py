@@ -329,7 +329,8 @@ def start(
     kind = device.partition(':')[0]
     found = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend}
     found |= {'torch': torch.__version__}
-    compare(runtime, store, {**(facts or {}), **found})  # what 'auto' came to, not the setting
+    # what 'auto' came to, not the setting
+    compare(runtime, store, {'code': code_hash(), **(facts or {}), **found})
     # what waits in vain is ended by watch.py, which knows for whom; this is for what it cannot see
     limit += timedelta(seconds=30)
     backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}

@@ -44,11 +44,8 @@ from configurator import UserError
 from runtime import Runtime
 
 SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
-BESIDE = (
-    'config.py',
-    'metrics.jsonl',
-    'reference.safetensors',
-)  # what a run goes on with, besides its checkpoints
+# what a run goes on with, besides its checkpoints
+BESIDE = ('config.py', 'metrics.jsonl', 'reference.safetensors')
 
 
 class Saver:

@@ -46,7 +46,7 @@ from objective import (
 from optim import build_optimizers
 from origin import check_pieces, choose_trained, find_model, fit_to_data, keep_shape, new_shape
 from parallel import check_shard, compile_blocks, parallelize, settle, sync_gradients, whole
-from runtime import StopSignal, code_hash, on_out_of_memory, start
+from runtime import StopSignal, on_out_of_memory, start
 from saver import Saver, catch_up, check_mirror, fetch, restore
 from track import Progress, Tracker, draw_loss
 from watch import Watch
@@ -164,8 +164,7 @@ one_of(('cosine', 'linear', 'constant'), config, 'lr_schedule')
 one_of((True, False, 'auto'), config, 'compile')
 one_of(('lm', 'sft', 'dpo'), config, 'objective')
 
-same = {'code': code_hash(), **config}  # on all processes
-runtime = start(device, dtype, backend, hang_timeout, same, offload)
+runtime = start(device, dtype, backend, hang_timeout, config, offload)
 watch = Watch(runtime, hang_timeout)
 if shard:
     check_shard(runtime, offload)

@@ -567,10 +567,6 @@ def nanogpt_meta(folder: Path) -> dict:
     return {'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': splits}
 
 
-def open_dataset(name: str, block_size: int, seed: int = 1337, objective: str = 'lm') -> Dataset:
-    return Dataset(find_dataset(name), block_size, seed, objective)
-
-
 def find_dataset(name: str) -> Path:
     """
     The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with

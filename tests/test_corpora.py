@@ -17,9 +17,10 @@ from conftest import ROOT, metrics, random_model
 import data.dataset
 import data.download
 from configurator import UserError
-from data.dataset import Dataset, open_dataset
+from data.dataset import Dataset
 from data.download import fetch_page
 from data.gutenberg import prepare as gutenberg
+from data.mixture import open_data
 from data.sre import prepare as sre
 from data.tokenizer import byte_tokenizer
 from exchange import export_transformers
@@ -548,7 +549,7 @@ def test_the_name_of_the_dataset_is_enough(site, tmp_path, monkeypatch):
     monkeypatch.setattr(data.dataset, 'DATA', tmp_path / 'data')
     monkeypatch.setitem(sys.modules, 'data.sre.prepare', sre)  # and back in the end
     serve_books()
-    assert open_dataset('sre', 16).tokenizer.name == 'gpt2'
+    assert open_data('sre', 16).tokenizer.name == 'gpt2'
     assert (folder / 'pages' / 'workbook_intro.html').exists()
 
 

@@ -16,7 +16,8 @@ import tiktoken
 
 import data.dataset
 from configurator import UserError
-from data.dataset import Dataset, Writer, mix, open_dataset, permute
+from data.dataset import Dataset, Writer, mix, permute
+from data.mixture import open_data
 from data.tokenizer import byte_tokenizer, char_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -444,18 +445,18 @@ def test_a_dataset_is_found_by_name_and_by_path(data_folder, monkeypatch):
     make(data_folder / 'mine')
     monkeypatch.chdir(data_folder)
     for name in ('mine', './mine', 'mine/', str(data_folder / 'mine')):
-        assert open_dataset(name, 8).tokens['train'] == 1000
+        assert open_data(name, 8).tokens['train'] == 1000
 
 
 def test_an_unknown_name_lists_near_ones_and_how_to_prepare_text(data_folder):
     make(data_folder / 'novels')
     for name in ('nobels', './nobels'):
         with pytest.raises(UserError) as error:
-            open_dataset(name, 8)
+            open_data(name, 8)
         assert 'python data/text/prepare.py FILES --name=nobels' in str(error.value)
         assert '\n' not in str(error.value)
     with pytest.raises(UserError, match=r'did you mean novels\?'):
-        open_dataset('nobels', 8)
+        open_data('nobels', 8)
 
 
 PREPARE = """
@@ -479,9 +480,9 @@ def test_a_missing_dataset_is_prepared_by_one_of_several_processes(tmp_path):
     (tmp_path / 'fresh').mkdir()
     (tmp_path / 'fresh' / 'prepare.py').write_text(PREPARE)
     code = """
-        import sys, pathlib, data.dataset
+        import sys, pathlib, data.dataset, data.mixture
         data.dataset.DATA = pathlib.Path(sys.argv[1])
-        print(data.dataset.open_dataset('fresh', 8).tokens['train'])
+        print(data.mixture.open_data('fresh', 8).tokens['train'])
         """
     command = [sys.executable, '-c', textwrap.dedent(code), str(tmp_path)]
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
@@ -497,14 +498,14 @@ def test_an_interrupted_preparation_is_run_again(data_folder):
     make(data_folder / 'fresh')
     (data_folder / 'fresh' / 'prepare.py').write_text(PREPARE)
     (data_folder / 'fresh' / '.unfinished').touch()
-    assert open_dataset('fresh', 8).tokens['train'] == 256
+    assert open_data('fresh', 8).tokens['train'] == 256
 
 
 def test_a_large_download_is_not_started_unasked(data_folder):
     (data_folder / 'huge').mkdir()
     (data_folder / 'huge' / 'prepare.py').write_text('DOWNLOAD_GB = 54\ndef main(argv): 1 / 0')
     with pytest.raises(UserError) as error:
-        open_dataset('huge', 8)
+        open_data('huge', 8)
     message = str(error.value)
     assert '54 GB' in message
     assert 'python data/huge/prepare.py' in message
@@ -516,12 +517,12 @@ def test_openwebtext_is_such_a_download():
     if (ROOT / 'data' / 'openwebtext' / 'meta.json').exists():
         pytest.skip('openwebtext is prepared here')
     with pytest.raises(UserError, match='24 GB'):
-        open_dataset('openwebtext', 1024)
+        open_data('openwebtext', 1024)
 
 
 def test_the_dataset_called_text_says_which_command_to_give():
     with pytest.raises(UserError, match=r'python data/text/prepare\.py FILES --name=mine'):
-        open_dataset('text', 8)
+        open_data('text', 8)
 
 
 # --- speed and memory
@@ -557,4 +558,4 @@ def test_a_stranger_s_prepare_script_is_not_run(tmp_path):
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'prepare.py').write_text('raise SystemExit("it ran")')
     with pytest.raises(UserError, match='no dataset here'):
-        open_dataset(str(tmp_path / 'theirs'), 8)
+        open_data(str(tmp_path / 'theirs'), 8)

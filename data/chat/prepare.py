@@ -34,7 +34,14 @@ from tqdm import tqdm
 
 from configurator import UserError, one_line_errors
 from data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
-from data.text.prepare import bytes_of, find_files, identity, without_bom
+from data.text.prepare import (
+    bytes_of,
+    check_fraction,
+    find_files,
+    identity,
+    own_folder,
+    without_bom,
+)
 from data.tokenizer import ASSISTANT, EOT, Tokenizer, get_tokenizer
 
 COMMAND = 'python data/chat/prepare.py'
@@ -100,8 +107,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.files:
         raise UserError(f'say which conversations: {COMMAND} FILES --name=talks (see --help)')
-    if not 0 < args.val_fraction <= 0.5:
-        raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
+    check_fraction(args)
     if args.block_size < 2:
         raise UserError(f'--block_size={args.block_size}: needs at least 2')
     if args.block_size > 2**20:
@@ -115,12 +121,7 @@ def output_folder(args: argparse.Namespace) -> Path:
             f'say what to call it, with letters, digits, _, - and .: {COMMAND} {args.files[0]} '
             '--name=talks'
         )
-    folder = args.out_dir or DATA / args.name
-    if (folder / 'prepare.py').exists():
-        raise UserError(
-            f'{folder.name} is a dataset that comes with flatGPT; choose another --name'
-        )
-    return folder
+    return own_folder(args)
 
 
 # --- the tokenizer

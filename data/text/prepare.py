@@ -119,12 +119,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    if not 0 < args.val_fraction <= 0.5:
-        raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
+    check_fraction(args)
     if args.vocab_size and args.tokenizer != 'bpe':
         raise UserError(f'--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own')
     if args.workers is not None and args.workers < 1:
         raise UserError(f'--workers={args.workers}: needs at least 1')
+
+
+def check_fraction(args: argparse.Namespace) -> None:
+    if not 0 < args.val_fraction <= 0.5:
+        raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -132,6 +136,11 @@ def output_folder(args: argparse.Namespace) -> Path:
         raise UserError(f'say what to call it: {COMMAND} {args.files[0]} ... --name=mine')
     if not args.out_dir and not re.fullmatch(r'\w[\w.-]*', args.name):
         raise UserError(f'--name={args.name}: needs letters, digits, _, - and . only')
+    return own_folder(args)
+
+
+def own_folder(args: argparse.Namespace) -> Path:
+    """The folder of a dataset that is not one of flatGPT's."""
     folder = args.out_dir or DATA / args.name
     if (folder / 'prepare.py').exists():
         raise UserError(
