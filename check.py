@@ -10,7 +10,6 @@ go and 2 for no-go. Under torchrun every process looks at its own device, and th
 
 import hashlib
 import importlib.util
-import math
 import netrc
 import os
 import shutil
@@ -42,8 +41,8 @@ from exchange import RELEASED, CheckpointError, is_foreign, read_json, shape_of
 from lora import base_of, is_adapter
 from model import GPT, GPTConfig
 from objective import loss_of
-from origin import SHAPE, check_new, check_pieces
-from plan import case_of, checkpoint_size, least, room, verdict
+from origin import SHAPE, check_batches, check_new, check_pieces, slips, steps_of
+from plan import case_of, checkpoint_size, host_lack, least, room, verdict
 from runtime import Runtime
 
 READ_ALL = 2**32  # bytes of a dataset up to which every id is looked at; a large one is sampled
@@ -244,6 +243,16 @@ class Preflight:
         else:
             yield 'ok', name
 
+    def schedule(self) -> Iterator[tuple[str, str]]:
+        if self.data is None:
+            return
+        check_batches({**self.config, 'block_size': self.find_shape().block_size}, self.data)
+        steps = steps_of(self.config, self.data)
+        rows = self.config['gradient_accumulation_steps'] * self.config['batch_size']
+        yield 'ok', f'{steps:,} steps, {steps * rows / self.data.n_windows:,.2f} epochs'
+        for slip in slips(self.config, self.data):
+            yield 'warning', slip
+
     # --- the folder
 
     def folder(self) -> Iterator[tuple[str, str]]:
@@ -322,8 +331,8 @@ class Preflight:
 
 
 SUBJECTS = (
-    'settings', 'device', 'batch', 'dataset', 'tokenizer', 'compile', 'memory', 'folder', 'disk',
-    'trackers',
+    'settings', 'device', 'batch', 'dataset', 'tokenizer', 'schedule', 'compile', 'memory',
+    'folder', 'disk', 'trackers',
 )  # fmt: skip
 
 
@@ -400,10 +409,8 @@ def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) ->
 
 def kept_at_once(config: dict, data: Dataset | Mixture | None) -> int:
     """Checkpoints that a run leaves: the last two and the best, or that of every evaluation."""
-    every, steps = config['eval_interval'], config['max_iters']
-    if config['epochs'] is not None and data is not None:
-        rows = config['gradient_accumulation_steps'] * config['batch_size']
-        steps = math.ceil(config['epochs'] * data.n_windows / rows)
+    every = config['eval_interval']
+    steps = config['max_iters'] if data is None else steps_of(config, data)
     evaluations = 1 + (steps // every if every else 0)
     return max(3, evaluations + 1) if config['always_save_checkpoint'] else 3
 
@@ -437,6 +444,8 @@ def doubts(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
             f'this needs {least(case) / 1e9:,.1f} GB at the least, and {memory / 1e9:,.1f} GB of '
             f'{runtime.device} are free; the same command with --plan says what to change'
         )
+    if lack := host_lack(case):
+        yield lack
     size, free = checkpoint_size(case), free_on(config['out_dir'])
     if free < 2 * size and not config['eval_only']:
         yield (

@@ -111,6 +111,20 @@ def reference_logps(
     return logps
 
 
+def find_reference(
+    run: Path, key: str, runtime: Runtime, resumed: bool
+) -> dict[str, np.ndarray] | None:
+    """What a run has written of its reference, the same on every rank; None at its beginning."""
+    logps = runtime.agree(lambda: read_reference(run / REFERENCE, key))
+    if logps is None and resumed:
+        raise UserError(
+            f'{run / REFERENCE}: is missing or not of the dataset as it is now, and the model that '
+            f'the run began with is gone; start a new one with --init_from={run} and another '
+            '--out_dir'
+        )
+    return logps
+
+
 def read_reference(path: Path, key: str) -> dict[str, np.ndarray] | None:
     """What a file holds, None unless it is there and of that key."""
     with suppress(FileNotFoundError, SafetensorError), safe_open(path, framework='np') as file:

@@ -1,26 +1,80 @@
 """
 What a run begins with: a model made new, that of a run that goes on, or one from elsewhere.
 
+    resume_from, lock = find_start(config, runtime, resuming)
     model, tokenizer, saved = find_model(config, resume_from)       # None, None, {} to make one
     model, tokenizer = fit_to_data(model, tokenizer, data, config, say)
     choose_trained(model, config)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from socket import gethostname
 
-from checkpoint import find, load, load_model
+from filelock import FileLock
+
+import folder
+from checkpoint import MANIFEST, find, listed, load, load_model, sha256
 from configurator import ConfigError, UserError
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from lora import adapted, add_lora
 from model import GPT, GPTConfig
+from runtime import Runtime
+from saver import catch_up, fetch, restore
 
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
 FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}  # of a run that goes on; older: as here
 NEW = ('scratch', 'resume')  # a run that starts anew, 'resume' where auto_resume finds nothing
+
+
+def find_start(
+    config: dict, runtime: Runtime, resuming: bool
+) -> tuple[Path | None, FileLock | None]:
+    """The verified checkpoint to resume from, the same on every rank; None for a new run.
+
+    A folder that has a run in it is locked from here on, by rank 0. Nothing else changes, but that
+    what is missing here comes from the mirror.
+    """
+    out_dir, mirror = Path(config['out_dir']), config['checkpoint_mirror']
+    lock = None
+
+    def find_on_rank_0() -> Path | None:
+        nonlocal lock
+        if listed(out_dir) and not config['eval_only']:
+            lock = folder.lock(out_dir)
+        if not resuming:
+            for where in () if config['overwrite'] else filter(None, (out_dir, mirror)):
+                folder.check_free(Path(where))
+            return None
+        if mirror:
+            restore(mirror, out_dir)
+        path = folder.resume_point(out_dir, config)
+        if path and mirror and runtime.world_size > 1:
+            catch_up(path, mirror)  # a machine with another disk has it from there
+        return path
+
+    path = runtime.agree(find_on_rank_0)
+    if path:
+        bring_here(path, mirror, runtime)
+    return path, lock
+
+
+def bring_here(path: Path, mirror: str | None, runtime: Runtime) -> None:
+    """Have rank 0's checkpoint on this machine, too: each rank reads the optimizer's state."""
+    there = path.exists() or (mirror and fetch(Path(mirror, *path.parts[-2:]), path.parents[1]))
+    if not there:
+        raise UserError(
+            f'{path} is not on this machine ({gethostname()}): give an --out_dir or a '
+            '--checkpoint_mirror that all machines see'
+        )
+    here = sha256(path / MANIFEST)
+    if here != runtime.agree(lambda: here):
+        raise UserError(
+            f'{path} on this machine ({gethostname()}) is not that of rank 0: remove it here'
+        )
 
 
 def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Tokenizer | None, dict]:
@@ -69,6 +123,51 @@ def check_new(config: dict) -> None:
             f'lora_rank={config["lora_rank"]}: adapters need a model that knows something; '
             'give --init_from=gpt2, or the folder of a run'
         )
+
+
+def check_batches(config: dict, data: Dataset) -> None:
+    """Refuse what cannot be done with the rows of this dataset."""
+    name = config['dataset']
+    check_pieces(config, config['block_size'])
+    if config['short_iters'] and data.rows:
+        raise ConfigError(
+            f'short_iters={config["short_iters"]}: the rows of {name} are not cut; leave it at 0'
+        )
+    if not config['mask_documents']:
+        return
+    if config['objective'] == 'dpo':
+        raise ConfigError(
+            'mask_documents=True: a row of a pair is one conversation; leave it False'
+        )
+    if not data.rows and data.tokenizer.eot is None:
+        raise ConfigError(
+            f'mask_documents=True: nothing divides the documents of {name}, whose '
+            f'{data.tokenizer.name} tokenizer has no end of text; leave it at False'
+        )
+
+
+def steps_of(config: dict, data: Dataset) -> int:
+    """Updates of the run in all: as many as its epochs take, where it has them."""
+    if config['epochs'] is None:
+        return config['max_iters']
+    rows = config['gradient_accumulation_steps'] * config['batch_size']
+    return math.ceil(config['epochs'] * data.n_windows / rows)
+
+
+def slips(config: dict, data: Dataset) -> Iterator[str]:
+    """What is allowed, and hardly meant."""
+    steps, lr, min_lr = steps_of(config, data), config['learning_rate'], config['min_lr']
+    if steps > config['max_iters']:
+        yield (
+            f'epochs={config["epochs"]} are {steps} steps, and that counts, not '
+            f'max_iters={config["max_iters"]}; --epochs=None leaves it to that'
+        )
+    if config['decay_lr'] and config['lr_schedule'] != 'constant' and min_lr > lr:
+        yield f'min_lr={min_lr} is above learning_rate={lr}: the rate will rise'
+    if config['decay_lr'] and 0 < steps <= (warmup := config['warmup_iters']):
+        yield f'warmup_iters={warmup} outlasts the {steps} steps of the run'
+    if 0 < steps <= (short := config['short_iters']):
+        yield f'short_iters={short} leaves no step of {steps} for whole sequences'
 
 
 def check_pieces(config: dict, block_size: int) -> None:

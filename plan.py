@@ -113,6 +113,19 @@ def least(case: Case) -> float:
     return kept + 4 * case.rows * case.shape.block_size * case.shape.vocab_size  # the logits
 
 
+def host_lack(case: Case) -> str | None:
+    """What is wrong with the main memory beside the GPUs; None if nothing is."""
+    state = state_of(case)
+    built = state[0] if case.shard else 0  # whole in each process, before it is cut
+    need, free = max(built, sum(state) / case.ranks if case.offload else 0), host_room()
+    if case.device != 'cuda' or free is None or need <= free:
+        return None
+    return (
+        f'each process of this machine takes {need / 1e9:,.1f} GB of main memory for the model, '
+        f'and can have {free / 1e9:,.1f} GB: fewer processes on it, or a smaller model'
+    )
+
+
 def resident() -> int:
     """Bytes of main memory that this process takes now, 0 where nobody says."""
     with suppress(OSError):
@@ -127,6 +140,11 @@ def room(runtime: Runtime) -> float | None:
         return free + torch.cuda.memory_reserved(runtime.device)
     if runtime.device_type == 'mps':
         return torch.mps.recommended_max_memory()
+    return host_room()
+
+
+def host_room() -> float | None:
+    """Bytes of main memory that each process of this machine can take in all."""
     free = []
     with suppress(OSError, AttributeError):
         text = Path('/proc/meminfo').read_text(encoding='utf-8')
@@ -253,4 +271,6 @@ def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str
         enough = changes and changes[0][1] <= memory
         lines += ['what would:' if enough else 'nothing here would; the nearest:']
         lines += [f'  {text:<72}{size / 1e9:8,.1f} GB' for text, size in changes]
-    return fits, '\n'.join(lines)
+    lack = host_lack(case)
+    lines += [lack] if lack else []
+    return fits and not lack, '\n'.join(lines)

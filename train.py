@@ -19,35 +19,44 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
-from socket import gethostname
 
 import torch
 from tqdm import tqdm
 
 import folder
 from check import doubts, preflight
-from checkpoint import MANIFEST, listed, load_model, load_optimizer, newest_run, sha256
+from checkpoint import listed, load_model, load_optimizer, newest_run
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.mixture import open_data
 from engine import write_page
 from objective import (
     MEASURED,
     REFERENCE,
+    find_reference,
     fingerprint,
     loss_of,
     measure,
-    read_reference,
     reference_logps,
     trim,
     write_reference,
 )
 from optim import build_optimizers
-from origin import check_pieces, choose_trained, find_model, fit_to_data, keep_shape, new_shape
+from origin import (
+    check_batches,
+    choose_trained,
+    find_model,
+    find_start,
+    fit_to_data,
+    keep_shape,
+    new_shape,
+    slips,
+    steps_of,
+)
 from parallel import check_shard, compile_blocks, parallelize, settle, sync_gradients, whole
-from runtime import StopSignal, on_out_of_memory, start
-from saver import Saver, catch_up, check_mirror, fetch, restore
+from runtime import StopSignal, is_out_of_memory, on_out_of_memory, start
+from saver import Saver, check_mirror
 from track import Progress, Tracker, draw_loss
 from watch import Watch
 
@@ -189,41 +198,7 @@ def say(text: str) -> None:
 
 out_dir = Path(out_dir or runtime.agree(folder.new_name))
 config['out_dir'] = str(out_dir)
-
-
-def starting_point() -> Path | None:
-    """The checkpoint to resume from. A folder that has a run in it is locked from here on."""
-    global lock
-    if listed(out_dir) and not eval_only:
-        lock = folder.lock(out_dir)
-    if checkpoint_mirror and resuming:
-        restore(checkpoint_mirror, out_dir)
-    if resuming:
-        path = folder.resume_point(out_dir, config)
-        if path and checkpoint_mirror and runtime.world_size > 1:
-            catch_up(path, checkpoint_mirror)  # a machine with another disk has it from there
-        return path
-    if not overwrite:
-        for where in filter(None, (out_dir, checkpoint_mirror)):
-            folder.check_free(Path(where))
-
-
-resume_from = runtime.agree(starting_point)
-if resume_from and not resume_from.exists():  # another machine, another disk
-    if not checkpoint_mirror or not fetch(
-        Path(checkpoint_mirror) / 'checkpoints' / resume_from.name, out_dir
-    ):
-        raise UserError(
-            f'{resume_from} is not on this machine ({gethostname()}): give an --out_dir or a '
-            '--checkpoint_mirror that all machines see'
-        )
-
-if resume_from:  # each rank reads the optimizer's state from what may be a disk of its own
-    here = sha256(resume_from / MANIFEST)
-    if here != runtime.agree(lambda: here):
-        raise UserError(
-            f'{resume_from} on this machine ({gethostname()}) is not that of rank 0: remove it here'
-        )
+resume_from, lock = find_start(config, runtime, resuming)
 
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
@@ -243,7 +218,9 @@ if resume_from and state['data'] != data.fingerprint:
         f'warning: dataset {dataset} has changed since {resume_from.name} was saved; losses from '
         'before do not compare, and the best may be one of them'
     )
-for doubt in doubts(raw_model.config if raw_model else new_shape(data, config), config, runtime):
+check_batches(config, data)
+shape = raw_model.config if raw_model else new_shape(data, config)
+for doubt in chain(doubts(shape, config, runtime), slips(config, data)):
     say(f'warning: {doubt}')
 raw_model, tokenizer = fit_to_data(raw_model, tokenizer, data, config, say)
 raw_model.train()
@@ -255,31 +232,13 @@ if not shard:  # a whole one may not fit there
 
 AHEAD = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
 piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
-if short_iters and data.rows:
-    raise ConfigError(
-        f'short_iters={short_iters}: the rows of {dataset} are not cut; leave it at 0'
-    )
-check_pieces(config, block_size)
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
 rank_rows, micro_rows = runtime.share(global_rows, batch_size)
 micro_steps = rank_rows // micro_rows
 tokens_per_step = round(global_rows * data.window_tokens)
-if epochs is not None:
-    lr_decay_iters = math.ceil(epochs * data.n_windows / global_rows)
-    if max_iters < lr_decay_iters:
-        say(
-            f'warning: epochs={epochs} are {lr_decay_iters} steps, and that counts, not '
-            f'max_iters={max_iters}; --epochs=None leaves it to that'
-        )
-    max_iters = lr_decay_iters
-lr_decay_iters = max_iters if lr_decay_iters is None else lr_decay_iters
+max_iters = steps_of(config, data)
+lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else lr_decay_iters
 rates = '--learning_rate or --muon_lr' if optimizer == 'muon' else '--learning_rate'
-if decay_lr and lr_schedule != 'constant' and min_lr > learning_rate:
-    say(f'warning: min_lr={min_lr} is above learning_rate={learning_rate}: the rate will rise')
-if decay_lr and 0 < max_iters <= warmup_iters:
-    say(f'warning: warmup_iters={warmup_iters} outlasts the {max_iters} steps of the run')
-if 0 < max_iters <= short_iters:
-    say(f'warning: short_iters={short_iters} leaves no step of {max_iters} for whole sequences')
 on_out_of_memory(
     runtime.device,  # half as many sequences at a time, and the same global batch
     lambda: (
@@ -291,15 +250,6 @@ on_out_of_memory(
         else f'--block_size={block_size // 2} or a smaller model'
     ),
 )
-
-
-if mask_documents and objective == 'dpo':
-    raise ConfigError('mask_documents=True: a row of a pair is one conversation; leave it False')
-if mask_documents and not data.rows and data.tokenizer.eot is None:
-    raise ConfigError(
-        f'mask_documents=True: nothing divides the documents of {dataset}, whose '
-        f'{data.tokenizer.name} tokenizer has no end of text; leave it at False'
-    )
 
 
 def to_device(*arrays):
@@ -366,13 +316,7 @@ if objective == 'dpo':
             '--out_dir and --init_from=resume'
         )
     reference_key = f'{state["reference"]} {data.fingerprint}'
-    reference = runtime.agree(lambda: read_reference(out_dir / REFERENCE, reference_key))
-    if reference is None and resume_from:
-        raise UserError(
-            f'{out_dir / REFERENCE}: is missing or not of dataset {dataset} as it is now, and the '
-            f'model that the run began with is gone; start a new one with --init_from={out_dir} '
-            'and another --out_dir'
-        )
+    reference = find_reference(out_dir, reference_key, runtime, resume_from is not None)
     if reference is None:
         say('reference: the log-probabilities of all answers, once for the run ...')
         reference = reference_logps(raw_model, data, runtime, to_device, batch_size)
@@ -413,7 +357,7 @@ def estimate_loss() -> dict[str, float] | None:
     preference pairs, per pair, and what else measure() has of them. Of a mixture, the loss on each
     part, and their mean by the parts' shares.
 
-    None if a signal asked to stop meanwhile. Draws on no random state that training uses.
+    None if a signal asked any rank to stop meanwhile. Draws on no random state that training uses.
     """
     raw_model.eval()
     losses = {}
@@ -436,10 +380,13 @@ def estimate_loss() -> dict[str, float] | None:
                 means, weight = measure(raw_model, **named(to_device(*batch)), beta=dpo_beta)
             if len(mine):
                 total += torch.stack([mean * weight for mean in means] + [weight])
-            if stop.signal and runtime.world_size == 1:  # several ranks stop only between steps
-                raw_model.train()
-                return None
-        *sums, weight = runtime.reduce(total.tolist())  # of targets, or of pairs
+            if stop.signal and not shard:
+                break
+        # of targets, or of pairs
+        *sums, weight, asked = runtime.reduce([*total.tolist(), stop.signal])
+        if asked:
+            raw_model.train()
+            return None
         for name, each in zip(names, sums, strict=True):
             losses[name] = losses.get(name, 0.0) + share * each / weight
         if part is not data:
@@ -496,7 +443,13 @@ def show_sample(tokens: int) -> None:
     writer = raw_model
     if shard:  # rank 0 has but its rows; what it has just saved is whole
         saver.wait()
-        writer = load_model(out_dir, 'last', runtime.device)[0]
+        try:
+            writer = load_model(out_dir, 'last', runtime.device)[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            say('no sample: the whole model does not fit here beside its rows')
+            return
     text = write_page(writer.eval(), tokenizer, prompt, tokens, seed, answer=bool(data.rows))
     raw_model.train()
     tracker.log_text(step, text)
@@ -577,6 +530,7 @@ while True:
     if due and state['evaluated_step'] != step and not stopping:
         watch.at(step, 'the evaluation')
         losses = estimate_loss()
+        stopping = losses is None
     if losses:
         state |= {'train_loss': None, **losses, 'evaluated_step': step, 'stale': state['stale'] + 1}
         best = math.inf if state['best_val_loss'] is None else state['best_val_loss']

@@ -425,6 +425,33 @@ def test_a_signal_through_torchrun_loses_no_step(script, launch, tiny, tmp_path,
     assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
 
 
+SLOW = """
+import time, torch
+from model import GPT
+forward = GPT.forward
+def slow(self, *args, **kwargs):
+    if not torch.is_grad_enabled():
+        print('evaluating', flush=True)
+        time.sleep(0.1)
+    return forward(self, *args, **kwargs)
+GPT.forward = slow
+"""
+
+
+@posix
+@pytest.mark.parametrize('shard', [False, True])
+def test_a_signal_to_one_rank_ends_the_evaluation_of_all(ranks, tmp_path, shard):
+    """Which would take half a minute; what was trained before it is saved."""
+    args = ('--eval_interval=3', '--eval_iters=4', '--eval_train=False', f'--shard={shard}')
+    crew = ranks(2, f'--out_dir={tmp_path}', '--max_iters=1000', *args, before=SLOW)
+    crew[0].says('step 3/')
+    crew[1].send(signal.SIGTERM)
+    crew.end()
+    assert 'stopped at step 3' in crew.out, crew.err
+    assert steps(tmp_path) == [3]
+    assert list(metrics(tmp_path, 'val_loss')) == [0]
+
+
 @posix
 def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
     script, launch, tiny, tmp_path, environment, monkeypatch

@@ -71,6 +71,16 @@ def test_blocks_that_are_not_rehearsed_are_as_the_others(monkeypatch):
     assert sum(needs.values()) - plan.LATER == pytest.approx(sum(all_of_it.values()), rel=0.03)
 
 
+def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(monkeypatch):
+    monkeypatch.setattr(plan, 'host_room', lambda: 20e9)
+    large = replace(SMALL, shape=SEVEN_B, device='cuda', ranks=8)
+    assert plan.host_lack(large) is None
+    assert 'takes 27.9 GB of main memory' in plan.host_lack(replace(large, shard=True))
+    few = replace(large, shape=replace(SEVEN_B, n_layer=16), shard=True)
+    assert plan.host_lack(few) is None
+    assert 'takes 30.1 GB' in plan.host_lack(replace(few, ranks=2, offload=True))
+
+
 def test_a_preference_pair_is_two_rows():
     pair = rehearse(replace(SMALL, objective='dpo', saves=False)).most['activations']
     assert pair > 1.8 * rehearse(replace(SMALL, saves=False)).most['activations']
@@ -279,6 +289,15 @@ def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked
     status, out = checked(where, '--init_from=resume', '--max_iters=8', '--n_embd=32')
     assert (status, 'a resumed run keeps it' in out) == (2, True)
     assert tree(tmp_path) == before
+
+
+def test_what_the_real_run_refuses_or_warns_of_the_check_does_too(checked):
+    status, out = checked('--mask_documents')
+    assert status == 2
+    assert 'no       schedule: mask_documents=True: nothing divides the documents' in out
+    status, out = checked('--max_iters=4', '--warmup_iters=9')
+    assert status == 0
+    assert 'warning  schedule: warmup_iters=9 outlasts the 4 steps of the run' in out
 
 
 def test_a_disk_that_the_checkpoints_would_fill_is_a_no(checked, tmp_path, monkeypatch):
