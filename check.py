@@ -41,7 +41,7 @@ from exchange import RELEASED, CheckpointError, is_foreign, read_json, shape_of
 from lora import base_of, is_adapter
 from model import GPT, GPTConfig
 from objective import loss_of
-from origin import SHAPE, check_batches, check_new, check_pieces, slips, steps_of
+from origin import SHAPE, check_batches, check_new, check_pieces, check_same, slips, steps_of
 from plan import case_of, checkpoint_size, host_lack, least, room, verdict
 from runtime import Runtime
 
@@ -289,14 +289,8 @@ class Preflight:
             source = self.source()
             yield 'ok', f'no checkpoint yet: begins from {source}'
             return
-        saved = read_state(path)['config']
-        for name in (*SHAPE, 'optimizer', 'objective', 'lora_rank', 'lora_targets'):
-            began = saved.get('init_from') == 'scratch' or name not in SHAPE
-            if began and name in saved and saved[name] != self.config[name]:
-                raise UserError(
-                    f'{name}={self.config[name]!r}: {path} was trained with {saved[name]!r}, and a '
-                    'resumed run keeps it'
-                )
+        shape = GPTConfig(**{**shape_in(path), 'dropout': self.config['dropout']})
+        check_same(self.config, read_state(path)['config'], shape, path)
         yield 'ok', f'goes on from {path}, whose hashes hold'
         step, last = read_state(path)['step'], self.config['max_iters']
         if step >= last and self.config['epochs'] is None:
@@ -311,6 +305,9 @@ class Preflight:
                 continue
             there = len(listed(where))
             free, need = free_on(where), size * max(2, kept + 1 - there)
+            if not os.access(existing(where), os.W_OK):
+                yield 'no', f'{where}: cannot be written; give another {name}'
+                continue
             text = f'{where}: {kept} checkpoints of {size / 1e9:,.2f} GB, {free / 1e9:,.1f} GB free'
             cure = '; make room, or --always_save_checkpoint=False or a larger --eval_interval'
             yield ('ok', text) if free >= need else ('no', text + cure)

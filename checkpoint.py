@@ -18,7 +18,8 @@ A run's folder holds checkpoints/step-00002000/ and so on, each complete in itse
 A sharded run writes its tensors in parts, model-00001-of-00004.safetensors and so on, the rows that
 each rank holds; together they are the same parameters, and any number of processes can go on.
 A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a folder
-called step-... is whole whenever the power went. None is ever overwritten. No pickle anywhere.
+called step-... is whole whenever the power went. None is ever overwritten: one that was saved on
+the way out, and is evaluated only now, becomes step-00002000.again. No pickle anywhere.
 """
 
 import argparse
@@ -63,7 +64,7 @@ from parallel import cut_like, local, settle
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
 STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
 LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
-STEP = re.compile(r'step-(\d{8,})')
+STEP = re.compile(r'step-(\d{8,})(\.again)?')
 PART_SECONDS = 600  # that rank 0 waits for the files of another
 
 
@@ -88,21 +89,28 @@ def save(
 
     By one process, at once; saver.py does the same with several, and in the background.
     """
-    final = place(out_dir, state)
-    if not is_there(final, state):
-        tensors = tensors_of(model, optimizers)
-        clear(final, size_of(tensors))
-        write(final, tensors, documents_of(model, tokenizer, state), keep_evaluated)
+    if path := saved_before(out_dir, state):
+        return path
+    final, tensors = place(out_dir, state), tensors_of(model, optimizers)
+    clear(final, size_of(tensors))
+    write(final, tensors, documents_of(model, tokenizer, state), keep_evaluated)
     return final
 
 
+def saved_before(out_dir: str | Path, state: dict) -> Path | None:
+    """The checkpoint of this step of this run, if there is one that would be equal."""
+    for path in listed(out_dir):
+        if step_of(path) == state['step']:
+            there = read_state(path) or {}
+            if there.get('evaluated') == state['evaluated']:
+                return path
+    return None
+
+
 def place(out_dir: str | Path, state: dict) -> Path:
-    return Path(out_dir) / 'checkpoints' / f'step-{state["step"]:08d}'
-
-
-def is_there(final: Path, state: dict) -> bool:
-    """Whether this step of this run has been saved already: it would be equal."""
-    return final.exists() and (read_state(final) or {}).get('evaluated') == state['evaluated']
+    """Where the checkpoint of a step will be: beside what is there of it already."""
+    path = Path(out_dir) / 'checkpoints' / f'step-{state["step"]:08d}'
+    return path.with_name(f'{path.name}.again') if path.exists() else path
 
 
 def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
@@ -188,8 +196,7 @@ def write(
         for other in range(1, ranks):
             hashes |= hashes_of_part(parts, other)
         (parts / MANIFEST).write_bytes(as_json(hashes))
-        for path in [*parts.rglob('*'), parts]:
-            flush(path)
+        flush_all(parts)
     except BaseException as error:
         shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
         if isinstance(error, SafetensorError):  # its word for an OSError
@@ -246,9 +253,6 @@ def hashes_of_part(parts: Path, rank: int) -> dict[str, str]:
 
 def publish(final: Path, keep_evaluated: bool) -> None:
     """Let a checkpoint that is whole count, and drop what is no longer needed."""
-    if final.exists():  # saved on the way out, and evaluated only now
-        before = final.rename(final.with_name(f'.{final.name}.before'))
-        shutil.rmtree(before, ignore_errors=True)
     hidden(final).rename(final)
     flush(final.parent)
     try:
@@ -269,6 +273,11 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
+def flush_all(folder: Path) -> None:
+    for path in [*folder.rglob('*'), folder]:
+        flush(path)
+
+
 def flush(path: Path) -> None:
     """Have the disk hold a file, or a folder's list of names, before anything relies on it."""
     if path.is_dir() and os.name == 'nt':
@@ -283,9 +292,12 @@ def flush(path: Path) -> None:
 def prune(folder: Path, keep_evaluated: bool, remove: Callable | None = None) -> None:
     """Remove all but the last two, the best and, if asked for, the evaluated ones."""
     paths = listed(folder.parent)
-    keep = {*paths[-2:], *best_first(paths)[:1]}
+    last = list({step_of(path): path for path in paths}.values())  # of each step
+    keep = {*last[-2:], *best_first(last)[:1]}
+    if keep_evaluated:
+        keep |= {path for path in last if val_loss(path) < math.inf}
     for path in paths:
-        if path not in keep and not (keep_evaluated and val_loss(path) < math.inf):
+        if path not in keep:
             (remove or remove_at_once)(path)
 
 
@@ -310,7 +322,7 @@ def set_aside(path: Path) -> Path:
 def listed(out_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first, unverified."""
     paths = [p for p in (Path(out_dir) / 'checkpoints').glob('step-*') if STEP.fullmatch(p.name)]
-    return sorted(paths, key=step_of)
+    return sorted(paths, key=lambda path: (step_of(path), path.name))
 
 
 def step_of(path: Path) -> int:

@@ -9,13 +9,13 @@ What a run begins with: a model made new, that of a run that goes on, or one fro
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from socket import gethostname
 
 from filelock import FileLock
 
 import folder
-from checkpoint import MANIFEST, find, listed, load, load_model, sha256
+from checkpoint import MANIFEST, find, listed, load, load_model, prune, sha256
 from configurator import ConfigError, UserError
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
@@ -35,8 +35,8 @@ def find_start(
 ) -> tuple[Path | None, FileLock | None]:
     """The verified checkpoint to resume from, the same on every rank; None for a new run.
 
-    A folder that has a run in it is locked from here on, by rank 0. Nothing else changes, but that
-    what is missing here comes from the mirror.
+    A folder that has a run in it is locked from here on, by rank 0. What is missing here comes from
+    the mirror; nothing else changes.
     """
     out_dir, mirror = Path(config['out_dir']), config['checkpoint_mirror']
     lock = None
@@ -57,23 +57,25 @@ def find_start(
         return path
 
     path = runtime.agree(find_on_rank_0)
-    if path:
-        bring_here(path, mirror, runtime)
+    if path and runtime.world_size > 1:
+        bring_here(path, config, runtime)
     return path, lock
 
 
-def bring_here(path: Path, mirror: str | None, runtime: Runtime) -> None:
+def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
     """Have rank 0's checkpoint on this machine, too: each rank reads the optimizer's state."""
-    there = path.exists() or (mirror and fetch(Path(mirror, *path.parts[-2:]), path.parents[1]))
-    if not there:
+    mirror = config['checkpoint_mirror']
+    manifest = runtime.agree(lambda: sha256(path / MANIFEST))
+    if mirror and runtime.first_here and not runtime.main:
+        fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
+        with suppress(OSError):  # a disk of its own, where nobody else does
+            prune(path.parent, config['always_save_checkpoint'])
+    runtime.reduce([0])  # until the others have theirs
+    here = sha256(path / MANIFEST) if (path / MANIFEST).exists() else None
+    if rank := runtime.odd_one(here):
         raise UserError(
-            f'{path} is not on this machine ({gethostname()}): give an --out_dir or a '
-            '--checkpoint_mirror that all machines see'
-        )
-    here = sha256(path / MANIFEST)
-    if here != runtime.agree(lambda: here):
-        raise UserError(
-            f'{path} on this machine ({gethostname()}) is not that of rank 0: remove it here'
+            f'{path} of rank {rank} is missing on its machine, or not that of rank 0: give an '
+            '--out_dir or a --checkpoint_mirror that all machines see'
         )
 
 

@@ -93,6 +93,12 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
+def are_finite(model: GPT, runtime: Runtime) -> bool:
+    """Whether no weight, of any rank, is infinite or NaN. Every rank has to ask."""
+    bad = any(not local(p.detach()).isfinite().all() for p in model.parameters())
+    return runtime.reduce([bad], 'MAX')[0] == 0
+
+
 def cut_like(full, like):
     """`full` in rows as the tensor `like` is, itself where that is whole. No rank waits."""
     if not hasattr(like, 'device_mesh'):

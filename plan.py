@@ -117,7 +117,9 @@ def host_lack(case: Case) -> str | None:
     """What is wrong with the main memory beside the GPUs; None if nothing is."""
     state = state_of(case)
     built = state[0] if case.shard else 0  # whole in each process, before it is cut
-    need, free = max(built, sum(state) / case.ranks if case.offload else 0), host_room()
+    held = sum(state) / case.ranks if case.offload else 0
+    copied = (state[0] + state[2]) / case.ranks if case.shard else 0  # while it is being saved
+    need, free = max(built, held + copied), host_room()
     if case.device != 'cuda' or free is None or need <= free:
         return None
     return (

@@ -91,6 +91,11 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def first_here(self) -> bool:
+        """Whether this process acts for its machine, as rank 0 does for all."""
+        return int(os.environ.get('LOCAL_RANK', 0)) == 0
+
+    @property
     def live(self) -> bool:
         """Whether a person watches this process: a progress line then moves."""
         return self.main and sys.stderr.isatty()
@@ -135,6 +140,11 @@ class Runtime:
         if box[1] is not None:
             raise box[1]
         return box[0]
+
+    def odd_one(self, value) -> int:
+        """A rank on which value is not what it is on rank 0; 0 if there is none."""
+        odd = value != self.agree(lambda: value)
+        return int(self.reduce([self.rank * odd], 'MAX')[0])
 
     def wait_for_all(self, do: Callable, alive: Callable):
         """What do() returns here, once it has on every rank, however long it takes.
@@ -254,6 +264,11 @@ class StopSignal:
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(2, b'\nstopping after this step ...\n')
         self.signal = number
+
+    def share(self) -> None:
+        """Have every rank know of the signal that one of them got: all leave with its status."""
+        (number,) = self.runtime.reduce([self.signal], 'MAX')
+        self.signal = int(number)
 
     @property
     def status(self) -> int:

@@ -28,12 +28,15 @@ from checkpoint import (
     CheckpointError,
     clear,
     documents_of,
+    flush,
+    flush_all,
     hidden,
-    is_there,
     listed,
     place,
     prune,
+    saved_before,
     set_aside,
+    sha256,
     size_of,
     step_of,
     tensors_of,
@@ -78,11 +81,12 @@ class Saver:
         otherwise rank 0 alone."""
         started = time.perf_counter()
         self.wait()
-        final, tensors = place(self.out_dir, state), tensors_of(model, optimizers)
-        problem = self._agree(lambda: self._clear(final, state, size_of(tensors) * self.ranks))
-        if problem:
-            self._fail(final, problem)
-        elif problem is None:
+        tensors = tensors_of(model, optimizers)
+        try:
+            final = self._agree(lambda: self._make_room(state, size_of(tensors) * self.ranks))
+        except UserError as error:
+            final = self._fail(state['step'], error)
+        if final:
             small = size_of(tensors) < SMALL
             tensors = tensors if small else self._copy(tensors)
             documents = documents_of(model, tokenizer, state)
@@ -94,12 +98,16 @@ class Saver:
     def _agree(self, decide):
         return self.runtime.agree(decide) if self.ranks > 1 else decide()
 
-    def _clear(self, final: Path, state: dict, need: int) -> str | None:
-        """Make room -> None, what is wrong, or '' if the checkpoint is there already."""
+    def _make_room(self, state: dict, need: int) -> Path | None:
+        """Make room -> where the checkpoint goes, None if it is there already."""
+        if saved_before(self.out_dir, state):
+            return None
+        final = place(self.out_dir, state)
         try:
-            return '' if is_there(final, state) else clear(final, need)
+            clear(final, need)
         except OSError as error:
-            return str(error)
+            raise UserError(str(error)) from error
+        return final
 
     def _copy(self, tensors: dict) -> dict:
         """The tensors on the host, in memory that no training step touches."""
@@ -120,14 +128,14 @@ class Saver:
         try:
             write(final, tensors, documents, self.keep_evaluated, self.rank, self.ranks)
         except OSError as error:
-            return self._fail(final, error)
+            return self._fail(step_of(final), error)
         self.failure, self._times['save_seconds'] = None, time.perf_counter() - started
         if self.mirror:
             self._sender.submit(self._send, final)
 
-    def _fail(self, final: Path, why) -> None:
+    def _fail(self, step: int, why) -> None:
         self.failure = (
-            f'checkpoint of step {step_of(final)} not written: {why}; the ones before are untouched'
+            f'checkpoint of step {step} not written: {why}; the ones before are untouched'
         )
         self._news.append(self.failure)
 
@@ -223,6 +231,13 @@ def check_mirror(mirror: str | Path) -> None:
         ) from error
 
 
+def begin_mirror(mirror: str | Path, step: int) -> None:
+    """Drop the checkpoints past `step`, -1 for a new run, which are now made, or made again."""
+    for path in listed(mirror):
+        if step_of(path) > step:
+            remove(path)
+
+
 def restore(mirror: str | Path, out_dir: str | Path) -> None:
     """Bring the mirror's newest checkpoint to out_dir, unless one as new is there, and whole."""
     there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
@@ -230,8 +245,6 @@ def restore(mirror: str | Path, out_dir: str | Path) -> None:
     for path in reversed(there):
         if step_of(path) <= here:
             return
-        if (damaged := Path(out_dir) / 'checkpoints' / path.name).exists():
-            set_aside(damaged)
         if fetch(path, Path(out_dir)):
             return
 
@@ -243,17 +256,23 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def fetch(path: Path, out_dir: Path) -> bool:
-    """Copy a checkpoint from the mirror, if it is whole, with what lies beside the checkpoints."""
+def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
+    """Copy a checkpoint from the mirror, if it is whole, with what lies beside the checkpoints.
+
+    manifest: the hash of its manifest; what is there in its place is set aside.
+    """
     final = out_dir / 'checkpoints' / path.name
     final.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(out_dir / '.fetch.lock'):  # several processes of a machine may come
-        if final.exists():
+    with filelock.FileLock(out_dir / '.fetch.lock'):  # several machines may share the disk
+        if is_whole(final) and manifest in (None, sha256(final / MANIFEST)):
             return True
         try:
+            if final.exists():
+                set_aside(final)
             clear(final, sum(file.stat().st_size for file in path.iterdir()))
             shutil.copytree(path, hidden(final), dirs_exist_ok=True)
             verify(hidden(final))
+            flush_all(hidden(final))
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
             return False
@@ -263,4 +282,5 @@ def fetch(path: Path, out_dir: Path) -> bool:
             if beside.exists():
                 beside.replace(out_dir / beside.name)
         hidden(final).rename(final)
+        flush(final.parent)
         return True

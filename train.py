@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import folder
 from check import doubts, preflight
-from checkpoint import listed, load_model, load_optimizer, newest_run
+from checkpoint import listed, load_model, load_optimizer, newest_run, step_of
 from configurator import ConfigError, UserError, configure, one_of, within
 from data.mixture import open_data
 from engine import write_page
@@ -54,9 +54,17 @@ from origin import (
     slips,
     steps_of,
 )
-from parallel import check_shard, compile_blocks, parallelize, settle, sync_gradients, whole
+from parallel import (
+    are_finite,
+    check_shard,
+    compile_blocks,
+    parallelize,
+    settle,
+    sync_gradients,
+    whole,
+)
 from runtime import StopSignal, is_out_of_memory, on_out_of_memory, start
-from saver import Saver, check_mirror
+from saver import Saver, begin_mirror, catch_up, check_mirror
 from track import Progress, Tracker, draw_loss
 from watch import Watch
 
@@ -204,8 +212,8 @@ torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
 state |= {'seconds': 0.0}  # since the start, with compilation and evaluation; summed over starts
-raw_model, tokenizer, saved = find_model(config, resume_from)
-state |= saved
+raw_model, tokenizer, known = find_model(config, resume_from)
+state |= known
 if raw_model and (kept := keep_shape(raw_model, config)):
     say(f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say')
 init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoint', 'block_size'))
@@ -213,6 +221,10 @@ copying = partial(watch.at, 0, 'the copying of the data')
 data = runtime.wait_for_all(
     lambda: open_data(dataset, block_size, seed, objective, data_cache, copying), copying
 )
+if rank := runtime.odd_one(data.fingerprint):
+    raise UserError(
+        f'dataset {dataset} of rank {rank} is not that of rank 0: copy one to the other'
+    )
 if resume_from and state['data'] != data.fingerprint:
     say(
         f'warning: dataset {dataset} has changed since {resume_from.name} was saved; losses from '
@@ -230,6 +242,7 @@ if not shard:  # a whole one may not fit there
 # -----------------------------------------------------------------------------
 # batches: the same global batch at every world size, shared out equally
 
+first_step, first_sample = state['step'], state['samples']  # of this process
 AHEAD = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
 piece = min(short_block_size or 0, block_size)  # a shorter block_size has nothing to cut
 global_rows = gradient_accumulation_steps * batch_size  # sequences per update
@@ -265,18 +278,18 @@ def get_batch(number: int) -> tuple[dict, float]:
     what else loss_of() takes; by what to divide its loss, so that a step's sum is the step's mean.
     """
     steps, part = divmod(number, micro_steps)
-    first = state['samples'] + steps * global_rows
+    first = first_sample + steps * global_rows
     mine = first + runtime.rank * rank_rows + part * micro_rows
-    batch, parts = data.batch(mine, micro_rows, mask_documents), micro_steps
-    if state['step'] + steps < short_iters:
+    batch, divisor = data.batch(mine, micro_rows, mask_documents), micro_steps
+    if first_step + steps < short_iters:
         batch = [array.reshape(-1, piece) for array in batch]
     if objective == 'sft':  # of one row more is learned than of another
         here = data.count_targets(mine, micro_rows)
-        parts = data.count_targets(first, global_rows) / (here * runtime.world_size)
+        divisor = data.count_targets(first, global_rows) / (here * runtime.world_size)
     if objective == 'dpo':
         batch = batch if runtime.wants_compile(compile) else trim(*batch)  # compiled for one shape
         batch = [*batch, reference['train'][data.windows(mine, micro_rows)].ravel()]
-    return named(to_device(*batch)), float(parts)
+    return named(to_device(*batch)), float(divisor)
 
 
 def named(batch: list) -> dict:
@@ -385,6 +398,7 @@ def estimate_loss() -> dict[str, float] | None:
         # of targets, or of pairs
         *sums, weight, asked = runtime.reduce([*total.tolist(), stop.signal])
         if asked:
+            stop.share()
             raw_model.train()
             return None
         for name, each in zip(names, sums, strict=True):
@@ -483,11 +497,15 @@ if eval_only:
     say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()) + beside)
     runtime.leave(stop.status)
 
-step = first_step = state['step']
-samples = state['samples']
+step, samples = first_step, first_sample
 if resume_from and is_finished():
     longer = '--epochs' if epochs else '--max_iters' if step >= max_iters else '--patience'
     longer += ' (and --lr_decay_iters)' if config['lr_decay_iters'] is not None and decay_lr else ''
+    if runtime.main:  # a run that was killed on its last way out
+        if checkpoint_mirror:
+            catch_up(resume_from, checkpoint_mirror)
+        if not (out_dir / 'DONE').exists():
+            (out_dir / 'DONE').touch()
     say(f'{out_dir} is finished: {step} of {max_iters} steps; a larger {longer} goes on')
     runtime.leave()
 
@@ -499,8 +517,9 @@ def open_folder() -> None:
         check_mirror(checkpoint_mirror)
     lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
-    for where in filter(None, (out_dir, checkpoint_mirror)):
-        folder.begin(Path(where), step if resume_from else -1, overwrite)
+    folder.begin(out_dir, first_step if resume_from else -1, overwrite)
+    if checkpoint_mirror:
+        begin_mirror(checkpoint_mirror, first_step if resume_from else -1)
     if reference:
         write_reference(out_dir / REFERENCE, reference_key, reference)
     here = {'device': runtime.device, 'dtype': runtime.dtype_name}
@@ -509,11 +528,9 @@ def open_folder() -> None:
 
 runtime.agree(open_folder)
 if shard:  # each writes its part of a checkpoint there
-    unseen = 0 if (out_dir / 'config.py').exists() else runtime.rank
-    (unseen,) = runtime.reduce([unseen], 'MAX')
-    if unseen:
+    if rank := runtime.odd_one((out_dir / 'config.py').exists()):
         raise UserError(
-            f'{out_dir} of rank 0 is not there for rank {unseen:.0f}: shard=True needs an '
+            f'{out_dir} of rank 0 is not there for rank {rank}: shard=True needs an '
             '--out_dir that all machines see'
         )
 saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror)
@@ -526,8 +543,8 @@ stopping = False
 while True:
     # evaluate before the update, so that step 0 shows the untrained model
     losses = None
-    due = step >= max_iters or (eval_interval and step % eval_interval == 0)
-    if due and state['evaluated_step'] != step and not stopping:
+    to_evaluate = step >= max_iters or (eval_interval and step % eval_interval == 0)
+    if to_evaluate and state['evaluated_step'] != step and not stopping:
         watch.at(step, 'the evaluation')
         losses = estimate_loss()
         stopping = losses is None
@@ -550,10 +567,12 @@ while True:
 
     # save where there is something new: at the end, after an evaluation, every save_interval steps;
     # but no weights whose loss is not finite, for a resumed run could only go on with more of it
-    due = losses or finished or stopping or (save_interval and step % save_interval == 0)
+    to_save = losses or finished or stopping or (save_interval and step % save_interval == 0)
     new = step > first_step or (losses and step > 0)
     sound = math.isfinite(losses['val_loss']) if losses else not state['skipped']
-    if (runtime.main or shard) and due and new and sound:
+    if not sound and stopping and not losses:  # the update left out has changed nothing
+        sound = are_finite(raw_model, runtime)
+    if (runtime.main or shard) and to_save and new and sound:
         watch.at(step, 'the saving')
         save_checkpoint()
     for problem in saver.news():
@@ -575,7 +594,7 @@ while True:
     for micro_step in range(micro_steps):
         watch.at(step, 'the data')
         asked = time.perf_counter()
-        batch, parts = upcoming.popleft().result()
+        batch, divisor = upcoming.popleft().result()
         data_wait += time.perf_counter() - asked
         number += 1
         upcoming.append(batches.submit(get_batch, number + AHEAD - 1))
@@ -583,7 +602,7 @@ while True:
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == micro_steps - 1)
         with runtime.autocast():
-            loss = loss_of(model, **batch, beta=dpo_beta) / parts
+            loss = loss_of(model, **batch, beta=dpo_beta) / divisor
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for each in optimizers:
@@ -598,6 +617,8 @@ while True:
     finite = math.isfinite(mean_loss + norm)
     bad = not (finite or overflow)
     bad, stopping = (flag > 0 for flag in runtime.reduce([bad, stop.signal], 'MAX'))
+    if stopping:
+        stop.share()
     if finite and not bad:
         for each in optimizers:
             each.step()
@@ -638,7 +659,6 @@ saver.finish()
 for problem in saver.news():
     say(f'warning: {problem}')
 batches.shutdown(cancel_futures=True)
-stop.release()
 if runtime.main:
     with closing(tracker):
         if saver.failure:
@@ -648,15 +668,18 @@ if runtime.main:
                 f'the validation loss is {state["val_loss"]} at step {step}, and those weights are '
                 f'not saved: lower {rates}'
             )
+        if finished:
+            (out_dir / 'DONE').touch()
+        stop.release()
         with suppress(OSError):  # a full disk
             say(f'loss curve: {draw_loss(out_dir)}')
         if finished:
-            (out_dir / 'DONE').touch()
             report_end()
-        elif saved := listed(out_dir):
+        elif paths := listed(out_dir):
             config_file = shlex.quote(str(out_dir / 'config.py'))
             command = f'python train.py {config_file} --init_from=resume'
-            say(f'stopped at step {step}; {saved[-1].name} is saved, continue with: {command}')
+            kept = 'is saved' if step_of(paths[-1]) == step else 'is the last that is sound'
+            say(f'stopped at step {step}; {paths[-1].name} {kept}, continue with: {command}')
         else:
             say(f'stopped at step {step}, with nothing to save yet; the same command starts again')
 runtime.leave(0 if finished else stop.status)

@@ -207,7 +207,7 @@ def metrics(out_dir, key='loss'):
 
 def steps(out_dir):
     """The steps of a run's checkpoints."""
-    return [int(path.name[5:]) for path in checkpoint.listed(out_dir)]
+    return [checkpoint.step_of(path) for path in checkpoint.listed(out_dir)]
 
 
 def hashes(path):

@@ -1,7 +1,7 @@
 """
 Saves checkpoints in processes that are killed, each at one more file operation.
 
-$ python tests/killed.py background|part-0|part-1|mirror FOLDER
+$ python tests/killed.py background|again|part-0|part-1|mirror|mirror-again FOLDER
 
 Prints a line of JSON for each kill: the step that was being saved, the last one that can be loaded
 afterwards, and what is in the folder of checkpoints once the next one has been saved. Damage that
@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from runtime import Runtime
 
 WHAT, FOLDER = sys.argv[1], Path(sys.argv[2])
+AGAIN, MIRRORED = WHAT.endswith('again'), WHAT.startswith('mirror')
 OUT_DIR, MIRROR = FOLDER / 'run', FOLDER / 'mirror'
 model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
 optimizer = torch.optim.AdamW(model.parameters())
@@ -53,8 +54,8 @@ def killed(child: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
-def state_of(step):
-    return {'step': step, 'val_loss': 1.0 + step, 'evaluated': True}
+def state_of(step, evaluated=True):
+    return {'step': step, 'val_loss': 1.0 + step, 'evaluated': evaluated}
 
 
 def in_background(step):
@@ -90,7 +91,11 @@ def save(step, at=None) -> bool:
     """Save a step, as WHAT says -> whether it was killed at operation number `at`."""
     for parameter in model.parameters():
         parameter.data += 0.01
-    if WHAT == 'background':
+    if AGAIN:  # first as on the way out of a run, then as the next one evaluates it
+        path = checkpoint.save(OUT_DIR, model, [optimizer], None, state_of(step, False))
+        if MIRRORED:
+            saver.send(path, MIRROR, False)
+    if WHAT in ('background', 'again'):
         return killed(forked(in_background, step, at=at))
     if WHAT.startswith('part'):
         return in_parts(step, at, victim=int(WHAT[-1]))
@@ -101,7 +106,7 @@ def save(step, at=None) -> bool:
 def last_step(number) -> int:
     """That of the checkpoint a new process would go on from."""
     where = OUT_DIR
-    if WHAT == 'mirror':
+    if MIRRORED:
         where = FOLDER / f'new-{number}'
         saver.restore(MIRROR, where)
     model_, _, state = checkpoint.load(checkpoint.find(where, 'last'))
@@ -122,5 +127,5 @@ while died and at < 999:
     reached = last_step(number)
     number += 1
     save(number)
-    left = sorted(path.name for path in checkpoint.listed(MIRROR if WHAT == 'mirror' else OUT_DIR))
+    left = sorted(path.name for path in checkpoint.listed(MIRROR if MIRRORED else OUT_DIR))
     print(json.dumps([number - 1, reached, left]))

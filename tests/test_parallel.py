@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODERN, metrics, steps
+from conftest import MODERN, make_dataset, metrics, steps
 from safetensors import safe_open
 from test_faults import SHARE
 
@@ -231,6 +231,19 @@ def test_a_dataset_that_one_rank_lacks_is_named_by_it_and_the_others_leave(
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_dataset_that_is_another_on_one_rank_is_refused_by_all(ranks, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / '0' / 'letters')
+    make_dataset(tmp_path / '1' / 'letters', seed=1)
+    crew = ranks(
+        2,
+        *(f'--out_dir={tmp_path}/run', '--dataset=./letters'),
+        before=lambda rank: f'import os; os.chdir({str(tmp_path / str(rank))!r})',
+    )
+    assert crew.end(30) == [2, 2]
+    assert crew.err.count('dataset ./letters of rank 1 is not that of rank 0') == 2
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.faults
 def test_a_rank_that_does_not_come_is_named(ranks, tmp_path):
     args = (f'--out_dir={tmp_path}/run', '--hang_timeout=1')
@@ -277,7 +290,9 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, sh
     """Two machines that share no disk: each rank has a folder of its own."""
     for name in 'ab':
         (tmp_path / name).mkdir()
-    where = lambda rank: f'import os; os.chdir({str(tmp_path / "ab"[rank])!r})'  # noqa: E731
+    where = lambda rank: (  # noqa: E731
+        f'import os; os.environ["LOCAL_RANK"] = "0"; os.chdir({str(tmp_path / "ab"[rank])!r})'
+    )
     args = ('--out_dir=run', '--hang_timeout=4', f'--shard={shard}')
     crew = ranks(2, *args, before=where)
     if shard:  # which is noticed before the first part is written
@@ -286,11 +301,18 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, sh
         return
     assert crew.end(30) == [0, 0], crew.err
     crew = ranks(2, *args, '--init_from=resume', '--max_iters=6', before=where)
-    assert crew.end(30) == [1, 2]
-    assert 'step-00000004 is not on this machine' in crew[1].err
+    assert crew.end(30) == [2, 2]
+    assert crew.err.count('step-00000004 of rank 1 is missing on its machine') == 2
     mirror = f'--checkpoint_mirror={tmp_path}/mirror'
     shutil.copytree(tmp_path / 'a' / 'run', tmp_path / 'mirror')
     args = (*args, mirror, '--init_from=resume', '--max_iters=6')
     crew = ranks(2, *args, before=where)
     assert crew.end(30) == [0, 0], crew.err
     assert steps(tmp_path / 'a' / 'run')[-1] == 6
+    # what that machine has is looked at, and brought again if it is not whole
+    last = find(tmp_path / 'a' / 'run', 'last')
+    shutil.copytree(last, tmp_path / 'b' / 'run' / 'checkpoints' / last.name)
+    (tmp_path / 'b' / 'run' / 'checkpoints' / last.name / 'optimizer.safetensors').write_bytes(b'')
+    crew = ranks(2, *args[:-1], '--max_iters=8', before=where)
+    assert crew.end(30) == [0, 0], crew.err
+    assert f'{last.name}.aside1' in os.listdir(tmp_path / 'b' / 'run' / 'checkpoints')

@@ -551,8 +551,10 @@ def test_what_a_resumed_run_evaluates_first_is_saved_with_its_checkpoint(
     assert not checkpoint.read_state(last)['evaluated']
     # the step it stopped at stays the best: what follows makes the model worse
     run_here(f'--out_dir={tmp_path}', '--init_from=resume', '--learning_rate=5.0')
-    assert checkpoint.read_state(last)['evaluated']
-    assert find(tmp_path, 'best') == last
+    again = last.with_name(f'{last.name}.again')
+    assert checkpoint.read_state(again)['evaluated']
+    assert not last.exists()
+    assert find(tmp_path, 'best') == again
 
 
 def test_a_read_error_is_not_taken_for_damage(copied, run_here, monkeypatch):
@@ -723,6 +725,18 @@ def test_ctrl_c_in_a_real_process_loses_no_step(tiny, tmp_path, environment, run
     assert run_here(f'--out_dir={tmp_path}/a', *args, '--init_from=resume', more) == 0
     run_here(f'--out_dir={tmp_path}/b', *args, more)
     assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+
+
+def test_a_run_that_was_killed_before_it_could_say_so_is_done_and_mirrored_by_the_next_start(
+    run_here, source, tmp_path
+):
+    run, mirror = tmp_path / 'run', tmp_path / 'mirror'
+    shutil.copytree(source, run)
+    (run / 'DONE').unlink()
+    again = (f'--out_dir={run}', '--auto_resume', '--max_iters=20', f'--checkpoint_mirror={mirror}')
+    assert run_here(*again) == 0
+    assert (run / 'DONE').exists()
+    assert steps(mirror) == steps(run)[-1:]
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(run_here, source, capsys):
@@ -1234,6 +1248,9 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp
     class Three(runtime.Runtime):
         def agree(self, decide):
             return decide()
+
+        def reduce(self, values, how='SUM'):
+            return values
 
     three = Three('cpu', torch.float32, 0, 3)
     monkeypatch.setattr(runtime, 'start', lambda *args: three)
