@@ -59,10 +59,13 @@ def preflight(config: dict, runtime: Runtime, resuming: bool) -> int:
     asked = ['memory'] if not config['check'] else list(SUBJECTS)
     asked = asked if runtime.main else [name for name in asked if name in ('device', 'memory')]
     mine = [(name, *line) for name in asked for line in check.look(name)]
-    worst = any(level == 'no' for _, level, _ in mine)
+    worst, told = any(level == 'no' for _, level, _ in mine), set()
     for rank, lines in enumerate(gathered(mine, runtime)):
         worst = worst or any(level == 'no' for _, level, _ in lines)
         for name, level, text in lines if runtime.main else ():
+            if level == 'no' and text in told:  # one mistake, which is in the way of much
+                continue
+            told.add(text)
             of = f' of rank {rank}' if rank else ''
             plain = not config['check'] and '\n' in text  # a table, of which no line is an error
             if not rank or level != 'ok':
@@ -215,12 +218,29 @@ class Preflight:
         data = Dataset(where, block, config['seed'], config['objective'])
         counts = ', '.join(f'{data.tokens[split]:,} {split}' for split in SPLITS)
         yield 'ok', f'{where.name}: {counts} tokens in windows of {data.block_size}'
-        yield from check_shards(data, self.runtime.live)
+        yield from check_shards(data, self.runtime.live, 'prepare the dataset again')
+        if config['data_cache']:
+            yield from self.copy_of(where)
         if data.vocab_size > self.find_shape().vocab_size:
             raise UserError(
                 f'it has {data.vocab_size} different tokens, and the model only '
                 f'{self.find_shape().vocab_size}: prepare it with the tokenizer of the model'
             )
+
+    def copy_of(self, source: Path) -> Iterator[tuple[str, str]]:
+        from data.cache import is_whole, place_in  # requests is slow to import
+
+        cache = self.config['data_cache']
+        copy = place_in(cache, source, (source / 'meta.json').read_bytes())
+        if not os.access(existing(cache), os.W_OK):
+            raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
+        if is_whole(copy):
+            data = Dataset(copy, 1, objective=self.config['objective'])
+            yield from check_shards(data, self.runtime.live, 'delete this copy')
+            return
+        size = sum(file.stat().st_size for file in source.rglob('*.bin'))
+        text = f'{copy}: will be {size / 1e9:,.2f} GB, {free_on(cache) / 1e9:,.2f} GB free'
+        yield 'ok' if size < free_on(cache) else 'no', text
 
     def tokenizer(self) -> Iterator[tuple[str, str]]:
         if self.data is None:
@@ -355,7 +375,7 @@ def foreign_shape(where: str) -> dict:
     raise CheckpointError(f'{where}: not here yet, so its shape is not known; fetch it first')
 
 
-def check_shards(data: Dataset, live: bool) -> Iterator[tuple[str, str]]:
+def check_shards(data: Dataset, live: bool, cure: str) -> Iterator[tuple[str, str]]:
     """Every id within the vocabulary, every hash as it was written; UserError names the file."""
     meta = read_meta(data.folder)
     shards = [shard for split in SPLITS for shard in meta['splits'][split]['shards']]
@@ -367,9 +387,12 @@ def check_shards(data: Dataset, live: bool) -> Iterator[tuple[str, str]]:
     whole, hashed = size <= READ_ALL, 0
     with tqdm(total=len(files), desc='reading the dataset', disable=not live, leave=False) as bar:
         for path, digest, ids in files:
-            found = read_through(path, meta['dtype'] if ids else None, data.vocab_size, whole)
+            try:
+                found = read_through(path, meta['dtype'] if ids else None, data.vocab_size, whole)
+            except ValueError as error:
+                raise UserError(f'{error}: {cure}') from error
             if whole and digest and found != digest:
-                raise UserError(f'{path}: is not what was written; prepare the dataset again')
+                raise UserError(f'{path}: is not what was written: {cure}')
             hashed += bool(whole and digest)
             bar.update()
     if not whole:
@@ -385,7 +408,10 @@ def check_shards(data: Dataset, live: bool) -> Iterator[tuple[str, str]]:
 
 
 def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) -> str:
-    """The sha256 of a file, all of whose ids are looked at, or those of some pieces."""
+    """The sha256 of a file, all of whose ids are looked at, or those of some pieces.
+
+    ValueError names the first that is not in the vocabulary.
+    """
     digest, size = hashlib.sha256(), path.stat().st_size
     step = PIECE if whole else max(PIECE, size // PIECES // 4 * 4)
     with path.open('rb') as file:
@@ -397,9 +423,9 @@ def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) ->
                 ids = np.frombuffer(raw, np.dtype(dtype).newbyteorder('<'))
                 if ids.max() >= vocab_size:
                     at = start + int(ids.argmax()) * ids.itemsize
-                    raise UserError(
+                    raise ValueError(
                         f'{path}: token id {ids.max()} at byte {at} is outside the vocabulary of '
-                        f'{vocab_size}: prepare the dataset again'
+                        f'{vocab_size}'
                     )
     return digest.hexdigest()
 

@@ -379,7 +379,7 @@ def find(where: str | Path, which: str = 'best') -> Path:
         raise CheckpointError(
             f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
-    if is_foreign(where):
+    if is_foreign(where) and (where.exists() or str(where) in RELEASED):
         raise CheckpointError(f'{where}: is not of a run, so leave out --checkpoint')
     if not where.is_dir():
         hint = did_you_mean(str(where).lower(), RELEASED)

@@ -45,6 +45,11 @@ def find_start(
         nonlocal lock
         if listed(out_dir) and not config['eval_only']:
             lock = folder.lock(out_dir)
+        if config['eval_only'] and not resuming and listed(out_dir):
+            raise ConfigError(
+                f'eval_only: {out_dir} has a run; --init_from=resume evaluates that, another '
+                '--out_dir what init_from names'
+            )
         if not resuming:
             for where in () if config['overwrite'] else filter(None, (out_dir, mirror)):
                 folder.check_free(Path(where))
@@ -214,6 +219,8 @@ def fit_to_data(
 ) -> tuple[GPT, Tokenizer | None]:
     """A model for the data: the one there is, if both have the same tokens, or a new one."""
     dataset, where = config['dataset'], config['init_from']
+    if where == 'scratch':  # of a run that goes on
+        where = config['out_dir']
     if model is None:
         return GPT(new_shape(data, config)), tokenizer_of(data, say)
     if tokenizer is None:  # of a model that came without one

@@ -8,6 +8,7 @@ The machine a script finds itself on: device, number format, processes, and what
 import ctypes
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -89,6 +90,15 @@ class Runtime:
     def main(self) -> bool:
         """Whether this process prints and writes files: one does, whatever the world size."""
         return self.rank == 0
+
+    @property
+    def launcher(self) -> str:
+        """What starts as many processes; what starts other machines, nobody here knows."""
+        here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if self.world_size == 1:
+            return 'python'
+        many = '--standalone' if here == self.world_size else '...'
+        return f'torchrun {many} --nproc_per_node={here}'
 
     @property
     def first_here(self) -> bool:
@@ -197,11 +207,13 @@ class Runtime:
     def share(self, rows: int, at_once: int) -> tuple[int, int]:
         """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
         if rows % self.world_size:
-            near = rows // self.world_size * self.world_size
+            each = self.world_size // math.gcd(self.world_size, at_once)
+            near = rows // at_once // each * each
             raise ConfigError(
                 f'gradient_accumulation_steps * batch_size is {rows} sequences, which '
-                f'{self.world_size} processes cannot share equally; make it '
-                f'{near or self.world_size} or {near + self.world_size}'
+                f'{self.world_size} processes cannot share equally; '
+                f'take --gradient_accumulation_steps={near + each}'
+                + (f' or {near}' if near else '')
             )
         mine = rows // self.world_size
         return mine, next(n for n in range(min(at_once, mine), 0, -1) if mine % n == 0)

@@ -34,6 +34,7 @@ from checkpoint import (
     listed,
     place,
     prune,
+    read_state,
     saved_before,
     set_aside,
     sha256,
@@ -43,7 +44,7 @@ from checkpoint import (
     verify,
     write,
 )
-from configurator import UserError
+from configurator import ConfigError, UserError
 from runtime import Runtime
 
 SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
@@ -64,10 +65,12 @@ class Saver:
         sharded: bool = False,
         keep_evaluated: bool = False,
         mirror: str | Path | None = None,
+        run: str | None = None,
     ):
         self.out_dir, self.runtime, self.keep_evaluated = Path(out_dir), runtime, keep_evaluated
         self.rank, self.ranks = (runtime.rank, runtime.world_size) if sharded else (0, 1)
         self.mirror = Path(mirror) if mirror and runtime.main else None
+        self.run = run  # as state.json calls it: the mirror of another is left alone
         self.failure: str | None = None
         self._times: dict[str, float] = {}
         self._news: list[str] = []
@@ -141,7 +144,7 @@ class Saver:
 
     def _send(self, final: Path) -> None:
         try:
-            send(final, self.mirror, self.keep_evaluated)
+            send(final, self.mirror, self.keep_evaluated, self.run)
         except Exception as error:  # in a thread, where nobody would hear of it
             if final.exists():
                 self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
@@ -181,9 +184,15 @@ def give_way() -> None:
 # the mirror: a folder that may be an object store, which has no renaming and no flushing
 
 
-def send(path: Path, mirror: Path, keep_evaluated: bool) -> None:
-    """Copy a checkpoint, and what lies beside the checkpoints, to the mirror."""
+def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None) -> None:
+    """Copy a checkpoint, and what lies beside the checkpoints, to the mirror.
+
+    run: of whom it has to be, if it is of anybody. OSError where it is not, or cannot be written.
+    """
     target = mirror / 'checkpoints' / path.name
+    owners = {(read_state(other) or {}).get('run') for other in listed(mirror)}
+    if run and owners - {None, run}:
+        raise OSError('it has checkpoints of another run: give each a --checkpoint_mirror')
     for other in listed(mirror):
         if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
             remove(other)
@@ -217,7 +226,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_mirror(mirror: str | Path) -> None:
+def check_mirror(mirror: str, out_dir: str | Path | None) -> None:
+    """Refuse what cannot be a second place."""
+    if '://' in mirror:
+        raise ConfigError(
+            f'checkpoint_mirror={mirror!r}: mount the bucket, and give the folder it is mounted at'
+        )
+    if out_dir and Path(mirror).resolve() == Path(out_dir).resolve():
+        raise ConfigError(f'checkpoint_mirror={mirror!r} is the out_dir: give a second folder')
+
+
+def probe_mirror(mirror: str | Path) -> None:
     """Raise UserError unless the mirror can be written."""
     probe = Path(mirror) / '.write'
     try:

@@ -12,6 +12,7 @@ The run's folder gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-
 """
 
 import math
+import secrets
 import shlex
 import sys
 import time
@@ -64,7 +65,7 @@ from parallel import (
     whole,
 )
 from runtime import StopSignal, is_out_of_memory, on_out_of_memory, start
-from saver import Saver, begin_mirror, catch_up, check_mirror
+from saver import Saver, begin_mirror, catch_up, check_mirror, probe_mirror
 from track import Progress, Tracker, draw_loss
 from watch import Watch
 
@@ -183,8 +184,9 @@ one_of(('lm', 'sft', 'dpo'), config, 'objective')
 
 runtime = start(device, dtype, backend, hang_timeout, config, offload)
 watch = Watch(runtime, hang_timeout)
-if shard:
-    check_shard(runtime, offload)
+check_shard(runtime, shard, offload)
+if checkpoint_mirror:
+    check_mirror(checkpoint_mirror, out_dir)
 on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
 if check or plan:
     watch.at(0, 'the check')
@@ -211,6 +213,7 @@ resume_from, lock = find_start(config, runtime, resuming)
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
+state |= {'run': runtime.agree(lambda: secrets.token_hex(8))}  # whose checkpoints these are
 state |= {'seconds': 0.0}  # since the start, with compilation and evaluation; summed over starts
 raw_model, tokenizer, known = find_model(config, resume_from)
 state |= known
@@ -482,6 +485,8 @@ def report_end() -> None:
         each = ' in each process' if runtime.world_size > 1 else ''
         say(f'peak memory {peak / 1e6:,.0f} MB{each}')
     show_sample(sample_tokens)
+    if not listed(out_dir):
+        say(f'no step was trained, so there is no checkpoint in {out_dir}')
     for path in listed(out_dir)[-1:]:
         say(f'checkpoint: {path}')
         say(f'more: python sample.py --out_dir={shlex.quote(str(out_dir))}')
@@ -514,7 +519,7 @@ def open_folder() -> None:
     """Take the folder for this run. From here on it changes, so whatever can fail comes first."""
     global lock, tracker
     if checkpoint_mirror:
-        check_mirror(checkpoint_mirror)
+        probe_mirror(checkpoint_mirror)
     lock = folder.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
     folder.begin(out_dir, first_step if resume_from else -1, overwrite)
@@ -533,7 +538,7 @@ if shard:  # each writes its part of a checkpoint there
             f'{out_dir} of rank 0 is not there for rank {rank}: shard=True needs an '
             '--out_dir that all machines see'
         )
-saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror)
+saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror, state['run'])
 progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batches while this one is computed
@@ -662,7 +667,8 @@ batches.shutdown(cancel_futures=True)
 if runtime.main:
     with closing(tracker):
         if saver.failure:
-            raise UserError(f'{saver.failure}; make room and continue with --init_from=resume')
+            again = 'continue with --init_from=resume' if listed(out_dir) else 'start again'
+            raise UserError(f'{saver.failure}; make room and {again}')
         if finished and not math.isfinite(state['val_loss']):
             raise UserError(
                 f'the validation loss is {state["val_loss"]} at step {step}, and those weights are '
@@ -677,7 +683,7 @@ if runtime.main:
             report_end()
         elif paths := listed(out_dir):
             config_file = shlex.quote(str(out_dir / 'config.py'))
-            command = f'python train.py {config_file} --init_from=resume'
+            command = f'{runtime.launcher} train.py {config_file} --init_from=resume'
             kept = 'is saved' if step_of(paths[-1]) == step else 'is the last that is sound'
             say(f'stopped at step {step}; {paths[-1].name} {kept}, continue with: {command}')
         else:

@@ -69,7 +69,7 @@ def copied(source: str | Path, cache: str | Path, alive: Callable = lambda: None
     if not is_url(source):
         read_meta(Path(source))  # refuses a preparation that was interrupted
     raw = fetched(source, 'meta.json')
-    folder = Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / name_of(source)
+    folder = place_in(cache, source, raw)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with turn(folder, alive):
@@ -78,6 +78,11 @@ def copied(source: str | Path, cache: str | Path, alive: Callable = lambda: None
     except OSError as error:
         raise UserError(f'{folder}: cannot be written: {error.strerror or error}') from error
     return folder
+
+
+def place_in(cache: str | Path, source: str | Path, raw: bytes) -> Path:
+    """Where the copy is of the dataset at `source` whose meta.json is `raw`."""
+    return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / name_of(str(source))
 
 
 def name_of(source: str) -> str:

@@ -439,7 +439,7 @@ class Dataset:
         raise UserError(
             f'{self.folder / name}: token id {ids[row, column]} at byte {position * ids.itemsize} '
             f'is outside the vocabulary of {self.vocab_size}; the file is damaged or was made with '
-            'another tokenizer: prepare the dataset again'
+            'another tokenizer: prepare the dataset again (a copy in data_cache: delete it)'
         )
 
     def _check_objective(self, objective: str) -> None:

@@ -134,7 +134,10 @@ class Mixture:
             if not share:
                 raise UserError(f'{part.folder}: its weight is less than one sample of {BLOCK:,}')
             if names.count(part.name) > 1:
-                raise UserError(f'{part.folder}: another dataset of the mixture is called so, too')
+                raise UserError(
+                    f'{part.folder}: another dataset of the mixture is called {part.name}, too; '
+                    'rename one of the two'
+                )
             if part.tokenizer != first.tokenizer or part.vocab_size != first.vocab_size:
                 raise UserError(
                     f'{part.folder} was made with the tokenizer {part.tokenizer.name} and '
