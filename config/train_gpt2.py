@@ -17,7 +17,7 @@ max_iters = 600000
 lr_decay_iters = None  # until the last step
 warmup_iters = 2000
 
-eval_interval = 1000
+eval_interval = 1000  # and a checkpoint: at nanoGPT's pace a power cut costs at most 12 minutes
 eval_iters = 200  # 200 * 12 sequences = 2.5 million tokens: the loss is good to about 0.01
 log_interval = 10
 always_save_checkpoint = False  # 600 checkpoints of 1.5 GB would be too many

@@ -16,10 +16,19 @@
 
 set -uo pipefail
 
-out_dir=out/slurm-$SLURM_JOB_ID # the number stays the same from turn to turn
-for arg; do
-  case $arg in --out_dir=*) out_dir=${arg#*=} ;; esac
-done
+set -- "--out_dir=out/slurm-$SLURM_JOB_ID" "$@" # unless they name one; the number stays the same
+# the folder in the end, as train.py will understand it; what it would refuse ends the job here
+out_dir=$(
+  python - "$@" << 'END' | tail -n 1
+import ast, sys
+import configurator
+
+settings = {'__file__': 'train.py'}
+block, _ = configurator.settings_block('train.py')
+exec(compile(ast.Module(block, []), 'train.py', 'exec'), settings)
+print(configurator.configure(settings, sys.argv[1:])['out_dir'])
+END
+) || exit
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD=$head:$((20000 + SLURM_JOB_ID % 10000)) # two jobs on a node must not meet at one port
@@ -35,14 +44,18 @@ node='exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GP
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 train.py "$@"'
 
 # bash runs a trap only between commands, so the step is in the background, where `wait` can be
-# interrupted. The first node to end must not take the others along, one of which may still be
-# saving; but 300 s after one that failed for good, they are ended.
-srun --kill-on-bad-exit=0 --wait=300 \
+# interrupted. The first node to end, well or not, must not take along another that is still saving
+# or fills the mirror: srun would count from it, and 0 is without end. Nodes that wait for one that
+# is lost end by themselves, when their torchrun has waited ten minutes.
+srun --kill-on-bad-exit=0 --wait=0 \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-  bash -c "$node" torchrun "$@" --out_dir="$out_dir" --auto_resume &
+  bash -c "$node" torchrun "$@" --auto_resume &
 step=$! again=
 trap 'again=1; kill -USR1 $step' USR1
-trap 'kill -USR1 $step' TERM # scancel, or a preemption: SLURM knows whether to queue it again
+# scancel, or a preemption: SLURM knows whether to queue it again. It kills all after KillWait, 30 s
+# unless slurm.conf says otherwise, whatever --shutdown-timeout says; a save that takes longer has
+# its time after `scancel --batch --signal=TERM JOB`.
+trap 'kill -USR1 $step' TERM
 wait $step
 status=$?
 while kill -0 $step 2> /dev/null; do

@@ -90,6 +90,14 @@ def test_the_user_is_not_root_once_all_is_installed():
     assert int(user) > 0
 
 
+def test_the_readme_starts_what_is_no_server_without_the_health_check():
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    started = re.findall(r'docker run (.*?) flatgpt (\w+\.py)', readme)
+    assert started
+    for flags, script in started:
+        assert script == 'api.py' or '--no-healthcheck' in flags.split()
+
+
 def test_the_health_check_asks_a_path_of_the_server_at_its_port():
     ((_, check),) = steps('HEALTHCHECK')
     port, path = re.search(r'http://127\.0\.0\.1:(\d+)(/\w+)', check).groups()
@@ -105,8 +113,9 @@ def test_what_is_pinned_is_what_pyproject_allows():
     pinned = dict(line.split('==') for line in text.splitlines() if '==' in line)
     pinned |= dict(re.findall(r'pip install (\w+)==([\d.]+)', DOCKERFILE))
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
-    extras = [each for each in project['optional-dependencies']['all'] if 'tensorboard' in each]
-    for each in map(Requirement, project['dependencies'] + extras):
+    extras = map(Requirement, project['optional-dependencies']['all'])
+    extras = [each for each in extras if each.name in ('tensorboard', 'pyarrow')]
+    for each in [*map(Requirement, project['dependencies']), *extras]:
         assert each.specifier.contains(pinned[each.name]), each
     assert re.fullmatch(r'python:3\.\d+\.\d+-slim-\w+', steps('FROM')[0][1])
 

@@ -1,17 +1,23 @@
 """launch/skypilot.yaml: SkyPilot's own check, and its commands on two "machines" without it."""
 
+import ast
 import contextlib
+import glob
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, hashes, steps
+from packaging.requirements import Requirement
 
 from checkpoint import find
 
@@ -47,6 +53,87 @@ def test_skypilot_takes_the_task_as_it_is_meant(environment, tmp_path):
     wrong = tmp_path / 'wrong.yaml'
     wrong.write_text(text.replace('job_recovery', 'job_recover'), encoding='utf-8')
     assert 'job_recover' in checked(wrong, environment).stderr
+
+
+# -----------------------------------------------------------------------------
+# what the machines get: .skyignore as rsync reads it, for `sky launch`, and as SkyPilot itself
+# does, for a bucket or its server
+
+SENT = ('*.py', 'data/*.py', 'data/*/prepare.py', 'config/*.py', 'launch/*', 'web/*')
+SENT += ('pyproject.toml', 'README.md', 'LICENSE')  # which setuptools reads
+KEPT_HERE = """
+    .git/config .venv/bin/python venv/bin/python __pycache__/train.pyc data/__pycache__/encode.pyc
+    flatgpt.egg-info/PKG-INFO out/mine/config.py out-poe/checkpoints/step-00000001/model.safetensors
+    wandb/run/log bench.json data/openwebtext/train.bin data/openwebtext/part-00000/train.bin
+    data/mine/meta.json data/mine/pages/1.html data/mine/.lock data/poe/input.txt
+    data/sre/__pycache__/prepare.pyc
+"""
+
+
+def by_rsync(folder):
+    command = ['rsync', '-a', '--filter=dir-merge,- .skyignore', f'{folder}/', f'{folder}-there']
+    subprocess.run(command, check=True)
+    return files_of(Path(f'{folder}-there'))
+
+
+def by_glob(folder):
+    excluded = set()
+    for line in (folder / '.skyignore').read_text(encoding='utf-8').splitlines():
+        if line and line[0] != '#':
+            pattern = f'{folder}{line}' if line[0] == '/' else f'{folder}/**/{line}'
+            excluded |= {Path(path) for path in glob.glob(pattern, recursive=True)}
+    kept = [each for each in folder.rglob('*') if not excluded & {each, *each.parents}]
+    return files_of(folder) & {each.relative_to(folder) for each in kept}
+
+
+def files_of(folder):
+    return {path.relative_to(folder) for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('reader', [by_rsync, by_glob])
+def test_the_machines_get_all_scripts_and_neither_data_nor_runs(reader, tmp_path):
+    if reader is by_rsync and not shutil.which('rsync'):
+        pytest.skip('needs rsync')
+    sent = {path.relative_to(ROOT) for pattern in SENT for path in ROOT.glob(pattern)}
+    here = tmp_path / 'here'
+    for path in {*sent, *map(Path, KEPT_HERE.split())}:
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).touch()
+    shutil.copy(ROOT / '.skyignore', here)
+    assert reader(here) - {Path('.skyignore')} == sent
+
+
+def imports(script):
+    """The modules that a script cannot do without: those that it only tries are left out."""
+    tree = ast.parse(script.read_text(encoding='utf-8'))
+    tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+    tried = {each for node in tries for each in ast.walk(node)}
+    for node in ast.walk(tree):
+        if node not in tried and isinstance(node, ast.ImportFrom):
+            yield node.module
+        if node not in tried and isinstance(node, ast.Import):
+            yield from (each.name for each in node.names)
+
+
+def test_setup_installs_what_it_prepares_the_data_with():
+    tomllib = pytest.importorskip('tomllib', reason='needs Python 3.11')
+    yaml = pytest.importorskip('yaml')
+    task = yaml.safe_load(TASK.read_text(encoding='utf-8'))
+    scripts, packages = [ROOT / task['envs']['PREPARE'].split()[1]], set()
+    for script in scripts:  # to which are added those of ours that they import
+        for name in imports(script):
+            ours = ROOT / f'{name.replace(".", "/")}.py'
+            if not ours.is_file():
+                packages.add(name.split('.')[0])
+            elif ours not in scripts:
+                scripts.append(ours)
+
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    named = re.search(r'uv pip install -q -e \. (.*)', task['setup'])[1]
+    named = [*project['dependencies'], *shlex.split(named, comments=True)]
+    installed = {Requirement(each).name.replace('-', '_') for each in named}
+    assert packages - sys.stdlib_module_names <= installed
+    assert {'pyarrow', 'tiktoken', 'huggingface_hub'} <= packages
 
 
 # -----------------------------------------------------------------------------

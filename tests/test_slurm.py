@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, hashes, metrics, steps
@@ -36,6 +37,14 @@ case $1 in
   *) echo "$@" >> "$CALLS" ;;
 esac
 """
+# srun that trains nothing, and at the signal has the run be finished in the folder $FINISHED
+IDLE = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$CALLS.srun"
+trap 'mkdir -p "$FINISHED"; touch "$FINISHED/DONE"; exit 1' USR1
+sleep 0.2  # until the script has its traps
+echo started
+while :; do sleep 0.05; done
+"""
 NODES = {'SLURM_JOB_NODELIST': '127.0.0.1,127.0.0.2'}
 
 
@@ -60,11 +69,11 @@ def requeued(cluster):
 
 
 @contextlib.contextmanager
-def turn(cluster, *args):
+def turn(cluster, *args, cwd=ROOT):
     """The script at work, as sbatch starts it: in the folder it was handed in from."""
     command = ['bash', str(SCRIPT), *map(str, args)]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
-    process = subprocess.Popen(command, cwd=ROOT, env=cluster, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=cwd, env=cluster, start_new_session=True, **pipes)
     try:
         yield process
     finally:
@@ -110,16 +119,82 @@ def test_a_run_that_ends_on_two_nodes_is_not_queued_again(cluster, tiny, tmp_pat
     assert requeued(cluster) == []
 
 
+@pytest.mark.parametrize(
+    ('args', 'out_dir'),
+    [
+        ([], 'out/slurm-{job}'),
+        (['tiny.py', '--n_layer=2'], 'out/slurm-{job}'),
+        (['mine.py'], 'mine'),
+        (['mine.py', '--out_dir=other'], 'other'),
+        (['--out_dir=other', 'mine.py'], 'mine'),
+    ],
+)
+def test_a_run_is_finished_when_it_says_so_in_the_folder_that_config_or_flag_names(
+    cluster, tiny, tmp_path, args, out_dir
+):
+    out_dir = out_dir.format(job=cluster['SLURM_JOB_ID'])
+    here = tmp_path / 'here'
+    here.mkdir()
+    (here / 'train.py').symlink_to(ROOT / 'train.py')
+    (here / 'tiny.py').symlink_to(tiny)
+    mine = "out_dir = 'mine'\nprint('a config that talks')"
+    (here / 'mine.py').write_text(mine, encoding='utf-8')
+    (tmp_path / 'programs' / 'srun').write_text(IDLE, encoding='utf-8')
+    for finished in ('elsewhere', out_dir):
+        with turn({**cluster, 'FINISHED': finished}, *args, cwd=here) as process:
+            assert process.stdout.readline() == 'started\n'
+            process.send_signal(signal.SIGUSR1)
+            assert finish(process) == (0, '')
+    assert len(requeued(cluster)) == 1  # after the first turn, and not after the second
+    told = Path(cluster['CALLS'] + '.srun').read_text(encoding='utf-8').splitlines()
+    default = f'--out_dir=out/slurm-{cluster["SLURM_JOB_ID"]}'
+    assert told[-len(args) - 3 :] == ['torchrun', default, *args, '--auto_resume']
+
+
+@pytest.mark.parametrize(
+    ('args', 'line'),
+    [
+        (
+            ['--learning_rat=1'],
+            "error: --learning_rat=1: no setting is called 'learning_rat'; "
+            'did you mean learning_rate?',
+        ),
+        (['quikstart'], 'error: quikstart: no such config file; did you mean quickstart?'),
+    ],
+)
+def test_what_train_py_would_refuse_ends_the_job_with_one_line_before_a_node_is_started(
+    cluster, tiny, tmp_path, args, line
+):
+    (tmp_path / 'programs' / 'srun').write_text(IDLE, encoding='utf-8')
+    with turn(cluster, tiny, *args) as process:
+        status, text = finish(process)
+    assert (status, text.count('\n')) == (2, 1), text
+    assert text.startswith(line)
+    assert requeued(cluster) == []
+
+
 @pytest.mark.faults
-def test_a_wrong_setting_fails_and_is_not_queued_again(cluster, tiny, tmp_path):
+def test_a_run_that_fails_is_not_queued_again(cluster, tiny, tmp_path):
     (tmp_path / 'a').mkdir()
     (tmp_path / 'a' / 'DONE').touch()  # of a run before
     cluster = {**cluster, 'SLURM_JOB_NUM_NODES': '1'}
-    with turn(cluster, tiny, f'--out_dir={tmp_path}/a', '--learning_rat=1') as process:
+    with turn(cluster, tiny, f'--out_dir={tmp_path}/a', '--dataset=nowhere') as process:
         status, text = finish(process)
     assert status != 0
-    assert "no setting is called 'learning_rat'; did you mean learning_rate?" in text
+    assert 'nowhere' in text
     assert requeued(cluster) == []
+
+
+@pytest.mark.faults
+def test_the_config_that_a_run_wrote_goes_on_in_its_folder(cluster, run_here, tmp_path):
+    assert run_here(f'--out_dir={tmp_path}/a') == 0
+    cluster = {**cluster, 'SLURM_JOB_NUM_NODES': '1'}
+    more = (tmp_path / 'a' / 'config.py', '--init_from=resume', '--max_iters=6')
+    with turn(cluster, *more) as process:
+        status, text = finish(process)
+    assert status == 0, text
+    assert list(metrics(tmp_path / 'a')) == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / 'a' / 'DONE').exists()
 
 
 FOREVER = ('--dropout=0.2', '--lr_decay_iters=1000', '--eval_interval=100000')
