@@ -237,6 +237,14 @@ def settings_block(script: str) -> tuple[list[ast.stmt], list[str]]:
     return block, source.splitlines()
 
 
+def settings_of(script: str, argv: list[str]) -> dict:
+    """What the settings of a script would be with these arguments, of which nothing else runs."""
+    block, _ = settings_block(script)
+    settings = {'__file__': script}
+    exec(compile(ast.Module(block, []), script, 'exec'), settings)
+    return configure(settings, argv)
+
+
 def name_of(node: ast.stmt) -> str:
     return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
 

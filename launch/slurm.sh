@@ -18,17 +18,8 @@ set -uo pipefail
 
 set -- "--out_dir=out/slurm-$SLURM_JOB_ID" "$@" # unless they name one; the number stays the same
 # the folder in the end, as train.py will understand it; what it would refuse ends the job here
-out_dir=$(
-  python - "$@" << 'END' | tail -n 1
-import ast, sys
-import configurator
-
-settings = {'__file__': 'train.py'}
-block, _ = configurator.settings_block('train.py')
-exec(compile(ast.Module(block, []), 'train.py', 'exec'), settings)
-print(configurator.configure(settings, sys.argv[1:])['out_dir'])
-END
-) || exit
+settings='import sys, configurator as c; print(c.settings_of("train.py", sys.argv[1:])["out_dir"])'
+out_dir=$(python -c "$settings" "$@" | tail -n 1) || exit
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD=$head:$((20000 + SLURM_JOB_ID % 10000)) # two jobs on a node must not meet at one port

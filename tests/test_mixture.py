@@ -218,7 +218,7 @@ def test_another_weight_in_a_resumed_run_is_noticed(run_here, tmp_path, texts, c
         ('./nowhere:0.5,./short:1', './nowhere: no such dataset folder'),
         ('shakespere_char:0.5,pydocs:1', 'did you mean shakespeare_char'),
         ('./long:1,./short:0.0001', 'short: its weight is less than one sample of 1,000'),
-        ('./long:1,./sub/long:1', 'another dataset of the mixture is called so'),
+        ('./long:1,./sub/long:1', 'another dataset of the mixture is called long, too'),
     ],
 )
 def test_a_mistake_in_a_mixture_is_one_line(folders, monkeypatch, text, problem):

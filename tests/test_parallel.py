@@ -158,8 +158,8 @@ def test_sharding_without_other_processes_says_how_to_start_them(run_here, tmp_p
 def test_offloading_from_the_host_to_the_host_is_refused(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     with pytest.raises(ConfigError, match='offload=True: cpu is the host'):
-        check_shard(Runtime('cpu', torch.float32), offload=True)
-    check_shard(Runtime('cuda:0', torch.float32), offload=True)
+        check_shard(Runtime('cpu', torch.float32), True, offload=True)
+    check_shard(Runtime('cuda:0', torch.float32), True, offload=True)
 
 
 def test_gradients_are_exchanged_once_a_step():
@@ -202,6 +202,7 @@ UNLIKE = [
     ),
     (('--checkpoint_mirror=/dev/null/mirror',), '', 'checkpoint_mirror=.*: cannot be written'),
     (('--offload', '--shard'), '', 'offload=True: cpu is the host'),
+    (('--offload',), '', 'offload=True: .* add --shard'),
 ]
 
 

@@ -300,6 +300,25 @@ def test_what_the_real_run_refuses_or_warns_of_the_check_does_too(checked):
     assert 'warning  schedule: warmup_iters=9 outlasts the 4 steps of the run' in out
 
 
+def test_the_copy_that_will_be_read_is_looked_at(checked, run_here, dataset, tmp_path):
+    cache = f'--data_cache={tmp_path}/cache'
+    status, out = checked(cache)
+    assert (status, 'GB free' in out) == (0, True)
+    run_here(f'--out_dir={tmp_path}/run', cache, '--max_iters=1')
+    assert checked(cache)[0] == 0
+    (copy,) = (tmp_path / 'cache').glob('*/*/train.bin')
+    content = copy.read_bytes()
+    copy.write_bytes(content[::-1])
+    status, out = checked(cache)
+    assert (status, f'{copy}: ' in out, 'delete this copy' in out) == (2, True, True)
+
+
+def test_a_mistake_that_is_in_the_way_of_much_is_told_once(checked):
+    status, out = checked('--init_from=resume', '--out_dir=nowhere_yet')
+    assert status == 2
+    assert out.count('nowhere_yet has no checkpoint to resume from') == 1
+
+
 def test_a_disk_that_the_checkpoints_would_fill_is_a_no(checked, tmp_path, monkeypatch):
     monkeypatch.setattr(check, 'free_on', lambda path: 10_000_000)
     status, out = checked(f'--out_dir={tmp_path}/run')

@@ -623,6 +623,28 @@ def test_a_checkpoint_that_is_pruned_while_it_is_sent_leaves_nothing_behind(tmp_
     ]
 
 
+def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
+    one, other = (Run(tmp_path / name, mirror=tmp_path / 'm', run=name) for name in 'ab')
+    for each in (one, other):
+        each.save(run=each.saver.run)
+        each.saver.finish()
+    assert one.saver.news() == []
+    (problem,) = other.saver.news()
+    assert 'it has checkpoints of another run: give each a --checkpoint_mirror' in problem
+    assert hashes(find(tmp_path / 'm', 'last')) == hashes(find(tmp_path / 'a', 'last'))
+
+
+@pytest.mark.parametrize('mirror', ['s3://bucket/mine', 'run', './run/'])
+def test_what_cannot_be_a_second_place_is_refused_also_by_the_check(
+    run_here, tmp_path, monkeypatch, mirror
+):
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ['--check']):
+        with pytest.raises(UserError, match=r'checkpoint_mirror=.*give (a second|the) folder'):
+            run_here('--out_dir=run', f'--checkpoint_mirror={mirror}', *more)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(run_here, tmp_path):
     (tmp_path / 'file').touch()
     mirror = tmp_path / 'file' / 'mirror'

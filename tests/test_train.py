@@ -686,6 +686,32 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(run_here, tmp_p
     assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
 
 
+def test_a_stop_after_an_update_that_was_left_out_saves_what_there_is(
+    run_here, tmp_path, monkeypatch, capsys
+):
+    log, forward, spoilt = track.Tracker.log, GPT.forward, []
+
+    def log_and_stop(self, step, **values):
+        log(self, step, **values)
+        spoilt[:] = [True] * (step >= 2)
+        if step == 3 and 'loss' in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    def spoil(self, *args, **options):
+        logits, loss = forward(self, *args, **options)
+        return logits, loss * float('nan') if spoilt and self.training else loss
+
+    monkeypatch.setattr(track.Tracker, 'log', log_and_stop)
+    monkeypatch.setattr(GPT, 'forward', spoil)
+    args = ('--eval_interval=100', '--max_iters=100')
+    assert run_here(f'--out_dir={tmp_path}', *args) == 128 + signal.SIGTERM
+    out = capsys.readouterr().out
+    assert 'step 3: loss nan' in out
+    assert 'stopped at step 3; step-00000003 is saved' in out
+    model, _, _ = checkpoint.load(find(tmp_path, 'last'))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_a_second_ctrl_c_leaves_at_once(run_here, tmp_path, monkeypatch):
     log = track.Tracker.log
 
