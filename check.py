@@ -37,7 +37,7 @@ from data.dataset import (
     read_meta,
 )
 from data.mixture import Mixture, names_in, open_data
-from exchange import RELEASED, CheckpointError, is_foreign, read_json, shape_of
+from exchange import RELEASED, CheckpointError, is_fetched, is_foreign, read_json, shape_of
 from lora import base_of, is_adapter
 from model import GPT, GPTConfig
 from objective import loss_of
@@ -107,6 +107,9 @@ class Preflight:
             check_new(self.config)
         check_pieces(self.config, shape.block_size)
         yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
+        on_hub = source != 'scratch' and not Path(source).exists()
+        if on_hub and not is_fetched(source):
+            yield 'warning', f'{source} is not here: the run fetches it from the hub first'
 
     def find_shape(self) -> GPTConfig:
         """The shape of the model that will be trained; no weight is read for it."""

@@ -257,6 +257,20 @@ def read_json(path: Path, name: str) -> dict:
         raise CheckpointError(f'{name}: {path.name} cannot be read: {error}') from error
 
 
+def repository_of(name: str) -> str:
+    if '/' in name:
+        return name
+    return f'distilbert/{name}' if name == 'distilgpt2' else f'openai-community/{name}'
+
+
+def is_fetched(name: str) -> bool:
+    """Whether the weights of a model on the hub are in its cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = (try_to_load_from_cache(repository_of(name), file) for file in (WEIGHTS, INDEX))
+    return any(isinstance(path, str) for path in found)
+
+
 def download(name: str) -> Path:
     """The folder of a model on the hub, from its cache if it is there (HF_HOME, HF_HUB_OFFLINE)."""
     if '/' not in name and name not in RELEASED:
@@ -268,11 +282,8 @@ def download(name: str) -> Path:
 
     wanted = ['config.json', WEIGHTS, INDEX, 'model-*.safetensors']
     wanted += ['tokenizer.json', 'vocab.json', 'merges.txt']
-    repository = name
-    if '/' not in name:
-        repository = f'distilbert/{name}' if name == 'distilgpt2' else f'openai-community/{name}'
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=wanted))
+        folder = Path(snapshot_download(repository_of(name), allow_patterns=wanted))
         found = [file for file in ('config.json', WEIGHTS, INDEX) if (folder / file).is_file()]
         if len(found) < 2:  # what a fetch for another purpose, or a broken one, leaves
             raise FileNotFoundError(f'of it {found} is there')
@@ -281,7 +292,7 @@ def download(name: str) -> Path:
         raise CheckpointError(
             f'{name} is neither a folder, nor whole in the local cache, nor to be had from the hub '
             f'({type(error).__name__}); put config.json, {WEIGHTS} and tokenizer.json of '
-            f'{repository} into a folder and name that'
+            f'{repository_of(name)} into a folder and name that'
         ) from error
 
 

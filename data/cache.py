@@ -119,7 +119,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def copy(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
-    files = listed(source, raw)
+    files = files_of(source, raw)
     (folder / 'meta.json').unlink(missing_ok=True)
     copy_files(source, folder, files, alive)
     for name, content in (
@@ -131,7 +131,7 @@ def copy(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
         os.replace(part, folder / name)
 
 
-def listed(source: str, raw: bytes) -> list[File]:
+def files_of(source: str, raw: bytes) -> list[File]:
     """The files that a meta.json lists, none of which may lie outside its folder."""
     files = []
     try:
@@ -165,13 +165,13 @@ def copy_files(source: str, folder: Path, files: list[File], alive: Callable) ->
     with ThreadPoolExecutor(AT_ONCE) as pool:
         jobs = {pool.submit(bring, source, folder, file, count) for file in files}
         try:
-            watch(jobs, count, sum(file.size for file in files), alive)
+            show_progress(jobs, count, sum(file.size for file in files), alive)
         finally:
             count.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def watch(jobs: set, count: Count, total: int, alive: Callable) -> None:
+def show_progress(jobs: set, count: Count, total: int, alive: Callable) -> None:
     """Show how far the jobs are until all are done. Raises the error of one that fails."""
     began, line_at = time.monotonic(), time.monotonic() + SILENCE
     with tqdm(total=total, unit='B', unit_scale=True, desc='copying', disable=None) as bar:

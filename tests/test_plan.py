@@ -371,3 +371,9 @@ def test_the_shape_of_a_released_model_is_known_without_it():
     assert count(case) == 124_439_808  # Radford et al. say 117M; OpenAI's files have this many
     with pytest.raises(UserError, match='not here yet'):
         check.foreign_shape('somebody/something')
+
+
+def test_what_the_run_will_fetch_is_a_warning(checked, monkeypatch, tmp_path):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    _, out = checked('--init_from=gpt2', '--block_size=32')
+    assert re.search('^warning  settings: gpt2 is not here: the run fetches it', out, re.M)
