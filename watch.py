@@ -6,9 +6,9 @@ Notices that a process hangs, says which one and where, and ends the run.
 
 Each process leaves signs of life in the store that they share, with what it is doing. Whoever has
 been at one thing for longer than the timeout, or has lost its connection to another, looks at the
-signs of the others, twice: a process whose sign stands still is frozen or gone, and one that is at
-something else keeps the others waiting. Without this all would wait, or end in a timeout or a
-traceback that names nobody.
+signs of all, twice: a process whose sign stands still is frozen or gone, and one that is behind the
+others, in the order of PLACES, keeps them waiting. Without this all would wait, or end in a timeout
+or a traceback that names nobody.
 """
 
 import json
@@ -23,14 +23,20 @@ from contextlib import suppress
 
 from runtime import Runtime, is_lost_connection
 
+PLACES = (
+    'the start, the check, the copying of the data, the opening of the data, the set-up, '
+    'the evaluation, the saving, the sample, the data, the gradients, the update'
+).split(', ')  # where a process may be, in the order in which train.py comes there
+
 
 class Watch:
     def __init__(self, runtime: Runtime, timeout: float):
         self.runtime, self.timeout = runtime, timeout
         self.beat = min(1.0, timeout / 10)  # seconds between signs
-        self.place, self.since = (0, 'the start'), time.monotonic()
+        self.at(0, PLACES[0])
         self.heard = time.monotonic()  # when the store last answered
-        self.ended = threading.Event()
+        self.seen: set = set()  # the others' signs when together() last found them new
+        self.ended, self.ending = threading.Event(), threading.Lock()
         self.frozen: list[int] = []  # processes of this machine
         if runtime.world_size > 1:
             self._catch_lost_connections()
@@ -41,7 +47,20 @@ class Watch:
 
     def at(self, step: int, what: str) -> None:
         """This process comes to `what` of a step."""
+        assert what in PLACES
         self.place, self.since = (step, what), time.monotonic()
+
+    def together(self, step: int, what: str) -> None:
+        """The same, but `what` may last for as long as the others give signs of life."""
+        if self.runtime.world_size > 1 and self.place == (step, what):
+            if time.monotonic() - self.since < self.beat:
+                return
+            others = [sign for rank, sign in enumerate(self._signs()) if rank != self.runtime.rank]
+            signs = {(rank, sign[0]) for rank, sign in enumerate(others)}
+            if signs & self.seen or max(sign[5] for sign in others) > self.timeout:
+                return  # one stands still, or is late: if that lasts, this process will be, too
+            self.seen = signs
+        self.at(step, what)
 
     def close(self) -> None:
         self.ended.set()
@@ -53,7 +72,7 @@ class Watch:
         while not self.ended.wait(self.beat):
             try:
                 self._sign()
-                if self._late() and (blamed := self._blame())[0]:
+                if self._late() and (blamed := self._blame())[0] and self._late():
                     self._end(f'no progress for {self.timeout:g} s', *blamed)
             except Exception:  # whoever keeps the store may be what is gone: see _guard()
                 continue
@@ -108,31 +127,41 @@ class Watch:
         return [json.loads(sign) for sign in self.runtime.store.multi_get(keys)]
 
     def _blame(self) -> tuple[str, bool]:
-        """Whom this process waits for, and whether it is the one to say so.
+        """Who is gone, or else keeps another waiting, and whether this process is to say so.
 
-        '' where all are at the same: what they do, each for itself, takes long.
+        '' where nobody waits: what all are at, each for itself, takes long.
         """
-        before, me = self._signs(), self.runtime.rank
+        before, me, late = self._signs(), self.runtime.rank, self._late()
         for _ in range(max(3, round(1 / self.beat))):  # signing on, for others look as well
             self._sign()
             time.sleep(self.beat)
-        others, alive = [], [me]
-        for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
-            at, host, pid, step, what, seconds = new
-            who = f'rank {rank} (process {pid} on {host})'
-            if rank != me and at == old[0]:
-                self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
-                others.append(f'{who} gives no sign of life, last at {what} of step {step}')
-                continue
-            alive.append(rank)
-            if [step, what] != list(self.place):
-                others.append(f'{who} has been at {what} of step {step} for {seconds:.0f} s')
-        step, what = self.place
-        waited = f'; waited for at {what} of step {step}' if others else ''
-        return '; '.join(others) + waited, me == min(alive)
+        signs = self._signs()
+        ranks = set(range(len(signs)))
+        gone = {rank for rank in ranks - {me} if signs[rank][0] == before[rank][0]}
+        places = {rank: (signs[rank][3], PLACES.index(signs[rank][4])) for rank in ranks - gone}
+        behind = {rank for rank in places if places[rank] == min(places.values())}
+        ahead = places.keys() - behind
+        # of a lost connection all hear at once, whereas not all need be late
+        asking = {rank for rank in places if signs[rank][5] > self.timeout or not late}
+        if not gone and not ahead & asking:
+            return '', False
+        said = [self._describe(rank, signs[rank], rank in gone) for rank in sorted(gone or behind)]
+        step, what = signs[min(places if gone else ahead)][3:5]
+        waited = f'waited for at {what} of step {step}'
+        return '; '.join([*said, waited]), me == min(asking, default=me)
+
+    def _describe(self, rank: int, sign: list, gone: bool) -> str:
+        _, host, pid, step, what, seconds = sign
+        who = f'rank {rank} (process {pid} on {host})'
+        if gone:
+            self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
+            return f'{who} gives no sign of life, last at {what} of step {step}'
+        who += ', which is this one,' if rank == self.runtime.rank else ''
+        return f'{who} has been at {what} of step {step} for {seconds:.0f} s'
 
     def _end(self, what: str, why: str, mine: bool = True) -> None:
         """End this process, from here: its main thread waits."""
+        self.ending.acquire()  # for good: one thread says why, or keeps silent
         line = f'error (rank {self.runtime.rank}): {what}: {why}\n'
         if mine:
             os.write(2, line.encode())

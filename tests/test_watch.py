@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 
 from runtime import Runtime, is_lost_connection
-from watch import Watch, is_sibling
+from watch import PLACES, Watch, is_sibling
 
 GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
 FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
@@ -83,6 +84,98 @@ def test_the_rank_that_stays_elsewhere_is_named_by_the_first_that_waits(crew):
     )
     assert mine
     assert not wait_for(said, 2)[2]  # it leaves, too, but says nothing
+
+
+def test_the_one_furthest_behind_is_named_though_it_is_late_first_and_speaks(crew):
+    start, said = crew
+    watches = start(3)
+    watches[0].at(7, 'the saving')
+    for each in watches[1:]:
+        each.at(7, 'the gradients')
+    what, why, mine = wait_for(said, 0)
+    assert re.fullmatch(
+        rf'rank 0 \(process {os.getpid()} on \S+\), which is this one, has been at the saving of '
+        r'step 7 for \d s; waited for at the gradients of step 7',
+        why,
+    )
+    assert mine
+    assert wait_for(said, 2)[1:] == (why.replace(', which is this one,', ''), False)
+
+
+@pytest.mark.parametrize('behind', [(7, 'the update'), (8, 'the evaluation'), (8, 'the sample')])
+def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
+    start, said = crew
+    watches = start(2)
+    watches[0].at(8, 'the data')
+    watches[1].at(*behind)
+    assert wait_for(said, 0)[1].startswith('rank 1 ')
+
+
+def test_the_places_are_those_of_train_py_in_its_order():
+    script = (ROOT / 'train.py').read_text(encoding='utf-8')
+    places = re.findall(r"watch\.(?:at|together)[(,] ?\w+, '(.*?)'", script)
+    assert ['the start', *sorted(places, key=PLACES.index)] == PLACES
+    loop = PLACES[PLACES.index('the evaluation') :]
+    assert places[-len(loop) :] == loop
+
+
+def test_who_has_not_waited_for_as_long_names_nobody(crew):
+    start, said = crew
+    watches = start(2)
+    keep_busy(watches[1])
+    time.sleep(1)
+    assert said == {}  # rank 0 is late, and rank 1 ahead of it, but does not wait
+
+
+def test_who_ends_last_says_nothing_more(crew):
+    start, _ = crew
+    (first, *_) = start(2)
+    assert first.ending.acquire(blocking=False)  # taken by what ends the process
+
+
+def wait_together(*watches):
+    """They wait while another copies, as Runtime.wait_for_all() does."""
+
+    def work():
+        while not all(each.ended.wait(0.01) for each in watches):
+            for each in watches:
+                each.together(0, 'the opening of the data')
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_all_may_wait_for_long_while_another_copies(crew):
+    start, said = crew
+    watches = start(3)
+    wait_together(*watches[:2])
+    for _ in range(150):
+        watches[2].together(0, 'the copying of the data')
+        time.sleep(0.01)
+    assert said == {}
+
+
+def test_who_dies_while_another_waits_for_its_data_is_named(crew):
+    start, said = crew
+    watches = start(3)
+    wait_together(*watches[:2])
+    watches[2].together(0, 'the copying of the data')
+    time.sleep(0.3)
+    watches[2].close()
+    _, why, mine = wait_for(said, 0)
+    assert re.fullmatch(
+        r'rank 2 \(.*\) gives no sign of life, last at the copying of the data of step 0; '
+        'waited for at the opening of the data of step 0',
+        why,
+    )
+    assert mine
+
+
+def test_who_gets_no_data_for_too_long_is_named(crew):
+    start, said = crew
+    watches = start(2)
+    wait_together(watches[0])
+    watches[1].together(0, 'the copying of the data')
+    assert wait_for(said, 0)[1].startswith('rank 1 ')
 
 
 def test_the_rank_whose_signs_stopped_is_named(crew):
@@ -180,6 +273,56 @@ def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
         crew[0].err.strip(),
     )
     assert 'Traceback' not in crew.err
+
+
+SLOW = """
+import sys, time, data.dataset, data.mixture, saver
+def sleep(*args): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ('which', 'fault', 'place'),
+    [
+        (0, 'saver.Saver.save = sleep', r', which is this one, has been at the saving of step 2'),
+        (1, 'data.dataset.Dataset.batch = sleep', ' has been at the data of step 0'),
+    ],
+)
+def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, place):
+    before = lambda rank: SLOW + fault if rank == which else ''  # noqa: E731
+    args = (f'--out_dir={tmp_path}', *FOREVER, '--save_interval=2', '--hang_timeout=2')
+    crew = ranks(3, *args, before=before)
+    assert crew.end(30) == [1, 1, 1]
+    assert re.fullmatch(
+        rf'error \(rank 0\): no progress for 2 s: rank {which} \(process {crew[which].pid} on \S+\)'
+        rf'{place} for \d s; waited for at the \w+ of step \d\n',
+        crew.err,
+    )
+
+
+def while_opening(fault):
+    """`before`, for rank 1."""
+    lines = f'import os, signal, time, data.mixture\ndef fails(*args): {fault}\n'
+    return lambda rank: f'{lines}data.mixture.open_data = fails' if rank == 1 else ''
+
+
+def test_any_error_while_the_data_is_opened_ends_all(ranks, tmp_path):
+    crew = ranks(2, f'--out_dir={tmp_path}/run', before=while_opening('raise OSError("no disk")'))
+    assert crew.end(30) == [2, 1]
+    assert crew[0].err == 'error: rank 1: OSError: no disk\n'
+    assert last_line(crew[1]) == 'OSError: no disk'
+
+
+@pytest.mark.parametrize('number', ['SIGSTOP', 'SIGKILL'])
+def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path, number):
+    fault = while_opening(f'os.kill(os.getpid(), signal.{number})')
+    crew = ranks(2, f'--out_dir={tmp_path}/run', '--hang_timeout=2', before=fault)
+    assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
+    assert re.fullmatch(
+        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) gives no '
+        r'sign of life, last at the copying of the data of step 0; waited for at .*\n',
+        crew.err,
+    )
 
 
 @pytest.mark.faults
