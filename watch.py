@@ -72,8 +72,10 @@ class Watch:
         while not self.ended.wait(self.beat):
             try:
                 self._sign()
-                if self._late() and (blamed := self._blame())[0] and self._late():
-                    self._end(f'no progress for {self.timeout:g} s', *blamed)
+                if self.runtime.store.check(['speaker']):  # late or not: all leave
+                    self._end('another process said why', '', mine=False)
+                if self._late() and (why := self._blame()) and self._late():
+                    self._end(f'no progress for {self.timeout:g} s', why, self._speaks())
             except Exception:  # whoever keeps the store may be what is gone: see _guard()
                 continue
 
@@ -108,11 +110,10 @@ class Watch:
 
     def _lost(self, error: BaseException) -> None:
         with suppress(Exception):
-            why, mine = self._blame()
-            why = why or 'no process is elsewhere'
+            why = self._blame() or 'no other process is gone, or behind'
             self.frozen = []  # gone, and the numbers of their processes may be others' by now
             said = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0]).split('. ')[0][:100]
-            self._end(f'a connection is lost ({said})', why, mine)
+            self._end(f'a connection is lost ({said})', why, self._speaks())
 
     def _sign(self) -> None:
         seconds = time.monotonic() - self.since
@@ -126,47 +127,43 @@ class Watch:
         keys = [f'sign/{rank}' for rank in range(self.runtime.world_size)]
         return [json.loads(sign) for sign in self.runtime.store.multi_get(keys)]
 
-    def _blame(self) -> tuple[str, bool]:
-        """Who is gone, or else keeps another waiting, and whether this process is to say so.
+    def _blame(self) -> str:
+        """Who is gone, or else furthest behind, so that this process waits for them.
 
-        '' where nobody waits: what all are at, each for itself, takes long.
+        '' where that is this one: it is for those who wait to say so, and where all are at the
+        same, what they do, each for itself, takes long.
         """
-        before, me, late = self._signs(), self.runtime.rank, self._late()
+        before, me = self._signs(), self.runtime.rank
         for _ in range(max(3, round(1 / self.beat))):  # signing on, for others look as well
             self._sign()
             time.sleep(self.beat)
-        signs = self._signs()
-        ranks = set(range(len(signs)))
-        gone = {rank for rank in ranks - {me} if signs[rank][0] == before[rank][0]}
-        places = {rank: (signs[rank][3], PLACES.index(signs[rank][4])) for rank in ranks - gone}
-        behind = {rank for rank in places if places[rank] == min(places.values())}
-        ahead = places.keys() - behind
-        # of a lost connection all hear at once, whereas not all need be late
-        asking = {rank for rank in places if signs[rank][5] > self.timeout or not late}
-        if not gone and not ahead & asking:
-            return '', False
-        said = [self._describe(rank, signs[rank], rank in gone) for rank in sorted(gone or behind)]
-        step, what = signs[min(places if gone else ahead)][3:5]
-        waited = f'waited for at {what} of step {step}'
-        return '; '.join([*said, waited]), me == min(asking, default=me)
+        gone, places = [], {}
+        for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
+            at, host, pid, step, what, seconds = new
+            who = f'rank {rank} (process {pid} on {host})'
+            if rank != me and at == old[0]:
+                self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
+                gone.append(f'{who} gives no sign of life, last at {what} of step {step}')
+                continue
+            said = f'{who} has been at {what} of step {step} for {seconds:.0f} s'
+            places.setdefault((step, PLACES.index(what)), {})[rank] = said
+        last = places[min(places)]
+        blamed = gone or ([] if me in last else list(last.values()))
+        step, what = self.place
+        return '; '.join([*blamed, f'waited for at {what} of step {step}']) if blamed else ''
 
-    def _describe(self, rank: int, sign: list, gone: bool) -> str:
-        _, host, pid, step, what, seconds = sign
-        who = f'rank {rank} (process {pid} on {host})'
-        if gone:
-            self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
-            return f'{who} gives no sign of life, last at {what} of step {step}'
-        who += ', which is this one,' if rank == self.runtime.rank else ''
-        return f'{who} has been at {what} of step {step} for {seconds:.0f} s'
+    def _speaks(self) -> bool:
+        """Whether it is for this process to say it: the first that asks."""
+        me = str(self.runtime.rank)
+        return self.runtime.store.compare_set('speaker', '', me) == me.encode()
 
     def _end(self, what: str, why: str, mine: bool = True) -> None:
         """End this process, from here: its main thread waits."""
-        self.ending.acquire()  # for good: one thread says why, or keeps silent
+        self.ending.acquire()  # for good, so that this is done by one thread
         line = f'error (rank {self.runtime.rank}): {what}: {why}\n'
         if mine:
             os.write(2, line.encode())
-        else:
-            time.sleep(2)  # torchrun ends all when the first one leaves
+        time.sleep(2 * self.beat)  # for all to hear of it: rank 0 may keep the store
         for pid in self.frozen:  # a process that stands still does not hear torchrun's SIGTERM
             with suppress(OSError):
                 os.kill(pid, getattr(signal, 'SIGKILL', signal.SIGTERM))
