@@ -157,13 +157,15 @@ class Watch:
         me = str(self.runtime.rank)
         return self.runtime.store.compare_set('speaker', '', me) == me.encode()
 
-    def _end(self, what: str, why: str, mine: bool = True) -> None:
-        """End this process, from here: its main thread waits."""
+    def _end(self, what: str, why: str, mine: bool | None = None) -> None:
+        """End this process, from here: its main thread waits. mine: see _speaks(); None if it
+        cannot be known."""
         self.ending.acquire()  # for good, so that this is done by one thread
         line = f'error (rank {self.runtime.rank}): {what}: {why}\n'
-        if mine:
+        if mine is not False:
             os.write(2, line.encode())
-        time.sleep(2 * self.beat)  # for all to hear of it: rank 0 may keep the store
+        if mine is not None:
+            time.sleep(2 * self.beat)  # for all to hear of it: rank 0 may keep the store
         for pid in self.frozen:  # a process that stands still does not hear torchrun's SIGTERM
             with suppress(OSError):
                 os.kill(pid, getattr(signal, 'SIGKILL', signal.SIGTERM))

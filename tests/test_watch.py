@@ -25,7 +25,7 @@ def crew(monkeypatch):
     """Watches of some ranks in one process; what each ends with -> (start, said)."""
     said, store, started = {}, dist.HashStore(), []
 
-    def end(self, what, why, mine=True):
+    def end(self, what, why, mine=None):
         if self in started:  # and not of an earlier test
             said.setdefault(self.runtime.rank, (what, why, mine))
 
