@@ -159,14 +159,17 @@ class Runtime:
     def wait_for_all(self, do: Callable, alive: Callable):
         """What do() returns here, once it has on every rank, however long it takes.
 
-        A UserError on one is raised on all. alive() is called while this one waits.
+        What fails on one is a UserError on the others. alive() is called while this one waits.
         """
         if self.store is None:
             return do()
         try:
             result = do()
-        except UserError as error:
-            self.store.set('failed', f'rank {self.rank}: {error}')
+        except BaseException as error:
+            kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+            with suppress(dist.DistError):  # which may be what failed
+                self.store.set('failed', f'rank {self.rank}: {kind}{error}')
+                time.sleep(0.5)  # rank 0 may keep the store, where the others look
             raise
         self.store.add('ready', 1)
         while self.store.add('ready', 0) < self.world_size:

@@ -220,10 +220,13 @@ state |= known
 if raw_model and (kept := keep_shape(raw_model, config)):
     say(f'{resume_from or init_from} keeps its own {", ".join(kept)}, whatever the settings say')
 init_from, checkpoint, block_size = (config[k] for k in ('init_from', 'checkpoint', 'block_size'))
-copying = partial(watch.at, 0, 'the copying of the data')
+copying = partial(watch.together, 0, 'the copying of the data')
+copying()
 data = runtime.wait_for_all(
-    lambda: open_data(dataset, block_size, seed, objective, data_cache, copying), copying
+    lambda: open_data(dataset, block_size, seed, objective, data_cache, copying),
+    partial(watch.together, 0, 'the opening of the data'),
 )
+watch.at(0, 'the set-up')
 if rank := runtime.odd_one(data.fingerprint):
     raise UserError(
         f'dataset {dataset} of rank {rank} is not that of rank 0: copy one to the other'

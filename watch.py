@@ -6,9 +6,9 @@ Notices that a process hangs, says which one and where, and ends the run.
 
 Each process leaves signs of life in the store that they share, with what it is doing. Whoever has
 been at one thing for longer than the timeout, or has lost its connection to another, looks at the
-signs of the others, twice: a process whose sign stands still is frozen or gone, and one that is at
-something else keeps the others waiting. Without this all would wait, or end in a timeout or a
-traceback that names nobody.
+signs of all, twice: a process whose sign stands still is frozen or gone, and one that is behind the
+others, in the order of PLACES, keeps them waiting. Without this all would wait, or end in a timeout
+or a traceback that names nobody.
 """
 
 import json
@@ -23,14 +23,20 @@ from contextlib import suppress
 
 from runtime import Runtime, is_lost_connection
 
+PLACES = (
+    'the start, the check, the copying of the data, the opening of the data, the set-up, '
+    'the evaluation, the saving, the sample, the data, the gradients, the update'
+).split(', ')  # where a process may be, in the order in which train.py comes there
+
 
 class Watch:
     def __init__(self, runtime: Runtime, timeout: float):
         self.runtime, self.timeout = runtime, timeout
-        self.beat = min(1.0, timeout / 10)  # seconds between signs
-        self.place, self.since = (0, 'the start'), time.monotonic()
+        self.beat = min(0.5, timeout / 10)  # seconds between signs
+        self.at(0, PLACES[0])
         self.heard = time.monotonic()  # when the store last answered
-        self.ended = threading.Event()
+        self.seen: set = set()  # the others' signs when together() last found them new
+        self.ended, self.ending = threading.Event(), threading.Lock()
         self.frozen: list[int] = []  # processes of this machine
         if runtime.world_size > 1:
             self._catch_lost_connections()
@@ -41,7 +47,20 @@ class Watch:
 
     def at(self, step: int, what: str) -> None:
         """This process comes to `what` of a step."""
+        assert what in PLACES
         self.place, self.since = (step, what), time.monotonic()
+
+    def together(self, step: int, what: str) -> None:
+        """The same, but `what` may last for as long as the others give signs of life."""
+        if self.runtime.world_size > 1 and self.place == (step, what):
+            if time.monotonic() - self.since < self.beat:
+                return
+            others = [sign for rank, sign in enumerate(self._signs()) if rank != self.runtime.rank]
+            signs = {(rank, sign[0]) for rank, sign in enumerate(others)}
+            if signs & self.seen or max(sign[5] for sign in others) > self.timeout:
+                return  # one stands still, or is late: if that lasts, this process will be, too
+            self.seen = signs
+        self.at(step, what)
 
     def close(self) -> None:
         self.ended.set()
@@ -50,11 +69,18 @@ class Watch:
         return time.monotonic() - self.since > self.timeout
 
     def _run(self) -> None:
+        parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         while not self.ended.wait(self.beat):
+            if (
+                parent and os.getppid() != parent
+            ):  # torchrun was killed: save, and leave, as it asks
+                parent = os.kill(os.getpid(), signal.SIGTERM)
             try:
                 self._sign()
-                if self._late() and (blamed := self._blame())[0]:
-                    self._end(f'no progress for {self.timeout:g} s', *blamed)
+                if self.runtime.store.check(['speaker']):  # late or not: all leave
+                    self._end('another process said why', '', mine=False)
+                if self._late() and (why := self._blame()) and self._late():
+                    self._end(f'no progress for {self.timeout:g} s', why, self._speaks())
             except Exception:  # whoever keeps the store may be what is gone: see _guard()
                 continue
 
@@ -89,11 +115,10 @@ class Watch:
 
     def _lost(self, error: BaseException) -> None:
         with suppress(Exception):
-            why, mine = self._blame()
-            why = why or 'no process is elsewhere'
+            why = self._blame() or 'no other process is gone, or behind'
             self.frozen = []  # gone, and the numbers of their processes may be others' by now
             said = re.sub(r'^\[.*?\] ', '', str(error).splitlines()[0]).split('. ')[0][:100]
-            self._end(f'a connection is lost ({said})', why, mine)
+            self._end(f'a connection is lost ({said})', why, self._speaks())
 
     def _sign(self) -> None:
         seconds = time.monotonic() - self.since
@@ -107,37 +132,45 @@ class Watch:
         keys = [f'sign/{rank}' for rank in range(self.runtime.world_size)]
         return [json.loads(sign) for sign in self.runtime.store.multi_get(keys)]
 
-    def _blame(self) -> tuple[str, bool]:
-        """Whom this process waits for, and whether it is the one to say so.
+    def _blame(self) -> str:
+        """Who is gone, or else furthest behind, so that this process waits for them.
 
-        '' where all are at the same: what they do, each for itself, takes long.
+        '' where that is this one: it is for those who wait to say so, and where all are at the
+        same, what they do, each for itself, takes long.
         """
         before, me = self._signs(), self.runtime.rank
         for _ in range(max(3, round(1 / self.beat))):  # signing on, for others look as well
             self._sign()
             time.sleep(self.beat)
-        others, alive = [], [me]
+        gone, places = [], {}
         for rank, (old, new) in enumerate(zip(before, self._signs(), strict=True)):
             at, host, pid, step, what, seconds = new
             who = f'rank {rank} (process {pid} on {host})'
             if rank != me and at == old[0]:
                 self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
-                others.append(f'{who} gives no sign of life, last at {what} of step {step}')
+                gone.append(f'{who} gives no sign of life, last at {what} of step {step}')
                 continue
-            alive.append(rank)
-            if [step, what] != list(self.place):
-                others.append(f'{who} has been at {what} of step {step} for {seconds:.0f} s')
+            said = f'{who} has been at {what} of step {step} for {seconds:.0f} s'
+            places.setdefault((step, PLACES.index(what)), {})[rank] = said
+        last = places[min(places)]
+        blamed = gone or ([] if me in last else list(last.values()))
         step, what = self.place
-        waited = f'; waited for at {what} of step {step}' if others else ''
-        return '; '.join(others) + waited, me == min(alive)
+        return '; '.join([*blamed, f'waited for at {what} of step {step}']) if blamed else ''
 
-    def _end(self, what: str, why: str, mine: bool = True) -> None:
-        """End this process, from here: its main thread waits."""
+    def _speaks(self) -> bool:
+        """Whether it is for this process to say it: the first that asks."""
+        me = str(self.runtime.rank)
+        return self.runtime.store.compare_set('speaker', '', me) == me.encode()
+
+    def _end(self, what: str, why: str, mine: bool | None = None) -> None:
+        """End this process, from here: its main thread waits. mine: see _speaks(); None if it
+        cannot be known."""
+        self.ending.acquire()  # for good, so that this is done by one thread
         line = f'error (rank {self.runtime.rank}): {what}: {why}\n'
-        if mine:
+        if mine is not False:
             os.write(2, line.encode())
-        else:
-            time.sleep(2)  # torchrun ends all when the first one leaves
+        if mine is not None:
+            time.sleep(2 * self.beat)  # for all to hear of it: rank 0 may keep the store
         for pid in self.frozen:  # a process that stands still does not hear torchrun's SIGTERM
             with suppress(OSError):
                 os.kill(pid, getattr(signal, 'SIGKILL', signal.SIGTERM))

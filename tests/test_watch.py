@@ -11,9 +11,10 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 
 from runtime import Runtime, is_lost_connection
-from watch import Watch, is_sibling
+from watch import PLACES, Watch, is_sibling
 
 GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
 FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
@@ -24,7 +25,7 @@ def crew(monkeypatch):
     """Watches of some ranks in one process; what each ends with -> (start, said)."""
     said, store, started = {}, dist.HashStore(), []
 
-    def end(self, what, why, mine=True):
+    def end(self, what, why, mine=None):
         if self in started:  # and not of an earlier test
             said.setdefault(self.runtime.rank, (what, why, mine))
 
@@ -50,6 +51,16 @@ def wait_for(said, rank):
     return said[rank]
 
 
+def wait_for_speaker(said):
+    """What the one that speaks says."""
+    deadline = time.monotonic() + 10
+    while not (spoken := [(what, why) for what, why, mine in said.values() if mine]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (one,) = spoken
+    return one
+
+
 def keep_busy(*watches):
     """They get on: each is at something new all the time."""
 
@@ -68,21 +79,106 @@ def test_nobody_is_blamed_while_all_get_on(crew):
     assert said == {}
 
 
-def test_the_rank_that_stays_elsewhere_is_named_by_the_first_that_waits(crew):
+def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
     start, said = crew
     watches = start(3)
     watches[0].at(7, 'the gradients')
     watches[1].at(7, 'the data')
     watches[2].at(7, 'the gradients')
-    what, why, mine = wait_for(said, 0)
+    what, why = wait_for_speaker(said)
     assert what == 'no progress for 0.3 s'
     assert re.fullmatch(
         rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for \d s; '
         r'waited for at the gradients of step 7',
         why,
     )
-    assert mine
-    assert not wait_for(said, 2)[2]  # it leaves, too, but says nothing
+    for rank in range(3):  # all leave, one says why
+        wait_for(said, rank)
+    assert [mine for *_, mine in said.values()].count(True) == 1
+
+
+def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
+    start, said = crew
+    watches = start(3)
+    watches[0].at(7, 'the saving')
+    for each in watches[1:]:
+        each.at(7, 'the gradients')
+    assert re.fullmatch(
+        rf'rank 0 \(process {os.getpid()} on \S+\) has been at the saving of step 7 for \d s; '
+        r'waited for at the gradients of step 7',
+        wait_for_speaker(said)[1],
+    )
+    assert not wait_for(said, 0)[2]
+
+
+@pytest.mark.parametrize('behind', [(7, 'the update'), (8, 'the evaluation'), (8, 'the sample')])
+def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
+    start, said = crew
+    watches = start(2)
+    watches[0].at(8, 'the data')
+    watches[1].at(*behind)
+    assert wait_for_speaker(said)[1].startswith('rank 1 ')
+
+
+def test_the_places_are_those_of_train_py_in_its_order():
+    script = (ROOT / 'train.py').read_text(encoding='utf-8')
+    places = re.findall(r"watch\.(?:at|together)[(,] ?\w+, '(.*?)'", script)
+    assert ['the start', *sorted(places, key=PLACES.index)] == PLACES
+    loop = PLACES[PLACES.index('the evaluation') :]
+    assert places[-len(loop) :] == loop
+
+
+def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
+    start, said = crew
+    watches = start(2)
+    watches[1].at(1, 'the data')
+    keep_busy(watches[1])
+    time.sleep(1)
+    assert said == {}  # rank 0 is behind, but rank 1 gets on
+
+
+def wait_together(*watches):
+    """They wait while another copies, as Runtime.wait_for_all() does."""
+
+    def work():
+        while not all(each.ended.wait(0.01) for each in watches):
+            for each in watches:
+                each.together(0, 'the opening of the data')
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_all_may_wait_for_long_while_another_copies(crew):
+    start, said = crew
+    watches = start(3)
+    wait_together(*watches[:2])
+    for _ in range(150):
+        watches[2].together(0, 'the copying of the data')
+        time.sleep(0.01)
+    assert said == {}
+
+
+def test_who_dies_while_another_waits_for_its_data_is_named(crew):
+    start, said = crew
+    watches = start(3)
+    wait_together(*watches[:2])
+    watches[2].together(0, 'the copying of the data')
+    time.sleep(0.3)
+    watches[2].close()
+    _, why = wait_for_speaker(said)
+    assert re.fullmatch(
+        r'rank 2 \(.*\) gives no sign of life, last at the copying of the data of step 0; '
+        'waited for at the opening of the data of step 0',
+        why,
+    )
+
+
+def test_who_gets_no_data_for_too_long_is_named(crew):
+    start, said = crew
+    watches = start(2)
+    wait_together(watches[0])
+    watches[1].together(0, 'the copying of the data')
+    assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
 def test_the_rank_whose_signs_stopped_is_named(crew):
@@ -93,7 +189,7 @@ def test_the_rank_whose_signs_stopped_is_named(crew):
     watches[1].close()
     for each in watches[::2]:
         each.at(5, 'the gradients')
-    _, why, _ = wait_for(said, 2)
+    _, why = wait_for_speaker(said)
     assert re.match(r'rank 1 \(.*\) gives no sign of life, last at the saving of step 4; ', why)
     assert 'rank 0' not in why
 
@@ -129,12 +225,12 @@ def test_a_lost_connection_names_who_is_gone(crew):
     start, said = crew
     watches = start(2, timeout=3)
     time.sleep(0.5)
-    watches[1].close()
-    watches[0].at(9, 'the gradients')
+    watches[0].close()
+    watches[1].at(9, 'the gradients')
     sys.excepthook(RuntimeError, RuntimeError(GLOO), None)
-    what, why, mine = said[0]
+    what, why, mine = said[1]
     assert what == 'a connection is lost (Connection closed by peer [10.0.0.2]:12)'
-    assert why.startswith('rank 1 (')
+    assert why.startswith('rank 0 (')
     assert 'gives no sign of life' in why
     assert mine
 
@@ -175,11 +271,63 @@ def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
     crew[1].send(signal.SIGKILL)
     assert crew.end(20) == [1, -signal.SIGKILL, 1]
     assert re.fullmatch(
-        rf'error \(rank 0\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on \S+\) '
-        r'gives no sign of life, last at .* of step \d+; waited for at the \w+ of step \d+',
-        crew[0].err.strip(),
+        rf'error \(rank [02]\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on '
+        r'\S+\) gives no sign of life, last at .* of step \d+; waited for at the \w+ of step \d+',
+        *re.findall(r'^error.*', crew.err, re.M),
     )
     assert 'Traceback' not in crew.err
+
+
+SLOW = """
+import sys, time, data.dataset, data.mixture, saver
+def sleep(*args): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ('which', 'fault', 'place'),
+    [
+        (0, 'saver.Saver.save = sleep', 'the saving of step 2'),
+        (1, 'data.dataset.Dataset.batch = sleep', 'the data of step 0'),
+    ],
+)
+def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, place):
+    before = lambda rank: SLOW + fault if rank == which else ''  # noqa: E731
+    args = (f'--out_dir={tmp_path}', *FOREVER, '--save_interval=2', '--hang_timeout=2')
+    crew = ranks(3, *args, before=before)
+    assert crew.end(30) == [1, 1, 1]
+    (line,) = re.findall(r'^error.*', crew.err, re.M)
+    assert re.fullmatch(
+        rf'error \(rank \d\): no progress for 2 s: rank {which} \(process {crew[which].pid} on '
+        rf'\S+\) has been at {place} for \d s; waited for at the \w+ of step \d',
+        line,
+    )
+    assert 'Traceback' not in crew.err
+
+
+def while_opening(fault):
+    """`before`, for rank 1."""
+    lines = f'import os, signal, time, data.mixture\ndef fails(*args): {fault}\n'
+    return lambda rank: f'{lines}data.mixture.open_data = fails' if rank == 1 else ''
+
+
+def test_any_error_while_the_data_is_opened_ends_all(ranks, tmp_path):
+    crew = ranks(2, f'--out_dir={tmp_path}/run', before=while_opening('raise OSError("no disk")'))
+    assert crew.end(30) == [2, 1]
+    assert crew[0].err == 'error: rank 1: OSError: no disk\n'
+    assert last_line(crew[1]) == '[rank1]: OSError: no disk'
+
+
+@pytest.mark.parametrize('number', ['SIGSTOP', 'SIGKILL'])
+def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path, number):
+    fault = while_opening(f'time.sleep(0.5); os.kill(os.getpid(), signal.{number})')
+    crew = ranks(2, f'--out_dir={tmp_path}/run', '--hang_timeout=2', before=fault)
+    assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
+    assert re.fullmatch(
+        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) gives no '
+        r'sign of life, last at the copying of the data of step 0; waited for at .*\n',
+        crew.err,
+    )
 
 
 @pytest.mark.faults
