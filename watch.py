@@ -71,10 +71,9 @@ class Watch:
     def _run(self) -> None:
         parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
         while not self.ended.wait(self.beat):
-            if (
-                parent and os.getppid() != parent
-            ):  # torchrun was killed: save, and leave, as it asks
-                parent = os.kill(os.getpid(), signal.SIGTERM)
+            if parent and os.getppid() != parent:  # it was killed: save, and leave, as it would ask
+                os.kill(os.getpid(), signal.SIGTERM)
+                parent = None
             try:
                 self._sign()
                 if self.runtime.store.check(['speaker']):  # late or not: all leave

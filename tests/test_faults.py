@@ -456,6 +456,18 @@ def test_a_signal_to_one_rank_ends_the_evaluation_of_all(ranks, tmp_path, shard)
 
 
 @posix
+def test_where_torchrun_is_killed_the_ranks_save_and_leave(launch, tmp_path):
+    process = launch(
+        f'--out_dir={tmp_path}/a', '--max_iters=1000000', '--eval_interval=1000000', python=TORCHRUN
+    )
+    wait_for_step(process, 8)
+    process.kill()
+    out, _ = process.communicate(timeout=20)  # whose other end the ranks hold
+    assert 'stopped at step' in out
+    assert list(metrics(tmp_path / 'a'))[-1:] == steps(tmp_path / 'a')
+
+
+@posix
 def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
     script, launch, tiny, tmp_path, environment, monkeypatch
 ):

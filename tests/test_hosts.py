@@ -106,7 +106,8 @@ def test_of_a_lost_host_the_others_say_so_and_leave(ranks, hosts, tmp_path, how,
     assert re.search(rf'^error \(rank [01]\): .*{line}', said, re.M), said
     if how == 'link cut':
         assert crew[which].end(30) == 1  # alone on its side, it does not stay either
-        assert own(crew[which].err)[0].startswith(f'error (rank {which}): ')
+        said = own(crew[which].err)
+        assert said[0].startswith(f'error (rank {which}): '), said
 
 
 def torchrun(host, out_dir, config, environment, *args):
