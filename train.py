@@ -213,6 +213,8 @@ resume_from, lock = find_start(config, runtime, resuming)
 torch.manual_seed(seed)
 state = {'step': 0, 'samples': 0, 'evaluated_step': None, 'best_val_loss': None}
 state |= {'stale': 0, 'skipped': 0}  # evaluations without a new best, updates left out: in a row
+state |= {'usual_norm': 0.0, 'norms': 0}  # of the gradient; how many of them that is the mean of
+state |= {'since_log': {'spikes': 0, 'skipped': 0}}  # steps since a line was logged
 state |= {'run': runtime.agree(lambda: secrets.token_hex(8))}  # whose checkpoints these are
 state |= {'seconds': 0.0}  # since the start, with compilation and evaluation; summed over starts
 raw_model, tokenizer, known = find_model(config, resume_from)
@@ -436,6 +438,16 @@ def get_lr(step: int) -> float:
     return min_lr + share * (learning_rate - min_lr)
 
 
+def is_spike(norm: float) -> bool:
+    """Whether a gradient is over three times as large as usual, the mean of some 100 before it."""
+    usual, count = state['usual_norm'], state['norms']
+    if not math.isfinite(norm):
+        return False
+    state['norms'] = min(count + 1, 100)
+    state['usual_norm'] += (norm - usual) / state['norms']
+    return count >= 20 and norm > 3 * usual
+
+
 def is_finished() -> bool:
     """Whether the last step, or the last evaluation that patience allows, is done and measured."""
     last = step >= max_iters or (patience is not None and state['stale'] >= patience)
@@ -634,6 +646,8 @@ while True:
     raw_model.zero_grad(set_to_none=True)
     step, samples = step + 1, samples + global_rows
     state['skipped'] = state['skipped'] + 1 if bad else 0
+    state['since_log']['skipped'] += bad
+    state['since_log']['spikes'] += is_spike(norm)
     progress.advance(time.perf_counter() - started)
 
     if bad:
@@ -653,8 +667,9 @@ while True:
             say(line)
         if runtime.main:
             measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
-            measured |= {'data_wait': data_wait, **saver.times()}
+            measured |= {'data_wait': data_wait, **saver.times(), **state['since_log']}
             tracker.log(step, loss=mean_loss, **measured, seconds=time.perf_counter() - began)
+        state['since_log'] = dict.fromkeys(state['since_log'], 0)
 
 # -----------------------------------------------------------------------------
 # the end: what was reached, where it lies, and how to go on

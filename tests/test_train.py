@@ -712,6 +712,34 @@ def test_a_stop_after_an_update_that_was_left_out_saves_what_there_is(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_spikes_and_skipped_updates_are_in_the_metrics_also_of_a_stopped_run(
+    run_here, tmp_path, monkeypatch
+):
+    forward, seed, steps_begun = GPT.forward, runtime.Runtime.seed, []
+
+    def begin(self, number, step):
+        steps_begun.append(step)
+        seed(self, number, step)
+
+    def spoil(self, *args, **options):
+        logits, loss = forward(self, *args, **options)
+        factor = {22: 10.0, 24: float('nan')}.get(steps_begun[-1] if steps_begun else -1, 1.0)
+        return logits, loss * factor if self.training else loss
+
+    monkeypatch.setattr(runtime.Runtime, 'seed', begin)
+    monkeypatch.setattr(GPT, 'forward', spoil)
+    args = ('--eval_interval=100', '--max_iters=28', '--log_interval=7', '--lr_decay_iters=1000')
+    whole, halves = tmp_path / 'whole', tmp_path / 'halves'
+    assert run_here(f'--out_dir={whole}', *args) == 0
+    assert metrics(whole, 'spikes') == {7: 0, 14: 0, 21: 0, 28: 1}
+    assert metrics(whole, 'skipped') == {7: 0, 14: 0, 21: 0, 28: 1}
+    run_here(f'--out_dir={halves}', *args, '--save_interval=26', '--max_iters=26')
+    (halves / 'DONE').unlink()
+    assert run_here(f'--out_dir={halves}', *args, '--init_from=resume') == 0
+    for key in ('spikes', 'skipped'):
+        assert metrics(halves, key)[28] == 1
+
+
 def test_a_second_ctrl_c_leaves_at_once(run_here, tmp_path, monkeypatch):
     log = track.Tracker.log
 
