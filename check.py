@@ -231,10 +231,10 @@ class Preflight:
             )
 
     def copy_of(self, source: Path) -> Iterator[tuple[str, str]]:
-        from data.cache import is_whole, place_in  # requests is slow to import
+        from data.cache import fetched, is_whole, place_in  # requests is slow to import
 
         cache = self.config['data_cache']
-        copy = place_in(cache, source, (source / 'meta.json').read_bytes())
+        copy = place_in(cache, source, fetched(str(source), 'meta.json'))
         if not os.access(existing(cache), os.W_OK):
             raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
         if is_whole(copy):
@@ -294,7 +294,8 @@ class Preflight:
             raise UserError(f'{self.out_dir}: cannot be written; give another --out_dir')
         if not self.resuming:
             if not config['overwrite']:
-                folder.check_free(self.out_dir)
+                for where in filter(None, (self.out_dir, config['checkpoint_mirror'])):
+                    folder.check_free(Path(where))
             gone = len(listed(self.out_dir))
             yield (
                 ('warning', f'{gone} checkpoints in it will be deleted') if gone else ('ok', 'free')

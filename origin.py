@@ -8,6 +8,7 @@ What a run begins with: a model made new, that of a run that goes on, or one fro
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 import folder
-from checkpoint import MANIFEST, find, listed, load, load_model, prune, sha256
+from checkpoint import MANIFEST, find, listed, load, load_model, prune, sha256, step_of
 from configurator import ConfigError, UserError
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
@@ -57,8 +58,11 @@ def find_start(
         if mirror:
             restore(mirror, out_dir)
         path = folder.resume_point(out_dir, config)
-        if path and mirror and runtime.world_size > 1:
-            catch_up(path, mirror)  # a machine with another disk has it from there
+        if path and mirror and runtime.world_size > 1 and not config['eval_only']:
+            try:
+                catch_up(path, mirror)  # a machine with another disk has it from there
+            except UserError as error:  # if there is one, it will say so
+                print(f'warning: {error}', file=sys.stderr)
         return path
 
     path = runtime.agree(find_on_rank_0)
@@ -69,19 +73,31 @@ def find_start(
 
 def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
     """Have rank 0's checkpoint on this machine, too: each rank reads the optimizer's state."""
-    mirror = config['checkpoint_mirror']
-    manifest = runtime.agree(lambda: sha256(path / MANIFEST))
-    if mirror and runtime.first_here and not runtime.main:
-        fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
-        with suppress(OSError):  # a disk of its own, where nobody else does
-            prune(path.parent, config['always_save_checkpoint'])
+    mirror, trouble = config['checkpoint_mirror'], ''
+    manifest, stamp = runtime.agree(lambda: (sha256(path / MANIFEST), stamp_of(path)))
+    if mirror and runtime.first_here and stamp_of(path) != stamp:  # a disk of its own
+        try:
+            fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
+            if not config['eval_only']:  # nobody else clears up there
+                folder.begin(path.parents[1], step_of(path), overwrite=False)
+                prune(path.parent, config['always_save_checkpoint'])
+        except (OSError, UserError) as error:  # the others wait
+            trouble = f' ({error})'
     runtime.reduce([0])  # until the others have theirs
     here = sha256(path / MANIFEST) if (path / MANIFEST).exists() else None
     if rank := runtime.odd_one(here):
         raise UserError(
             f'{path} of rank {rank} is missing on its machine, or not that of rank 0: give an '
-            '--out_dir or a --checkpoint_mirror that all machines see'
+            f'--out_dir or a --checkpoint_mirror that all machines see{trouble}'
         )
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """What a checkpoint has in common on two machines only if they see the same disk."""
+    with suppress(FileNotFoundError):
+        status = (path / MANIFEST).stat()
+        return status.st_ino, status.st_mtime_ns
+    return None
 
 
 def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Tokenizer | None, dict]:
@@ -135,11 +151,11 @@ def check_new(config: dict) -> None:
 def check_batches(config: dict, data: Dataset) -> None:
     """Refuse what cannot be done with the rows of this dataset."""
     name = config['dataset']
-    check_pieces(config, config['block_size'])
     if config['short_iters'] and data.rows:
         raise ConfigError(
             f'short_iters={config["short_iters"]}: the rows of {name} are not cut; leave it at 0'
         )
+    check_pieces(config, config['block_size'])
     if not config['mask_documents']:
         return
     if config['objective'] == 'dpo':

@@ -95,7 +95,7 @@ class Runtime:
     def launcher(self) -> str:
         """What starts as many processes; what starts other machines, nobody here knows."""
         here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-        if self.world_size == 1:
+        if self.store is None:
             return 'python'
         many = '--standalone' if here == self.world_size else '...'
         return f'torchrun {many} --nproc_per_node={here}'
@@ -278,7 +278,10 @@ class StopSignal:
         if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(2, b'\nstopping after this step ...\n')
-        self.signal = number
+        if (
+            not self.signal or self.runtime.world_size == 1
+        ):  # torchrun sends its own after the first
+            self.signal = number
 
     def share(self) -> None:
         """Have every rank know of the signal that one of them got: all leave with its status."""

@@ -103,10 +103,10 @@ class Saver:
 
     def _make_room(self, state: dict, need: int) -> Path | None:
         """Make room -> where the checkpoint goes, None if it is there already."""
-        if saved_before(self.out_dir, state):
-            return None
-        final = place(self.out_dir, state)
         try:
+            if saved_before(self.out_dir, state):
+                return None
+            final = place(self.out_dir, state)
             clear(final, need)
         except OSError as error:
             raise UserError(str(error)) from error
@@ -190,8 +190,7 @@ def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None)
     run: of whom it has to be, if it is of anybody. OSError where it is not, or cannot be written.
     """
     target = mirror / 'checkpoints' / path.name
-    owners = {(read_state(other) or {}).get('run') for other in listed(mirror)}
-    if run and owners - {None, run}:
+    if run and {run_of(other) for other in listed(mirror)} - {None, run}:
         raise OSError('it has checkpoints of another run: give each a --checkpoint_mirror')
     for other in listed(mirror):
         if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
@@ -210,11 +209,16 @@ def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None)
     prune(target.parent, keep_evaluated, remove)
 
 
+def run_of(path: Path) -> str | None:
+    """What tells the checkpoints of one run from those of another; of older ones, None."""
+    return (read_state(path) or {}).get('run')
+
+
 def catch_up(path: Path, mirror: str | Path) -> None:
     """Have the mirror hold a checkpoint that a killed run had not copied yet."""
     if not (Path(mirror) / 'checkpoints' / path.name / MANIFEST).is_file():
         try:
-            send(path, Path(mirror), keep_evaluated=True)
+            send(path, Path(mirror), keep_evaluated=True, run=run_of(path))
         except OSError as error:
             raise UserError(f'{path} cannot be copied to {mirror}: {error}') from error
 
@@ -260,9 +264,15 @@ def begin_mirror(mirror: str | Path, step: int) -> None:
 def restore(mirror: str | Path, out_dir: str | Path) -> None:
     """Bring the mirror's newest checkpoint to out_dir, unless one as new is there, and whole."""
     there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
-    here = next((step_of(path) for path in reversed(listed(out_dir)) if is_whole(path)), -1)
+    here = next((path for path in reversed(listed(out_dir)) if is_whole(path)), None)
+    runs = {run_of(path) for path in [*there, *([here] if here else [])]}
+    if len(runs - {None}) > 1:
+        raise UserError(
+            f'checkpoint_mirror={str(mirror)!r} has checkpoints of another run than {out_dir}: '
+            'give each a --checkpoint_mirror'
+        )
     for path in reversed(there):
-        if step_of(path) <= here:
+        if here and (step_of(path), path.name) <= (step_of(here), here.name):
             return
         if fetch(path, Path(out_dir)):
             return
@@ -278,7 +288,8 @@ def is_whole(path: Path) -> bool:
 def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
     """Copy a checkpoint from the mirror, if it is whole, with what lies beside the checkpoints.
 
-    manifest: the hash of its manifest; what is there in its place is set aside.
+    manifest: the hash of its manifest. A checkpoint of that name that is here with another one, or
+    is damaged, is set aside.
     """
     final = out_dir / 'checkpoints' / path.name
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -384,8 +384,8 @@ def estimate_loss() -> dict[str, float] | None:
     losses = {}
     splits = ('train', 'val') if eval_train else ('val',)
     for split, (share, part) in product(splits, data.parts):
-        whole = len(part.eval_windows('val'))  # the training split is never looked at for longer
-        count = whole if eval_iters is None else math.ceil(share * eval_iters * batch_size)
+        most = len(part.eval_windows('val'))  # the training split is never looked at for longer
+        count = most if eval_iters is None else math.ceil(share * eval_iters * batch_size)
         windows = part.eval_windows(split, count)
         names = [f'{split}_{name}' for name in MEASURED[objective]]
         total = torch.zeros(len(names) + 1, dtype=runtime.wide, device=runtime.device)
@@ -512,9 +512,9 @@ def report_end() -> None:
 
 stop = StopSignal(runtime)  # from here on a signal finishes the step, saves and leaves
 if eval_only:
-    losses = estimate_loss() or {}
-    beside = f' (published: {published})' if published else ''
-    say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()) + beside)
+    if losses := estimate_loss():
+        beside = f' (published: {published})' if published else ''
+        say(', '.join(f'{name} {value:.4f}' for name, value in losses.items()) + beside)
     runtime.leave(stop.status)
 
 step, samples = first_step, first_sample

@@ -42,8 +42,9 @@ class Watch:
             self._catch_lost_connections()
             with suppress(Exception):
                 self._sign()  # so that who ends at once is known, too
-            for work in (self._run, self._guard):
-                threading.Thread(target=work, daemon=True).start()
+            threading.Thread(target=self._guard, daemon=True).start()
+        if runtime.store:
+            threading.Thread(target=self._run, daemon=True).start()
 
     def at(self, step: int, what: str) -> None:
         """This process comes to `what` of a step."""
@@ -51,7 +52,8 @@ class Watch:
         self.place, self.since = (step, what), time.monotonic()
 
     def together(self, step: int, what: str) -> None:
-        """The same, but `what` may last for as long as the others give signs of life."""
+        """The same, but `what` may last: the time begins anew whenever all others have given new
+        signs of life, and none of them is late."""
         if self.runtime.world_size > 1 and self.place == (step, what):
             if time.monotonic() - self.since < self.beat:
                 return
@@ -76,7 +78,7 @@ class Watch:
                 parent = None
             try:
                 self._sign()
-                if self.runtime.store.check(['speaker']):  # late or not: all leave
+                if self._another_speaks():  # late or not: all leave
                     self._end('another process said why', '', mine=False)
                 if self._late() and (why := self._blame()) and self._late():
                     self._end(f'no progress for {self.timeout:g} s', why, self._speaks())
@@ -155,6 +157,10 @@ class Watch:
         blamed = gone or ([] if me in last else list(last.values()))
         step, what = self.place
         return '; '.join([*blamed, f'waited for at {what} of step {step}']) if blamed else ''
+
+    def _another_speaks(self) -> bool:
+        store, me = self.runtime.store, str(self.runtime.rank).encode()
+        return store.check(['speaker']) and store.get('speaker') != me
 
     def _speaks(self) -> bool:
         """Whether it is for this process to say it: the first that asks."""

@@ -632,6 +632,22 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
     (problem,) = other.saver.news()
     assert 'it has checkpoints of another run: give each a --checkpoint_mirror' in problem
     assert hashes(find(tmp_path / 'm', 'last')) == hashes(find(tmp_path / 'a', 'last'))
+    # nor does the other go on from what is there
+    assert 'has checkpoints of another run' in refused(restore, tmp_path / 'm', tmp_path / 'b')
+    own = find(tmp_path / 'b', 'last')
+    shutil.copytree(own, own.with_name('step-00000002'))
+    later = own.with_name('step-00000002')
+    assert 'it has checkpoints of another run' in refused(saver.catch_up, later, tmp_path / 'm')
+
+
+def test_of_two_of_a_step_the_evaluated_one_comes_back(tmp_path):
+    run = Run(tmp_path / 'run', mirror=tmp_path / 'm')
+    run.save()
+    shutil.copytree(tmp_path / 'run', tmp_path / 'elsewhere')
+    run.save(evaluated=True, val_loss=1.0)
+    run.saver.finish()
+    restore(tmp_path / 'm', tmp_path / 'elsewhere')
+    assert find(tmp_path / 'elsewhere', 'last').name == 'step-00000001.again'
 
 
 @pytest.mark.parametrize('mirror', ['s3://bucket/mine', 'run', './run/'])
