@@ -294,8 +294,7 @@ class Preflight:
             raise UserError(f'{self.out_dir}: cannot be written; give another --out_dir')
         if not self.resuming:
             if not config['overwrite']:
-                for where in filter(None, (self.out_dir, config['checkpoint_mirror'])):
-                    folder.check_free(Path(where))
+                folder.check_free(self.out_dir, config['checkpoint_mirror'])
             gone = len(listed(self.out_dir))
             yield (
                 ('warning', f'{gone} checkpoints in it will be deleted') if gone else ('ok', 'free')

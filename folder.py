@@ -58,12 +58,18 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
         return None
 
 
-def check_free(out_dir: Path) -> None:
-    if listed(out_dir):
-        raise UserError(
-            f'{out_dir} has checkpoints already: continue with --init_from=resume, give another '
-            '--out_dir, or delete them with --overwrite'
-        )
+def check_free(*folders: str | Path | None) -> None:
+    """Refuse to begin a run in these, of which None is left out, if one has a run in it."""
+    for where in filter(None, folders):
+        if listed(where):
+            raise UserError(
+                f'{where} has checkpoints already: continue with --init_from=resume, give another '
+                '--out_dir, or delete them with --overwrite'
+            )
+
+
+def is_same(a: str | Path, b: str | Path) -> bool:
+    return Path(a).resolve() == Path(b).resolve()
 
 
 def begin(out_dir: Path, step: int, overwrite: bool) -> None:

@@ -52,8 +52,8 @@ def find_start(
                 '--out_dir what init_from names'
             )
         if not resuming:
-            for where in () if config['overwrite'] else filter(None, (out_dir, mirror)):
-                folder.check_free(Path(where))
+            if not config['overwrite']:
+                folder.check_free(out_dir, mirror)
             return None
         if mirror:
             restore(mirror, out_dir)
@@ -110,7 +110,7 @@ def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Toke
         check_same(config, saved['config'], model.config, resume_from)
         config['init_from'] = saved['config']['init_from']
     elif config['init_from'] not in NEW:
-        if config['overwrite'] and is_same(config['init_from'], config['out_dir']):
+        if config['overwrite'] and folder.is_same(config['init_from'], config['out_dir']):
             raise ConfigError(
                 f'init_from={config["init_from"]!r} is the out_dir, which --overwrite would empty; '
                 'give another --out_dir'
@@ -126,10 +126,6 @@ def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Toke
         return None, None, {}
     config['checkpoint'] = None  # of the other run; a resumed one would take it for its own
     return model, tokenizer, saved
-
-
-def is_same(a: str, b: str) -> bool:
-    return Path(a).resolve() == Path(b).resolve()
 
 
 def check_new(config: dict) -> None:

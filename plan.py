@@ -115,12 +115,14 @@ def least(case: Case) -> float:
 
 def host_lack(case: Case) -> str | None:
     """What is wrong with the main memory beside the GPUs; None if nothing is."""
-    state = state_of(case)
-    built = state[0] if case.shard else 0  # whole in each process, before it is cut
+    if case.device != 'cuda' or not case.shard:
+        return None
+    state, free = state_of(case), host_room()
+    built = state[0]  # whole in each process, before it is cut
     held = sum(state) / case.ranks if case.offload else 0
-    copied = (state[0] + state[2]) / case.ranks if case.shard else 0  # while it is being saved
-    need, free = max(built, held + copied), host_room()
-    if case.device != 'cuda' or free is None or need <= free:
+    copied = (state[0] + state[2]) / case.ranks  # while it is being saved
+    need = max(built, held + copied)
+    if free is None or need <= free:
         return None
     return (
         f'each process of this machine takes {need / 1e9:,.1f} GB of main memory for the model, '

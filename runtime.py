@@ -278,9 +278,8 @@ class StopSignal:
         if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(2, b'\nstopping after this step ...\n')
-        if (
-            not self.signal or self.runtime.world_size == 1
-        ):  # torchrun sends its own after the first
+        # torchrun sends one of its own after the first, which is the one to leave with
+        if not self.signal or self.runtime.world_size == 1:
             self.signal = number
 
     def share(self) -> None:

@@ -45,6 +45,7 @@ from checkpoint import (
     write,
 )
 from configurator import ConfigError, UserError
+from folder import is_same
 from runtime import Runtime
 
 SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
@@ -236,7 +237,7 @@ def check_mirror(mirror: str, out_dir: str | Path | None) -> None:
         raise ConfigError(
             f'checkpoint_mirror={mirror!r}: mount the bucket, and give the folder it is mounted at'
         )
-    if out_dir and Path(mirror).resolve() == Path(out_dir).resolve():
+    if out_dir and is_same(mirror, out_dir):
         raise ConfigError(f'checkpoint_mirror={mirror!r} is the out_dir: give a second folder')
 
 
