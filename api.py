@@ -26,13 +26,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import HTTPException
 
-import schema
-from configurator import ConfigError, UserError, configure, known, read_settings, within
-from data.tokenizer import EOT, Tokenizer
-from engine import Engine
-from model import GPT
-from sample import load, source
-from server import (
+from configurator import configure, known, read_settings
+from flatgpt import ROOT
+from flatgpt.data.tokenizer import EOT, Tokenizer
+from flatgpt.errors import ConfigError, UserError, within
+from flatgpt.inference.engine import Engine
+from flatgpt.serving import schema
+from flatgpt.serving.http_server import (
     CONNECTIONS,
     Door,
     Server,
@@ -42,7 +42,9 @@ from server import (
     log_to_stderr,
     wait_until_drained,
 )
-from service import LOG, Chat, Refusal, Service, key_of
+from flatgpt.serving.service import LOG, Chat, Refusal, Service, key_of
+from model import GPT
+from sample import load, source
 
 # -----------------------------------------------------------------------------
 # model
@@ -71,7 +73,7 @@ deterministic = False  # the same bits for a text whatever else is computed; slo
 # -----------------------------------------------------------------------------
 
 
-WEB = Path(__file__).resolve().parent / 'web'
+PAGE = ROOT / 'flatgpt' / 'serving'
 SWAGGER = Path(find_spec('flask_openapi3_swagger').origin).parent / 'templates' / 'swagger'
 DOCS = """<!doctype html>
 <html lang="en">
@@ -223,7 +225,7 @@ def apologize(error: Exception):
 
 @routes.get('/')
 def playground():
-    return flask.send_from_directory(WEB, 'playground.html')
+    return flask.send_from_directory(PAGE, 'playground.html')
 
 
 @routes.get('/docs')

@@ -15,17 +15,16 @@ A config file is Python that starts with the current values as its globals, so
 
 import ast
 import contextlib
-import difflib
 import functools
 import inspect
 import os
 import runpy
-import sys
-import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+from flatgpt import ROOT
+from flatgpt.errors import ConfigError, did_you_mean, one_line_errors
+
 SCALARS = (bool, int, float, str, type(None))
 EXAMPLES = {
     'bool': 'True or False',
@@ -34,42 +33,6 @@ EXAMPLES = {
     'str': 'text',
     'NoneType': 'None',
 }
-
-
-class UserError(Exception):
-    """A mistake the user can mend: its text says where it came from, what is wrong and the cure."""
-
-
-class ConfigError(UserError):
-    """A setting, a flag or a config file that cannot be used."""
-
-
-def one_line_errors() -> None:
-    """Let a UserError end the program with one line on standard error and status 2."""
-
-    def hook(kind, error, trace):
-        if issubclass(kind, PermissionError) and error.filename:
-            kind, error = UserError, UserError(f'{error.filename}: {error.strerror}')
-        if issubclass(kind, UserError):
-            rank = os.environ.get('RANK', '0')
-            # not sys.stderr: torch.distributed holds it back while a hook runs, and would lose it
-            line = f'error{"" if rank == "0" else f" (rank {rank})"}: {error}'
-            print(line, file=sys.__stderr__)
-            if 'RANK' in os.environ:  # gloo's threads can abort a process that ends as usual
-                sys.__stderr__.flush()
-                if rank == '0':  # which may keep the store, and the others come to say the same
-                    time.sleep(1)
-                os._exit(2)
-            raise SystemExit(2)  # an exception hook may end the program; 1 is for crashes
-        if issubclass(kind, KeyboardInterrupt):
-            print('interrupted', file=sys.__stderr__)
-            raise SystemExit(130)  # what a shell reports for Ctrl-C
-        if issubclass(kind, BrokenPipeError):  # piped into `head`, which has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141)  # and what it reports for that
-        sys.__excepthook__(kind, error, trace)
-
-    sys.excepthook = hook
 
 
 def configure(defaults: dict, argv: list[str], positional: str | None = None) -> dict:
@@ -114,26 +77,6 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     return {
         k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()
     }
-
-
-def within(low: float, high: float | None, settings: dict, *names: str) -> None:
-    """Raise ConfigError for a setting below `low` or above `high`; None is in every range."""
-    for name in names:
-        value = settings[name]
-        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
-            need = f'at least {low}' if high is None else f'between {low} and {high}'
-            raise ConfigError(f'{name}={value}: must be {need}')
-
-
-def one_of(choices: tuple, settings: dict, name: str) -> None:
-    if settings[name] not in choices:
-        raise ConfigError(f'{name}={settings[name]!r}: give {", ".join(map(repr, choices))}')
-
-
-def did_you_mean(word: str, names) -> str:
-    """'did you mean train? ' for the name nearest to `word`, '' where none is near."""
-    near = difflib.get_close_matches(word, names, 1)
-    return f'did you mean {near[0]}? ' if near else ''
 
 
 def run_config(path: Path, values: dict) -> dict:

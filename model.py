@@ -16,7 +16,6 @@ Shapes: B rows, T tokens, S tokens in the cache, C = n_embd, H = n_head, G = n_k
 set), D = C / H, V = vocab_size.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from itertools import takewhile
@@ -25,8 +24,6 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 from torch.nn import functional as F
-
-from configurator import ConfigError
 
 TRANSPOSED = (
     'attn.c_attn.weight',
@@ -54,21 +51,21 @@ class GPTConfig:
             if value is None and name == 'n_kv_head':
                 continue
             if not isinstance(value, int) or value < 1:
-                raise ConfigError(f'{name}={value!r}: must be at least 1, and whole')
+                raise ValueError(f'{name}={value!r}: must be at least 1, and whole')
         if self.n_embd % self.n_head:
             near = max(self.n_head, round(self.n_embd / self.n_head) * self.n_head)
-            raise ConfigError(
+            raise ValueError(
                 f'n_embd={self.n_embd} cannot be split over n_head={self.n_head} heads; '
                 f'the nearest that can is n_embd={near}'
             )
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f'dropout={self.dropout}: must be at least 0 and below 1')
+            raise ValueError(f'dropout={self.dropout}: must be at least 0 and below 1')
         if self.arch not in ('gpt2', 'modern'):
-            raise ConfigError(f"arch={self.arch!r}: give 'gpt2' or 'modern'")
+            raise ValueError(f"arch={self.arch!r}: give 'gpt2' or 'modern'")
         if self.arch == 'modern':
             self.check_modern()
         elif self.n_kv_head not in (None, self.n_head):
-            raise ConfigError(
+            raise ValueError(
                 f"n_kv_head={self.n_kv_head}: arch='gpt2' has as many as n_head={self.n_head}; "
                 "leave it at None, or take arch='modern'"
             )
@@ -76,15 +73,15 @@ class GPTConfig:
     def check_modern(self) -> None:
         """Refuse what NanoChatForCausalLM could not load."""
         if self.bias:
-            raise ConfigError("bias=True: arch='modern' has no biases; take --bias=False")
+            raise ValueError("bias=True: arch='modern' has no biases; take --bias=False")
         if self.n_embd // self.n_head % 2:
-            raise ConfigError(
+            raise ValueError(
                 f'n_embd={self.n_embd} over n_head={self.n_head} makes heads of '
                 f'{self.n_embd // self.n_head}: rotary positions turn pairs, so take an even size'
             )
         if self.n_head % self.kv_heads:
             fits = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
-            raise ConfigError(
+            raise ValueError(
                 f'n_kv_head={self.n_kv_head} cannot serve n_head={self.n_head} heads in equal '
                 f'groups; give one of {", ".join(map(str, fits))}'
             )
@@ -512,7 +509,7 @@ class GPT(nn.Module):
         GPT-2's head is its embedding, and stays too.
         """
         if blocks > len(self.blocks):
-            raise ConfigError(f'freeze={blocks}: the model has {len(self.blocks)} blocks')
+            raise ValueError(f'freeze={blocks}: the model has {len(self.blocks)} blocks')
         tables = [child for child in self.trunk.children() if isinstance(child, nn.Embedding)]
         for module in (*tables, *self.blocks[:blocks]):
             module.requires_grad_(False)
@@ -525,79 +522,3 @@ class GPT(nn.Module):
             self.transformer.wpe = nn.Embedding.from_pretrained(
                 self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
             )
-
-
-class KVCache:
-    """Keys and values of the tokens each row has seen, so that a new token costs one token's work.
-
-    Rows stand at their own positions and share nothing: `pos` (rows,) counts the tokens each holds.
-    A forward pass of fewer rows continues the first ones. Nothing here is ever moved to other
-    memory, so that engine.py can record a step as a CUDA graph.
-    """
-
-    def __init__(self, model: GPT, rows: int, length: int | None = None):
-        c, weight = model.config, model.embedding.weight
-        self.length = length or c.block_size
-        # without AMX, torch's CPU kernel takes for one query in bfloat16 five times as long as in
-        # float32; with it, less
-        slow = weight.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
-        dtype = torch.float32 if slow else weight.dtype
-        # the column after the last takes the keys of padding, which nothing ever reads
-        shape = (c.n_layer, 2, rows, c.kv_heads, self.length + 1, c.n_embd // c.n_head)
-        self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)
-        self.pos = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.rows = torch.arange(rows, device=weight.device)[:, None]  # (rows, 1)
-        self.count = torch.arange(self.length, device=weight.device)
-        self.zeros = torch.zeros(self.length, device=weight.device, dtype=dtype)
-        self.span = 0  # no row holds more; kept on the host, so that no step waits for the device
-        self.graphs = {}  # steps that engine.py recorded on this memory
-
-    def columns(self, T: int) -> int:
-        """How many a step of T more tokens attends over: on a GPU one of a few fixed counts."""
-        stride = 16 if self.kv.device.type == 'cpu' else 256
-        return min(self.length, -(-(self.span + T) // stride) * stride)
-
-    def extend(self, B: int, T: int, lengths=None):
-        """Make room for T more tokens in B rows, `lengths` of them real -> positions (B, T)."""
-        assert self.span + T <= self.length, 'the cache is full'
-        pos = self.pos[:B, None] + self.count[:T]
-        self.slots = pos.clamp(max=self.length)
-        if lengths is not None:
-            self.slots = self.slots.where(self.count[:T] < lengths[:, None], self.length)
-        self.mask = None  # rows that were empty attend to what they are given
-        if self.span:
-            unseen = self.count[: self.columns(T)] > pos[..., None]
-            self.mask = self.zeros[: unseen.size(-1)].masked_fill(unseen, -math.inf)
-            self.mask = self.mask[:, None]  # (B, 1, T, S), added to the scores
-        self.pos[:B] += T if lengths is None else lengths
-        self.span += T
-        return pos.clamp(max=self.length - 1)  # a finished row that is still computed may be beyond
-
-    def append(self, layer: int, k, v):
-        """Store a layer's keys and values (B, G, T, D) -> all that is attended to, (B, G, S, D).
-
-        Where every row was empty these are k and v themselves, causally.
-        """
-        B = k.size(0)
-        both = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
-        self.kv[layer, :, self.rows[:B], :, self.slots] = both.to(self.kv.dtype)
-        if self.mask is None:
-            return k, v
-        return self.kv[layer, :, :B, :, : self.mask.size(-1)].unbind()
-
-    def part(self, rows: list[int], span: int) -> 'KVCache':
-        """One row as a cache of its own, or several that are empty, on the same memory.
-
-        span: how many tokens the row holds. Its owner has to set `pos` of the rows afterwards.
-        """
-        assert len(rows) == 1 or not span, 'rows that lie apart cannot be attended to together'
-        part = copy.copy(self)
-        part.kv = self.kv[:, :, rows[0] : rows[0] + 1] if len(rows) == 1 else self.kv
-        part.rows = self.rows[:1] if len(rows) == 1 else self.rows[rows]
-        part.pos, part.span, part.graphs = torch.full_like(self.pos[rows], span), span, {}
-        return part
-
-    def copy(self, source: int, target: int, count: int) -> None:
-        """Have a row hold the first `count` tokens of another."""
-        self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
-        self.pos[target] = count

@@ -30,14 +30,16 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoint import load_model, newest_run
-from configurator import ConfigError, UserError, configure, did_you_mean, one_of, within
-from data.tokenizer import Tokenizer
-from engine import NOT_FINITE, Engine, Piece, Request, generate
-from linear import freeze
+from configurator import configure
+from flatgpt.checkpoint.load import load_model, newest_run
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
+from flatgpt.inference.engine import NOT_FINITE, Engine, generate
+from flatgpt.inference.quantize import freeze
+from flatgpt.inference.request import Piece, Request
+from flatgpt.inference.sampling import Sampling
+from flatgpt.runtime import keep_freed_memory, pick_device, pick_dtype
 from model import GPT
-from runtime import keep_freed_memory, pick_device, pick_dtype
-from sampling import Sampling
 
 # -----------------------------------------------------------------------------
 # model

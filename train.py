@@ -26,13 +26,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import folder
-from check import doubts, preflight
-from checkpoint import listed, load_model, load_optimizer, newest_run, step_of
-from configurator import ConfigError, UserError, configure, one_of, within
-from data.mixture import open_data
-from engine import write_page
-from objective import (
+from configurator import configure
+from flatgpt.checkpoint.load import listed, load_model, load_optimizer, newest_run, step_of
+from flatgpt.checkpoint.mirror import Mirror, begin_mirror, catch_up, check_mirror, probe_mirror
+from flatgpt.checkpoint.save import Saver
+from flatgpt.data.mixture import open_data
+from flatgpt.errors import ConfigError, UserError, one_of, within
+from flatgpt.inference.engine import write_page
+from flatgpt.parallel import (
+    are_finite,
+    check_shard,
+    compile_blocks,
+    parallelize,
+    settle,
+    sync_gradients,
+    whole,
+)
+from flatgpt.runtime import StopSignal, is_out_of_memory, on_out_of_memory, start
+from flatgpt.training import run_directory
+from flatgpt.training.loss import (
     MEASURED,
     REFERENCE,
     find_reference,
@@ -43,31 +55,19 @@ from objective import (
     trim,
     write_reference,
 )
-from optim import build_optimizers
-from origin import (
-    check_batches,
+from flatgpt.training.metrics import Progress, Tracker, draw_loss
+from flatgpt.training.optim import build_optimizers
+from flatgpt.training.preflight import doubts, preflight
+from flatgpt.training.resume import (
     choose_trained,
     find_model,
     find_start,
     fit_to_data,
     keep_shape,
     new_shape,
-    slips,
-    steps_of,
 )
-from parallel import (
-    are_finite,
-    check_shard,
-    compile_blocks,
-    parallelize,
-    settle,
-    sync_gradients,
-    whole,
-)
-from runtime import StopSignal, is_out_of_memory, on_out_of_memory, start
-from saver import Saver, begin_mirror, catch_up, check_mirror, probe_mirror
-from track import Progress, Tracker, draw_loss
-from watch import Watch
+from flatgpt.training.validate import check_batches, slips, steps_of
+from flatgpt.training.watchdog import Watch
 
 # -----------------------------------------------------------------------------
 # the run
@@ -159,7 +159,9 @@ if config['auto_resume'] and not config['out_dir']:
 resuming = config['init_from'] == 'resume' or config['auto_resume']
 if resuming:  # the run's own settings come first, this command's after them
     out_dir = config['out_dir'] or str(newest_run())
-    saved = folder.saved_settings(out_dir) or folder.saved_settings(config['checkpoint_mirror'])
+    saved = run_directory.saved_settings(out_dir) or run_directory.saved_settings(
+        config['checkpoint_mirror']
+    )
     defaults = {**globals(), **saved, 'out_dir': out_dir}
     config = configure({**defaults, 'checkpoint': None}, sys.argv[1:])
 globals().update(config)
@@ -206,7 +208,7 @@ def say(text: str) -> None:
 # -----------------------------------------------------------------------------
 # where to start: nothing here changes a run, so that a mistake costs nothing
 
-out_dir = Path(out_dir or runtime.agree(folder.new_name))
+out_dir = Path(out_dir or runtime.agree(run_directory.new_name))
 config['out_dir'] = str(out_dir)
 resume_from, lock = find_start(config, runtime, resuming)
 
@@ -535,15 +537,15 @@ def open_folder() -> None:
     global lock, tracker
     if checkpoint_mirror:
         probe_mirror(checkpoint_mirror)
-    lock = folder.lock(out_dir)
+    lock = run_directory.lock(out_dir)
     tracker = Tracker(out_dir, config, step if resume_from else -1)
-    folder.begin(out_dir, first_step if resume_from else -1, overwrite)
+    run_directory.begin(out_dir, first_step if resume_from else -1, overwrite)
     if checkpoint_mirror:
         begin_mirror(checkpoint_mirror, first_step if resume_from else -1)
     if reference:
         write_reference(out_dir / REFERENCE, reference_key, reference)
     here = {'device': runtime.device, 'dtype': runtime.dtype_name}
-    folder.write_config(out_dir, {**config, 'overwrite': False}, here)
+    run_directory.write_config(out_dir, {**config, 'overwrite': False}, here)
 
 
 runtime.agree(open_folder)
@@ -553,7 +555,10 @@ if shard:  # each writes its part of a checkpoint there
             f'{out_dir} of rank 0 is not there for rank {rank}: shard=True needs an '
             '--out_dir that all machines see'
         )
-saver = Saver(out_dir, runtime, shard, always_save_checkpoint, checkpoint_mirror, state['run'])
+mirror = None
+if checkpoint_mirror:
+    mirror = Mirror(Path(checkpoint_mirror), always_save_checkpoint, state['run'])
+saver = Saver(out_dir, runtime, shard, always_save_checkpoint, mirror)
 progress = Progress(runtime.live, step, max_iters)
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 batches = ThreadPoolExecutor(1)  # reads the next batches while this one is computed

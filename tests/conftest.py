@@ -16,11 +16,12 @@ import pytest
 import torch
 from forks import Forks
 
-import checkpoint
-import folder
-import track
-from data.dataset import Writer
-from data.tokenizer import byte_tokenizer, char_tokenizer
+from flatgpt import files
+from flatgpt.checkpoint import load
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
+from flatgpt.training import metrics as metrics_module
+from flatgpt.training import run_directory
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,11 +123,14 @@ def environment(shared):
 
 @pytest.fixture(scope='session')
 def script(environment, shared):
-    """Run one of the scripts in a process of its own, to its end."""
+    """Run one of the scripts, or a module, in a process of its own, to its end."""
+
+    def program(name):
+        return [str(ROOT / name)] if str(name).endswith('.py') else ['-m', name]
 
     def run(name, *args, cwd=None, env=None, python=(), input=None):
         return subprocess.run(
-            [sys.executable, *python, str(ROOT / name), *map(str, args)],
+            [sys.executable, *python, *program(name), *map(str, args)],
             cwd=cwd or shared,
             env={**environment, **(env or {})},
             input=input,
@@ -169,7 +173,7 @@ def run_here(tiny):
                 super().__init__(*args, **options)
                 locks.append(self)
 
-        class Tracker(track.Tracker):
+        class Tracker(metrics_module.Tracker):
             def __init__(self, *args):
                 super().__init__(*args)
                 trackers.append(self)
@@ -179,8 +183,8 @@ def run_here(tiny):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, 'argv', ['train.py', str(config), *map(str, args)])
             patch.setattr(sys, 'excepthook', sys.excepthook)
-            patch.setattr(folder, 'FileLock', Lock)
-            patch.setattr(track, 'Tracker', Tracker)
+            patch.setattr(run_directory, 'FileLock', Lock)
+            patch.setattr(metrics_module, 'Tracker', Tracker)
             for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
                 patch.delenv(name, raising=False)
             try:
@@ -207,11 +211,9 @@ def metrics(out_dir, key='loss'):
 
 def steps(out_dir):
     """The steps of a run's checkpoints."""
-    return [checkpoint.step_of(path) for path in checkpoint.listed(out_dir)]
+    return [load.step_of(path) for path in load.listed(out_dir)]
 
 
 def hashes(path):
     """sha256 of what a checkpoint learned."""
-    return {
-        name: checkpoint.sha256(path / name) for name in (checkpoint.MODEL, checkpoint.OPTIMIZER)
-    }
+    return {name: files.sha256(path / name) for name in (load.MODEL, load.OPTIMIZER)}

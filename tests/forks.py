@@ -196,11 +196,13 @@ if __name__ == '__main__':
     import torch.distributed.tensor
 
     sys.path.insert(0, str(ROOT))
-    import harness  # noqa: F401
     import sample  # noqa: F401
-    import saver  # noqa: F401
-    import track  # noqa: F401
-    import watch  # noqa: F401
+    from flatgpt.benchmarks import lm_eval  # noqa: F401
+    from flatgpt.checkpoint import save  # noqa: F401
+    from flatgpt.training import (
+        metrics,  # noqa: F401
+        watchdog,  # noqa: F401
+    )
 
     torch.set_num_threads(1)
     warnings.filterwarnings('ignore', message='.*fork.*')

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import saver
+from flatgpt.checkpoint import load, mirror
+from flatgpt.checkpoint import save as save_module
+from flatgpt.runtime import Runtime
 from model import GPT, GPTConfig
-from runtime import Runtime
 
 WHAT, FOLDER = sys.argv[1], Path(sys.argv[2])
 AGAIN, MIRRORED = WHAT.endswith('again'), WHAT.startswith('mirror')
@@ -59,7 +59,7 @@ def state_of(step, evaluated=True):
 
 
 def in_background(step):
-    run = saver.Saver(OUT_DIR, Runtime('cpu', torch.float32))
+    run = save_module.Saver(OUT_DIR, Runtime('cpu', torch.float32))
     run.save(model, [optimizer], None, state_of(step))
     time.sleep(0.01)  # the training goes on
     run.finish()
@@ -71,14 +71,14 @@ def write_part(step, rank):
     def half(tensor):
         return tensor[len(tensor) // 2 :] if rank else tensor[: len(tensor) // 2]
 
-    tensors = checkpoint.tensors_of(model, [optimizer])
+    tensors = save_module.tensors_of(model, [optimizer])
     mine = {file: {k: half(t) for k, t in named.items()} for file, named in tensors.items()}
-    documents = checkpoint.documents_of(model, None, state_of(step))
-    checkpoint.write(checkpoint.place(OUT_DIR, state_of(step)), mine, documents, False, rank, 2)
+    documents = save_module.documents_of(model, None, state_of(step))
+    save_module.write(save_module.place(OUT_DIR, state_of(step)), mine, documents, False, rank, 2)
 
 
 def in_parts(step, at, victim):
-    checkpoint.clear(checkpoint.place(OUT_DIR, state_of(step)), 0)
+    save_module.clear(save_module.place(OUT_DIR, state_of(step)), 0)
     ranks = [forked(write_part, step, rank, at=at if rank == victim else None) for rank in (0, 1)]
     died = killed(ranks[victim])
     if died and victim == 1:  # torchrun ends the other one
@@ -92,15 +92,15 @@ def save(step, at=None) -> bool:
     for parameter in model.parameters():
         parameter.data += 0.01
     if AGAIN:  # first as on the way out of a run, then as the next one evaluates it
-        path = checkpoint.save(OUT_DIR, model, [optimizer], None, state_of(step, False))
+        path = save_module.save(OUT_DIR, model, [optimizer], None, state_of(step, False))
         if MIRRORED:
-            saver.send(path, MIRROR, False)
+            mirror.send(path, MIRROR, False)
     if WHAT in ('background', 'again'):
         return killed(forked(in_background, step, at=at))
     if WHAT.startswith('part'):
         return in_parts(step, at, victim=int(WHAT[-1]))
-    path = checkpoint.save(OUT_DIR, model, [optimizer], None, state_of(step))
-    return killed(forked(saver.send, path, MIRROR, False, at=at))
+    path = save_module.save(OUT_DIR, model, [optimizer], None, state_of(step))
+    return killed(forked(mirror.send, path, MIRROR, False, at=at))
 
 
 def last_step(number) -> int:
@@ -108,15 +108,15 @@ def last_step(number) -> int:
     where = OUT_DIR
     if MIRRORED:
         where = FOLDER / f'new-{number}'
-        saver.restore(MIRROR, where)
-    model_, _, state = checkpoint.load(checkpoint.find(where, 'last'))
+        mirror.restore(MIRROR, where)
+    model_, _, state = load.load(load.find(where, 'last'))
     assert all(parameter.isfinite().all() for parameter in model_.parameters())
     shutil.rmtree(FOLDER / f'new-{number}', ignore_errors=True)
     return state['step']
 
 
 torch.set_num_threads(1)
-saver.SMALL = 0
+save_module.SMALL = 0
 sys.addaudithook(hook)
 for number in (1, 2, 3):
     save(number)
@@ -127,5 +127,5 @@ while died and at < 999:
     reached = last_step(number)
     number += 1
     save(number)
-    left = sorted(path.name for path in checkpoint.listed(MIRROR if MIRRORED else OUT_DIR))
+    left = sorted(path.name for path in load.listed(MIRROR if MIRRORED else OUT_DIR))
     print(json.dumps([number - 1, reached, left]))

@@ -10,16 +10,18 @@ import torch
 from conftest import MODERN, ROOT, hashes, metrics, random_model
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import lora
 import model as model_module
-import runtime
-import track
-from checkpoint import find, load, load_model, main
-from configurator import UserError
-from exchange import export_transformers
-from linear import freeze
-from lora import CONFIG, WEIGHTS, LoRALinear, adapted, add_lora, matrices, merge_lora
+from flatgpt import files, runtime
+from flatgpt.checkpoint import load as load_module
+from flatgpt.checkpoint import peft as peft_module
+from flatgpt.checkpoint.__main__ import main
+from flatgpt.checkpoint.convert import export_transformers
+from flatgpt.checkpoint.load import find, load, load_model
+from flatgpt.checkpoint.peft import CONFIG, WEIGHTS
+from flatgpt.errors import UserError
+from flatgpt.inference.quantize import freeze
+from flatgpt.lora import LoRALinear, adapted, add_lora, matrices, merge_lora
+from flatgpt.training import metrics as metrics_module
 
 SHAPES = {'gpt2': {'bias': True}, 'modern': {'arch': 'modern', 'n_kv_head': 1}}
 both = pytest.mark.parametrize('arch', SHAPES)
@@ -156,8 +158,8 @@ def test_no_block_left_to_adapt_is_one_line():
 
 def test_only_the_adapters_learn_and_the_base_lies_beside_them_as_it_was(base, tuned):
     source, path = find(base), find(tuned, 'last')
-    assert hashes(source)[checkpoint.MODEL] == hashes(path)[checkpoint.MODEL]
-    states = load_file(path / checkpoint.OPTIMIZER)
+    assert hashes(source)[load_module.MODEL] == hashes(path)[load_module.MODEL]
+    states = load_file(path / load_module.OPTIMIZER)
     assert states
     assert all('.lora_A.' in key or '.lora_B.' in key for key in states)
     for key, tensor in load_file(path / 'adapter' / WEIGHTS).items():
@@ -190,7 +192,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     args = (f'--init_from={base}', '--lora_rank=2', *FIXED, *settings, '--max_iters=8')
     run_here(f'--out_dir={whole}', *args)
-    log = track.Tracker.log
+    log = metrics_module.Tracker.log
 
     def log_and_stop(self, step, **values):
         log(self, step, **values)
@@ -198,12 +200,12 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(track.Tracker, 'log', log_and_stop)
+        patch.setattr(metrics_module.Tracker, 'log', log_and_stop)
         assert run_here(f'--out_dir={halves}', *args) == 128 + signal.SIGTERM
     assert run_here('--init_from=resume', config=halves / 'config.py') == 0
     ends = [find(path, 'last') for path in (whole, halves)]
     assert hashes(ends[0]) == hashes(ends[1])
-    adapters = [checkpoint.sha256(path / 'adapter' / WEIGHTS) for path in ends]
+    adapters = [files.sha256(path / 'adapter' / WEIGHTS) for path in ends]
     assert adapters[0] == adapters[1]
     for key in ('loss', 'val_loss', 'grad_norm'):
         assert metrics(whole, key) == metrics(halves, key)
@@ -232,8 +234,8 @@ def test_adapters_go_on_top_of_those_that_were_merged(tuned, run_here, tmp_path,
 
 def test_embeddings_and_first_blocks_can_be_kept(base, run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', f'--init_from={base}', '--freeze=1')
-    before, after = (load_file(find(path, 'last') / checkpoint.MODEL) for path in (base, tmp_path))
-    best = load_file(find(base) / checkpoint.MODEL)
+    before, after = (load_file(find(path, 'last') / load_module.MODEL) for path in (base, tmp_path))
+    best = load_file(find(base) / load_module.MODEL)
     stayed = {name for name in after if torch.equal(after[name], best[name])}
     kept = {name for name in after if 'wte' in name or 'wpe' in name or 'embed_tokens' in name}
     assert stayed == kept | {name for name in after if '.h.0.' in name or '.layers.0.' in name}
@@ -331,7 +333,7 @@ def test_peak_memory_is_told_at_the_end_and_logged(run_here, tmp_path, capsys):
 
 def test_the_peak_counts_what_was_given_back(tmp_path, script):
     code = (
-        'import torch\nfrom runtime import Runtime\n'
+        'import torch\nfrom flatgpt.runtime import Runtime\n'
         "machine = Runtime('cpu', torch.float32)\nbefore = machine.peak_memory()\n"
         'torch.ones(100_000_000)\nprint(machine.peak_memory() - before)\n'
     )
@@ -402,7 +404,7 @@ def test_peft_adapts_the_blocks_and_matrices_that_were_adapted_and_no_others(pef
     export_transformers(model, None, {}, tmp_path / 'base')
     adapters_of(model, targets='mlp.c_proj,c_attn', freeze=1)
     (tmp_path / 'adapter').mkdir()
-    for name, content in lora.adapter_files(model, str(tmp_path / 'base')).items():
+    for name, content in peft_module.adapter_files(model, str(tmp_path / 'base')).items():
         (tmp_path / 'adapter' / name).write_bytes(content)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / 'base')
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / 'adapter').eval()
@@ -492,7 +494,7 @@ def rewrite(folder, **changes):
 
 
 def test_an_adapter_alone_finds_its_base_by_name(base, tuned, apart):
-    assert lora.base_of(apart) == str(base)
+    assert peft_module.base_of(apart) == str(base)
     ids = text() % load_model(base)[0].config.vocab_size
     assert torch.equal(load_model(apart)[0](ids)[0], load_model(tuned)[0](ids)[0])
 
@@ -555,9 +557,9 @@ def test_damage_to_an_adapter_is_seen_as_that_to_weights_is(tuned, tmp_path):
     content = bytearray((path / 'adapter' / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (path / 'adapter' / WEIGHTS).write_bytes(content)
-    assert f'adapter/{WEIGHTS} is not what was written' in refused(checkpoint.verify, path)
+    assert f'adapter/{WEIGHTS} is not what was written' in refused(load_module.verify, path)
     shutil.rmtree(path / 'adapter')
-    assert 'adapter/adapter_config.json is missing' in refused(checkpoint.verify, path)
+    assert 'adapter/adapter_config.json is missing' in refused(load_module.verify, path)
 
 
 def test_inspect_names_the_base_and_only_adapters_are_exported(base, tuned, tmp_path, capsys):

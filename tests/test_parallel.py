@@ -12,10 +12,10 @@ from conftest import MODERN, make_dataset, metrics, steps
 from safetensors import safe_open
 from test_faults import SHARE
 
-from checkpoint import MODEL, find, read_tensors
-from configurator import ConfigError
-from parallel import check_shard, cut_like, local, settle, sync_gradients, whole
-from runtime import Runtime
+from flatgpt.checkpoint.load import MODEL, find, read_tensors
+from flatgpt.errors import ConfigError
+from flatgpt.parallel import check_shard, cut_like, local, settle, sync_gradients, whole
+from flatgpt.runtime import Runtime
 
 # 24 sequences a step, 4 at a time: every rank accumulates. The validation split has 37 windows,
 # which no number of ranks shares equally. The norm of the gradient is above what it is clipped to.
@@ -187,8 +187,8 @@ def only(rank, code):
     return lambda each: code if each == rank else ''
 
 
-OTHER_CODE = "import runtime; runtime.code_hash = lambda: 'abc'"
-OTHER_DEVICE = "import runtime; runtime.pick_device = lambda name: 'mps'"
+OTHER_CODE = "from flatgpt import runtime; runtime.code_hash = lambda: 'abc'"
+OTHER_DEVICE = "from flatgpt import runtime; runtime.pick_device = lambda name: 'mps'"
 OTHER_TORCH = "import torch; torch.__version__ = '2.0'"
 UNLIKE = [
     ((lambda rank: f'--seed={rank}',), '', r'rank 1 on \S+ has seed 1, and rank 0 on \S+ 0'),

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import runtime
-from configurator import ConfigError, UserError
-from runtime import Runtime, pick_backend, pick_device, pick_dtype, start
+from flatgpt import runtime
+from flatgpt.errors import ConfigError, UserError
+from flatgpt.runtime import Runtime, pick_backend, pick_device, pick_dtype, start
 
 CPU = Runtime('cpu', torch.float32)
 

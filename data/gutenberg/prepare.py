@@ -1,155 +1,36 @@
 """
-Prepare books of Project Gutenberg by their numbers, without what it puts around each.
+Prepare books of Project Gutenberg by their numbers, or a set of them: poe, poems.
 
-$ python data/gutenberg/prepare.py 1342 84 --name=novels        # gutenberg.org/ebooks/1342, ...
-$ python data/gutenberg/prepare.py poe                          # a set that comes along, or poems
-$ python data/gutenberg/prepare.py poe 84 --name=dark --tokenizer=byte
-
-Each book is a document. It is fetched once and kept in data/gutenberg/pages/, so a command that was
-stopped goes on where it was. Project Gutenberg's own site is for people, and asks programs to go to
-a mirror: --site says which. Line ends become \n. Each book gives its last tenth for validation, or
-of ten books and more some are for validation whole.
+$ python data/gutenberg/prepare.py 1342 84 --name=novels
+$ python data/gutenberg/prepare.py poe
+$ python data/gutenberg/prepare.py --help
 """
 
-import argparse
-import importlib
-import re
+import sys
 from pathlib import Path
 
-from configurator import UserError, one_line_errors
-from data.dataset import DATA
-from data.download import fetch_page
-from data.text import prepare as text
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
 
-FOLDER = Path(__file__).parent
-SETS = ('poe', 'poems')  # the BOOKS of data/<set>/prepare.py
-SITE = 'https://gutenberg.pglaf.org'  # the mirror that Project Gutenberg runs itself
-# made from the newest version of a book, then the places of its older files; digits is 1/34 of 134
-PLACES = (
-    'cache/epub/{n}/pg{n}.txt',
-    *(f'{{digits}}/{{n}}/{{n}}{end}.txt' for end in ('-0', '-8', '')),
-)
-COMMAND = 'python data/gutenberg/prepare.py'
-# *** START OF THE PROJECT GUTENBERG EBOOK X ***; of THIS in older files; X may take a second line
-MARK = (
-    r'^[ \t]*\*\*\*[ \t]*%s (?:OF )?TH(?:E|IS) PROJECT GUTENBERG\b'
-    r'[^\n]*?(?:\*\*\*|\n[^\n*]+\*\*\*|$)[^\n]*'
-)
-START = re.compile(MARK % 'START', re.M | re.I)
-END = re.compile(MARK % 'END', re.M | re.I)
-SMALL_PRINT = re.compile(r'^[ \t]*\*END[ *]*THE SMALL PRINT[^\n]*', re.M | re.I)  # before 2003
-OLD_END = re.compile(r"^End of (?:the |this )?Project Gutenberg(?:'s|\b)[^\n]*", re.M | re.I)
-CREDIT = re.compile(r'\s*(?:Produced|E-?text prepared|Transcribed) by\b.*?\n[ \t]*\n', re.S | re.I)
-NUMBER = re.compile(r'\[\s*e(?:book|text)\s*#\s*(\d+)\s*\]', re.I)
-TITLE = re.compile(r'^Title:[ \t]*(.+)$', re.M)
-HTML = re.compile(r'\s*<(?:!doctype|html)\b', re.I)
-HEAD = 10_000  # characters in which a file says what it is
+from flatgpt.data import gutenberg
+from flatgpt.errors import one_line_errors
+
+SETS = {  # books by number; each set is a dataset of that name, with a config finetune_<set>
+    # The Raven Edition alone: the collections of his poems would bring what volume 5 has a second
+    # time, perhaps once to train on and once to validate on.
+    'poe': {n: f'The Works of Edgar Allan Poe, Volume {n - 2146}' for n in range(2147, 2152)},
+    'poems': {
+        1041: "Shakespeare's Sonnets",
+        1934: 'Songs of Innocence and of Experience, by William Blake',
+        23684: 'Poems Published in 1820, by John Keats',
+        10031: "Edgar Allan Poe's Complete Poetical Works",
+        1322: 'Leaves of Grass, by Walt Whitman',
+        12242: 'Poems: Three Series, Complete, by Emily Dickinson',
+    },
+}
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add('books', nargs='*', help=f'numbers of books, or {" or ".join(SETS)}')
-    add('--name', help='what to call the dataset; it goes to data/NAME')
-    add('--out_dir', type=Path, help='write here instead')
-    add('--site', default=SITE, help='where the books are, default %(default)s')
-    text.add_options(parser)
-    parser.set_defaults(field='text', errors='strict')
-    args = parser.parse_args(argv)
-    text.check_options(args)
-    try:
-        prepare(args)
-    except OSError as error:
-        raise UserError(f'{error.filename or FOLDER}: {error.strerror or error}') from error
-
-
-def prepare(args: argparse.Namespace) -> None:
-    folder, recipe = output(args)
-    if not args.site.startswith(('http://', 'https://')):
-        raise UserError(f'--site={args.site}: begins with neither http:// nor https://')
-    numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word))
-    files = [book_file(number, args.site) for number in numbers]  # all, before any is encoded
-    text.prepare(args, folder, files, [], recipe)
-
-
-def output(args: argparse.Namespace) -> tuple[Path, str]:
-    """Where the dataset goes, and the config that is made for it."""
-    if not args.books:
-        raise UserError(f'say which books: {COMMAND} 1342 84 --name=novels (see --help)')
-    name = args.books[0] if len(args.books) == 1 and args.books[0] in SETS else None
-    recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'train_text'
-    if name and not (args.name or args.out_dir):
-        return DATA / name, recipe
-    if not (args.name or args.out_dir):
-        raise UserError(f'say what to call it: {COMMAND} {args.books[0]} ... --name=novels')
-    return text.output_folder(args), recipe
-
-
-def numbers_of(word: str) -> list[int]:
-    if word in SETS:
-        return list(importlib.import_module(f'data.{word}.prepare').BOOKS)
-    if not word.isdecimal():
-        raise UserError(f'{word}: is neither the number of a book nor a set: {", ".join(SETS)}')
-    return [int(word)]
-
-
-def book_file(number: int, site: str = SITE) -> Path:
-    """The file with the text of a book alone, made from the page that is kept or fetched."""
-    where = {'n': number, 'digits': '/'.join(str(number)[:-1]) or '0'}
-    urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in PLACES]
-    page = fetch_page(urls, FOLDER / 'pages' / f'pg{number}.txt', lambda page: flaw(page, number))
-    book = decode(page)
-    body = strip(book)
-    title = TITLE.search(book[:HEAD])
-    print(f'{number}: {title[1].strip() if title else "no title"}, {len(body):,} characters')
-    path = FOLDER / 'books' / f'{number}.txt'
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(body, encoding='utf-8', newline='')
-    return path
-
-
-def flaw(page: bytes, number: int) -> str | None:
-    """Why a page is not the book of this number, if it is not."""
-    book = decode(page)
-    found = NUMBER.search(book[:HEAD])
-    if found and int(found[1]) != number:
-        return f'is book {found[1]}, not {number}'
-    if strip(book):
-        return None
-    kind = 'a web page' if HTML.match(book) else 'no book'
-    return f'is {kind}: it has no text between the marks of Project Gutenberg'
-
-
-def decode(raw: bytes) -> str:
-    """UTF-8, as the generated files are, or Latin-1, as older ones; line ends become \\n."""
-    try:
-        book = raw.decode('utf-8-sig')
-    except UnicodeDecodeError:
-        book = raw.decode('latin-1')
-    return book.replace('\r\n', '\n').replace('\r', '\n')
-
-
-def strip(book: str) -> str:
-    """
-    The text between the marks of Project Gutenberg, without the line that says who made the file;
-    '' where a mark is missing.
-    """
-    start = START.search(book) or SMALL_PRINT.search(book)
-    body = book[start.end() :] if start else ''
-    end = END.search(body)
-    body = body[: end.start()] if end else body
-    old_end = next(reversed([*OLD_END.finditer(body)]), None)  # above the mark, or in its place
-    if not (end or old_end):
-        return ''
-    if old_end and (not end or len(body) - old_end.end() < 200):
-        body = body[: old_end.start()]
-    credit = CREDIT.match(body)
-    body = (body[credit.end() :] if credit else body).strip()
-    return body and body + '\n'
+    gutenberg.main(argv, SETS)
 
 
 if __name__ == '__main__':

@@ -15,12 +15,15 @@ the number of processes.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from configurator import UserError, one_line_errors
-from data.dataset import DATA
-from data.parquet import hub_files, local_files, merge, plan, write_parts
-from data.tokenizer import get_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
+
+from flatgpt.data.dataset import DATA
+from flatgpt.data.parquet import hub_files, local_files, merge, plan, write_parts
+from flatgpt.data.tokenizer import get_tokenizer
+from flatgpt.errors import UserError, one_line_errors
 
 DOWNLOAD_GB = 24
 FULL, DEV = 'Skylion007/openwebtext', 'stas/openwebtext-10k'

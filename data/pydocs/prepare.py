@@ -10,6 +10,7 @@ library is parsed, never imported.
 import argparse
 import ast
 import inspect
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from configurator import UserError, one_line_errors
-from data.dataset import Writer
-from data.tokenizer import EOT, byte_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
+
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import EOT, byte_tokenizer
+from flatgpt.errors import UserError, one_line_errors
 
 VAL_EVERY = 10  # of ten documents, one is for validation
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', '_bundled'}

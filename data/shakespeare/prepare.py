@@ -6,11 +6,14 @@ $ python data/shakespeare/prepare.py
 An input.txt already in this folder, or in data/shakespeare_char, is used as it is.
 """
 
+import sys
 from pathlib import Path
 
-from configurator import one_line_errors
-from data.shakespeare_char.prepare import prepare
-from data.tokenizer import get_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
+
+from flatgpt.data.shakespeare import prepare
+from flatgpt.data.tokenizer import get_tokenizer
+from flatgpt.errors import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -6,53 +6,18 @@ $ python data/shakespeare_char/prepare.py
 An input.txt already in this folder, or in data/shakespeare, is used as it is.
 """
 
-import argparse
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
-from configurator import UserError, one_line_errors
-from data.dataset import DATA, Writer
-from data.download import fetch
-from data.tokenizer import Tokenizer, char_tokenizer
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
 
-URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
-SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
+from flatgpt.data.shakespeare import prepare
+from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.errors import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
     prepare(argv, __doc__, Path(__file__).parent, lambda text: char_tokenizer(sorted(set(text))))
-
-
-def prepare(
-    argv: list[str] | None, doc: str, folder: Path, make_tokenizer: Callable[[str], Tokenizer]
-) -> None:
-    """Write Shakespeare's text with the tokenizer that `make_tokenizer` makes for it."""
-    parser = argparse.ArgumentParser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
-    out_dir = parser.parse_args(argv).out_dir
-    text = read_input(folder)
-    tokenizer = make_tokenizer(text)
-    border = int(len(text) * 0.9)  # nanoGPT's rule, so that losses compare
-    with Writer(out_dir, tokenizer) as writer:
-        writer.write('train', tokenizer.encode(text[:border]))
-        writer.write('val', tokenizer.encode(text[border:]))
-    print(writer.summary())
-
-
-def read_input(folder: Path) -> str:
-    """The text of input.txt: this folder's, else the other dataset's, else fetched."""
-    own = folder / 'input.txt'
-    others = [DATA / name / 'input.txt' for name in ('shakespeare_char', 'shakespeare')]
-    path = next((path for path in (own, *others) if path.exists()), own)
-    fetch(URL, path, SHA256)
-    try:
-        return path.read_bytes().decode()  # text mode would change line ends
-    except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8 at byte {error.start}') from error
 
 
 if __name__ == '__main__':

@@ -14,6 +14,7 @@ not to sell, nor to hand on in another form. Nothing of them comes with flatGPT.
 
 import argparse
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ from urllib.parse import urljoin, urlsplit
 from bs4 import BeautifulSoup, NavigableString, Tag
 from tqdm import tqdm
 
-from configurator import UserError, one_line_errors
-from data.download import fetch_page
-from data.text import prepare as text
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
+
+from flatgpt.data import text
+from flatgpt.data.download import fetch_page
+from flatgpt.errors import UserError, one_line_errors
 
 FOLDER = Path(__file__).parent
 SITE = 'https://sre.google'

@@ -1,0 +1,33 @@
+"""
+The library behind the scripts at the root of a clone: train.py, sample.py, bench.py, api.py.
+
+`import model` means this clone's model.py for whoever imports flatgpt, also where another project's
+model.py lies in the current folder: the scripts' and the library's GPT have to be one class.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]  # the clone: its scripts, config/ and data/
+_MODEL = ROOT / 'model.py'
+
+if not (_MODEL.is_file() and (ROOT / 'train.py').is_file()):
+    raise ImportError(
+        f'flatgpt runs from a clone, and {ROOT} is none: get one with git clone, then '
+        '`pip install -e .` in it'
+    )
+
+
+class _CloneFinder:
+    """Finds the top-level module `model`, and nothing else."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, _MODEL) if name == 'model' else None
+
+
+_loaded = getattr(sys.modules.get('model'), '__file__', None)
+if _loaded and Path(_loaded).resolve() != _MODEL:
+    raise ImportError(f'import flatgpt before another module called model ({_loaded})')
+sys.meta_path.insert(0, _CloneFinder)

@@ -1,0 +1,1 @@
+"""What bench.py times, and what it times it beside."""

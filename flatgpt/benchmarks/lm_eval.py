@@ -1,0 +1,431 @@
+"""
+Our models before lm-evaluation-harness, which has the tasks and does the scoring.
+
+$ python bench.py --task=lambada,cbt --out_dir=gpt2 --limit=100
+
+    entries = measure(Scorer(model, tokenizer), 'lambada', load_task('lambada', index()), limit=100)
+
+Item by item the numbers are those of the harness's own `hf` model on the same weights: the same
+tokens, the same windows, the same end of a text.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from lm_eval import evaluator
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from flatgpt.data.tokenizer import EOT, Tokenizer
+from flatgpt.errors import UserError, did_you_mean
+from flatgpt.inference.engine import NOT_FINITE, generate, pad
+from flatgpt.inference.sampling import Sampling
+from model import GPT
+
+OURS = Path(__file__).parent / 'tasks'  # what the harness lacks
+NAMES = {'lambada': 'lambada_openai'}  # tasks that go by another name there
+SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
+PUBLISHED = {  # what these sizes reached, by whom SOURCES says
+    ('lambada_openai', 'perplexity'): (35.13, 15.60, 10.87, 8.63),
+    ('lambada_openai', 'acc'): (0.4599, 0.5548, 0.6012, 0.6324),
+    ('cbt_cn', 'acc'): (0.8765, 0.9235, 0.9345, 0.9330),
+    ('cbt_ne', 'acc'): (0.834, 0.871, 0.880, 0.8905),
+    ('wikitext2', 'word_perplexity'): (29.41, 22.76, 19.93, 18.34),
+    ('wikitext103', 'word_perplexity'): (37.50, 26.37, 22.05, 17.48),
+    ('hellaswag', 'acc'): (0.2892, None, None, 0.4004),
+    ('hellaswag', 'acc_norm'): (0.3114, None, None, 0.5089),
+    ('blimp', 'acc'): (None, None, 0.8302, None),
+}
+BATCH = 8192  # tokens of a batch at most, padding included, where one text alone does not have more
+HEAD = 2048  # of them whose logits are in memory at once
+BOOTSTRAP = 1000  # resamplings by which the harness estimates the error of a perplexity
+MISTAKES = 3  # examples kept of each task
+ENDING = 200  # characters kept of their prompts
+SILENCE = 30  # seconds between lines of progress where nobody watches a terminal
+
+os.environ['DISABLE_MULTIPROC'] = '1'  # or its resampling forks this process, threads and all
+# some tasks would fetch the code of their metrics from the hub, and run it
+os.environ.setdefault('HF_EVALUATE_OFFLINE', '1')
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+
+def windows(context: list[int], continuation: list[int], size: int) -> Iterator[tuple]:
+    """(tokens for the model, `size` at most; what its last positions should predict), in order.
+
+    Every token of the continuation is predicted once. Context that does not fit is cut off on the
+    left; a longer continuation goes on in further windows, each as full as can be.
+    """
+    tokens = context + continuation
+    for start in range(len(context), len(tokens), size):
+        end = min(start + size, len(tokens))
+        yield tuple(tokens[max(0, end - 1 - size) : end - 1]), tokens[start:end]
+
+
+def batches(rows: list, length=len) -> Iterator[list]:
+    """Rows in groups of BATCH tokens at most, or of one row; the longest first, to pad little."""
+    rows, at = sorted(rows, key=length, reverse=True), 0
+    while at < len(rows):
+        count = max(1, BATCH // length(rows[at]))
+        yield rows[at : at + count]
+        at += count
+
+
+class Scorer(TemplateLM):
+    """A model and its tokenizer as the harness asks for them."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, seed: int = 1337):
+        super().__init__()
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.size, self._device = model.config.block_size, model.embedding.weight.device
+        self.what = ''  # the task's name, for the line of progress
+        self.cut = 0  # prompts so far that lost their beginning
+        self.screen = sys.stderr  # while the harness runs, its own lines are held back
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eot
+
+    def tok_encode(self, string: str, add_special_tokens=None, **options) -> list[int]:
+        return self.tokenizer.encode(string, allow_eot=True).tolist()
+
+    def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
+        pairs = [self.begun(context, continuation) for _, context, continuation in requests]
+        self.cut += sum(len(a) + len(b) > self.size + 1 for a, b in pairs)
+        return self.score(pairs)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        texts = [self.tok_encode(request.args[0]) for request in requests]
+        scores = self.score([self.begun([self.prefix_token_id], text) for text in texts])
+        return [logprob for logprob, _ in scores]
+
+    def begun(self, context: list, continuation: list[int]) -> tuple[list, list]:
+        """Without context there is the end of text before it; in a vocabulary that has none the
+        first token, which goes unscored."""
+        context = context or [self.prefix_token_id]
+        if context == [None]:
+            return continuation[:1], continuation[1:]
+        return context, continuation
+
+    @torch.inference_mode()
+    def score(self, pairs: list[tuple]) -> list[tuple[float, bool]]:
+        """(context, continuation) -> log-probability of each continuation, and whether all its
+        tokens are the likeliest."""
+        asked = {}  # of each input, which several pairs may share: (pair, tokens to predict)
+        for number, (context, continuation) in enumerate(pairs):
+            for given, targets in windows(context, continuation, self.size):
+                asked.setdefault(given, []).append((number, targets))
+        total = torch.zeros(len(pairs), dtype=torch.float64)
+        misses = torch.zeros(len(pairs), dtype=torch.long)
+        for batch in self.watched(list(asked), len):
+            for owners, logprobs, hits in self.predict(batch, asked):
+                total.index_add_(0, owners, logprobs.cpu().double())
+                misses.index_add_(0, owners, (~hits).cpu().long())
+        if not total.isfinite().all():
+            raise UserError(NOT_FINITE)
+        return list(zip(total.tolist(), (misses == 0).tolist(), strict=True))
+
+    def predict(self, batch: list[tuple], asked: dict) -> Iterator[tuple]:
+        """(pairs, log-probabilities, whether the likeliest) of up to HEAD predictions at a time."""
+        idx, _ = pad(batch, self.device)  # (R, T), padded on the right
+        x = self.model.trunk(idx, torch.arange(idx.size(1), device=idx.device))  # (R, T, C)
+        where = [
+            (number, row, len(given) - len(targets) + i, target)
+            for row, given in enumerate(batch)
+            for number, targets in asked[given]
+            for i, target in enumerate(targets)
+        ]
+        for part in torch.tensor(where).split(HEAD):
+            owners, (rows, columns, targets) = part[:, 0], part[:, 1:].T.to(idx.device)
+            logits = self.model.head(x[rows, columns]).float()  # (N, V)
+            chosen = logits.gather(1, targets[:, None])[:, 0]
+            yield owners, chosen - logits.logsumexp(1), logits.argmax(1) == targets
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        groups, texts = {}, [''] * len(requests)  # one way of writing at a time
+        for number, request in enumerate(requests):
+            text, settings = request.args
+            groups.setdefault(json.dumps(settings, sort_keys=True), []).append((number, text))
+        for settings, numbered in groups.items():
+            sampling = self.sampling(json.loads(settings))
+            prompts = {n: self.prompt(text, sampling.max_new_tokens) for n, text in numbered}
+            length = lambda n, p=prompts, s=sampling: len(p[n]) + s.max_new_tokens  # noqa: E731
+            for batch in self.watched(list(prompts), length):
+                for n, text in zip(batch, self.write(batch, prompts, sampling), strict=True):
+                    texts[n] = text
+        return texts
+
+    def sampling(self, settings: dict) -> Sampling:
+        """How a task asks for text to be written; UserError for what is not had here."""
+        asked = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
+        if not asked.pop('do_sample'):
+            asked['temperature'] = 0.0
+        until = tuple(text for text in asked.pop('until') if text not in ('', EOT))
+        asked |= {'max_new_tokens': asked.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
+        if unknown := set(asked) - {field.name for field in fields(Sampling)}:
+            raise UserError(f'task={self.what}: it asks for {min(unknown)}, which is not had here')
+        return Sampling(**asked)
+
+    def prompt(self, text: str, new_tokens: int) -> list[int]:
+        """The end of the text that leaves room for what is written after it, if there is any."""
+        ids = self.tok_encode(text) or [self.prefix_token_id]
+        if ids == [None]:
+            raise UserError(f'task={self.what}: an empty prompt, and no end of text to begin with')
+        room = self.size - new_tokens if self.size > new_tokens else self.size
+        self.cut += len(ids) > room
+        return ids[-room:]
+
+    def write(self, batch: list[int], prompts: dict, sampling: Sampling) -> list[str]:
+        chosen = [prompts[n] for n in batch]
+        seeds = [(self.seed, n) for n in batch]
+        texts = [''] * len(batch)
+        for piece in generate(self.model, self.tokenizer, chosen, sampling, seeds):
+            texts[piece.row] += piece.text
+        return texts
+
+    def watched(self, rows: list, length) -> Iterator[list]:
+        """The rows in batches; how far they are is a moving line, or a line now and then."""
+        total, done, begin = sum(map(length, rows)), 0, time.perf_counter()
+        live, said = self.screen.isatty(), begin
+        options = {'desc': self.what, 'unit': 'token', 'unit_scale': True, 'leave': False}
+        with tqdm(total=total, file=self.screen, disable=not live, **options) as bar:
+            for batch in batches(rows, length):
+                yield batch
+                tokens = sum(map(length, batch))
+                bar.update(tokens)
+                done, now = done + tokens, time.perf_counter()
+                if not live and now - said > SILENCE:
+                    said, left = now, (now - begin) * (total - done) / done
+                    eta = f'{done / total:.0%}, ETA {tqdm.format_interval(left)}'
+                    print(f'{self.what}: {eta}', file=self.screen, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# tasks
+
+
+def index() -> TaskManager:
+    """Every task there is, the harness's and ours."""
+    for name in ('lm_eval', 'huggingface_hub'):  # what matters of it comes as one line
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return TaskManager(include_path=str(OURS))
+
+
+def check_names(names: list[str], manager: TaskManager) -> None:
+    """UserError for the first name, or path of a task file, that means no task."""
+    for name in names:
+        if Path(name).suffix in ('.yaml', '.yml'):
+            if not Path(name).is_file():
+                raise UserError(f'task={name}: no such file')
+        elif NAMES.get(name, name) not in manager.all_tasks:
+            hint = did_you_mean(name, [*NAMES, *manager.all_tasks])
+            raise UserError(
+                f'task={name}: lm-evaluation-harness has no such task; {hint}'
+                '`lm_eval ls tasks` lists all, and a path to a task file of your own is one too'
+            )
+
+
+def load_task(name: str, manager: TaskManager) -> dict:
+    """A task with its data, from the hub or its cache -> what the harness's evaluate() takes."""
+    try:
+        loaded = manager.load([NAMES.get(name, name)])
+    except ModuleNotFoundError as error:
+        raise UserError(f'task={name}: needs pip install {error.name}') from error
+    except Exception as error:  # whatever its code, its data's library or the network raises
+        said = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        raise UserError(
+            f'task={name}: cannot be loaded ({said}); its data is fetched from the hub once, '
+            'and found in HF_HOME from then on'
+        ) from error
+    for task in loaded['tasks'].values():
+        if getattr(task, 'UNSAFE_CODE', False):
+            raise UserError(f'task={name}: would run what the model writes, which is not done here')
+        if getattr(task, 'MULTIMODAL', False):
+            raise UserError(f'task={name}: is about more than text')
+        if task.get_config('num_fewshot') is None:
+            task.set_config('num_fewshot', 0)
+        task.set_fewshot_seed(1234)  # the harness's own
+    return loaded
+
+
+def measure(lm: Scorer, name: str, loaded: dict, limit: int | None) -> list[dict]:
+    """Score a task -> an entry for it, or for each of those it consists of; a group's comes last.
+
+    limit: of each task's examples, as many as that, the first ones.
+    """
+    random.seed(0)  # as the harness does: some tasks draw
+    np.random.seed(1234)
+    lm.what, lm.cut = name, 0
+    with open(os.devnull, 'w') as nowhere:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
+    cut, entries = lm.cut, []  # counted before mistakes are asked about
+    summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
+    for task, scores in found['results'].items():
+        if 'sample_len' not in scores:  # a group that adds nothing up
+            continue
+        samples = found['samples'].get(task, [])
+        if task in loaded['tasks']:
+            wrong = mistakes(lm, loaded['tasks'][task], samples)
+        else:
+            wrong = [example for entry in entries for example in entry['mistakes']]
+        entry = {'task': task, 'version': found['versions'].get(task)}
+        entry |= {'examples': scores['sample_len'], 'metrics': metrics_of(task, scores, samples)}
+        entry['part'] = summed and task in loaded['tasks']
+        entries.append(entry | {'mistakes': wrong[:MISTAKES]})
+    entries[-1]['cut'] = cut
+    return entries
+
+
+def metrics_of(task: str, scores: dict, samples: list[dict]) -> dict:
+    """What the harness found, by metric, with the error of each and what GPT-2 reached."""
+    metrics = {}
+    for key, value in scores.items():
+        metric, comma, how = key.partition(',')
+        if not comma or metric.endswith('_stderr') or not isinstance(value, (int, float)):
+            continue
+        stderr = scores.get(f'{metric}_stderr,{how}')
+        if not isinstance(stderr, float):
+            stderr = ratio_stderr(metric, value, [sample.get(metric) for sample in samples])
+        published = dict(zip(SIZES, PUBLISHED.get((task, metric), ()), strict=False))
+        label = metric if how == 'none' else f'{metric}, {how}'
+        metrics[label] = {'value': float(value), 'stderr': stderr, 'published': published}
+    return metrics
+
+
+def ratio_stderr(metric: str, value: float, items: list) -> float | None:
+    """Standard error of a perplexity per word or byte, over documents of unequal length.
+
+    items: (log-likelihood, words) of each. The ratio of their sums is linearized (Cochran 1977,
+    Sampling Techniques, chapter 6).
+    """
+    if len(items) < 2 or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
+        return None
+    logprobs, words = np.array(items, float).T
+    left = logprobs - words * logprobs.sum() / words.sum()
+    error = math.sqrt(len(items) / (len(items) - 1) * (left**2).sum()) / words.sum()
+    return float(error / math.log(2) if metric == 'bits_per_byte' else value * error)
+
+
+def mistakes(lm: Scorer, task, samples: list[dict]) -> list[dict]:
+    """The first examples that went wrong: end of the prompt, right answer, the model's own."""
+    kinds = {'multiple_choice': wrong_choice, 'loglikelihood': wrong_word}
+    wrong = {**kinds, 'generate_until': wrong_text}.get(task.OUTPUT_TYPE)
+    found = (wrong(lm, task, sample) for sample in samples if wrong)
+    return [
+        {'prompt': prompt[-ENDING:], 'right': right, 'chosen': chosen}
+        for prompt, right, chosen in itertools.islice(filter(None, found), MISTAKES)
+    ]
+
+
+def wrong_choice(lm: Scorer, task, sample: dict) -> tuple | None:
+    choices = task.doc_to_choice(sample['doc'])
+    pairs = sample['arguments'][: len(choices)]
+    gold = task.doc_to_text(sample['doc']) if task.multiple_input else sample['target']
+    gold = choices.index(gold) if gold in choices else gold
+    likeliest = max(range(len(pairs)), key=lambda i: sample['filtered_resps'][i][0])
+    right = gold if isinstance(gold, list) else [gold]
+    if likeliest in right or right[0] not in range(len(pairs)):
+        return None
+    if task.multiple_input:  # what differs comes first, and the same text follows
+        return pairs[likeliest][1], pairs[right[0]][0], pairs[likeliest][0]
+    return pairs[0][0], pairs[right[0]][1], pairs[likeliest][1]
+
+
+def wrong_word(lm: Scorer, task, sample: dict) -> tuple | None:
+    ((context, right),), ((_, likeliest),) = sample['arguments'], sample['filtered_resps']
+    if likeliest:
+        return None
+    sampling = Sampling(max_new_tokens=max(1, len(lm.tok_encode(right))), temperature=0)
+    prompts = [lm.prompt(context, sampling.max_new_tokens)]
+    return context, right, lm.write([0], prompts, sampling)[0]
+
+
+def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
+    score = sample[sample['metrics'][0]]
+    if not isinstance(score, (int, float)) or score > 0:
+        return None
+    return sample['arguments'][0][0], str(sample['target']), str(sample['filtered_resps'][0])
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+def run(c: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
+    """bench.py --task: score each task and print it, adding what was found to `entries`.
+
+    load: of the settings, makes the model and its tokenizer. All that can be wrong with the
+    settings, the model and the data is found first.
+    """
+    names, tasks = [*dict.fromkeys(c['task'].split(','))], index()
+    check_names(names, tasks)
+    exact = 'float32' if c['dtype'] == 'auto' and not c['quantize'] else c['dtype']
+    lm = Scorer(*load({**c, 'dtype': exact}), c['seed'])
+    loaded = {name: load_task(name, tasks) for name in names}
+    print(header(loaded.values()))
+    for name, task in loaded.items():
+        found = measure(lm, name, task, c['limit'])
+        entries += found
+        print(*shown(found), sep='\n', flush=True)
+
+
+def header(loaded: Iterable[dict]) -> str:
+    """What stands over the lines of these tasks."""
+    title = f'{"task":<16} {"metric":<16} {"value":>8}   {"stderr":<8} {"examples":>8}'
+    names = {name for task in loaded for name in [*task['tasks'], *task['groups']]}
+    if not names & {task for task, _ in PUBLISHED}:
+        return title
+    sizes = ''.join(f'{size.removeprefix("gpt2-"):>8}' for size in SIZES)
+    return f'GPT-2 as published: {SOURCES}\n{title}{sizes}'
+
+
+def shown(entries: list[dict]) -> Iterator[str]:
+    """A task's lines: a metric each, then mistakes. The parts of a sum are in the JSON alone."""
+    for entry in entries:
+        if entry['part']:
+            continue
+        task = entry['task']
+        for metric, score in entry['metrics'].items():
+            error = '' if score['stderr'] is None else f'± {figure(score["stderr"])}'
+            value = f'{figure(score["value"]):>8} {error:<10} {entry["examples"]:>8,}'
+            published = ''.join(f'{figure(score["published"].get(size)):>8}' for size in SIZES)
+            yield f'{task:<16} {metric:<16} {value}{published}'.rstrip()
+            task = ''
+        for wrong in entry['mistakes']:
+            prompt, right, chosen = (' '.join(wrong[k].split())[-40:] for k in wrong)
+            yield f'  ...{prompt!r} right: {right!r}, chosen: {chosen!r}'
+    if cut := entries[-1]['cut']:
+        yield f'  {cut:,} prompts were longer than the context and lost their beginning'
+
+
+def figure(number: float | None) -> str:
+    if number is None:
+        return ''
+    return (
+        f'{number:.4f}'
+        if abs(number) < 10
+        else f'{number:.2f}'
+        if number < 1e5
+        else f'{number:.1e}'
+    )

@@ -1,0 +1,107 @@
+"""GGUF files, for llama.cpp and what is built on it: GPT-2, its matrices in 16 bits."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from flatgpt.data.hf_tokenizer import chat_jinja, letters_and_merges
+from flatgpt.data.tokenizer import Tokenizer, byte_letters
+from flatgpt.errors import ConfigError, UserError
+from flatgpt.files import new_file
+from model import GPT, GPTConfig
+
+
+def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path) -> None:
+    """A file for llama.cpp and what is built on it: GPT-2, matrices in 16 bits."""
+    try:
+        import gguf
+    except ImportError:
+        raise UserError('writing GGUF needs: pip install gguf') from None
+    c = model.config
+    if c.arch != 'gpt2':
+        raise ConfigError(f"arch={c.arch!r}: llama.cpp has no such model; only 'gpt2' goes to GGUF")
+    if tokenizer is None:
+        raise UserError('a GGUF file holds the tokenizer, and this model has none: --tokenizer=')
+    if tokenizer.name not in ('gpt2', 'byte'):
+        what = f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do"
+        raise UserError(what)
+    if os.path.lexists(path):
+        raise UserError(f'{path} is there already; name a new file')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as part:
+            writer = gguf.GGUFWriter(part, 'gpt2')
+            writer.add_name(str(state.get('config', {}).get('dataset', path.stem)))
+            add_gguf_shape(writer, gguf, c)
+            add_gguf_vocabulary(writer, gguf, tokenizer, c.vocab_size)
+            for name, tensor in gguf_tensors(model).items():
+                matrix = tensor.dim() == 2 and name != 'position_embd.weight'
+                kind = torch.float16 if matrix else torch.float32
+                writer.add_tensor(name, tensor.to(kind).numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror or error}') from error
+
+
+def add_gguf_shape(writer, gguf, c: GPTConfig) -> None:
+    writer.add_context_length(c.block_size)
+    writer.add_embedding_length(c.n_embd)
+    writer.add_feed_forward_length(4 * c.n_embd)
+    writer.add_block_count(c.n_layer)
+    writer.add_head_count(c.n_head)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+
+
+def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> None:
+    vocabulary, merges = letters_and_merges(tokenizer)
+    words = [f'[unused{i}]' for i in range(vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * vocab_size
+    for word, i in vocabulary.items():
+        words[i], kinds[i] = word, gguf.TokenType.NORMAL
+    for word, i in tokenizer.special.items():
+        words[i], kinds[i] = word, gguf.TokenType.CONTROL
+    writer.add_tokenizer_model('gpt2')
+    writer.add_tokenizer_pre('gpt-2')
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    # llama.cpp insists on a merge; the byte 255 is in no text, let alone twice
+    never = [next(letter for letter, byte in byte_letters().items() if byte == 255)] * 2
+    writer.add_token_merges([' '.join(pair) for pair in merges or [never]])
+    if tokenizer.eot is not None:
+        writer.add_bos_token_id(tokenizer.eot)
+        writer.add_eos_token_id(tokenizer.eot)
+    writer.add_add_bos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(chat_jinja(tokenizer))
+
+
+GGUF_NAMES = {
+    'transformer.wte': 'token_embd',
+    'transformer.wpe': 'position_embd',
+    'transformer.ln_f': 'output_norm',
+    'ln_1': 'attn_norm',
+    'attn.c_attn': 'attn_qkv',
+    'attn.c_proj': 'attn_output',
+    'ln_2': 'ffn_norm',
+    'mlp.c_fc': 'ffn_up',
+    'mlp.c_proj': 'ffn_down',
+}
+
+
+def gguf_tensors(model: GPT) -> dict[str, torch.Tensor]:
+    """Parameters under llama.cpp's names; it too wants every bias, and has matrices as ours are."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition('.')
+        layer = re.match(r'transformer\.h\.(\d+)\.(.*)', module)
+        own = f'blk.{layer[1]}.{GGUF_NAMES[layer[2]]}' if layer else GGUF_NAMES[module]
+        tensors[f'{own}.{leaf}'] = parameter.detach().cpu().float()
+        if not model.config.bias and not own.endswith('_embd'):
+            tensors[f'{own}.bias'] = torch.zeros(parameter.size(0))
+    return tensors

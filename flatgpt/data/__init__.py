@@ -1,0 +1,1 @@
+"""Tokenizers, datasets on disk, batches by number, and text made into them."""

@@ -1,0 +1,188 @@
+"""
+Text of any length to ids on disk, on all cores, with a few chunks in memory at a time. Where
+gigatoken is installed and serves, one core is faster than a dozen would be otherwise.
+
+    chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
+    with Writer(folder, tokenizer) as writer:
+        write_chunks(writer, chunks)
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.synchronize
+import os
+import re
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+from tqdm import tqdm
+
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.errors import UserError
+
+CHUNK = 2**20  # characters encoded at a time
+LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
+# After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
+# so the chunks of a text give the same ids as all of it at once.
+BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
+SMALL = 16_000_000  # bytes of text below which starting processes takes longer than it saves
+
+Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
+
+
+def cores() -> int:
+    allowed = getattr(os, 'sched_getaffinity', None)  # what a container or a scheduler grants
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def cut(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text in chunks that can be encoded one by one."""
+    text = ''
+    for block in blocks:
+        searched = len(text) - 1  # from CHUNK on; the last letter's border shows only now
+        text += block
+        start = 0
+        while len(text) - start > CHUNK:
+            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + LONGEST)
+            if not border and len(text) - start < LONGEST:
+                break
+            end = border.end() if border else start + LONGEST
+            yield text[start:end]
+            start = end
+        text = text[start:]
+    if text:
+        yield text
+
+
+def write_chunks(
+    writer: Writer, chunks: Iterable[Chunk], workers: int | None = None, total: int | None = None
+) -> None:
+    """Encode chunks, in their order, and write them; `total` bytes are expected to be read.
+
+    workers: processes, None for as many as pay.
+    """
+    tokenizer, small = writer.tokenizer, total is not None and total < SMALL
+    if tokenizer.kind == 'tiktoken' and workers in (None, 1):
+        why_not = tokenizer.accelerate()
+        if why_not and not small:
+            print(f'encoding with tiktoken: {why_not}', flush=True)
+    if workers is None:  # one, where it encodes faster than text can be sent to others
+        fast = tokenizer.accelerated or tokenizer.kind in ('char', 'byte')
+        workers = 1 if fast or small else cores()
+    with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
+        encoded = in_processes(encode_job, jobs(chunks), tokenizer, workers, ahead=workers)
+        for size, ids in encoded:
+            for split, part in ids.items():
+                writer.write(split, part)
+            bar.update(size)
+
+
+def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
+    """Chunks in lists worth a trip to another process, with the bytes read for each list."""
+    last: dict[str, int] = {}
+    job, characters, read = [], 0, 0
+    for number, split, text, size in chunks:
+        begins = last.get(split, number) != number
+        last[split] = number
+        job.append((split, begins, text))
+        characters, read = characters + len(text), read + size
+        if characters >= CHUNK:
+            yield read, job
+            job, characters, read = [], 0, 0
+    if job:
+        yield read, job
+
+
+def encode_job(job: tuple[int, list], tokenizer: Tokenizer) -> tuple[int, dict[str, np.ndarray]]:
+    """-> bytes read, ids by split"""
+    size, chunks = job
+    between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
+    parts: dict[str, list] = {}
+    for split, begins, text in chunks:
+        ids = parts.setdefault(split, [])
+        ids += [between] * begins + [tokenizer.encode(text)]
+    return size, {split: np.concatenate(ids) for split, ids in parts.items()}
+
+
+def in_processes(
+    function: Callable, jobs: Iterable, tokenizer: Tokenizer, workers: int, ahead: int
+) -> Iterator:
+    """
+    function(job, tokenizer) of each job, in order. At most `ahead` jobs are taken beyond those that
+    the workers are at; one worker is this process itself.
+    """
+    if workers == 1:
+        yield from (function(job, tokenizer) for job in jobs)
+        return
+    spawn = multiprocessing.get_context('spawn')
+    stop = spawn.Event()
+    arguments = (tokenizer.to_dict(), tokenizer.accelerated, stop)
+    pool = ProcessPoolExecutor(workers, spawn, start_worker, arguments)
+    waiting = deque()
+    try:
+        for job in jobs:
+            with interrupts_held_back():  # submit() is what starts the processes
+                waiting.append(pool.submit(work, function, job))
+            if len(waiting) > workers + ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f'a worker process was killed, perhaps for want of memory; try --workers={workers // 2}'
+        ) from error
+    except KeyboardInterrupt:
+        stop.set()  # and not terminate(): half a result in a pipe is waited for until it is whole
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal: those started meanwhile never notice it."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# in a worker process
+_tokenizer: Tokenizer | None = None
+_stop: multiprocessing.synchronize.Event | None = None
+
+
+def start_worker(fields: dict, accelerate: bool, stop: multiprocessing.synchronize.Event) -> None:
+    global _tokenizer, _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _tokenizer = Tokenizer.from_dict(fields)
+    if accelerate:
+        _tokenizer.accelerate()
+
+
+def work(function: Callable, job):
+    return function(job, _tokenizer)
+
+
+def may_go_on() -> None:
+    """What a long job asks now and then: raises KeyboardInterrupt after the parent's Ctrl-C."""
+    if _stop and _stop.is_set():
+        raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

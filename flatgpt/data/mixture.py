@@ -1,0 +1,211 @@
+"""
+Training data by its setting: one dataset, or several mixed by weights.
+
+    data = open_data('openwebtext:0.7,text:0.3', block_size=1024)
+    x, y = data.batch(first=step * 64, count=64)
+
+Of every 1,000 samples, from the first on, each part has its share, exactly, in an order of their
+own; a part's samples come as they would without the others, epoch after epoch. So a mixture's
+batches, as a dataset's, are functions of their numbers alone.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from flatgpt.data.dataset import SPLITS, Dataset, find_dataset, mix, permute
+from flatgpt.errors import UserError
+
+BLOCK = 1000  # samples in which the shares are exact
+
+
+def open_data(
+    name: str,
+    block_size: int,
+    seed: int = 1337,
+    objective: str = 'lm',
+    cache: str | None = None,
+    alive: Callable = lambda: None,
+) -> 'Dataset | Mixture':
+    """
+    The dataset of that name, path or URL, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'.
+
+    cache: a folder to copy what is read to; see data/cache.py, of alive, too.
+    """
+    if not is_mixture(name):
+        return Dataset(folder_of(name, cache, alive), block_size, seed, objective)
+    if objective == 'dpo':
+        raise UserError(f"dataset={name!r}: objective='dpo' takes one dataset, not a mixture")
+    weights = parse(name)
+    folders = [folder_of(part, cache, alive) for part in weights]
+    parts = [Dataset(folder, block_size, seed, objective) for folder in folders]
+    return Mixture(parts, list(weights.values()), seed)
+
+
+def folder_of(name: str, cache: str | None, alive: Callable) -> Path:
+    """Where a dataset is read from."""
+    if not cache and '://' not in name:
+        return find_dataset(name)
+    from flatgpt.data.cache import copied, is_url  # requests is slow to import
+
+    if is_url(name) and not cache:
+        raise UserError(f'dataset={name!r}: give --data_cache, a folder here to copy it to')
+    source = name if is_url(name) else find_dataset(name)
+    return copied(source, cache, alive) if cache else source
+
+
+def is_mixture(setting: str) -> bool:
+    return ',' in setting and not os.path.isdir(setting)
+
+
+def names_in(setting: str) -> list[str]:
+    return list(parse(setting)) if is_mixture(setting) else [setting]
+
+
+def parse(setting: str) -> dict[str, float]:
+    """'a:0.7,b:0.3' -> the weight of each name, in the order given."""
+    weights = {}
+    for part in setting.split(','):
+        name, _, weight = part.strip().rpartition(':')
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not name or not 0 < value < math.inf:
+            raise UserError(
+                f'dataset={setting!r}: {part.strip()!r} needs a name and a weight above 0, '
+                "as in 'openwebtext:0.7,text:0.3'"
+            )
+        if name in weights:
+            raise UserError(f'dataset={setting!r}: {name} is there twice')
+        weights[name] = value
+    return weights
+
+
+def quotas_of(weights: list[float]) -> list[int]:
+    """How many of BLOCK samples each has: whole numbers, by the largest remainders."""
+    exact = np.array(weights) / sum(weights) * BLOCK
+    quotas = exact.astype(int)
+    most = np.argsort(quotas - exact, kind='stable')  # the largest remainder first
+    quotas[most[: BLOCK - quotas.sum()]] += 1
+    return quotas.tolist()
+
+
+@functools.lru_cache(maxsize=8)
+def order_of(block: int, quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part that each of a block's samples is from, and its number there, (BLOCK,) each."""
+    key = mix(np.full(BLOCK, seed % 2**64, np.uint64), np.full(BLOCK, block, np.uint64))
+    parts = np.repeat(np.arange(len(quotas)), quotas)  # each part together
+    source = parts[permute(np.arange(BLOCK), BLOCK, key)]
+    number = np.empty(BLOCK, np.int64)
+    begins = np.cumsum(quotas) - quotas
+    # one after the other as they come in the block
+    number[np.argsort(source, kind='stable')] = np.arange(BLOCK) - begins[parts]
+    return source, number + block * np.array(quotas)[source]
+
+
+class Mixture:
+    """
+    Several datasets of one tokenizer and one kind, by weights; for the training loop like one.
+
+    parts: [(share of the samples, dataset)]. An epoch, n_windows samples, ends when every part has
+    been seen whole, the others by then perhaps several times.
+    """
+
+    def __init__(self, parts: list[Dataset], weights: list[float], seed: int = 1337):
+        self.seed, self.quotas = seed, tuple(quotas_of(weights))
+        self.parts = [(q / BLOCK, part) for q, part in zip(self.quotas, parts, strict=True)]
+        self._check()
+        first = parts[0]
+        self.block_size, self.rows = first.block_size, first.rows
+        self.vocab_size, self.tokenizer = first.vocab_size, first.tokenizer
+        self.tokens = {split: sum(part.tokens[split] for part in parts) for split in SPLITS}
+        self.name = ', '.join(f'{share:.1%} {part.name}' for share, part in self.parts)
+
+    def _check(self) -> None:
+        first, names = self.parts[0][1], [part.name for _, part in self.parts]
+        for share, part in self.parts:
+            if not share:
+                raise UserError(f'{part.folder}: its weight is less than one sample of {BLOCK:,}')
+            if names.count(part.name) > 1:
+                raise UserError(
+                    f'{part.folder}: another dataset of the mixture is called {part.name}, too; '
+                    'rename one of the two'
+                )
+            if part.tokenizer != first.tokenizer or part.vocab_size != first.vocab_size:
+                raise UserError(
+                    f'{part.folder} was made with the tokenizer {part.tokenizer.name} and '
+                    f'{first.folder} with {first.tokenizer.name}, of other tokens: a mixture needs '
+                    'one; prepare them alike'
+                )
+            if part.tokenizer.chat_template != first.tokenizer.chat_template:
+                raise UserError(
+                    f'{part.folder} and {first.folder} have other chat templates; prepare them '
+                    'alike'
+                )
+            if part.block_size != first.block_size:  # which is that of their rows
+                raise UserError(
+                    f'{part.folder} has rows of {part.block_size} tokens and {first.folder} of '
+                    f'{first.block_size}; prepare them with one --block_size'
+                )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        made_of = [
+            [q, part.fingerprint] for q, (_, part) in zip(self.quotas, self.parts, strict=True)
+        ]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+    @functools.cached_property
+    def window_tokens(self) -> float:
+        return sum(share * part.window_tokens for share, part in self.parts)
+
+    @functools.cached_property
+    def n_windows(self) -> int:
+        return max(self._end(k, part.n_windows) for k, (_, part) in enumerate(self.parts))
+
+    def _end(self, k: int, windows: int) -> int:
+        """Samples until a part has had so many of them."""
+        blocks, rest = divmod(windows - 1, self.quotas[k])
+        source, _ = order_of(blocks, self.quotas, self.seed)
+        return blocks * BLOCK + int(np.flatnonzero(source == k)[rest]) + 1
+
+    def text_bytes(self, split: str) -> int | None:
+        """As many as its tokens would have in the proportions of the mixture."""
+        sizes = [part.text_bytes(split) for _, part in self.parts]
+        if None in sizes:
+            return None
+        each = zip(self.parts, sizes, strict=True)
+        return round(self.tokens[split] * sum(s * n / p.tokens[split] for (s, p), n in each))
+
+    def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
+        """As Dataset.batch(), and as it is there, for count >= 1."""
+        batch = None
+        for part, rows, number in self._shared_out(first, count):
+            arrays = part.batch(number, len(rows), documents)
+            if batch is None:
+                batch = tuple(np.empty((count, self.block_size), np.int64) for _ in arrays)
+            for whole, some in zip(batch, arrays, strict=True):
+                whole[rows] = some
+        return batch
+
+    def count_targets(self, first: int, count: int) -> int:
+        shared = self._shared_out(first, count)
+        return sum(part.count_targets(number, len(rows)) for part, rows, number in shared)
+
+    def _shared_out(self, first: int, count: int):
+        """Each part that these samples take from; which of them are its, and its first's number."""
+        blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+        orders = [order_of(block, self.quotas, self.seed) for block in blocks]
+        window = slice(first % BLOCK, first % BLOCK + count)
+        source, number = (np.concatenate(each)[window] for each in zip(*orders, strict=True))
+        for k, (_, part) in enumerate(self.parts):
+            rows = np.flatnonzero(source == k)
+            if len(rows):  # whose numbers follow one another
+                yield part, rows, int(number[rows[0]])

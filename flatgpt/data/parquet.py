@@ -1,0 +1,280 @@
+"""
+Parquet files, in a folder or of a dataset on the hub, to ids on disk: a part for each file.
+
+    files = hub_files('Skylion007/openwebtext')  # or local_files(folder)
+    write_parts(plan(folder, files, val_every=2000), tokenizer)
+    merge(folder)
+
+part-00000/, part-00001/, ... are datasets, each made from one file and nothing else. So they can be
+written in any order, by any number of processes and machines, and a run that was stopped goes on
+with the first that is missing. Merging writes the meta.json that makes one dataset of them.
+"""
+
+import contextlib
+import functools
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from flatgpt.data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
+from flatgpt.data.download import ATTEMPTS
+from flatgpt.data.encode import Chunk, cores, cut, encode_job, in_processes, jobs, may_go_on
+from flatgpt.data.tokenizer import Tokenizer, load
+from flatgpt.errors import UserError
+
+# a dataset's own files, and those into which the hub converts what is not parquet
+REVISIONS = ('main', 'refs/convert/parquet')
+COLUMN = 'text'
+ROWS = 1000  # documents read at a time
+BUFFER = 2**20  # bytes read at a time; without it, and with pre_buffer, it is the whole file
+FETCHED = 'fetched'  # the folder in a part's that holds its file while it is read
+
+
+class File(NamedTuple):
+    name: str
+    size: int  # bytes
+    get: Callable[[Path], Path]  # where it is, or where it was fetched to: below the given folder
+
+
+class Part(NamedTuple):
+    folder: Path
+    file: File
+    source: dict  # what its meta.json tells, and what must be the same when a run goes on
+
+    def is_done(self) -> bool:
+        if not is_prepared(self.folder):
+            return False
+        meta = read_meta(self.folder)
+        if meta.get('source') != self.source:
+            raise UserError(
+                f'{self.folder} was made from {describe(meta.get("source"))}; now that would be '
+                f'{describe(self.source)}: give another --out_dir, or delete the part-* folders'
+            )
+        with contextlib.suppress(UserError):
+            check_files(self.folder, meta)
+            return True
+        return False
+
+
+def describe(source: dict | None) -> str:
+    return ', '.join(f'{key} {value}' for key, value in (source or {}).items()) or 'something else'
+
+
+# --- which files
+
+
+def local_files(folder: Path) -> list[File]:
+    if not folder.is_dir():
+        raise UserError(f'{folder}: no such folder')
+    found = [path for path in folder.rglob('*.parquet') if path.is_file()]
+    paths = {path.relative_to(folder).as_posix(): path for path in found}
+    if not paths:
+        raise UserError(f'{folder}: no .parquet files there')
+    return [
+        File(name, path.stat().st_size, functools.partial(here, path))
+        for name, path in sorted(paths.items())
+    ]
+
+
+def here(path: Path, folder: Path) -> Path:
+    return path
+
+
+def hub_files(repository: str) -> list[File]:
+    """The parquet files of a dataset on the hub; without a network those of the hub's cache."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every new attempt
+    disable_progress_bars()  # there is one over all files
+    for revision in REVISIONS:
+        try:
+            info = HfApi().dataset_info(
+                repository, revision=revision, files_metadata=True, timeout=20
+            )
+        except Exception as error:  # of an HTTP library that changes from version to version
+            return cached_files(repository, error)
+        get = functools.partial(fetch, repository, info.sha)
+        names = {file.rfilename: file.size for file in info.siblings}
+        files = [
+            File(name, size, functools.partial(get, name))
+            for name, size in sorted(names.items())
+            if name.endswith('.parquet')
+        ]
+        if files and not is_partial(files):
+            return files
+    raise UserError(f'{repository}: the hub has no parquet files of it, or not of all of it')
+
+
+def is_partial(files: list[File]) -> bool:
+    """Whether these are only some of a dataset's files: of a large one the hub converts 5 GB."""
+    return any('partial-' in file.name for file in files)
+
+
+def cached_files(repository: str, error: Exception) -> list[File]:
+    from huggingface_hub import constants, snapshot_download
+
+    for revision in REVISIONS:
+        with contextlib.suppress(OSError, UserError):
+            folder = snapshot_download(
+                repository, repo_type='dataset', revision=revision, local_files_only=True,
+                allow_patterns='*.parquet',
+            )  # fmt: skip
+            files = local_files(Path(folder))
+            count = re.search(r'-of-(\d+)\.parquet$', files[0].name)
+            if not is_partial(files) and (not count or int(count[1]) == len(files)):
+                return files
+    raise UserError(
+        f'{repository} is neither cached nor to be had from {constants.ENDPOINT} '
+        f'({type(error).__name__}); fetch the .parquet files of its revision main, or where that '
+        f'has none, of {REVISIONS[1]}, by other means, and give their folder: --source=FOLDER'
+    ) from error
+
+
+def fetch(repository: str, revision: str, name: str, folder: Path) -> Path:
+    """A file of the hub, copied from the hub's cache or else fetched, below `folder`."""
+    from huggingface_hub import hf_hub_download
+
+    for attempt in range(ATTEMPTS):
+        try:
+            path = hf_hub_download(
+                repository, name, repo_type='dataset', revision=revision, local_dir=folder
+            )
+            return Path(path)
+        except Exception as error:
+            if attempt == ATTEMPTS - 1:
+                raise UserError(
+                    f'{repository}: {name} cannot be fetched ({reason(error)}); what is finished '
+                    'is kept, and the same command goes on from there'
+                ) from error
+        time.sleep(2**attempt)
+
+
+def reason(error: Exception) -> str:
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+# --- parts
+
+
+def plan(folder: Path, files: list[File], val_every: int) -> list[Part]:
+    """val_every: one document of so many is for validation, the first of each file among them."""
+    parts = []
+    for number, file in enumerate(files):
+        name = file.name.rsplit('/', 1)[-1]
+        source = {'file': name, 'bytes': file.size, 'files': len(files), 'val_every': val_every}
+        parts.append(Part(folder / part_name(number), file, source))
+    return parts
+
+
+def part_name(number: int) -> str:
+    return f'part-{number:05d}'
+
+
+def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = None) -> None:
+    """Write the parts that are not there yet. workers: processes, None for one on each core."""
+    todo = [part for part in parts if not part.is_done()]
+    if not todo:
+        return
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise UserError('parquet files are read by pyarrow: pip install pyarrow') from None
+    why_not = tokenizer.kind == 'tiktoken' and tokenizer.accelerate()
+    if why_not:
+        print(f'encoding with tiktoken: {why_not}', flush=True)
+    workers = min(workers or cores(), len(todo))
+    files = ((part, part.file.get(part.folder / FETCHED)) for part in todo)
+    written = in_processes(write_part, files, tokenizer, workers, ahead=1)
+    show_progress(written, [part.file.size for part in parts], [part.file.size for part in todo])
+
+
+def show_progress(written: Iterable[int], sizes: list[int], todo: list[int]) -> None:
+    """A bar over the bytes of all files, earlier runs' included; in a log a line for each file."""
+    total = sum(sizes)
+    before = done = total - sum(todo)
+    start = time.perf_counter()
+    with tqdm(total=total, initial=done, unit='B', unit_scale=True, disable=None) as bar:
+        for size in written:
+            bar.update(size)
+            done += size
+            if bar.disable:
+                line = tqdm.format_meter(
+                    done, total, time.perf_counter() - start, initial=before, unit_scale=True,
+                    bar_format='{n_fmt}B of {total_fmt}B, {remaining} to go',
+                )  # fmt: skip
+                print(line, flush=True)
+
+
+def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> int:
+    """Encode a file into its part. -> bytes of the file"""
+    part, path = job
+    with Writer(part.folder, tokenizer, source=part.source) as writer:
+        try:
+            for chunks in jobs(read_chunks(path, part.source['val_every'])):
+                may_go_on()
+                for split, ids in encode_job(chunks, tokenizer)[1].items():
+                    writer.write(split, ids)
+        finally:  # and not later: nothing clears up after a part that is finished
+            shutil.rmtree(part.folder / FETCHED, ignore_errors=True)
+        for split in SPLITS:
+            if writer.tokens(split):  # and then comes the next part
+                writer.write(split, np.array([tokenizer.eot]))
+    return part.file.size
+
+
+def read_chunks(path: Path, val_every: int) -> Iterator[Chunk]:
+    for number, document in enumerate(read_documents(path)):
+        split = 'train' if number % val_every else 'val'
+        for text in cut([document or '']):
+            yield number, split, text, 0
+
+
+def read_documents(path: Path) -> Iterator[str | None]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+            columns = {field.name: str(field.type) for field in file.schema_arrow}
+            if columns.get(COLUMN) not in ('string', 'large_string'):
+                raise UserError(
+                    f'{path}: needs a column {COLUMN} of strings, and its columns are '
+                    f'{", ".join(f"{name} ({kind})" for name, kind in columns.items())}'
+                )
+            for batch in file.iter_batches(ROWS, columns=[COLUMN]):
+                yield from batch.column(0).to_pylist()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f'{path} cannot be read as parquet ({reason(error)}); get it anew and give the same '
+            'command again: what is finished is kept'
+        ) from error
+
+
+def merge(folder: Path) -> str:
+    """Make one dataset of the parts in `folder`, which stay where they are. -> its summary"""
+    done = sorted(path for path in folder.glob('part-*') if is_prepared(path))
+    if not done:
+        raise UserError(f'{folder}: no part is finished there')
+    sources = [read_meta(path).get('source') or {} for path in done]
+    for source in sources:
+        if any(source.get(key) != sources[0].get(key) for key in ('files', 'val_every')):
+            raise UserError(
+                f'{folder}: its parts are not of one dataset: one was made from '
+                f'{describe(sources[0])}, another from {describe(source)}'
+            )
+    names = [part_name(i) for i in range(sources[0].get('files', 0))]
+    missing = sorted(set(names) - {path.name for path in done})
+    if missing:
+        some = f'{", ".join(missing[:3])}{" ..." * (len(missing) > 3)}'
+        raise UserError(f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}')
+    with Writer(folder, load(done[0] / 'tokenizer.json')) as writer:
+        for name in names:
+            writer.include(name)
+    return writer.summary()

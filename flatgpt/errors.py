@@ -1,0 +1,111 @@
+"""
+Errors that are the user's to fix, and how a program ends with one line of them.
+
+    one_line_errors()                                  # at the start of a script
+    raise UserError('novel.txt: is empty; give a file with text')
+    explain_errors(lambda error: UserError('...') if isinstance(error, MemoryError) else None)
+"""
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """A mistake the user can fix: its text says where it came from, what is wrong and the fix."""
+
+
+class ConfigError(UserError):
+    """A setting, a flag or a config file that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint, ours or of others, that is missing, damaged, or does not fit."""
+
+
+@contextmanager
+def as_config_error() -> Iterator[None]:
+    """Turn a ValueError, which model.py raises for a shape it cannot have, into a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+# -----------------------------------------------------------------------------
+# the end of a program
+
+_explainers: list[Callable[[BaseException], UserError | None]] = []
+
+
+def one_line_errors() -> None:
+    """Let a UserError end the program with one line on standard error and status 2.
+
+    Ctrl-C and a closed pipe end it without a traceback, with the status a shell reports for them.
+    """
+    _explainers.clear()
+    sys.excepthook = _report
+
+
+def explain_errors(explain: Callable[[BaseException], UserError | None]) -> None:
+    """Have `explain` look at what ends the program, before those asked to earlier.
+
+    It returns the UserError to report in its place, or None where it knows nothing better.
+    """
+    _explainers.insert(0, explain)
+
+
+def _report(kind, error, trace) -> None:
+    error = next(filter(None, (explain(error) for explain in _explainers)), error)
+    if isinstance(error, PermissionError) and error.filename:
+        error = UserError(f'{error.filename}: {error.strerror}')
+    if isinstance(error, UserError):
+        _end_with(error)
+    if isinstance(error, KeyboardInterrupt):
+        print('interrupted', file=sys.__stderr__)
+        raise SystemExit(130)  # what a shell reports for Ctrl-C
+    if isinstance(error, BrokenPipeError):  # piped into `head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141)  # and what it reports for that
+    sys.__excepthook__(kind, error, trace)
+
+
+def _end_with(error: UserError) -> None:
+    """Print the line and end with status 2, since 1 is for crashes; a hook may end the program."""
+    rank = os.environ.get('RANK', '0')
+    # not sys.stderr: torch.distributed holds it back while a hook runs, and would lose it
+    print(f'error{"" if rank == "0" else f" (rank {rank})"}: {error}', file=sys.__stderr__)
+    if 'RANK' in os.environ:  # gloo's threads can abort a process that ends as usual
+        sys.__stderr__.flush()
+        if rank == '0':  # which may keep the store, and the others come to report the same
+            time.sleep(1)
+        os._exit(2)
+    raise SystemExit(2)
+
+
+# -----------------------------------------------------------------------------
+# checks of settings
+
+
+def within(low: float, high: float | None, settings: dict, *names: str) -> None:
+    """Raise ConfigError for a setting below `low` or above `high`; None is in every range."""
+    for name in names:
+        value = settings[name]
+        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
+            need = f'at least {low}' if high is None else f'between {low} and {high}'
+            raise ConfigError(f'{name}={value}: must be {need}')
+
+
+def one_of(choices: tuple, settings: dict, name: str) -> None:
+    """Raise ConfigError for a setting that is none of the choices."""
+    if settings[name] not in choices:
+        raise ConfigError(f'{name}={settings[name]!r}: give {", ".join(map(repr, choices))}')
+
+
+def did_you_mean(word: str, names) -> str:
+    """'did you mean train? ' for the name nearest to `word`, '' where none is near."""
+    near = difflib.get_close_matches(word, names, 1)
+    return f'did you mean {near[0]}? ' if near else ''

@@ -1,0 +1,1 @@
+"""Generation: many texts at once over one KV cache."""

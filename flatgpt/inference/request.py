@@ -1,0 +1,102 @@
+"""A text to continue: its prompt, how it is asked for, and what has been written of it."""
+
+import codecs
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.inference.sampling import Sampling
+
+
+class Piece(NamedTuple):
+    """One more token of one text."""
+
+    row: int  # place of its prompt among those of its caller
+    token: int | None  # its id, that of an end if that ended the text; None: no more came
+    text: str  # what may be shown now: often the token's text, '' while something is held back
+    finish: str | None = None  # 'stop' (end of text, stop string), 'length', 'cancelled', 'error'
+    logprob: float | None = None  # of the token, in nats, before any rule; where asked for
+    top: tuple = ()  # the likeliest tokens there, (id, logprob), where asked for
+
+
+class TextStream:
+    """Bytes in, text out: whole characters only, and nothing that may yet become a stop string."""
+
+    def __init__(self, stop: tuple[str, ...]):
+        self.stop = stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self.held = ''
+
+    def add(self, data: bytes, final: bool) -> tuple[str, bool]:
+        """Text to show now, and whether a stop string ended it. final: nothing follows."""
+        self.held += self.decoder.decode(data, final)
+        ends = [self.held.find(s) for s in self.stop if s in self.held]
+        if ends:
+            return self.held[: min(ends)], True
+        show = len(self.held) if final else self.safe()
+        text, self.held = self.held[:show], self.held[show:]
+        return text, False
+
+    def safe(self) -> int:
+        """How many held characters come before anything that a stop string could begin with."""
+        longest = max(map(len, self.stop), default=1)
+        for at in range(max(0, len(self.held) - longest + 1), len(self.held)):
+            if any(s.startswith(self.held[at:]) for s in self.stop):
+                return at
+        return len(self.held)
+
+
+class Request:
+    """A text to continue, and what has become of it so far.
+
+    prompt: token ids, at least one; the last block_size of them count. on_piece: is given each
+    Piece as it comes, in the thread that runs the engine. seed: of the random numbers, by default
+    sampling.seed and row. top: report each token's log-probability, and those of so many likeliest
+    ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
+    """
+
+    def __init__(
+        self,
+        prompt,
+        sampling: Sampling,
+        on_piece: Callable[[Piece], None],
+        row: int = 0,
+        seed=None,
+        top: int | None = None,
+        score_prompt: bool = False,
+    ):
+        self.prompt, self.sampling, self.on_piece = list(map(int, prompt)), sampling, on_piece
+        assert self.prompt, 'there is nothing to continue'
+        self.row, self.top, self.score_prompt = row, top, score_prompt
+        self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
+        self.stream = TextStream(sampling.stop)
+        self.written: list[int] = []
+        self.prompt_scores: list[tuple] = [(None, ())]  # (logprob, top) of each; none of the first
+        self.cancelled = False
+        self.finish: str | None = None
+        self.came = time.monotonic()
+        self.began = self.first = self.ended = None  # moments: given a row, first token, last one
+
+    def cancel(self) -> None:
+        """Have the engine drop it before its next step. From any thread, at any time."""
+        self.cancelled = True
+
+    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> Piece:
+        """The piece that a chosen token makes."""
+        if token < 0:  # no finite logits, as float16 may have after one prompt and not others
+            return Piece(self.row, None, '', 'error')
+        self.written.append(token)
+        last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.ends
+        text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
+        finish = 'stop' if end or stopped else 'length' if last else None
+        return Piece(self.row, token, text, finish, logprob, top)
+
+    def send(self, piece: Piece) -> None:
+        now = time.monotonic()
+        self.first = self.first or now
+        if piece.finish:
+            self.ended, self.finish = now, piece.finish  # read by other threads, in this order
+        self.on_piece(piece)

@@ -1,0 +1,111 @@
+"""
+One model over several processes: whole in each of them, or each holding its share of the rows.
+
+    model = parallelize(raw_model, runtime, shard=True)   # FSDP2; shard=False: DDP
+
+The parameters of a sharded model, their gradients and the optimizer's state are DTensors: the rows
+are dealt out in equal runs, rounded up, so that the last ranks may have fewer, or none. A block's
+rows are brought together while it is computed, and then dropped. Embeddings, head and last norm
+stay together at the root, where GPT-2's tied matrix is one parameter (Zhao et al. 2023, FSDP).
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from flatgpt.errors import ConfigError
+from flatgpt.runtime import Runtime
+from model import GPT
+
+
+def parallelize(model: nn.Module, runtime: Runtime, shard: bool, offload: bool = False):
+    """The same weights, ready to be trained by all processes together.
+
+    shard: cut the model in place into rows. offload: keep them, and the optimizer, on the host.
+    """
+    if shard:
+        return cut(model, runtime, offload)
+    if runtime.world_size == 1:
+        return model
+    gpu = [runtime.device] if runtime.device_type == 'cuda' else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=gpu)
+
+
+def check_shard(runtime: Runtime, shard: bool, offload: bool) -> None:
+    """Refuse what cannot be sharded here."""
+    if shard and not torch.distributed.is_initialized():
+        raise ConfigError(
+            'shard=True shares a model among processes: start it by torchrun, for instance '
+            'torchrun --standalone --nproc_per_node=2 train.py ..., or take --shard=False'
+        )
+    if offload and not shard:
+        raise ConfigError('offload=True: it is the rows of a sharded model that go: add --shard')
+    if offload and runtime.device_type != 'cuda':
+        raise ConfigError(f'offload=True: {runtime.device} is the host, there is nowhere to go')
+
+
+def cut(model, runtime: Runtime, offload: bool):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    how = {'mesh': init_device_mesh(runtime.device_type, (runtime.world_size,))}
+    if offload:
+        how['offload_policy'] = CPUOffloadPolicy()
+    for block in model.blocks:
+        fully_shard(block, **how)
+    return fully_shard(model, **how)
+
+
+def compile_blocks(model: GPT, runtime: Runtime, say: Callable) -> bool:
+    """Compile the blocks of a model that is to be cut, in place -> whether that can be done here.
+
+    Tried on a small one: where compiling fails, rows that were brought together do not part again.
+    """
+    small = GPT(replace(model.config, n_layer=1, vocab_size=64)).to(runtime.device)
+    x = torch.zeros(1, model.config.block_size, dtype=torch.long, device=runtime.device)
+    _, works = runtime.compile(small, [{'x': x, 'y': x}], say, lambda m, x, y: m(x, y)[1])
+    for block in model.blocks if works else ():
+        block.compile(dynamic=False)
+    return works
+
+
+def sync_gradients(model, last: bool) -> None:
+    """Have the ranks exchange gradients after this backward pass only if it is the step's last."""
+    if hasattr(model, 'set_requires_gradient_sync'):
+        model.set_requires_gradient_sync(last)
+    else:
+        model.require_backward_grad_sync = last  # what DDP's no_sync() sets
+
+
+def settle(model) -> None:
+    """Have each rank hold its rows again: after an evaluation the root's are still together."""
+    if hasattr(model, 'reshard'):
+        model.reshard()
+
+
+def local(tensor):
+    """This rank's rows of a tensor; all of one that is not sharded."""
+    return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+
+
+def whole(tensor):
+    """All rows of a tensor. Every rank has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
+
+
+def are_finite(model: GPT, runtime: Runtime) -> bool:
+    """Whether no weight, of any rank, is infinite or NaN. Every rank has to ask."""
+    bad = any(not local(p.detach()).isfinite().all() for p in model.parameters())
+    return runtime.reduce([bad], 'MAX')[0] == 0
+
+
+def cut_like(full, like):
+    """`full` in rows as the tensor `like` is, itself where that is whole. No rank waits."""
+    if not hasattr(like, 'device_mesh'):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    full = full.to(like.to_local().device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,502 @@
+"""
+The machine a script finds itself on: device, number format, processes, and what they can do.
+
+    runtime = start(device='auto', dtype='auto', backend='auto')
+    with runtime.autocast(): ...
+"""
+
+import ctypes
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from flatgpt import ROOT
+from flatgpt.errors import ConfigError, UserError, explain_errors
+
+CLOCK_SECONDS = 60  # that the clocks of two machines may be apart
+DTYPES = {
+    'float32': torch.float32,
+    'bfloat16': torch.bfloat16,
+    'float16': torch.float16,
+}
+
+# Dense 16-bit matrix products, TFLOP/s, from the makers' data sheets. The first name whose words
+# the device's own name has counts, so 'H100 PCIe' comes before 'H100'.
+PEAK_TFLOPS = {
+    'B300': 2250,
+    'B200': 2250,
+    'GB200': 2500,
+    'H200': 989,
+    'H100 PCIe': 756,
+    'H100 NVL': 835,
+    'H100': 989,
+    'GH200': 989,
+    'H20': 148,
+    'A100': 312,
+    'A800': 312,
+    'A40': 150,
+    'A30': 165,
+    'A10G': 70,
+    'A10': 125,
+    'L40S': 362,
+    'L40': 181,
+    'L4': 121,
+    'T4': 65,
+    'V100': 125,
+    'RTX PRO 6000': 500,
+    'RTX 6000 Ada': 364,
+    'RTX A6000': 155,
+    'RTX 5090': 210,
+    'RTX 4090': 165,
+    'RTX 4080': 97,
+    'RTX 3090': 71,
+    'RTX 3080': 60,
+    'MI325X': 1307,
+    'MI300X': 1307,
+    'MI250X': 383,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: str  # 'cpu', 'mps', 'cuda:0' ...
+    dtype: torch.dtype  # of matrix products; parameters stay float32
+    rank: int = 0  # of this process among all
+    world_size: int = 1  # processes, over all nodes
+    store: dist.Store | None = None  # where they leave one another notes; None outside torchrun
+
+    def __str__(self) -> str:
+        processes = f', {self.world_size} processes' if self.world_size > 1 else ''
+        return f'{self.device}, {self.dtype_name}{processes}'
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix('torch.')
+
+    @property
+    def main(self) -> bool:
+        """Whether this process prints and writes files: one does, whatever the world size."""
+        return self.rank == 0
+
+    @property
+    def launcher(self) -> str:
+        """What starts as many processes; what starts other machines, nobody here knows."""
+        here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        if self.store is None:
+            return 'python'
+        many = '--standalone' if here == self.world_size else '...'
+        return f'torchrun {many} --nproc_per_node={here}'
+
+    @property
+    def first_here(self) -> bool:
+        """Whether this process acts for its machine, as rank 0 does for all."""
+        return int(os.environ.get('LOCAL_RANK', 0)) == 0
+
+    @property
+    def live(self) -> bool:
+        """Whether a person watches this process: a progress line then moves."""
+        return self.main and sys.stderr.isatty()
+
+    @property
+    def device_type(self) -> str:
+        return self.device.partition(':')[0]
+
+    @property
+    def wide(self) -> torch.dtype:
+        """For sums over many values: float64, which Apple GPUs lack."""
+        return torch.float32 if self.device_type == 'mps' else torch.float64
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_type, self.dtype)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed torch for one step of this rank, so that a resumed run needs no stored state."""
+        torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
+
+    def reduce(self, values: list[float], how: str = 'SUM') -> list[float]:
+        """`values` combined over all ranks: 'SUM' or 'MAX'. The same on every rank."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=self.wide, device=self.device)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
+        return tensor.tolist()
+
+    def agree(self, decide):
+        """What decide() returns on rank 0, on every rank; a UserError there is raised on all."""
+        if self.world_size == 1:
+            return decide()
+        box = [None, None]
+        if self.main:
+            try:
+                box[0] = decide()
+            except UserError as error:
+                box[1] = error
+        dist.broadcast_object_list(box, src=0, device=torch.device(self.device))
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def odd_one(self, value) -> int:
+        """A rank on which value is not what it is on rank 0; 0 if there is none."""
+        odd = value != self.agree(lambda: value)
+        return int(self.reduce([self.rank * odd], 'MAX')[0])
+
+    def wait_for_all(self, do: Callable, alive: Callable):
+        """What do() returns here, once it has on every rank, however long it takes.
+
+        What fails on one is a UserError on the others. alive() is called while this one waits.
+        """
+        if self.store is None:
+            return do()
+        try:
+            result = do()
+        except BaseException as error:
+            kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
+            with suppress(dist.DistError):  # which may be what failed
+                self.store.set('failed', f'rank {self.rank}: {kind}{error}')
+                time.sleep(0.5)  # rank 0 may keep the store, where the others look
+            raise
+        self.store.add('ready', 1)
+        while self.store.add('ready', 0) < self.world_size:
+            if self.store.check(['failed']):
+                raise UserError(self.store.get('failed').decode())
+            alive()
+            time.sleep(0.1)
+        return result
+
+    def peak_flops(self) -> float | None:
+        """Peak of this device in FLOP/s for 16-bit matrix products, None if it is not known."""
+        if self.device_type != 'cuda' or self.dtype == torch.float32:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name))
+        return next((peak * 1e12 for peak in peaks), None)  # an RTX A4000 is no A40
+
+    def peak_memory(self) -> int | None:
+        """Most bytes this process has held at once: on its GPU, else in main memory.
+
+        None where nobody counts: on Apple GPUs, and on Windows.
+        """
+        if self.device_type == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device_type != 'cpu':
+            return None
+        with suppress(OSError):  # Linux; getrusage would count what the parent held before exec
+            status = Path('/proc/self/status').read_text(encoding='utf-8')
+            if held := re.search(r'VmHWM:\s+(\d+) kB', status):
+                return int(held[1]) * 1024
+        with suppress(ImportError):
+            import resource
+
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return held if sys.platform == 'darwin' else held * 1024
+        return None
+
+    def share(self, rows: int, at_once: int) -> tuple[int, int]:
+        """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
+        if rows % self.world_size:
+            each = self.world_size // math.gcd(self.world_size, at_once)
+            near = rows // at_once // each * each
+            raise ConfigError(
+                f'gradient_accumulation_steps * batch_size is {rows} sequences, which '
+                f'{self.world_size} processes cannot share equally; '
+                f'take --gradient_accumulation_steps={near + each}'
+                + (f' or {near}' if near else '')
+            )
+        mine = rows // self.world_size
+        return mine, next(n for n in range(min(at_once, mine), 0, -1) if mine % n == 0)
+
+    def wants_compile(self, setting: bool | str) -> bool:
+        """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
+        return setting is True or (setting == 'auto' and self.device_type == 'cuda')
+
+    def compile(self, model: torch.nn.Module, batches: list, say: Callable, loss_of: Callable):
+        """The compiled model, tried on a batch of each shape, and True.
+
+        As it is, and False, where that fails.
+        """
+        say('compiling the model, about a minute ...')
+        try:
+            compiled = torch.compile(model, dynamic=False)
+            for batch in batches:
+                with self.autocast():
+                    loss = loss_of(compiled, **batch)
+                loss.backward()
+            return compiled, True
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [''])[0][:100]
+            say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
+            return model, False
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    def leave(self, status: int = 0) -> None:
+        """End the program. Does not return when there are several processes."""
+        if dist.is_initialized():
+            # gloo's threads can abort an interpreter that shuts down in the usual way
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        raise SystemExit(status)
+
+
+class StopSignal:
+    """Remembers that a signal asked this process to stop, for the training loop to look at.
+
+    A second Ctrl-C leaves at once; under torchrun, which passes signals on, it is the first again.
+    """
+
+    def __init__(self, runtime: Runtime):
+        self.signal, self.runtime = 0, runtime
+        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
+            number = getattr(signal, name, None)  # Windows has but the first two
+            under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
+            if number and not under_nohup:
+                signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame) -> None:
+        if self.signal == number == signal.SIGINT and self.runtime.world_size == 1:
+            raise KeyboardInterrupt
+        if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
+            with suppress(OSError):  # the terminal may be what is gone
+                os.write(2, b'\nstopping after this step ...\n')
+        # torchrun sends one of its own after the first, which is the one to leave with
+        if not self.signal or self.runtime.world_size == 1:
+            self.signal = number
+
+    def share(self) -> None:
+        """Have every rank know of the signal that one of them got: all leave with its status."""
+        (number,) = self.runtime.reduce([self.signal], 'MAX')
+        self.signal = int(number)
+
+    @property
+    def status(self) -> int:
+        """The exit status that a shell expects of a program a signal ended; 0 without one."""
+        return 128 + self.signal if self.signal else 0
+
+    def release(self) -> None:
+        """Have signals end the program as usual: nothing is left to lose."""
+        for name in ('SIGINT', 'SIGTERM'):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another process is gone, or the network: gloo has no error of its own for it."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and 'gloo' in str(error)
+    )
+
+
+def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
+    """From now on, running out of memory ends the program with one line: what to lower, to what."""
+    explain_errors(
+        lambda error: (
+            UserError(f'out of memory on {device}; try {cure()}')
+            if is_out_of_memory(error)
+            else None
+        )
+    )
+
+
+def start(
+    device: str = 'auto',
+    dtype: str = 'auto',
+    backend: str = 'auto',
+    timeout: float = 600.0,
+    facts: dict | None = None,
+    offload: bool = False,
+) -> Runtime:
+    """Choose the device and dtype, and join the process group if torchrun started this process.
+
+    timeout: seconds that a process waits for the others, at the start and whenever they exchange
+    something. facts: what has to be the same on all of them, by name; one that differs is named.
+    offload: whether they also exchange what lies in the host's memory.
+    """
+    world_size, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
+    )
+    device = pick_device(device)
+    if device == 'cuda' and local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f'torchrun started a process for GPU {local_rank}, but this machine has '
+            f'{torch.cuda.device_count()}; lower --nproc_per_node'
+        )
+    if device.startswith('cuda'):
+        device = f'cuda:{local_rank}' if device == 'cuda' else device
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
+    if device == 'cpu':
+        keep_freed_memory()
+    dtype = pick_dtype(dtype, device, training=True)
+    if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= os.environ.keys():
+        return Runtime(device, dtype)
+    runtime = Runtime(device, dtype, int(os.environ['RANK']), world_size)
+    limit = timedelta(seconds=timeout)
+    store = meet(runtime, limit)
+    kind = device.partition(':')[0]
+    found = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend}
+    found |= {'torch': torch.__version__}
+    # what 'auto' came to, not the setting
+    compare(runtime, store, {'code': code_hash(), **(facts or {}), **found})
+    # what waits in vain is ended by watch.py, which knows for whom; this is for what it cannot see
+    limit += timedelta(seconds=30)
+    backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}
+    if offload and backend == 'nccl':
+        backend = 'cpu:gloo,cuda:nccl'
+    dist.init_process_group(backend, store=store, timeout=limit, **where)
+    return replace(runtime, store=store)
+
+
+def code_hash() -> str:
+    """What tells one version of these scripts from another."""
+    scripts = sorted([*ROOT.glob('*.py'), *ROOT.glob('flatgpt/**/*.py'), *ROOT.glob('data/*/*.py')])
+    return hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()[:12]
+
+
+def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
+    """The store that all processes share, once they have found one another."""
+    try:
+        store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+        store.set_timeout(limit)
+        return store
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        place = f'{os.environ["MASTER_ADDR"]}:{os.environ.get("MASTER_PORT")}'
+        reason = str(error).splitlines()[0][:150]
+        raise UserError(
+            f'the processes cannot meet at {place}: {reason}; the address must be of the first '
+            'machine, the port free there and open to the others'
+        ) from error
+
+
+def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
+    """Refuse to start where the processes would not do the same: UserError names rank and fact."""
+    host, now, ranks = socket.gethostname(), time.time(), range(runtime.world_size)
+    store.set(f'facts/{runtime.rank}', json.dumps([host, now, facts]))
+    came = []
+    for rank in ranks:
+        try:
+            came.append(json.loads(store.get(f'facts/{rank}')))
+        except dist.DistError:
+            raise UserError(
+                f'rank {rank} did not come; see what it printed, or start all {runtime.world_size}'
+            ) from None
+    store.set(f'compared/{runtime.rank}', '')
+    if runtime.main:  # which may keep the store: it leaves last
+        with suppress(dist.DistError):
+            store.wait([f'compared/{rank}' for rank in ranks])
+    for rank, (other_host, other_now, others) in enumerate(came):
+        if rank == 0:
+            first_host, first_now, first = other_host, other_now, others
+        for name in first:
+            if others.get(name) != first[name]:
+                raise UserError(
+                    f'rank {rank} on {other_host} has {name} {others.get(name)!r}, and rank 0 on '
+                    f'{first_host} {first[name]!r}: start the same on all'
+                )
+        if runtime.main and abs(other_now - first_now) > CLOCK_SECONDS and other_host != first_host:
+            print(
+                f'warning: the clock of {other_host} (rank {rank}) and that of {first_host} are '
+                f'{abs(other_now - first_now):,.0f} s apart, or it came late; set both by NTP',
+                file=sys.stderr,
+            )
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory it frees for the next step's activations.
+
+    glibc gives every large block back to the system, which hands it out again zeroed, page by page:
+    a fifth of a small model's training step. Elsewhere there is no mallopt, and nothing happens.
+    """
+    with suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def pick_device(name: str) -> str:
+    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> a device that is here; ConfigError otherwise."""
+    if name == 'auto':
+        if torch.cuda.is_available():
+            return 'cuda'
+        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = name.partition(':')
+    if kind not in ('cpu', 'cuda', 'mps') or (index and not index.isdigit()):
+        raise ConfigError(f'device={name!r}: give auto, cpu, mps, cuda, or one GPU such as cuda:1')
+    if kind == 'cuda' and not torch.cuda.is_available():
+        raise ConfigError(
+            f'device={name!r}: torch {torch.__version__} sees no CUDA GPU here; '
+            'use --device=auto, which takes what there is'
+        )
+    if kind == 'cuda' and index and int(index) >= torch.cuda.device_count():
+        raise ConfigError(
+            f'device={name!r}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0'
+        )
+    if kind == 'mps' and not torch.backends.mps.is_available():
+        raise ConfigError(f'device={name!r}: no Apple GPU here; use --device=auto')
+    return name
+
+
+def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
+    """The number format for matrix products; 'auto' is the fastest that is safe on `device`."""
+    kind = device.partition(':')[0]
+    if name != 'auto' and name not in DTYPES:
+        raise ConfigError(f'dtype={name!r}: give auto, {", ".join(DTYPES)}')
+    if kind == 'cuda':
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if name == 'bfloat16' and not bf16:
+            raise ConfigError(
+                f"dtype='bfloat16': {torch.cuda.get_device_name()} has no bfloat16 (that needs an "
+                'Ampere GPU or later); use --dtype=float16'
+            )
+        return DTYPES[('bfloat16' if bf16 else 'float16') if name == 'auto' else name]
+    if kind == 'cpu' and name == 'float16' and training:
+        raise ConfigError(
+            "dtype='float16': training in float16 needs a GPU; "
+            'use --dtype=bfloat16 or --dtype=float32'
+        )
+    if kind == 'cpu' and name == 'auto' and cpu_has_bf16():
+        return torch.bfloat16
+    return DTYPES['float32' if name == 'auto' else name]
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware; if not, float32 is faster."""
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
+
+
+def pick_backend(name: str, device: str) -> str:
+    if name == 'auto':
+        return 'nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo'
+    if not dist.is_backend_available(name):
+        raise ConfigError(f'backend={name!r}: this torch was built without it; use --backend=auto')
+    if name == 'nccl' and not device.startswith('cuda'):
+        raise ConfigError(
+            f"backend='nccl' needs GPUs, and the device is {device}; use --backend=auto"
+        )
+    return name

@@ -1,0 +1,1 @@
+"""Between api.py and its clients."""

@@ -1,0 +1,421 @@
+"""
+What clients send to api.py and what it answers, as pydantic models, and the OpenAPI document of it.
+
+    body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
+    openapi('mine')                                      # what GET /openapi.json gives
+"""
+
+import functools
+from http import HTTPStatus
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
+
+from flatgpt.inference.sampling import Sampling
+
+MOST_STOPS, LONGEST_STOP = 128, 512  # each is looked for after every token
+MOST_BIASES = 1024
+MOST_LOGPROBS = 20
+
+Id = Annotated[int, Field(ge=0, le=2**31)]
+Text = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[Id], Field(min_length=1, fail_fast=True)]
+Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+Prompts = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[Id, Bias],
+    Field(max_length=MOST_BIASES, json_schema_extra={'propertyNames': {'pattern': '^[0-9]+$'}}),
+]
+
+
+def number(low=None, high=None, above=None, kind: type = float):
+    limits = {'ge': low, 'gt': above, 'le': high}
+    return Annotated[kind, Field(**{k: v for k, v in limits.items() if v is not None})]
+
+
+def about(text: str):
+    """A field that may be left out or null, which mean the same."""
+    return Field(None, description=text)
+
+
+class Body(BaseModel):
+    """Numbers are not taken for text, nor 1.0 for 1; what is not known here is ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = about('Send a last frame with the number of tokens.')
+
+
+class Options(Body):
+    """What a request for a text says of how it is written."""
+
+    model: str | None = about('There is one; its name is not looked at.')
+    n: number(1, 2**16, kind=int) | None = about('Texts for each prompt (default 1).')
+    max_tokens: number(0, 2**31, kind=int) | None = about('New tokens in each text at most.')
+    stream: bool | None = about('Send text as it is written, as server-sent events.')
+    stream_options: StreamOptions | None = about('Of a stream.')
+    stop: Stop | Stops | None = about('End a text before this string, or any of these.')
+    seed: number(-(2**63), 2**63 - 1, kind=int) | None = about(
+        'The same seed gives the same text. Without one every answer is another.'
+    )
+    temperature: number(0, 1e6) | None = about('0 takes the likeliest token (default 1).')
+    top_p: number(above=0, high=1) | None = about(
+        'Choose among the likeliest tokens that make up this share (default 1).'
+    )
+    top_k: number(-1, 2**31, kind=int) | None = about(
+        'Choose among this many likeliest tokens (default 0, or -1: all).'
+    )
+    min_p: number(0, 1) | None = about(
+        "Leave out tokens less likely than this share of the likeliest one's probability."
+    )
+    repetition_penalty: number(0.01, 100) | None = about(
+        'Above 1 disfavours what prompt or text already have (default 1).'
+    )
+    frequency_penalty: number(-100, 100) | None = about(
+        "Taken off a token's logit for each time the text has it (default 0)."
+    )
+    presence_penalty: number(-100, 100) | None = about('And once, if it has it (default 0).')
+    logit_bias: Biases | None = about('What is added to the logits of some token ids.')
+
+    def sampling(self) -> Sampling:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        chosen = {
+            'max_new_tokens': self.max_tokens,
+            'top_k': None if self.top_k is None else max(self.top_k, 0),
+            'logit_bias': tuple((self.logit_bias or {}).items()),
+            'stop': stop,
+            **{name: getattr(self, name) for name in ALIKE},
+        }
+        return Sampling(**{name: value for name, value in chosen.items() if value is not None})
+
+
+class CompletionRequest(Options):
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [
+                {'prompt': 'To be, or not', 'max_tokens': 32, 'temperature': 0.8, 'seed': 1},
+                {'prompt': ['One', 'Two'], 'n': 2, 'stop': ['\n\n'], 'stream': True},
+                {'prompt': [[1, 2, 3]], 'max_tokens': 0, 'echo': True, 'logprobs': 1},
+            ]
+        }
+    )
+    prompt: Text | Texts | Ids | Prompts = Field(
+        description='A text, several, the token ids of one, or of several.'
+    )
+    max_tokens: number(0, 2**31, kind=int) | None = about(
+        'New tokens in each text at most (default 16). 0, together with echo, scores the prompt.'
+    )
+    echo: bool | None = about('Begin each text with its prompt.')
+    logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
+        "Report each token's log-probability, and those of so many likeliest ones."
+    )
+
+    def prompts(self) -> list:
+        """Its prompts, each a text or token ids."""
+        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if one else self.prompt
+
+
+class Message(Body):
+    role: str
+    content: str
+
+
+class ChatRequest(Options):
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [{'messages': [{'role': 'user', 'content': 'To be?'}], 'max_tokens': 32}]
+        }
+    )
+    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: number(0, 2**31, kind=int) | None = about(
+        'New tokens at most (default: what the context holds).'
+    )
+    logprobs: bool | None = about("Report each token's log-probability.")
+    top_logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about('And so many likeliest ones.')
+
+    def completion(self, ids: list[int], room: int, end: str) -> CompletionRequest:
+        """The same as a completion of token ids, for which the context has room; end: of a turn."""
+        stop = [self.stop] if isinstance(self.stop, str) else [*(self.stop or [])]
+        fields = self.model_dump(exclude={'messages', 'max_completion_tokens', 'top_logprobs'})
+        fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(room, 1)
+        fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
+        return CompletionRequest(**{**fields, 'prompt': ids, 'stop': stop + [end] * bool(end)})
+
+
+ALIKE = (  # in a request and in Sampling
+    'temperature',
+    'top_p',
+    'min_p',
+    'repetition_penalty',
+    'frequency_penalty',
+    'presence_penalty',
+)
+
+
+class TokenizeRequest(Body):
+    model_config = ConfigDict(json_schema_extra={'examples': [{'prompt': 'To be, or not'}]})
+    prompt: str
+
+
+class DetokenizeRequest(Body):
+    model_config = ConfigDict(json_schema_extra={'examples': [{'tokens': [1, 2, 3]}]})
+    tokens: Annotated[list[Id], Field(fail_fast=True)]
+
+
+# -----------------------------------------------------------------------------
+# answers
+
+
+class Logprobs(BaseModel):
+    """Of each token, of the prompt's too with echo; the first has nothing to be likely after."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description='In nats; at least -9999.')
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description='The character of the text where it begins.')
+
+
+class Choice(BaseModel):
+    index: int = Field(description='Number of the prompt times n, plus number of its text.')
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal['stop', 'length'] | None = Field(
+        description='stop: the end of text, or a stop string. null: more of it will follow.'
+    )
+
+
+class ChatToken(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatScores(ChatToken):
+    top_logprobs: list[ChatToken]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatScores]
+
+
+class ChatText(BaseModel):
+    role: Literal['assistant'] | None = None
+    content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatText | None = Field(None, description='Of a whole answer.')
+    delta: ChatText | None = Field(None, description='Of a frame: what is new.')
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal['stop', 'length'] | None
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class CompletionResponse(BaseModel):
+    """An answer, or a frame of a streamed one; its last has no choices but the usage, if asked."""
+
+    id: str
+    object: Literal['text_completion']
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class ChatResponse(BaseModel):
+    """An answer, or a frame of a streamed one."""
+
+    id: str
+    object: Literal['chat.completion', 'chat.completion.chunk']
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal['model']
+    created: int
+    owned_by: str
+    max_model_len: int = Field(description='Tokens of prompt and text together at most.')
+
+
+class ModelList(BaseModel):
+    object: Literal['list']
+    data: list[Model]
+
+
+class TokenizeResponse(BaseModel):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    name: str
+    vocab_size: int
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: dict[str, list[str]] | None
+
+
+class Status(BaseModel):
+    status: Literal['ok']
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None = Field(description='The field that is wrong.')
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    error: Error
+
+
+# -----------------------------------------------------------------------------
+# OpenAPI
+
+ERRORS = {  # status: type, and an example's message, param and code
+    400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
+    401: ('authentication_error', 'send the key of this server', None, 'invalid_api_key'),
+    404: ('not_found_error', "there is no model 'other'; this is 'mine'", 'model', None),
+    405: ('invalid_request_error', 'this path does not take POST', None, None),
+    413: ('invalid_request_error', 'the body has more than 4 MiB', None, None),
+    415: ('invalid_request_error', 'send JSON, with Content-Type: application/json', None, None),
+    429: ('rate_limit_error', '136 texts are being written or wait', None, 'queue_full'),
+    500: ('server_error', 'the engine failed; the log says why', None, 'engine_stopped'),
+    503: ('service_unavailable', 'the server is shutting down', None, 'draining'),
+    504: ('timeout_error', 'it took longer than 600 seconds', None, 'timeout'),
+}
+RETRY_AFTER = {'description': 'Seconds to wait.', 'schema': {'type': 'integer'}}
+FRAMES = """\
+data: {"id": "cmpl-1", "object": "text_completion", "created": 1764000000, "model": "mine", \
+"choices": [{"index": 0, "text": " be", "logprobs": null, "finish_reason": "length"}]}
+
+data: [DONE]
+
+"""
+
+
+CHAT_FRAMES = """\
+data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1764000000, \
+"model": "mine", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "That"}, \
+"logprobs": null, "finish_reason": "length"}]}
+
+data: [DONE]
+
+"""
+
+
+def error_body(status: int, message: str, param=None, code=None) -> dict:
+    kind = ERRORS.get(status, ERRORS[400])[0]
+    return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
+
+
+def reference(model: type[BaseModel]) -> dict:
+    return {'$ref': f'#/components/schemas/{model.__name__}'}
+
+
+def json_of(model: type[BaseModel]) -> dict:
+    return {'application/json': {'schema': reference(model)}}
+
+
+def error_response(status: int) -> dict:
+    example = error_body(status, *ERRORS[status][1:])
+    content = {'application/json': {'schema': reference(ErrorResponse), 'example': example}}
+    answer = {'description': HTTPStatus(status).phrase, 'content': content}
+    return answer | ({'headers': {'Retry-After': RETRY_AFTER}} if status == 429 else {})
+
+
+def operation(does: str, takes=None, gives=None, errors=(), guarded=True, content=None) -> dict:
+    """An OpenAPI operation. takes, gives: models of bodies. content: what it gives, if not JSON."""
+    content = (json_of(gives) if gives else {}) | (content or {})
+    answers = {'200': {'description': 'OK', 'content': content}}
+    statuses = {*errors, *((400, 413, 415) if takes else ()), *((401,) if guarded else ())}
+    answers |= {str(status): error_response(status) for status in sorted(statuses)}
+    body = {'requestBody': {'required': True, 'content': json_of(takes)}} if takes else {}
+    security = {'security': [{}, {'key': []}]} if guarded else {}
+    return {'summary': does, **body, 'responses': answers, **security}
+
+
+@functools.cache
+def openapi(name: str) -> dict:
+    """The OpenAPI document of a server whose model has this name."""
+    bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+    answers = (
+        CompletionResponse,
+        ChatResponse,
+        ModelList,
+        TokenizeResponse,
+        DetokenizeResponse,
+        TokenizerInfo,
+    )
+    models = [(model, 'validation') for model in (*bodies, *answers, Status, ErrorResponse)]
+    _, schemas = models_json_schema(models, ref_template='#/components/schemas/{model}')
+    which = {'name': 'model', 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
+    frames = {'text/event-stream': {'example': FRAMES}}
+    metrics = {'text/plain': {'example': 'flatgpt_slots 8.0\n'}}
+    post = {
+        '/v1/completions': operation(
+            'Continue texts. With stream, the answer comes as server-sent events.',
+            CompletionRequest,
+            CompletionResponse,
+            errors=(429, 500, 503, 504),
+            content=frames,
+        ),
+        '/v1/chat/completions': operation(
+            'Answer a conversation, if the tokenizer has a chat template; else 400.',
+            ChatRequest,
+            ChatResponse,
+            (429, 500, 503, 504),
+            content={'text/event-stream': {'example': CHAT_FRAMES}},
+        ),
+        '/tokenize': operation('The token ids of a text.', TokenizeRequest, TokenizeResponse),
+        '/detokenize': operation('The text of token ids.', DetokenizeRequest, DetokenizeResponse),
+    }
+    get = {
+        '/v1/models': operation('A list of the one model.', gives=ModelList),
+        '/v1/models/{model}': operation('The model, by its name.', gives=Model, errors=(404,)),
+        '/tokenizer_info': operation('The vocabulary and its special tokens.', gives=TokenizerInfo),
+        '/health': operation('Whether the process lives.', gives=Status, guarded=False),
+        '/ready': operation('Whether it can compute.', None, Status, (503,), guarded=False),
+        '/metrics': operation('Figures for Prometheus.', guarded=False, content=metrics),
+    }
+    get['/v1/models/{model}']['parameters'] = [{**which, 'example': name}]
+    return {
+        'openapi': '3.1.0',
+        'info': {
+            'title': f'flatGPT: {name}',
+            'version': '1',
+            'description': 'Completions as OpenAI has them, by a model of your own.',
+        },
+        'paths': {
+            **{path: {'post': each} for path, each in post.items()},
+            **{path: {'get': each} for path, each in get.items()},
+        },
+        'components': {
+            'schemas': schemas['$defs'],
+            'securitySchemes': {'key': {'type': 'http', 'scheme': 'bearer'}},
+        },
+    }

@@ -1,0 +1,210 @@
+"""
+What a run leaves to look at: metrics.jsonl and loss.png, TensorBoard and wandb by a setting.
+
+$ python track.py out/small out/large --picture=runs.png    # several runs in one picture
+"""
+
+import argparse
+import html
+import json
+import math
+import textwrap
+from contextlib import suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flatgpt.errors import UserError, one_line_errors
+from flatgpt.files import new_file
+
+
+def read_metrics(out_dir: str | Path) -> list[dict]:
+    """The lines of metrics.jsonl; what is none, as a kill can leave it, is left out."""
+    lines = []
+    path = Path(out_dir) / 'metrics.jsonl'
+    text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and type(line.get('step')) is int]
+
+
+class Progress:
+    """The progress line, or plain lines where nobody watches a terminal; and the speed."""
+
+    BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
+
+    def __init__(self, live: bool, step: int, total: int):
+        self.step, self.total, self.live = step, total, live
+        self.bar = tqdm(
+            total=total, initial=step, disable=not live, bar_format=self.BAR, desc='starting'
+        )
+        self.seconds = self.steps = 0  # since the last status
+
+    def advance(self, seconds: float) -> None:
+        """One more step is done; `seconds` is what its computation took."""
+        self.step, self.steps, self.seconds = self.step + 1, self.steps + 1, self.seconds + seconds
+        self.bar.update()
+
+    def steps_per_second(self) -> float:
+        return self.steps / self.seconds
+
+    def status(self, text: str) -> str:
+        """Show `text` in the moving line -> '', or the plain line to print instead."""
+        eta = tqdm.format_interval((self.total - self.step) * self.seconds / self.steps)
+        self.seconds = self.steps = 0
+        self.bar.set_description_str(text, refresh=False)
+        return '' if self.live else f'step {self.step}/{self.total}: {text}, ETA {eta}'
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class Tracker:
+    """Writes each logged step to metrics.jsonl and to the trackers the settings ask for."""
+
+    def __init__(self, out_dir: str | Path, config: dict, step: int):
+        """step: where the run stands. Lines past it are dropped: those steps are made again."""
+        self.board = tensorboard(out_dir, step) if config['tensorboard_log'] else None
+        self.wandb = wandb_run(out_dir, config) if config['wandb_log'] else None
+        kept = [line for line in read_metrics(out_dir) if line['step'] <= step]
+        path = Path(out_dir) / 'metrics.jsonl'
+        with new_file(path) as part:
+            part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+        self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
+
+    def log(self, step: int, **values) -> None:
+        """values: numbers; None is left out, and what is not finite is null in the file."""
+        values = {key: value for key, value in values.items() if value is not None}
+        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with suppress(OSError):  # a full disk costs the line, not the run
+            self.file.write(json.dumps({'step': step, **line}).encode() + b'\n')
+        if self.board:
+            for key, value in values.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def log_text(self, step: int, text: str) -> None:
+        """What the model writes, for the trackers that the settings ask for."""
+        if self.board:  # its texts are Markdown, in which an indent means verbatim
+            self.board.add_text('sample', textwrap.indent(text, '    '), step)
+        if self.wandb:
+            import wandb
+
+            with suppress(OSError):  # it becomes a file
+                page = wandb.Html(f'<pre>{html.escape(text)}</pre>')
+                self.wandb.log({'sample': page}, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def tensorboard(out_dir: str | Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError('tensorboard_log=True needs: pip install -e ".[all]"') from error
+    return SummaryWriter(str(Path(out_dir) / 'tb'), purge_step=step + 1)
+
+
+def wandb_run(out_dir: str | Path, config: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError('wandb_log=True needs: pip install -e ".[all]"') from error
+    name = config['wandb_run_name']
+    try:
+        return wandb.init(project=config['wandb_project'], name=name, config=config, dir=out_dir)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f'wandb_log=True: {text}; run `wandb login`, or set WANDB_MODE=offline to log to disk'
+        ) from error
+
+
+def draw_loss(out_dir: str | Path) -> Path:
+    """Draw the run's training and validation loss against the step -> the picture's path."""
+    lines = read_metrics(out_dir)
+    figure, (axes,) = plot('step')
+    axes.plot(*points(lines, 'step', 'loss'), lw=1, alpha=0.5, label='training batch')
+    for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
+        steps, losses = points(lines, 'step', key)
+        if steps:
+            axes.plot(steps, losses, 'o-', ms=4, label=label)
+    axes.set_title(Path(out_dir).name, parse_math=False)
+    if losses:  # of the validation split
+        label = f'best validation {min(losses):.4f}'
+        axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
+    return write(figure, Path(out_dir) / 'loss.png')
+
+
+def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | None = None) -> Path:
+    """Draw the losses of several runs against the steps and the seconds since each one's start."""
+    figure, panels = plot('step', 'seconds since the start, evaluation included')
+    for number, out_dir in enumerate(out_dirs):
+        if not (Path(out_dir) / 'metrics.jsonl').is_file():
+            raise UserError(f'{out_dir}: there is no metrics.jsonl; give the folder of a run')
+        lines = read_metrics(out_dir)
+        if not points(lines, 'seconds', 'val_loss')[0]:
+            raise UserError(f'{out_dir}: its metrics.jsonl has no evaluation with its seconds')
+        for axes, x in zip(panels, ('step', 'seconds'), strict=True):
+            axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.8, alpha=0.4)
+            along, losses = points(lines, x, 'val_loss')
+            label = f'{Path(out_dir).name}: {min(losses):.3f}'
+            axes.plot(along, losses, 'o-', color=f'C{number}', ms=3, lw=1.5, label=label)
+    panels[0].set_title('validation; faint: training batches', fontsize='medium', loc='left')
+    if goal is not None:
+        for axes in panels:
+            axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
+    try:
+        path = Path(picture)
+        return write(figure, path if path.suffix else path.with_suffix('.png'))
+    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+        raise UserError(f'--picture={picture}: {error}') from error
+
+
+def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
+    """The values of two keys, of the lines that have both."""
+    both = [line for line in lines if line.get(x) is not None and line.get(y) is not None]
+    return [line[x] for line in both], [line[y] for line in both]
+
+
+def plot(*xlabels: str):
+    """A figure, and one pair of axes for each of the xlabels, with the loss upwards."""
+    from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
+
+    figure = Figure(figsize=(2 + 6 * len(xlabels), 4.5), dpi=120, layout='tight')
+    panels = figure.subplots(1, len(xlabels), sharey=True, squeeze=False)[0]
+    for axes, xlabel in zip(panels, xlabels, strict=True):
+        axes.set_xlabel(xlabel)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel('loss (nats per token)')
+    return figure, panels
+
+
+def write(figure, path: Path) -> Path:
+    for text in figure.axes[0].legend(frameon=False).get_texts():
+        text.set_parse_math(False)  # a folder may have a $ in its name
+    figure.savefig(path)
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('out_dirs', nargs='+', help='the folders of the runs')
+    parser.add_argument('--picture', default='runs.png', help='the file to write')
+    parser.add_argument('--goal', type=float, help='a loss to mark with a line')
+    args = parser.parse_args(argv)
+    print(draw_runs(args.out_dirs, args.picture, args.goal))
+
+
+if __name__ == '__main__':
+    one_line_errors()
+    main()

@@ -1,0 +1,128 @@
+"""
+Muon, an optimizer for the matrices inside a model's blocks (Jordan et al. 2024), beside AdamW.
+
+    optimizers = build_optimizers('muon', model, learning_rate=4e-3, muon_lr=0.02, ...)
+
+The update is Nesterov's momentum with its singular values brought near 1, so that every direction
+of a matrix learns at the same pace. https://kellerjordan.github.io/posts/muon/; torch.optim.Muon
+computes the same one matrix at a time. Embeddings, the head, gains and biases stay with AdamW.
+GPT-2 holds queries, keys and values in one matrix, which Muon takes as the one it is.
+"""
+
+import inspect
+import math
+from collections import defaultdict
+
+import torch
+
+from flatgpt.errors import ConfigError
+from flatgpt.parallel import cut_like, local, whole
+
+
+def orthogonalize(stack, steps: int = 5):
+    """Singular values of stack (N, R, C), R <= C, to about 1 by a Newton-Schulz iteration.
+
+    The quintic's coefficients are Jordan's: steepest at zero, so that few steps do, at the price
+    of ending between 0.7 and 1.2. In bfloat16, whose rounding matters less than that.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = stack.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest is now at most 1
+    for _ in range(steps):
+        gram = x @ x.mT  # (N, R, R)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
+    return x
+
+
+class Uncompiled(torch.optim.Optimizer):
+    """An optimizer's methods without the wrappers that keep torch.compile out of them.
+
+    Those import the compiler: a second of every start, for nothing, as none is compiled here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Uncompiled):
+    """Muon over 2-dimensional parameters; matrices of one shape are orthogonalised together.
+
+    lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
+    as AdamW's. Under DDP every rank sees the same gradients and makes the same update; of a sharded
+    model, every rank has the whole matrix for as long as it takes.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum, compile=False):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        # one graph a shape: a resumed process must not meet them in another order
+        self.orthogonalize = (
+            torch.compile(orthogonalize, dynamic=False) if compile else orthogonalize
+        )
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
+            alike = defaultdict(list)  # a matrix and the transpose of another make one stack
+            for parameter in group['params']:
+                if parameter.grad is not None:
+                    alike[tuple(sorted(parameter.shape))].append(parameter)
+            for parameters in alike.values():
+                stack = [wide(whole(self.nesterov(p, momentum).bfloat16())) for p in parameters]
+                updates = self.orthogonalize(torch.stack(stack))
+                for parameter, update in zip(parameters, updates, strict=True):
+                    rows, columns = parameter.shape
+                    update = cut_like(update.mT if rows > columns else update, parameter)
+                    mine = local(parameter).mul_(1 - lr * decay)
+                    mine.add_(local(update), alpha=-lr * math.sqrt(max(1, rows / columns)))
+
+    def nesterov(self, parameter, momentum: float):
+        """The gradient's running mean, one step ahead."""
+        state = self.state[parameter]
+        if not state:
+            state['momentum_buffer'] = torch.zeros_like(parameter)
+        mean = state['momentum_buffer'].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(mean, momentum)
+
+
+def wide(matrix):
+    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
+
+
+def build_optimizers(
+    name: str,
+    model,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    muon_lr: float,
+    muon_momentum: float,
+    weight_decay: float,
+    compile: bool = False,
+) -> list[torch.optim.Optimizer]:
+    """'adamw': AdamW for all. 'muon': Muon for the blocks' matrices, AdamW for what is left.
+
+    Each group's lr_ratio is its learning rate as a multiple of AdamW's, for a common schedule.
+    """
+    if name == 'adamw':
+        groups, muon = model.param_groups(weight_decay), []
+    else:
+        if not learning_rate:
+            raise ConfigError("learning_rate=0: optimizer='muon' takes its schedule from it")
+        matrices = model.block_matrices()
+        if not matrices:
+            raise ConfigError("optimizer='muon': the model has no matrix to train; take 'adamw'")
+        # embeddings and head do not decay, as NanoChat trains
+        groups = model.param_groups(weight_decay=0.0, leave_out=matrices)
+        muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
+    adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
+    for optimizer in (adamw, *muon):
+        for group in optimizer.param_groups:
+            group['lr_ratio'] = group['lr'] / learning_rate if muon else 1.0
+    return [adamw, *muon]

@@ -1,0 +1,482 @@
+"""
+Before a long run: is everything there, and will it last?
+
+$ python train.py train_gpt2 --check     # one line for each thing looked at; nothing is written
+$ python train.py train_gpt2 --plan      # the memory alone, and what to change if it is too little
+
+A line begins with ok, warning or no, and says how to mend what is wrong. The exit status is 0 for
+go and 2 for no-go. Under torchrun every process looks at its own device, and the first at the rest.
+"""
+
+import hashlib
+import importlib.util
+import netrc
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from flatgpt.checkpoint.convert import RELEASED, is_fetched, is_foreign, shape_of
+from flatgpt.checkpoint.load import find, listed, read_state, shape_in, tokenizer_in, verify
+from flatgpt.checkpoint.peft import base_of, is_adapter
+from flatgpt.data.dataset import (
+    SPLITS,
+    Dataset,
+    command_of,
+    download_gb,
+    folder_of,
+    is_prepared,
+    mask_file,
+    missing_dataset,
+    read_meta,
+    recipe_of,
+)
+from flatgpt.data.mixture import Mixture, names_in, open_data
+from flatgpt.errors import CheckpointError, UserError, as_config_error
+from flatgpt.files import existing, free_on, read_json
+from flatgpt.runtime import Runtime
+from flatgpt.training import run_directory
+from flatgpt.training.loss import loss_of
+from flatgpt.training.memory import case_of, checkpoint_size, host_lack, least, room, verdict
+from flatgpt.training.validate import (
+    SHAPE,
+    check_batches,
+    check_new,
+    check_pieces,
+    check_same,
+    slips,
+    steps_of,
+)
+from model import GPT, GPTConfig
+
+READ_ALL = 2**32  # bytes of a dataset up to which every id is looked at; a large one is sampled
+PIECE = 2**22  # bytes read at a time
+PIECES = 64  # of each file of a large one
+# layers, heads and width of the sizes that OpenAI released, and of the distilled one
+SIZES = dict(zip(RELEASED, ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600),
+                            (6, 12, 768)), strict=True))  # fmt: skip
+
+
+def preflight(config: dict, runtime: Runtime, resuming: bool) -> int:
+    """Print what was found -> the exit status. With config['plan'], of the memory alone."""
+    check = Preflight(config, runtime, resuming)
+    asked = ['memory'] if not config['check'] else list(SUBJECTS)
+    asked = asked if runtime.main else [name for name in asked if name in ('device', 'memory')]
+    mine = [(name, *line) for name in asked for line in check.look(name)]
+    worst, told = any(level == 'no' for _, level, _ in mine), set()
+    for rank, lines in enumerate(gathered(mine, runtime)):
+        worst = worst or any(level == 'no' for _, level, _ in lines)
+        for name, level, text in lines if runtime.main else ():
+            if level == 'no' and text in told:  # one mistake, which is in the way of much
+                continue
+            told.add(text)
+            of = f' of rank {rank}' if rank else ''
+            plain = not config['check'] and '\n' in text  # a table, of which no line is an error
+            if not rank or level != 'ok':
+                print(text if plain else f'{level:<8} {name}{of}: {text}', flush=True)
+    if runtime.main and config['check']:
+        print('no-go: see the lines that begin with no' if worst else 'go')
+    return 2 if worst else 0
+
+
+def gathered(mine: list, runtime: Runtime) -> list[list]:
+    """What each rank found, on every rank."""
+    if runtime.world_size == 1:
+        return [mine]
+    everyone: list = [None] * runtime.world_size
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+class Preflight:
+    """What is looked at, each by a method of its name that gives (level, text)."""
+
+    def __init__(self, config: dict, runtime: Runtime, resuming: bool):
+        self.config, self.runtime, self.resuming = config, runtime, resuming
+        self.out_dir = Path(config['out_dir'] or 'out')
+        self.shape: GPTConfig | None = None
+        self.data: Dataset | Mixture | None = None
+
+    def look(self, name: str) -> list[tuple[str, str]]:
+        try:
+            return list(getattr(self, name)())
+        except UserError as error:
+            return [('no', str(error))]
+
+    # --- the model and the machine
+
+    def settings(self) -> Iterator[tuple[str, str]]:
+        shape, source = self.find_shape(), self.source()
+        if source == 'scratch':
+            check_new(self.config)
+        check_pieces(self.config, shape.block_size)
+        yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
+        on_hub = source != 'scratch' and not Path(source).exists()
+        if on_hub and not is_fetched(source):
+            yield 'warning', f'{source} is not here: the run fetches it from the hub first'
+
+    def find_shape(self) -> GPTConfig:
+        """The shape of the model that will be trained; no weight is read for it."""
+        if self.shape is None:
+            source, config = self.source(), self.config
+            if source == 'scratch':
+                shape = {name: config[name] for name in SHAPE} | {'vocab_size': self.vocab_size()}
+            elif isinstance(source, Path):
+                shape = shape_in(source)
+            else:
+                shape = foreign_shape(source)
+            if not self.resuming:
+                shape['block_size'] = min(shape.get('block_size', 1024), config['block_size'])
+            with as_config_error():
+                self.shape = GPTConfig(**{**shape, 'dropout': config['dropout']})
+        return self.shape
+
+    def source(self) -> Path | str:
+        """Where the model comes from: a checkpoint, 'scratch', or what others made."""
+        where = self.config['init_from']
+        if self.resuming:
+            mirror = self.config['checkpoint_mirror']
+            paths = listed(self.out_dir) or (listed(mirror) if mirror else [])
+            if paths:
+                return paths[-1]
+            if where == 'resume':
+                raise CheckpointError(f'{self.out_dir} has no checkpoint to resume from')
+        if where == 'scratch' or is_foreign(where):
+            return where
+        if is_adapter(where):
+            return base_of(where)
+        if read_state(Path(where)):
+            return Path(where)
+        return listed(where)[-1] if listed(where) else find(where)
+
+    def vocab_size(self) -> int:
+        """Of the dataset, rounded up as train.py does; GPT-2's where there is none yet."""
+        with suppress(UserError):
+            size = read_meta(folder_of(names_in(self.config['dataset'])[0])[0])['vocab_size']
+            return -(-size // 64) * 64 if size > 1024 else size
+        return GPTConfig.vocab_size
+
+    def device(self) -> Iterator[tuple[str, str]]:
+        with self.runtime.autocast():  # a driver that is there may still not work
+            a = torch.ones(64, 64, device=self.runtime.device)
+            result = (a @ a).sum().item()
+        good = result == 64**3
+        yield 'ok' if good else 'no', f'{self.runtime}' + ('' if good else ' multiplies wrongly')
+
+    def batch(self) -> Iterator[tuple[str, str]]:
+        config = self.config
+        rows = config['gradient_accumulation_steps'] * config['batch_size']
+        mine, at_once = self.runtime.share(rows, config['batch_size'])
+        tokens = rows * self.find_shape().block_size
+        yield (
+            'ok',
+            f'{rows} sequences or {tokens:,} tokens an update: {self.runtime.world_size} '
+            f'process(es), each {mine // at_once} times {at_once}',
+        )
+        if at_once < config['batch_size']:
+            yield 'warning', f'{mine} sequences of a process are not a multiple of batch_size'
+
+    def memory(self) -> Iterator[tuple[str, str]]:
+        shape = self.find_shape()
+        fresh = self.source() == 'scratch'
+        fits, table = verdict(case_of(self.config, shape, self.runtime), self.runtime, fresh)
+        first = names_in(self.config['dataset'])[0]
+        if fresh and not is_prepared(folder_of(first)[0]):
+            table += f'\ndataset {first} is not there: assumed are 50,304 tokens'
+        yield 'ok' if fits else 'no', table.replace('\n', '\n  ') if self.config['check'] else table
+
+    def compile(self) -> Iterator[tuple[str, str]]:
+        if not self.runtime.wants_compile(self.config['compile']):
+            yield 'ok', 'off'
+            return
+        small = GPTConfig(64, 256, n_layer=1, n_head=2, n_embd=64, arch=self.find_shape().arch)
+        idx = torch.zeros(2, 64, dtype=torch.long, device=self.runtime.device)
+        said: list[str] = []
+        model = GPT(small).to(self.runtime.device)
+        _, good = self.runtime.compile(model, [{'x': idx, 'y': idx}], said.append, loss_of)
+        yield ('ok', 'works on a small model') if good else ('warning', said[-1])
+
+    # --- the data
+
+    def dataset(self) -> Iterator[tuple[str, str]]:
+        config, names = self.config, names_in(self.config['dataset'])
+        for name in names:
+            if '://' in name:
+                yield 'warning', f'{name} is looked at when the run copies it'
+                return
+            yield from self.part(name)
+        if all(is_prepared(folder_of(name)[0]) for name in names):
+            block = self.find_shape().block_size
+            where = config['dataset'], block, config['seed'], config['objective']
+            self.data = open_data(*where)
+
+    def part(self, dataset: str) -> Iterator[tuple[str, str]]:
+        where, is_path = folder_of(dataset)
+        if not is_prepared(where):
+            if is_path or not recipe_of(where):
+                raise UserError(missing_dataset(dataset, is_path))
+            size, command = download_gb(where), command_of(where)
+            if size > 1:
+                raise UserError(f'{where.name} is not prepared: {command} fetches {size} GB for it')
+            yield 'warning', f'{where.name} is not prepared; the run does that first: {command}'
+            return
+        config = self.config
+        block = self.find_shape().block_size
+        data = Dataset(where, block, config['seed'], config['objective'])
+        counts = ', '.join(f'{data.tokens[split]:,} {split}' for split in SPLITS)
+        yield 'ok', f'{where.name}: {counts} tokens in windows of {data.block_size}'
+        yield from check_shards(data, self.runtime.live, 'prepare the dataset again')
+        if config['data_cache']:
+            yield from self.copy_of(where)
+        if data.vocab_size > self.find_shape().vocab_size:
+            raise UserError(
+                f'it has {data.vocab_size} different tokens, and the model only '
+                f'{self.find_shape().vocab_size}: prepare it with the tokenizer of the model'
+            )
+
+    def copy_of(self, source: Path) -> Iterator[tuple[str, str]]:
+        from flatgpt.data.cache import fetched, is_whole, place_in  # requests is slow to import
+
+        cache = self.config['data_cache']
+        copy = place_in(cache, source, fetched(str(source), 'meta.json'))
+        if not os.access(existing(cache), os.W_OK):
+            raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
+        if is_whole(copy):
+            data = Dataset(copy, 1, objective=self.config['objective'])
+            yield from check_shards(data, self.runtime.live, 'delete this copy')
+            return
+        size = sum(file.stat().st_size for file in source.rglob('*.bin'))
+        text = f'{copy}: will be {size / 1e9:,.2f} GB, {free_on(cache) / 1e9:,.2f} GB free'
+        yield 'ok' if size < free_on(cache) else 'no', text
+
+    def tokenizer(self) -> Iterator[tuple[str, str]]:
+        if self.data is None:
+            return
+        source = self.source()
+        its = tokenizer_in(source) if isinstance(source, Path) else None
+        try:
+            name = self.data.tokenizer.name
+        except UserError as error:
+            yield 'warning', f'{error}; until then, the checkpoints have no tokenizer'
+            return
+        if its is not None and its != self.data.tokenizer:
+            yield (
+                'no',
+                f"the dataset's is {name}, that of {source} is another ({its.name}): prepare the "
+                'text with that',
+            )
+        elif its is None and source != 'scratch':
+            yield 'warning', f"the dataset's is {name}; that of {source} is seen when it is loaded"
+        else:
+            yield 'ok', name
+
+    def schedule(self) -> Iterator[tuple[str, str]]:
+        if self.data is None:
+            return
+        check_batches({**self.config, 'block_size': self.find_shape().block_size}, self.data)
+        steps = steps_of(self.config, self.data)
+        rows = self.config['gradient_accumulation_steps'] * self.config['batch_size']
+        yield 'ok', f'{steps:,} steps, {steps * rows / self.data.n_windows:,.2f} epochs'
+        for slip in slips(self.config, self.data):
+            yield 'warning', slip
+
+    # --- the folder
+
+    def folder(self) -> Iterator[tuple[str, str]]:
+        config = self.config
+        if config['out_dir'] is None:
+            yield 'ok', 'a new one, out/<name>'
+            return
+        lock = self.out_dir / '.lock'
+        if lock.exists():
+            with suppress(OSError):
+                try:
+                    filelock.FileLock(lock).acquire(timeout=0).lock.release()
+                except filelock.Timeout:
+                    raise UserError(f'{self.out_dir}: another run is writing here') from None
+        if not os.access(existing(self.out_dir), os.W_OK):
+            raise UserError(f'{self.out_dir}: cannot be written; give another --out_dir')
+        if not self.resuming:
+            if not config['overwrite']:
+                run_directory.check_free(self.out_dir, config['checkpoint_mirror'])
+            gone = len(listed(self.out_dir))
+            yield (
+                ('warning', f'{gone} checkpoints in it will be deleted') if gone else ('ok', 'free')
+            )
+            return
+        yield from self.resumable()
+
+    def resumable(self) -> Iterator[tuple[str, str]]:
+        path = (
+            run_directory.resume_point(self.out_dir, self.config) if listed(self.out_dir) else None
+        )
+        mirror = self.config['checkpoint_mirror']
+        if path is None and mirror and listed(mirror):
+            path = listed(mirror)[-1]
+            verify(path)
+        if path is None:
+            source = self.source()
+            yield 'ok', f'no checkpoint yet: begins from {source}'
+            return
+        shape = GPTConfig(**{**shape_in(path), 'dropout': self.config['dropout']})
+        check_same(self.config, read_state(path)['config'], shape, path)
+        yield 'ok', f'goes on from {path}, whose hashes hold'
+        step, last = read_state(path)['step'], self.config['max_iters']
+        if step >= last and self.config['epochs'] is None:
+            yield 'warning', f'it is at step {step} of {last}: a larger --max_iters goes on'
+
+    def disk(self) -> Iterator[tuple[str, str]]:
+        case = case_of(self.config, self.find_shape(), self.runtime)
+        size, kept = checkpoint_size(case), kept_at_once(self.config, self.data)
+        for name in ('out_dir', 'checkpoint_mirror'):
+            where = self.config[name] or (None if name == 'checkpoint_mirror' else 'out')
+            if where is None:
+                continue
+            there = len(listed(where))
+            free, need = free_on(where), size * max(2, kept + 1 - there)
+            if not os.access(existing(where), os.W_OK):
+                yield 'no', f'{where}: cannot be written; give another {name}'
+                continue
+            text = f'{where}: {kept} checkpoints of {size / 1e9:,.2f} GB, {free / 1e9:,.1f} GB free'
+            cure = '; make room, or --always_save_checkpoint=False or a larger --eval_interval'
+            yield ('ok', text) if free >= need else ('no', text + cure)
+
+    # --- the trackers
+
+    def trackers(self) -> Iterator[tuple[str, str]]:
+        used = [name for name in ('wandb', 'tensorboard') if self.config[f'{name}_log']]
+        for name in used:
+            if importlib.util.find_spec(name) is None:
+                yield 'no', f'{name}_log=True needs: pip install -e ".[all]"'
+            elif name == 'wandb' and not wandb_credentials():
+                yield 'no', 'wandb has no key: run `wandb login`, or set WANDB_MODE=offline'
+            else:
+                yield 'ok', name
+        if not used:
+            yield 'ok', 'metrics.jsonl alone'
+
+
+SUBJECTS = (
+    'settings', 'device', 'batch', 'dataset', 'tokenizer', 'schedule', 'compile', 'memory',
+    'folder', 'disk', 'trackers',
+)  # fmt: skip
+
+
+def foreign_shape(where: str) -> dict:
+    """The shape of what others made, from its config.json here or in the cache, or as known."""
+    path = Path(where)
+    if where in SIZES:
+        n_layer, n_head, n_embd = SIZES[where]
+        shape = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': 50257}
+        return {**shape, 'bias': True, 'block_size': 1024}
+    if (path / 'config.json').is_file():
+        return shape_of(read_json(path / 'config.json', where), where)
+    path = path / 'ckpt.pt' if path.is_dir() else path
+    if path.is_file():  # nanoGPT's: only its settings are looked at
+        with suppress(Exception):
+            return dict(torch.load(path, 'meta', weights_only=True, mmap=True)['model_args'])
+        raise CheckpointError(f'{where}: not a checkpoint of nanoGPT')
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(where, 'config.json')
+    if isinstance(cached, str):
+        return shape_of(read_json(Path(cached), where), where)
+    raise CheckpointError(f'{where}: not here yet, so its shape is not known; fetch it first')
+
+
+def check_shards(data: Dataset, live: bool, cure: str) -> Iterator[tuple[str, str]]:
+    """Every id within the vocabulary, every hash as it was written; UserError names the file."""
+    meta = read_meta(data.folder)
+    shards = [shard for split in SPLITS for shard in meta['splits'][split]['shards']]
+    files = [(data.folder / s['file'], s.get('sha256'), True) for s in shards]
+    if data.rows:
+        masks = ((mask_file(s['file']), s.get('mask_sha256')) for s in shards)
+        files += [(data.folder / name, digest, False) for name, digest in masks]
+    size = sum(path.stat().st_size for path, _, _ in files)
+    whole, hashed = size <= READ_ALL, 0
+    with tqdm(total=len(files), desc='reading the dataset', disable=not live, leave=False) as bar:
+        for path, digest, ids in files:
+            try:
+                found = read_through(path, meta['dtype'] if ids else None, data.vocab_size, whole)
+            except ValueError as error:
+                raise UserError(f'{error}: {cure}') from error
+            if whole and digest and found != digest:
+                raise UserError(f'{path}: is not what was written: {cure}')
+            hashed += bool(whole and digest)
+            bar.update()
+    if not whole:
+        yield (
+            'warning',
+            f'{size / 1e9:,.0f} GB are too many to read them all: {PIECES} pieces of each of '
+            f'{len(files)} files were, and no hash computed',
+        )
+    elif hashed < len(files):
+        yield 'ok', 'every id is in the vocabulary; there are no hashes to compare'
+    else:
+        yield 'ok', f'every id is in the vocabulary, and the hashes of {len(files)} files hold'
+
+
+def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) -> str:
+    """The sha256 of a file, all of whose ids are looked at, or those of some pieces.
+
+    ValueError names the first that is not in the vocabulary.
+    """
+    digest, size = hashlib.sha256(), path.stat().st_size
+    step = PIECE if whole else max(PIECE, size // PIECES // 4 * 4)
+    with path.open('rb') as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            raw = file.read(PIECE)
+            digest.update(raw)
+            if dtype and raw:
+                ids = np.frombuffer(raw, np.dtype(dtype).newbyteorder('<'))
+                if ids.max() >= vocab_size:
+                    at = start + int(ids.argmax()) * ids.itemsize
+                    raise ValueError(
+                        f'{path}: token id {ids.max()} at byte {at} is outside the vocabulary of '
+                        f'{vocab_size}'
+                    )
+    return digest.hexdigest()
+
+
+def kept_at_once(config: dict, data: Dataset | Mixture | None) -> int:
+    """Checkpoints that a run leaves: the last two and the best, or that of every evaluation."""
+    every = config['eval_interval']
+    steps = config['max_iters'] if data is None else steps_of(config, data)
+    evaluations = 1 + (steps // every if every else 0)
+    return max(3, evaluations + 1) if config['always_save_checkpoint'] else 3
+
+
+def wandb_credentials() -> bool:
+    """Whether wandb would find a key, or needs none; the key itself is not looked at."""
+    if os.environ.get('WANDB_MODE') in ('offline', 'disabled', 'dryrun'):
+        return True
+    if os.environ.get('WANDB_API_KEY'):
+        return True
+    with suppress(OSError, netrc.NetrcParseError):
+        return 'api.wandb.ai' in netrc.netrc().hosts
+    return False
+
+
+def doubts(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
+    """What of this can be told at no cost, for the real run to warn of."""
+    case, memory = case_of(config, shape, runtime), room(runtime)
+    if memory is not None and least(case) > memory:
+        yield (
+            f'this needs {least(case) / 1e9:,.1f} GB at the least, and {memory / 1e9:,.1f} GB of '
+            f'{runtime.device} are free; the same command with --plan says what to change'
+        )
+    if lack := host_lack(case):
+        yield lack
+    size, free = checkpoint_size(case), free_on(config['out_dir'])
+    if free < 2 * size and not config['eval_only']:
+        yield (
+            f'two checkpoints take {2 * size / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free in '
+            f'{config["out_dir"]}; make room, or give another --out_dir'
+        )

@@ -1,0 +1,455 @@
+"""Checkpoints: whole or not there, refused by name when damaged, never lost to a full disk."""
+
+import ast
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+from flatgpt import files
+from flatgpt.checkpoint import __main__
+from flatgpt.checkpoint import save as save_module
+from flatgpt.checkpoint.load import (
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    TOKENIZER,
+    find,
+    listed,
+    load,
+    load_model,
+    load_optimizer,
+    newest_run,
+    verify,
+)
+from flatgpt.checkpoint.save import save, set_aside
+from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.errors import CheckpointError
+from model import GPT, GPTConfig
+
+FILES = (MODEL, OPTIMIZER, TOKENIZER, STATE, MANIFEST)
+
+
+def trained(seed=0, **shape):
+    """A tiny model after two steps of AdamW."""
+    torch.manual_seed(seed)
+    shape = {'block_size': 8, 'vocab_size': 11, 'n_layer': 1, 'n_head': 2, 'n_embd': 16} | shape
+    model = GPT(GPTConfig(**shape))
+    optimizer = torch.optim.AdamW(model.param_groups(0.1), lr=1e-3)
+    for _ in range(2):
+        ids = torch.randint(11, (2, 9))
+        model(ids[:, :-1], ids[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, [optimizer]
+
+
+@pytest.fixture(scope='module')
+def pair():
+    return trained()
+
+
+@pytest.fixture
+def put(pair, tmp_path):
+    """Save a checkpoint of a step, evaluated if it is given a validation loss -> its path."""
+
+    def put(step, val_loss=None, out_dir=tmp_path, keep_evaluated=False):
+        state = {'step': step, 'train_loss': 1.0, 'val_loss': val_loss}
+        state['evaluated'] = val_loss is not None
+        return save(out_dir, *pair, char_tokenizer('abcdefghijk'), state, keep_evaluated)
+
+    return put
+
+
+def names(out_dir):
+    return [int(path.name[5:]) for path in listed(out_dir)]
+
+
+def hidden(out_dir):
+    """What a save or a removal has left under a temporary name."""
+    return [path.name for path in (Path(out_dir) / 'checkpoints').iterdir() if path.name[0] == '.']
+
+
+def flip(path, place=0.5):
+    data = bytearray(path.read_bytes())
+    data[min(int(len(data) * place), len(data) - 1)] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def refused(function, *args, **options):
+    with pytest.raises(CheckpointError) as caught:
+        function(*args, **options)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# round trip
+
+
+def test_what_is_saved_is_what_is_loaded(pair, put):
+    model, (optimizer,) = pair
+    path = put(7, 2.5)
+    loaded, tokenizer, state = load(path, dropout=0.1)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, loaded.get_parameter(name)), name
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert loaded.config.dropout == 0.1
+    assert tokenizer == char_tokenizer('abcdefghijk')
+    assert (state['step'], state['val_loss'], state['evaluated']) == (7, 2.5, True)
+    fresh = torch.optim.AdamW(loaded.param_groups(0.1), lr=1e-3)
+    load_optimizer(path, loaded, [fresh])
+    assert len(fresh.state) == len(optimizer.state)
+    pairs = zip(model.parameters(), loaded.parameters(), strict=True)
+    for old, new in pairs:
+        for key, value in optimizer.state[old].items():
+            assert torch.equal(value, fresh.state[new][key])
+
+
+def test_the_files_are_exactly_those_documented(put):
+    assert {file.name for file in put(1).iterdir()} == set(FILES)
+    assert 'lm_head.weight' not in load_file(put(1) / MODEL)  # it is the embedding's matrix
+
+
+def test_equal_states_are_equal_bytes(put, tmp_path):
+    one, two = put(3, 1.5, tmp_path / 'one'), put(3, 1.5, tmp_path / 'two')
+    for name in FILES:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+def test_a_checkpoint_needs_no_tokenizer(pair, tmp_path):
+    path = save(tmp_path, *pair, None, {'step': 1})
+    assert not (path / TOKENIZER).exists()
+    assert load_model(path)[1] is None
+
+
+def test_a_checkpoint_is_never_overwritten(put):
+    path = put(5, 2.0)
+    before = {name: (path / name).stat().st_mtime_ns for name in FILES}
+    assert put(5, 1.0) == path
+    assert {name: (path / name).stat().st_mtime_ns for name in FILES} == before
+    assert json.loads((path / STATE).read_text())['val_loss'] == 2.0
+
+
+def test_a_loaded_model_is_ready_to_evaluate(put, tmp_path):
+    put(1)
+    model, _, state = load_model(tmp_path)
+    assert not model.training
+    assert state['step'] == 1
+    assert load_model(put(1))[2]['step'] == 1
+
+
+# -----------------------------------------------------------------------------
+# which are kept, which is meant
+
+
+def test_the_last_two_and_the_best_are_kept(put, tmp_path):
+    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 2.6], 1):
+        put(step, loss)
+    assert names(tmp_path) == [2, 4, 5]
+    assert hidden(tmp_path) == []
+
+
+def test_every_evaluated_one_is_kept_if_asked_for(put, tmp_path):
+    for step in range(1, 8):
+        put(step, 3.0 if step % 2 else None, keep_evaluated=True)
+    assert names(tmp_path) == [1, 3, 5, 6, 7]
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best(put, tmp_path):
+    for step, loss in enumerate([2.0, math.nan, 1.0, math.inf, math.nan, math.nan], 1):
+        put(step, loss)
+        assert find(tmp_path).name == f'step-{1 if step < 3 else 3:08d}'
+    assert names(tmp_path) == [3, 5, 6]
+
+
+def test_best_and_last_are_told_apart(put, tmp_path):
+    put(1, 2.0)
+    put(2, 1.0)
+    put(3, 1.5)
+    put(4)  # not evaluated
+    assert find(tmp_path).name == 'step-00000002'
+    assert find(tmp_path, 'best').name == 'step-00000002'
+    assert find(tmp_path, 'last').name == 'step-00000004'
+    for path in (tmp_path / 'checkpoints' / 'step-00000003', find(tmp_path, 'last')):
+        assert find(path) == path
+        assert find(tmp_path, str(path)) == path
+
+
+def test_of_two_equals_the_later_is_the_best(put, tmp_path):
+    put(1, 2.0)
+    put(2, 2.0)
+    assert find(tmp_path).name == 'step-00000002'
+
+
+def test_without_any_evaluation_the_best_is_the_last(put, tmp_path):
+    put(1)
+    put(2)
+    assert find(tmp_path).name == 'step-00000002'
+
+
+def test_steps_are_ordered_as_numbers(put, tmp_path):
+    put(99_999_999)
+    put(100_000_000)
+    assert names(tmp_path) == [99_999_999, 100_000_000]
+    assert find(tmp_path, 'last').name == 'step-100000000'
+
+
+def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'no trained model' in refused(newest_run)
+    put(9, out_dir='out/one')
+    put(1, out_dir='out/two')
+    assert newest_run() == Path('out/two')
+    put(10, out_dir='out/one')
+    assert newest_run() == Path('out/one')
+    assert load_model(None)[2]['step'] == 10
+
+
+def test_a_folder_without_checkpoints_says_how_to_get_one(tmp_path):
+    for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', '--out_dir')):
+        text = refused(find, folder)
+        assert text.startswith(str(folder))
+        assert need in text
+    assert 'no such checkpoint' in refused(find, tmp_path / 'step-00000001')
+
+
+def test_a_checkpoint_that_is_not_there_is_named(put, tmp_path):
+    put(1)
+    text = refused(find, tmp_path, 'lst')
+    assert text.startswith('lst')
+    assert "'last'" in text
+
+
+def test_one_set_aside_no_longer_counts_and_its_step_can_be_saved_again(put, tmp_path):
+    put(1)
+    for _ in range(2):
+        set_aside(put(2))
+        assert names(tmp_path) == [1]
+    assert put(2).is_dir()
+
+
+# -----------------------------------------------------------------------------
+# damage
+
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('damage', [flip, cut, Path.unlink], ids=['flip', 'cut', 'remove'])
+def test_a_damaged_file_is_refused_by_name_and_the_one_before_used(
+    put, tmp_path, capsys, name, damage
+):
+    whole, broken = put(1, 2.0), put(2, 1.0)
+    damage(broken / name) if name != MANIFEST or damage is not flip else flip(broken / name, 0)
+    text = refused(verify, broken)
+    assert str(broken) in text
+    assert name in text
+    for which in ('best', 'last'):
+        assert find(tmp_path, which) == whole
+        warning = capsys.readouterr().err
+        assert warning.startswith(f'warning: {broken} is damaged: {name}')
+        assert warning.count('\n') == 1
+    assert name in refused(find, broken)  # asked for by its path, there is no other choice
+
+
+@pytest.mark.parametrize('place', [0.0, 0.25, 0.75, 1.0])
+@pytest.mark.parametrize('name', [MODEL, OPTIMIZER])
+def test_a_flipped_bit_is_seen_wherever_it_is(put, name, place):
+    path = put(1)
+    flip(path / name, place)
+    assert name in refused(verify, path)
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[]', 'null', '3', '{"model.safetensors": 3}', '\0'])
+def test_a_manifest_that_lists_nothing_vouches_for_nothing(put, text):
+    path = put(1)
+    (path / MANIFEST).write_text(text)
+    assert str(path) in refused(verify, path)
+
+
+def test_if_all_are_damaged_one_line_says_so(put, tmp_path, capsys):
+    for step in (1, 2):
+        flip(put(step, 1.0) / MODEL)
+    assert 'every checkpoint is damaged' in refused(find, tmp_path)
+    assert capsys.readouterr().err.count('warning') == 2
+
+
+def test_a_damaged_state_file_does_not_hinder_pruning(put, tmp_path):
+    put(1, 1.0)
+    (put(2, 2.0) / STATE).write_text('{')
+    put(3, 3.0)
+    put(4, 4.0)
+    assert names(tmp_path) == [1, 3, 4]
+
+
+# -----------------------------------------------------------------------------
+# a save that does not end well
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(put, tmp_path, monkeypatch):
+    put(1)
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
+    with pytest.raises(OSError, match='MB are free'):
+        put(2)
+    assert names(tmp_path) == [1]
+    assert hidden(tmp_path) == []
+    verify(listed(tmp_path)[0])
+
+
+@pytest.mark.parametrize('call', ['save_file', 'sha256', 'flush'])
+def test_a_disk_that_fails_midway_leaves_the_old_one_and_no_rubbish(
+    put, tmp_path, monkeypatch, call
+):
+    put(1)
+    owner = files if call == 'flush' else save_module
+    real, calls = getattr(owner, call), []
+
+    def fail_the_second_time(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, 'No space left on device')
+        return real(*args, **options)
+
+    monkeypatch.setattr(owner, call, fail_the_second_time)
+    with pytest.raises(OSError, match='No space left'):
+        put(2)
+    assert names(tmp_path) == [1]
+    assert hidden(tmp_path) == []
+    assert find(tmp_path).name == 'step-00000001'
+    assert put(2).is_dir()  # and the next save finds its way free
+
+
+def test_safetensors_own_error_counts_as_the_disk_s(put, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def fail(*args, **options):
+        raise SafetensorError('Error while serializing: I/O error: No space left on device')
+
+    monkeypatch.setattr(save_module, 'save_file', fail)
+    with pytest.raises(OSError, match='No space left'):
+        put(1)
+    assert hidden(tmp_path) == []
+
+
+def test_what_a_killed_save_left_is_cleared_by_the_next(put, tmp_path):
+    put(1)
+    folder = tmp_path / 'checkpoints'
+    for name in ('.step-00000002', '.step-00000001'):
+        (folder / name).mkdir()
+        (folder / name / MODEL).write_bytes(b'half')
+    assert names(tmp_path) == [1]
+    put(2)
+    assert hidden(tmp_path) == []
+    verify(folder / 'step-00000002')
+
+
+# -----------------------------------------------------------------------------
+# another architecture
+
+
+def rewrite(path, change_tensors=None, change_shape=None):
+    """Change a checkpoint and its manifest, as another version of the program would write it."""
+    if change_tensors:
+        tensors = load_file(path / MODEL)
+        change_tensors(tensors)
+        save_file(tensors, path / MODEL)
+    if change_shape:
+        state = json.loads((path / STATE).read_text())
+        change_shape(state['model'])
+        (path / STATE).write_text(json.dumps(state))
+    manifest = {name: files.sha256(path / name) for name in FILES if name != MANIFEST}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    verify(path)
+
+
+def drop(tensors):
+    del tensors['transformer.h.0.mlp.c_fc.weight']
+
+
+def add(tensors):
+    tensors['transformer.h.0.attn.extra.weight'] = torch.zeros(2)
+
+
+def reshape(tensors):
+    tensors['transformer.wpe.weight'] = torch.zeros(9, 16)
+
+
+@pytest.mark.parametrize(
+    ('change', 'name'),
+    [(drop, 'mlp.c_fc.weight'), (add, 'attn.extra.weight'), (reshape, 'wpe.weight')],
+)
+def test_tensors_of_another_architecture_are_refused_by_name(put, change, name):
+    path = put(1)
+    rewrite(path, change)
+    text = refused(load, path)
+    assert str(path) in text
+    assert name in text
+    assert 'architecture' in text
+
+
+def test_a_shape_this_version_does_not_know_is_refused(put):
+    path = put(1)
+    rewrite(path, change_shape=lambda shape: shape.update(n_experts=4))
+    text = refused(load, path)
+    assert str(path) in text
+    assert 'n_experts' in text
+
+
+# -----------------------------------------------------------------------------
+# command line, pickle
+
+
+def test_inspect_and_verify_on_the_command_line(put, tmp_path, capsys):
+    put(1, 2.0)
+    put(2)
+    for command in ('inspect', 'verify'):
+        __main__.main([command, str(tmp_path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 4
+        assert 'parameters' in lines[3]
+        assert lines[1].startswith('step-00000001')
+        assert '2.0000' in lines[1]
+        assert all(line.endswith('ok') for line in lines[1:3])
+    flip(tmp_path / 'checkpoints' / 'step-00000001' / OPTIMIZER)
+    __main__.main(['inspect', str(tmp_path)])
+    assert f'damaged: {OPTIMIZER}' in capsys.readouterr().out
+    assert 'damaged' in refused(__main__.main, ['verify', str(tmp_path)])
+    assert 'no checkpoint' in refused(__main__.main, ['inspect', str(tmp_path / 'checkpoints')])
+
+
+def test_verify_on_a_damaged_run_is_one_line_and_status_2(put, tmp_path, script):
+    flip(put(1) / MODEL)
+    done = script('flatgpt.checkpoint', 'verify', tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f'error: {tmp_path} has damaged checkpoints\n'
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ''
+
+
+def test_pickle_is_imported_only_where_it_is_restricted():
+    places = ('*.py', 'flatgpt/**/*.py', 'data/*/prepare.py', 'config/*.py')
+    paths = [path for place in places for path in ROOT.glob(place)]
+    bad = ('pickle', 'cPickle', 'dill', 'joblib', 'shelve', 'marshal', 'cloudpickle')
+    found = {path.name for path in paths if any(name in bad for name in imports(path))}
+    assert found == {'tokenizer.py'}
+    for path in paths:
+        for call in re.findall(r'torch\.load\(.*\)', path.read_text(encoding='utf-8')):
+            assert 'weights_only=True' in call, path

@@ -1,0 +1,614 @@
+"""Conversations and preference pairs: how they are prepared, and models tuned on them."""
+
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from conftest import WORDS, metrics, random_model
+
+from flatgpt.checkpoint.convert import export_transformers
+from flatgpt.checkpoint.gguf import export_gguf
+from flatgpt.checkpoint.load import listed, load_model
+from flatgpt.data import chat as prepare
+from flatgpt.data import text
+from flatgpt.data.dataset import FIRST, LEARNED, PADDING, Dataset, mask_file
+from flatgpt.data.hf_tokenizer import chat_jinja
+from flatgpt.data.tokenizer import EOT, char_tokenizer, get_tokenizer, load, train_bpe
+from flatgpt.errors import UserError
+from flatgpt.training import loss as loss_module
+
+LETTERS = char_tokenizer(sorted({*'abcdefghijklmnopqrstuvwxyz .:\n', *'SUA'}), eot=True)
+MARKS = {'user': ['<', '>'], 'assistant': ['[', ']']}
+
+
+def talk(*texts, system=None):
+    """A conversation in which the user and the assistant speak in turn."""
+    messages = [{'role': 'system', 'content': system}] if system else []
+    roles = ('user', 'assistant')
+    return messages + [{'role': roles[i % 2], 'content': words} for i, words in enumerate(texts)]
+
+
+def lines(path, records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records), encoding='utf-8')
+    return path
+
+
+def again(path):
+    """A copy to validate on: the same file would not be trained on."""
+    copy = path.with_name('again.jsonl')
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+def prepared(tmp_path, records, *flags, objective='sft', tokenizer='byte', size=64):
+    """The dataset made of records, all of them in both splits."""
+    source, folder = lines(tmp_path / 'source.jsonl', records), tmp_path / 'data'
+    command = (source, f'--val={again(source)}', f'--out_dir={folder}', f'--tokenizer={tokenizer}')
+    prepare.main([*map(str, command), f'--block_size={size}', *flags])
+    return Dataset(folder, size, objective=objective)
+
+
+def refused(call, *args, **options):
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def rows(data, split='val'):
+    """The ids and flags of each row."""
+    shapes = [np.fromfile(data.folder / f'{split}.bin', '<u2')]
+    shapes += [np.fromfile(data.folder / mask_file(f'{split}.bin'), np.uint8)]
+    return list(zip(*(shape.reshape(-1, data.block_size) for shape in shapes), strict=True))
+
+
+def packed(data, split='val'):
+    """The conversations as they lie in the rows, as text."""
+    found = []
+    for ids, flags in rows(data, split):
+        starts = [*np.flatnonzero(flags & FIRST), len(ids)]
+        for start, end in itertools.pairwise(starts):
+            assert len(set(flags[start:end] & PADDING)) == 1
+            if not flags[start] & PADDING:
+                found.append(data.tokenizer.decode(ids[start:end]))
+    return found
+
+
+def learned(data, split='val'):
+    """What is learned of each row, in the runs in which it lies there."""
+    runs = []
+    for ids, flags in rows(data, split):
+        mask = np.concatenate([[0], flags & LEARNED, [0]]).astype(int)
+        edges = np.flatnonzero(np.diff(mask)).reshape(-1, 2)
+        runs.append([data.tokenizer.decode(ids[start:end]) for start, end in edges])
+    return runs
+
+
+# -----------------------------------------------------------------------------
+# conversations
+
+
+def test_what_the_assistant_says_is_learned_and_what_ends_it(tmp_path):
+    data = prepared(tmp_path, [talk('Hi', 'Hello é', 'Bye', 'See you', system='Be kind')], size=128)
+    assert learned(data) == [[f'Hello é{EOT}', f'See you{EOT}']]
+    user, system = prepare.TEMPLATE['user'], prepare.TEMPLATE['system']
+    said = f'{system[0]}Be kind{system[1]}'
+    for asked, answer in (('Hi', 'Hello é'), ('Bye', 'See you')):
+        said += f'{user[0]}{asked}{user[1]}{prepare.TEMPLATE["assistant"][0]}{answer}{EOT}'
+    assert packed(data) == [said]
+
+
+def test_a_batch_asks_for_what_is_learned_and_nothing_else(tmp_path):
+    data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B', 'C', 'D')], size=46)
+    for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_windows('val'))):
+        assert x.shape == y.shape == (2, 46)
+        answers = {data.tokenizer.decode(row[row >= 0]) for row in y}
+        assert answers == {f'Hello{EOT}', f'B{EOT}D{EOT}'}
+        assert np.array_equal(y[:, :-1][y[:, :-1] >= 0], x[:, 1:][y[:, :-1] >= 0])
+    assert sorted(data.targets) == [4, 6]
+    assert data.targets[data.windows(0, 2)].tolist() == (data.batch(0, 2)[1] >= 0).sum(1).tolist()
+
+
+def test_every_conversation_of_a_row_has_a_number_of_its_own(tmp_path):
+    data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B'), talk('C', 'D')], size=96)
+    for (_, flags), numbers in zip(
+        rows(data), data.eval_batch('val', data.eval_windows('val'), True)[2], strict=True
+    ):
+        starts = np.flatnonzero(flags & FIRST)
+        assert len(starts) > 2
+        assert numbers[0] == 1  # a row begins with a conversation
+        assert np.flatnonzero(np.diff(numbers)).tolist() == (starts[1:] - 1).tolist()
+
+
+def test_a_mark_that_is_spelled_in_a_message_is_text(tmp_path):
+    data = prepared(tmp_path, [talk(EOT, f'a{EOT}b')], size=64)
+    (ids, flags) = rows(data)[0]
+    assert list(ids[flags & PADDING == 0]).count(256) == 1
+
+
+def test_other_spellings_of_a_conversation_are_the_same(tmp_path):
+    messages = talk('Add\n\n1 2', '3')
+    spellings = [
+        {'messages': messages},
+        messages,
+        {'prompt': 'Add\n\n1 2', 'completion': '3'},
+        {'prompt': messages[:1], 'completion': messages[1:]},
+        {'instruction': 'Add', 'input': '1 2', 'output': '3'},
+        {'instruction': 'Add\n\n1 2', 'input': '', 'output': '3'},
+    ]
+    assert len(set(packed(prepared(tmp_path, spellings)))) == 1
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_conversations_are_packed_whole_and_each_once(tmp_path, seed):
+    random = np.random.default_rng(seed)
+    talks = [talk('x' * random.integers(1, 60), str(i)) for i in range(80)]
+    data = prepared(tmp_path, talks, size=128)
+    alone = prepared(tmp_path, talks[:1], size=128)
+    whole = {packed(prepared(tmp_path, [one], size=128))[0] for one in talks[:5]}
+    data = prepared(tmp_path, talks, size=128)
+    found = packed(data)
+    assert len(found) == len(set(found)) == 80
+    assert whole < set(found)
+    used = sum(len(one.replace(EOT, '.')) for one in found)
+    assert data.tokens['val'] < 1.12 * used  # best fit; one a row would be twice as much
+    assert alone.n_windows == 1
+    assert data.window_tokens == pytest.approx(used / data.n_windows)
+
+
+def test_it_is_said_what_was_packed(tmp_path, capsys):
+    prepared(tmp_path, [talk('Hi', 'Yo'), talk('Hi', 'x' * 100)], size=64)
+    out = capsys.readouterr().out
+    assert '2 conversations in 2 rows of 64' in out  # one, in both splits
+    assert f'{1 - 23 / 64:.1%} of them padding; 6 tokens to learn' in out
+    assert '0 cut, 2 left out' in out
+    assert out.splitlines()[-1].startswith('Train on it: python train.py train_chat --dataset=')
+
+
+def test_of_a_longer_conversation_the_beginning_is_kept_if_asked_for(tmp_path, capsys):
+    talks = [talk('Hi', 'Yo'), talk('Hi', 'abc' * 30), talk('x' * 90, 'never reached')]
+    data = prepared(tmp_path, talks, '--long=cut')
+    assert '2 cut, 2 left out' in capsys.readouterr().out
+    assert [f'Yo{EOT}'] in learned(data)
+    assert [('abc' * 30)[: 64 - 20]] in learned(data)
+    assert data.n_windows == 2
+
+
+def test_a_part_is_taken_for_validation(tmp_path):
+    source = lines(tmp_path / 's.jsonl', [talk('x' * 30, str(i)) for i in range(20)])
+    folder = f'--out_dir={tmp_path / "data"}'
+    prepare.main([str(source), folder, '--tokenizer=byte', '--block_size=64', '--val_fraction=0.2'])
+    data = Dataset(tmp_path / 'data', 64, objective='sft')
+    answers = {split: {run[0] for run in learned(data, split)} for split in ('train', 'val')}
+    assert answers['val'] == {f'{i}{EOT}' for i in (0, 5, 10, 15)}
+    assert len(answers['train']) == 16
+
+
+# -----------------------------------------------------------------------------
+# templates and tokenizers
+
+
+def test_a_template_of_ones_own_is_kept_with_the_tokenizer(tmp_path):
+    (tmp_path / 'marks.json').write_text(json.dumps(MARKS))
+    data = prepared(tmp_path, [talk('Hi', 'Yo')], f'--template={tmp_path / "marks.json"}')
+    assert packed(data) == ['<Hi>[Yo]']
+    assert learned(data) == [['Yo]']]
+    assert load(data.folder / 'tokenizer.json').chat_template == MARKS
+    again = prepared(tmp_path, [talk('A', 'B')], tokenizer=data.folder)
+    assert packed(again) == ['<A>[B]']
+
+
+def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path):
+    letters = char_tokenizer(sorted({*'ystemUrAian:\nhel'} | {'S', 'o'}))
+    letters.save(tmp_path / 'letters.json')
+    data = prepared(tmp_path, [talk('hello', 'hello')], tokenizer=tmp_path / 'letters.json')
+    assert learned(data) == [['hello\n\n']]
+    blank = [talk('hello', 'hel\n\nlo')]
+    message = refused(prepared, tmp_path, blank, tokenizer=tmp_path / 'letters.json')
+    assert "source.jsonl, line 1: messages[1]: the answer has '\\n\\n' in it" in message
+
+
+@pytest.mark.parametrize(
+    ('content', 'problem'),
+    [
+        ('{', 'Expecting property name'),
+        ('{"user": ["a", "b"]}', 'has no assistant'),
+        ('{"assistant": ["a"]}', 'two texts'),
+        ('{"assistant": ["a", ""]}', 'nothing that ends'),
+        ('{}', 'nothing that ends'),
+        ('[]', 'not a chat template'),
+        ('{"assistant": ["a", 1]}', 'two texts'),
+    ],
+)
+def test_a_template_that_is_none_is_refused(tmp_path, content, problem):
+    (tmp_path / 'marks.json').write_text(content)
+    message = refused(prepared, tmp_path, [], f'--template={tmp_path / "marks.json"}')
+    assert message.startswith(str(tmp_path / 'marks.json'))
+    assert problem in message
+
+
+def test_letters_that_the_marks_need_are_missed_by_name(tmp_path):
+    char_tokenizer('abc').save(tmp_path / 'abc.json')
+    message = refused(prepared, tmp_path, [talk('a', 'b')], tokenizer=tmp_path / 'abc.json')
+    assert "character 'S'" in message
+    assert '--template=' in message
+
+
+@pytest.mark.parametrize('marks', [None, {'user': ['é"\\ ', '\n'], 'assistant': ['', '\n\n']}])
+def test_an_export_brings_the_template_along(tmp_path, marks):
+    transformers = pytest.importorskip('transformers')
+    tokenizer = prepare.with_template(
+        train_bpe(['the cat sat. hello, User: no\n\nAssi'], 300), None
+    )
+    tokenizer.chat_template = marks or tokenizer.chat_template
+    export_transformers(random_model(300), tokenizer, {}, tmp_path / 'exported')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'exported')
+    messages = talk('the cat?', 'hello,\n\nno', 'sat')
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = theirs(text, add_special_tokens=False)['input_ids']
+    assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(messages))
+    if marks is None:
+        assert ids == tokenizer.encode_chat(messages).tolist()
+
+
+def test_a_gguf_brings_the_template_along(tmp_path):
+    gguf = pytest.importorskip('gguf', reason='gguf is not installed')
+    tokenizer = prepare.with_template(get_tokenizer('byte'), None)
+    export_gguf(random_model(257), tokenizer, {}, tmp_path / 'm.gguf')
+    field = gguf.GGUFReader(tmp_path / 'm.gguf').get_field('tokenizer.chat_template')
+    assert field.contents() == chat_jinja(tokenizer)
+
+
+@pytest.mark.skipif(
+    'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
+)
+def test_gpt2s_ids_are_those_of_the_whole_text_at_once():
+    tokenizer = prepare.with_template(get_tokenizer('gpt2'), None)
+    ids = tokenizer.encode_chat(talk('Hi there', 'Hello.\n\n  x', 'And 2 + 2?', system='Be kind.'))
+    text = tokenizer.decode(ids)
+    assert ids.tolist() == tokenizer.encode(text, allow_eot=True).tolist()
+
+
+# -----------------------------------------------------------------------------
+# pairs
+
+
+def test_of_a_pair_only_the_answers_are_learned_the_better_one_first(tmp_path):
+    pair = {'prompt': 'Hi', 'chosen': 'Hello', 'rejected': 'No'}
+    data = prepared(tmp_path, [pair], objective='dpo', size=128)
+    assert learned(data) == [[f'Hello{EOT}'], [f'No{EOT}']]
+    assert data.block_size == 64  # no longer than it has to be
+    x, y = data.batch(7, 3)
+    assert x.shape == y.shape == (6, 64)
+    assert [len(row[row >= 0]) for row in y] == [6, 3] * 3
+
+
+def test_other_spellings_of_a_pair_are_the_same(tmp_path):
+    asked = talk('A', 'B', 'C')
+    better, worse = asked + talk('', 'yes')[1:], asked + talk('', 'no')[1:]
+    spellings = [
+        {'prompt': asked, 'chosen': 'yes', 'rejected': 'no'},
+        {'messages': asked, 'chosen': better[3:], 'rejected': worse[3:]},
+        {'prompt': asked, 'chosen': better, 'rejected': worse},
+        {'chosen': better, 'rejected': worse},
+    ]
+    data = prepared(tmp_path, spellings, objective='dpo', size=128)
+    found = packed(data)
+    assert len(found) == 8
+    assert len(set(found)) == 2
+    assert learned(data) == [[f'yes{EOT}'], [f'no{EOT}']] * 4  # not B, which both have
+
+
+def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
+    alike = {'prompt': 'Hi', 'chosen': 'x' * 60 + 'a', 'rejected': 'x' * 60 + 'b'}
+    pair = {'prompt': 'Hi', 'chosen': 'a' * 60, 'rejected': 'b'}
+    data = prepared(tmp_path, [alike, pair], '--long=cut', objective='dpo')
+    assert '2 cut, 2 left out' in capsys.readouterr().out
+    assert learned(data) == [['a' * (64 - 20)], [f'b{EOT}']]
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ('line', 'problem'),
+    [
+        ('', 'is empty'),
+        ('   ', 'is empty'),
+        ('{"messages": ', 'not JSON'),
+        ('[' * 100000, 'not JSON'),
+        (b'\xff', 'not UTF-8'),
+        ('"Hi"', 'is no object with "messages"'),
+        ('{}', "no 'prompt'; it has no fields"),
+        ('{"text": "Hi"}', "no 'prompt'; it has text"),
+        ('{"messages": []}', 'neither a text nor a list of messages'),
+        ('{"messages": [1]}', "messages[0]: has no text as its 'role'"),
+        ('{"messages": [{"role": "user"}]}', "messages[0]: has no text as its 'content'"),
+        ('[{"role": "user", "content": "Hi"}]', 'the assistant says nothing'),
+        ('[{"messages": []}, {"messages": []}]', 'an array of records'),
+        ('[{"role": "tool", "content": "1"}]', "messages[0]: no role 'tool'; there are system"),
+        ('{"instruction": 1, "output": "a"}', 'not both text'),
+        ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; it has prompt, chosen"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', 'are the same answer'),
+        ('{"chosen": "b", "rejected": "c"}', 'no two answers of the assistant to one prompt'),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'prepare two'),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(tmp_path, line, problem):
+    good = json.dumps(talk('Hi', 'Yo'))
+    if 'chosen' in str(line) and problem != 'prepare two':
+        good = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+    line = line if isinstance(line, bytes) else line.encode()
+    (tmp_path / 'talks.jsonl').write_bytes(good.encode() + b'\n' + line + b'\n')
+    folder = tmp_path / 'data'
+    command = [str(tmp_path / 'talks.jsonl'), f'--out_dir={folder}', '--tokenizer=byte']
+    message = refused(prepare.main, command)
+    assert message.startswith(f'{tmp_path / "talks.jsonl"}, line 2: ')
+    assert problem in message
+    assert not folder.exists()
+
+
+def test_a_conversation_that_is_too_long_is_named_if_asked_for(tmp_path):
+    message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)], '--long=error')
+    assert 'line 1: 120 tokens, and a row holds 64' in message
+    message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)])
+    assert 'no conversation is left to train on; 2 were left out' in message
+
+
+@pytest.mark.parametrize(
+    ('flags', 'problem'),
+    [
+        ((), 'FILES --name='),
+        (('s.jsonl', '--name=a/b'), 'say what to call it'),
+        (('s.jsonl', '--name=text'), 'comes with flatGPT'),
+        (('s.jsonl', '--name=a', '--val_fraction=2'), 'above 0'),
+        (('s.jsonl', '--name=a', '--block_size=1'), 'at least 2'),
+        (('missing.jsonl', '--name=a', '--tokenizer=byte'), 'no such file'),
+        (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has none'),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(tmp_path, monkeypatch, flags, problem):
+    monkeypatch.chdir(tmp_path)
+    assert problem in refused(prepare.main, list(flags))
+
+
+def test_a_missing_or_shortened_mask_is_noticed(tmp_path):
+    data = prepared(tmp_path, [talk('Hi', 'Yo')])
+    path = data.folder / 'train.mask.bin'
+    path.write_bytes(path.read_bytes()[:-1])
+    assert 'prepare the dataset again' in refused(Dataset, data.folder, 64, objective='sft')
+    path.unlink()
+    assert 'train.mask.bin: is missing' in refused(Dataset, data.folder, 64, objective='sft')
+
+
+def test_text_that_takes_the_place_of_conversations_leaves_no_masks(tmp_path):
+    data = prepared(tmp_path, [talk('Hi', 'Yo')])
+    (tmp_path / 'a.txt').write_text('word ' * 50)
+    text.main([str(tmp_path / 'a.txt'), f'--out_dir={data.folder}', '--tokenizer=byte'])
+    assert not list(data.folder.glob('*mask*'))
+    assert Dataset(data.folder, 8).rows is None
+
+
+# -----------------------------------------------------------------------------
+# tuning
+
+SIZES = ('--block_size=96', '--n_layer=2', '--n_embd=32')
+
+
+def tuning(init_from, dataset, objective):
+    """The settings of a run from there on that dataset."""
+    return (
+        f'--init_from={init_from}',
+        f'--dataset={dataset}',
+        f'--objective={objective}',
+        '--block_size=96',
+        '--eval_iters=None',
+        '--decay_lr=False',
+    )
+
+
+def questions(number):
+    random = np.random.default_rng(5)
+    return [' '.join(random.choice(WORDS, 2)) for _ in range(number)]
+
+
+@pytest.fixture(scope='module')
+def base(run_here, tmp_path_factory):
+    """A base model that was made from text and knows of no template."""
+    folder = tmp_path_factory.mktemp('base')
+    LETTERS.save(folder / 'tokenizer.json')
+    from flatgpt.data.dataset import Writer
+
+    with Writer(folder / 'text', LETTERS) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, LETTERS.encode(' '.join(questions(500))))
+    run_here(f'--dataset={folder / "text"}', f'--out_dir={folder / "run"}', *SIZES)
+    return folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def talks(base, tmp_path_factory):
+    """Conversations in which the assistant says yes or, of rain, no and why."""
+    folder = tmp_path_factory.mktemp('talks')
+    records = []
+    for asked in questions(60):
+        answer = 'no. it is wet' if 'rain' in asked else 'yes'
+        records.append(talk(asked, answer))
+    return prepared(folder, records, tokenizer=base, size=96).folder
+
+
+@pytest.fixture(scope='module')
+def pairs(base, tmp_path_factory):
+    records = [
+        {'prompt': asked, 'chosen': 'so it is', 'rejected': 'yes'} for asked in questions(20)
+    ]
+    folder = tmp_path_factory.mktemp('pairs')
+    return prepared(folder, records, tokenizer=base, size=96, objective='dpo').folder
+
+
+@pytest.fixture(scope='module')
+def chatty(run_here, base, talks, tmp_path_factory):
+    """The base after tuning on the conversations."""
+    out_dir = tmp_path_factory.mktemp('chatty') / 'run'
+    flags = (*tuning(base, talks, 'sft'), '--max_iters=80')
+    run_here(f'--out_dir={out_dir}', *flags, '--eval_interval=40', '--sample_tokens=8')
+    return out_dir
+
+
+def test_a_tuned_model_answers_by_the_template(chatty, script):
+    assert metrics(chatty, 'val_loss')[80] < 0.3 * metrics(chatty, 'val_loss')[0]
+    model, tokenizer, _ = load_model(chatty)
+    assert tokenizer == LETTERS
+    assert tokenizer.chat_template == prepare.TEMPLATE
+    assert model.config.vocab_size == LETTERS.vocab_size
+    flags = (f'--out_dir={chatty}', '--chat', '--temperature=0', '--max_new_tokens=20')
+    done = script('sample.py', *flags, input='the cat\nthe dog\n')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ['yes', 'yes']
+
+
+def test_the_sample_at_the_end_answers_a_question(run_here, base, talks, tmp_path, capsys):
+    flags = (*tuning(base, talks, 'sft'), '--max_iters=0')
+    run_here(f'--out_dir={tmp_path}', *flags, '--sample_tokens=5')
+    shown = capsys.readouterr().out.partition('what it answers:')[2].split('-' * 64)[1]
+    assert shown.startswith(f'\n{prepare.TEMPLATE["user"][0]}')
+    assert prepare.TEMPLATE['assistant'][0] in shown
+
+
+def test_the_loss_of_a_step_is_the_mean_over_all_its_targets(run_here, base, talks, tmp_path):
+    """However the rows are divided into micro-batches, which have different numbers of targets."""
+    losses = {}
+    for rows, parts in ((8, 1), (1, 8), (2, 4)):
+        sizes = (f'--batch_size={rows}', f'--gradient_accumulation_steps={parts}')
+        flags = (*tuning(base, talks, 'sft'), '--max_iters=4')
+        run_here(f'--out_dir={tmp_path}/{rows}', *flags, *sizes)
+        losses[rows] = metrics(tmp_path / str(rows)), metrics(tmp_path / str(rows), 'grad_norm')
+    data = Dataset(talks, 96, objective='sft')
+    assert len(set(data.targets[data.windows(0, 8)].tolist())) > 1
+    for values in losses.values():
+        for mine, other in zip(values, losses[8], strict=True):
+            assert list(mine.values()) == pytest.approx(list(other.values()), rel=1e-5)
+
+
+@pytest.mark.parametrize('objective', ['sft', 'dpo'])
+def test_two_processes_tune_as_one(script, run_here, tiny, base, talks, pairs, tmp_path, objective):
+    pytest.importorskip('torch.distributed', reason='torch was built without it')
+    dataset = talks if objective == 'sft' else pairs
+    flags = tuning(base, dataset, objective)
+    run_here(f'--out_dir={tmp_path}/one', *flags)
+    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+    done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *flags, python=torchrun)
+    assert done.returncode == 0, done.stderr
+    keys = ('loss', 'grad_norm', 'train_loss', 'val_loss')
+    for key in keys + (('val_reward_margin',) if objective == 'dpo' else ()):
+        one, two = metrics(tmp_path / 'one', key), metrics(tmp_path / 'two', key)
+        assert list(one) == list(two) != []
+        assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4, abs=1e-5), key
+
+
+def test_preference_tuning_raises_the_margin(run_here, chatty, pairs, tmp_path, script, capsys):
+    flags = (*tuning(chatty, pairs, 'dpo'), '--max_iters=60')
+    run_here(f'--out_dir={tmp_path}/run', *flags, '--eval_interval=30')
+    assert 'reward accuracy 1.0000' in capsys.readouterr().out
+    loss, margin = (metrics(tmp_path / 'run', f'val_{key}') for key in ('loss', 'reward_margin'))
+    assert loss[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert margin[0] == pytest.approx(0, abs=1e-3)
+    assert loss[60] < 0.1
+    assert 0 < margin[30] < margin[60]
+    assert load_model(tmp_path / 'run')[1].chat_template == prepare.TEMPLATE
+
+
+def test_a_resumed_run_keeps_the_reference_of_the_first_model(
+    run_here, chatty, pairs, tmp_path, monkeypatch
+):
+    flags = tuning(chatty, pairs, 'dpo')
+    fixed = ('--max_iters=6', '--save_interval=3', '--eval_interval=100')
+    run_here(f'--out_dir={tmp_path}/whole', *flags, *fixed)
+    run_here(f'--out_dir={tmp_path}/parts', *flags, '--max_iters=3', '--eval_interval=100')
+    monkeypatch.setattr(loss_module, 'reference_logps', None)  # asked again, it would fail
+    again = tmp_path / 'parts' / 'config.py'
+    run_here('--init_from=resume', '--max_iters=6', config=again)
+    assert metrics(tmp_path / 'parts') == metrics(tmp_path / 'whole')
+    (tmp_path / 'parts' / loss_module.REFERENCE).unlink()
+    message = refused(run_here, '--init_from=resume', '--max_iters=8', config=again)
+    assert 'reference.safetensors: is missing' in message
+
+
+def test_a_run_that_was_killed_at_its_start_finds_its_reference(
+    run_here, chatty, pairs, tmp_path, monkeypatch
+):
+    flags = (*tuning(chatty, pairs, 'dpo'), '--max_iters=0')
+    run_here(f'--out_dir={tmp_path}', *flags, '--always_save_checkpoint=False')
+    for path in listed(tmp_path):
+        path.rename(tmp_path / 'gone')
+    computed = []
+    compute = loss_module.reference_logps
+    monkeypatch.setattr(
+        loss_module, 'reference_logps', lambda *args: computed.append(1) or compute(*args)
+    )
+    run_here(f'--out_dir={tmp_path}', *flags)
+    assert not computed
+    run_here(
+        f'--out_dir={tmp_path}', *flags, '--overwrite', '--checkpoint=last', '--dtype=bfloat16'
+    )
+    assert computed == [1]  # in another format, it is another reference
+
+
+@pytest.mark.parametrize(
+    ('flags', 'problem'),
+    [
+        (('--objective=sft',), 'holds text, for --objective=lm'),
+        (('--objective=dpo',), 'needs a model that answers: give --init_from'),
+        (('--objective=dpo', '--init_from={base}'), 'needs preference pairs'),
+        (('--dataset={talks}',), 'holds conversations, for --objective=sft'),
+        (
+            ('--dataset={pairs}', '--init_from={base}'),
+            'holds preference pairs, for --objective=dpo',
+        ),
+        (('--dataset={talks}', '--objective=dpo', '--init_from={base}'), 'holds conversations'),
+        (
+            ('--dataset={talks}', '--objective=sft', '--block_size=16'),
+            'prepare it again with --block_size=16',
+        ),
+        (('--objective=ppo',), 'objective'),
+        (
+            ('--dataset={pairs}', '--objective=dpo', '--init_from={base}', '--mask_documents'),
+            'one conversation',
+        ),
+        (('--dpo_beta=0',), 'dpo_beta'),
+        (
+            ('--dataset={talks}', '--objective=sft', '--init_from={base}', '--short_iters=2'),
+            'are not cut',
+        ),
+        (
+            ('--init_from=resume', '--out_dir={base}', '--objective=sft'),
+            "was trained with objective='lm'",
+        ),
+    ],
+)
+def test_a_wrong_combination_is_one_line(run_here, base, talks, pairs, tmp_path, flags, problem):
+    places = {'base': base, 'talks': talks, 'pairs': pairs}
+    flags = [*SIZES, *(flag.format(**places) for flag in flags)]
+    assert problem in refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_tokenizer_other_than_the_bases_is_refused(run_here, base, tmp_path):
+    data = prepared(tmp_path, [talk('hi', 'yo')])
+    flags = tuning(base, data.folder, 'sft')
+    message = refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
+    assert f'prepare it with --tokenizer={base}' in message
+
+
+def test_another_template_than_the_bases_is_said(run_here, chatty, talks, tmp_path, capsys):
+    (tmp_path / 'marks.json').write_text('{"user": ["a:", ""], "assistant": ["b:", "\\n"]}')
+    template = f'--template={tmp_path / "marks.json"}'
+    data = prepared(tmp_path, [talk('hi', 'yo')] * 9, template, tokenizer=chatty, size=96)
+    flags = tuning(chatty, data.folder, 'sft')
+    run_here(f'--out_dir={tmp_path / "run"}', *flags, '--max_iters=1')
+    assert f'replaces that of {chatty}' in capsys.readouterr().out
+    assert load_model(tmp_path / 'run')[1].chat_template['assistant'] == ['b:', '\n']

@@ -1,0 +1,91 @@
+"""Frozen matrices: the same numbers packed, nearly the same in eight bits."""
+
+import pytest
+import torch
+from torch import nn
+
+from flatgpt.errors import ConfigError
+from flatgpt.inference import quantize
+from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.quantize import Int8Linear, PackedLinear, can_pack, freeze
+from model import GPT, GPTConfig
+
+ARCHITECTURES = [{'bias': True}, {'arch': 'modern', 'n_kv_head': 2}]
+packs = pytest.mark.skipif(
+    not can_pack(torch.zeros(1)), reason='oneDNN packs no matrices on this machine'
+)
+
+
+def tiny(dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, 97, n_layer=2, n_head=4, n_embd=64, **changes))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype).eval()
+
+
+def kinds(model):
+    held = [value for m in model.modules() for value in [*vars(m).values(), *m.children()]]
+    return {type(value) for value in held if 'Linear' in type(value).__name__}
+
+
+@packs
+@pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
+@torch.inference_mode()
+def test_packed_matrices_give_the_same_logits_for_any_number_of_rows(changes):
+    plain, frozen = tiny(**changes), freeze(tiny(**changes))
+    assert kinds(frozen) == {PackedLinear}
+    for rows, tokens in ((1, 1), (3, 7), (40, 5)):
+        idx = torch.randint(97, (rows, tokens))
+        torch.testing.assert_close(frozen(idx)[0], plain(idx)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
+@torch.inference_mode()
+def test_a_frozen_models_cache_changes_nothing(changes):
+    model, idx = freeze(tiny(**changes)), torch.randint(97, (3, 20))
+    cache = KVCache(model, rows=3)
+    torch.testing.assert_close(model(idx[:, :9], cache=cache)[0], model(idx)[0][:, 8])
+    for t in range(9, 20):
+        cached, _ = model(idx[:, t : t + 1], cache=cache)
+        torch.testing.assert_close(cached, model(idx)[0][:, t], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('bias', [False, True])
+@torch.inference_mode()
+def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bias):
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 48, bias=bias).bfloat16()
+    plain.weight[5] = 0  # an output that needs no scale
+    int8 = Int8Linear(plain)
+    step = plain.weight.abs().amax(1, keepdim=True).float() / 127
+    back = int8.weight * int8.scale[:, None].float()
+    assert ((back - plain.weight.float()).abs() <= 0.505 * step).all()
+    for rows in (1, 5, quantize.MANY, 200):
+        x = torch.randn(rows, 64).bfloat16()
+        exact = x.float() @ back.T + (plain.bias.float() if bias else 0)
+        assert (int8(x).float() - exact).abs().max() < 0.02 * exact.abs().max()
+        assert torch.equal(int8(x[None]), int8(x)[None])
+
+
+@pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
+@torch.inference_mode()
+def test_int8_barely_changes_what_the_model_expects(changes):
+    plain, int8 = tiny(torch.bfloat16, **changes), freeze(tiny(torch.bfloat16, **changes), 'int8')
+    assert kinds(int8) == {Int8Linear}
+    idx = torch.randint(97, (4, 64))
+    exact, rounded = (model(idx)[0].float().log_softmax(-1) for model in (plain, int8))
+    assert 0 < (exact - rounded).abs().mean() < 0.03
+
+
+def test_int8_is_refused_where_it_is_not_made_for_the_number_format():
+    with pytest.raises(ConfigError, match=r"'float32'.*--dtype=bfloat16"):
+        freeze(tiny(), 'int8')
+
+
+def test_int8_is_refused_on_a_device_without_its_product(monkeypatch):
+    monkeypatch.setattr(
+        torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda operator, key: False
+    )
+    with pytest.raises(ConfigError, match='no int8 product on cpu'):
+        freeze(tiny(torch.bfloat16), 'int8')

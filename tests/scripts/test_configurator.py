@@ -1,0 +1,529 @@
+"""Settings: files and flags in order, one check for both, one line for a mistake."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT
+
+import configurator
+from configurator import configure
+from flatgpt.errors import ConfigError, UserError
+from model import GPTConfig
+
+SCRIPT = '''"""
+Do a thing.
+
+$ python thing.py --steps=3
+"""
+import sys
+from configurator import configure
+
+# -----------------------------------------------------------------------------
+# the run
+steps = 10  # how often
+rate = 1e-3  # how fast
+name = 'plain'  # what it is called
+loud = False
+limit: int | None = None  # none: no limit
+share: float | None = 0.5
+mode: bool | str = 'auto'  # 'auto', True or False
+# shape
+width = 8
+_scratch = [1, 2]
+LIMITS = {'a': 1}
+# -----------------------------------------------------------------------------
+config = configure(globals(), sys.argv[1:])
+globals().update(config)
+later = 3
+
+
+def main():
+    inner = 1
+
+
+print(config)
+'''
+
+
+@pytest.fixture
+def thing(tmp_path):
+    """configure() as a script with the settings above calls it."""
+    path = tmp_path / 'thing.py'
+    path.write_text(SCRIPT, encoding='utf-8')
+
+    def run(*args, positional=None):
+        code = SCRIPT.partition('config = configure')[0]
+        scope = {'__file__': str(path), '__doc__': SCRIPT.split('"""')[1]}
+        exec(compile(code, str(path), 'exec'), scope)
+        return configure(scope, list(map(str, args)), positional)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def hook(monkeypatch):
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # configure() replaces it
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config file -> its path."""
+
+    def write(text, name='mine.py'):
+        path = tmp_path / name
+        path.write_text(text, encoding='utf-8')
+        return path
+
+    return write
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project folder of its own with a config/ of its own, and another working directory."""
+    root = tmp_path / 'project'
+    (root / 'config').mkdir(parents=True)
+    monkeypatch.setattr(configurator, 'ROOT', root)
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def refused(run, *args, **options):
+    with pytest.raises(ConfigError) as caught:
+        run(*args, **options)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+# -----------------------------------------------------------------------------
+# what is in force
+
+
+def test_the_settings_are_the_scalars_above_the_call(thing):
+    assert thing() == {
+        'steps': 10,
+        'rate': 1e-3,
+        'name': 'plain',
+        'loud': False,
+        'limit': None,
+        'share': 0.5,
+        'mode': 'auto',
+        'width': 8,
+    }
+
+
+def test_files_and_flags_count_in_their_order(thing, config):
+    one, two = config('steps = 1\nwidth = 1', 'one.py'), config('steps = 2', 'two.py')
+    assert thing(one, two)['steps'] == 2
+    assert thing(two, one)['steps'] == 1
+    assert thing(one, '--steps=5')['steps'] == 5
+    assert thing('--steps=5', one)['steps'] == 1
+    assert thing(one, '--steps=5', two)['width'] == 1
+
+
+def test_a_config_starts_with_the_values_in_force(thing, config):
+    path = config('width = steps\nrate = rate / 10')
+    assert thing(path)['width'] == 10
+    settings = thing('--steps=7', path, '--steps=9')
+    assert (settings['width'], settings['steps'], settings['rate']) == (7, 9, 1e-4)
+
+
+def test_a_bare_name_is_found_in_config_and_a_path_from_anywhere(thing, project):
+    (project / 'config' / 'fast.py').write_text('steps = 4')
+    assert thing('fast')['steps'] == 4
+    assert thing('config/fast.py')['steps'] == 4  # the working directory has no config/
+    assert thing(project / 'config' / 'fast.py')['steps'] == 4
+
+
+def test_a_file_in_the_working_directory_comes_before_the_project_s(thing, project, tmp_path):
+    (project / 'config' / 'fast.py').write_text('steps = 4')
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'config' / 'fast.py').write_text('steps = 5')
+    assert thing('config/fast.py')['steps'] == 5
+
+
+def test_a_truth_value_is_a_flag_alone_or_spelt_out(thing):
+    assert thing('--loud')['loud'] is True
+    assert thing('--loud=true')['loud'] is True
+    assert thing('--loud=True', '--loud=false')['loud'] is False
+    assert thing('--loud', '--loud=False')['loud'] is False
+
+
+def test_a_whole_number_serves_where_a_number_is_asked_for(thing, config):
+    for settings in (thing('--rate=1'), thing(config('rate = 1'))):
+        assert settings['rate'] == 1.0
+        assert type(settings['rate']) is float
+    assert thing('--rate=3e-4')['rate'] == 3e-4
+    assert thing('--steps=-5')['steps'] == -5
+    share = thing('--share=1')['share']
+    assert (share, type(share)) == (1.0, float)
+
+
+def test_none_is_taken_only_where_it_is_allowed(thing, config):
+    assert thing('--limit=3')['limit'] == 3
+    assert thing('--limit=3', '--limit=None')['limit'] is None
+    assert thing('--share=None')['share'] is None
+    assert thing(config('limit = None\nshare = None'))['share'] is None
+    assert thing('--name=None')['name'] == 'None'  # text is taken verbatim
+    assert 'a whole number' in refused(thing, '--steps=None')
+    assert 'needs text' in refused(thing, config('name = None'))
+
+
+def test_text_is_taken_verbatim(thing):
+    for text in ('a=b=c', '', '3', 'True', "'quoted'", '  spaces ', '--x', 'ünï', 'a\nb', '[1]'):
+        assert thing(f'--name={text}')['name'] == text
+
+
+def test_a_setting_of_two_types_takes_both(thing, config):
+    assert thing('--mode=False')['mode'] is False
+    assert thing('--mode')['mode'] is True
+    assert thing('--mode=auto')['mode'] == 'auto'
+    assert thing(config('mode = True'))['mode'] is True
+    assert 'True or False or text' in refused(thing, config('mode = 3'))
+
+
+def test_modules_functions_classes_and_scratch_in_a_config_are_ignored(thing, config):
+    path = config(
+        'import math, os.path\nfrom pathlib import Path\n_half = 0.5\n'
+        'def helper(x):\n    inner = x\n    return inner\n'
+        'class Thing:\n    pass\n'
+        'square = lambda x: x * x\n'
+        'steps = helper(int(math.sqrt(49)))\nrate = _half\n'
+    )
+    settings = thing(path)
+    assert (settings['steps'], settings['rate']) == (7, 0.5)
+    assert set(settings) == set(thing())
+
+
+def test_a_dict_of_defaults_needs_no_script():
+    assert configure({'a': 1, '_b': 2}, ['--a=3']) == {'a': 3}
+
+
+# -----------------------------------------------------------------------------
+# mistakes
+
+
+def test_a_mistyped_flag_is_answered_with_the_nearest_setting(thing):
+    text = refused(thing, '--widht=3')
+    assert text.startswith('--widht=3: ')
+    assert "'widht'; did you mean width?" in text
+    assert '--help' in refused(thing, '--qqqq=3')
+    for arg in ('--', '--=3', '---steps=3'):
+        refused(thing, arg)
+
+
+def test_a_mistyped_setting_in_a_config_names_the_file(thing, config):
+    path = config('stesp = 3')
+    text = refused(thing, path)
+    assert text.startswith(f'{path}: ')
+    assert 'did you mean steps?' in text
+
+
+@pytest.mark.parametrize('source', ['[1]', '(1, 2)', 'Path("x")', '{}'])
+def test_a_leftover_value_that_is_no_setting_is_refused_too(thing, config, source):
+    assert 'names' in refused(thing, config(f'from pathlib import Path\nnames = {source}'))
+
+
+@pytest.mark.parametrize(
+    ('flag', 'need'),
+    [
+        ('--steps=ten', 'a whole number'),
+        ('--steps=1.5', 'a whole number'),
+        ('--steps=True', 'a whole number'),
+        ('--steps=', 'a whole number'),
+        ('--steps', 'a whole number'),
+        ('--steps=__import__("os")', 'a whole number'),
+        ('--steps={[]:1}', 'a whole number'),
+        ('--steps=' + '(' * 500, 'a whole number'),
+        ('--rate=fast', 'a number'),
+        ('--rate', 'a number'),
+        ('--loud=1', 'True or False'),
+        ('--loud=maybe', 'True or False'),
+        ('--limit=x', 'a whole number or None'),
+        ('--name', 'text'),
+    ],
+)
+def test_a_value_of_the_wrong_type_says_what_is_needed(thing, flag, need):
+    text = refused(thing, flag)
+    assert text.startswith(flag)
+    assert f'needs {need}' in text
+
+
+@pytest.mark.parametrize(
+    'line', ['steps = 1.5', 'steps = "3"', 'loud = 1', 'rate = None', 'name = 3', 'steps = [3]']
+)
+def test_a_wrong_type_in_a_config_names_file_setting_and_value(thing, config, line):
+    path = config(line)
+    text = refused(thing, path)
+    assert text.startswith(f'{path}: {line.partition(" ")[0]} = ')
+
+
+def test_a_config_that_is_not_python_gives_file_and_line(thing, config):
+    path = config('steps = 3\nrate = = 2\n')
+    assert f'{path}, line 2: ' in refused(thing, path)
+
+
+def test_an_exception_in_a_config_gives_file_line_and_its_text(thing, config):
+    path = config('steps = 3\n\ndef f():\n    return {}["key"]\n\nrate = f()\n')
+    assert f"{path}, line 4: KeyError: 'key'" in refused(thing, path)
+    path = config('import no_such_module_anywhere\n')
+    assert f'{path}, line 1: ModuleNotFoundError' in refused(thing, path)
+    path = config('raise ValueError("one\\ntwo")\n')
+    assert 'ValueError: one' in refused(thing, path)
+
+
+def test_a_folder_in_place_of_a_config_is_taken_for_the_run_it_may_be(tmp_path):
+    with pytest.raises(ConfigError, match='did you mean --out_dir='):
+        configure({'a': 1}, [str(tmp_path)])
+
+
+def test_a_missing_config_is_answered_with_the_names_there_are(thing, project):
+    for name in ('quickstart', 'train_text'):
+        (project / 'config' / f'{name}.py').touch()
+    text = refused(thing, 'quikstart')
+    assert 'did you mean quickstart?' in text
+    assert 'quickstart, train_text' in text
+    assert 'did you mean quickstart?' in refused(thing, 'config/quikstart.py')
+    assert 'quickstart, train_text' in refused(thing, 'nowhere/at_all.py')
+
+
+def test_a_flag_without_its_dashes_is_recognised(thing):
+    assert '--steps=3' in refused(thing, 'steps=3')
+    assert '-x' in refused(thing, '-x')
+
+
+# -----------------------------------------------------------------------------
+# help, positional arguments, other scripts' settings
+
+
+def test_help_prints_docstring_names_defaults_and_comments(thing, capsys):
+    for flag in ('--help', '-h'):
+        with pytest.raises(SystemExit) as end:
+            thing(flag)
+        assert end.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith('Do a thing.\n\n$ python thing.py --steps=3\n')
+        assert re.search(r'^  steps = 10 +how often$', text, re.M)
+        assert re.search(r"^  name = 'plain' +what it is called$", text, re.M)
+        assert re.search(r'^  limit = None +none: no limit$', text, re.M)
+        assert re.search(r'^  loud = False$', text, re.M)
+        assert 'the run\n  steps' in text
+        assert 'shape\n  width' in text
+        for name in ('_scratch', 'LIMITS', 'later', 'inner', 'config'):
+            assert name not in text
+
+
+def test_an_argument_that_is_no_config_is_the_prompt_where_there_is_one(thing, project):
+    (project / 'config' / 'fast.py').write_text('steps = 4')
+    for text in ('To be, or not', 'ROMEO:', 'fast lane', '', 'a=b', '-x'):
+        assert thing(text, positional='name')['name'] == text
+    assert thing('fast', positional='name')['steps'] == 4
+    assert thing('fast', 'Once', '--width=1', positional='name')['name'] == 'Once'
+    assert 'no such config' in refused(thing, 'typo.py', positional='name')
+
+
+def test_other_scripts_ignore_train_settings_in_a_config_but_not_typos(thing, config):
+    settings = thing(config('steps = 3\nn_layer = 2\nwandb_log = True\nweight_decay = 0.1'))
+    assert settings['steps'] == 3
+    assert 'n_layer' not in settings
+    path = config('n_layr = 2')
+    assert str(path) in refused(thing, path)
+    assert 'it belongs to train.py' in refused(thing, '--n_layer=2')
+
+
+def settings_of(name, *args):
+    """The settings of one of the scripts, without running it."""
+    path = ROOT / f'{name}.py'
+    code = path.read_text(encoding='utf-8').partition('# ---')[2].partition('\n# ---')[0]
+    scope = {'__file__': str(path), '__doc__': ''}
+    exec(compile(f'#{code}', str(path), 'exec'), scope)
+    positional = 'start' if name == 'sample' else None
+    return configure(scope, list(map(str, args)), positional)
+
+
+SHIPPED = sorted((ROOT / 'config').glob('*.py'))
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_under_its_script(path):
+    script = 'sample' if path.stem.startswith('sample') else 'train'
+    settings = settings_of(script, path.stem)
+    assert settings != settings_of(script)
+    if script == 'train':
+        shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+        GPTConfig(**shape)  # raises if no such model can be built
+        settings_of('sample', path)  # a training config is no mistake there
+
+
+NANOGPT = """
+# train a miniature character-level shakespeare model
+
+import time
+
+out_dir = 'out-shakespeare-char'
+eval_interval = 250 # keep frequent because we'll overfit
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False # override via command line if you like
+wandb_project = 'shakespeare-char'
+wandb_run_name = 'mini-gpt-' + str(time.time())
+init_from = 'gpt2-xl'
+
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 5 * 8
+batch_size = 64
+block_size = 256
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+bias = True
+
+learning_rate = 1e-3
+max_iters = 5000
+weight_decay = 1e-1
+lr_decay_iters = 5000
+decay_lr = False
+min_lr = 1e-4
+beta2 = 0.99
+grad_clip = 1
+warmup_iters = 100
+
+backend = 'nccl'
+device = 'cpu'
+dtype = 'bfloat16'
+compile = False
+"""
+
+
+def test_a_config_of_nanogpt_s_kind_loads_unchanged(config):
+    path = config(NANOGPT)
+    settings = settings_of('train', path)
+    assert settings['wandb_run_name'].startswith('mini-gpt-')
+    assert (settings['device'], settings['compile']) == ('cpu', False)
+    assert (settings['gradient_accumulation_steps'], settings['grad_clip']) == (40, 1.0)
+    assert settings_of('sample', path)['out_dir'] == 'out-shakespeare-char'
+
+
+def test_the_defaults_are_nanogpt_s():
+    settings = settings_of('train')
+    theirs = {
+        'eval_interval': 2000,
+        'log_interval': 1,
+        'eval_iters': 200,
+        'eval_only': False,
+        'always_save_checkpoint': True,
+        'init_from': 'scratch',
+        'wandb_log': False,
+        'wandb_project': 'owt',
+        'wandb_run_name': 'gpt2',
+        'dataset': 'openwebtext',
+        'gradient_accumulation_steps': 40,
+        'batch_size': 12,
+        'block_size': 1024,
+        'n_layer': 12,
+        'n_head': 12,
+        'n_embd': 768,
+        'dropout': 0.0,
+        'bias': False,
+        'learning_rate': 6e-4,
+        'max_iters': 600000,
+        'weight_decay': 1e-1,
+        'beta1': 0.9,
+        'beta2': 0.95,
+        'grad_clip': 1.0,
+        'decay_lr': True,
+        'warmup_iters': 2000,
+        'lr_decay_iters': 600000,
+        'min_lr': 6e-5,
+        'backend': 'auto',
+        'device': 'auto',
+        'dtype': 'auto',
+        'compile': 'auto',
+    }
+    assert {name: settings[name] for name in theirs} == theirs
+
+
+# -----------------------------------------------------------------------------
+# how a mistake ends a script
+
+
+@pytest.mark.parametrize(
+    ('error', 'status', 'text'),
+    [
+        ('UserError("mend it")', 2, 'error: mend it\n'),
+        ('ConfigError("mend it")', 2, 'error: mend it\n'),
+        ('KeyboardInterrupt()', 130, 'interrupted\n'),
+        ("PermissionError(13, 'Permission denied', 'x')", 2, 'error: x: Permission denied\n'),
+    ],
+)
+def test_a_user_error_is_one_line_and_status_2(environment, error, status, text):
+    code = f'from flatgpt.errors import *\none_line_errors()\nraise {error}'
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (status, text, '')
+
+
+def test_the_line_is_printed_where_another_hook_holds_back_standard_error(environment):
+    code = """
+import contextlib, io, sys
+from flatgpt.errors import UserError, one_line_errors
+one_line_errors()
+hook = sys.excepthook
+
+def held_back(*args):  # as torch.distributed does it
+    with contextlib.redirect_stderr(io.StringIO()):
+        hook(*args)
+
+sys.excepthook = held_back
+raise UserError("mend it")
+"""
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, 'error: mend it\n')
+
+
+def test_any_other_error_keeps_its_traceback(environment):
+    code = 'from flatgpt.errors import *\none_line_errors()\nraise ValueError("a bug")'
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert 'Traceback' in done.stderr
+
+
+def test_configurator_needs_no_torch(environment):
+    code = 'import configurator, sys; print("torch" in sys.modules)'
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == 'False\n', done.stderr
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py'])
+def test_the_scripts_end_with_one_line_on_standard_error(script, name):
+    done = script(name, '--sede=1')
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert done.stderr.startswith('error: --sede=1: ')
+    assert 'did you mean seed?' in done.stderr
+    assert done.stderr.count('\n') == 1
+
+
+def test_train_help_lists_every_setting_with_its_meaning(script):
+    done = script('train.py', '--help')
+    assert done.returncode == 0
+    assert done.stdout.startswith('Train a GPT')
+    for name in settings_of('train'):
+        assert re.search(rf'^  {name} = ', done.stdout, re.M), name
+    assert re.search(r'^  checkpoint = None +\S', done.stdout, re.M)
+
+
+def test_error_classes_are_related():
+    assert issubclass(ConfigError, UserError)

@@ -1,0 +1,404 @@
+"""Both architectures: their numbers against `transformers`, their cache against no cache."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+from flatgpt.inference.kv_cache import KVCache
+from model import GPT, TRANSPOSED, GPTConfig
+
+BLOCK, VOCAB = 32, 101
+MODERN, GROUPED = {'arch': 'modern'}, {'arch': 'modern', 'n_kv_head': 2}
+
+
+@pytest.fixture(params=[{'bias': True}, MODERN, GROUPED], ids=['gpt2', 'modern', 'grouped'])
+def model(request):
+    return tiny(**request.param)
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    shape = {'block_size': BLOCK, 'vocab_size': VOCAB, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
+    model = GPT(GPTConfig(**{**shape, **changes})).eval()
+    for parameter in model.parameters():  # larger than at the start, so that attention is not flat
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tokens(*shape):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(a, b):
+    assert (a - b).abs().max().item() <= 1e-5
+
+
+def test_logits_equal_those_of_transformers():
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    shape = {'n_positions': BLOCK, 'vocab_size': VOCAB, 'n_layer': 3, 'n_head': 4, 'n_embd': 64}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    ours, weights = tiny(bias=True), theirs.state_dict()
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            # biases and gains too: as initialised they are 0 and 1, and would hide a mistake
+            weights[name].normal_(std=0.3)
+            parameter.copy_(weights[name].T if name.endswith(TRANSPOSED) else weights[name])
+        idx = tokens(4, BLOCK)
+        logits, loss = ours(idx, idx)
+        assert logits.abs().max() > 1
+        assert_close(logits, theirs(idx).logits)
+        assert_close(loss, F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()))
+
+
+def nanochat(n_kv_head):
+    """The same shape as `transformers` builds it, with the weights of random, large numbers."""
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    shape = {'hidden_size': 64, 'num_hidden_layers': 3, 'num_attention_heads': 4}
+    shape |= {'intermediate_size': 256, 'max_position_embeddings': BLOCK, 'vocab_size': VOCAB}
+    torch.manual_seed(1)
+    theirs = transformers.NanoChatForCausalLM(
+        transformers.NanoChatConfig(num_key_value_heads=n_kv_head, **shape)
+    ).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return theirs
+
+
+@pytest.mark.parametrize('n_kv_head', [1, 2, 4])
+@pytest.mark.parametrize('direction', ['ours to theirs', 'theirs to ours'])
+@torch.no_grad()
+def test_modern_logits_equal_those_of_nanochat(n_kv_head, direction):
+    theirs, ours = nanochat(n_kv_head), tiny(arch='modern', n_kv_head=n_kv_head)
+    giver, taker = (ours, theirs) if direction == 'ours to theirs' else (theirs, ours)
+    taker.load_state_dict(giver.state_dict())  # strict: the same names and shapes
+    idx = tokens(4, BLOCK)
+    expected, (logits, loss) = theirs(idx).logits, ours(idx, idx)
+    assert logits.abs().max() > 3  # where the cap on the logits counts
+    assert_close(logits, expected)
+    assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()))
+
+    cache = KVCache(ours, rows=4)  # theirs has another name from version to version
+    assert_close(ours(idx[:, :20], cache=cache)[0], expected[:, 19])
+    for t in range(20, BLOCK):
+        logits, _ = ours(idx[:, t : t + 1], cache=cache)
+        assert_close(logits, expected[:, t])
+
+
+def test_grouped_heads_shrink_the_cache():
+    assert KVCache(tiny(**GROUPED), rows=1).kv.shape == (3, 2, 1, 2, BLOCK + 1, 16)
+
+
+def test_the_written_out_norm_has_the_gradient_of_torchs():
+    x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)) * 3
+    x[0, 0] = 0  # where only the epsilon keeps it finite
+    gradients = []
+    for norm in (model_module.rms_norm, lambda x: F.rms_norm(x, (8,), eps=1e-6)):
+        leaf = x.clone().requires_grad_()
+        y = norm(leaf)
+        (y * torch.arange(8)).sum().backward()
+        gradients.append((y.detach(), leaf.grad))
+    (y, grad), (expected_y, expected_grad) = gradients
+    assert_close(y, expected_y)
+    assert torch.allclose(grad, expected_grad, rtol=1e-4, atol=1e-4)
+
+
+def test_the_squared_relu_has_its_gradient():
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model_module.squared_relu, x)
+    assert torch.equal(model_module.squared_relu(x), F.relu(x).square())
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_written_out_attention_equals_torchs(groups):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 12, 8), *torch.randn(2, 2, 4 // groups, 12, 8)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_close(model_module.written_out_attention(q, k, v, 0.0), expected)
+
+
+@torch.no_grad()
+def test_bfloat16_autocast_stays_near_float32(model):
+    idx = tokens(2, BLOCK)
+    exact, _ = model(idx)
+    with torch.autocast('cpu', torch.bfloat16):
+        rounded, _ = model(idx)
+    assert 0 < (exact - rounded).abs().max() < 0.05 * exact.abs().max()
+
+
+@torch.no_grad()
+def test_cached_logits_equal_uncached_ones_for_rows_of_unequal_length(model):
+    idx, lengths = tokens(4, 20), torch.tensor([20, 5, 11, 1])
+    rows = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
+    cache = KVCache(model, rows=4)
+    logits, _ = model(idx, cache=cache, lengths=lengths)
+    for step in range(8):
+        alone = [model(torch.tensor([row]))[0][0, -1] for row in rows]
+        assert_close(logits, torch.stack(alone))
+        new = tokens(4, 8)[:, step, None]
+        rows = [row + token for row, token in zip(rows, new.tolist(), strict=True)]
+        logits, _ = model(new, cache=cache)
+    assert cache.pos.tolist() == [28, 13, 19, 9]
+
+
+@torch.no_grad()
+def test_a_prompt_may_enter_the_cache_in_chunks(model):
+    idx, cache = tokens(2, 24), KVCache(model, rows=2, length=24)
+    for chunk in idx.split([10, 1, 13], dim=1):
+        logits, _ = model(chunk, cache=cache)
+    assert_close(logits, model(idx)[0][:, -1])
+    with pytest.raises(AssertionError, match='full'):
+        model(idx[:, :1], cache=cache)
+
+
+@torch.no_grad()
+def test_padding_never_leaks_into_the_logits(model):
+    idx, lengths, new = tokens(2, 12), torch.tensor([12, 4]), tokens(2, 1)
+    results = []
+    for padding in (0, VOCAB - 1):
+        idx[1, 4:] = padding
+        cache = KVCache(model, rows=2)
+        first, _ = model(idx, cache=cache, lengths=lengths)
+        cache.kv[:, :, 1, :, 4:] = 1e4 * padding  # whatever lies in columns the row has not reached
+        second, _ = model(new, cache=cache)
+        results.append((first, second))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one(model):
+    idx = tokens(1, BLOCK)
+    logits, _ = model(idx)
+    idx[0, 20:] = 0
+    assert_close(model(idx)[0][:, :20], logits[:, :20])
+
+
+@torch.no_grad()
+def test_loss_leaves_out_targets_of_minus_one(model):
+    idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
+    targets[0, 5:] = -1
+    logits, loss = model(idx, targets)
+    kept = targets != -1
+    assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
+    assert model(idx)[1] is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_dropout_acts_in_training_only(arch):
+    model, idx = tiny(dropout=0.5, arch=arch), tokens(2, 16)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+@pytest.mark.parametrize('p', [0.01, 0.3, 0.9])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    x = torch.ones(7, 1001, 13, requires_grad=True)  # no multiple of the four elements of a word
+    y = model_module.dropout(x, p, training=True)
+    zero, kept = y.unique().tolist()
+    assert (zero, kept) == (0.0, pytest.approx(1 / (1 - p), rel=1e-3))
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.01)
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)  # the gradient takes the same way
+    columns = (y.detach()[..., :12].reshape(-1, 4).T == 0).float()
+    assert (torch.corrcoef(columns) - torch.eye(4)).abs().max() < 0.03
+    assert model_module.dropout(x, p, training=False) is x
+    torch.manual_seed(0)
+    assert torch.equal(model_module.dropout(x, p, training=True), y)
+
+
+@torch.no_grad()
+def test_cropping_the_context_keeps_the_logits_of_shorter_texts(model):
+    idx = tokens(2, 8)
+    logits, _ = model(idx)
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], logits)
+    assert model.config.block_size == 8
+    if model.config.arch == 'gpt2':
+        assert model.transformer.wpe.weight.shape == (8, 64)
+        assert model.transformer.wpe.weight.requires_grad
+    assert KVCache(model, rows=1).length == 8
+
+
+def test_block_matrices_are_all_that_multiply_inside_the_blocks(model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names[id(p)] for p in model.block_matrices()]
+    assert len(set(held)) == len(held) == 3 * (4 if model.config.arch == 'gpt2' else 6)
+    assert all('.h.' in name or '.layers.' in name for name in held)
+    left = model.param_groups(0.1, leave_out=model.block_matrices())
+    left = {id(p) for group in left for p in group['params']}
+    assert left | {id(p) for p in model.block_matrices()} == set(names)
+    assert len(left) + len(held) == len(names)
+    model.requires_grad_(False)
+    assert model.block_matrices() == []
+
+
+@pytest.mark.parametrize('bias', [True, False])
+def test_param_groups_hold_every_parameter_once_and_decay_matrices_only(bias):
+    model = tiny(bias=bias)
+    decay, rest = model.param_groups(0.1)
+    assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
+    held = [id(p) for p in decay['params'] + rest['params']]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert all(p.dim() == 2 for p in decay['params'])
+    assert all(p.dim() == 1 for p in rest['params'])
+    assert any(name.endswith('.bias') for name, _ in model.named_parameters()) is bias
+
+
+def test_sizes_are_those_of_gpt2():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=50257, bias=True))
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    assert model.num_params() == 124_439_808 - 1024 * 768
+    # 6 for each parameter, 12 T for each channel of a layer: 742 + 113 MFLOP
+    assert model.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024
+
+
+def test_parameters_have_the_names_that_transformers_gives_them():
+    transformers = pytest.importorskip('transformers', reason='transformers is not installed')
+    with torch.device('meta'):
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
+        ours = GPT(GPTConfig(vocab_size=50257, bias=True))
+    shapes = {
+        name: tuple(p.shape)[::-1] if name.endswith(TRANSPOSED) else tuple(p.shape)
+        for name, p in theirs.named_parameters()
+    }
+    assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == shapes
+
+
+def test_initial_weights_are_spread_as_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(
+        GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128, bias=True)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith('.bias'):
+            assert parameter.eq(0).all(), name
+        elif '.ln_' in name:
+            assert parameter.eq(1).all(), name
+        else:  # what is added to the residual stream 2 * n_layer times starts smaller
+            std = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+    idx = torch.randint(512, (4, 64))
+    _, loss = model(idx, torch.randint(512, (4, 64)))
+    assert loss.item() == pytest.approx(math.log(512), rel=0.02)  # it knows nothing yet
+
+
+def test_modern_blocks_begin_as_the_identity_and_know_nothing():
+    torch.manual_seed(0)
+    shape = {'block_size': 64, 'vocab_size': 512, 'n_layer': 3, 'n_head': 4, 'n_embd': 128}
+    model = GPT(GPTConfig(arch='modern', **shape))
+    for name, parameter in model.named_parameters():
+        if name.endswith(('o_proj.weight', 'fc2.weight')):
+            assert parameter.eq(0).all(), name
+        elif '.layers.' in name:
+            assert parameter.std().item() == pytest.approx(128**-0.5, rel=0.05), name
+    idx = torch.randint(512, (4, 64))
+    assert model(idx, idx)[1].item() == pytest.approx(math.log(512), rel=0.01)
+
+
+def test_modern_sizes_count_what_multiplies():
+    with torch.device('meta'):
+        model = GPT(GPTConfig(arch='modern', vocab_size=50304, n_kv_head=4))
+    blocks = 12 * (2 * 768**2 + 2 * 768 * 256 + 8 * 768**2)
+    assert model.num_params() == blocks + 50304 * 768  # the head, not the embedding
+    assert sum(p.numel() for p in model.parameters()) == blocks + 2 * 50304 * 768
+    assert model.flops_per_token() == 6 * model.num_params() + 12 * 12 * 768 * 1024
+
+
+def test_one_matrix_reads_and_writes_tokens():
+    model = tiny()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert 'lm_head.weight' not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'n_embd': 100, 'n_head': 12}, 'n_embd=100 .* n_head=12 .* n_embd=96'),
+        ({'n_embd': 4, 'n_head': 6}, 'the nearest that can is n_embd=6'),
+        ({'n_layer': 0}, 'n_layer=0: must be at least 1'),
+        ({'dropout': 1.0}, 'dropout=1.0: must be'),
+        ({'arch': 'llama'}, "arch='llama': give 'gpt2' or 'modern'"),
+        ({**MODERN, 'bias': True}, "bias=True: arch='modern' has no biases"),
+        ({**MODERN, 'n_head': 4, 'n_embd': 36}, 'heads of 9: rotary positions turn pairs'),
+        ({**MODERN, 'n_kv_head': 5}, 'n_kv_head=5 .* n_head=12 .* give one of 1, 2, 3, 4, 6, 12'),
+        ({**MODERN, 'n_kv_head': 0}, 'n_kv_head=0: must be at least 1'),
+        ({'n_kv_head': 4}, "n_kv_head=4: arch='gpt2' has as many as n_head=12"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_one_line(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        GPTConfig(**changes)
+    assert '\n' not in str(error.value)
+
+
+# --- documents
+
+
+ROW = torch.tensor([[0] * 9 + [1] * 11 + [2] * 12, [3] * 32])  # document numbers, (2, BLOCK)
+
+
+def written_out(monkeypatch):
+    """Have float32 take the path that bfloat16 takes on a CPU."""
+    by_products = model_module.written_out_attention
+
+    def attend(q, k, v, mask=None, dropout_p=0.0, **options):
+        return by_products(q, k, v, dropout_p, mask)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attend)
+
+
+@pytest.mark.parametrize('path', ['torch', 'written out', 'recomputed'])
+def test_nothing_leaks_from_one_document_into_another(model, path, monkeypatch):
+    if path == 'written out':
+        written_out(monkeypatch)
+    model.trunk.recompute = path == 'recomputed'
+    seen = []
+    model.embedding.register_forward_hook(lambda *args: seen.append(args[2]))
+    for documents in (ROW, None):
+        logits, _ = model(tokens(2, BLOCK), documents=documents)
+        seen[-1].retain_grad()
+        loss = F.cross_entropy(logits[0, 9:20], tokens(2, BLOCK)[0, 9:20])  # of the second
+        loss.backward()
+    masked, plain = (x.grad[0].abs().amax(1) for x in seen)
+    assert not masked[:9].any()
+    assert not masked[20:].any()
+    assert (masked[9:20] > 1e-6).all()
+    assert (plain[:9] > 1e-6).all()  # what leaked without the mask
+
+
+@torch.no_grad()
+def test_a_document_is_read_as_it_is_alone(model, monkeypatch):
+    idx = tokens(2, BLOCK)
+    masked = model(idx, documents=ROW)[0]
+    assert_close(masked[1], model(idx)[0][1])  # one document is the whole row
+    assert_close(masked[0, :9], model(idx)[0][0, :9])
+    pos = torch.arange(9, 20)
+    if model.config.arch == 'modern':  # whose positions are relative: where it stands is the same
+        pos -= 9
+    alone = model.head(model.trunk(idx[:1, 9:20], pos))[0]
+    assert_close(masked[0, 9:20], alone)
+    written_out(monkeypatch)
+    assert_close(masked, model(idx, documents=ROW)[0])
+
+
+@torch.no_grad()
+def test_documents_are_told_apart_by_their_numbers_alone(model):
+    idx = tokens(2, BLOCK)
+    assert torch.equal(model(idx, documents=ROW)[0], model(idx, documents=7 - ROW)[0])
+
+
+def test_the_mask_of_bfloat16_is_that_of_float32(model):
+    idx = tokens(2, BLOCK)
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        logits = model(idx, documents=ROW)[0]
+        other = model(torch.cat([tokens(3, 9)[2:], idx[:1, 9:]], 1), documents=ROW[:1])[0]
+    assert torch.equal(logits[0, 9:], other[0, 9:])  # whatever the first document says
+    assert not torch.equal(logits[0, :9], other[0, :9])

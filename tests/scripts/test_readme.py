@@ -1,0 +1,75 @@
+"""What the README tells people to type against a server, typed."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import ROOT, random_model
+from test_api import (
+    make_app,  # noqa: F401 - a fixture
+    model,  # noqa: F401 - another
+    served,
+)
+
+from flatgpt.data.tokenizer import byte_tokenizer
+from flatgpt.serving.schema import openapi
+
+SECTION = re.search(
+    r'^\*\*Serve it\.\*\*(.*?)^\*\*Scale',
+    (ROOT / 'README.md').read_text(encoding='utf-8'),
+    re.M | re.S,
+)[1]
+EXAMPLES = re.findall(r'^curl .*$', SECTION, re.M)
+
+
+@pytest.fixture
+def port(make_app):  # noqa: F811
+    tokenizer = byte_tokenizer()
+    with served(make_app(tokenizer, random_model(tokenizer.vocab_size, 256))) as port:
+        yield port
+
+
+def typed(line, port):
+    """What a shell prints for a line of the README, after the one that sets its variables."""
+    setting = re.search(r'^URL=.*$', SECTION, re.M)[0].replace(':8000', f':{port}')
+    environment = {name: value for name, value in os.environ.items() if 'proxy' not in name.lower()}
+    done = subprocess.run(
+        ['sh', '-c', f'{setting}\n{line}'], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not (shutil.which('curl') and shutil.which('sh')), reason='needs curl')
+@pytest.mark.parametrize('line', EXAMPLES)
+def test_every_example_for_curl_is_answered(line, port):
+    printed = typed(line, port)
+    if '/metrics' in line:
+        assert 'flatgpt_requests_running' in printed
+    elif '"stream"' in line:
+        *frames, done, end = printed.split('\n\n')
+        assert (done, end) == ('data: [DONE]', '')
+        assert all(json.loads(frame[6:])['object'] == 'text_completion' for frame in frames)
+    else:
+        assert 'error' not in json.loads(printed)
+
+
+def test_every_path_has_an_example():
+    shown = {re.search(r'\$URL(\S+)', line)[1] for line in EXAMPLES}
+    there = {path for path in openapi('mine')['paths'] if not path.endswith('{model}')}
+    there.remove('/v1/chat/completions')  # which needs a model with a chat template
+    assert shown - {'/openapi.json'} == there
+
+
+def test_the_example_for_openais_client_is_answered(port):
+    pytest.importorskip('openai')
+    code = re.search(r'```python\n(.*?)```', SECTION, re.S)[1].replace(':8000', f':{port}')
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    assert printed.getvalue().strip('\n')

@@ -1,0 +1,1579 @@
+"""The server: what clients send and get, who is let in, and what is left when something fails."""
+
+import contextlib
+import http.client
+import json
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from test_sample import saved
+
+import api
+from configurator import configure, help_text
+from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
+from flatgpt.errors import ConfigError, UserError
+from flatgpt.inference.engine import NOT_FINITE, generate
+from flatgpt.inference.request import Piece, Request
+from flatgpt.inference.sampling import Sampling
+from flatgpt.serving import schema
+from flatgpt.serving.http_server import Door, JsonLines, Server, listen, wait_until_drained
+from flatgpt.serving.service import Answer
+
+SCRIPT = Path(api.__file__)
+SIZE = 64  # of the context
+VOCABULARY = 257
+PATH = '/v1/completions'
+GOES_ON = {'256': -100}  # a bias that keeps a text from ending before max_tokens
+
+
+@pytest.fixture(scope='module')
+def model():
+    return random_model(VOCABULARY, SIZE)
+
+
+@pytest.fixture
+def make_app(model):
+    """Make an application of the tiny model, whose engine is gone when the test ends."""
+    made = []
+
+    def make(tokenizer=None, model=model, **settings):
+        app = api.create_app((model, tokenizer or byte_tokenizer()), **settings)
+        made.append(app.extensions['flatgpt'])
+        return app
+
+    yield make
+    for service in made:
+        service.close()
+
+
+@pytest.fixture
+def app(make_app):
+    return make_app(name='tiny')
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+def service_of(client):
+    return client.application.extensions['flatgpt']
+
+
+def ask(client, status=200, path=PATH, **body):
+    reply = client.post(path, json=body)
+    assert reply.status_code == status, reply.text
+    return reply.json
+
+
+def ask_texts(client, **body):
+    return [choice['text'] for choice in ask(client, **body)['choices']]
+
+
+def stream(client, **body):
+    """The frames of a streamed answer, without the last one, which only ends it."""
+    with client.post(PATH, json={**body, 'stream': True}, buffered=True) as reply:
+        assert reply.status_code == 200, reply.text
+        return frames_of(reply.text)
+
+
+def frames_of(text):
+    *frames, end, rest = text.split('\n\n')
+    assert (end, rest) == ('data: [DONE]', '')
+    assert all(frame.startswith('data: ') for frame in frames)
+    return [json.loads(frame.removeprefix('data: ')) for frame in frames]
+
+
+def joined(frames):
+    """The choices of a whole answer, put together from those of its frames."""
+    choices = {}
+    for frame in frames:
+        for choice in frame['choices']:
+            whole = choices.setdefault(choice['index'], {**choice, 'text': '', 'logprobs': None})
+            assert whole['finish_reason'] is None or not whole['text']
+            whole['text'] += choice['text']
+            whole['finish_reason'] = choice['finish_reason']
+            if choice['logprobs']:
+                kept = whole['logprobs'] or {key: [] for key in choice['logprobs']}
+                whole['logprobs'] = {k: kept[k] + choice['logprobs'][k] for k in kept}
+    return [choices[index] for index in sorted(choices)]
+
+
+def wait_until(reached, seconds=10):
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end, 'it did not come to that'
+        time.sleep(0.005)
+
+
+def write(service, text):
+    """Have the engine write a text (bytes), whatever the model says."""
+    engine = service.engine
+    engine.choose_all = lambda slots, logits: [text[len(s.request.written)] for s in slots]
+
+
+@contextlib.contextmanager
+def held(service):
+    """Keep the engine from computing anything, for as long as this lasts."""
+    step, go = service.engine.step, threading.Event()
+
+    def wait_and_step():
+        go.wait(30)
+        return step()
+
+    service.engine.step = wait_and_step
+    try:
+        yield
+    finally:
+        service.engine.step = step
+        go.set()
+
+
+def in_background(work, *args, **options):
+    """Start a function in a thread -> a function that waits for what it returns."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(work(*args, **options)), daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(30)
+        return results[0]
+
+    return result
+
+
+# -----------------------------------------------------------------------------
+# completions
+
+
+def alone(model, prompt, **choice):
+    """What the engine makes of a text by itself."""
+    tokenizer = byte_tokenizer()
+    pieces = generate(model, tokenizer, [tokenizer.encode(prompt)], Sampling(**choice))
+    return ''.join(piece.text for piece in pieces)
+
+
+def test_a_completion_is_what_the_engine_writes(client, model):
+    reply = client.post(PATH, json={'prompt': 'To be', 'max_tokens': 9, 'temperature': 0})
+    assert reply.status_code == 200
+    assert reply.content_type == 'application/json'
+    body = reply.json
+    assert body.pop('id') == f'cmpl-{reply.headers["X-Request-Id"]}'
+    assert abs(body.pop('created') - time.time()) < 60
+    text = alone(model, 'To be', max_new_tokens=9, temperature=0)
+    choice = {'index': 0, 'text': text, 'logprobs': None, 'finish_reason': 'length'}
+    assert body == {
+        'object': 'text_completion',
+        'model': 'tiny',
+        'choices': [choice],
+        'usage': {'prompt_tokens': 5, 'completion_tokens': 9, 'total_tokens': 14},
+    }
+
+
+@pytest.mark.parametrize('prompt', ['ab', ['ab'], [97, 98], [[97, 98]]])
+def test_a_prompt_is_text_or_ids_or_a_list_of_either(client, prompt):
+    given = {'temperature': 0, 'max_tokens': 5}
+    assert ask_texts(client, prompt=prompt, **given) == ask_texts(client, prompt='ab', **given)
+
+
+def test_several_prompts_and_n_give_texts_in_order(client):
+    given = {'seed': 3, 'max_tokens': 6}
+    body = ask(client, prompt=['ab', 'cde'], n=3, **given)
+    assert [choice['index'] for choice in body['choices']] == [0, 1, 2, 3, 4, 5]
+    texts = [choice['text'] for choice in body['choices']]
+    assert len({*texts}) == 6
+    assert texts[:3] == ask_texts(client, prompt='ab', n=3, **given)
+    assert texts[3] == ask_texts(client, prompt='cde', **given)[0]
+    assert body['usage'] == {'prompt_tokens': 5, 'completion_tokens': 36, 'total_tokens': 41}
+
+
+@pytest.mark.parametrize('exact', ['float32', 'deterministic'])
+def test_a_seed_gives_the_same_text_alone_and_under_load(make_app, exact):
+    half = random_model(VOCABULARY, SIZE).bfloat16()
+    choice = {} if exact == 'float32' else {'deterministic': True, 'model': half}
+    client = make_app(**choice).test_client()
+    given = {'prompt': 'abc', 'seed': 11, 'max_tokens': 30, 'temperature': 1.5, 'top_p': 0.9}
+    text = ask_texts(client, **given)
+    others = [
+        in_background(ask_texts, client, prompt=['x' * i, 'y'], n=3, max_tokens=40, top_k=5)
+        for i in range(1, 8)
+    ]
+    assert ask_texts(client, **given) == text
+    for other in others:
+        other()
+    assert ask_texts(client, **{**given, 'seed': 12}) != text
+
+
+def test_without_a_seed_every_answer_is_another(client):
+    assert len({ask_texts(client, prompt='ab', logit_bias=GOES_ON)[0] for _ in range(5)}) == 5
+
+
+def test_staggered_greedy_requests_get_what_each_gets_alone(client, model):
+    prompts = ['abcdefgh'[: 1 + i % 8] + 'xyz'[i % 3] for i in range(24)]
+    given = {'max_tokens': 20, 'temperature': 0}
+    texts = [in_background(ask_texts, client, prompt=prompt, **given) for prompt in prompts]
+    for prompt, text in zip(prompts, texts, strict=True):
+        assert text() == [alone(model, prompt, max_new_tokens=20, temperature=0)]
+
+
+def test_null_is_as_if_it_had_not_been_said(client):
+    names = [name for name in schema.CompletionRequest.model_fields if name != 'prompt']
+    nulls = dict.fromkeys(names) | {'seed': 5}
+    assert ask_texts(client, prompt='ab', **nulls) == ask_texts(client, prompt='ab', seed=5)
+
+
+def test_sixteen_tokens_are_the_default_and_unknown_fields_are_ignored(client):
+    body = ask(
+        client,
+        prompt='ab',
+        model='another',
+        user='me',
+        best_of=1,
+        tools=[{}],
+        logit_bias=GOES_ON,
+    )
+    assert body['usage']['completion_tokens'] == 16
+    assert body['model'] == 'tiny'
+
+
+@pytest.mark.parametrize(
+    'choice',
+    [
+        {'temperature': 0},
+        {'top_k': 1},
+        {'top_k': -1, 'min_p': 0.3, 'temperature': 2},
+        {'repetition_penalty': 1.5, 'frequency_penalty': 0.5, 'presence_penalty': 0.5},
+        {'logit_bias': {'97': 30.0}},
+    ],
+    ids=str,
+)
+def test_the_choice_of_tokens_reaches_the_engine(client, model, choice):
+    bias = tuple((int(token), value) for token, value in choice.get('logit_bias', {}).items())
+    same = {**choice, 'logit_bias': bias, 'seed': 5, 'top_k': max(0, choice.get('top_k', 0))}
+    text = alone(model, 'abc', max_new_tokens=10, **same)
+    assert ask_texts(client, prompt='abc', max_tokens=10, seed=5, **choice) == [text]
+
+
+@pytest.mark.parametrize('extreme', [1, -1])
+def test_the_ends_of_every_range_leave_the_engine_running(client, extreme):
+    choice = {
+        'temperature': 1e6 if extreme > 0 else 0,
+        'top_p': 1 if extreme > 0 else 5e-324,
+        'top_k': 2**31 if extreme > 0 else -1,
+        'min_p': 1 if extreme > 0 else 0,
+        'repetition_penalty': 100 if extreme > 0 else 0.01,
+        'frequency_penalty': 100 * extreme,
+        'presence_penalty': 100 * extreme,
+        'logit_bias': {str(i): 100 * extreme for i in range(VOCABULARY)},
+        'seed': 2**63 - 1 if extreme > 0 else -(2**63),
+        'logprobs': 20,
+        'n': 2,
+    }
+    ask(client, prompt='ab', max_tokens=30, echo=True, **choice)
+    ask(client, prompt='ab', max_tokens=30, **{**choice, 'temperature': 1})
+    assert client.get('/ready').status_code == 200
+
+
+def test_the_end_of_text_ends_a_text_and_is_understood_in_a_prompt(client):
+    body = ask(client, prompt='ab', logit_bias={'256': 100}, logprobs=1)
+    choice = body['choices'][0]
+    assert (choice['text'], choice['finish_reason']) == ('', 'stop')
+    assert choice['logprobs']['tokens'] == [EOT]
+    assert body['usage']['completion_tokens'] == 1
+    assert ask(client, prompt=f'a{EOT}b')['usage']['prompt_tokens'] == 3
+
+
+@pytest.mark.parametrize(
+    ('stop', 'text', 'finish'),
+    [
+        ('STOP', 'one S', 'stop'),
+        (['never', 'SSTOP', 'ne S'], 'o', 'stop'),
+        (['wo é🎉', 'x'], 'one SSTOP t', 'stop'),
+        ('é🎉 ', 'one SSTOP two é🎉', 'length'),
+        ([], 'one SSTOP two é🎉', 'length'),
+    ],
+)
+def test_stop_strings_end_a_text_across_the_borders_of_tokens(client, stop, text, finish):
+    script = 'one SSTOP two é🎉'.encode()
+    write(service_of(client), script)
+    given = {'prompt': 'a', 'max_tokens': len(script), 'stop': stop}
+    choice = ask(client, **given)['choices'][0]
+    assert (choice['text'], choice['finish_reason']) == (text, finish)
+    assert joined(stream(client, **given)) == [choice]
+
+
+def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypatch):
+    script = 'é🎉ы中👩‍🚀'.encode()
+    write(service_of(client), script)
+    monkeypatch.setattr('flatgpt.serving.service.PACE', 0)
+    engine = service_of(client).engine
+    step = engine.step
+    engine.step = lambda: (time.sleep(0.002), step())[1]
+    frames = stream(client, prompt='a', max_tokens=len(script))
+    texts = [choice['text'] for frame in frames for choice in frame['choices']]
+    assert len(texts) > 5
+    assert ''.join(texts) == script.decode()
+
+
+# -----------------------------------------------------------------------------
+# streams
+
+
+def test_a_stream_has_frames_a_usage_and_an_end(client):
+    reply = client.post(
+        PATH,
+        json={
+            'prompt': 'ab',
+            'stream': True,
+            'stream_options': {'include_usage': True},
+            'logit_bias': GOES_ON,
+        },
+        buffered=True,
+    )
+    assert reply.content_type == 'text/event-stream; charset=utf-8'
+    assert reply.headers['Cache-Control'] == 'no-cache'
+    assert reply.headers['X-Accel-Buffering'] == 'no'
+    assert 'Connection' not in reply.headers
+    *frames, last = frames_of(reply.text)
+    assert last['choices'] == []
+    assert last['usage'] == {'prompt_tokens': 2, 'completion_tokens': 16, 'total_tokens': 18}
+    assert all(frame['usage'] is None for frame in frames)
+    assert [f['choices'][0]['finish_reason'] for f in frames] == [None] * (len(frames) - 1) + [
+        'length'
+    ]
+    assert len({frame['id'] for frame in [*frames, last]}) == 1
+    for frame in [*frames, last]:
+        schema.CompletionResponse.model_validate(frame)
+
+
+@pytest.mark.parametrize(
+    'given',
+    [
+        {},
+        {'logprobs': 2},
+        {'echo': True},
+        {'echo': True, 'logprobs': 0, 'n': 2},
+        {'echo': True, 'logprobs': 3, 'max_tokens': 0},
+        {'prompt': ['ab', 'c', 'déf'], 'n': 2, 'logprobs': 1},
+        {'logit_bias': {'256': 5}, 'n': 4},
+    ],
+    ids=str,
+)
+def test_a_stream_says_what_a_whole_answer_says(client, given):
+    given = {'prompt': 'abc', 'seed': 4, 'max_tokens': 24, **given}
+    assert joined(stream(client, **given)) == ask(client, **given)['choices']
+
+
+def test_the_first_token_is_sent_at_once_and_others_together(client):
+    engine, steps = service_of(client).engine, threading.Semaphore(1)
+    step = engine.step
+    engine.step = lambda: (steps.acquire(), step())[1]
+    given = {'prompt': 'ab', 'max_tokens': 60, 'logit_bias': GOES_ON, 'logprobs': 0}
+    reply = client.post(PATH, json={**given, 'stream': True})
+    first = next(reply.response)  # one step, of the prompt and perhaps of a token after it
+    steps.release(1000)
+    frames = frames_of((first + b''.join(reply.response)).decode())
+    reply.close()
+    lengths = [len(frame['choices'][0]['logprobs']['tokens']) for frame in frames]
+    assert lengths[0] in (1, 2)
+    assert sum(lengths) == 60
+    assert len(lengths) < 30
+
+
+# -----------------------------------------------------------------------------
+# log-probabilities
+
+
+def test_echo_with_logprobs_scores_prompt_and_text(client, model):
+    given = {'prompt': [1, 2, 3, 4], 'max_tokens': 3, 'temperature': 0, 'echo': True, 'logprobs': 2}
+    choice = ask(client, **given)['choices'][0]
+    scores = choice['logprobs']
+    assert {name: len(values) for name, values in scores.items()} == dict.fromkeys(scores, 7)
+    assert scores['token_logprobs'][0] is scores['top_logprobs'][0] is None
+    assert scores['text_offset'][:5] == [0, 1, 2, 3, 4]
+    greedy = generate(model, byte_tokenizer(), [[1, 2, 3, 4]], Sampling(3, temperature=0))
+    ids = [1, 2, 3, 4, *(piece.token for piece in greedy)]
+    assert scores['tokens'] == [byte_tokenizer().decode([i]) for i in ids]
+    expected = model(torch.tensor([ids]))[0][0].log_softmax(-1)
+    for i in range(1, 7):
+        likeliest, own = scores['top_logprobs'][i], scores['token_logprobs'][i]
+        assert own == pytest.approx(expected[i - 1, ids[i]].item(), abs=1e-5)
+        assert own <= likeliest[scores['tokens'][i]]
+        assert max(likeliest.values()) == pytest.approx(expected[i - 1].max().item(), abs=1e-5)
+        # as lm-evaluation-harness asks whether a token was the likeliest
+        assert (own == max(likeliest.values())) == (ids[i] == expected[i - 1].argmax())
+
+
+def test_a_prompt_can_be_scored_without_writing(client):
+    body = ask(client, prompt=['abc', 'defg'], max_tokens=0, echo=True, logprobs=0)
+    assert [choice['text'] for choice in body['choices']] == ['abc', 'defg']
+    assert [len(c['logprobs']['tokens']) for c in body['choices']] == [3, 4]
+    assert body['choices'][0]['finish_reason'] == 'length'
+    assert body['usage'] == {'prompt_tokens': 7, 'completion_tokens': 0, 'total_tokens': 7}
+
+
+def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
+    request = Request([97], Sampling(), print, top=3)
+    top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0))
+    choice = Answer(request, byte_tokenizer(), False).choice(
+        [Piece(0, 0xEA, '', None, -3.0, top), Piece(0, 98, 'b', 'length', -math.inf, ())]
+    )
+    assert choice['logprobs']['top_logprobs'] == [{'\ufffd': -1.0, 'a': -5.0}, {'b': -9999.0}]
+    assert choice['logprobs']['token_logprobs'] == [-3.0, -9999.0]
+
+
+# -----------------------------------------------------------------------------
+# what is refused
+
+
+@pytest.mark.parametrize(
+    ('body', 'param', 'says'),
+    [
+        ({}, 'prompt', 'required'),
+        ({'prompt': None}, 'prompt', 'must be a text'),
+        ({'prompt': ''}, 'prompt', 'empty'),
+        ({'prompt': []}, 'prompt', 'empty'),
+        ({'prompt': [[]]}, 'prompt', 'empty'),
+        ({'prompt': ['a', '']}, 'prompt', 'empty'),
+        ({'prompt': ['a', 1]}, 'prompt', 'must be'),
+        ({'prompt': [1, [2]]}, 'prompt', 'must be'),
+        ({'prompt': [True]}, 'prompt', 'must be'),
+        ({'prompt': [1.0]}, 'prompt', 'must be'),
+        ({'prompt': [-1]}, 'prompt', 'must be'),
+        ({'prompt': {'a': 1}}, 'prompt', 'must be'),
+        ({'prompt': [257]}, 'prompt', '257 is none of the 257 token ids'),
+        ({'prompt': [[1], [2**40]]}, 'prompt', 'must be'),
+        ({'prompt': 'a' * 60, 'max_tokens': 5}, 'max_tokens', '60 tokens, and max_tokens=5'),
+        ({'prompt': 'a' * 60}, 'max_tokens', 'max_tokens=16 make 76'),
+        ({'prompt': 'a' * 64, 'max_tokens': 1}, 'prompt', 'holds 64'),
+        ({'prompt': 'a' * 5000}, 'prompt', '5000 tokens'),
+        ({'prompt': 'a', 'max_tokens': 0}, 'max_tokens', 'echo'),
+        ({'prompt': 'a', 'max_tokens': -1}, 'max_tokens', 'greater'),
+        ({'prompt': 'a', 'max_tokens': 1.5}, 'max_tokens', 'integer'),
+        ({'prompt': 'a', 'max_tokens': '5'}, 'max_tokens', 'integer'),
+        ({'prompt': 'a', 'max_tokens': True}, 'max_tokens', 'integer'),
+        ({'prompt': 'a', 'max_tokens': 10**30}, 'max_tokens', 'less'),
+        ({'prompt': 'a', 'n': 0}, 'n', 'greater'),
+        ({'prompt': 'a', 'n': 137}, 'n', 'a request may have 136 texts'),
+        ({'prompt': ['a'] * 137}, 'prompt', '136 texts'),
+        ({'prompt': 'a', 'temperature': -0.1}, 'temperature', 'greater'),
+        ({'prompt': 'a', 'temperature': 'hot'}, 'temperature', 'number'),
+        ({'prompt': 'a', 'top_p': 0}, 'top_p', 'greater'),
+        ({'prompt': 'a', 'top_p': 1.1}, 'top_p', 'less'),
+        ({'prompt': 'a', 'top_k': -2}, 'top_k', 'greater'),
+        ({'prompt': 'a', 'min_p': 2}, 'min_p', 'less'),
+        ({'prompt': 'a', 'repetition_penalty': 0}, 'repetition_penalty', 'greater'),
+        ({'prompt': 'a', 'frequency_penalty': 1e30}, 'frequency_penalty', 'less'),
+        ({'prompt': 'a', 'presence_penalty': []}, 'presence_penalty', 'number'),
+        ({'prompt': 'a', 'logprobs': True}, 'logprobs', 'integer'),
+        ({'prompt': 'a', 'logprobs': 21}, 'logprobs', 'less'),
+        ({'prompt': 'a', 'stop': ''}, 'stop', 'at least 1 character'),
+        ({'prompt': 'a', 'stop': ['a', '']}, 'stop', ''),
+        ({'prompt': 'a', 'stop': [1]}, 'stop', ''),
+        ({'prompt': 'a', 'stop': ['a'] * 129}, 'stop', ''),
+        ({'prompt': 'a', 'logit_bias': {'257': 1}}, 'logit_bias', '257'),
+        ({'prompt': 'a', 'logit_bias': {'a': 1}}, 'logit_bias', 'integer'),
+        ({'prompt': 'a', 'logit_bias': {'-1': 1}}, 'logit_bias', 'greater'),
+        ({'prompt': 'a', 'logit_bias': {'1': 101}}, 'logit_bias', 'less'),
+        ({'prompt': 'a', 'logit_bias': [1]}, 'logit_bias', ''),
+        ({'prompt': 'a', 'echo': 'yes'}, 'echo', 'boolean'),
+        ({'prompt': 'a', 'stream': 1}, 'stream', 'boolean'),
+        ({'prompt': 'a', 'stream_options': 'all'}, 'stream_options', ''),
+        ({'prompt': 'a', 'seed': 2**63}, 'seed', 'less'),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_what_is_wrong_in_a_request_is_named(client, body, param, says):
+    error = ask(client, 400, **body)['error']
+    assert error.keys() == {'message', 'type', 'param', 'code'}
+    assert error['type'] == 'invalid_request_error'
+    assert error['param'] == param
+    assert says in error['message']
+    assert ask(client, 400, **{**body, 'stream': body.get('stream', True)}).keys() == {'error'}
+
+
+@pytest.mark.parametrize(
+    'body',
+    [
+        b'',
+        b'{',
+        b'null',
+        b'[]',
+        b'"text"',
+        b'{"prompt": "a"',
+        b'{"prompt": "a"} {}',
+        b"{'prompt': 'a'}",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a", "user": "\\udfff"}',
+        b'{"prompt": "a\x00b"}',
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": Infinity}',
+        b'{"prompt": "a", "temperature": 1e400}',
+        b'{"prompt": "a", "logit_bias": {"1": -Infinity}}',
+        b'{"prompt": "a", "seed": ' + b'9' * 5000 + b'}',
+        b'{"prompt": [' + b'9' * 5000 + b']}',
+        b'[' * 100_000,
+        b'{"prompt": ' * 100_000,
+        b'{"prompt": "a", "other": ' + b'[' * 100_000 + b']' * 100_000 + b'}',
+        '{"prompt": "a"}'.encode('utf-16'),
+        b'\xef\xbb\xbf{"prompt": "a"}',
+        b'\x1f\x8b\x08\x00',
+    ],
+    ids=lambda body: repr(body[:40]),
+)
+@pytest.mark.parametrize('path', [PATH, '/tokenize', '/detokenize', '/v1/chat/completions'])
+def test_a_body_that_is_not_the_json_it_should_be_is_400(client, path, body):
+    reply = client.post(path, data=body, content_type='application/json')
+    ignored = path in ('/tokenize', '/detokenize') and (b'temperature' in body or b'bias' in body)
+    assert reply.status_code == 400 or (ignored and reply.json)
+    assert reply.json.get('error', {'message': ignored})['message']
+
+
+def test_a_large_wrong_body_is_refused_without_a_word_for_each_of_its_parts(client):
+    body = b'{"prompt": [' + b'1,' * 1_000_000 + b'"a"]}'
+    began = time.monotonic()
+    reply = client.post(PATH, data=body, content_type='application/json')
+    assert reply.status_code == 400
+    assert time.monotonic() - began < 2
+    assert len(reply.data) < 500
+
+
+def test_a_character_that_the_vocabulary_lacks_is_400(make_app):
+    client = make_app(char_tokenizer('abc', eot=True), random_model(4, SIZE)).test_client()
+    error = ask(client, 400, prompt='abé')['error']
+    assert error['param'] == 'prompt'
+    assert "'é' (U+00E9)" in error['message']
+    assert 'é' in ask(client, 400, path='/tokenize', prompt='é')['error']['message']
+
+
+@pytest.mark.parametrize(
+    'path', ['/nothing', '/v1', '/v1/completions/x', '/docs/../x', '/docs/x.js']
+)
+def test_a_path_that_is_not_there_is_404(client, path):
+    reply = client.get(path)
+    assert reply.status_code == 404
+    assert reply.json['error']['type'] == 'not_found_error'
+
+
+@pytest.mark.parametrize(
+    ('method', 'path', 'allowed'),
+    [('get', PATH, 'POST'), ('post', '/health', 'GET'), ('delete', '/tokenize', 'POST')],
+)
+def test_a_method_that_a_path_does_not_take_is_405(client, method, path, allowed):
+    reply = getattr(client, method)(path)
+    assert reply.status_code == 405
+    assert allowed in reply.headers['Allow']
+    assert path in reply.json['error']['message']
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        None,
+        'text/plain',
+        'application/x-www-form-urlencoded',
+        'multipart/form-data',
+        'application/jsonp',
+    ],
+)
+def test_a_body_that_is_not_called_json_is_415(client, kind):
+    reply = client.post(PATH, data=b'{"prompt": "a"}', content_type=kind)
+    assert reply.status_code == 415
+    assert 'Content-Type: application/json' in reply.json['error']['message']
+
+
+def test_a_body_that_is_too_large_is_413(make_app):
+    client = make_app(max_body=0.01).test_client()
+    assert (
+        ask(client, 413, prompt='a' * 20_000)['error']['message']
+        == 'the body has more than 0.01 MiB'
+    )
+
+
+def test_the_limits_of_the_server_are_named(make_app):
+    client = make_app(max_prompt_tokens=10, max_new_tokens=20).test_client()
+    error = ask(client, 400, prompt='a' * 11)['error']
+    assert error['message'] == 'prompt: 11 tokens; this server takes 10 at most'
+    error = ask(client, 400, prompt='a', max_tokens=21)['error']
+    assert error['message'] == 'max_tokens: 21 tokens; this server takes 20 at most'
+    ask(client, prompt='a' * 10, max_tokens=20)
+
+
+CHAT = '/v1/chat/completions'
+TALK = [
+    {'role': 'system', 'content': 'be kind'},
+    {'role': 'user', 'content': 'hi <|end|>'},  # spelt, which is not the token
+]
+
+
+@pytest.fixture
+def chatting(make_app):
+    """A client of a model whose tokenizer has a chat template, with a token that ends a turn."""
+    plain = byte_tokenizer()
+    tokens = [*plain.token_bytes, b'<|end|>']
+    special = {**plain.special, '<|end|>': VOCABULARY}
+    template = {role: [f'{role}: ', '<|end|>'] for role in ('system', 'user', 'assistant')}
+    tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template)
+    return make_app(tokenizer, random_model(VOCABULARY + 1, SIZE)).test_client()
+
+
+def test_a_chat_is_the_completion_of_its_template(chatting):
+    tokenizer = service_of(chatting).tokenizer
+    text = 'system: be kind|user: hi <|end|>|assistant: '
+    ids = [VOCABULARY if c == '|' else ord(c) for c in text.replace('<|', '<¦').replace('|>', '¦>')]
+    ids = [ord('|') if i == ord('¦') else i for i in ids]
+    assert tokenizer.encode_chat(TALK).tolist() == ids
+    choice = {'max_tokens': 9, 'seed': 3, 'temperature': 0.5}
+    (text,) = ask_texts(chatting, prompt=ids, **choice)
+    answer = ask(chatting, path=CHAT, messages=TALK, **choice)
+    assert answer['object'] == 'chat.completion'
+    assert answer['id'].startswith('chatcmpl-')
+    assert answer['choices'][0]['message'] == {'role': 'assistant', 'content': text}
+    assert answer['usage']['prompt_tokens'] == len(ids)
+
+
+def test_a_streamed_chat_says_who_speaks_and_what_a_whole_one_says(chatting):
+    given = {'messages': TALK, 'max_tokens': 9, 'seed': 3, 'n': 2}
+    whole = ask(chatting, path=CHAT, **given)
+    with chatting.post(CHAT, json={**given, 'stream': True}, buffered=True) as reply:
+        frames = frames_of(reply.text)
+    assert {frame['object'] for frame in frames} == {'chat.completion.chunk'}
+    for index, choice in enumerate(whole['choices']):
+        deltas = [c for frame in frames for c in frame['choices'] if c['index'] == index]
+        assert [delta['delta'].get('role') for delta in deltas[:2]] in (
+            ['assistant'],
+            ['assistant', None],
+        )
+        text = ''.join(delta['delta']['content'] for delta in deltas)
+        assert text == choice['message']['content']
+        assert deltas[-1]['finish_reason'] == choice['finish_reason']
+
+
+def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
+    write(service_of(chatting), [*b'yes', VOCABULARY, *b'no'])
+    answer = ask(chatting, path=CHAT, messages=TALK, logprobs=True, top_logprobs=2)
+    assert answer['choices'][0]['message']['content'] == 'yes'
+    assert answer['choices'][0]['finish_reason'] == 'stop'
+    scores = answer['choices'][0]['logprobs']['content']
+    assert [score['token'] for score in scores] == ['y', 'e', 's', '<|end|>']
+    assert all(len(score['top_logprobs']) >= 2 for score in scores)
+    plain = byte_tokenizer()
+    plain.chat_template = {role: [f'{role}: ', '\n'] for role in ('user', 'assistant')}
+    client = make_app(plain).test_client()
+    write(service_of(client), b'yes\nno')
+    answer = ask(client, path=CHAT, messages=TALK[1:])
+    assert answer['choices'][0]['message']['content'] == 'yes'
+
+
+@pytest.mark.parametrize(
+    ('body', 'says'),
+    [
+        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: no role 'tool'"),
+        ({'messages': []}, 'messages: '),
+        ({'messages': [{'role': 'user'}]}, 'messages: '),
+        ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
+    ],
+)
+def test_a_conversation_that_cannot_be_answered_is_400(chatting, body, says):
+    assert says in ask(chatting, 400, CHAT, **body)['error']['message']
+
+
+def test_without_a_chat_template_chat_is_400(client):
+    error = ask(client, 400, '/v1/chat/completions', messages=[{'role': 'user', 'content': 'Hi'}])
+    assert error['error']['code'] == 'no_chat_template'
+
+
+# -----------------------------------------------------------------------------
+# who is let in
+
+
+@pytest.mark.parametrize('key', ['secret', 'clé 🔑'])
+def test_a_key_guards_the_model_and_its_tokenizer(make_app, key):
+    client = make_app(api_key=key).test_client()
+    right = {'Authorization': f'Bearer {key}'.encode().decode('latin-1')}
+    for path in (
+        '/v1/models',
+        '/v1/models/x',
+        '/tokenizer_info',
+        PATH,
+        '/tokenize',
+        '/detokenize',
+        '/v1/none',
+    ):
+        for wrong in (
+            {},
+            {'Authorization': 'Bearer '},
+            {'Authorization': 'Bearer secre'},
+            {'Authorization': 'Basic é'},
+        ):
+            reply = client.get(path, headers=wrong)
+            assert reply.status_code == 401
+            assert reply.headers['WWW-Authenticate'] == 'Bearer'
+            assert reply.json['error']['code'] == 'invalid_api_key'
+            assert key not in reply.text
+        assert client.get(path, headers=right).status_code in (200, 404, 405)
+    assert client.post(PATH, headers=right, json={'prompt': 'a'}).status_code == 200
+    for path in ('/health', '/ready', '/metrics', '/docs', '/openapi.json'):
+        assert client.get(path).status_code == 200
+
+
+def test_the_key_may_come_from_the_environment(make_app, monkeypatch):
+    monkeypatch.setenv('FLATGPT_API_KEY', 'from outside')
+    client = make_app().test_client()
+    assert client.get('/v1/models').status_code == 401
+    assert (
+        client.get('/v1/models', headers={'Authorization': 'Bearer from outside'}).status_code
+        == 200
+    )
+
+
+@pytest.mark.parametrize('host', ['0.0.0.0', '::'])
+def test_a_host_that_others_reach_needs_a_key(host):
+    with pytest.raises(ConfigError, match='FLATGPT_API_KEY'):
+        listen({'host': host, 'port': 0, 'api_key': None})
+    with (
+        listen({'host': '0.0.0.0', 'port': 0, 'api_key': 'x'}),
+        listen({'host': 'localhost', 'port': 0, 'api_key': None}),
+    ):
+        pass
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_none_are_one_line():
+    with listen({'host': '127.0.0.1', 'port': 0, 'api_key': None}) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f'--port={port}: .*in use'):
+            listen({'host': '127.0.0.1', 'port': port, 'api_key': None})
+    with pytest.raises(UserError, match=r'--host=no\.such\.host\.invalid'):
+        listen({'host': 'no.such.host.invalid', 'port': 0, 'api_key': None})
+
+
+# -----------------------------------------------------------------------------
+# full, late, broken, closing
+
+
+def test_more_than_the_line_holds_is_429_until_there_is_room(make_app):
+    client = make_app(max_rows=2, max_queue=3).test_client()
+    service = service_of(client)
+    with held(service):
+        first = in_background(ask, client, prompt='a', n=4)
+        wait_until(lambda: service.jobs)
+        reply = client.post(PATH, json={'prompt': ['b', 'c'], 'stream': True})
+        assert reply.status_code == 429
+        assert reply.headers['Retry-After'] == '1'
+        assert reply.json['error']['type'] == 'rate_limit_error'
+        assert client.get('/health').status_code == 200
+        last = in_background(ask, client, prompt='b')
+        wait_until(lambda: len(service.jobs) == 2)
+    assert len(first()['choices']) == 4
+    assert len(last()['choices']) == 1
+    ask(client, prompt=['b', 'c'])
+    assert not service.jobs
+
+
+def test_a_request_that_takes_too_long_is_ended(make_app):
+    client = make_app(max_seconds=0.2).test_client()
+    service, step = service_of(client), service_of(client).engine.step
+    service.engine.step = lambda: (time.sleep(0.05), step())[1]
+    error = ask(client, 504, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
+    assert error['code'] == 'timeout'
+    assert error['message'] == 'it took longer than 0.2 seconds, the limit of this server'
+    frames = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
+    assert frames[0]['choices']
+    assert frames[-1] == {'error': error}
+    wait_until(lambda: not service.engine.running)
+
+
+def break_engine(service):
+    def step():
+        raise RuntimeError('out of memory, say')
+
+    service.engine.step = step
+
+
+def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(client, caplog):
+    service = service_of(client)
+    with held(service):
+        whole = in_background(client.post, PATH, json={'prompt': 'a'})
+        streamed = in_background(
+            client.post, PATH, json={'prompt': 'a', 'stream': True}, buffered=True
+        )
+        waiting = [in_background(client.post, PATH, json={'prompt': 'a', 'n': 3}) for _ in range(9)]
+        wait_until(lambda: len(service.engine.waiting) == 2 + 9 * 3)
+        service.engine.drop_cancelled = lambda: 1 / 0
+    for reply in (whole(), *(each() for each in waiting)):
+        assert reply.status_code == 500
+        assert reply.json['error'] == {
+            'message': 'the engine failed; the log says why',
+            'type': 'server_error',
+            'param': None,
+            'code': 'engine_stopped',
+        }
+    frames = frames_of(streamed().text)
+    assert frames[-1]['error']['code'] == 'engine_stopped'
+    assert client.get('/health').status_code == 200
+    assert client.get('/ready').status_code == 503
+    assert ask(client, 503, prompt='a')['error']['code'] == 'engine_stopped'
+    assert client.get('/metrics').status_code == 200
+    assert not service.jobs
+    wait_until(lambda: 'ZeroDivisionError' in caplog.text)
+    failure = next(record for record in caplog.records if 'engine failed' in record.message)
+    assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
+
+
+def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
+    service = service_of(client)
+    choose_all = service.engine.choose_all
+    service.engine.choose_all = lambda slots, logits: [-1] * len(slots)
+    error = ask(client, 500, prompt='a', n=2)['error']
+    assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
+    assert caplog.text.count(NOT_FINITE) == 1
+    assert stream(client, prompt='a')[-1] == {'error': error}
+    service.engine.choose_all = choose_all
+    ask(client, prompt='a')
+
+
+def test_a_client_may_leave_between_a_token_and_the_moment_it_is_sent(client):
+    service, body = service_of(client), schema.CompletionRequest(prompt='a')
+    with held(service):
+        job = service.begin(body, lambda: True)
+        (request,) = job.requests
+        request.began = request.came
+        request.written += [97, 98]  # as take() does, before send() notes when
+        service.release(job)
+        assert 'first_token' not in job.record(False)
+    assert figures(client)['flatgpt_generation_tokens_total'] == 2
+
+
+def test_what_an_engine_that_is_closed_leaves_open_is_told_so(make_app):
+    client = make_app(model=random_model(VOCABULARY, 4096)).test_client()
+    service = service_of(client)
+    given = {'prompt': 'a', 'max_tokens': 4000, 'logit_bias': GOES_ON}
+    answer = in_background(ask, client, 503, **given)
+    wait_until(lambda: service.engine.running)
+    service.engine.close()
+    assert answer()['error']['code'] == 'draining'
+
+
+def test_while_draining_nothing_new_is_begun_and_what_runs_is_finished(client):
+    service = service_of(client)
+    with held(service):
+        running = in_background(ask, client, prompt='a')
+        wait_until(lambda: service.jobs)
+        service.draining = True
+        reply = client.post(PATH, json={'prompt': 'a'})
+        assert reply.status_code == 503
+        assert reply.headers['Retry-After']
+        assert client.get('/ready').status_code == 503
+        assert client.get('/health').status_code == 200
+    assert running()['choices']
+
+
+def test_an_error_that_nobody_foresaw_is_500_in_json_and_logged(client, caplog, monkeypatch):
+    monkeypatch.setattr(service_of(client), 'to_ids', lambda *args: 1 / 0)
+    error = ask(client, 500, '/tokenize', prompt='a')['error']
+    assert error['type'] == 'server_error'
+    assert 'ZeroDivision' not in json.dumps(error)
+    assert 'ZeroDivisionError' in caplog.text
+
+
+# -----------------------------------------------------------------------------
+# beside the model
+
+
+def test_the_model_is_listed_and_found_by_its_name(client):
+    listed = client.get('/v1/models').json
+    assert (
+        listed['data'][0].items()
+        >= {'id': 'tiny', 'max_model_len': SIZE, 'object': 'model'}.items()
+    )
+    assert client.get('/v1/models/tiny').json == listed['data'][0]
+    reply = client.get('/v1/models/other')
+    assert (reply.status_code, reply.json['error']['param']) == (404, 'model')
+
+
+def test_text_and_ids_go_to_and_fro(client):
+    body = ask(client, path='/tokenize', prompt='é', add_special_tokens=False)
+    assert body == {'tokens': [0xC3, 0xA9], 'count': 2, 'max_model_len': SIZE}
+    assert ask(client, path='/detokenize', tokens=body['tokens']) == {'prompt': 'é'}
+    assert ask(client, path='/tokenize', prompt='')['tokens'] == []
+    assert ask(client, path='/detokenize', tokens=[]) == {'prompt': ''}
+    info = client.get('/tokenizer_info').json
+    assert ask(client, path='/tokenize', prompt=info['eos_token'])['tokens'] == [256]
+    assert (info['vocab_size'], info['chat_template']) == (VOCABULARY, None)
+    assert ask(client, 400, '/detokenize', tokens=[257])['error']['param'] == 'tokens'
+    assert ask(client, 400, '/detokenize', tokens='a')['error']['param'] == 'tokens'
+    assert ask(client, 400, '/tokenize', prompt=[1])['error']['param'] == 'prompt'
+
+
+def test_a_vocabulary_without_an_end_says_so(make_app):
+    client = make_app(char_tokenizer('abc'), random_model(3, SIZE)).test_client()
+    assert client.get('/tokenizer_info').json['eos_token'] is None
+    assert len(ask_texts(client, prompt='ab')[0]) == 16
+
+
+def figures(client):
+    lines = client.get('/metrics').text.splitlines()
+    return {
+        key: float(value)
+        for key, value in (line.rsplit(' ', 1) for line in lines if line[0] != '#')
+    }
+
+
+def test_metrics_count_texts_tokens_and_refusals(client):
+    ask(client, prompt='abc', n=2, max_tokens=5, logit_bias=GOES_ON)
+    ask(client, prompt='abc', logit_bias={'256': 100})
+    ask(client, 400, prompt='')
+    stream(client, prompt='abc', max_tokens=7, logit_bias=GOES_ON)
+    seen = figures(client)
+    expected = {
+        'flatgpt_slots': 8,
+        'flatgpt_requests_running': 0,
+        'flatgpt_requests_waiting': 0,
+        'flatgpt_prompt_tokens_total': 3 * 3,  # once for the n texts, as in `usage`
+        'flatgpt_generation_tokens_total': 5 * 2 + 1 + 7,
+        'flatgpt_requests_finished_total{reason="length"}': 3,
+        'flatgpt_requests_finished_total{reason="stop"}': 1,
+        'flatgpt_requests_rejected_total{status="400"}': 1,
+        'flatgpt_queue_seconds_count': 4,
+        'flatgpt_time_to_first_token_seconds_count': 4,
+        'flatgpt_request_seconds_count': 4,
+        'flatgpt_inter_token_seconds_count': 3,
+    }
+    assert {name: seen[name] for name in expected} == expected
+
+
+def test_metrics_show_what_runs_and_waits(make_app):
+    client = make_app(max_rows=2).test_client()
+    service = service_of(client)
+    slow = service.engine.step
+    service.engine.step = lambda: (time.sleep(0.02), slow())[1]
+    answer = in_background(ask, client, prompt='a', n=5, max_tokens=30, logit_bias=GOES_ON)
+    wait_until(lambda: service.engine.running == 2)
+    seen = figures(client)
+    assert seen['flatgpt_requests_running'] == 2
+    assert seen['flatgpt_requests_waiting'] == 3
+    answer()
+
+
+def logged(caplog, path=PATH):
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    return [line for line in lines if line.get('path') == path]
+
+
+def test_a_line_of_the_log_says_who_asked_and_what_it_took(client, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    reply = client.post(
+        PATH,
+        json={'prompt': 'my secret', 'max_tokens': 4, 'logit_bias': GOES_ON},
+        buffered=True,
+    )
+    client.get('/health').close()
+    (line,) = logged(caplog)
+    assert line['id'] == reply.headers['X-Request-Id']
+    assert line['seconds'] >= line['first_token'] >= line['queued'] >= 0
+    assert (
+        line.items()
+        >= {
+            'level': 'info',
+            'method': 'POST',
+            'status': 200,
+            'client': '127.0.0.1',
+            'prompt_tokens': 9,
+            'completion_tokens': 4,
+            'finish': ['length'],
+        }.items()
+    )
+    assert 'secret' not in json.dumps(line)
+    assert re.fullmatch(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z', line['time'])
+    assert logged(caplog, '/health')[0]['status'] == 200
+
+
+def test_a_refusal_is_logged_with_its_code(make_app, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    client = make_app(api_key='secret', max_seconds=0.001).test_client()
+    client.post(PATH, json={'prompt': 'a'}, buffered=True)
+    right = {'Authorization': 'Bearer secret'}
+    body = {'prompt': 'a', 'max_tokens': 60, 'logit_bias': GOES_ON}
+    for streamed in (False, True):
+        given = {**body, 'stream': streamed}
+        with held(service_of(client)):
+            reply = in_background(client.post, PATH, json=given, headers=right, buffered=True)
+            time.sleep(0.3)
+        assert b'took longer' in reply().data
+    assert [line['code'] for line in logged(caplog)] == ['invalid_api_key', 'timeout', 'timeout']
+
+
+def test_the_log_has_prompts_only_where_asked(make_app, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    client = make_app(log_prompts=True).test_client()
+    text = joined(stream(client, prompt=['one', 'two'], max_tokens=3, logit_bias={'98': 100}))[0][
+        'text'
+    ]
+    (line,) = logged(caplog)
+    assert line['prompts'] == ['one', 'two']
+    assert line['answers'] == [text, text] == ['bbb', 'bbb']
+
+
+@pytest.mark.parametrize(
+    ('given', 'kept'),
+    [('my-id.1', True), ('a b', False), ('x' * 65, False), ('é', False), ('', False)],
+)
+def test_a_request_keeps_the_id_it_came_with(client, given, kept):
+    reply = client.get('/health', headers={'X-Request-Id': given})
+    assert (reply.headers['X-Request-Id'] == given) == kept
+    assert re.fullmatch(r'[\w.-]+', reply.headers['X-Request-Id'])
+
+
+def test_a_line_of_the_log_is_one_line_whatever_is_in_it(client, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    client.get('/a%0a{"level":"error"}', buffered=True)
+    (record,) = [record for record in caplog.records if record.message == 'request']
+    assert '\n' not in JsonLines().format(record)
+
+
+# -----------------------------------------------------------------------------
+# documentation
+
+
+def test_the_openapi_document_is_valid_and_has_every_path(client, app):
+    validate = pytest.importorskip('openapi_spec_validator').validate
+    document = client.get('/openapi.json').json
+    validate(document)
+    assert document['openapi'] == '3.1.0'
+    rules = {re.sub('<.*:?which>', '{model}', rule.rule) for rule in app.url_map.iter_rules()}
+    assert document['paths'].keys() == rules - {'/', '/docs', '/docs/<file>', '/openapi.json'}
+    for path, methods in document['paths'].items():
+        for method, operation in methods.items():
+            guarded = '401' in operation['responses']
+            assert guarded == path.startswith(('/v1', '/tok', '/detok'))
+            assert ('requestBody' in operation) <= (method == 'post')
+
+
+def test_the_examples_of_the_documentation_are_answered_as_it_says(client):
+    document = client.get('/openapi.json').json
+    for path in (PATH, '/tokenize', '/detokenize'):
+        reference = document['paths'][path]['post']['requestBody']['content']['application/json'][
+            'schema'
+        ]['$ref']
+        kind = document['components']['schemas'][reference.rpartition('/')[2]]
+        answer = document['paths'][path]['post']['responses']['200']['content']['application/json'][
+            'schema'
+        ]['$ref']
+        for example in kind['examples']:
+            if not example.get('stream'):
+                model = getattr(schema, answer.rpartition('/')[2])
+                assert_described(model, ask(client, path=path, **example))
+            else:
+                assert stream(client, **{**example, 'stream': True})
+    for path, kind in (('/v1/models', schema.ModelList), ('/tokenizer_info', schema.TokenizerInfo)):
+        assert_described(kind, client.get(path).json)
+    assert_described(schema.ErrorResponse, ask(client, 400))
+
+
+def assert_described(kind, body):
+    """Whether an answer has the fields that are documented, of these types, and no other."""
+    assert kind.model_validate(body, strict=True).model_dump(exclude_unset=True) == body
+
+
+def test_the_documentation_page_needs_nothing_from_elsewhere(client):
+    page = client.get('/docs').text
+    assert '://' not in page
+    for file in re.findall(r'(?:src|href)="([^"]*)"', page):
+        if not file.startswith('data:'):
+            reply = client.get(f'/{file}', buffered=True)
+            assert reply.status_code == 200
+            assert len(reply.data) > 100_000
+            assert (
+                reply.mimetype
+                == {'css': 'text/css', 'js': 'text/javascript'}[file.rpartition('.')[2]]
+            )
+
+
+# -----------------------------------------------------------------------------
+# start
+
+
+def test_every_setting_is_explained(monkeypatch):
+    text = help_text(vars(api))
+    assert 'python api.py' in text
+    assert re.search(r"host = '127.0.0.1' +address to listen at", text)
+    for line in text.partition('Settings')[2].splitlines():
+        if line.startswith('  '):
+            assert re.fullmatch(r'  \w+ = .*\S  .*', line) or len(line) > 46
+    settings = configure(vars(api), ['--max_rows=4'])
+    assert settings['max_rows'] == 4
+    assert 'LOG' not in settings
+
+
+@pytest.mark.parametrize(
+    ('wrong', 'says'),
+    [
+        (
+            {'max_row': 4},
+            'create_app.max_row=.: no setting is called .max_row.; did you mean max_rows',
+        ),
+        ({'max_rows': 0}, 'max_rows=0: must be at least 1'),
+        ({'max_queue': -1}, 'max_queue=-1'),
+        ({'port': 8000}, 'create_app.port=.: the server that runs it has its own'),
+        ({'max_seconds': 0.0}, 'max_seconds=0.0'),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(make_app, wrong, says):
+    with pytest.raises(ConfigError, match=says):
+        make_app(**wrong)
+
+
+def test_more_rows_than_memory_holds_are_one_line(make_app):
+    with pytest.raises(UserError, match='max_rows=1000000000000: so many do not fit'):
+        make_app(max_rows=10**12)
+
+
+def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
+    saved(tmp_path / 'mine', byte_tokenizer())
+    app = api.create_app(out_dir=str(tmp_path / 'mine'), device='cpu', dtype='float32')
+    client = app.test_client()
+    try:
+        assert client.get('/v1/models').json['data'][0]['id'] == 'mine'
+        assert len(ask(client, prompt='a', max_tokens=3)['choices']) == 1
+    finally:
+        service_of(client).close()
+
+
+# -----------------------------------------------------------------------------
+# over a socket
+
+
+@contextlib.contextmanager
+def serving(app):
+    """Serve an application on a free port -> the server and the port."""
+    service, listener = app.extensions['flatgpt'], listening()
+    server = Server(Door(app), listener, 4)
+    server.expect(service.most)
+    try:
+        yield server, listener.getsockname()[1]
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def served(app):
+    with serving(app) as (_, port):
+        yield port
+
+
+def listening():
+    return listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
+
+
+def post(port, path=PATH, **body):
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request('POST', path, json.dumps(body), {'Content-Type': 'application/json'})
+        reply = connection.getresponse()
+        return reply.status, dict(reply.headers), reply.read()
+
+
+def connect(port, **body):
+    """A socket on which a request has been sent."""
+    data = json.dumps(body).encode()
+    kind = 'Host: x\r\nContent-Type: application/json'
+    head = f'POST {PATH} HTTP/1.1\r\n{kind}\r\nContent-Length: {len(data)}\r\n\r\n'
+    connection = socket.create_connection(('127.0.0.1', port), timeout=30)
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def free_again(service, seconds=0.5):
+    """Whether all rows and the line are empty before this time has passed."""
+    end = time.monotonic() + seconds
+    while service.engine.running or service.engine.waiting or service.jobs:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+@pytest.mark.parametrize('streamed', [True, False])
+@pytest.mark.parametrize('when', ['before the first token', 'midway'])
+def test_a_client_that_leaves_frees_its_row_within_half_a_second(make_app, model, streamed, when):
+    app = make_app(max_rows=1, model=random_model(VOCABULARY, 4096))
+    service = app.extensions['flatgpt']
+    endless = {'prompt': 'a', 'max_tokens': 4000, 'logit_bias': GOES_ON}
+    with served(app) as port:
+        with connect(port, **endless, stream=True) as first:
+            first.recv(100)
+            waiting = connect(port, **endless, stream=streamed)
+            wait_until(lambda: service.engine.waiting)
+            if when == 'before the first token':
+                waiting.close()
+                wait_until(lambda: not service.engine.waiting, 0.5)
+        if when == 'midway':
+            wait_until(lambda: service.engine.running == 1 and not service.engine.waiting)
+            time.sleep(0.1)
+            waiting.close()
+        assert free_again(service)
+        assert post(port, prompt='a')[0] == 200
+    seen = figures(app.test_client())
+    assert seen['flatgpt_requests_finished_total{reason="cancelled"}'] == 2
+    assert not any('{status="5' in name for name in seen)
+
+
+def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
+    with served(app) as port:
+        for length in (2**22 - 14, 2**22, 6_000_000, 20_000_000):
+            status, _, body = post(port, prompt='a' * length)
+            assert status == 413
+            assert json.loads(body)['error']['type'] == 'invalid_request_error'
+        assert post(port, prompt='a' * (2**22 - 100))[0] == 400  # in which the prompt is too long
+
+
+def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
+    door, listener = Door(), listening()
+    server, port = Server(door, listener, 4), listener.getsockname()[1]
+    try:
+        seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
+        assert seen.pop('/health') == (200, {'status': 'ok'})
+        assert 'Retry-After' not in post(port, '/health')[1]
+        assert post(port)[1]['Retry-After'] == '5'
+        for status, body in seen.values():
+            assert (status, body['error']['code']) == (503, 'loading')
+        door.app = app
+        assert get(port, '/ready') == (200, {'status': 'ok'})
+    finally:
+        server.close()
+
+
+def get(port, path):
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request('GET', path)
+        reply = connection.getresponse()
+        return reply.status, json.loads(reply.read())
+
+
+def test_connections_are_kept_for_the_next_request(app):
+    with served(app) as port:
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+        with contextlib.closing(connection):
+            for _ in range(3):
+                connection.request('GET', '/health')
+                assert connection.getresponse().read() == b'{"status":"ok"}\n'
+                held_by = connection.sock
+            connection.request('GET', '/ready')
+            assert connection.getresponse().status == 200
+            assert connection.sock is held_by
+
+
+@pytest.mark.parametrize(
+    ('sent', 'status'),
+    [
+        (b'nonsense\r\n\r\n', 400),
+        (b'GET / HTTP/1.1\r\nbad header\r\n\r\n', 400),
+        (b'GET / HTTP/1.1\r\nX: ' + b'x' * 300_000 + b'\r\n\r\n', 431),
+        (b'POST /tokenize HTTP/1.1\r\nContent-Length: -1\r\n\r\n', 400),
+        (b'POST /tokenize HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n', 501),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_what_is_no_http_is_answered_in_json_too_and_logged(app, caplog, sent, status):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    with served(app) as port, socket.create_connection(('127.0.0.1', port), timeout=30) as client:
+        client.sendall(sent)
+        with http.client.HTTPResponse(client) as reply:
+            reply.begin()
+            assert reply.status == status
+            assert json.loads(reply.read())['error']['message']
+            assert reply.headers['Content-Type'] == 'application/json'
+    (line,) = logged(caplog, None)
+    assert (line['client'], line['status']) == ('127.0.0.1', status)
+    assert figures(app.test_client())[f'flatgpt_requests_rejected_total{{status="{status}"}}'] == 1
+
+
+def test_the_log_has_the_client_that_a_proxy_on_this_machine_names(app, caplog):
+    caplog.set_level(logging.INFO, 'flatgpt')
+    with served(app) as port:
+        for named in ({}, {'X-Forwarded-For': '192.0.2.9'}):
+            connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+            with contextlib.closing(connection):
+                connection.request('GET', '/health', headers=named)
+                assert connection.getresponse().status == 200
+        wait_until(lambda: len(logged(caplog, '/health')) == 2)
+    assert [line['client'] for line in logged(caplog, '/health')] == ['127.0.0.1', '192.0.2.9']
+
+
+def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
+    with served(app) as port, contextlib.ExitStack() as stack:
+        for number in range(150):
+            client = stack.enter_context(socket.create_connection(('127.0.0.1', port), timeout=30))
+            if number % 2:
+                client.sendall(f'POST {PATH} HTTP/1.1\r\nContent-Length: 1000\r\n\r\n{{'.encode())
+        began = time.monotonic()
+        assert post(port, prompt='a')[0] == 200
+        assert time.monotonic() - began < 2
+
+
+def connect_and_never_read(port, service):
+    """A client whose thread soon waits for it to read: its frames are larger than any buffer."""
+    given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
+    frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('flatgpt.serving.service.Job.frames', frames)
+        client = connect(port, **given)
+        client.recv(1, socket.MSG_PEEK)
+    wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
+    return client
+
+
+def test_who_does_not_read_takes_no_row_and_is_cut_off_in_the_end(make_app, monkeypatch):
+    app = make_app(max_rows=1, max_queue=2)
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port), connect_and_never_read(port, service):
+        assert post(port, prompt='a', n=2)[0] == 200
+        assert len(service.jobs) == 1
+        monkeypatch.setattr('flatgpt.serving.http_server.LOOK', 0.05)
+        monkeypatch.setattr('flatgpt.serving.http_server.STALLED', 0.2)
+        wait_until(lambda: not service.jobs)
+        wait_until(lambda: not server.busy())
+
+
+def test_who_does_not_read_is_not_waited_for_without_end(make_app, monkeypatch):
+    monkeypatch.setattr('flatgpt.serving.http_server.FLUSH', 1.0)
+    app = make_app()
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port):
+        client = connect_and_never_read(port, service)
+        service.draining, began = True, time.monotonic()
+        wait_until_drained(service, server)
+        assert 1 <= time.monotonic() - began < 3
+    with client:
+        wait_until(lambda: not service.jobs)
+
+
+def test_those_who_go_on_asking_do_not_keep_a_server_that_drains(app):
+    service, end = app.extensions['flatgpt'], threading.Event()
+
+    def poll(port):
+        while not end.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                get(port, '/v1/models')
+                post(port, prompt='a')
+
+    with serving(app) as (server, port):
+        pollers = [in_background(poll, port) for _ in range(8)]
+        wait_until(lambda: server.busy())
+        service.draining, began = True, time.monotonic()
+        wait_until_drained(service, server)
+        took = time.monotonic() - began
+        end.set()
+        for poller in pollers:
+            poller()
+    assert 0.5 <= took < 5
+
+
+def test_what_was_begun_is_read_to_its_end_while_a_server_drains(make_app):
+    app = make_app()
+    service = app.extensions['flatgpt']
+    with serving(app) as (server, port), connect_and_never_read(port, service) as slow:
+        service.draining = True
+        drained = threading.Event()
+        in_background(lambda: (wait_until_drained(service, server), drained.set()))
+        time.sleep(1)
+        assert not drained.is_set()
+        received = 0
+        while received < 3 * 2**24:
+            received += len(slow.recv(2**20))
+        assert drained.wait(5)
+
+
+def test_frames_arrive_while_the_text_is_written(make_app):
+    app = make_app(model=random_model(VOCABULARY, 2048))
+    with (
+        served(app) as port,
+        connect(port, prompt='a', max_tokens=2000, stream=True, logit_bias=GOES_ON) as client,
+    ):
+        received = b''
+        while b'data: {"id"' not in received:
+            received += client.recv(10_000)
+        assert app.extensions['flatgpt'].engine.running == 1
+
+
+# -----------------------------------------------------------------------------
+# the client of OpenAI's library
+
+
+@pytest.fixture
+def openai_client(make_app):
+    openai = pytest.importorskip('openai', reason='openai is not installed')
+    app = make_app(name='tiny', api_key='secret')
+    with served(app) as port:
+        base = f'http://127.0.0.1:{port}/v1'
+        with openai.OpenAI(base_url=base, api_key='secret', max_retries=0) as client:
+            yield client
+
+
+def test_openai_completes_with_logprobs(openai_client, app):
+    given = {'prompt': ['one', 'two'], 'max_tokens': 6, 'seed': 3, 'n': 2, 'logprobs': 2}
+    body = ask(app.test_client(), **given, echo=True, stop=['\n'])
+    answer = openai_client.completions.create(model='tiny', **given, echo=True, stop=['\n'])
+    assert [choice.text for choice in answer.choices] == [c['text'] for c in body['choices']]
+    assert answer.usage.total_tokens == body['usage']['total_tokens']
+    for choice, expected in zip(answer.choices, body['choices'], strict=True):
+        assert choice.finish_reason == expected['finish_reason']
+        assert choice.logprobs.model_dump() == expected['logprobs']
+    assert answer._request_id == answer.id.removeprefix('cmpl-')
+
+
+def test_openai_streams_with_logprobs_and_usage(openai_client, app):
+    given = {'prompt': 'one', 'max_tokens': 20, 'seed': 3, 'logprobs': 1, 'logit_bias': GOES_ON}
+    body = ask(app.test_client(), **given)
+    options = {'stream': True, 'stream_options': {'include_usage': True}}
+    *frames, last = openai_client.completions.create(model='tiny', **given, **options)
+    assert ''.join(frame.choices[0].text for frame in frames) == body['choices'][0]['text']
+    tokens = [token for frame in frames for token in frame.choices[0].logprobs.tokens]
+    assert tokens == body['choices'][0]['logprobs']['tokens']
+    assert frames[-1].choices[0].finish_reason == 'length'
+    assert (last.choices, last.usage.completion_tokens) == ([], 20)
+
+
+def test_openai_lists_the_model(openai_client):
+    assert [model.id for model in openai_client.models.list()] == ['tiny']
+    assert openai_client.models.retrieve('tiny').object == 'model'
+
+
+def test_openai_names_errors_by_its_own_classes(openai_client):
+    import openai
+
+    service, given = openai_client, {'model': 'tiny', 'prompt': 'a'}
+    with pytest.raises(openai.BadRequestError) as caught:
+        service.completions.create(**given, temperature=-1)
+    assert caught.value.param == 'temperature'
+    assert caught.value.type == 'invalid_request_error'
+    with pytest.raises(openai.BadRequestError, match='no chat template'):
+        service.chat.completions.create(model='tiny', messages=[{'role': 'user', 'content': 'a'}])
+    with pytest.raises(openai.NotFoundError, match='there is no model'):
+        service.models.retrieve('other')
+    with pytest.raises(openai.AuthenticationError) as caught:
+        service.with_options(api_key='wrong').completions.create(**given)
+    assert caught.value.code == 'invalid_api_key'
+
+
+def test_openai_raises_what_comes_midway_in_a_stream(make_app):
+    openai = pytest.importorskip('openai', reason='openai is not installed')
+    app = make_app(max_seconds=0.3)
+    service, step = app.extensions['flatgpt'], app.extensions['flatgpt'].engine.step
+    service.engine.step = lambda: (time.sleep(0.02), step())[1]
+    given = {'model': '', 'prompt': 'a', 'max_tokens': 60, 'logit_bias': GOES_ON}
+    with served(app) as port:
+        base = f'http://127.0.0.1:{port}/v1'
+        with openai.OpenAI(base_url=base, api_key='-') as client:
+            frames = client.completions.create(**given, stream=True)
+            assert next(frames).choices
+            with pytest.raises(openai.APIError, match='took longer than'):
+                list(frames)
+            with pytest.raises(openai.InternalServerError, match='took longer than'):
+                client.completions.create(**given)  # which does not try again
+    assert figures(app.test_client())['flatgpt_requests_rejected_total{status="504"}'] == 1
+
+
+# -----------------------------------------------------------------------------
+# the script
+
+
+@pytest.fixture(scope='module')
+def out_dir(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp('served') / 'run', byte_tokenizer(), block_size=4096)
+
+
+@contextlib.contextmanager
+def started(out_dir, environment, *args):
+    """Start api.py -> the process and its port, once it listens."""
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        f'--out_dir={out_dir}',
+        '--port=0',
+        '--dtype=float32',
+        *args,
+    ]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    with subprocess.Popen(
+        command, env={**environment, 'PYTHONWARNINGS': 'error'}, **pipes
+    ) as process:
+        try:
+            line = process.stdout.readline()
+            found = re.search(r' at http://127\.0\.0\.1:(\d+)', line)
+            assert found, line + process.stderr.read()
+            yield process, int(found[1])
+        finally:
+            process.kill()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment, number):
+    with started(out_dir, environment) as (process, port):
+        limits = process.stdout.readline()
+        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+        assert 'no key' in limits
+        answers = [
+            in_background(post, port, prompt='a', max_tokens=15, stream=bool(i % 2), n=4, seed=i)
+            for i in range(16)
+        ]
+        time.sleep(0.02)
+        process.send_signal(number)
+        for answer in answers:
+            status, _, body = answer()
+            assert status in (200, 503)
+            assert status == 503 or b'"finish_reason"' in body
+            assert status == 503 or body.endswith((b'[DONE]\n\n', b'}\n'))
+        assert process.wait(10) == 0
+        lines = process.stderr.read().splitlines()
+        assert all(json.loads(line) for line in lines if 'parameters on' not in line)
+
+
+def test_a_server_that_died_does_not_pretend_to_serve(app):
+    class Dead:
+        thread = threading.Thread()
+
+    with pytest.raises(RuntimeError, match='the server failed'):
+        wait_until_drained(app.extensions['flatgpt'], Dead())
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+def test_a_second_signal_ends_the_server_at_once(out_dir, environment):
+    with started(out_dir, environment) as (process, port):
+        with connect(port, prompt='a', max_tokens=4000, stream=True, logit_bias=GOES_ON) as client:
+            assert client.recv(100)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 128 + signal.SIGTERM
+
+
+def test_mistakes_at_the_start_are_one_line(environment, out_dir):
+    for args, says in (
+        (['--host=0.0.0.0'], 'FLATGPT_API_KEY'),
+        (['--max_rows=0'], 'max_rows=0'),
+        (['--prot=1'], 'did you mean port'),
+        (['--port=70000'], 'port=70000'),
+        (['--port=0', '--out_dir=no-such-run'], 'no-such-run'),
+    ):
+        command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', *args]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stderr.count('\n') == 1
+        assert says in done.stderr

@@ -1,0 +1,355 @@
+"""The server under many requests, wrong ones, and the clients that people use.
+
+$ python -m pytest -m load                          # some minutes
+$ FLATGPT_LOAD=10 python -m pytest -m load          # a tenth of the counts
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import random_model
+from test_api import (
+    GOES_ON,
+    PATH,
+    SIZE,
+    VOCABULARY,
+    connect,
+    figures,
+    free_again,
+    in_background,
+    make_app,  # noqa: F401 - a fixture
+    model,  # noqa: F401 - another
+    out_dir,  # noqa: F401
+    post,
+    served,
+    started,
+)
+
+from flatgpt.data.tokenizer import byte_tokenizer
+from flatgpt.serving.schema import openapi
+
+pytestmark = pytest.mark.load
+OPERATIONS = [(path, way) for path, ways in openapi('')['paths'].items() for way in ways]
+SHARE = int(os.environ.get('FLATGPT_LOAD', '100')) / 100
+
+
+def times(count):
+    return max(1, round(count * SHARE))
+
+
+def together(count, work):
+    """Run work(number) in as many threads -> what each returned."""
+    results = [in_background(work, number) for number in range(count)]
+    return [result() for result in results]
+
+
+# -----------------------------------------------------------------------------
+# many requests
+
+
+@contextlib.contextmanager
+def kept(port):
+    """A connection for many requests -> a function that sends one and gives status and body."""
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+
+    def send(**body):
+        given = json.dumps(body), {'Content-Type': 'application/json'}
+        connection.request('POST', PATH, *given)
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read()
+
+    with contextlib.closing(connection):
+        yield send
+
+
+def test_four_times_too_many_clients_get_200_or_429_and_nothing_else(make_app):  # noqa: F811
+    app = make_app(max_rows=4, max_queue=12)
+    answers = []
+
+    def client(number):
+        draw = random.Random(number)
+        with kept(port) as send:
+            for _ in range(times(40)):
+                streamed = draw.random() < 0.5
+                answers.append(send(prompt='ab', max_tokens=draw.randrange(1, 40), stream=streamed))
+
+    with served(app) as port:
+        together(64, client)
+        assert free_again(app.extensions['flatgpt'])
+    statuses = [status for status, _, _ in answers]
+    assert {*statuses} == {200, 429}
+    assert len(statuses) == 64 * times(40)
+    for status, headers, body in answers:
+        if status == 429:
+            assert int(headers['Retry-After']) > 0
+        else:
+            assert b'"finish_reason": "' in body or b'"finish_reason":"' in body
+
+
+def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):  # noqa: F811
+    app, draw = make_app(max_rows=2, model=random_model(VOCABULARY, 4096)), random.Random(0)
+    service = app.extensions['flatgpt']
+    with served(app) as port:
+        for _ in range(times(200)):
+            clients = [
+                connect(
+                    port,
+                    prompt='a' * draw.randrange(1, 2000),
+                    max_tokens=2000,
+                    stream=draw.random() < 0.6,
+                    n=draw.randrange(1, 3),
+                    logit_bias=GOES_ON,
+                )
+                for _ in range(draw.randrange(1, 4))
+            ]
+            time.sleep(draw.random() ** 3 * 0.3)
+            for client in clients:
+                client.close()
+            assert free_again(service)
+        assert post(port, prompt='a')[0] == 200
+    seen = figures(app.test_client())
+    assert seen['flatgpt_requests_running'] == seen['flatgpt_requests_waiting'] == 0
+    assert seen['flatgpt_requests_finished_total{reason="cancelled"}'] >= times(200)
+
+
+def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, environment):  # noqa: F811
+    psutil = pytest.importorskip('psutil')
+    count = max(3000, times(15_000))
+    with started(out_dir, environment) as (process, port):
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        used = psutil.Process(process.pid)
+
+        def client(number):
+            with kept(port) as send:
+                for i in range(count // 48):
+                    given = {'max_tokens': 1 + i % 5, 'stream': i % 3 == 0, 'echo': i % 2 == 0}
+                    status, _, _ = send(prompt='abc' * (1 + i % 7), **given, logprobs=i % 3)
+                    assert status == 200
+
+        def usage():
+            return used.memory_info().rss / 2**20, used.num_threads(), used.num_fds()
+
+        together(16, client)  # a third of all, by when every thread has what it needs
+        before = usage()
+        together(16, client)
+        together(16, client)
+        after = usage()
+    print(f'{count} requests: {before} MiB, threads, files, then {after}')
+    assert after[0] < before[0] + 20
+    assert after[1:] <= (before[1], before[2] + 2)
+
+
+def test_idle_sockets_and_slow_uploads_starve_nobody(make_app):  # noqa: F811
+    app, end = make_app(), threading.Event()
+    with served(app) as port, contextlib.ExitStack() as stack:
+        slow = []
+        for number in range(500):
+            client = stack.enter_context(socket.create_connection(('127.0.0.1', port), timeout=60))
+            if number % 2:
+                client.sendall(f'POST {PATH} HTTP/1.1\r\nContent-Length: 100000\r\n\r\n'.encode())
+                slow.append(client)
+
+        def dribble():
+            while not end.wait(0.05):
+                for client in slow:
+                    client.sendall(b' ')
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        took = []
+        for _ in range(times(200)):
+            began = time.monotonic()
+            assert post(port, prompt='a', max_tokens=2)[0] == 200
+            took.append(time.monotonic() - began)
+        end.set()
+        thread.join()
+    print(f'beside 250 idle and 250 slow: median {sorted(took)[len(took) // 2]:.4f} s')
+    assert sorted(took)[int(0.95 * len(took))] < 0.5
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+def test_sigterm_under_32_streams_loses_none(out_dir, environment):  # noqa: F811
+    for _ in range(times(5)):
+        with started(out_dir, environment) as (process, port):
+            streams = [
+                connect(port, prompt='ab', max_tokens=150, stream=True, logit_bias=GOES_ON, seed=i)
+                for i in range(32)
+            ]
+            while True:
+                connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+                with contextlib.closing(connection):
+                    connection.request('GET', '/metrics')
+                    lines = connection.getresponse().read().decode().splitlines()
+                seen = dict(line.rsplit(' ', 1) for line in lines)
+                if (
+                    float(seen['flatgpt_requests_running'])
+                    + float(seen['flatgpt_requests_waiting'])
+                    == 32
+                ):
+                    break
+            process.terminate()
+            for client in streams:
+                with client, client.makefile('rb') as file:
+                    text = file.read()
+                assert text.startswith(b'HTTP/1.1 200')
+                assert b'"finish_reason": "length"' in text
+                assert b'data: [DONE]\n\n' in text
+                assert text.endswith(b'0\r\n\r\n')
+            assert process.wait(10) == 0
+
+
+def test_many_streams_at_once_leave_health_answering(make_app):  # noqa: F811
+    app, took = make_app(model=random_model(VOCABULARY, 1024)), []
+    with served(app) as port:
+        streams = [
+            in_background(post, port, prompt='a', max_tokens=400, stream=True, logit_bias=GOES_ON)
+            for _ in range(64)
+        ]
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+        with contextlib.closing(connection):
+            while app.extensions['flatgpt'].jobs or not took:
+                began = time.monotonic()
+                connection.request('GET', '/health')
+                assert connection.getresponse().read()
+                took.append(time.monotonic() - began)
+                time.sleep(0.01)
+        assert all(b'[DONE]' in stream()[2] for stream in streams)
+    print(
+        f'/health beside 64 streams: p99 {sorted(took)[int(0.99 * len(took))]:.4f} s of {len(took)}'
+    )
+
+
+# -----------------------------------------------------------------------------
+# wrong requests
+
+
+@pytest.mark.filterwarnings('default')
+@pytest.mark.parametrize(('path', 'method'), OPERATIONS)
+def test_nothing_that_a_schema_allows_or_forbids_is_a_server_error(make_app, path, method):  # noqa: F811
+    schemathesis = pytest.importorskip('schemathesis')
+    import hypothesis
+
+    app = make_app(max_queue=1000)
+    document = schemathesis.openapi.from_wsgi('/openapi.json', app)
+    operation, statuses = document[path][method], []
+    modes = schemathesis.GenerationMode
+    cases = operation.as_strategy(generation_mode=modes.POSITIVE) | operation.as_strategy(
+        generation_mode=modes.NEGATIVE
+    )
+
+    @hypothesis.settings(
+        max_examples=times(2000),
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(cases)
+    def check(case):
+        reply = case.call()
+        statuses.append(reply.status_code)
+        case.validate_response(
+            reply,
+            excluded_checks=[
+                schemathesis.checks.negative_data_rejection,
+                schemathesis.checks.positive_data_acceptance,
+            ],
+        )
+
+    check()
+    counts = {status: statuses.count(status) for status in sorted({*statuses})}
+    print(operation.label, counts)
+    assert max(statuses) < 500
+
+
+# -----------------------------------------------------------------------------
+# real clients
+
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_target: answer
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}]
+---
+"""
+
+
+def test_lm_evaluation_harness_scores_each_item_as_the_model_does(
+    make_app,  # noqa: F811
+    model,  # noqa: F811
+    environment,
+    tmp_path,
+):
+    pytest.importorskip('lm_eval', reason='lm_eval is not installed')
+    draw, letters = random.Random(0), 'abcdefghij é'
+    words = lambda count: ''.join(draw.choices(letters, k=count))  # noqa: E731
+    docs = [
+        {
+            'text': words(draw.randrange(30)) + 'y',
+            'choices': [words(draw.randrange(1, 20)).strip() + 'x' for _ in range(3)],
+            'answer': draw.randrange(3),
+        }
+        for _ in range(times(200))
+    ]
+    data = tmp_path / 'words.jsonl'
+    data.write_text(''.join(json.dumps(doc) + '\n' for doc in docs))
+    (tmp_path / 'words.yaml').write_text(TASK.replace('---\n', '').format(data=data))
+    with served(make_app()) as port:
+        url = f'http://127.0.0.1:{port}{PATH}'
+        given = f'model=tiny,base_url={url},num_concurrent=8,max_length={SIZE},max_retries=1'
+        command = [
+            sys.executable,
+            '-m',
+            'lm_eval',
+            '--model',
+            'local-completions',
+            '--tasks',
+            'words',
+        ]
+        command += ['--include_path', tmp_path, '--output_path', tmp_path / 'out', '--log_samples']
+        caches = {'HF_HOME': str(tmp_path / 'hf'), 'HF_DATASETS_OFFLINE': '1'}
+        done = subprocess.run(
+            [*map(str, command), '--model_args', given],
+            env={**environment, **caches},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / 'out').rglob('samples_words_*.jsonl')
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(samples) == len(docs)
+    worst = 0.0
+    for sample in samples:
+        doc = sample['doc']
+        for choice, ((found, greedy),) in zip(doc['choices'], sample['resps'], strict=True):
+            expected, likeliest = scored(model, doc['text'], ' ' + choice)
+            worst = max(worst, abs(float(found) - expected))
+            assert str(greedy) == str(likeliest)
+    print(f'{3 * len(docs)} items, the largest difference {worst:.1e}')
+    assert worst < 1e-3
+
+
+@torch.no_grad()
+def scored(model, context, continuation):  # noqa: F811
+    """The log-probability of a continuation, and whether each of its tokens is the likeliest."""
+    encode = byte_tokenizer().encode
+    before, after = encode(context).tolist(), encode(continuation).tolist()
+    scores = model(torch.tensor([before + after]))[0][0].log_softmax(-1)[len(before) - 1 : -1]
+    own = scores.gather(1, torch.tensor(after)[:, None])
+    return own.sum().item(), scores.argmax(-1).tolist() == after

@@ -1,0 +1,365 @@
+"""Who hangs, or is gone, is named, and nobody waits for it any longer than was said."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT
+
+from flatgpt.runtime import Runtime, is_lost_connection
+from flatgpt.training.watchdog import PLACES, Watch, is_sibling
+
+GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
+FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
+
+
+@pytest.fixture
+def crew(monkeypatch):
+    """Watches of some ranks in one process; what each ends with -> (start, said)."""
+    said, store, started = {}, dist.HashStore(), []
+
+    def end(self, what, why, mine=None):
+        if self in started:  # and not of an earlier test
+            said.setdefault(self.runtime.rank, (what, why, mine))
+
+    monkeypatch.setattr(Watch, '_end', end)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    monkeypatch.setenv('MASTER_ADDR', 'first.host')
+
+    def start(world, timeout=0.3, store=store):
+        ranks = [Runtime('cpu', torch.float32, rank, world, store) for rank in range(world)]
+        started.extend(Watch(runtime, timeout) for runtime in ranks)
+        return started
+
+    yield start, said
+    for each in started:
+        each.close()
+
+
+def wait_for(said, rank):
+    deadline = time.monotonic() + 10
+    while rank not in said:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return said[rank]
+
+
+def wait_for_speaker(said):
+    """What the one that speaks says."""
+    deadline = time.monotonic() + 10
+    while not (spoken := [(what, why) for what, why, mine in said.values() if mine]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (one,) = spoken
+    return one
+
+
+def keep_busy(*watches):
+    """They get on: each is at something new all the time."""
+
+    def work():
+        while not all(each.ended.wait(0.01) for each in watches):
+            for each in watches:
+                each.at(each.place[0] + 1, 'the update')
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_nobody_is_blamed_while_all_get_on(crew):
+    start, said = crew
+    keep_busy(*start(3, timeout=0.1))
+    time.sleep(0.5)
+    assert said == {}
+
+
+def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
+    start, said = crew
+    watches = start(3)
+    watches[0].at(7, 'the gradients')
+    watches[1].at(7, 'the data')
+    watches[2].at(7, 'the gradients')
+    what, why = wait_for_speaker(said)
+    assert what == 'no progress for 0.3 s'
+    assert re.fullmatch(
+        rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for \d s; '
+        r'waited for at the gradients of step 7',
+        why,
+    )
+    for rank in range(3):  # all leave, one says why
+        wait_for(said, rank)
+    assert [mine for *_, mine in said.values()].count(True) == 1
+
+
+def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
+    start, said = crew
+    watches = start(3)
+    watches[0].at(7, 'the saving')
+    for each in watches[1:]:
+        each.at(7, 'the gradients')
+    assert re.fullmatch(
+        rf'rank 0 \(process {os.getpid()} on \S+\) has been at the saving of step 7 for \d s; '
+        r'waited for at the gradients of step 7',
+        wait_for_speaker(said)[1],
+    )
+    assert not wait_for(said, 0)[2]
+
+
+@pytest.mark.parametrize('behind', [(7, 'the update'), (8, 'the evaluation'), (8, 'the sample')])
+def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
+    start, said = crew
+    watches = start(2)
+    watches[0].at(8, 'the data')
+    watches[1].at(*behind)
+    assert wait_for_speaker(said)[1].startswith('rank 1 ')
+
+
+def test_the_places_are_those_of_train_py_in_its_order():
+    script = (ROOT / 'train.py').read_text(encoding='utf-8')
+    places = re.findall(r"watch\.(?:at|together)[(,] ?\w+, '(.*?)'", script)
+    assert ['the start', *sorted(places, key=PLACES.index)] == PLACES
+    loop = PLACES[PLACES.index('the evaluation') :]
+    assert places[-len(loop) :] == loop
+
+
+def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
+    start, said = crew
+    watches = start(2)
+    watches[1].at(1, 'the data')
+    keep_busy(watches[1])
+    time.sleep(1)
+    assert said == {}  # rank 0 is behind, but rank 1 gets on
+
+
+def wait_together(*watches):
+    """They wait while another copies, as Runtime.wait_for_all() does."""
+
+    def work():
+        while not all(each.ended.wait(0.01) for each in watches):
+            for each in watches:
+                each.together(0, 'the opening of the data')
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+def test_all_may_wait_for_long_while_another_copies(crew):
+    start, said = crew
+    watches = start(3)
+    wait_together(*watches[:2])
+    for _ in range(150):
+        watches[2].together(0, 'the copying of the data')
+        time.sleep(0.01)
+    assert said == {}
+
+
+def test_who_dies_while_another_waits_for_its_data_is_named(crew):
+    start, said = crew
+    watches = start(3)
+    wait_together(*watches[:2])
+    watches[2].together(0, 'the copying of the data')
+    time.sleep(0.3)
+    watches[2].close()
+    _, why = wait_for_speaker(said)
+    assert re.fullmatch(
+        r'rank 2 \(.*\) gives no sign of life, last at the copying of the data of step 0; '
+        'waited for at the opening of the data of step 0',
+        why,
+    )
+
+
+def test_who_gets_no_data_for_too_long_is_named(crew):
+    start, said = crew
+    watches = start(2)
+    wait_together(watches[0])
+    watches[1].together(0, 'the copying of the data')
+    assert wait_for_speaker(said)[1].startswith('rank 1 ')
+
+
+def test_the_rank_whose_signs_stopped_is_named(crew):
+    start, said = crew
+    watches = start(3, timeout=1)
+    watches[1].at(4, 'the saving')
+    time.sleep(0.3)  # a sign of that
+    watches[1].close()
+    for each in watches[::2]:
+        each.at(5, 'the gradients')
+    _, why = wait_for_speaker(said)
+    assert re.match(r'rank 1 \(.*\) gives no sign of life, last at the saving of step 4; ', why)
+    assert 'rank 0' not in why
+
+
+def test_all_may_take_long_for_the_same(crew):
+    start, said = crew
+    start(2)
+    time.sleep(2)
+    assert said == {}
+
+
+class Silent(dist.HashStore):
+    """A store whose keeper is stopped: it takes what it is given, and never answers."""
+
+    def get(self, key):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(60)
+
+
+@pytest.mark.parametrize(('agent', 'keeper'), [('True', 'torchrun'), ('False', 'rank 0')])
+def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keeper):
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', agent)
+    start, said = crew
+    started = time.monotonic()
+    start(2, store=Silent())
+    what, why, _ = wait_for(said, 1)
+    assert time.monotonic() - started < 10  # and not 60
+    assert what == 'no progress for 0.3 s'
+    assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
+
+
+def test_a_lost_connection_names_who_is_gone(crew):
+    start, said = crew
+    watches = start(2, timeout=3)
+    time.sleep(0.5)
+    watches[0].close()
+    watches[1].at(9, 'the gradients')
+    sys.excepthook(RuntimeError, RuntimeError(GLOO), None)
+    what, why, mine = said[1]
+    assert what == 'a connection is lost (Connection closed by peer [10.0.0.2]:12)'
+    assert why.startswith('rank 0 (')
+    assert 'gives no sign of life' in why
+    assert mine
+
+
+def test_only_a_lost_connection_counts_as_one(crew, capsys):
+    start, said = crew
+    start(2)
+    sys.excepthook(RuntimeError, RuntimeError('shapes differ'), None)
+    assert said == {}
+    assert 'RuntimeError: shapes differ' in capsys.readouterr().err
+    assert is_lost_connection(RuntimeError(GLOO))
+    assert is_lost_connection(dist.DistNetworkError('closed'))
+    assert not is_lost_connection(ValueError(GLOO))
+
+
+def test_one_process_is_not_watched(monkeypatch):
+    monkeypatch.setattr(threading.Thread, 'start', lambda self: pytest.fail('a thread'))
+    hook = sys.excepthook
+    Watch(Runtime('cpu', torch.float32), 0.1).close()
+    assert sys.excepthook is hook
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
+def test_only_a_process_of_the_same_parent_would_be_killed():
+    assert is_sibling(os.getpid())
+    assert not is_sibling(1)
+    assert not is_sibling(os.getppid())
+    assert not is_sibling(2**22 + 1)  # there is no such process
+
+
+def last_line(rank):
+    return rank.err.splitlines()[-1]
+
+
+def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
+    crew = ranks(3, f'--out_dir={tmp_path}', *FOREVER, '--hang_timeout=4')
+    crew[0].says('step 3/')
+    crew[1].send(signal.SIGKILL)
+    assert crew.end(20) == [1, -signal.SIGKILL, 1]
+    assert re.fullmatch(
+        rf'error \(rank [02]\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on '
+        r'\S+\) gives no sign of life, last at .* of step \d+; waited for at the \w+ of step \d+',
+        *re.findall(r'^error.*', crew.err, re.M),
+    )
+    assert 'Traceback' not in crew.err
+
+
+SLOW = """
+import sys, time
+from flatgpt.checkpoint import save
+from flatgpt.data import dataset, mixture
+def sleep(*args): time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ('which', 'fault', 'place'),
+    [
+        (0, 'save.Saver.save = sleep', 'the saving of step 2'),
+        (1, 'dataset.Dataset.batch = sleep', 'the data of step 0'),
+    ],
+)
+def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, place):
+    before = lambda rank: SLOW + fault if rank == which else ''  # noqa: E731
+    args = (f'--out_dir={tmp_path}', *FOREVER, '--save_interval=2', '--hang_timeout=2')
+    crew = ranks(3, *args, before=before)
+    assert crew.end(30) == [1, 1, 1]
+    (line,) = re.findall(r'^error.*', crew.err, re.M)
+    assert re.fullmatch(
+        rf'error \(rank \d\): no progress for 2 s: rank {which} \(process {crew[which].pid} on '
+        rf'\S+\) has been at {place} for \d s; waited for at the \w+ of step \d',
+        line,
+    )
+    assert 'Traceback' not in crew.err
+
+
+def while_opening(fault):
+    """`before`, for rank 1."""
+    lines = (
+        f'import os, signal, time\nfrom flatgpt.data import mixture\ndef fails(*args): {fault}\n'
+    )
+    return lambda rank: f'{lines}mixture.open_data = fails' if rank == 1 else ''
+
+
+def test_any_error_while_the_data_is_opened_ends_all(ranks, tmp_path):
+    crew = ranks(2, f'--out_dir={tmp_path}/run', before=while_opening('raise OSError("no disk")'))
+    assert crew.end(30) == [2, 1]
+    assert crew[0].err == 'error: rank 1: OSError: no disk\n'
+    assert last_line(crew[1]) == '[rank1]: OSError: no disk'
+
+
+@pytest.mark.parametrize('number', ['SIGSTOP', 'SIGKILL'])
+def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path, number):
+    fault = while_opening(f'time.sleep(0.5); os.kill(os.getpid(), signal.{number})')
+    crew = ranks(2, f'--out_dir={tmp_path}/run', '--hang_timeout=2', before=fault)
+    assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
+    assert re.fullmatch(
+        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) gives no '
+        r'sign of life, last at the copying of the data of step 0; waited for at .*\n',
+        crew.err,
+    )
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize('shard', [False, True])
+@pytest.mark.parametrize('which', [0, 1])
+def test_a_stopped_rank_is_named_within_the_timeout_and_five_seconds(ranks, tmp_path, which, shard):
+    args = (f'--out_dir={tmp_path}', *FOREVER, '--hang_timeout=3', f'--shard={shard}')
+    crew = ranks(2, *args)
+    crew[0].says('step 3/')
+    crew[which].send(signal.SIGSTOP)
+    started, other = time.monotonic(), crew[1 - which]
+    assert other.end(30) == 1
+    assert 3 <= time.monotonic() - started < 3 + 5
+    assert 'Traceback' not in other.err
+    assert last_line(other).startswith(
+        f'error (rank {1 - which}): no progress for 3 s: rank {which} '
+    )
+    if which == 1:  # and rank 0 keeps the store, without which there is no more to be known
+        assert f'(process {crew[1].pid} on ' in other.err
+        assert crew[1].end(5) == -signal.SIGKILL  # it would not hear torchrun
+
+
+def test_a_sign_can_be_read_by_all(crew):
+    start, _ = crew
+    (first, *_) = start(2)
+    first.at(3, 'the data')
+    first._sign()
+    _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('sign/0'))
+    assert (pid, step, what) == (os.getpid(), 3, 'the data')
+    assert seconds < 5
+    assert host
