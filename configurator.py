@@ -23,9 +23,11 @@ import traceback
 from pathlib import Path
 
 from flatgpt import ROOT
-from flatgpt.errors import ConfigError, did_you_mean, one_line_errors
+from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
 
 SCALARS = (bool, int, float, str, type(None))
+# settings of earlier versions, accepted and ignored in the config.py of an old run
+RETIRED = ('published',)
 EXAMPLES = {
     'bool': 'True or False',
     'int': 'a whole number',
@@ -52,31 +54,51 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     if '--help' in argv or '-h' in argv:
         print(help_text(defaults))
         raise SystemExit(0)
-    for arg in argv:
-        path = None if arg.startswith('--') else find_config(arg)
-        if arg.startswith('--'):
-            key, equals, text = arg[2:].partition('=')
-            known(key, kinds, arg)
-            if not equals and 'bool' not in kinds[key]:
-                raise ConfigError(f'{arg}: needs {expected(kinds[key])}, as in {arg}=...')
-            values[key] = parse(text, kinds[key], arg) if equals else True
-            check(key, values[key], kinds[key], arg)
-        elif path is None and positional:
-            if values[positional] != defaults[positional]:
+    mistakes = Mistakes()
+    for before, arg in zip(['', *argv], argv, strict=False):
+        with mistakes.collect():
+            path = None if arg.startswith('--') else find_config(arg)
+            if arg.startswith('--'):
+                values |= read_flag(arg, kinds)
+            elif path is not None:
+                elsewhere = {} if script and Path(script).name == 'train.py' else train_settings()
+                values |= read_config(path, values, kinds, elsewhere, mistakes)
+            elif before.startswith('--') and '=' not in before and mistakes.lines:
+                pass  # the value of a flag that lacks its =, which is a mistake already
+            elif positional is None:
+                raise ConfigError(missing_config(arg, kinds))
+            elif values[positional] != defaults[positional]:
                 raise ConfigError(f'{arg}: a second prompt; put one text with spaces into quotes')
-            values[positional] = arg
-        elif path is None:
-            raise ConfigError(missing_config(arg, kinds))
-        else:
-            elsewhere = {} if script and Path(script).name == 'train.py' else train_settings()
-            for key, value in run_config(path, values).items():
-                if key not in kinds and key in elsewhere:
-                    continue  # a train.py setting, which this script has no use for
-                known(key, kinds, str(path))
-                values[key] = check(key, value, kinds[key], f'{path}: {key} = {value!r}')
+            else:
+                values[positional] = arg
+    mistakes.raise_all()
     return {
         k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()
     }
+
+
+def read_flag(arg: str, kinds: dict) -> dict:
+    """The setting that --key=value means; a switch may leave out its value."""
+    key, equals, text = arg[2:].partition('=')
+    known(key, kinds, arg)
+    if not equals and 'bool' not in kinds[key]:
+        raise ConfigError(f'{arg}: needs {expected(kinds[key])}, as in {arg}=...')
+    value = parse(text, kinds[key], arg) if equals else True
+    return {key: check(key, value, kinds[key], arg)}
+
+
+def read_config(path: Path, values: dict, kinds: dict, elsewhere: dict, mistakes: Mistakes) -> dict:
+    """The settings that a config file changes. elsewhere: settings of train.py that this script has
+    no use for."""
+    changed = {}
+    for key, value in run_config(path, values).items():
+        if key in kinds:
+            with mistakes.collect():
+                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {value!r}')
+        elif key not in elsewhere and key not in RETIRED:
+            with mistakes.collect():
+                known(key, kinds, str(path))
+    return changed
 
 
 def run_config(path: Path, values: dict) -> dict:

@@ -3,7 +3,7 @@
 # $ python train.py eval_gpt2
 
 init_from = 'gpt2'
-published = '3.11, 3.12'  # training and validation split, by nanoGPT's account
+# nanoGPT reports 3.11 on the training split and 3.12 on the validation split
 dataset = 'openwebtext'
 eval_only = True
 batch_size = 8

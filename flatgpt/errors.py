@@ -90,6 +90,24 @@ def _end_with(error: UserError) -> None:
 # checks of settings
 
 
+class Mistakes:
+    """Collects the ConfigErrors of several checks, to report them together, a line each."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigError as error:
+            self.lines.append(str(error))
+
+    def raise_all(self) -> None:
+        if self.lines:
+            raise ConfigError('\nerror: '.join(self.lines))
+
+
 def within(low: float, high: float | None, settings: dict, *names: str) -> None:
     """Raise ConfigError for a setting below `low` or above `high`; None is in every range."""
     for name in names:

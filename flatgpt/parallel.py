@@ -15,7 +15,6 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from flatgpt.errors import ConfigError
 from flatgpt.runtime import Runtime
 from model import GPT
 
@@ -31,19 +30,6 @@ def parallelize(model: nn.Module, runtime: Runtime, shard: bool, offload: bool =
         return model
     gpu = [runtime.device] if runtime.device_type == 'cuda' else None
     return nn.parallel.DistributedDataParallel(model, device_ids=gpu)
-
-
-def check_shard(runtime: Runtime, shard: bool, offload: bool) -> None:
-    """Refuse what cannot be sharded here."""
-    if shard and not torch.distributed.is_initialized():
-        raise ConfigError(
-            'shard=True shares a model among processes: start it by torchrun, for instance '
-            'torchrun --standalone --nproc_per_node=2 train.py ..., or take --shard=False'
-        )
-    if offload and not shard:
-        raise ConfigError('offload=True: it is the rows of a sharded model that go: add --shard')
-    if offload and runtime.device_type != 'cuda':
-        raise ConfigError(f'offload=True: {runtime.device} is the host, there is nowhere to go')
 
 
 def cut(model, runtime: Runtime, offload: bool):

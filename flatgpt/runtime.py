@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from flatgpt import ROOT
 from flatgpt.errors import ConfigError, UserError, explain_errors
@@ -124,6 +125,13 @@ class Runtime:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device_type, self.dtype)
+
+    def print0(self, text: str) -> None:
+        """Print, once for all processes, above the progress line if there is one."""
+        if self.main:
+            with suppress(OSError):  # a closed pipe or terminal must not end the training
+                tqdm.write(text)
+                sys.stdout.flush()  # a pipe or a log file gets it now, too
 
     def seed(self, seed: int, step: int) -> None:
         """Seed torch for one step of this rank, so that a resumed run needs no stored state."""

@@ -51,6 +51,8 @@ dtype = 'float32'
 compile = False
 """
 
+FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
+SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100  # of the fault suite's counts
 MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 
 torch.set_num_threads(1)  # tiny models: more threads only get in each other's way

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODERN, make_dataset, metrics, steps
+from conftest import MODERN, SHARE, make_dataset, metrics, steps
 from safetensors import safe_open
-from test_faults import SHARE
 
 from flatgpt.checkpoint.load import MODEL, find, read_tensors
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import check_shard, cut_like, local, settle, sync_gradients, whole
+from flatgpt.parallel import cut_like, local, settle, sync_gradients, whole
 from flatgpt.runtime import Runtime
+from flatgpt.training.validate import validate_machine
 
 # 24 sequences a step, 4 at a time: every rank accumulates. The validation split has 37 windows,
 # which no number of ranks shares equally. The norm of the gradient is above what it is clipped to.
@@ -157,9 +157,10 @@ def test_sharding_without_other_processes_says_how_to_start_them(run_here, tmp_p
 
 def test_offloading_from_the_host_to_the_host_is_refused(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    settings = {'shard': True, 'offload': True}
     with pytest.raises(ConfigError, match='offload=True: cpu is the host'):
-        check_shard(Runtime('cpu', torch.float32), True, offload=True)
-    check_shard(Runtime('cuda:0', torch.float32), True, offload=True)
+        validate_machine(settings, Runtime('cpu', torch.float32))
+    validate_machine(settings, Runtime('cuda:0', torch.float32))
 
 
 def test_gradients_are_exchanged_once_a_step():

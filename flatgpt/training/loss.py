@@ -111,17 +111,20 @@ def reference_logps(
     return logps
 
 
-def find_reference(
-    run: Path, key: str, runtime: Runtime, resumed: bool
-) -> dict[str, np.ndarray] | None:
-    """What a run has written of its reference, the same on every rank; None at its beginning."""
-    logps = runtime.agree(lambda: read_reference(run / REFERENCE, key))
-    if logps is None and resumed:
+def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[str, np.ndarray]:
+    """The reference of a run, from its folder, or computed by all ranks at its beginning."""
+    path, key, runtime = run.out_dir / REFERENCE, run.state.reference_key, run.runtime
+    logps = runtime.agree(lambda: read_reference(path, key))
+    if logps is None and run.resume_from:
         raise UserError(
-            f'{run / REFERENCE}: is missing or not of the dataset as it is now, and the model that '
-            f'the run began with is gone; start a new one with --init_from={run} and another '
-            '--out_dir'
+            f'{path}: is missing or not of the dataset as it is now, and the model that '
+            f'the run began with is gone; start a new one with --init_from={run.out_dir} and '
+            'another --out_dir'
         )
+    if logps is None:
+        runtime.print0('reference: the log-probabilities of all answers, once for the run ...')
+        rows = config['batch_size']
+        logps = reference_logps(model, batches.data, runtime, batches.to_device, rows)
     return logps
 
 

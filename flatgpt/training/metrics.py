@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flatgpt.errors import UserError, one_line_errors
 from flatgpt.files import new_file
+from flatgpt.training.state import TrainState
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
@@ -27,6 +28,36 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
         with suppress(ValueError):
             lines.append(json.loads(line))
     return [line for line in lines if isinstance(line, dict) and type(line.get('step')) is int]
+
+
+def run_lines(config: dict, model, data, runtime, tokens_per_step: int) -> str:
+    """What is trained on what by what, before the first step."""
+    return (
+        f'model: {config["arch"]}, {model.num_params() / 1e6:,.2f}M parameters, '
+        f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
+        f'context {config["block_size"]}; {config["optimizer"]}\n'
+        f'data: {data.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+        f'machine: {runtime}'
+    )
+
+
+def losses_line(step: int, losses: dict[str, float]) -> str:
+    """'step 0: train loss 4.1, val loss 4.2, on books 4.3, reward margin 0.1'"""
+    shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
+    shown += [f'on {k[12:]} {v:.4f}' for k, v in losses.items() if k[:12] == 'val_loss_on_']
+    rewards = [k for k in losses if k[:7] == 'val_rew']
+    shown += [f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in rewards]
+    return f'step {step}: {", ".join(shown)}'
+
+
+def end_line(state: TrainState, objective: str) -> str:
+    """The validation loss that a run ended with, the best, and how long it took."""
+    losses = state.losses
+    bpb = f', {losses["val_bpb"]:.4f} bits per byte' if 'val_bpb' in losses else ''
+    best = f'; best {state.best_val_loss:.4f}' if state.stale else ''
+    spent = f'{tqdm.format_interval(state.seconds)} after the start'
+    unit = 'per pair' if objective == 'dpo' else 'nats per token'
+    return f'validation loss {losses["val_loss"]:.4f} {unit}{bpb}{best}, {spent}'
 
 
 class Progress:

@@ -46,12 +46,13 @@ from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import case_of, checkpoint_size, host_lack, least, room, verdict
 from flatgpt.training.validate import (
     SHAPE,
-    check_batches,
-    check_new,
-    check_pieces,
+    check_new_model,
     check_same,
-    slips,
+    check_short_blocks,
+    is_resuming,
+    lint_settings,
     steps_of,
+    validate_data,
 )
 from model import GPT, GPTConfig
 
@@ -63,9 +64,9 @@ SIZES = dict(zip(RELEASED, ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 
                             (6, 12, 768)), strict=True))  # fmt: skip
 
 
-def preflight(config: dict, runtime: Runtime, resuming: bool) -> int:
+def preflight(config: dict, runtime: Runtime) -> int:
     """Print what was found -> the exit status. With config['plan'], of the memory alone."""
-    check = Preflight(config, runtime, resuming)
+    check = Preflight(config, runtime)
     asked = ['memory'] if not config['check'] else list(SUBJECTS)
     asked = asked if runtime.main else [name for name in asked if name in ('device', 'memory')]
     mine = [(name, *line) for name in asked for line in check.look(name)]
@@ -97,8 +98,8 @@ def gathered(mine: list, runtime: Runtime) -> list[list]:
 class Preflight:
     """What is looked at, each by a method of its name that gives (level, text)."""
 
-    def __init__(self, config: dict, runtime: Runtime, resuming: bool):
-        self.config, self.runtime, self.resuming = config, runtime, resuming
+    def __init__(self, config: dict, runtime: Runtime):
+        self.config, self.runtime, self.resuming = config, runtime, is_resuming(config)
         self.out_dir = Path(config['out_dir'] or 'out')
         self.shape: GPTConfig | None = None
         self.data: Dataset | Mixture | None = None
@@ -114,8 +115,8 @@ class Preflight:
     def settings(self) -> Iterator[tuple[str, str]]:
         shape, source = self.find_shape(), self.source()
         if source == 'scratch':
-            check_new(self.config)
-        check_pieces(self.config, shape.block_size)
+            check_new_model(self.config)
+        check_short_blocks(self.config, shape.block_size)
         yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
         on_hub = source != 'scratch' and not Path(source).exists()
         if on_hub and not is_fetched(source):
@@ -279,12 +280,12 @@ class Preflight:
     def schedule(self) -> Iterator[tuple[str, str]]:
         if self.data is None:
             return
-        check_batches({**self.config, 'block_size': self.find_shape().block_size}, self.data)
+        validate_data({**self.config, 'block_size': self.find_shape().block_size}, self.data)
         steps = steps_of(self.config, self.data)
         rows = self.config['gradient_accumulation_steps'] * self.config['batch_size']
         yield 'ok', f'{steps:,} steps, {steps * rows / self.data.n_windows:,.2f} epochs'
-        for slip in slips(self.config, self.data):
-            yield 'warning', slip
+        for warning in lint_settings(self.config, self.data):
+            yield 'warning', warning
 
     # --- the folder
 
@@ -464,7 +465,7 @@ def wandb_credentials() -> bool:
     return False
 
 
-def doubts(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
+def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
     """What of this can be told at no cost, for the real run to warn of."""
     case, memory = case_of(config, shape, runtime), room(runtime)
     if memory is not None and least(case) > memory:

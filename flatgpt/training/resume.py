@@ -1,72 +1,101 @@
 """
-What a run begins with: a model made new, that of a run that goes on, or one from elsewhere.
+What a run begins with: a new model, that of a run that is resumed, or one from elsewhere.
 
-    resume_from, lock = find_start(config, runtime, resuming)
-    model, tokenizer, saved = find_model(config, resume_from)       # None, None, {} to make one
-    model, tokenizer = fit_to_data(model, tokenizer, data, config, say)
-    choose_trained(model, config)
+    path, lock = find_resume_checkpoint(config, runtime)            # None for a new run
+    model, tokenizer, saved = load_initial_model(config, path)      # None, None, {} to make one
+    data = open_dataset(config, runtime, watchdog)
+    model, tokenizer = build_model(model, tokenizer, data, config, print)
+    choose_trained(model, config, print)
 """
 
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
-from flatgpt import files
-from flatgpt.checkpoint.load import MANIFEST, find, listed, load, load_model, step_of
+from flatgpt.checkpoint.load import MANIFEST, find, listed, load, load_model, newest_run, step_of
 from flatgpt.checkpoint.mirror import catch_up, fetch, restore
 from flatgpt.checkpoint.save import prune
 from flatgpt.data.dataset import Dataset
+from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, as_config_error
-from flatgpt.files import sha256
+from flatgpt.files import is_same, sha256
 from flatgpt.lora import adapted, add_lora
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
-from flatgpt.training.validate import LORA, NEW, SHAPE, check_new, check_same
+from flatgpt.training.validate import SHAPE, check_new_model, check_same, is_resuming
+from flatgpt.training.watchdog import Watchdog
 from model import GPT, GPTConfig
 
+NEW = ('scratch', 'resume')  # a new model; 'resume' where auto_resume finds nothing to resume
 
-def find_start(
-    config: dict, runtime: Runtime, resuming: bool
-) -> tuple[Path | None, FileLock | None]:
+
+def saved_settings(config: dict) -> dict:
+    """The settings of the run to resume, which those of this command override; {} of a new run."""
+    if not is_resuming(config) or (config['auto_resume'] and not config['out_dir']):
+        return {}
+    out_dir = config['out_dir'] or str(newest_run())
+    saved = run_directory.settings_in(out_dir) or run_directory.settings_in(
+        config['checkpoint_mirror']
+    )
+    return {**saved, 'out_dir': out_dir, 'checkpoint': None}
+
+
+# -----------------------------------------------------------------------------
+# the checkpoint to resume from
+
+
+def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None, FileLock | None]:
     """The verified checkpoint to resume from, the same on every rank; None for a new run.
 
     A folder that has a run in it is locked from here on, by rank 0. What is missing here comes from
     the mirror; nothing else changes.
     """
-    out_dir, mirror = Path(config['out_dir']), config['checkpoint_mirror']
     lock = None
 
     def find_on_rank_0() -> Path | None:
         nonlocal lock
+        out_dir = Path(config['out_dir'])
         if listed(out_dir) and not config['eval_only']:
             lock = run_directory.lock(out_dir)
-        if config['eval_only'] and not resuming and listed(out_dir):
-            raise ConfigError(
-                f'eval_only: {out_dir} has a run; --init_from=resume evaluates that, another '
-                '--out_dir what init_from names'
-            )
-        if not resuming:
-            if not config['overwrite']:
-                run_directory.check_free(out_dir, mirror)
-            return None
-        if mirror:
-            restore(mirror, out_dir)
-        path = run_directory.resume_point(out_dir, config)
-        if path and mirror and runtime.world_size > 1 and not config['eval_only']:
-            try:
-                catch_up(path, mirror)  # a machine with another disk has it from there
-            except UserError as error:  # if there is one, it will say so
-                print(f'warning: {error}', file=sys.stderr)
-        return path
+        if is_resuming(config):
+            return find_or_restore(out_dir, config, runtime)
+        refuse_used_folders(out_dir, config)
+        return None
 
     path = runtime.agree(find_on_rank_0)
     if path and runtime.world_size > 1:
         bring_here(path, config, runtime)
     return path, lock
+
+
+def refuse_used_folders(out_dir: Path, config: dict) -> None:
+    """Refuse to begin a new run where there is one."""
+    if config['eval_only'] and listed(out_dir):
+        raise ConfigError(
+            f'eval_only: {out_dir} has a run; --init_from=resume evaluates that, another '
+            '--out_dir what init_from names'
+        )
+    if not config['overwrite']:
+        run_directory.check_free(out_dir, config['checkpoint_mirror'])
+
+
+def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | None:
+    """The checkpoint to resume from; where the mirror's is newer, it is brought here first."""
+    mirror = config['checkpoint_mirror']
+    if mirror:
+        restore(mirror, out_dir)
+    path = run_directory.resume_point(out_dir, config)
+    if path and mirror and runtime.world_size > 1 and not config['eval_only']:
+        try:
+            catch_up(path, mirror)  # a machine with another disk has it from there
+        except UserError as error:  # if there is one, it will say so
+            print(f'warning: {error}', file=sys.stderr)
+    return path
 
 
 def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
@@ -98,32 +127,44 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
     return None
 
 
-def find_model(config: dict, resume_from: Path | None) -> tuple[GPT | None, Tokenizer | None, dict]:
-    """The model that there is already, its tokenizer, and what a resumed run knows of itself.
+# -----------------------------------------------------------------------------
+# the model and the data
 
-    Sets in config the model's shape, and how the run began.
+
+def load_initial_model(
+    config: dict, resume_from: Path | None
+) -> tuple[GPT | None, Tokenizer | None, dict]:
+    """The model that exists already, its tokenizer, and the state.json of a resumed run.
+
+    Sets in config how the run began. The block_size of a model from elsewhere is cropped.
     """
     if resume_from:
         model, tokenizer, saved = load(resume_from, config['dropout'])
         check_same(config, saved['config'], model.config, resume_from)
         config['init_from'] = saved['config']['init_from']
     elif config['init_from'] not in NEW:
-        if config['overwrite'] and files.is_same(config['init_from'], config['out_dir']):
-            raise ConfigError(
-                f'init_from={config["init_from"]!r} is the out_dir, which --overwrite would empty; '
-                'give another --out_dir'
-            )
-        if config['checkpoint']:
-            config['init_from'] = str(find(config['init_from'], config['checkpoint']))
-        model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
+        model, tokenizer = load_from_elsewhere(config)
         saved = {}
-        if config['block_size'] < model.config.block_size:
-            model.crop_block_size(config['block_size'])
     else:
-        check_new(config)
+        check_new_model(config)
         return None, None, {}
     config['checkpoint'] = None  # of the other run; a resumed one would take it for its own
     return model, tokenizer, saved
+
+
+def load_from_elsewhere(config: dict) -> tuple[GPT, Tokenizer | None]:
+    where = config['init_from']
+    if config['overwrite'] and is_same(where, config['out_dir']):
+        raise ConfigError(
+            f'init_from={where!r} is the out_dir, which --overwrite would empty; '
+            'give another --out_dir'
+        )
+    if config['checkpoint']:
+        config['init_from'] = str(find(where, config['checkpoint']))
+    model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
+    if config['block_size'] < model.config.block_size:
+        model.crop_block_size(config['block_size'])
+    return model, tokenizer
 
 
 def keep_shape(model: GPT, config: dict) -> list[str]:
@@ -133,15 +174,33 @@ def keep_shape(model: GPT, config: dict) -> list[str]:
     return kept
 
 
-def fit_to_data(
-    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, say: Callable
+def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
+    """The training data, copied to this machine first where data_cache asks; the same on all."""
+    copying = partial(watchdog.together, 0, 'the copying of the data')
+    copying()
+    where = config['dataset'], config['block_size'], config['seed'], config['objective']
+    data = runtime.wait_for_all(
+        lambda: open_data(*where, config['data_cache'], copying),
+        partial(watchdog.together, 0, 'the opening of the data'),
+    )
+    watchdog.at(0, 'the set-up')
+    if rank := runtime.odd_one(data.fingerprint):
+        raise UserError(
+            f'dataset {config["dataset"]} of rank {rank} is not that of rank 0: copy one to the '
+            'other'
+        )
+    return data
+
+
+def build_model(
+    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, report: Callable
 ) -> tuple[GPT, Tokenizer | None]:
     """A model for the data: the one there is, if both have the same tokens, or a new one."""
     dataset, where = config['dataset'], config['init_from']
-    if where == 'scratch':  # of a run that goes on
+    if where == 'scratch':  # of a run that is resumed
         where = config['out_dir']
     if model is None:
-        return GPT(new_shape(data, config)), tokenizer_of(data, say)
+        return GPT(new_shape(data, config)), tokenizer_of(data, report)
     if tokenizer is None:  # of a model that came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
@@ -157,7 +216,7 @@ def fit_to_data(
         )
     if data.tokenizer.chat_template:
         if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
-            say(f'warning: the chat template of dataset {dataset} replaces that of {where}')
+            report(f'warning: the chat template of dataset {dataset} replaces that of {where}')
         tokenizer = data.tokenizer  # the same, with the template that sampling will follow
     return model, tokenizer
 
@@ -171,15 +230,15 @@ def new_shape(data: Dataset, config: dict) -> GPTConfig:
         return GPTConfig(vocab_size=vocab_size, dropout=config['dropout'], **shape)
 
 
-def tokenizer_of(data: Dataset, say: Callable) -> Tokenizer | None:
+def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:
     try:
         return data.tokenizer
     except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
-        say(f'warning: {error}; until then, the checkpoints have no tokenizer')
+        report(f'warning: {error}; until then, the checkpoints have no tokenizer')
         return None
 
 
-def choose_trained(model: GPT, config: dict, say: Callable) -> None:
+def choose_trained(model: GPT, config: dict, report: Callable) -> None:
     """Give the model its adapters, unless it has them, or freeze what is not to be trained."""
     rank, freeze = config['lora_rank'], config['freeze']
     if rank and not adapted(model):
@@ -188,13 +247,11 @@ def choose_trained(model: GPT, config: dict, say: Callable) -> None:
     elif freeze is not None and not rank:
         with as_config_error():
             model.freeze_lower(freeze)
-    if not rank and any(config[name] != default for name, default in LORA.items()):
-        say('warning: lora_alpha, lora_dropout and lora_targets do nothing without lora_rank')
     model.trunk.recompute = config['gradient_checkpointing']
-    counts = [p.numel() for p in model.parameters()]
+    whole = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if trained < sum(counts):
-        say(
-            f'trained: {trained / 1e6:,.2f}M of {sum(counts) / 1e6:,.2f}M parameters '
-            f'({trained / sum(counts):.1%})' + (f', LoRA of rank {rank}' if rank else '')
+    if trained < whole:
+        report(
+            f'trained: {trained / 1e6:,.2f}M of {whole / 1e6:,.2f}M parameters '
+            f'({trained / whole:.1%})' + (f', LoRA of rank {rank}' if rank else '')
         )

@@ -43,7 +43,7 @@ def lock(out_dir: Path) -> FileLock:
     return held
 
 
-def saved_settings(out_dir: str | Path | None) -> dict:
+def settings_in(out_dir: str | Path | None) -> dict:
     """The settings that the folder's last readable checkpoint was made with, {} without one."""
     states = (read_state(path) for path in reversed(listed(out_dir) if out_dir else []))
     return next((state['config'] for state in states if state), {})

@@ -1,34 +1,127 @@
-"""What the settings of train.py may be, alone, together, and with a dataset or a model."""
+"""
+Every rule about the settings of train.py: alone, on this machine, with a dataset, with a model.
+
+    validate(config)                   # all mistakes at once
+    validate_machine(config, runtime)
+    validate_data(config, data)
+    for warning in lint_settings(config, data): ...
+
+A rule raises ConfigError with the setting, what is wrong with it and the fix.
+"""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import torch
+
+from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
-from flatgpt.errors import ConfigError
+from flatgpt.errors import ConfigError, Mistakes, one_of, within
+from flatgpt.runtime import Runtime
 from model import GPTConfig
 
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
-
-
 LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
+# what a resumed run cannot change, with the values that older runs had
+FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}
+RANGES = (  # lowest, highest, settings; None is in every range
+    (1, None, ('eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')),
+    (1, None, ('batch_size', 'gradient_accumulation_steps', 'block_size', 'short_block_size')),
+    (0, None, ('max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')),
+    (0, None, ('learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip')),
+    (1, None, ('lora_rank', 'lora_alpha', 'hang_timeout')),
+    (0, None, ('freeze', 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')),
+    (0, 2**63 - 1, ('seed',)),
+    (0, 1, ('cooldown',)),
+    (1e-9, None, ('dpo_beta',)),
+    (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
+)
+CHOICES = {
+    'optimizer': ('adamw', 'muon'),
+    'lr_schedule': ('cosine', 'linear', 'constant'),
+    'compile': (True, False, 'auto'),
+    'objective': ('lm', 'sft', 'dpo'),
+}
 
 
-FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}  # of a run that goes on; older: as here
+def is_resuming(config: dict) -> bool:
+    """Whether the run resumes where there is something to resume."""
+    return config['init_from'] == 'resume' or config['auto_resume']
 
 
-NEW = ('scratch', 'resume')  # a run that starts anew, 'resume' where auto_resume finds nothing
+# -----------------------------------------------------------------------------
+# the settings alone
 
 
-def check_new(config: dict) -> None:
-    """Refuse what a model that knows nothing cannot be used for."""
+def validate(config: dict) -> None:
+    """Check every setting that can be judged by itself or beside the others.
+
+    One ConfigError has all mistakes, a line each.
+    """
+    rules = [
+        partial(within, low, high, config, name) for low, high, names in RANGES for name in names
+    ]
+    rules += [partial(one_of, choices, config, name) for name, choices in CHOICES.items()]
+    rules += [
+        partial(rule, config)
+        for rule in (check_resume, check_offload, check_mirror_setting, check_eval_only)
+    ]
+    if not is_resuming(config) and config['init_from'] == 'scratch':
+        rules += [partial(rule, config) for rule in NEW_MODEL_RULES]
+    report_all(rules)
+
+
+def report_all(rules: list[Callable[[], None]]) -> None:
+    """Apply rules; one ConfigError has a line for each that was broken."""
+    mistakes = Mistakes()
+    for rule in rules:
+        with mistakes.collect():
+            rule()
+    mistakes.raise_all()
+
+
+def check_resume(config: dict) -> None:
+    if config['auto_resume'] and not config['out_dir']:
+        raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
+
+
+def check_offload(config: dict) -> None:
+    if config['offload'] and not config['shard']:
+        raise ConfigError('offload=True: it is the rows of a sharded model that go: add --shard')
+
+
+def check_eval_only(config: dict) -> None:
+    if config['eval_only'] and config['objective'] == 'dpo' and not is_resuming(config):
+        raise ConfigError(
+            "objective='dpo' with eval_only compares a run with what it began with: give its "
+            '--out_dir and --init_from=resume'
+        )
+
+
+def check_mirror_setting(config: dict) -> None:
+    if config['checkpoint_mirror']:
+        check_mirror(config['checkpoint_mirror'], config['out_dir'])
+
+
+# what a model that knows nothing cannot be used for
+
+
+def check_new_objective(config: dict) -> None:
     if config['objective'] == 'dpo':
         raise ConfigError("objective='dpo' needs a model that answers: give --init_from")
+
+
+def check_new_freeze(config: dict) -> None:
     if config['freeze'] is not None:
         raise ConfigError(
             f'freeze={config["freeze"]}: would keep random numbers; give --init_from=gpt2, or the '
             'folder of a run'
         )
+
+
+def check_new_lora(config: dict) -> None:
     if config['lora_rank']:
         raise ConfigError(
             f'lora_rank={config["lora_rank"]}: adapters need a model that knows something; '
@@ -36,14 +129,41 @@ def check_new(config: dict) -> None:
         )
 
 
-def check_batches(config: dict, data: Dataset) -> None:
+NEW_MODEL_RULES = (check_new_objective, check_new_freeze, check_new_lora)
+
+
+def check_new_model(config: dict) -> None:
+    """Refuse what a model that knows nothing cannot be used for."""
+    report_all([partial(rule, config) for rule in NEW_MODEL_RULES])
+
+
+# -----------------------------------------------------------------------------
+# with this machine
+
+
+def validate_machine(config: dict, runtime: Runtime) -> None:
+    """Refuse what cannot be done by these processes on this device."""
+    if config['shard'] and not torch.distributed.is_initialized():
+        raise ConfigError(
+            'shard=True shares a model among processes: start it by torchrun, for instance '
+            'torchrun --standalone --nproc_per_node=2 train.py ..., or take --shard=False'
+        )
+    if config['offload'] and runtime.device_type != 'cuda':
+        raise ConfigError(f'offload=True: {runtime.device} is the host, there is nowhere to go')
+
+
+# -----------------------------------------------------------------------------
+# with the dataset
+
+
+def validate_data(config: dict, data: Dataset) -> None:
     """Refuse what cannot be done with the rows of this dataset."""
     name = config['dataset']
     if config['short_iters'] and data.rows:
         raise ConfigError(
             f'short_iters={config["short_iters"]}: the rows of {name} are not cut; leave it at 0'
         )
-    check_pieces(config, config['block_size'])
+    check_short_blocks(config, config['block_size'])
     if not config['mask_documents']:
         return
     if config['objective'] == 'dpo':
@@ -57,6 +177,18 @@ def check_batches(config: dict, data: Dataset) -> None:
         )
 
 
+def check_short_blocks(config: dict, block_size: int) -> None:
+    """Refuse short sequences that whole ones cannot be cut into."""
+    short, iters = config['short_block_size'], config['short_iters']
+    short_block = min(short or 0, block_size)  # a shorter block_size has nothing to cut
+    if iters and (not short_block or block_size % short_block):
+        fits = math.gcd(short or block_size // 4, block_size)
+        raise ConfigError(
+            f'short_iters={iters}: short_block_size={short} does not cut block_size={block_size} '
+            f'into equal pieces; try --short_block_size={fits}'
+        )
+
+
 def steps_of(config: dict, data: Dataset) -> int:
     """Updates of the run in all: as many as its epochs take, where it has them."""
     if config['epochs'] is None:
@@ -65,8 +197,8 @@ def steps_of(config: dict, data: Dataset) -> int:
     return math.ceil(config['epochs'] * data.n_windows / rows)
 
 
-def slips(config: dict, data: Dataset) -> Iterator[str]:
-    """What is allowed, and hardly meant."""
+def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
+    """Settings that are valid but probably a mistake, a sentence each."""
     steps, lr, min_lr = steps_of(config, data), config['learning_rate'], config['min_lr']
     if steps > config['max_iters']:
         yield (
@@ -79,22 +211,16 @@ def slips(config: dict, data: Dataset) -> Iterator[str]:
         yield f'warmup_iters={warmup} outlasts the {steps} steps of the run'
     if 0 < steps <= (short := config['short_iters']):
         yield f'short_iters={short} leaves no step of {steps} for whole sequences'
+    if not config['lora_rank'] and any(config[name] != LORA[name] for name in LORA):
+        yield 'lora_alpha, lora_dropout and lora_targets do nothing without lora_rank'
 
 
-def check_pieces(config: dict, block_size: int) -> None:
-    """Refuse short sequences that whole ones cannot be cut into."""
-    short, iters = config['short_block_size'], config['short_iters']
-    piece = min(short or 0, block_size)  # a shorter block_size has nothing to cut
-    if iters and (not piece or block_size % piece):
-        fits = math.gcd(short or block_size // 4, block_size)
-        raise ConfigError(
-            f'short_iters={iters}: short_block_size={short} does not cut block_size={block_size} '
-            f'into equal pieces; try --short_block_size={fits}'
-        )
+# -----------------------------------------------------------------------------
+# with the checkpoint to resume from
 
 
 def check_same(config: dict, before: dict, shape: GPTConfig, path: Path) -> None:
-    """Refuse what a resumed run cannot change."""
+    """Refuse what a resumed run cannot change. before: the settings it was saved with."""
     for name in SHAPE if before['init_from'] == 'scratch' else ():
         if config[name] != getattr(shape, name):
             raise ConfigError(

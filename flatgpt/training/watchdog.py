@@ -1,8 +1,8 @@
 """
 Notices that a process hangs, says which one and where, and ends the run.
 
-    watch = Watch(runtime, timeout=600)
-    watch.at(step, 'the exchange of gradients')    # wherever a process may wait for others
+    watchdog = Watchdog(runtime, timeout=600)
+    watchdog.at(step, 'the exchange of gradients')    # wherever a process may wait for others
 
 Each process leaves signs of life in the store that they share, with what it is doing. Whoever has
 been at one thing for longer than the timeout, or has lost its connection to another, looks at the
@@ -29,7 +29,7 @@ PLACES = (
 ).split(', ')  # where a process may be, in the order in which train.py comes there
 
 
-class Watch:
+class Watchdog:
     def __init__(self, runtime: Runtime, timeout: float):
         self.runtime, self.timeout = runtime, timeout
         self.beat = min(0.5, timeout / 10)  # seconds between signs

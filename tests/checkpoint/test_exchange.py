@@ -695,7 +695,7 @@ def test_a_checkpoint_of_other_shapes_is_one_line(tmp_path):
 
 @needs_gpt2
 @pytest.mark.parametrize('config', ['eval_gpt2', 'eval_gpt2_xl'])
-def test_a_baseline_prints_its_losses_beside_the_published_ones(tmp_path, script, config):
+def test_a_baseline_prints_its_losses(tmp_path, script, config):
     gpt2(tmp_path / 'model', vocab_size=50257, n_embd=8)
     tokenizer = get_tokenizer('gpt2')
     with Writer(tmp_path / 'data', tokenizer) as writer:
@@ -705,9 +705,7 @@ def test_a_baseline_prints_its_losses_beside_the_published_ones(tmp_path, script
     flags += ['--eval_iters=2', '--device=cpu', '--block_size=16']
     cached = {'TIKTOKEN_CACHE_DIR': os.environ['TIKTOKEN_CACHE_DIR']}
     done = script('train.py', config, *flags, env=cached)
-    published = {'eval_gpt2': '3.11, 3.12', 'eval_gpt2_xl': '2.56, 2.54'}[config]
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith('train_loss'))
     assert re.match(r'train_loss \d+\.\d+, val_loss \d+\.\d+', line)
-    assert line.endswith(f'(published: {published})')
     assert 'no tokenizer files' in done.stderr

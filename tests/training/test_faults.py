@@ -16,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import MODERN, ROOT, hashes, metrics, steps
+from conftest import MODERN, ROOT, SHARE, hashes, metrics, steps
 
 from flatgpt import errors, files
 from flatgpt.checkpoint import save
@@ -24,7 +24,6 @@ from flatgpt.checkpoint.load import find
 from flatgpt.training import metrics as metrics_module
 
 pytestmark = pytest.mark.faults
-SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100
 posix = pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 # dropout is on, and nothing depends on max_iters, so that a run can be ended anywhere

@@ -14,8 +14,7 @@ import time
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT, metrics, steps
-from test_watch import FOREVER
+from conftest import FOREVER, ROOT, metrics, steps
 
 pytestmark = pytest.mark.faults
 PLAIN = ('--gradient_accumulation_steps=6', '--max_iters=12', '--eval_interval=6')

@@ -246,7 +246,8 @@ def test_a_run_that_can_start_is_a_go_and_nothing_is_written(checked, tmp_path):
 def test_the_batch_that_two_processes_cannot_share_is_a_no(dataset):
     config = {'gradient_accumulation_steps': 3, 'batch_size': 1}
     looked = preflight.Preflight(
-        {**config, 'out_dir': None}, Runtime('cpu', torch.float32, 0, 2), False
+        {**config, 'out_dir': None, 'init_from': 'scratch', 'auto_resume': False},
+        Runtime('cpu', torch.float32, 0, 2),
     ).look('batch')
     assert looked[0][0] == 'no'
     assert 'take --gradient_accumulation_steps=4 or 2' in looked[0][1]

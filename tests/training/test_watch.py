@@ -11,13 +11,14 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import FOREVER, ROOT
 
+from flatgpt import errors
+from flatgpt.errors import one_line_errors
 from flatgpt.runtime import Runtime, is_lost_connection
-from flatgpt.training.watchdog import PLACES, Watch, is_sibling
+from flatgpt.training.watchdog import PLACES, Watchdog, is_sibling
 
 GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
-FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
 
 
 @pytest.fixture
@@ -29,13 +30,14 @@ def crew(monkeypatch):
         if self in started:  # and not of an earlier test
             said.setdefault(self.runtime.rank, (what, why, mine))
 
-    monkeypatch.setattr(Watch, '_end', end)
+    monkeypatch.setattr(Watchdog, '_end', end)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    one_line_errors()
     monkeypatch.setenv('MASTER_ADDR', 'first.host')
 
     def start(world, timeout=0.3, store=store):
         ranks = [Runtime('cpu', torch.float32, rank, world, store) for rank in range(world)]
-        started.extend(Watch(runtime, timeout) for runtime in ranks)
+        started.extend(Watchdog(runtime, timeout) for runtime in ranks)
         return started
 
     yield start, said
@@ -121,11 +123,15 @@ def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
 
 
 def test_the_places_are_those_of_train_py_in_its_order():
-    script = (ROOT / 'train.py').read_text(encoding='utf-8')
-    places = re.findall(r"watch\.(?:at|together)[(,] ?\w+, '(.*?)'", script)
-    assert ['the start', *sorted(places, key=PLACES.index)] == PLACES
-    loop = PLACES[PLACES.index('the evaluation') :]
-    assert places[-len(loop) :] == loop
+    places = {
+        path: re.findall(
+            r"watchdog\.(?:at|together)[(,] ?\w+, '(.*?)'",
+            (ROOT / path).read_text(encoding='utf-8'),
+        )
+        for path in ('train.py', 'flatgpt/training/resume.py')
+    }
+    set_up, loop = places['flatgpt/training/resume.py'], places['train.py']
+    assert ['the start', loop[0], *sorted(set_up, key=PLACES.index), *loop[1:]] == PLACES
 
 
 def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
@@ -248,9 +254,9 @@ def test_only_a_lost_connection_counts_as_one(crew, capsys):
 
 def test_one_process_is_not_watched(monkeypatch):
     monkeypatch.setattr(threading.Thread, 'start', lambda self: pytest.fail('a thread'))
-    hook = sys.excepthook
-    Watch(Runtime('cpu', torch.float32), 0.1).close()
-    assert sys.excepthook is hook
+    explainers = [*errors._explainers]
+    Watchdog(Runtime('cpu', torch.float32), 0.1).close()
+    assert errors._explainers == explainers
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')

@@ -1,0 +1,119 @@
+"""
+The training batches of one rank, by their numbers alone: nothing to save, any number of processes.
+
+    batches = BatchLoader(data, state, config, runtime)
+    batch, divisor = next(batches)              # loss = loss_of(model, **batch) / divisor
+
+An update's global batch is the same at every world size, and shared out equally: rank r of W has
+its r-th W-th, in micro-batches. A thread reads ahead.
+"""
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from flatgpt.data.dataset import Dataset
+from flatgpt.runtime import Runtime
+from flatgpt.training.loss import trim
+from flatgpt.training.state import TrainState
+
+PREFETCH = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
+
+
+class BatchLoader:
+    """Micro-batches from where the state stands, without end.
+
+    reference: with objective='dpo', {split: (pairs, 2)} log-probabilities to be set before the
+    first batch.
+    """
+
+    def __init__(self, data: Dataset, state: TrainState, config: dict, runtime: Runtime):
+        self.data, self.config, self.runtime = data, config, runtime
+        self.first_step, self.first_sample = state.step, state.samples
+        self.global_rows = config['gradient_accumulation_steps'] * config['batch_size']
+        self.rank_rows, self.micro_rows = runtime.share(self.global_rows, config['batch_size'])
+        self.micro_steps = self.rank_rows // self.micro_rows  # micro-batches of an update
+        self.tokens_per_step = round(self.global_rows * data.window_tokens)
+        self.reference: dict | None = None
+        self._reader = ThreadPoolExecutor(1)
+        self._upcoming, self._submitted = deque(), 0
+
+    def __iter__(self) -> 'BatchLoader':
+        return self
+
+    def __next__(self) -> tuple[dict, float]:
+        while len(self._upcoming) < PREFETCH:
+            self._submit()
+        batch = self._upcoming.popleft().result()
+        self._submit()
+        return batch
+
+    def _submit(self) -> None:
+        self._upcoming.append(self._reader.submit(self.micro_batch, self._submitted))
+        self._submitted += 1
+
+    def close(self) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def micro_batch(self, number: int) -> tuple[dict, float]:
+        """Micro-batch `number` from the first step on -> x, y (B, T) and what else loss_of() takes;
+        by what to divide its loss, so that the sum over a step and all ranks is the step's mean.
+        """
+        c, steps, part = self.config, *divmod(number, self.micro_steps)
+        first = self.first_sample + steps * self.global_rows
+        mine = first + self.runtime.rank * self.rank_rows + part * self.micro_rows
+        batch = self.data.batch(mine, self.micro_rows, c['mask_documents'])
+        divisor = self.micro_steps
+        if self.first_step + steps < c['short_iters']:
+            short_block = min(c['short_block_size'], c['block_size'])
+            batch = [array.reshape(-1, short_block) for array in batch]
+        if c['objective'] == 'sft':  # one row has more targets than another
+            here = self.data.count_targets(mine, self.micro_rows)
+            total = self.data.count_targets(first, self.global_rows)
+            divisor = total / (here * self.runtime.world_size)
+        if c['objective'] == 'dpo':
+            if not self.runtime.wants_compile(c['compile']):  # which is for one shape
+                batch = trim(*batch)
+            pairs = self.data.windows(mine, self.micro_rows)
+            batch = [*batch, self.reference['train'][pairs].ravel()]
+        return self.as_kwargs(batch), float(divisor)
+
+    def eval_batch(self, part: Dataset, split: str, windows) -> dict:
+        """Windows of a split of one part of the data, as loss_of() takes them."""
+        batch = part.eval_batch(split, windows, self.config['mask_documents'])
+        if self.config['objective'] == 'dpo':
+            reference = self.reference[split][windows // self.data.stride]
+            batch = [*trim(*batch), reference.ravel()]
+        return self.as_kwargs(batch)
+
+    def as_kwargs(self, arrays) -> dict:
+        """x, y and what comes with them on the device, by the names that loss_of() has for them."""
+        names = ('x', 'y', 'reference' if self.config['objective'] == 'dpo' else 'documents')
+        return dict(zip(names, self.to_device(*arrays), strict=False))
+
+    def to_device(self, *arrays) -> list[torch.Tensor]:
+        """numpy int64 (B, T) -> tensors on the device, without waiting for the copy."""
+        tensors = [torch.from_numpy(array) for array in arrays]
+        if self.runtime.device_type == 'cuda':
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return [tensor.to(self.runtime.device, non_blocking=True) for tensor in tensors]
+
+    def shapes_to_compile(self) -> list[dict]:
+        """A batch of each width that training meets: short sequences, if they come first, and
+        whole ones."""
+        batch, _ = self.micro_batch(0)
+        widths = sorted({batch['x'].size(1), self.data.block_size})
+        return [
+            {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
+        ]
+
+    def smaller(self) -> str:
+        """Flags by which the same global batch takes less memory at a time."""
+        rows = self.micro_rows // 2
+        if rows:
+            steps = -(-self.global_rows // rows)
+            return f'--batch_size={rows} --gradient_accumulation_steps={steps}'
+        if not self.config['gradient_checkpointing']:
+            return '--gradient_checkpointing'
+        return f'--block_size={self.config["block_size"] // 2} or a smaller model'

@@ -1,0 +1,309 @@
+"""
+A run while train.py is at work on it: its directory, where it stands, its checkpoints, its end.
+
+    run = Run(config, runtime, watchdog)   # its name, and the checkpoint to resume from
+    model, tokenizer, data = run.build()
+    run.open(max_iters, reference)         # from here on its directory changes
+    run.save(model, optimizers, tokenizer, scaler)
+    run.finish(model, tokenizer, data, stop, finished=True)
+"""
+
+import math
+import secrets
+import shlex
+from contextlib import closing, suppress
+from itertools import chain
+from pathlib import Path
+
+from flatgpt.checkpoint.load import listed, load_model, load_optimizer, read_state, step_of
+from flatgpt.checkpoint.mirror import Mirror, begin_mirror, catch_up, probe_mirror
+from flatgpt.checkpoint.save import Saver
+from flatgpt.data.dataset import Dataset
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.errors import UserError
+from flatgpt.parallel import are_finite
+from flatgpt.runtime import Runtime, StopSignal, is_out_of_memory
+from flatgpt.training import run_directory
+from flatgpt.training.evaluate import sample_page
+from flatgpt.training.loss import REFERENCE, write_reference
+from flatgpt.training.metrics import Progress, Tracker, draw_loss, end_line
+from flatgpt.training.preflight import early_warnings
+from flatgpt.training.resume import (
+    build_model,
+    find_resume_checkpoint,
+    keep_shape,
+    load_initial_model,
+    new_shape,
+    open_dataset,
+)
+from flatgpt.training.state import TrainState
+from flatgpt.training.validate import lint_settings, validate_data
+from flatgpt.training.watchdog import Watchdog
+from model import GPT
+
+RULE = '-' * 64
+
+
+class Run:
+    """out_dir: the directory. resume_from: a verified checkpoint, None for a new run."""
+
+    def __init__(self, config: dict, runtime: Runtime, watchdog: Watchdog):
+        self.config, self.runtime, self.watchdog = config, runtime, watchdog
+        self.out_dir = Path(config['out_dir'] or runtime.agree(run_directory.new_name))
+        config['out_dir'] = str(self.out_dir)
+        self.resume_from, self.lock = find_resume_checkpoint(config, runtime)
+        self.state = TrainState()
+        self.tracker: Tracker | None = None  # of rank 0
+        self.saver: Saver | None = None
+        self.first_step = 0  # of this process
+
+    # --- set-up
+
+    def build(self) -> tuple[GPT, Tokenizer | None, Dataset]:
+        """The model to train, on its device, its tokenizer and the data; `state` as it was saved.
+
+        Sets in config what they settle: how the run began, and the shape of a model that exists.
+        """
+        config, runtime, report = self.config, self.runtime, self.runtime.print0
+        model, tokenizer, saved = load_initial_model(config, self.resume_from)
+        self.state = TrainState.from_saved(saved, run=runtime.agree(lambda: secrets.token_hex(8)))
+        self.first_step = self.state.step
+        if model and (kept := keep_shape(model, config)):
+            where = self.resume_from or config['init_from']
+            report(f'{where} keeps its own {", ".join(kept)}, whatever the settings say')
+        data = open_dataset(config, runtime, self.watchdog)
+        if self.resume_from and self.state.data != data.fingerprint:
+            report(
+                f'warning: dataset {config["dataset"]} has changed since {self.resume_from.name} '
+                'was saved; losses from before do not compare, and the best may be one of them'
+            )
+        self.state.data = data.fingerprint
+        validate_data(config, data)
+        shape = model.config if model else new_shape(data, config)
+        warnings = early_warnings(shape, config, runtime), lint_settings(config, data)
+        for warning in chain(*warnings):
+            report(f'warning: {warning}')
+        model, tokenizer = build_model(model, tokenizer, data, config, report)
+        if not config['shard']:  # a whole one may not fit there
+            model.to(runtime.device)
+        return model.train(), tokenizer, data
+
+    def exit_if_finished(self, max_iters: int) -> None:
+        """End the program if a resumed run has nothing left to do."""
+        c, state, done = self.config, self.state, self.out_dir / 'DONE'
+        if not (self.resume_from and state.is_finished(max_iters, c['patience'])):
+            return
+        at_end = state.step >= max_iters
+        longer = '--epochs' if c['epochs'] else '--max_iters' if at_end else '--patience'
+        if c['lr_decay_iters'] is not None and c['decay_lr']:
+            longer += ' (and --lr_decay_iters)'
+        if self.runtime.main:  # a run that was killed on its last way out
+            if c['checkpoint_mirror']:
+                catch_up(self.resume_from, c['checkpoint_mirror'])
+            if not done.exists():
+                done.touch()
+        self.runtime.print0(
+            f'{self.out_dir} is finished: {state.step} of {max_iters} steps; a larger {longer} '
+            'goes on'
+        )
+        self.runtime.leave()
+
+    def open(self, max_iters: int, reference: dict | None) -> None:
+        """Take the directory for this run. Whatever can fail comes before."""
+        c, runtime = self.config, self.runtime
+        runtime.agree(lambda: self._open_on_rank_0(reference))
+        if c['shard']:  # each rank writes its part of a checkpoint there
+            if rank := runtime.odd_one((self.out_dir / 'config.py').exists()):
+                raise UserError(
+                    f'{self.out_dir} of rank 0 is not there for rank {rank}: shard=True needs an '
+                    '--out_dir that all machines see'
+                )
+        keep, mirror = c['always_save_checkpoint'], c['checkpoint_mirror']
+        mirror = Mirror(Path(mirror), keep, self.state.run) if mirror else None
+        self.saver = Saver(self.out_dir, runtime, c['shard'], keep, mirror)
+        self.progress = Progress(runtime.live, self.state.step, max_iters)
+
+    def _open_on_rank_0(self, reference: dict | None) -> None:
+        c, step = self.config, self.state.step if self.resume_from else -1
+        if c['checkpoint_mirror']:
+            probe_mirror(c['checkpoint_mirror'])
+        self.lock = run_directory.lock(self.out_dir)
+        self.tracker = Tracker(self.out_dir, c, step)
+        run_directory.begin(self.out_dir, step, c['overwrite'])
+        if c['checkpoint_mirror']:
+            begin_mirror(c['checkpoint_mirror'], step)
+        if reference:
+            write_reference(self.out_dir / REFERENCE, self.state.reference_key, reference)
+        here = {'device': self.runtime.device, 'dtype': self.runtime.dtype_name}
+        run_directory.write_config(self.out_dir, {**c, 'overwrite': False}, here)
+
+    def restore(self, model: GPT, optimizers: list, scaler) -> None:
+        """Give the optimizers and the scaler the state of the checkpoint to resume from."""
+        load_optimizer(self.resume_from, model, optimizers)
+        saved = read_state(self.resume_from).get('scaler')
+        if scaler.is_enabled() and saved:
+            scaler.load_state_dict(saved)
+
+    # --- once in a while
+
+    def log_evaluation(self, losses: dict) -> None:
+        if self.runtime.main:
+            peak = self.runtime.peak_memory()  # in bytes
+            seconds = self.state.tick()
+            self.tracker.log(self.state.step, **losses, peak_memory=peak, seconds=seconds)
+
+    def log_update(self, loss: float, tokens_per_s: float, mfu: float | None, **measured) -> None:
+        """Show and log the last step: its loss, the speed since the last line, and the rest."""
+        text = f'loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s{f", MFU {mfu:.1%}" if mfu else ""}'
+        if line := self.progress.status(text):
+            self.runtime.print0(line)
+        counts = self.state.take_counts()
+        if self.runtime.main:
+            measured |= {'loss': loss, 'tokens_per_s': tokens_per_s, 'mfu': mfu, **counts}
+            measured |= self.saver.times()
+            self.tracker.log(self.state.step, **measured, seconds=self.state.tick())
+
+    def report_skipped(self, loss: float, norm: float) -> None:
+        """Report an update that was skipped; end a run that skips three in a row."""
+        step = self.state.step
+        self.runtime.print0(f'step {step}: loss {loss} with gradient norm {norm}, update skipped')
+        if self.state.skipped == 3:
+            raise UserError(
+                f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
+                f'lower {self.rates} or --grad_clip'
+                + (f'; {self.out_dir} keeps its last good checkpoint' if self.saved else '')
+            )
+
+    def is_due_to_save(self, losses: dict | None, last: bool) -> bool:
+        """Whether to save now: at the end, after an evaluation, every save_interval steps, where
+        there is something new."""
+        step, interval = self.state.step, self.config['save_interval']
+        new = step > self.first_step or (losses and step > 0)
+        return bool(new and (losses or last or (interval and step % interval == 0)))
+
+    def is_sound(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
+        """Whether the weights are worth saving: where their loss is not finite, a resumed run could
+        only go on with more of it."""
+        if losses:
+            return math.isfinite(losses['val_loss'])
+        if self.state.skipped and stopping:  # the update left out has changed nothing
+            return are_finite(model, self.runtime)
+        return not self.state.skipped
+
+    def save(self, model: GPT, optimizers: list, tokenizer: Tokenizer | None, scaler) -> None:
+        """Save the run as it stands now; what goes wrong is reported by saver.news()."""
+        if not (self.runtime.main or self.config['shard']):
+            return
+        self.state.tick()
+        # a restart has to keep what this one made
+        settings = {**self.config, 'overwrite': False}
+        now = {**self.state.to_dict(), 'config': settings, 'scaler': scaler.state_dict()}
+        self.saver.save(model, optimizers, tokenizer, now)
+
+    def show_sample(
+        self, model: GPT, tokenizer: Tokenizer | None, data: Dataset, tokens: int
+    ) -> None:
+        """Print and log what the model writes now; tokens=0: nothing."""
+        if not tokens or tokenizer is None or (self.config['shard'] and not self.saved):
+            return
+        writer = self._whole_model() if self.config['shard'] else model
+        if writer is None:
+            return
+        text = sample_page(writer, tokenizer, data, tokens, self.config['seed'])
+        model.train()
+        self.tracker.log_text(self.state.step, text)
+        verb = 'answers' if data.rows else 'writes'
+        self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
+
+    def _whole_model(self) -> GPT | None:
+        """Of a sharded model rank 0 has but its rows; what it has just saved is whole."""
+        self.saver.wait()
+        try:
+            return load_model(self.out_dir, 'last', self.runtime.device)[0]
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            self.runtime.print0('no sample: the whole model does not fit here beside its rows')
+            return None
+
+    def report_problems(self, after: str = '') -> None:
+        for problem in self.saver.news():
+            self.runtime.print0(f'warning: {problem}{after}')
+
+    @property
+    def rates(self) -> str:
+        """The flags of the learning rates."""
+        muon = self.config['optimizer'] == 'muon'
+        return '--learning_rate or --muon_lr' if muon else '--learning_rate'
+
+    @property
+    def saved(self) -> list[Path]:
+        return listed(self.out_dir)
+
+    # --- the end
+
+    def finish(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer | None,
+        data: Dataset,
+        stop: StopSignal,
+        finished: bool,
+    ) -> None:
+        """Report what was reached, where it is and how to resume, and end the program.
+
+        finished: whether the run has come to its end, or a signal has stopped it.
+        """
+        self.state.tick()
+        peak = self.runtime.peak_memory()  # before the picture and the sample
+        self.progress.close()
+        self.watchdog.close()  # a mirror may be slow
+        self.saver.finish()
+        self.report_problems()
+        if self.runtime.main:
+            with closing(self.tracker):
+                self._refuse_bad_end(finished)
+                if finished:
+                    (self.out_dir / 'DONE').touch()
+                stop.release()
+                with suppress(OSError):  # a full disk
+                    self.runtime.print0(f'loss curve: {draw_loss(self.out_dir)}')
+                if finished:
+                    self._report_end(model, tokenizer, data, peak)
+                else:
+                    self._report_stop()
+        self.runtime.leave(0 if finished else stop.status)
+
+    def _refuse_bad_end(self, finished: bool) -> None:
+        if self.saver.failure:
+            again = 'continue with --init_from=resume' if self.saved else 'start again'
+            raise UserError(f'{self.saver.failure}; make room and {again}')
+        if finished and not math.isfinite(loss := self.state.losses['val_loss']):
+            raise UserError(
+                f'the validation loss is {loss} at step {self.state.step}, and those weights are '
+                f'not saved: lower {self.rates}'
+            )
+
+    def _report_end(self, model: GPT, tokenizer, data: Dataset, peak: int | None) -> None:
+        report = self.runtime.print0
+        report(end_line(self.state, self.config['objective']))
+        if peak:
+            each = ' in each process' if self.runtime.world_size > 1 else ''
+            report(f'peak memory {peak / 1e6:,.0f} MB{each}')
+        self.show_sample(model, tokenizer, data, self.config['sample_tokens'])
+        if not self.saved:
+            report(f'no step was trained, so there is no checkpoint in {self.out_dir}')
+        for path in self.saved[-1:]:
+            report(f'checkpoint: {path}')
+            report(f'more: python sample.py --out_dir={shlex.quote(str(self.out_dir))}')
+
+    def _report_stop(self) -> None:
+        step, report = self.state.step, self.runtime.print0
+        if not self.saved:
+            return report(
+                f'stopped at step {step}, with nothing to save yet; the same command starts again'
+            )
+        last, config_file = self.saved[-1], shlex.quote(str(self.out_dir / 'config.py'))
+        command = f'{self.runtime.launcher} train.py {config_file} --init_from=resume'
+        kept = 'is saved' if step_of(last) == step else 'is the last that is sound'
+        report(f'stopped at step {step}; {last.name} {kept}, continue with: {command}')
