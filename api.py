@@ -34,15 +34,15 @@ from flatgpt.inference.engine import Engine
 from flatgpt.serving import schema
 from flatgpt.serving.http_server import (
     CONNECTIONS,
-    Door,
     Server,
+    StartupApp,
     allow_open_files,
     drain_on_signals,
     listen,
     log_to_stderr,
     wait_until_drained,
 )
-from flatgpt.serving.service import LOG, Chat, Refusal, Service, key_of
+from flatgpt.serving.service import LOG, APIError, Chat, Service, key_of
 from model import GPT
 from sample import load, source
 
@@ -167,7 +167,7 @@ def enter():
     if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
         message = 'send the key of this server, as in "Authorization: Bearer KEY"'
         challenge = {'WWW-Authenticate': 'Bearer'}
-        raise Refusal(401, message, code='invalid_api_key', headers=challenge)
+        raise APIError(401, message, code='invalid_api_key', headers=challenge)
 
 
 @routes.after_app_request
@@ -195,15 +195,15 @@ def leave(response):
     return response
 
 
-@routes.app_errorhandler(Refusal)
-def refuse(refusal: Refusal):
-    here().metrics.rejected.labels(refusal.status).inc()
-    flask.g.code = refusal.code  # for the log
-    return refusal.body, refusal.status, refusal.headers
+@routes.app_errorhandler(APIError)
+def answer_error(error: APIError):
+    here().metrics.rejected.labels(error.status).inc()
+    flask.g.code = error.code  # for the log
+    return error.body, error.status, error.headers
 
 
 @routes.app_errorhandler(HTTPException)
-def refuse_in_json(error: HTTPException):
+def answer_http_error(error: HTTPException):
     said = {
         404: f'there is no {flask.request.path}; /docs shows what there is',
         405: f'{flask.request.path} does not take {flask.request.method}',
@@ -211,13 +211,13 @@ def refuse_in_json(error: HTTPException):
     }
     allow = {name: value for name, value in error.get_headers() if name == 'Allow'}
     message = said.get(error.code, error.description)
-    return refuse(Refusal(error.code, message, headers=allow))
+    return answer_error(APIError(error.code, message, headers=allow))
 
 
 @routes.app_errorhandler(Exception)
-def apologize(error: Exception):
+def answer_unforeseen(error: Exception):
     LOG.error('%s %s', flask.request.method, flask.request.path, exc_info=error)
-    return refuse(Refusal(500, 'this should not have happened; the log has the details'))
+    return answer_error(APIError(500, 'this should not have happened; the log has the details'))
 
 
 # --- what people and machines look at
@@ -268,7 +268,7 @@ def metrics():
 def read(kind: type[BaseModel]):
     """The body of this HTTP request, checked."""
     if flask.request.mimetype != 'application/json':
-        raise Refusal(415, 'send JSON, with the header "Content-Type: application/json"')
+        raise APIError(415, 'send JSON, with the header "Content-Type: application/json"')
     try:
         return kind.model_validate_json(flask.request.get_data(cache=False))
     except ValidationError as error:
@@ -276,7 +276,7 @@ def read(kind: type[BaseModel]):
     message, param = first['msg'], '.'.join(map(str, first['loc'][:1])) or None
     if param == 'prompt' and first['type'] != 'missing':
         message = 'must be a text, token ids, or a list of either, none of them empty'
-    raise Refusal(400, f'{param or "the body"}: {message}', param)
+    raise APIError(400, f'{param or "the body"}: {message}', param)
 
 
 @routes.post('/v1/completions')
@@ -296,8 +296,8 @@ def chat_completions():
 def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
     """The texts of a completion, whole or as they come; shape: of its choices, if another's."""
     service, g = here(), flask.g
-    gone = flask.request.environ.get('waitress.client_disconnected', lambda: False)
-    job = g.job = service.begin(body, gone, shape)
+    disconnected = flask.request.environ.get('waitress.client_disconnected', lambda: False)
+    job = g.job = service.begin(body, disconnected, shape)
     head = {
         'id': f'{prefix}-{g.id}',
         'object': kind,
@@ -335,7 +335,7 @@ def models():
 @routes.get('/v1/models/<path:which>')
 def one_model(which: str):
     if which != here().name:
-        raise Refusal(404, f'there is no model {which!r}; this is {here().name!r}', 'model')
+        raise APIError(404, f'there is no model {which!r}; this is {here().name!r}', 'model')
     return card(here())
 
 
@@ -367,14 +367,14 @@ def detokenize():
 def main(settings: dict) -> None:
     check(settings)
     allow_open_files(4 * CONNECTIONS)
-    door, listener = Door(), listen(settings)
-    server = Server(door, listener, settings['max_body'])
+    startup, listener = StartupApp(), listen(settings)
+    server = Server(startup, listener, settings['max_body'])
     app = build(None, settings)
     service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
     server.expect(service.most)
     log_to_stderr()
     drain_on_signals(service)
-    door.app = app
+    startup.app = app
     address = f'[{address}]' if ':' in address else address
     print(f'{service.name} at http://{address}:{number}, documentation at /docs')
     print(

@@ -19,7 +19,7 @@ from conftest import random_model, saved
 
 import api
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.serving.http_server import Door, Server, listen
+from flatgpt.serving.http_server import Server, StartupApp, listen
 
 SCRIPT = Path(api.__file__)
 SIZE = 64  # of the context
@@ -91,7 +91,7 @@ def figures(client):
 def serving(app):
     """Serve an application on a free port -> the server and the port."""
     service, listener = app.extensions['flatgpt'], listening()
-    server = Server(Door(app), listener, 4)
+    server = Server(StartupApp(app), listener, 4)
     server.expect(service.most)
     try:
         yield server, listener.getsockname()[1]

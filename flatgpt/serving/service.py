@@ -2,7 +2,7 @@
 Between the requests of a server, each in a thread, and the engine in another: limits, answers.
 
     service = Service(engine, settings)                  # those of api.py
-    job = service.begin(body, gone)                      # or a Refusal says why not
+    job = service.begin(body, client_disconnected)       # or an APIError says why not
     try:
         for part in job.frames(): ...                    # or job.whole()
     finally:
@@ -33,7 +33,7 @@ LOWEST = -9999.0  # stands for a log-probability of minus infinity, which JSON h
 LOG = logging.getLogger('flatgpt')
 
 
-class Refusal(Exception):
+class APIError(Exception):
     """An error as a client gets it."""
 
     def __init__(self, status: int, message: str, param=None, code=None, headers=()):
@@ -46,7 +46,7 @@ class Refusal(Exception):
 # what a client reads
 
 
-class Answer:
+class ChoiceBuilder:
     """One text of an answer: all of it, or what a frame has of it."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, echo: bool):
@@ -122,10 +122,10 @@ def frame(data: dict) -> bytes:
 # between the threads
 
 
-class Job:
+class CompletionJob:
     """The texts that one HTTP request asks for, on their way from the engine's thread to its own.
 
-    gone(): whether the client has left. seconds: how long they may take.
+    client_disconnected(): whether the client has left. seconds: how long they may take.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Job:
         body: CompletionRequest,
         prompts: list[list[int]],
         engine: Engine,
-        gone: Callable[[], bool],
+        client_disconnected: Callable[[], bool],
         seconds: float,
         shape: Callable[[dict], dict] | None = None,
     ):
@@ -147,8 +147,9 @@ class Job:
             for j in range(n)
         ]
         echo = bool(body.echo)
-        self.answers = [Answer(each, engine.tokenizer, echo) for each in self.requests]
-        self.engine, self.prompts, self.gone, self.seconds = engine, prompts, gone, seconds
+        self.builders = [ChoiceBuilder(each, engine.tokenizer, echo) for each in self.requests]
+        self.engine, self.prompts = engine, prompts
+        self.client_disconnected, self.seconds = client_disconnected, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.shape = shape or (lambda choice: choice)  # of a choice, as the client knows it
         self.pieces: deque[Piece] = deque()
@@ -178,7 +179,7 @@ class Job:
     def watch(self) -> None:
         """Cancel it if nobody waits for it any more, or it takes too long."""
         self.late = self.late or time.monotonic() - self.requests[0].came > self.seconds
-        if self.late or self.gone():
+        if self.late or self.client_disconnected():
             self.cancel()
 
     # --- in its own
@@ -197,13 +198,13 @@ class Job:
             self.finished.wait(PACE)
 
     def choices(self, pieces: list[Piece]) -> list[dict]:
-        """Pieces as a client reads them. Refusal if the job has failed."""
+        """Pieces as a client reads them. APIError if the job has failed."""
         if any(piece.finish in ('error', 'cancelled') for piece in pieces):
             raise self.failure()
         rows: dict[int, list[Piece]] = {}
         for piece in pieces:
             rows.setdefault(piece.row, []).append(piece)
-        choices = [self.answers[row].choice(rows[row]) for row in sorted(rows)]
+        choices = [self.builders[row].choice(rows[row]) for row in sorted(rows)]
         return [self.shape(choice) for choice in choices if choice]
 
     def whole(self, head: dict) -> dict:
@@ -220,24 +221,24 @@ class Job:
                 yield b''.join(frame({**head, 'choices': [each], **usage}) for each in choices)
             if usage:
                 yield frame({**head, 'choices': [], 'usage': self.usage()})
-        except Refusal as refusal:
-            self.code = refusal.code
-            yield frame(refusal.body)
+        except APIError as error:
+            self.code = error.code
+            yield frame(error.body)
         yield b'data: [DONE]\n\n'
 
-    def failure(self) -> Refusal:
+    def failure(self) -> APIError:
         if self.late:
             message = f'it took longer than {self.seconds:g} seconds, the limit of this server'
             # the clients of OpenAI's library would try the same again
-            return Refusal(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
-        if self.gone():
-            return Refusal(499, 'the client has left')  # as nginx calls it; for the log
+            return APIError(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
+        if self.client_disconnected():
+            return APIError(499, 'the client has left')  # as nginx calls it; for the log
         if self.engine.error is None and any(r.finish == 'error' for r in self.requests):
             LOG.error(NOT_FINITE)
-            return Refusal(500, NOT_FINITE, code='not_finite')
+            return APIError(500, NOT_FINITE, code='not_finite')
         if self.engine.error is None and self.engine.closed:
-            return Refusal(503, 'the server is shutting down', code='draining')
-        return Refusal(500, 'the engine failed; the log says why', code='engine_stopped')
+            return APIError(503, 'the server is shutting down', code='draining')
+        return APIError(500, 'the engine failed; the log says why', code='engine_stopped')
 
     def usage(self) -> dict:
         prompt, written = sum(map(len, self.prompts)), sum(len(r.written) for r in self.requests)
@@ -255,7 +256,7 @@ class Job:
         out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
         out |= {'code': self.code} if self.code else {}
         if with_text:
-            decode = self.answers[0].tokenizer.decode
+            decode = self.builders[0].tokenizer.decode
             out['prompts'] = [decode(ids) for ids in self.prompts]
             out['answers'] = [decode(each.written) for each in self.requests]
         return out
@@ -279,7 +280,7 @@ class Service:
         self.most = len(engine.slots) + settings['max_queue']  # texts at once
         self.metrics = Metrics(engine)
         self.lock = threading.Lock()
-        self.jobs: set[Job] = set()
+        self.jobs: set[CompletionJob] = set()
         self.draining = False
         self.closed = threading.Event()
         self.threads = [
@@ -300,7 +301,7 @@ class Service:
             for job in self.open_jobs():
                 job.watch()
 
-    def open_jobs(self) -> list[Job]:
+    def open_jobs(self) -> list[CompletionJob]:
         with self.lock:
             return list(self.jobs)
 
@@ -310,13 +311,13 @@ class Service:
         for thread in self.threads:
             thread.join()
 
-    def trouble(self) -> Refusal | None:
+    def trouble(self) -> APIError | None:
         """Why nothing can be computed now."""
         if self.engine.error or self.engine.closed:
-            return Refusal(503, 'the engine has stopped; the log says why', code='engine_stopped')
+            return APIError(503, 'the engine has stopped; the log says why', code='engine_stopped')
         if self.draining:
             after = {'Retry-After': '5'}
-            return Refusal(503, 'the server is shutting down', code='draining', headers=after)
+            return APIError(503, 'the server is shutting down', code='draining', headers=after)
         return None
 
     # --- requests
@@ -326,27 +327,30 @@ class Service:
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
             message = "this model's tokenizer has no chat template: /v1/completions continues text"
-            raise Refusal(400, message, 'messages', 'no_chat_template')
+            raise APIError(400, message, 'messages', 'no_chat_template')
         try:
             ids = tokenizer.encode_chat([dict(message) for message in messages]).tolist()
         except UserError as error:
-            raise Refusal(400, str(error), 'messages') from None
+            raise APIError(400, str(error), 'messages') from None
         end = tokenizer.chat_template['assistant'][1]
         return ids, '' if end in tokenizer.special else end
 
-    def begin(self, body: CompletionRequest, gone: Callable[[], bool], shape=None) -> Job:
-        """Have a request computed; release() must follow. Refusal if it cannot be."""
+    def begin(
+        self, body: CompletionRequest, client_disconnected: Callable[[], bool], shape=None
+    ) -> CompletionJob:
+        """Have a request computed; release() must follow. APIError if it cannot be."""
         prompts, tokens = body.prompts(), self.tokenizer.vocab_size
         if body.max_tokens == 0 and not body.echo:
-            raise Refusal(400, 'max_tokens: 0 only together with echo', 'max_tokens')
+            raise APIError(400, 'max_tokens: 0 only together with echo', 'max_tokens')
         if len(prompts) * (body.n or 1) > self.most:
             which = 'prompt' if len(prompts) > self.most else 'n'
-            raise Refusal(400, f'{which}: a request may have {self.most} texts', which)
+            raise APIError(400, f'{which}: a request may have {self.most} texts', which)
         if max(body.logit_bias or (0,)) >= tokens:
-            raise Refusal(400, f'logit_bias: there are {tokens} token ids', 'logit_bias')
+            raise APIError(400, f'logit_bias: there are {tokens} token ids', 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
-        job = Job(body, prompts, self.engine, gone, self.settings['max_seconds'], shape)
+        seconds = self.settings['max_seconds']
+        job = CompletionJob(body, prompts, self.engine, client_disconnected, seconds, shape)
         self.submit(job)
         return job
 
@@ -355,15 +359,15 @@ class Service:
             try:
                 return self.tokenizer.encode(prompt, allow_eot=True).tolist()
             except UserError as error:
-                raise Refusal(400, f'{field}: {error}', field) from None
+                raise APIError(400, f'{field}: {error}', field) from None
         if max(prompt, default=0) >= self.tokenizer.vocab_size:
             ids = f'{max(prompt)} is none of the {self.tokenizer.vocab_size} token ids'
-            raise Refusal(400, f'{field}: {ids}', field)
+            raise APIError(400, f'{field}: {ids}', field)
         return prompt
 
     def check_lengths(self, prompt: int, new: int) -> None:
         if prompt + new > self.size:
-            raise Refusal(
+            raise APIError(
                 400,
                 f'the prompt has {prompt} tokens, and max_tokens={new} make {prompt + new}; this '
                 f"model's context holds {self.size}",
@@ -377,9 +381,9 @@ class Service:
             most = self.settings[limit]
             if most is not None and count > most:
                 message = f'{field}: {count} tokens; this server takes {most} at most'
-                raise Refusal(400, message, field)
+                raise APIError(400, message, field)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: CompletionJob) -> None:
         with self.lock:
             if trouble := self.trouble():
                 raise trouble
@@ -387,7 +391,7 @@ class Service:
             taken = sum(max(other.left, 1) for other in self.jobs)
             if taken + len(job.requests) > self.most:
                 message = f'{self.most} texts are being written or wait; try again'
-                raise Refusal(429, message, code='queue_full', headers={'Retry-After': '1'})
+                raise APIError(429, message, code='queue_full', headers={'Retry-After': '1'})
             self.jobs.add(job)
         try:
             for request in job.requests:
@@ -396,7 +400,7 @@ class Service:
             self.release(job)
             raise job.failure() from None
 
-    def release(self, job: Job) -> None:
+    def release(self, job: CompletionJob) -> None:
         """Its thread is done with it."""
         job.cancel()
         with self.lock:
@@ -436,7 +440,7 @@ class Metrics:
         name = f'flatgpt_{name}_seconds'
         return Histogram(name, about, buckets=buckets, registry=self.registry)
 
-    def count(self, job: Job) -> None:
+    def count(self, job: CompletionJob) -> None:
         """At any moment: the engine may be writing its texts still."""
         if any(r.began for r in job.requests):
             self.prompt_tokens.inc(job.usage()['prompt_tokens'])

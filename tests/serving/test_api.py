@@ -44,8 +44,8 @@ from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.request import Piece, Request
 from flatgpt.inference.sampling import Sampling
 from flatgpt.serving import schema
-from flatgpt.serving.http_server import Door, JsonLines, Server, listen, wait_until_drained
-from flatgpt.serving.service import Answer
+from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
+from flatgpt.serving.service import ChoiceBuilder
 
 pytest_plugins = ['server']
 
@@ -393,7 +393,7 @@ def test_a_prompt_can_be_scored_without_writing(client):
 def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
     request = Request([97], Sampling(), print, top=3)
     top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0))
-    choice = Answer(request, byte_tokenizer(), False).choice(
+    choice = ChoiceBuilder(request, byte_tokenizer(), False).choice(
         [Piece(0, 0xEA, '', None, -3.0, top), Piece(0, 98, 'b', 'length', -math.inf, ())]
     )
     assert choice['logprobs']['top_logprobs'] == [{'\ufffd': -1.0, 'a': -5.0}, {'b': -9999.0}]
@@ -1149,8 +1149,8 @@ def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
 
 
 def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
-    door, listener = Door(), listening()
-    server, port = Server(door, listener, 4), listener.getsockname()[1]
+    startup, listener = StartupApp(), listening()
+    server, port = Server(startup, listener, 4), listener.getsockname()[1]
     try:
         seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
         assert seen.pop('/health') == (200, {'status': 'ok'})
@@ -1158,7 +1158,7 @@ def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
         assert post(port)[1]['Retry-After'] == '5'
         for status, body in seen.values():
             assert (status, body['error']['code']) == (503, 'loading')
-        door.app = app
+        startup.app = app
         assert get(port, '/ready') == (200, {'status': 'ok'})
     finally:
         server.close()
@@ -1238,7 +1238,7 @@ def connect_and_never_read(port, service):
     given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
     frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('flatgpt.serving.service.Job.frames', frames)
+        patch.setattr('flatgpt.serving.service.CompletionJob.frames', frames)
         client = connect(port, **given)
         client.recv(1, socket.MSG_PEEK)
     wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
