@@ -14,12 +14,14 @@ import threading
 import time
 from pathlib import Path
 
+import flask
 import pytest
 from conftest import random_model, saved
 
 import api
 from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.serving.http_server import Server, StartupApp, listen
+from flatgpt.serving.openapi import document
 
 SCRIPT = Path(api.__file__)
 SIZE = 64  # of the context
@@ -51,6 +53,13 @@ def make_app(model):
 @pytest.fixture(scope='module')
 def out_dir(tmp_path_factory):
     return saved(tmp_path_factory.mktemp('served') / 'run', byte_tokenizer(), block_size=4096)
+
+
+def documented_paths():
+    """The paths of the OpenAPI document, without a model behind them."""
+    app = flask.Flask('documented')
+    app.register_blueprint(api.routes)
+    return document(app, '')['paths']
 
 
 def wait_until(reached, seconds=10):

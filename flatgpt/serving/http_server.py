@@ -26,7 +26,7 @@ from waitress.task import ErrorTask
 from waitress.utilities import RequestEntityTooLarge
 
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.serving import schema
+from flatgpt.serving.api_error import error_body
 from flatgpt.serving.service import LOG, Service, key_of
 
 MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
@@ -59,7 +59,7 @@ class JsonErrorTask(ErrorTask):
 
     def execute(self):
         error = self.request.error
-        body = json.dumps(schema.error_body(error.code, f'{error.reason}: {error.body}')).encode()
+        body = json.dumps(error_body(error.code, f'{error.reason}: {error.body}')).encode()
         self.status = f'{error.code} {error.reason}'
         self.response_headers.append(('Content-Type', 'application/json'))
         self.channel.server.startup.note(self.channel.addr[0], error.code)
@@ -121,7 +121,7 @@ class StartupApp:
             start_response('200 OK', headers)
             return [b'{"status": "ok"}']
         start_response('503 Service Unavailable', [*headers, ('Retry-After', '5')])
-        body = schema.error_body(503, 'the model is being loaded', code='loading')
+        body = error_body(503, 'the model is being loaded', code='loading')
         return [json.dumps(body).encode()]
 
     def note(self, client: str, status: int) -> None:

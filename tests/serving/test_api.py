@@ -44,8 +44,8 @@ from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.request import Piece, Request
 from flatgpt.inference.sampling import Sampling
 from flatgpt.serving import schema
+from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
-from flatgpt.serving.service import ChoiceBuilder
 
 pytest_plugins = ['server']
 
@@ -283,7 +283,7 @@ def test_stop_strings_end_a_text_across_the_borders_of_tokens(client, stop, text
 def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypatch):
     script = 'é🎉ы中👩‍🚀'.encode()
     write(service_of(client), script)
-    monkeypatch.setattr('flatgpt.serving.service.PACE', 0)
+    monkeypatch.setattr('flatgpt.serving.job.PACE', 0)
     engine = service_of(client).engine
     step = engine.step
     engine.step = lambda: (time.sleep(0.002), step())[1]
@@ -1011,7 +1011,7 @@ def test_the_openapi_document_is_valid_and_has_every_path(client, app):
     document = client.get('/openapi.json').json
     validate(document)
     assert document['openapi'] == '3.1.0'
-    rules = {re.sub('<.*:?which>', '{model}', rule.rule) for rule in app.url_map.iter_rules()}
+    rules = {re.sub('<.*:?model>', '{model}', rule.rule) for rule in app.url_map.iter_rules()}
     assert document['paths'].keys() == rules - {'/', '/docs', '/docs/<file>', '/openapi.json'}
     for path, methods in document['paths'].items():
         for method, operation in methods.items():
@@ -1238,7 +1238,7 @@ def connect_and_never_read(port, service):
     given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
     frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('flatgpt.serving.service.CompletionJob.frames', frames)
+        patch.setattr('flatgpt.serving.job.CompletionJob.frames', frames)
         client = connect(port, **given)
         client.recv(1, socket.MSG_PEEK)
     wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))

@@ -24,6 +24,7 @@ from server import (
     SIZE,
     VOCABULARY,
     connect,
+    documented_paths,
     figures,
     free_again,
     in_background,
@@ -33,11 +34,10 @@ from server import (
 )
 
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.serving.schema import openapi
 
 pytest_plugins = ['server']
 pytestmark = pytest.mark.load
-OPERATIONS = [(path, way) for path, ways in openapi('')['paths'].items() for way in ways]
+OPERATIONS = [(path, way) for path, ways in documented_paths().items() for way in ways]
 SHARE = int(os.environ.get('FLATGPT_LOAD', '100')) / 100
 
 
