@@ -916,11 +916,12 @@ def test_metrics_count_texts_tokens_and_refusals(client):
 def test_metrics_show_what_runs_and_waits(make_app):
     client = make_app(max_rows=2).test_client()
     service = service_of(client)
-    slow = service.engine.step
-    service.engine.step = lambda: (time.sleep(0.02), slow())[1]
+    engine, step, go = service.engine, service.engine.step, threading.Event()
+    engine.step = lambda: (step(), engine.running == 2 and go.wait(30))[0]
     answer = in_background(ask, client, prompt='a', n=5, max_tokens=30, logit_bias=GOES_ON)
-    wait_until(lambda: service.engine.running == 2)
+    wait_until(lambda: engine.running == 2 and len(service.engine.waiting) == 3)
     seen = figures(client)
+    go.set()
     assert seen['flatgpt_requests_running'] == 2
     assert seen['flatgpt_requests_waiting'] == 3
     answer()
@@ -1400,27 +1401,72 @@ def test_openai_raises_what_comes_midway_in_a_stream(make_app):
 # the script
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment, number):
-    with started(out_dir, environment) as (process, port):
-        limits = process.stdout.readline()
-        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
-        assert 'no key' in limits
-        answers = [
-            in_background(post, port, prompt='a', max_tokens=15, stream=bool(i % 2), n=4, seed=i)
-            for i in range(16)
-        ]
-        time.sleep(0.02)
-        process.send_signal(number)
+def begin_many(port):
+    """Send many requests at once -> a function that checks that each is answered to its end."""
+    answers = [
+        in_background(post, port, prompt='a', max_tokens=15, stream=bool(i % 2), n=4, seed=i)
+        for i in range(16)
+    ]
+
+    def check():
         for answer in answers:
             status, _, body = answer()
             assert status in (200, 503)
             assert status == 503 or b'"finish_reason"' in body
             assert status == 503 or body.endswith((b'[DONE]\n\n', b'}\n'))
+
+    time.sleep(0.02)
+    return check
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment):
+    with started(out_dir, environment) as (process, port):
+        limits = process.stdout.readline()
+        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+        assert 'no key' in limits
+        check = begin_many(port)
+        process.send_signal(signal.SIGTERM)
+        check()
         assert process.wait(10) == 0
         lines = process.stderr.read().splitlines()
         assert all(json.loads(line) for line in lines if 'parameters on' not in line)
+
+
+@pytest.fixture
+def serve_here(out_dir, monkeypatch):
+    """Run api.py in this process, to its end; what it sets for a whole process is undone."""
+    monkeypatch.setattr(api, 'allow_open_files', lambda count: None)
+    monkeypatch.setattr(api, 'log_to_stderr', lambda: None)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    given = [f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32']
+    yield lambda *args: api.main(configure(dict(vars(api)), [*given, *args]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_either_signal_lets_what_runs_be_answered(serve_here, monkeypatch, capsys, number):
+    listener = listening()
+    port = listener.getsockname()[1]
+    monkeypatch.setattr(api, 'listen', lambda settings: listener)
+
+    def ask_and_signal():
+        wait_until(lambda: get(port, '/ready')[0] == 200)
+        check = begin_many(port)
+        os.kill(os.getpid(), number)
+        check()
+        return 'answered'
+
+    result = in_background(ask_and_signal)
+    serve_here()
+    assert result() == 'answered'
+    address, limits, *rest = capsys.readouterr().out.splitlines()
+    assert f' at http://127.0.0.1:{port}, ' in address
+    assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+    assert not rest
 
 
 def test_a_server_that_died_does_not_pretend_to_serve(app):
@@ -1443,16 +1489,24 @@ def test_a_second_signal_ends_the_server_at_once(out_dir, environment):
             assert process.wait(10) == 128 + signal.SIGTERM
 
 
-def test_mistakes_at_the_start_are_one_line(environment, out_dir):
-    for args, says in (
-        (['--host=0.0.0.0'], 'FLATGPT_API_KEY'),
-        (['--max_rows=0'], 'max_rows=0'),
-        (['--prot=1'], 'did you mean port'),
-        (['--port=70000'], 'port=70000'),
-        (['--port=0', '--out_dir=no-such-run'], 'no-such-run'),
-    ):
-        command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', *args]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stderr.count('\n') == 1
-        assert says in done.stderr
+@pytest.mark.parametrize(
+    ('arg', 'says'),
+    [
+        ('--host=0.0.0.0', 'FLATGPT_API_KEY'),
+        ('--max_rows=0', 'max_rows=0'),
+        ('--prot=1', 'did you mean port'),
+        ('--port=70000', 'port=70000'),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(serve_here, arg, says):
+    with pytest.raises(UserError, match=says) as caught:
+        serve_here(arg)
+    assert '\n' not in str(caught.value)
+
+
+def test_mistakes_at_the_start_end_the_script_with_one_line(environment):
+    command = [sys.executable, str(SCRIPT), '--port=0', '--out_dir=no-such-run']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count('\n') == 1
+    assert 'no-such-run' in done.stderr
