@@ -12,37 +12,44 @@ http://127.0.0.1:8000/ is a playground, /docs explains every path, /metrics is f
 For another server than its own: create_app(out_dir='out/my_run') is the WSGI application.
 """
 
-import hmac
-import re
-import secrets
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, ValidationError
-from werkzeug.exceptions import HTTPException
 
 from configurator import configure, known, read_settings
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import ConfigError, UserError, within
 from flatgpt.inference.engine import Engine
-from flatgpt.serving import schema
+from flatgpt.serving import middleware, schema
+from flatgpt.serving.api_error import APIError
+from flatgpt.serving.choices import Chat
 from flatgpt.serving.http_server import (
     CONNECTIONS,
-    Door,
     Server,
+    StartupApp,
     allow_open_files,
     drain_on_signals,
     listen,
     log_to_stderr,
     wait_until_drained,
 )
-from flatgpt.serving.service import LOG, Chat, Refusal, Service, key_of
+from flatgpt.serving.middleware import current_service
+from flatgpt.serving.openapi import (
+    BODY_ERRORS,
+    DOCS_PAGE,
+    ENGINE_ERRORS,
+    KEY,
+    SWAGGER,
+    Answers,
+    api,
+    document,
+)
+from flatgpt.serving.service import Service, key_of
 from model import GPT
 from sample import load, source
 
@@ -71,24 +78,6 @@ max_body = 4.0  # MiB that a request may have
 chunk = 256  # tokens of prompts computed between two tokens of the texts: more for throughput
 deterministic = False  # the same bits for a text whatever else is computed; slower
 # -----------------------------------------------------------------------------
-
-
-PAGE = ROOT / 'flatgpt' / 'serving'
-SWAGGER = Path(find_spec('flask_openapi3_swagger').origin).parent / 'templates' / 'swagger'
-DOCS = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>flatGPT: API</title>
-<link rel="icon" href="data:,">
-<link rel="stylesheet" href="docs/swagger-ui.css">
-<body>
-<div id="ui"></div>
-<script src="docs/swagger-ui-bundle.js"></script>
-<script>
-SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLinking: true})
-</script>
-"""
 
 
 # -----------------------------------------------------------------------------
@@ -124,7 +113,9 @@ def build(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:
     app.config['MAX_CONTENT_LENGTH'] = int(settings['max_body'] * 2**20)
     app.url_map.strict_slashes = app.url_map.merge_slashes = False
     app.json.sort_keys = False
+    app.register_blueprint(middleware.blueprint)
     app.register_blueprint(routes)
+    app.extensions['openapi'] = document(app, f'flatGPT: {settings["name"]}')
     return app
 
 
@@ -145,92 +136,20 @@ def check(settings: dict) -> None:
     within(0.001, None, settings, 'max_seconds', 'max_body')
 
 
+# -----------------------------------------------------------------------------
+# the routes; those declared with @api.validate are in the OpenAPI document, and it reads their body
+
 routes = flask.Blueprint('flatgpt', __name__)
-
-
-def here() -> Service:
-    return flask.current_app.extensions['flatgpt']
-
-
-# --- around every request
-
-
-@routes.before_app_request
-def enter():
-    """Name the request, and let it in if it needs no key or has it."""
-    g, headers = flask.g, flask.request.headers
-    given = headers.get('X-Request-Id', '')
-    g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
-    g.began, g.job, g.code = time.monotonic(), None, None
-    guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
-    key, sent = key_of(here().settings), headers.get('Authorization', '').removeprefix('Bearer ')
-    if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
-        message = 'send the key of this server, as in "Authorization: Bearer KEY"'
-        challenge = {'WWW-Authenticate': 'Bearer'}
-        raise Refusal(401, message, code='invalid_api_key', headers=challenge)
-
-
-@routes.after_app_request
-def leave(response):
-    g, request, with_text = flask.g, flask.request, here().settings['log_prompts']
-    response.direct_passthrough = False  # which would never be closed
-    response.headers['X-Request-Id'] = g.id
-    response.headers['X-Content-Type-Options'] = 'nosniff'
-    response.headers['Content-Security-Policy'] = "default-src 'self' 'unsafe-inline' data:"
-    line = {
-        'id': g.id,
-        'client': request.remote_addr,
-        'method': request.method,
-        'path': request.path,
-        'status': response.status_code,
-        **({'code': g.code} if g.code else {}),
-    }
-
-    @response.call_on_close
-    def write_line(job=g.job, began=g.began):
-        took = {'seconds': round(time.monotonic() - began, 4)}
-        fields = line | took | (job.record(with_text) if job else {})
-        LOG.info('request', extra={'fields': fields})
-
-    return response
-
-
-@routes.app_errorhandler(Refusal)
-def refuse(refusal: Refusal):
-    here().metrics.rejected.labels(refusal.status).inc()
-    flask.g.code = refusal.code  # for the log
-    return refusal.body, refusal.status, refusal.headers
-
-
-@routes.app_errorhandler(HTTPException)
-def refuse_in_json(error: HTTPException):
-    said = {
-        404: f'there is no {flask.request.path}; /docs shows what there is',
-        405: f'{flask.request.path} does not take {flask.request.method}',
-        413: f'the body has more than {here().settings["max_body"]:g} MiB',
-    }
-    allow = {name: value for name, value in error.get_headers() if name == 'Allow'}
-    message = said.get(error.code, error.description)
-    return refuse(Refusal(error.code, message, headers=allow))
-
-
-@routes.app_errorhandler(Exception)
-def apologize(error: Exception):
-    LOG.error('%s %s', flask.request.method, flask.request.path, exc_info=error)
-    return refuse(Refusal(500, 'this should not have happened; the log has the details'))
-
-
-# --- what people and machines look at
 
 
 @routes.get('/')
 def playground():
-    return flask.send_from_directory(PAGE, 'playground.html')
+    return flask.send_from_directory(ROOT / 'flatgpt' / 'serving', 'playground.html')
 
 
 @routes.get('/docs')
 def docs():
-    return DOCS
+    return DOCS_PAGE
 
 
 @routes.get('/docs/<file>')
@@ -241,63 +160,62 @@ def docs_file(file: str):
 
 @routes.get('/openapi.json')
 def openapi():
-    return schema.openapi(here().name)
+    return flask.current_app.extensions['openapi']
 
 
 @routes.get('/health')
+@api.validate(resp=Answers(schema.Status))
 def health():
+    """Whether the process lives."""
     return {'status': 'ok'}
 
 
 @routes.get('/ready')
+@api.validate(resp=Answers(schema.Status, 503))
 def ready():
-    if trouble := here().trouble():
+    """Whether it can compute."""
+    if trouble := current_service().trouble():
         raise trouble
     return {'status': 'ok'}
 
 
 @routes.get('/metrics')
+@api.validate(resp=Answers(None, other={'text/plain': 'flatgpt_slots 8.0\n'}))
 def metrics():
-    figures = generate_latest(here().metrics.registry)
+    """Figures for Prometheus."""
+    figures = generate_latest(current_service().metrics.registry)
     return flask.Response(figures, content_type=CONTENT_TYPE_LATEST)
 
 
-# --- the model
-
-
-def read(kind: type[BaseModel]):
-    """The body of this HTTP request, checked."""
-    if flask.request.mimetype != 'application/json':
-        raise Refusal(415, 'send JSON, with the header "Content-Type: application/json"')
-    try:
-        return kind.model_validate_json(flask.request.get_data(cache=False))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    message, param = first['msg'], '.'.join(map(str, first['loc'][:1])) or None
-    if param == 'prompt' and first['type'] != 'missing':
-        message = 'must be a text, token ids, or a list of either, none of them empty'
-    raise Refusal(400, f'{param or "the body"}: {message}', param)
-
-
 @routes.post('/v1/completions')
-def completions():
-    return answer(read(schema.CompletionRequest), 'cmpl', 'text_completion')
+@api.validate(
+    resp=Answers(schema.CompletionResponse, 401, *BODY_ERRORS, *ENGINE_ERRORS, stream=True),
+    security=KEY,
+)
+def completions(json: schema.CompletionRequest):
+    """Continue texts. With stream, the answer comes as server-sent events."""
+    return answer(json, 'cmpl', 'text_completion')
 
 
 @routes.post('/v1/chat/completions')
-def chat_completions():
-    body, service = read(schema.ChatRequest), here()
-    ids, end = service.conversation(body.messages)
-    asked = body.completion(ids, service.size - len(ids), end)
+@api.validate(
+    resp=Answers(schema.ChatResponse, 401, *BODY_ERRORS, *ENGINE_ERRORS, stream=True),
+    security=KEY,
+)
+def chat_completions(json: schema.ChatRequest):
+    """Answer a conversation, if the tokenizer has a chat template; else 400."""
+    service = current_service()
+    ids, end = service.conversation(json.messages)
+    body = json.completion(ids, service.size - len(ids), end)
     kind = 'chat.completion.chunk' if body.stream else 'chat.completion'
-    return answer(asked, 'chatcmpl', kind, Chat('delta' if body.stream else 'message'))
+    return answer(body, 'chatcmpl', kind, Chat('delta' if body.stream else 'message'))
 
 
 def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
     """The texts of a completion, whole or as they come; shape: of its choices, if another's."""
-    service, g = here(), flask.g
-    gone = flask.request.environ.get('waitress.client_disconnected', lambda: False)
-    job = g.job = service.begin(body, gone, shape)
+    service, g = current_service(), flask.g
+    disconnected = flask.request.environ.get('waitress.client_disconnected', lambda: False)
+    job = g.job = service.begin(body, disconnected, shape)
     head = {
         'id': f'{prefix}-{g.id}',
         'object': kind,
@@ -317,31 +235,28 @@ def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
     return response
 
 
-def card(service: Service) -> dict:
-    return {
-        'id': service.name,
-        'object': 'model',
-        'created': service.began,
-        'owned_by': 'flatgpt',
-        'max_model_len': service.size,
-    }
-
-
 @routes.get('/v1/models')
+@api.validate(resp=Answers(schema.ModelList, 401), security=KEY)
 def models():
-    return {'object': 'list', 'data': [card(here())]}
+    """A list of the one model."""
+    return {'object': 'list', 'data': [current_service().card()]}
 
 
-@routes.get('/v1/models/<path:which>')
-def one_model(which: str):
-    if which != here().name:
-        raise Refusal(404, f'there is no model {which!r}; this is {here().name!r}', 'model')
-    return card(here())
+@routes.get('/v1/models/<path:model>')
+@api.validate(resp=Answers(schema.Model, 401, 404), security=KEY)
+def one_model(model: str):
+    """The model, by its name."""
+    service = current_service()
+    if model != service.name:
+        raise APIError(404, f'there is no model {model!r}; this is {service.name!r}', 'model')
+    return service.card()
 
 
 @routes.get('/tokenizer_info')
+@api.validate(resp=Answers(schema.TokenizerInfo, 401), security=KEY)
 def tokenizer_info():
-    tokenizer = here().tokenizer
+    """The vocabulary and its special tokens."""
+    tokenizer = current_service().tokenizer
     end = None if tokenizer.eot is None else EOT
     special = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), end)
     about = {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size}
@@ -349,15 +264,20 @@ def tokenizer_info():
 
 
 @routes.post('/tokenize')
-def tokenize():
-    ids = here().to_ids(read(schema.TokenizeRequest).prompt, 'prompt')
-    return {'tokens': ids, 'count': len(ids), 'max_model_len': here().size}
+@api.validate(resp=Answers(schema.TokenizeResponse, 401, *BODY_ERRORS), security=KEY)
+def tokenize(json: schema.TokenizeRequest):
+    """The token ids of a text."""
+    service = current_service()
+    ids = service.to_ids(json.prompt, 'prompt')
+    return {'tokens': ids, 'count': len(ids), 'max_model_len': service.size}
 
 
 @routes.post('/detokenize')
-def detokenize():
-    ids = here().to_ids(read(schema.DetokenizeRequest).tokens, 'tokens')
-    return {'prompt': here().tokenizer.decode(ids)}
+@api.validate(resp=Answers(schema.DetokenizeResponse, 401, *BODY_ERRORS), security=KEY)
+def detokenize(json: schema.DetokenizeRequest):
+    """The text of token ids."""
+    service = current_service()
+    return {'prompt': service.tokenizer.decode(service.to_ids(json.tokens, 'tokens'))}
 
 
 # -----------------------------------------------------------------------------
@@ -367,14 +287,14 @@ def detokenize():
 def main(settings: dict) -> None:
     check(settings)
     allow_open_files(4 * CONNECTIONS)
-    door, listener = Door(), listen(settings)
-    server = Server(door, listener, settings['max_body'])
+    startup, listener = StartupApp(), listen(settings)
+    server = Server(startup, listener, settings['max_body'])
     app = build(None, settings)
     service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
     server.expect(service.most)
     log_to_stderr()
     drain_on_signals(service)
-    door.app = app
+    startup.app = app
     address = f'[{address}]' if ':' in address else address
     print(f'{service.name} at http://{address}:{number}, documentation at /docs')
     print(

@@ -17,7 +17,7 @@ import torch
 from forks import Forks
 
 from flatgpt import files
-from flatgpt.checkpoint import load
+from flatgpt.checkpoint import load, save
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.training import metrics as metrics_module
@@ -25,6 +25,7 @@ from flatgpt.training import run_directory
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+pytest.register_assert_rewrite('server')  # before a test file imports it
 # A shell starts its background jobs with these ignored, and the programs tested would inherit that
 for name in ('SIGINT', 'SIGHUP'):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
@@ -68,6 +69,15 @@ def random_model(vocab_size, block_size=16, seed=0, **changes):
     for parameter in model.parameters():  # larger than at the start
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+def saved(folder, tokenizer, vocab_size=None, block_size=16):
+    """A run's folder with one checkpoint, of a random model -> the folder."""
+    model = random_model(vocab_size or tokenizer.vocab_size, block_size)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {'step': 3, 'val_loss': 1.0, 'evaluated': True}
+    save.save(folder, model, [optimizer], tokenizer, state)
+    return folder
 
 
 def make_dataset(folder, tokenizer=None, train=4000, val=600, seed=0):

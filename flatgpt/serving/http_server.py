@@ -1,8 +1,8 @@
 """
 What stands between api.py and the network: waitress, its threads, the log, signals, the end.
 
-    server = Server(door := Door(), listen(settings), max_body=4.0)
-    door.app = create_app(**settings)                    # until then: 503, it is being loaded
+    server = Server(startup := StartupApp(), listen(settings), max_body=4.0)
+    startup.app = create_app(**settings)                 # until then: 503, it is being loaded
     wait_until_drained(service, server)                  # after a signal, what has begun is done
 """
 
@@ -26,7 +26,7 @@ from waitress.task import ErrorTask
 from waitress.utilities import RequestEntityTooLarge
 
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.serving import schema
+from flatgpt.serving.api_error import error_body
 from flatgpt.serving.service import LOG, Service, key_of
 
 MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
@@ -59,10 +59,10 @@ class JsonErrorTask(ErrorTask):
 
     def execute(self):
         error = self.request.error
-        body = json.dumps(schema.error_body(error.code, f'{error.reason}: {error.body}')).encode()
+        body = json.dumps(error_body(error.code, f'{error.reason}: {error.body}')).encode()
         self.status = f'{error.code} {error.reason}'
         self.response_headers.append(('Content-Type', 'application/json'))
-        self.channel.server.door.note(self.channel.addr[0], error.code)
+        self.channel.server.startup.note(self.channel.addr[0], error.code)
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
@@ -107,7 +107,7 @@ def listen(settings: dict) -> socket.socket:
         ) from error
 
 
-class Door:
+class StartupApp:
     """The application; until it is there, a word that it is being loaded."""
 
     def __init__(self, app: flask.Flask | None = None):
@@ -121,7 +121,7 @@ class Door:
             start_response('200 OK', headers)
             return [b'{"status": "ok"}']
         start_response('503 Service Unavailable', [*headers, ('Retry-After', '5')])
-        body = schema.error_body(503, 'the model is being loaded', code='loading')
+        body = error_body(503, 'the model is being loaded', code='loading')
         return [json.dumps(body).encode()]
 
     def note(self, client: str, status: int) -> None:
@@ -134,10 +134,10 @@ class Door:
 class Server:
     """waitress in a thread of its own, from now on."""
 
-    def __init__(self, door: Door, listener: socket.socket, max_body: float):
+    def __init__(self, startup: StartupApp, listener: socket.socket, max_body: float):
         self.channels: dict = {}
         self.server = waitress.create_server(
-            door,
+            startup,
             map=self.channels,
             sockets=[listener],
             threads=SPARE,
@@ -148,7 +148,7 @@ class Server:
             trusted_proxy_headers={'x-forwarded-for'},
             ident='flatgpt',
         )
-        self.server.door = door
+        self.server.startup = startup
         self.server.channel_class = Channel
         self.looked, self.closed = time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self.run, name='flatgpt server', daemon=True)

@@ -1,16 +1,12 @@
 """
-What clients send to api.py and what it answers, as pydantic models, and the OpenAPI document of it.
+What clients send to api.py and what it answers, as pydantic models.
 
     body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
-    openapi('mine')                                      # what GET /openapi.json gives
 """
 
-import functools
-from http import HTTPStatus
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
 
 from flatgpt.inference.sampling import Sampling
 
@@ -227,6 +223,21 @@ class Usage(BaseModel):
 class CompletionResponse(BaseModel):
     """An answer, or a frame of a streamed one; its last has no choices but the usage, if asked."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [
+                {
+                    'id': 'cmpl-1',
+                    'object': 'text_completion',
+                    'created': 1764000000,
+                    'model': 'mine',
+                    'choices': [
+                        {'index': 0, 'text': ' be', 'logprobs': None, 'finish_reason': 'length'}
+                    ],
+                }
+            ]
+        }
+    )
     id: str
     object: Literal['text_completion']
     created: int
@@ -238,6 +249,26 @@ class CompletionResponse(BaseModel):
 class ChatResponse(BaseModel):
     """An answer, or a frame of a streamed one."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            'examples': [
+                {
+                    'id': 'chatcmpl-1',
+                    'object': 'chat.completion.chunk',
+                    'created': 1764000000,
+                    'model': 'mine',
+                    'choices': [
+                        {
+                            'index': 0,
+                            'delta': {'role': 'assistant', 'content': 'That'},
+                            'logprobs': None,
+                            'finish_reason': 'length',
+                        }
+                    ],
+                }
+            ]
+        }
+    )
     id: str
     object: Literal['chat.completion', 'chat.completion.chunk']
     created: int
@@ -291,131 +322,3 @@ class Error(BaseModel):
 
 class ErrorResponse(BaseModel):
     error: Error
-
-
-# -----------------------------------------------------------------------------
-# OpenAPI
-
-ERRORS = {  # status: type, and an example's message, param and code
-    400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
-    401: ('authentication_error', 'send the key of this server', None, 'invalid_api_key'),
-    404: ('not_found_error', "there is no model 'other'; this is 'mine'", 'model', None),
-    405: ('invalid_request_error', 'this path does not take POST', None, None),
-    413: ('invalid_request_error', 'the body has more than 4 MiB', None, None),
-    415: ('invalid_request_error', 'send JSON, with Content-Type: application/json', None, None),
-    429: ('rate_limit_error', '136 texts are being written or wait', None, 'queue_full'),
-    500: ('server_error', 'the engine failed; the log says why', None, 'engine_stopped'),
-    503: ('service_unavailable', 'the server is shutting down', None, 'draining'),
-    504: ('timeout_error', 'it took longer than 600 seconds', None, 'timeout'),
-}
-RETRY_AFTER = {'description': 'Seconds to wait.', 'schema': {'type': 'integer'}}
-FRAMES = """\
-data: {"id": "cmpl-1", "object": "text_completion", "created": 1764000000, "model": "mine", \
-"choices": [{"index": 0, "text": " be", "logprobs": null, "finish_reason": "length"}]}
-
-data: [DONE]
-
-"""
-
-
-CHAT_FRAMES = """\
-data: {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1764000000, \
-"model": "mine", "choices": [{"index": 0, "delta": {"role": "assistant", "content": "That"}, \
-"logprobs": null, "finish_reason": "length"}]}
-
-data: [DONE]
-
-"""
-
-
-def error_body(status: int, message: str, param=None, code=None) -> dict:
-    kind = ERRORS.get(status, ERRORS[400])[0]
-    return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
-
-
-def reference(model: type[BaseModel]) -> dict:
-    return {'$ref': f'#/components/schemas/{model.__name__}'}
-
-
-def json_of(model: type[BaseModel]) -> dict:
-    return {'application/json': {'schema': reference(model)}}
-
-
-def error_response(status: int) -> dict:
-    example = error_body(status, *ERRORS[status][1:])
-    content = {'application/json': {'schema': reference(ErrorResponse), 'example': example}}
-    answer = {'description': HTTPStatus(status).phrase, 'content': content}
-    return answer | ({'headers': {'Retry-After': RETRY_AFTER}} if status == 429 else {})
-
-
-def operation(does: str, takes=None, gives=None, errors=(), guarded=True, content=None) -> dict:
-    """An OpenAPI operation. takes, gives: models of bodies. content: what it gives, if not JSON."""
-    content = (json_of(gives) if gives else {}) | (content or {})
-    answers = {'200': {'description': 'OK', 'content': content}}
-    statuses = {*errors, *((400, 413, 415) if takes else ()), *((401,) if guarded else ())}
-    answers |= {str(status): error_response(status) for status in sorted(statuses)}
-    body = {'requestBody': {'required': True, 'content': json_of(takes)}} if takes else {}
-    security = {'security': [{}, {'key': []}]} if guarded else {}
-    return {'summary': does, **body, 'responses': answers, **security}
-
-
-@functools.cache
-def openapi(name: str) -> dict:
-    """The OpenAPI document of a server whose model has this name."""
-    bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-    answers = (
-        CompletionResponse,
-        ChatResponse,
-        ModelList,
-        TokenizeResponse,
-        DetokenizeResponse,
-        TokenizerInfo,
-    )
-    models = [(model, 'validation') for model in (*bodies, *answers, Status, ErrorResponse)]
-    _, schemas = models_json_schema(models, ref_template='#/components/schemas/{model}')
-    which = {'name': 'model', 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
-    frames = {'text/event-stream': {'example': FRAMES}}
-    metrics = {'text/plain': {'example': 'flatgpt_slots 8.0\n'}}
-    post = {
-        '/v1/completions': operation(
-            'Continue texts. With stream, the answer comes as server-sent events.',
-            CompletionRequest,
-            CompletionResponse,
-            errors=(429, 500, 503, 504),
-            content=frames,
-        ),
-        '/v1/chat/completions': operation(
-            'Answer a conversation, if the tokenizer has a chat template; else 400.',
-            ChatRequest,
-            ChatResponse,
-            (429, 500, 503, 504),
-            content={'text/event-stream': {'example': CHAT_FRAMES}},
-        ),
-        '/tokenize': operation('The token ids of a text.', TokenizeRequest, TokenizeResponse),
-        '/detokenize': operation('The text of token ids.', DetokenizeRequest, DetokenizeResponse),
-    }
-    get = {
-        '/v1/models': operation('A list of the one model.', gives=ModelList),
-        '/v1/models/{model}': operation('The model, by its name.', gives=Model, errors=(404,)),
-        '/tokenizer_info': operation('The vocabulary and its special tokens.', gives=TokenizerInfo),
-        '/health': operation('Whether the process lives.', gives=Status, guarded=False),
-        '/ready': operation('Whether it can compute.', None, Status, (503,), guarded=False),
-        '/metrics': operation('Figures for Prometheus.', guarded=False, content=metrics),
-    }
-    get['/v1/models/{model}']['parameters'] = [{**which, 'example': name}]
-    return {
-        'openapi': '3.1.0',
-        'info': {
-            'title': f'flatGPT: {name}',
-            'version': '1',
-            'description': 'Completions as OpenAI has them, by a model of your own.',
-        },
-        'paths': {
-            **{path: {'post': each} for path, each in post.items()},
-            **{path: {'get': each} for path, each in get.items()},
-        },
-        'components': {
-            'schemas': schemas['$defs'],
-            'securitySchemes': {'key': {'type': 'http', 'scheme': 'bearer'}},
-        },
-    }

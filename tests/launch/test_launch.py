@@ -13,16 +13,16 @@ from http.client import HTTPConnection
 
 import pytest
 from conftest import ROOT
-from test_api import (
+from server import (
     GOES_ON,
     connect,
     in_background,
-    out_dir,  # noqa: F401 - a fixture
     post,
     started,
     wait_until,
 )
 
+pytest_plugins = ['server']
 NGINX = shutil.which('nginx', path=f'{os.environ["PATH"]}:/usr/sbin')
 pytestmark = [
     pytest.mark.load,
@@ -120,7 +120,7 @@ def answers(port):
 
 
 @pytest.fixture
-def cluster(tmp_path, out_dir, environment):  # noqa: F811
+def cluster(tmp_path, out_dir, environment):
     with Cluster(tmp_path, lambda port: started(out_dir, environment, f'--port={port}')) as both:
         yield both
 
@@ -166,7 +166,7 @@ def test_ids_and_errors_pass_through(cluster):
         assert json.loads(reply)['error']['message']
 
 
-def test_a_request_that_takes_too_long_is_not_sent_to_the_other(tmp_path, out_dir, environment):  # noqa: F811
+def test_a_request_that_takes_too_long_is_not_sent_to_the_other(tmp_path, out_dir, environment):
     def start(port):
         return started(out_dir, environment, f'--port={port}', '--max_seconds=0.3')
 

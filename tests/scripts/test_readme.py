@@ -10,15 +10,14 @@ import subprocess
 
 import pytest
 from conftest import ROOT, random_model
-from test_api import (
-    make_app,  # noqa: F401 - a fixture
-    model,  # noqa: F401 - another
+from server import (
+    documented_paths,
     served,
 )
 
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.serving.schema import openapi
 
+pytest_plugins = ['server']
 SECTION = re.search(
     r'^\*\*Serve it\.\*\*(.*?)^\*\*Scale',
     (ROOT / 'README.md').read_text(encoding='utf-8'),
@@ -28,7 +27,7 @@ EXAMPLES = re.findall(r'^curl .*$', SECTION, re.M)
 
 
 @pytest.fixture
-def port(make_app):  # noqa: F811
+def port(make_app):
     tokenizer = byte_tokenizer()
     with served(make_app(tokenizer, random_model(tokenizer.vocab_size, 256))) as port:
         yield port
@@ -61,7 +60,7 @@ def test_every_example_for_curl_is_answered(line, port):
 
 def test_every_path_has_an_example():
     shown = {re.search(r'\$URL(\S+)', line)[1] for line in EXAMPLES}
-    there = {path for path in openapi('mine')['paths'] if not path.endswith('{model}')}
+    there = {path for path in documented_paths() if not path.endswith('{model}')}
     there.remove('/v1/chat/completions')  # which needs a model with a chat template
     assert shown - {'/openapi.json'} == there
 

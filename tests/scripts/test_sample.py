@@ -13,12 +13,12 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import ROOT, random_model, saved
 from filelock import FileLock
 
 import sample as sample_module
 from configurator import configure
-from flatgpt.checkpoint import load, save
+from flatgpt.checkpoint import load
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import complete, generate
@@ -43,14 +43,6 @@ def tokenizer():
 @pytest.fixture(scope='module')
 def out_dir(tmp_path_factory):
     return saved(tmp_path_factory.mktemp('run'), char_tokenizer(LETTERS))
-
-
-def saved(folder, tokenizer, vocab_size=None, block_size=16):
-    model = random_model(vocab_size or tokenizer.vocab_size, block_size)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state = {'step': 3, 'val_loss': 1.0, 'evaluated': True}
-    save.save(folder, model, [optimizer], tokenizer, state)
-    return folder
 
 
 def test_stop_strings_are_spelt_with_bars_and_escapes():

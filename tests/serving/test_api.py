@@ -13,12 +13,28 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
-from test_sample import saved
+from conftest import random_model, saved
+from server import (
+    GOES_ON,
+    PATH,
+    SCRIPT,
+    SIZE,
+    VOCABULARY,
+    connect,
+    figures,
+    free_again,
+    in_background,
+    listening,
+    post,
+    served,
+    serving,
+    started,
+    wait_until,
+    write,
+)
 
 import api
 from configurator import configure, help_text
@@ -28,34 +44,10 @@ from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.request import Piece, Request
 from flatgpt.inference.sampling import Sampling
 from flatgpt.serving import schema
-from flatgpt.serving.http_server import Door, JsonLines, Server, listen, wait_until_drained
-from flatgpt.serving.service import Answer
+from flatgpt.serving.choices import ChoiceBuilder
+from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
 
-SCRIPT = Path(api.__file__)
-SIZE = 64  # of the context
-VOCABULARY = 257
-PATH = '/v1/completions'
-GOES_ON = {'256': -100}  # a bias that keeps a text from ending before max_tokens
-
-
-@pytest.fixture(scope='module')
-def model():
-    return random_model(VOCABULARY, SIZE)
-
-
-@pytest.fixture
-def make_app(model):
-    """Make an application of the tiny model, whose engine is gone when the test ends."""
-    made = []
-
-    def make(tokenizer=None, model=model, **settings):
-        app = api.create_app((model, tokenizer or byte_tokenizer()), **settings)
-        made.append(app.extensions['flatgpt'])
-        return app
-
-    yield make
-    for service in made:
-        service.close()
+pytest_plugins = ['server']
 
 
 @pytest.fixture
@@ -111,19 +103,6 @@ def joined(frames):
     return [choices[index] for index in sorted(choices)]
 
 
-def wait_until(reached, seconds=10):
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end, 'it did not come to that'
-        time.sleep(0.005)
-
-
-def write(service, text):
-    """Have the engine write a text (bytes), whatever the model says."""
-    engine = service.engine
-    engine.choose_all = lambda slots, logits: [text[len(s.request.written)] for s in slots]
-
-
 @contextlib.contextmanager
 def held(service):
     """Keep the engine from computing anything, for as long as this lasts."""
@@ -139,19 +118,6 @@ def held(service):
     finally:
         service.engine.step = step
         go.set()
-
-
-def in_background(work, *args, **options):
-    """Start a function in a thread -> a function that waits for what it returns."""
-    results = []
-    thread = threading.Thread(target=lambda: results.append(work(*args, **options)), daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(30)
-        return results[0]
-
-    return result
 
 
 # -----------------------------------------------------------------------------
@@ -317,7 +283,7 @@ def test_stop_strings_end_a_text_across_the_borders_of_tokens(client, stop, text
 def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypatch):
     script = 'é🎉ы中👩‍🚀'.encode()
     write(service_of(client), script)
-    monkeypatch.setattr('flatgpt.serving.service.PACE', 0)
+    monkeypatch.setattr('flatgpt.serving.job.PACE', 0)
     engine = service_of(client).engine
     step = engine.step
     engine.step = lambda: (time.sleep(0.002), step())[1]
@@ -427,7 +393,7 @@ def test_a_prompt_can_be_scored_without_writing(client):
 def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
     request = Request([97], Sampling(), print, top=3)
     top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0))
-    choice = Answer(request, byte_tokenizer(), False).choice(
+    choice = ChoiceBuilder(request, byte_tokenizer(), False).choice(
         [Piece(0, 0xEA, '', None, -3.0, top), Piece(0, 98, 'b', 'length', -math.inf, ())]
     )
     assert choice['logprobs']['top_logprobs'] == [{'\ufffd': -1.0, 'a': -5.0}, {'b': -9999.0}]
@@ -924,14 +890,6 @@ def test_a_vocabulary_without_an_end_says_so(make_app):
     assert len(ask_texts(client, prompt='ab')[0]) == 16
 
 
-def figures(client):
-    lines = client.get('/metrics').text.splitlines()
-    return {
-        key: float(value)
-        for key, value in (line.rsplit(' ', 1) for line in lines if line[0] != '#')
-    }
-
-
 def test_metrics_count_texts_tokens_and_refusals(client):
     ask(client, prompt='abc', n=2, max_tokens=5, logit_bias=GOES_ON)
     ask(client, prompt='abc', logit_bias={'256': 100})
@@ -958,11 +916,12 @@ def test_metrics_count_texts_tokens_and_refusals(client):
 def test_metrics_show_what_runs_and_waits(make_app):
     client = make_app(max_rows=2).test_client()
     service = service_of(client)
-    slow = service.engine.step
-    service.engine.step = lambda: (time.sleep(0.02), slow())[1]
+    engine, step, go = service.engine, service.engine.step, threading.Event()
+    engine.step = lambda: (step(), engine.running == 2 and go.wait(30))[0]
     answer = in_background(ask, client, prompt='a', n=5, max_tokens=30, logit_bias=GOES_ON)
-    wait_until(lambda: service.engine.running == 2)
+    wait_until(lambda: engine.running == 2 and len(service.engine.waiting) == 3)
     seen = figures(client)
+    go.set()
     assert seen['flatgpt_requests_running'] == 2
     assert seen['flatgpt_requests_waiting'] == 3
     answer()
@@ -1053,7 +1012,7 @@ def test_the_openapi_document_is_valid_and_has_every_path(client, app):
     document = client.get('/openapi.json').json
     validate(document)
     assert document['openapi'] == '3.1.0'
-    rules = {re.sub('<.*:?which>', '{model}', rule.rule) for rule in app.url_map.iter_rules()}
+    rules = {re.sub('<.*:?model>', '{model}', rule.rule) for rule in app.url_map.iter_rules()}
     assert document['paths'].keys() == rules - {'/', '/docs', '/docs/<file>', '/openapi.json'}
     for path, methods in document['paths'].items():
         for method, operation in methods.items():
@@ -1156,56 +1115,6 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 # over a socket
 
 
-@contextlib.contextmanager
-def serving(app):
-    """Serve an application on a free port -> the server and the port."""
-    service, listener = app.extensions['flatgpt'], listening()
-    server = Server(Door(app), listener, 4)
-    server.expect(service.most)
-    try:
-        yield server, listener.getsockname()[1]
-    finally:
-        server.close()
-
-
-@contextlib.contextmanager
-def served(app):
-    with serving(app) as (_, port):
-        yield port
-
-
-def listening():
-    return listen({'host': '127.0.0.1', 'port': 0, 'api_key': None})
-
-
-def post(port, path=PATH, **body):
-    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
-    with contextlib.closing(connection):
-        connection.request('POST', path, json.dumps(body), {'Content-Type': 'application/json'})
-        reply = connection.getresponse()
-        return reply.status, dict(reply.headers), reply.read()
-
-
-def connect(port, **body):
-    """A socket on which a request has been sent."""
-    data = json.dumps(body).encode()
-    kind = 'Host: x\r\nContent-Type: application/json'
-    head = f'POST {PATH} HTTP/1.1\r\n{kind}\r\nContent-Length: {len(data)}\r\n\r\n'
-    connection = socket.create_connection(('127.0.0.1', port), timeout=30)
-    connection.sendall(head.encode() + data)
-    return connection
-
-
-def free_again(service, seconds=0.5):
-    """Whether all rows and the line are empty before this time has passed."""
-    end = time.monotonic() + seconds
-    while service.engine.running or service.engine.waiting or service.jobs:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.002)
-    return True
-
-
 @pytest.mark.parametrize('streamed', [True, False])
 @pytest.mark.parametrize('when', ['before the first token', 'midway'])
 def test_a_client_that_leaves_frees_its_row_within_half_a_second(make_app, model, streamed, when):
@@ -1241,8 +1150,8 @@ def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
 
 
 def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
-    door, listener = Door(), listening()
-    server, port = Server(door, listener, 4), listener.getsockname()[1]
+    startup, listener = StartupApp(), listening()
+    server, port = Server(startup, listener, 4), listener.getsockname()[1]
     try:
         seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
         assert seen.pop('/health') == (200, {'status': 'ok'})
@@ -1250,7 +1159,7 @@ def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
         assert post(port)[1]['Retry-After'] == '5'
         for status, body in seen.values():
             assert (status, body['error']['code']) == (503, 'loading')
-        door.app = app
+        startup.app = app
         assert get(port, '/ready') == (200, {'status': 'ok'})
     finally:
         server.close()
@@ -1330,7 +1239,7 @@ def connect_and_never_read(port, service):
     given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
     frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('flatgpt.serving.service.Job.frames', frames)
+        patch.setattr('flatgpt.serving.job.CompletionJob.frames', frames)
         client = connect(port, **given)
         client.recv(1, socket.MSG_PEEK)
     wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
@@ -1492,56 +1401,72 @@ def test_openai_raises_what_comes_midway_in_a_stream(make_app):
 # the script
 
 
-@pytest.fixture(scope='module')
-def out_dir(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp('served') / 'run', byte_tokenizer(), block_size=4096)
-
-
-@contextlib.contextmanager
-def started(out_dir, environment, *args):
-    """Start api.py -> the process and its port, once it listens."""
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        f'--out_dir={out_dir}',
-        '--port=0',
-        '--dtype=float32',
-        *args,
+def begin_many(port):
+    """Send many requests at once -> a function that checks that each is answered to its end."""
+    answers = [
+        in_background(post, port, prompt='a', max_tokens=15, stream=bool(i % 2), n=4, seed=i)
+        for i in range(16)
     ]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    with subprocess.Popen(
-        command, env={**environment, 'PYTHONWARNINGS': 'error'}, **pipes
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            found = re.search(r' at http://127\.0\.0\.1:(\d+)', line)
-            assert found, line + process.stderr.read()
-            yield process, int(found[1])
-        finally:
-            process.kill()
 
-
-@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment, number):
-    with started(out_dir, environment) as (process, port):
-        limits = process.stdout.readline()
-        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
-        assert 'no key' in limits
-        answers = [
-            in_background(post, port, prompt='a', max_tokens=15, stream=bool(i % 2), n=4, seed=i)
-            for i in range(16)
-        ]
-        time.sleep(0.02)
-        process.send_signal(number)
+    def check():
         for answer in answers:
             status, _, body = answer()
             assert status in (200, 503)
             assert status == 503 or b'"finish_reason"' in body
             assert status == 503 or body.endswith((b'[DONE]\n\n', b'}\n'))
+
+    time.sleep(0.02)
+    return check
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment):
+    with started(out_dir, environment) as (process, port):
+        limits = process.stdout.readline()
+        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+        assert 'no key' in limits
+        check = begin_many(port)
+        process.send_signal(signal.SIGTERM)
+        check()
         assert process.wait(10) == 0
         lines = process.stderr.read().splitlines()
         assert all(json.loads(line) for line in lines if 'parameters on' not in line)
+
+
+@pytest.fixture
+def serve_here(out_dir, monkeypatch):
+    """Run api.py in this process, to its end; what it sets for a whole process is undone."""
+    monkeypatch.setattr(api, 'allow_open_files', lambda count: None)
+    monkeypatch.setattr(api, 'log_to_stderr', lambda: None)
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    given = [f'--out_dir={out_dir}', '--device=cpu', '--dtype=float32']
+    yield lambda *args: api.main(configure(dict(vars(api)), [*given, *args]))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_either_signal_lets_what_runs_be_answered(serve_here, monkeypatch, capsys, number):
+    listener = listening()
+    port = listener.getsockname()[1]
+    monkeypatch.setattr(api, 'listen', lambda settings: listener)
+
+    def ask_and_signal():
+        wait_until(lambda: get(port, '/ready')[0] == 200)
+        check = begin_many(port)
+        os.kill(os.getpid(), number)
+        check()
+        return 'answered'
+
+    result = in_background(ask_and_signal)
+    serve_here()
+    assert result() == 'answered'
+    address, limits, *rest = capsys.readouterr().out.splitlines()
+    assert f' at http://127.0.0.1:{port}, ' in address
+    assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+    assert not rest
 
 
 def test_a_server_that_died_does_not_pretend_to_serve(app):
@@ -1564,16 +1489,24 @@ def test_a_second_signal_ends_the_server_at_once(out_dir, environment):
             assert process.wait(10) == 128 + signal.SIGTERM
 
 
-def test_mistakes_at_the_start_are_one_line(environment, out_dir):
-    for args, says in (
-        (['--host=0.0.0.0'], 'FLATGPT_API_KEY'),
-        (['--max_rows=0'], 'max_rows=0'),
-        (['--prot=1'], 'did you mean port'),
-        (['--port=70000'], 'port=70000'),
-        (['--port=0', '--out_dir=no-such-run'], 'no-such-run'),
-    ):
-        command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', *args]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 2
-        assert done.stderr.count('\n') == 1
-        assert says in done.stderr
+@pytest.mark.parametrize(
+    ('arg', 'says'),
+    [
+        ('--host=0.0.0.0', 'FLATGPT_API_KEY'),
+        ('--max_rows=0', 'max_rows=0'),
+        ('--prot=1', 'did you mean port'),
+        ('--port=70000', 'port=70000'),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(serve_here, arg, says):
+    with pytest.raises(UserError, match=says) as caught:
+        serve_here(arg)
+    assert '\n' not in str(caught.value)
+
+
+def test_mistakes_at_the_start_end_the_script_with_one_line(environment):
+    command = [sys.executable, str(SCRIPT), '--port=0', '--out_dir=no-such-run']
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count('\n') == 1
+    assert 'no-such-run' in done.stderr

@@ -18,28 +18,26 @@ import time
 import pytest
 import torch
 from conftest import random_model
-from test_api import (
+from server import (
     GOES_ON,
     PATH,
     SIZE,
     VOCABULARY,
     connect,
+    documented_paths,
     figures,
     free_again,
     in_background,
-    make_app,  # noqa: F401 - a fixture
-    model,  # noqa: F401 - another
-    out_dir,  # noqa: F401
     post,
     served,
     started,
 )
 
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.serving.schema import openapi
 
+pytest_plugins = ['server']
 pytestmark = pytest.mark.load
-OPERATIONS = [(path, way) for path, ways in openapi('')['paths'].items() for way in ways]
+OPERATIONS = [(path, way) for path, ways in documented_paths().items() for way in ways]
 SHARE = int(os.environ.get('FLATGPT_LOAD', '100')) / 100
 
 
@@ -72,7 +70,7 @@ def kept(port):
         yield send
 
 
-def test_four_times_too_many_clients_get_200_or_429_and_nothing_else(make_app):  # noqa: F811
+def test_four_times_too_many_clients_get_200_or_429_and_nothing_else(make_app):
     app = make_app(max_rows=4, max_queue=12)
     answers = []
 
@@ -96,7 +94,7 @@ def test_four_times_too_many_clients_get_200_or_429_and_nothing_else(make_app): 
             assert b'"finish_reason": "' in body or b'"finish_reason":"' in body
 
 
-def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):  # noqa: F811
+def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):
     app, draw = make_app(max_rows=2, model=random_model(VOCABULARY, 4096)), random.Random(0)
     service = app.extensions['flatgpt']
     with served(app) as port:
@@ -122,7 +120,7 @@ def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):  # n
     assert seen['flatgpt_requests_finished_total{reason="cancelled"}'] >= times(200)
 
 
-def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, environment):  # noqa: F811
+def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, environment):
     psutil = pytest.importorskip('psutil')
     count = max(3000, times(15_000))
     with started(out_dir, environment) as (process, port):
@@ -150,7 +148,7 @@ def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, env
     assert after[1:] <= (before[1], before[2] + 2)
 
 
-def test_idle_sockets_and_slow_uploads_starve_nobody(make_app):  # noqa: F811
+def test_idle_sockets_and_slow_uploads_starve_nobody(make_app):
     app, end = make_app(), threading.Event()
     with served(app) as port, contextlib.ExitStack() as stack:
         slow = []
@@ -179,7 +177,7 @@ def test_idle_sockets_and_slow_uploads_starve_nobody(make_app):  # noqa: F811
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
-def test_sigterm_under_32_streams_loses_none(out_dir, environment):  # noqa: F811
+def test_sigterm_under_32_streams_loses_none(out_dir, environment):
     for _ in range(times(5)):
         with started(out_dir, environment) as (process, port):
             streams = [
@@ -209,7 +207,7 @@ def test_sigterm_under_32_streams_loses_none(out_dir, environment):  # noqa: F81
             assert process.wait(10) == 0
 
 
-def test_many_streams_at_once_leave_health_answering(make_app):  # noqa: F811
+def test_many_streams_at_once_leave_health_answering(make_app):
     app, took = make_app(model=random_model(VOCABULARY, 1024)), []
     with served(app) as port:
         streams = [
@@ -236,7 +234,7 @@ def test_many_streams_at_once_leave_health_answering(make_app):  # noqa: F811
 
 @pytest.mark.filterwarnings('default')
 @pytest.mark.parametrize(('path', 'method'), OPERATIONS)
-def test_nothing_that_a_schema_allows_or_forbids_is_a_server_error(make_app, path, method):  # noqa: F811
+def test_nothing_that_a_schema_allows_or_forbids_is_a_server_error(make_app, path, method):
     schemathesis = pytest.importorskip('schemathesis')
     import hypothesis
 
@@ -291,10 +289,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_lm_evaluation_harness_scores_each_item_as_the_model_does(
-    make_app,  # noqa: F811
-    model,  # noqa: F811
-    environment,
-    tmp_path,
+    make_app, model, environment, tmp_path
 ):
     pytest.importorskip('lm_eval', reason='lm_eval is not installed')
     draw, letters = random.Random(0), 'abcdefghij é'
@@ -346,7 +341,7 @@ def test_lm_evaluation_harness_scores_each_item_as_the_model_does(
 
 
 @torch.no_grad()
-def scored(model, context, continuation):  # noqa: F811
+def scored(model, context, continuation):
     """The log-probability of a continuation, and whether each of its tokens is the likeliest."""
     encode = byte_tokenizer().encode
     before, after = encode(context).tolist(), encode(continuation).tolist()

@@ -9,11 +9,9 @@ import shutil
 
 import pytest
 from conftest import random_model
-from test_api import (
+from server import (
     PATH,
     free_again,
-    make_app,  # noqa: F401 - a fixture
-    model,  # noqa: F401 - another
     post,
     served,
     wait_until,
@@ -22,6 +20,7 @@ from test_api import (
 
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
 
+pytest_plugins = ['server']
 webdriver = pytest.importorskip('selenium.webdriver', reason='needs selenium, of [dev]')
 Keys = webdriver.Keys
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -60,7 +59,7 @@ def chromium(tmp_path_factory):
 
 
 @pytest.fixture
-def visit(chromium, make_app):  # noqa: F811
+def visit(chromium, make_app):
     """Open the playground of a new server, which may complain of nothing -> the page."""
     with contextlib.ExitStack() as servers:
 

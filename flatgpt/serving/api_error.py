@@ -1,0 +1,28 @@
+"""What the server answers when it cannot do what it is asked to: bodies as OpenAI has them."""
+
+ERRORS = {  # status: type, and an example's message, param and code
+    400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
+    401: ('authentication_error', 'send the key of this server', None, 'invalid_api_key'),
+    404: ('not_found_error', "there is no model 'other'; this is 'mine'", 'model', None),
+    405: ('invalid_request_error', 'this path does not take POST', None, None),
+    413: ('invalid_request_error', 'the body has more than 4 MiB', None, None),
+    415: ('invalid_request_error', 'send JSON, with Content-Type: application/json', None, None),
+    429: ('rate_limit_error', '136 texts are being written or wait', None, 'queue_full'),
+    500: ('server_error', 'the engine failed; the log says why', None, 'engine_stopped'),
+    503: ('service_unavailable', 'the server is shutting down', None, 'draining'),
+    504: ('timeout_error', 'it took longer than 600 seconds', None, 'timeout'),
+}
+
+
+def error_body(status: int, message: str, param=None, code=None) -> dict:
+    kind = ERRORS.get(status, ERRORS[400])[0]
+    return {'error': {'message': message, 'type': kind, 'param': param, 'code': code}}
+
+
+class APIError(Exception):
+    """An error as a client gets it."""
+
+    def __init__(self, status: int, message: str, param=None, code=None, headers=()):
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, dict(headers)
+        self.body = error_body(status, message, param, code)
