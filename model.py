@@ -325,7 +325,7 @@ class ModernAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.qkv_proj = None  # the first three in one, once linear.py has made them ready to write
+        self.qkv_proj = None  # the first three in one, once quantize.py has joined them
         self.dropout = config.dropout
 
     def forward(self, x, angles, cache=None, mask=None, layer=None):

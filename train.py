@@ -17,9 +17,10 @@ import time
 from functools import partial
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from flatgpt.parallel import compile_blocks, parallelize, settle, sync_gradients, whole
+from flatgpt.parallel import apply_fsdp, compile_blocks, settle, sync_gradients, whole
 from flatgpt.runtime import StopSignal, on_out_of_memory, start
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
@@ -155,15 +156,17 @@ to_compile = runtime.wants_compile(compile) and not eval_only
 if shard:  # FSDP2: each block by itself, then cut into rows
     if to_compile:
         compiled = compile_blocks(raw_model, runtime, runtime.print0)
-    model = parallelize(raw_model, runtime, shard, offload)
+    model = apply_fsdp(raw_model, runtime, offload)
 if objective == 'dpo':  # what the model gives the answers before training
     batches.reference = find_or_compute_reference(raw_model, batches, run, config)
-if not shard:
-    if to_compile:
-        trial, shapes = partial(loss_of, beta=dpo_beta), batches.shapes_to_compile()
-        model, compiled = runtime.compile(raw_model, shapes, runtime.print0, trial)
-    if not eval_only:
-        model = parallelize(model, runtime, shard)  # DDP, if there are several processes
+if to_compile and not shard:
+    trial, shapes = partial(loss_of, beta=dpo_beta), batches.shapes_to_compile()
+    model, compiled = runtime.try_compile(
+        torch.compile, raw_model, shapes, runtime.print0, trial
+    )  # as it is, where that fails
+if runtime.world_size > 1 and not shard and not eval_only:
+    gpu = [runtime.device] if runtime.device_type == 'cuda' else None
+    model = DistributedDataParallel(model, device_ids=gpu)
 
 settle(raw_model)  # the optimizer has to be given each rank's rows, whatever has been computed
 optimizers = build_optimizers(

@@ -1,7 +1,8 @@
 """
-One model over several processes: whole in each of them, or each holding its share of the rows.
+One model over several processes, each holding its share of the rows (FSDP2). Where the model is
+whole in each of them, train.py wraps it in DDP.
 
-    model = parallelize(raw_model, runtime, shard=True)   # FSDP2; shard=False: DDP
+    model = apply_fsdp(raw_model, runtime, offload=False)
 
 The parameters of a sharded model, their gradients and the optimizer's state are DTensors: the rows
 are dealt out in equal runs, rounded up, so that the last ranks may have fewer, or none. A block's
@@ -13,26 +14,16 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from flatgpt.runtime import Runtime
 from model import GPT
 
 
-def parallelize(model: nn.Module, runtime: Runtime, shard: bool, offload: bool = False):
-    """The same weights, ready to be trained by all processes together.
+def apply_fsdp(model: GPT, runtime: Runtime, offload: bool = False):
+    """Cut a model in place into rows, to be trained by all processes together.
 
-    shard: cut the model in place into rows. offload: keep them, and the optimizer, on the host.
+    offload: keep the rows, and the optimizer, on the host.
     """
-    if shard:
-        return cut(model, runtime, offload)
-    if runtime.world_size == 1:
-        return model
-    gpu = [runtime.device] if runtime.device_type == 'cuda' else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=gpu)
-
-
-def cut(model, runtime: Runtime, offload: bool):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
@@ -51,7 +42,9 @@ def compile_blocks(model: GPT, runtime: Runtime, say: Callable) -> bool:
     """
     small = GPT(replace(model.config, n_layer=1, vocab_size=64)).to(runtime.device)
     x = torch.zeros(1, model.config.block_size, dtype=torch.long, device=runtime.device)
-    _, works = runtime.compile(small, [{'x': x, 'y': x}], say, lambda m, x, y: m(x, y)[1])
+    _, works = runtime.try_compile(
+        torch.compile, small, [{'x': x, 'y': x}], say, lambda m, x, y: m(x, y)[1]
+    )
     for block in model.blocks if works else ():
         block.compile(dynamic=False)
     return works

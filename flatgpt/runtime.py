@@ -234,14 +234,16 @@ class Runtime:
         """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def compile(self, model: torch.nn.Module, batches: list, say: Callable, loss_of: Callable):
-        """The compiled model, tried on a batch of each shape, and True.
+    def try_compile(
+        self, compile: Callable, model, batches: list, say: Callable, loss_of: Callable
+    ):
+        """The model compiled by torch.compile and tried on a batch of each shape, and True.
 
         As it is, and False, where that fails.
         """
         say('compiling the model, about a minute ...')
         try:
-            compiled = torch.compile(model, dynamic=False)
+            compiled = compile(model, dynamic=False)
             for batch in batches:
                 with self.autocast():
                     loss = loss_of(compiled, **batch)
@@ -371,7 +373,7 @@ def start(
     found |= {'torch': torch.__version__}
     # what 'auto' came to, not the setting
     compare(runtime, store, {'code': code_hash(), **(facts or {}), **found})
-    # what waits in vain is ended by watch.py, which knows for whom; this is for what it cannot see
+    # watchdog.py ends what waits in vain, and knows for whom; this is for what it cannot see
     limit += timedelta(seconds=30)
     backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}
     if offload and backend == 'nccl':

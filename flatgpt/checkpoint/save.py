@@ -73,7 +73,7 @@ def save(
     Kept are the last two, the best, and with keep_evaluated every one that was evaluated.
     Raises OSError if the disk fails or is full; what was there before is then still there.
 
-    By one process, at once; saver.py does the same with several, and in the background.
+    By one process, at once; a Saver does the same with several, and in the background.
     """
     if path := saved_before(out_dir, state):
         return path

@@ -200,7 +200,9 @@ class Preflight:
         idx = torch.zeros(2, 64, dtype=torch.long, device=self.runtime.device)
         said: list[str] = []
         model = GPT(small).to(self.runtime.device)
-        _, good = self.runtime.compile(model, [{'x': idx, 'y': idx}], said.append, loss_of)
+        _, good = self.runtime.try_compile(
+            torch.compile, model, [{'x': idx, 'y': idx}], said.append, loss_of
+        )
         yield ('ok', 'works on a small model') if good else ('warning', said[-1])
 
     # --- the data
