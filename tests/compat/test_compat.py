@@ -73,8 +73,12 @@ def test_a_run_goes_on_with_the_losses_of_the_old_code(name, made, run_here):
 
 
 def test_an_old_config_begins_another_run(made, run_here, tmp_path):
+    config = made / 'runs/modern/config.py'
+    text = config.read_text(encoding='utf-8')
+    assert 'published = None' in text
+    config.write_text(text.replace('published = None', "published = 'loss 3.29'"), encoding='utf-8')
     flags = ('--max_iters=1', '--eval_interval=1', f'--out_dir={tmp_path / "other"}')
-    assert run_here(*flags, config=made / 'runs/modern/config.py') == 0
+    assert run_here(*flags, config=config) == 0
     assert [*metrics(tmp_path / 'other')] == [1]
 
 
@@ -96,6 +100,11 @@ def test_a_model_computes_the_old_logits(name, made):
 def test_a_model_writes_the_old_text(name, made, sample):
     flag = '--init_from' if name == 'export' else '--out_dir'
     assert sample(PROMPT, *GREEDY, f'{flag}={name}') == EXPECTED['text'][name]
+
+
+def test_a_model_writes_by_the_config_of_its_run(made, sample):
+    text = sample('runs/gpt2/config.py', PROMPT, *GREEDY)
+    assert text == EXPECTED['text']['runs/gpt2']
 
 
 @pytest.mark.parametrize('name', RUNS)
