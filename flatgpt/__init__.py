@@ -15,7 +15,8 @@ _MODEL = ROOT / 'model.py'
 if not (_MODEL.is_file() and (ROOT / 'train.py').is_file()):
     raise ImportError(
         f'flatgpt runs from a clone, and {ROOT} is none: get one with git clone, then '
-        '`pip install -e .` in it'
+        '`pip install -e .` in it',
+        name='flatgpt',  # with it, `python -m flatgpt.checkpoint` prints this line and no traceback
     )
 
 

@@ -1,0 +1,16 @@
+block_size = 64
+batch_size = 4
+gradient_accumulation_steps = 2
+n_layer = 1
+n_head = 2
+n_embd = 8
+learning_rate = 3e-2
+max_iters = 40
+warmup_iters = 0
+lr_decay_iters = 40
+eval_interval = 20
+eval_iters = 2
+sample_tokens = 0
+device = 'cpu'
+dtype = 'float32'
+compile = False
