@@ -33,9 +33,14 @@ from model import GPT, GPTConfig
 
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
-# of every side that trains, as nanoGPT has them
-OPTIMIZER = {'learning_rate': 1e-4, 'betas': (0.9, 0.95), 'weight_decay': 0.1}
-MUON = {'muon_lr': 1e-3, 'muon_momentum': 0.95}
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1  # of every side that trains
+OPTIMIZER = {  # ours
+    'learning_rate': LEARNING_RATE,
+    'betas': BETAS,
+    'weight_decay': WEIGHT_DECAY,
+    'muon_lr': 1e-3,
+    'muon_momentum': 0.95,
+}
 
 
 # -----------------------------------------------------------------------------
@@ -145,9 +150,7 @@ def flatgpt(settings: dict, runtime: Runtime):
         return FlatGPTGeneration(settings, runtime)
     model = build_model(settings).to(runtime.device)
     compiled = runtime.wants_compile(settings['compile'])
-    optimizers = build_optimizers(
-        settings['optimizer'], model, **OPTIMIZER, **MUON, compile=compiled
-    )
+    optimizers = build_optimizers(settings['optimizer'], model, **OPTIMIZER, compile=compiled)
     run = torch.compile(model, dynamic=False) if compiled else model
     return Training(settings, model, lambda x, y: run(x, y)[1], optimizers, runtime.autocast)
 
@@ -220,8 +223,9 @@ def transformers(settings: dict, runtime: Runtime):
     if settings['job'] != 'training':
         return TransformersGeneration(settings, model)
     # its Trainer's default optimizer, clipping and autocast
-    lr, betas, decay = OPTIMIZER.values()
-    adamw = torch.optim.AdamW(model.parameters(), lr, betas, weight_decay=decay, fused=True)
+    adamw = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
 
     def loss_of(x, y):  # given labels, it would shift them and leave out the last token
         logits = model(x, use_cache=False).logits
@@ -306,8 +310,7 @@ def nanogpt(settings: dict, runtime: Runtime) -> Training:
     shape = {name: settings[name] for name in SHAPE}
     model = module.GPT(module.GPTConfig(**shape)).to(runtime.device)
     model.load_state_dict(build_model(settings).state_dict(), strict=False)
-    lr, betas, decay = OPTIMIZER.values()
-    adamw = model.configure_optimizers(decay, lr, betas, runtime.device_type)
+    adamw = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, runtime.device_type)
     autocast = contextlib.nullcontext if runtime.device_type == 'cpu' else runtime.autocast
     run = torch.compile(model) if runtime.wants_compile(settings['compile']) else model
     return Training(settings, model, lambda x, y: run(x, y)[1], [adamw], autocast)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import MUON, OPTIMIZER, build_model
+from flatgpt.benchmarks.baselines import OPTIMIZER, build_model
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.save import Saver
@@ -110,7 +110,7 @@ def bench_saving(settings: dict, runtime: Runtime, report: Report) -> None:
 def trained_model(settings: dict, runtime: Runtime) -> tuple:
     """A model and its AdamW after one update, so that there is optimizer state to save."""
     model = build_model(settings).to(runtime.device)
-    optimizers = build_optimizers('adamw', model, **OPTIMIZER, **MUON)
+    optimizers = build_optimizers('adamw', model, **OPTIMIZER)
     x = torch.zeros(1, settings['block_size'], dtype=torch.long, device=runtime.device)
     model(x, x)[1].backward()
     for optimizer in optimizers:
