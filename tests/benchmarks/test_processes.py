@@ -21,5 +21,5 @@ def test_the_speed_of_a_run_is_the_median_after_its_warm_up(tmp_path):
 def test_the_mistake_of_a_run_is_one_line():
     command = [sys.executable, '-S', '-c', 'import sys; sys.exit("first\\nerror: no room\\nlast")']
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with pytest.raises(UserError, match='^processes: error: no room$'):
+    with pytest.raises(UserError, match=r'^processes: error: no room$'):
         training.wait_for([started])
