@@ -27,9 +27,9 @@ from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 from flatgpt.training.optim import build_optimizers
 
-PROCESS_ROUNDS = 3  # at most
-PROCESS_STEPS = 12  # of a run in a round
-WARM_UP_STEPS = 3  # of them, that do not count
+PROCESS_ROUNDS = 3  # at most: some six minutes with GPT-2 124M on two cores
+PROCESS_STEPS = 10  # of a run in a round
+WARM_UP_STEPS = 2  # of them, that do not count: the first is slow
 PROCESS_RUN = {  # flags of train.py: steps, and nothing between them
     'max_iters': PROCESS_STEPS,
     'log_interval': 1,
