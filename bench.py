@@ -19,56 +19,56 @@ ratio is printed only between sides that did the same amount of work, and came t
 where that can be told: the loss before training, logits of a prompt, and tokens written in float32.
 """
 
-import contextlib
 import importlib.metadata
-import os
 import sys
-from pathlib import Path
 
 import torch
 
 from configurator import configure
-from flatgpt.benchmarks import load_test
-from flatgpt.benchmarks.baselines import SMALL, build_model, import_nanogpt
+from flatgpt.benchmarks.baselines import SMALL
 from flatgpt.benchmarks.data import bench_data
-from flatgpt.benchmarks.decoding import bench_quality, bench_startup, bench_writing, dataset_of
-from flatgpt.benchmarks.report import Report, line, measure_machine
-from flatgpt.benchmarks.scaling import bench_processes, bench_saving
-from flatgpt.benchmarks.training import bench_training
-from flatgpt.checkpoint.convert import is_foreign
-from flatgpt.checkpoint.load import find, read_state
-from flatgpt.errors import UserError, one_of, within
-from flatgpt.runtime import DTYPES, Runtime, pick_device, pick_dtype
+from flatgpt.benchmarks.decoding import bench_generation, bench_quality, bench_startup
+from flatgpt.benchmarks.load_test import bench_serving
+from flatgpt.benchmarks.machine import measure_machine
+from flatgpt.benchmarks.report import Report, print_row
+from flatgpt.benchmarks.training import bench_processes, bench_saving, bench_training
+from flatgpt.benchmarks.validate import (
+    check_memory,
+    check_modes,
+    check_settings,
+    check_writable,
+    requested_jobs,
+)
+from flatgpt.errors import UserError, within
+from flatgpt.runtime import Runtime, pick_device, pick_dtype
 from flatgpt.training import metrics
 from sample import load
 
 # -----------------------------------------------------------------------------
 # what is timed
-only = (
-    ''  # some of training,prefill,decode,quality,data,startup; saving,processes; empty: those six
-)
+only = ''  # of training,prefill,decode,quality,data,startup,saving,processes; '': the first six
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # turns of each side
 nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
-serve = False  # time api.py under load instead of all else
-profile = False  # have torch's profiler watch a turn of flatGPT, and write its trace
+serve = False  # time api.py under load instead of these jobs
+profile = False  # run a turn of flatGPT under torch's profiler, and write its trace
 json = 'bench.json'  # the figures, for programs
-compare: str | None = None  # folders of runs, a,b: draw their losses into runs.png, time nothing
+compare: str | None = None  # folders of runs, a,b: draw their losses into runs.png instead
 # training
-steps = 3  # in a turn
+steps = 3  # updates in a turn
 optimizer = 'adamw'  # or 'muon'
-batch_size = 4
-dropout = 0.0
+batch_size = 4  # sequences in a step
+dropout = 0.0  # share of the activations
 compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, as train.py does
 # prefill and decoding
-rows = '1,8,32'  # texts side by side
-prompt_tokens = 64
-new_tokens = 64
+rows = '1,8,32'  # sequences side by side
+prompt_tokens = 64  # of each sequence
+new_tokens = 64  # after them
 formats = 'float32,bfloat16,int8'  # of the weights
 # serving
-clients = 16  # that ask again when they have their answer
+clients = 16  # each sends its next request when the one before is complete
 serve_format = 'bfloat16'  # of the weights
-# quality, the perplexity of a model in each format; and tasks, instead of all that
+# quality, the perplexity of a model in each format; and tasks, which are measured instead
 out_dir: str | None = None  # a run, or gpt2, owner/name, a folder of others
 dataset: str | None = None  # to measure quality on; None: what the run was trained on
 task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
@@ -82,150 +82,78 @@ text: str | None = None  # a folder of text; None: the source of Python's librar
 text_bytes = 60_000_000  # of it at most
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern'
-block_size = 256
-vocab_size = 50304
-n_layer = 12
-n_head = 12
-n_embd = 768
-n_kv_head: int | None = None  # arch='modern'
-bias = False
+block_size = 256  # tokens of context
+vocab_size = 50304  # tokens there are
+n_layer = 12  # blocks
+n_head = 12  # of attention, in each block
+n_embd = 768  # width
+n_kv_head: int | None = None  # heads of keys and values, with arch='modern'; None: n_head
+bias = False  # in linear layers and LayerNorm
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
-seed = 1337
+seed = 1337  # of weights, batches and prompts
 # -----------------------------------------------------------------------------
 
-JOBS = ('training', 'prefill', 'decode', 'quality', 'data', 'startup')
-ASKED = ('saving', 'processes')  # only when they are named
+JOBS = {  # in this order
+    'training': bench_training,
+    'prefill': bench_generation,
+    'decode': bench_generation,
+    'quality': bench_quality,
+    'data': bench_data,
+    'startup': bench_startup,
+    'saving': bench_saving,
+    'processes': bench_processes,
+}
+EXTRA_JOBS = ('saving', 'processes')  # only when `only` names them
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 
-# -----------------------------------------------------------------------------
-# jobs
+def bench_jobs(settings: dict) -> None:
+    """The speed of this machine and this model, job by job, or that of api.py under load."""
+    jobs = requested_jobs(settings, [*JOBS], EXTRA_JOBS)
+    check_settings(settings, jobs)
+    check_writable(settings)
+    device = pick_device(settings['device'])
+    runtime = Runtime(device, pick_dtype(settings['dtype'], device, training=True))
+    settings = {**settings, 'device': device}
+    check_memory(settings, runtime, jobs)
+    report = Report(settings, measure_machine(runtime))
+    settings['jobs'] = jobs
+    functions = [bench_serving] if settings['serve'] else [JOBS[job] for job in jobs]
+    print_row('job', 'side', 'tokens/s, median (low to high)', '')
+    try:
+        for bench in dict.fromkeys(functions):  # prefill and decoding share theirs
+            bench(settings, runtime, report)
+    finally:  # what was measured stays, whatever happened after it
+        report.write()
 
 
-def bench_tasks(c: dict) -> None:
+def bench_tasks(settings: dict) -> None:
     """What a model knows, by lm-evaluation-harness."""
-    within(1, None, c, 'limit')
-    check_writable(c)
+    within(1, None, settings, 'limit')
+    check_writable(settings)
     try:
         from flatgpt.benchmarks import lm_eval
     except ModuleNotFoundError as error:
-        raise UserError(f'task={c["task"]}: needs pip install "lm_eval>=0.4.13"') from error
+        raise UserError(f'task={settings["task"]}: needs pip install "lm_eval>=0.4.13"') from error
     versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
-    report = Report(c, {'device': pick_device(c['device']), **versions})
+    report = Report(settings, {'device': pick_device(settings['device']), **versions})
     try:
-        lm_eval.run(c, report.entries, load)
-    finally:  # what was measured stays, whatever happened after it
+        lm_eval.run(settings, report.entries, load)
+    finally:
         if report.entries:
             report.write()
 
 
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def check(c: dict) -> list[str]:
-    """The jobs that are asked for; ConfigError or UserError for what cannot be."""
-    names = ('rounds', 'steps', 'new_tokens', 'prompt_tokens', 'batch_size', 'text_bytes')
-    within(1, None, c, *names)
-    within(2, None, c, 'block_size', 'vocab_size', 'new_tokens')
-    one_of((True, False, 'auto'), c, 'compile')
-    one_of(('adamw', 'muon'), c, 'optimizer')
-    jobs = [job for job in c['only'].split(',') if job]
-    for job in jobs:
-        one_of((*JOBS, *ASKED), {'only': job}, 'only')
-    if 'quality' in jobs and not c['out_dir']:
-        raise UserError('quality: needs --out_dir=RUN, a model that has learned something')
-    jobs = jobs or [job for job in JOBS if job != 'quality' or c['out_dir']]
-    if c['out_dir']:
-        foreign = is_foreign(c['out_dir'])
-        state = {} if foreign else read_state(find(c['out_dir']))
-        dataset_of(state, c['dataset'])
-    if c['text'] and not Path(c['text']).is_dir():
-        raise UserError(f'text={c["text"]}: no such folder')
-    check_writable(c)
-    for kind in c['formats'].split(','):
-        one_of((*DTYPES, 'int8'), {'formats': kind}, 'formats')
-    for count in c['rows'].split(','):
-        if not count.isdigit() or not int(count):
-            raise UserError(f'rows={c["rows"]!r}: give numbers of texts, such as 1,8,32')
-    writing = {'prefill', 'decode'} & {*jobs}
-    if writing and c['prompt_tokens'] + c['new_tokens'] > c['block_size']:
-        raise UserError(
-            f'prompt_tokens={c["prompt_tokens"]} and new_tokens={c["new_tokens"]} do not fit into '
-            f'block_size={c["block_size"]}'
-        )
-    if c['nanogpt']:
-        if c['arch'] != 'gpt2':
-            raise UserError("nanogpt: is GPT-2, so it cannot be timed beside arch='modern'")
-        import_nanogpt(c['nanogpt'])
-    return jobs
-
-
-def check_writable(c: dict) -> None:
-    folder = Path(c['json']).parent
-    if not folder.is_dir() or Path(c['json']).is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'json={c["json"]}: is no file that can be written')
-
-
-def check_memory(c: dict, runtime: Runtime, jobs: list[str]) -> None:
-    """Refuse a model that this device cannot hold, before minutes are spent on finding out."""
-    with torch.device('meta'):  # of many layers two tell enough
-        one, two = (
-            sum(p.numel() for p in build_model({**c, 'n_layer': n}).parameters()) for n in (1, 2)
-        )
-    parameters = one + (two - one) * (c['n_layer'] - 1)
-    copies = {'training': 16 * (2 + bool(c['nanogpt'])), 'decode': 16, 'prefill': 16}
-    needed = parameters * max([copies.get(job, 4) for job in jobs])
-    if runtime.device_type == 'cuda':
-        free = torch.cuda.mem_get_info(runtime.device)[0]
-    elif hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names:
-        free = os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-        with contextlib.suppress(OSError):  # what the page cache holds can be had, too
-            for row in Path('/proc/meminfo').read_text().splitlines():
-                if row.startswith('MemAvailable'):
-                    free = int(row.split()[1]) * 1024
+def main(settings: dict) -> None:
+    check_modes(settings)
+    if settings['compare'] is not None:
+        print(metrics.draw_runs(settings['compare'].split(','), 'runs.png'))
+    elif settings['task']:
+        bench_tasks(settings)
     else:
-        return
-    if needed > free:
-        raise UserError(
-            f'{parameters / 1e6:,.0f}M parameters on all sides need {needed / 2**30:.0f} GiB and '
-            f'{runtime.device} has {free / 2**30:.0f} GiB free; lower --n_layer or --n_embd'
-        )
-
-
-def main(c: dict) -> None:
-    modes = [name for name in ('compare', 'task', 'serve', 'only') if c[name]]
-    if len(modes) > 1:
-        raise UserError(f'--{modes[0]} and --{modes[1]}: give one of them')
-    if c['serve'] and c['out_dir']:
-        raise UserError('--serve: times random weights of the shape given; leave out --out_dir')
-    if c['compare'] is not None:
-        return print(metrics.draw_runs(c['compare'].split(','), 'runs.png'))
-    if c['task']:
-        return bench_tasks(c)
-    jobs = check(c)
-    device = pick_device(c['device'])
-    runtime = Runtime(device, pick_dtype(c['dtype'], device, training=True))
-    c['device'] = runtime.device
-    check_memory(c, runtime, jobs)
-    report = Report(c, measure_machine(runtime))
-    line('job', 'side', 'tokens/s, median (low to high)', '')
-    try:
-        if c['serve']:
-            return load_test.bench_serving(c, runtime, report)
-        if 'training' in jobs:
-            bench_training(c, runtime, report)
-        writing = [job for job in ('prefill', 'decode') if job in jobs]
-        if writing:
-            bench_writing(c, runtime, report, writing)
-        others = {'quality': bench_quality, 'data': bench_data, 'startup': bench_startup}
-        others |= {'saving': bench_saving, 'processes': bench_processes}
-        for job in [job for job in others if job in jobs]:
-            others[job](c, runtime, report)
-    finally:  # what was measured stays, whatever happened after it
-        report.write()
+        bench_jobs(settings)
 
 
 if __name__ == '__main__':

@@ -1,81 +1,75 @@
 """
-flatGPT and what bench.py times it beside, each in a process of its own.
+flatGPT, transformers and nanoGPT as bench.py times them, from the same weights.
 
-    side = Side('transformers', settings)         # begins to build it there, from the same weights
-    side.trouble = side.receive()
-    seconds, work, memory = side.turn('decode', 8)
+    program = BUILDERS['transformers'](settings, runtime)
+    seconds, work = program.decode(8)
 
-A turn measures its own seconds, and `work` says what it did and came to, so that only like is
-compared with like.
+A builder makes what the settings' `job` needs: 'training' has one method, training(); 'generation'
+has prefill(rows), decode(rows) and those that only serving is compared by. Each method is one turn:
+it returns its own seconds, and the work: how many tokens, and a result that sides should share.
 """
 
 import contextlib
-import functools
-import gc
 import importlib.util
-import multiprocessing
-import os
-import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from flatgpt.benchmarks.machine import synchronize
 from flatgpt.checkpoint.convert import config_json, transformers_tensors
-from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.engine import Engine, generate
 from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.quantize import freeze
 from flatgpt.inference.request import Piece, Request
 from flatgpt.inference.sampling import Sampling
-from flatgpt.runtime import DTYPES, Runtime, is_out_of_memory, pick_dtype, start
+from flatgpt.runtime import DTYPES, Runtime
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
 
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
+SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1  # of every side that trains
+OPTIMIZER = {  # ours
+    'learning_rate': LEARNING_RATE,
+    'betas': BETAS,
+    'weight_decay': WEIGHT_DECAY,
+    'muon_lr': 1e-3,
+    'muon_momentum': 0.95,
+}
 
 
-def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
-    kind = device.partition(':')[0]
-    if kind == 'cuda':
-        torch.cuda.synchronize(device)
-    elif kind == 'mps':
-        torch.mps.synchronize()
+# -----------------------------------------------------------------------------
+# what all of them share
 
 
-def build_model(c: dict) -> GPT:
+def build_model(settings: dict) -> GPT:
     """The model that all sides take their weights from."""
-    torch.manual_seed(c['seed'])
-    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
-    shape = {name: c[name] for name in names}
+    torch.manual_seed(settings['seed'])
+    shape = {name: settings[name] for name in SHAPE}
     with as_config_error():
-        model = GPT(GPTConfig(arch=c['arch'], n_kv_head=c['n_kv_head'], **shape))
-    if c['arch'] == 'modern':  # its blocks begin as the identity; have them do something
+        model = GPT(GPTConfig(arch=settings['arch'], n_kv_head=settings['n_kv_head'], **shape))
+    if settings['arch'] == 'modern':  # its blocks begin as the identity; have them do something
         for name, parameter in model.named_parameters():
             if name.endswith(('o_proj.weight', 'fc2.weight', 'lm_head.weight')):
                 torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
-def transformers_model(c: dict):
+def transformers_model(settings: dict):
     """The same in the class that `transformers` has for it."""
     import transformers
 
-    ours = build_model(c)
-    settings = config_json(ours, tokenizer=None)
-    kind = getattr(transformers, settings['architectures'][0])
-    model = kind(kind.config_class.from_dict(settings))
+    ours = build_model(settings)
+    config = config_json(ours, tokenizer=None)
+    kind = getattr(transformers, config['architectures'][0])
+    model = kind(kind.config_class.from_dict(config))
     model.load_state_dict(transformers_tensors(ours), strict=False)  # without the tied head
-    return model.to(c['device'])
-
-
-def in_format(model: GPT, kind: str) -> GPT:
-    """The model ready to write, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
-    quantize = 'int8' if kind == 'int8' else None
-    return freeze(model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize)
+    return model.to(settings['device'])
 
 
 def import_nanogpt(folder: str):
@@ -89,319 +83,237 @@ def import_nanogpt(folder: str):
     return module
 
 
-def training(model, loss_of, optimizers, autocast, c: dict):
-    """A turn of `steps` updates on one batch; loss_of(x, y) is the side's own way to its loss."""
-    generator = torch.Generator().manual_seed(c['seed'])
-    shape = (2, c['batch_size'], c['block_size'])
-    x, y = torch.randint(c['vocab_size'], shape, generator=generator).to(c['device'])
-    model.eval()
-    with torch.no_grad(), autocast():
-        first = loss_of(x, y).item()
-    model.train()
-    optimizer = ' and '.join(type(one).__name__ for one in optimizers)
+def in_format(model: GPT, kind: str) -> GPT:
+    """The model ready to generate, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
+    quantize = 'int8' if kind == 'int8' else None
+    return freeze(model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize)
 
-    def turn():
+
+def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of as many characters as a model of random weights has ids."""
+    return char_tokenizer([chr(0x10000 + i) for i in range(vocab_size)])
+
+
+def random_prompts(settings: dict, rows: int) -> torch.Tensor:
+    """The prompts that every side gets: (rows, prompt_tokens)."""
+    generator = torch.Generator().manual_seed(settings['seed'])
+    shape = (rows, settings['prompt_tokens'])
+    return torch.randint(settings['vocab_size'], shape, generator=generator)
+
+
+def comparable(tokens: list[int], settings: dict) -> list[int]:
+    """The first tokens, the same in float32 on every side; fewer bits may turn a near tie."""
+    return tokens[:16] if settings['format'] == 'float32' else []
+
+
+class Training:
+    """Updates on one batch; loss_of(x, y) is the side's own way to its loss."""
+
+    def __init__(self, settings: dict, model, loss_of: Callable, optimizers: list, autocast):
+        self.model, self.loss_of, self.optimizers = model, loss_of, optimizers
+        self.autocast, self.steps, self.device = autocast, settings['steps'], settings['device']
+        generator = torch.Generator().manual_seed(settings['seed'])
+        shape = (2, settings['batch_size'], settings['block_size'])
+        batch = torch.randint(settings['vocab_size'], shape, generator=generator)
+        self.x, self.y = batch.to(self.device)  # (B, T) each
+        model.eval()
+        with torch.no_grad(), autocast():
+            self.first_loss = loss_of(self.x, self.y).item()
+        model.train()
+
+    def training(self) -> tuple[float, dict]:
         begin = time.perf_counter()
-        for _ in range(c['steps']):
-            with autocast():
-                loss = loss_of(x, y)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for one in optimizers:
-                one.step()
-            model.zero_grad(set_to_none=True)
-        synchronize(c['device'])
-        work = {'tokens': x.numel() * c['steps'], 'result': [first], 'optimizer': optimizer}
+        for _ in range(self.steps):
+            self.update()
+        synchronize(self.device)
+        names = ' and '.join(type(optimizer).__name__ for optimizer in self.optimizers)
+        tokens = self.x.numel() * self.steps
+        work = {'tokens': tokens, 'result': [self.first_loss], 'optimizer': names}
         return time.perf_counter() - begin, work
 
-    return turn
+    def update(self) -> None:
+        with self.autocast():
+            loss = self.loss_of(self.x, self.y)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.model.zero_grad(set_to_none=True)
 
 
-def flatgpt(c: dict, runtime: Runtime) -> dict:
-    """What flatGPT can be asked for -> {job: turn}."""
-    model = build_model(c).to(runtime.device)
-    if c['job'] == 'training':
-        compiled = runtime.wants_compile(c['compile'])
-        rates = {'learning_rate': 1e-4, 'muon_lr': 1e-3, 'weight_decay': 0.1}
-        momenta = {'betas': (0.9, 0.95), 'muon_momentum': 0.95}
-        optimizers = build_optimizers(c['optimizer'], model, **rates, **momenta, compile=compiled)
-        wrapped = torch.compile(model, dynamic=False) if compiled else model
-        loss_of = lambda x, y: wrapped(x, y)[1]  # noqa: E731
-        return {'training': training(model, loss_of, optimizers, runtime.autocast, c)}
-    model = in_format(model, c['format'])
-    tokenizer = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
+# -----------------------------------------------------------------------------
+# flatGPT
+
+
+def flatgpt(settings: dict, runtime: Runtime):
+    if settings['job'] != 'training':
+        return FlatGPTGeneration(settings, runtime)
+    model = build_model(settings).to(runtime.device)
+    compiled = runtime.wants_compile(settings['compile'])
+    optimizers = build_optimizers(settings['optimizer'], model, **OPTIMIZER, compile=compiled)
+    run = torch.compile(model, dynamic=False) if compiled else model
+    return Training(settings, model, lambda x, y: run(x, y)[1], optimizers, runtime.autocast)
+
+
+class FlatGPTGeneration:
+    def __init__(self, settings: dict, runtime: Runtime):
+        self.settings, self.device = settings, runtime.device
+        self.model = in_format(build_model(settings).to(runtime.device), settings['format'])
+        self.tokenizer = placeholder_tokenizer(settings['vocab_size'])
+        self.sampling = Sampling(max_new_tokens=settings['new_tokens'], temperature=0)
+        self.engines: dict[int, Engine] = {}
 
     @torch.inference_mode()
-    def prefill(rows: int):
-        prompts = prompts_of(c, rows).to(runtime.device)
+    def prefill(self, rows: int) -> tuple[float, dict]:
+        prompts = random_prompts(self.settings, rows).to(self.device)
         begin = time.perf_counter()
-        logits, _ = model(prompts, cache=KVCache(model, rows, c['prompt_tokens'] + 1))
+        cache = KVCache(self.model, rows, self.settings['prompt_tokens'] + 1)
+        logits, _ = self.model(prompts, cache=cache)
         result = logits[0, :8].tolist()
         return time.perf_counter() - begin, {'tokens': prompts.numel(), 'result': result}
 
-    def decode(rows: int):
+    def decode(self, rows: int) -> tuple[float, dict]:
         """From the first new token of every row to the last."""
-        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+        prompts = random_prompts(self.settings, rows).tolist()
         pieces, begin = [], None
-        for piece in generate(model, tokenizer, prompts_of(c, rows).tolist(), sampling):
+        for piece in generate(self.model, self.tokenizer, prompts, self.sampling):
             pieces.append(piece)
             if len(pieces) == rows:
                 begin = time.perf_counter()
         seconds = time.perf_counter() - begin
-        written = [piece.token for piece in pieces if piece.row == 0]
-        return seconds, {'tokens': len(pieces) - rows, 'result': exact(written, c)}
+        first_row = [piece.token for piece in pieces if piece.row == 0]
+        result = comparable(first_row, self.settings)
+        return seconds, {'tokens': len(pieces) - rows, 'result': result}
 
-    def whole(rows: int):
-        """Prompts and texts, submitted at once."""
-        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
-        prompts, begin = prompts_of(c, rows).tolist(), time.perf_counter()
-        count = sum(1 for _ in generate(model, tokenizer, prompts, sampling))
-        return time.perf_counter() - begin, {'tokens': count, 'result': []}
+    def generate(self, rows: int) -> tuple[float, dict]:
+        """Prefill and decoding of prompts that come together."""
+        prompts, begin = random_prompts(self.settings, rows).tolist(), time.perf_counter()
+        pieces = generate(self.model, self.tokenizer, prompts, self.sampling)
+        tokens = sum(1 for _ in pieces)
+        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
 
-    engines: dict[int, Engine] = {}
-
-    def served(clients: int, requests: int):
-        """What `clients` get who each ask again when they have their answer, without HTTP."""
-        if clients not in engines:
-            engines[clients] = Engine(model, tokenizer, clients)
-        engine = engines[clients]
-        left, tokens = prompts_of(c, requests).tolist(), []
-        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+    def serve(self, clients: int, requests: int) -> tuple[float, dict]:
+        """`clients`, each sending its next request when it has its answer, without HTTP."""
+        if clients not in self.engines:
+            self.engines[clients] = Engine(self.model, self.tokenizer, clients)
+        engine, tokens = self.engines[clients], []
+        prompts = random_prompts(self.settings, requests).tolist()
 
         def take(piece: Piece) -> None:
             tokens.append(piece.token)
-            if piece.finish and left:
-                engine.submit(Request(left.pop(), sampling, take))
+            if piece.finish and prompts:
+                engine.submit(Request(prompts.pop(), self.sampling, take))
 
         begin = time.perf_counter()
         for _ in range(clients):
-            engine.submit(Request(left.pop(), sampling, take))
+            engine.submit(Request(prompts.pop(), self.sampling, take))
         while engine.step():
             pass
         return time.perf_counter() - begin, {'tokens': len(tokens), 'result': []}
 
-    return {'prefill': prefill, 'decode': decode, 'whole': whole, 'served': served}
+
+# -----------------------------------------------------------------------------
+# transformers, as its documentation uses it
 
 
-def transformers(c: dict, runtime: Runtime) -> dict:
-    """What `transformers` can be asked for, as its documentation has it done."""
+def transformers(settings: dict, runtime: Runtime):
+    if settings['arch'] == 'modern' and settings['dropout']:
+        raise UserError('its NanoChat has no dropout')
+    model = transformers_model(settings)
+    if settings['job'] != 'training':
+        return TransformersGeneration(settings, model)
+    # its Trainer's default optimizer, clipping and autocast
+    adamw = torch.optim.AdamW(
+        model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True
+    )
+
+    def loss_of(x, y):  # given labels, it would shift them and leave out the last token
+        logits = model(x, use_cache=False).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+
+    return Training(settings, model, loss_of, [adamw], runtime.autocast)
+
+
+class TransformersGeneration:
+    def __init__(self, settings: dict, model):
+        self.settings, self.device = settings, settings['device']
+        self.model = model.to(DTYPES[settings['format']]).eval()
+        new_tokens = settings['new_tokens']
+        self.greedy = {'max_new_tokens': new_tokens, 'do_sample': False, 'pad_token_id': 0}
+
+    @torch.inference_mode()
+    def prefill(self, rows: int) -> tuple[float, dict]:
+        prompts = random_prompts(self.settings, rows).to(self.device)
+        begin = time.perf_counter()
+        logits = self.model(prompts, use_cache=True, logits_to_keep=1).logits
+        result = logits[0, -1, :8].tolist()
+        return time.perf_counter() - begin, {'tokens': prompts.numel(), 'result': result}
+
+    def decode(self, rows: int) -> tuple[float, dict]:
+        """From the first new token of every row to the last."""
+        moments = []
+        prompts = random_prompts(self.settings, rows).to(self.device)
+        written = self.generate_batch_at_once(prompts, streamer=clock(moments))
+        tokens = rows * (written.size(1) - prompts.size(1) - 1)
+        result = comparable(written[0, prompts.size(1) :].tolist(), self.settings)
+        # the prompts are put into the streamer first
+        return moments[-1] - moments[1], {'tokens': tokens, 'result': result}
+
+    def generate(self, rows: int) -> tuple[float, dict]:
+        """generate() of one static batch: prompts of one length that come together."""
+        prompts = random_prompts(self.settings, rows).to(self.device)
+        begin = time.perf_counter()
+        written = self.generate_batch_at_once(prompts)
+        tokens = rows * (written.size(1) - prompts.size(1))
+        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
+
+    @torch.inference_mode()
+    def generate_batch_at_once(self, prompts: torch.Tensor, **options) -> torch.Tensor:
+        mask, at_least = torch.ones_like(prompts), self.settings['new_tokens']
+        options |= {**self.greedy, 'min_new_tokens': at_least}
+        return self.model.generate(prompts, attention_mask=mask, **options)
+
+    def serve(self, rows: int) -> tuple[float, dict]:
+        """generate_batch(): its continuous batching."""
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(**self.greedy, eos_token_id=-1)
+        prompts, begin = random_prompts(self.settings, rows).tolist(), time.perf_counter()
+        written = self.model.generate_batch(
+            inputs=prompts, generation_config=config, progress_bar=False
+        )
+        tokens = sum(len(output.generated_tokens) for output in written.values())
+        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
+
+
+def clock(moments: list[float]):
+    """A streamer for generate() that notes the moments at which tokens came."""
     from transformers.generation.streamers import BaseStreamer
 
-    if c['arch'] == 'modern' and c['dropout']:
-        raise UserError('its NanoChat has no dropout')
-    model = transformers_model(c)
-    if c['job'] == 'training':
-        # its Trainer's default optimizer, clipping and autocast
-        betas, decay = (0.9, 0.95), {'weight_decay': 0.1}
-        adamw = torch.optim.AdamW(model.parameters(), 1e-4, betas, fused=True, **decay)
-
-        def loss_of(x, y):  # given labels, it would shift them and leave out the last token
-            logits = model(x, use_cache=False).logits
-            return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
-
-        return {'training': training(model, loss_of, [adamw], runtime.autocast, c)}
-    model = model.to(DTYPES[c['format']]).eval()
-
     class Clock(BaseStreamer):
-        """The moments at which tokens came."""
-
-        def __init__(self):
-            self.ticks = []
-
         def put(self, tokens):
-            self.ticks.append(time.perf_counter())
+            moments.append(time.perf_counter())
 
         def end(self):
             pass
 
-    @torch.inference_mode()
-    def prefill(rows: int):
-        prompts = prompts_of(c, rows).to(runtime.device)
-        begin = time.perf_counter()
-        logits = model(prompts, use_cache=True, logits_to_keep=1).logits
-        result = logits[0, -1, :8].tolist()
-        return time.perf_counter() - begin, {'tokens': prompts.numel(), 'result': result}
-
-    @torch.inference_mode()
-    def decode(rows: int):
-        prompts, clock = prompts_of(c, rows).to(runtime.device), Clock()
-        count = {'max_new_tokens': c['new_tokens'], 'min_new_tokens': c['new_tokens']}
-        how = {'attention_mask': torch.ones_like(prompts), 'do_sample': False, 'pad_token_id': 0}
-        written = model.generate(prompts, streamer=clock, **count, **how)
-        tokens = rows * (written.size(1) - prompts.size(1) - 1)
-        result = exact(written[0, prompts.size(1) :].tolist(), c)
-        return clock.ticks[-1] - clock.ticks[1], {'tokens': tokens, 'result': result}
-
-    fixed = {'max_new_tokens': c['new_tokens'], 'do_sample': False, 'pad_token_id': 0}
-
-    @torch.inference_mode()
-    def whole(rows: int):
-        """generate() of one static batch: prompts of one length that come together."""
-        prompts = prompts_of(c, rows).to(runtime.device)
-        mask, begin = torch.ones_like(prompts), time.perf_counter()
-        at_least = {'min_new_tokens': c['new_tokens']}
-        written = model.generate(prompts, attention_mask=mask, **fixed, **at_least)
-        tokens = rows * (written.size(1) - prompts.size(1))
-        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
-
-    def batched(rows: int):
-        """generate_batch(): its continuous batching."""
-        from transformers import GenerationConfig
-
-        how = GenerationConfig(**fixed, eos_token_id=-1)
-        begin = time.perf_counter()
-        written = model.generate_batch(
-            inputs=prompts_of(c, rows).tolist(), generation_config=how, progress_bar=False
-        )
-        tokens = sum(len(text.generated_tokens) for text in written.values())
-        return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
-
-    return {'prefill': prefill, 'decode': decode, 'whole': whole, 'batched': batched}
+    return Clock()
 
 
-def nanogpt_side(c: dict, runtime: Runtime) -> dict:
-    """nanoGPT's training step as its train.py makes it: no autocast on a CPU, its own AdamW."""
-    module = import_nanogpt(c['nanogpt'])
-    names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
-    model = module.GPT(module.GPTConfig(**{name: c[name] for name in names})).to(runtime.device)
-    model.load_state_dict(build_model(c).state_dict(), strict=False)
-    adamw = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), runtime.device_type)
+# -----------------------------------------------------------------------------
+# nanoGPT
+
+
+def nanogpt(settings: dict, runtime: Runtime) -> Training:
+    """Its training step as its train.py makes it: no autocast on a CPU, its own AdamW."""
+    module = import_nanogpt(settings['nanogpt'])
+    shape = {name: settings[name] for name in SHAPE}
+    model = module.GPT(module.GPTConfig(**shape)).to(runtime.device)
+    model.load_state_dict(build_model(settings).state_dict(), strict=False)
+    adamw = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, runtime.device_type)
     autocast = contextlib.nullcontext if runtime.device_type == 'cpu' else runtime.autocast
-    wrapped = torch.compile(model) if runtime.wants_compile(c['compile']) else model
-    return {'training': training(model, lambda x, y: wrapped(x, y)[1], [adamw], autocast, c)}
+    run = torch.compile(model) if runtime.wants_compile(settings['compile']) else model
+    return Training(settings, model, lambda x, y: run(x, y)[1], [adamw], autocast)
 
 
-def exact(written: list[int], c: dict) -> list[int]:
-    """The first tokens, the same in float32 on every side; fewer bits may turn a near tie."""
-    return written[:16] if c['format'] == 'float32' else []
-
-
-def prompts_of(c: dict, rows: int):
-    generator = torch.Generator().manual_seed(c['seed'])
-    return torch.randint(c['vocab_size'], (rows, c['prompt_tokens']), generator=generator)
-
-
-SIDES = {'flatGPT': flatgpt, 'transformers': transformers, 'nanoGPT': nanogpt_side}
-
-
-def serve_turns(pipe, side: str, c: dict) -> None:
-    """A side's process: build it, then make each turn that is asked for and report on it."""
-    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            runtime = Runtime(c['device'], pick_dtype(c['dtype'], c['device'], training=True))
-            if side == 'flatGPT' or runtime.device_type == 'cuda':
-                runtime = start(c['device'], c['dtype'])  # sets up the GPU; on a CPU, our memory
-            turns = SIDES[side](c, runtime)
-            pipe.send(None)
-            while (request := pipe.recv()) is not None:
-                job, arguments, trace = request
-                gc.collect()
-                reset_peak(c['device'])
-                if trace:
-                    pipe.send([profiled(functools.partial(turns[job], *arguments), trace)])
-                    continue
-                seconds, work = turns[job](*arguments)
-                pipe.send((seconds, work, peak_memory(c['device'])))
-        except (EOFError, BrokenPipeError):  # the parent is gone
-            return
-        except ImportError as error:
-            pipe.send(f'{error.name or error} is not installed')
-        except UserError as error:
-            pipe.send(str(error))
-        except Exception as error:
-            said = f'{type(error).__name__}: {error}'
-            cause = 'out of memory' if is_out_of_memory(error) else said
-            pipe.send(cause.splitlines()[0][:200])
-
-
-def profiled(turn, path: str) -> str:
-    """Run one turn under torch's profiler, write its trace -> a table of the top operators."""
-    from torch.profiler import profile
-
-    with profile() as watch:
-        turn()
-    watch.export_chrome_trace(path)
-    if not Path(path).is_file():  # its failure is silent
-        raise UserError(f'{path} cannot be written')
-    cuda = torch.cuda.is_available()
-    by = 'self_device_time_total' if cuda else 'self_cpu_time_total'
-    return watch.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=48)
-
-
-def reset_peak(device: str) -> None:
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux: the high-water mark begins anew
-        Path('/proc/self/clear_refs').write_text('5')
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU, or of this process in RAM."""
-    if device.startswith('cuda'):
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path('/proc/self/status').read_text().splitlines():
-            if line.startswith('VmHWM'):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
-class Side:
-    """Another process that makes turns.
-
-    `trouble` says in a line why it cannot, None if it can: what receive() returns first.
-    """
-
-    def __init__(self, name: str, c: dict):
-        self.name, self.format = name, c['format'] if c['job'] != 'training' else ''
-        context = multiprocessing.get_context('spawn')
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve_turns, args=(other, name, c), daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-        self.process.start()
-        signal.signal(signal.SIGINT, before)
-        other.close()
-        self.trouble: str | None = 'it is not ready'
-
-    @property
-    def label(self) -> str:
-        return f'{self.name} {self.format}'.strip()
-
-    def receive(self):
-        try:
-            return self.pipe.recv()
-        except (EOFError, OSError):
-            return 'its process was killed, perhaps for want of memory'
-
-    def turn(self, job: str, *arguments, trace: str = ''):
-        """(seconds, work, bytes), with `trace` [the table of operators], None after trouble."""
-        if self.trouble is not None:
-            return None
-        with contextlib.suppress(OSError):  # receive() says that it is gone
-            self.pipe.send((job, arguments, trace))
-        reply = self.receive()
-        if isinstance(reply, str):
-            self.trouble = reply
-            return None
-        return reply
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.pipe.send(None)
-        self.process.join(10)
-        self.process.kill()
-
-
-@contextlib.contextmanager
-def opened(names: list[tuple], c: dict, job: str):
-    """The processes of (side, format), ended afterwards."""
-    sides = []
-    try:
-        for name, kind in names:
-            sides.append(Side(name, {**c, 'job': job, 'format': kind}))
-        for side in sides:
-            side.trouble = side.receive()
-        yield sides
-    finally:
-        for side in sides:
-            side.close()
+BUILDERS = {'flatGPT': flatgpt, 'transformers': transformers, 'nanoGPT': nanogpt}

@@ -1,20 +1,24 @@
-"""Data, for bench.py: text to tokens on disk, and batches out of many files."""
+"""
+Data, for bench.py: text to tokens on disk, and batches out of many files.
+
+$ python bench.py --only=data                    # on the source of Python's library and packages
+$ python bench.py --only=data --text=corpus/     # on text of your own
+"""
 
 import contextlib
+import json
 import os
 import shutil
 import sysconfig
 import tempfile
 import time
-from json import dumps
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from flatgpt.benchmarks.report import (
-    Report,
-    line,
-)
+from flatgpt.benchmarks.report import Report, print_row
+from flatgpt.benchmarks.sides import Turn
 from flatgpt.data import text as prepare
 from flatgpt.data.dataset import SPLITS, Dataset, Writer, read_meta
 from flatgpt.data.encode import cores
@@ -22,91 +26,89 @@ from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 
-TOKENS = 50_000_000  # to read batches from
+TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')
+ROUNDS = 3  # of preparing data, at most
+SHARDS = (1, 100, 10_000)  # files to read batches from; quick: the first two
+SHARD_TOKENS = 50_000_000  # in all of them
+BATCHES, ROWS, BLOCK_SIZE = 20, 64, 1024  # of a turn of reading
 
 
-def bench_data(c: dict, runtime: Runtime, report: Report) -> None:
-    """From a folder of files to a finished dataset, beside what only turns text into ids."""
+def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
+    """From a folder of files to a finished dataset, and batches out of finished ones."""
     with tempfile.TemporaryDirectory() as folder:
-        texts = copy_texts(c, Path(folder))
+        texts = copy_texts(settings, Path(folder))
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         print(f'{"data":<16} {size / 1e6:.1f} MB in {len(texts):,} files')
-        for name in ('char', 'byte', 'bpe', 'gpt2'):
-            sides = {'flatGPT': lambda name=name: prepared(name, folder)}
-            notes = {'flatGPT': 'read, split, encoded, written, sealed'}
+        for tokenizer in TOKENIZERS:
             try:
-                if name == 'gpt2':
-                    tokenizer = get_tokenizer('gpt2')
-                    slow = tokenizer.accelerate()
-                    notes['flatGPT'] += ', by ' + (f'tiktoken: {slow}' if slow else 'gigatoken')
-                    add_peers(sides, notes, tokenizer, texts)
-                turns = {side: [] for side in sides}
-                for _ in range(min(3, c['rounds'])):
-                    for side, run in sides.items():
-                        turns[side].append((*run(), 0))
+                bench_preparing(tokenizer, folder, texts, settings, report)
             except UserError as error:
-                line(f'data {name}', '', '', str(error))
-                continue
-            against = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
-            turns |= {side: [] for side in notes if side not in turns}  # what is not installed
-            report.compare(f'data {name}', turns, notes, against)
-    for shards in (1, 100) if c['quick'] else (1, 100, 10_000):
+                print_row(f'data {tokenizer}', '', '', str(error))
+    for shards in SHARDS[:2] if settings['quick'] else SHARDS:
         with tempfile.TemporaryDirectory() as folder:
-            turns = read_batches(cut_into(Path(folder), shards), c['rounds'])
+            turns = read_batches(cut_into(Path(folder), shards), settings['rounds'])
         side, note = f'{shards:,} files', 'batches of 64 x 1,024, in time of one core'
         report.compare('data reading', {side: turns}, {side: note}, {})
 
 
-def cut_into(folder: Path, shards: int) -> Dataset:
-    """Random ids in so many files, without an fsync for each."""
-    ids = np.random.default_rng(0).integers(0, 256, TOKENS // shards)
-    with Writer(folder, byte_tokenizer()) as writer:
-        for split in SPLITS:
-            writer.write(split, ids)
-    meta = read_meta(folder)
-    names = [f'train-{n:05d}.bin' for n in range(shards)]
-    for name in names:
-        shutil.copyfile(folder / 'train.bin', folder / name)
-    listed = [{'file': name, 'tokens': len(ids)} for name in names]
-    meta['splits']['train'] = {'tokens': len(ids) * shards, 'bytes': None, 'shards': listed}
-    (folder / 'meta.json').write_text(dumps(meta))
-    return Dataset(folder, 1024)
+# -----------------------------------------------------------------------------
+# text to tokens
 
 
-def read_batches(data: Dataset, rounds: int) -> list[tuple[float, dict, int]]:
-    turns = []
-    for number in range(rounds + 1):
-        begin = time.thread_time()
-        for step in range(20):
-            data.batch((20 * number + step) * 64, 64)
-        turns.append((time.thread_time() - begin, {'tokens': 20 * 64 * 1024}, 0))
-    return turns[1:]
+def bench_preparing(
+    tokenizer: str, folder: str, texts: list[str], settings: dict, report: Report
+) -> None:
+    """Our whole preparation, for GPT-2's tokenizer beside what only turns text into ids."""
+    sides = {'flatGPT': lambda: prepared(tokenizer, folder)}
+    notes = {'flatGPT': 'read, split, encoded, written, sealed'}
+    if tokenizer == 'gpt2':
+        gpt2 = get_tokenizer('gpt2')
+        slow = gpt2.accelerate()
+        notes['flatGPT'] += ', by ' + (f'tiktoken: {slow}' if slow else 'gigatoken')
+        add_baselines(sides, notes, gpt2, texts)
+    turns = {side: [] for side in notes}  # some of which may not be installed
+    for _ in range(min(ROUNDS, settings['rounds'])):
+        for side, run in sides.items():
+            turns[side].append(Turn(*run()))
+    tolerances = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
+    report.compare(f'data {tokenizer}', turns, notes, tolerances)
 
 
-def copy_texts(c: dict, folder: Path) -> list[str]:
+def copy_texts(settings: dict, folder: Path) -> list[str]:
     """Up to text_bytes of UTF-8 files, copied into a folder -> their texts."""
-    paths = sysconfig.get_paths()
-    roots = [Path(c['text'])] if c['text'] else [Path(paths['stdlib']), Path(paths['purelib'])]
-    texts, left = [], c['text_bytes']
-    for root in roots:
-        pattern = '*' if c['text'] else '*.py'
-        for path in sorted(root.rglob(pattern)):
-            try:
-                content = b''
-                if left > 0 and path.is_file():
-                    with path.open('rb') as file:
-                        content = file.read(left)
-                cut = len(content) == left  # perhaps within a character
-                text = content.decode('utf-8-sig', 'ignore' if cut else 'strict')
-            except (UnicodeDecodeError, OSError):
-                continue
-            if text and '\0' not in text:
-                (folder / f'{len(texts):06}.txt').write_bytes(text.encode())
-                texts.append(text)
-                left -= len(text.encode())
+    texts, left = [], settings['text_bytes']
+    for path in text_files(settings['text']):
+        if left <= 0:
+            break
+        if text := read_text(path, left):
+            (folder / f'{len(texts):06}.txt').write_bytes(text.encode())
+            texts.append(text)
+            left -= len(text.encode())
     if len(texts) < 2:
-        raise UserError(f'text={c["text"]}: needs two files of UTF-8 text at least')
+        raise UserError(f'text={settings["text"]}: needs two files of UTF-8 text at least')
     return texts
+
+
+def text_files(folder: str | None) -> list[Path]:
+    """The files of a folder, by default the source of Python's library and packages."""
+    if folder:
+        return sorted(Path(folder).rglob('*'))
+    paths = sysconfig.get_paths()
+    return [p for name in ('stdlib', 'purelib') for p in sorted(Path(paths[name]).rglob('*.py'))]
+
+
+def read_text(path: Path, limit: int) -> str:
+    """At most `limit` bytes of a file's text; '' for what is no text."""
+    try:
+        if not path.is_file():
+            return ''
+        with path.open('rb') as file:
+            content = file.read(limit)
+        cut = len(content) == limit  # perhaps within a character
+        text = content.decode('utf-8-sig', 'ignore' if cut else 'strict')
+    except (UnicodeDecodeError, OSError):
+        return ''
+    return '' if '\0' in text else text
 
 
 def prepared(name: str, folder: str) -> tuple[float, dict]:
@@ -123,35 +125,71 @@ def prepared(name: str, folder: str) -> tuple[float, dict]:
     return seconds, {'tokens': len(ids), 'result': [float(ids.sum())]}
 
 
-def add_peers(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
+def add_baselines(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
     """Add tiktoken's and transformers' own batch calls, with all cores, on text in memory."""
     import tiktoken
 
-    encoding = tiktoken.get_encoding('gpt2')
-
-    def timed(encode) -> tuple[float, dict]:
-        begin = time.perf_counter()
-        batches = encode()
-        seconds = time.perf_counter() - begin
-        total = float(sum(map(sum, batches)))
-        return seconds, {'tokens': sum(map(len, batches)), 'result': [total]}
-
+    gpt2 = tiktoken.get_encoding('gpt2')
     sides['tiktoken'] = lambda: timed(
-        lambda: encoding.encode_ordinary_batch(texts, num_threads=cores())
+        lambda: gpt2.encode_ordinary_batch(texts, num_threads=cores())
     )
-    notes['tiktoken'] = 'ids in memory'
+    notes['tiktoken'] = notes['transformers'] = 'ids in memory'
     try:
-        from transformers import PreTrainedTokenizerFast
-        from transformers.convert_slow_tokenizer import TikTokenConverter
+        theirs = transformers_tokenizer(tokenizer)
     except ImportError:
         notes['transformers'] = 'transformers is not installed'
         return
+    sides['transformers'] = lambda: timed(
+        lambda: theirs(texts, add_special_tokens=False)['input_ids']
+    )
+
+
+def transformers_tokenizer(tokenizer):
+    """GPT-2's tokenizer as transformers runs it, made from the same ranks."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / 'ranks.tiktoken')
         tokenizer.write_ranks(path)
         fast = TikTokenConverter(path, tokenizer.pattern).converted()
-    theirs = PreTrainedTokenizerFast(tokenizer_object=fast)
-    sides['transformers'] = lambda: timed(
-        lambda: theirs(texts, add_special_tokens=False)['input_ids']
-    )
-    notes['transformers'] = 'ids in memory'
+    return PreTrainedTokenizerFast(tokenizer_object=fast)
+
+
+def timed(encode: Callable[[], list[list[int]]]) -> tuple[float, dict]:
+    begin = time.perf_counter()
+    documents = encode()
+    seconds = time.perf_counter() - begin
+    total = float(sum(map(sum, documents)))
+    return seconds, {'tokens': sum(map(len, documents)), 'result': [total]}
+
+
+# -----------------------------------------------------------------------------
+# batches out of many files
+
+
+def cut_into(folder: Path, shards: int) -> Dataset:
+    """Random ids in so many files, without an fsync for each."""
+    ids = np.random.default_rng(0).integers(0, 256, SHARD_TOKENS // shards)
+    with Writer(folder, byte_tokenizer()) as writer:
+        for split in SPLITS:
+            writer.write(split, ids)
+    meta = read_meta(folder)
+    names = [f'train-{n:05d}.bin' for n in range(shards)]
+    for name in names:
+        shutil.copyfile(folder / 'train.bin', folder / name)
+    listed = [{'file': name, 'tokens': len(ids)} for name in names]
+    meta['splits']['train'] = {'tokens': len(ids) * shards, 'bytes': None, 'shards': listed}
+    (folder / 'meta.json').write_text(json.dumps(meta))
+    return Dataset(folder, BLOCK_SIZE)
+
+
+def read_batches(data: Dataset, rounds: int) -> list[Turn]:
+    turns = []
+    for number in range(rounds + 1):
+        begin = time.thread_time()
+        for batch in range(BATCHES):
+            data.batch((BATCHES * number + batch) * ROWS, ROWS)
+        work = {'tokens': BATCHES * ROWS * BLOCK_SIZE}
+        turns.append(Turn(time.thread_time() - begin, work))
+    return turns[1:]  # the first one maps the files

@@ -1,4 +1,10 @@
-"""Prefill, decoding, the quality of number formats, and the time to a first token, for bench.py."""
+"""
+Generation, for bench.py: its speed, its quality in few bits, and the time to a first token.
+
+$ python bench.py --only=prefill,decode --rows=1,16      # beside transformers
+$ python bench.py --only=quality --out_dir=out/mine      # perplexity in 32, 16 and 8 bits
+$ python bench.py --only=startup                         # from the command to the first token
+"""
 
 import math
 import statistics
@@ -12,106 +18,130 @@ import numpy as np
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import (
-    SMALL,
-    Side,
-    build_model,
-    in_format,
-    opened,
-    transformers_model,
-)
-from flatgpt.benchmarks.report import Report, line, shown, spread, take_turns
+from flatgpt.benchmarks.baselines import SMALL, build_model, in_format, transformers_model
+from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
+from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.save import save
 from flatgpt.data.dataset import DATA, Dataset, is_prepared
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
+from model import GPT
+
+WEIGHT_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}
+QUICK_WINDOWS = 64  # of the validation split, with --quick
 
 
-def bench_writing(c: dict, runtime: Runtime, report: Report, jobs: list[str]) -> None:
+# -----------------------------------------------------------------------------
+# prefill and decoding
+
+
+def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
     """Prefill and decoding, for each number of rows, of every format and library."""
-    formats = [*dict.fromkeys(c['formats'].split(','))]
+    formats = formats_of(settings)
     names = [('flatGPT', kind) for kind in formats]
     names += [('transformers', kind) for kind in formats if kind != 'int8']
-    against = {
+    row_counts = [int(count) for count in settings['rows'].split(',')]
+    with open_sides(names, settings, 'generation') as sides:
+        for job in ('prefill', 'decode'):
+            if job not in settings['jobs']:
+                continue
+            for rows in row_counts:
+                turns = take_turns(sides, settings, job, rows)
+                notes = {}
+                for side in sides:
+                    own = turns[side.label] if side.name == 'flatGPT' else []
+                    share = [share_of_limit(settings, report, job, side, rows, own)] if own else []
+                    notes[side.label] = ', '.join(filter(None, [*share, side.trouble]))
+                name = f'{job} {rows} row{"s" * (rows > 1)}'
+                report.compare(name, turns, notes, tolerances_of(formats))
+            profile_turn(sides[0], settings, job, row_counts[0])
+
+
+def formats_of(settings: dict) -> list[str]:
+    return [*dict.fromkeys(settings['formats'].split(','))]
+
+
+def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
+    """How far apart the results of transformers and of flatGPT may be, in each format."""
+    tolerances = {
         f'transformers {kind}': {f'flatGPT {kind}': 1e-3 if kind == 'float32' else 0.05}
         for kind in formats
         if kind != 'int8'
     }
-    if {'bfloat16', 'int8'} <= {*formats}:  # it has no int8: ours stands beside its 16 bits
-        against['transformers bfloat16']['flatGPT int8'] = 0.2
-    with opened(names, c, 'writing') as sides:
-        for job in jobs:
-            for rows in map(int, c['rows'].split(',')):
-                turns = take_turns(sides, c, job, rows)
-                notes = {}
-                for side in sides:
-                    notes[side.label] = side.trouble
-                    if turns[side.label] and side.name == 'flatGPT':
-                        share = share_of_limit(c, report, job, side, rows, turns[side.label])
-                        notes[side.label] = ', '.join(filter(None, (share, side.trouble)))
-                report.compare(f'{job} {rows} row{"s" * (rows > 1)}', turns, notes, against)
-            watch(sides[0], c, job, int(c['rows'].split(',')[0]))
+    if {'bfloat16', 'int8'} <= {*formats}:  # it has no int8: ours is compared with its 16 bits
+        tolerances['transformers bfloat16']['flatGPT int8'] = 0.2
+    return tolerances
 
 
-def share_of_limit(c: dict, report: Report, job: str, side: Side, rows: int, turns: list) -> str:
-    """How near a step comes to what reading weights and cache, or multiplying, takes at least.
+def share_of_limit(
+    settings: dict, report: Report, job: str, side: Side, rows: int, turns: list[Turn]
+) -> str:
+    """How near a step comes to the time that reading weights and cache, or multiplying, must take.
 
-    A step is the whole of a prefill, whose head computes one token a row, or one token a row.
+    A step computes the whole prompt in prefill, and one token of each row in decoding.
     """
-    machine = report.machine
+    machine, prefill = report.machine, job == 'prefill'
     with torch.device('meta'):
-        model = build_model(c)
-    head = c['vocab_size'] * c['n_embd']
-    weights = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}[side.format]
-    steps = 1 if job == 'prefill' else c['new_tokens'] - 1
-    per_row = c['prompt_tokens'] if job == 'prefill' else 1
-    held = 0 if job == 'prefill' else c['prompt_tokens'] + c['new_tokens'] / 2
-    keys = c['n_embd'] // c['n_head'] * (c['n_kv_head'] or c['n_head'])
-    each = 4 if machine['device'] == 'cpu' else max(weights, 2)
-    cache = rows * 2 * c['n_layer'] * keys * held * each
-    reading = (model.num_params() * weights + cache) / machine['read_bytes_per_second']
-    kind = 'bfloat16' if side.format == 'int8' else side.format
-    products = 2 * rows * ((model.num_params() - head) * per_row + head)
-    multiplying = products / machine.get(f'flops_{kind}', math.inf)
-    seconds = statistics.median(turn[0] for turn in turns) / steps
+        model = build_model(settings)
+    steps = 1 if prefill else settings['new_tokens'] - 1
+    cache = 0 if prefill else rows * cache_bytes(settings, machine, side.format)
+    weights = model.num_params() * WEIGHT_BYTES[side.format]
+    reading = (weights + cache) / machine['read_bytes_per_second']
+    head = settings['vocab_size'] * settings['n_embd']  # computes one token of each row
+    tokens = settings['prompt_tokens'] if prefill else 1
+    flops = 2 * rows * ((model.num_params() - head) * tokens + head)
+    dtype = 'bfloat16' if side.format == 'int8' else side.format
+    multiplying = flops / machine.get(f'flops_{dtype}', math.inf)
+    seconds = statistics.median(turn.seconds for turn in turns) / steps
     what = 'reading' if reading > multiplying else 'multiplying'
     return f'{max(reading, multiplying) / seconds:.0%} of the limit by {what}'
 
 
-def watch(side: Side, c: dict, job: str, *arguments) -> None:
-    if c['profile'] and side.trouble is None:
-        path = str(Path(c['json']).with_name(f'trace_{job}.json'))
-        if found := side.turn(job, *arguments, trace=path):
-            print(found[0])
-            print(f'written: {path}, for https://ui.perfetto.dev')
-        else:
-            print(f'{side.label} could not be profiled: {side.trouble}')
+def cache_bytes(settings: dict, machine: dict, kind: str) -> float:
+    """Keys and values of one row, half way through its decoding."""
+    tokens = settings['prompt_tokens'] + settings['new_tokens'] / 2
+    heads = settings['n_kv_head'] or settings['n_head']
+    width = settings['n_embd'] // settings['n_head'] * heads
+    itemsize = 4 if machine['device'] == 'cpu' else max(WEIGHT_BYTES[kind], 2)
+    return 2 * settings['n_layer'] * width * tokens * itemsize
 
 
-def bench_quality(c: dict, runtime: Runtime, report: Report) -> None:
+# -----------------------------------------------------------------------------
+# quality
+
+
+def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
     """Perplexity of a run's model on its own validation split, in each format."""
-    formats = [*dict.fromkeys(c['formats'].split(','))]
     found = {}
-    for kind in formats:
-        model, tokenizer, state = load_model(c['out_dir'], 'best', runtime.device)
+    for kind in formats_of(settings):
+        model, tokenizer, state = load_model(settings['out_dir'], 'best', runtime.device)
         model = in_format(model, kind)
-        data = Dataset(dataset_of(state, c['dataset']), model.config.block_size)
+        data = Dataset(dataset_of(state, settings['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
-            raise UserError(f'{data.folder}: was not made with the tokenizer of {c["out_dir"]}')
-        windows = data.eval_windows('val', None if not c['quick'] else 64)
-        total = count = 0
-        for part in np.array_split(windows, math.ceil(len(windows) / 8)):
-            x, y = (torch.from_numpy(a).to(runtime.device) for a in data.eval_batch('val', part))
-            with torch.inference_mode():
-                loss = model(x, y)[1].item()
-            total, count = total + loss * int((y >= 0).sum()), count + int((y >= 0).sum())
-        found[kind] = math.exp(total / count)
-        change = f' ({found[kind] / found[formats[0]] - 1:+.3%})' if len(found) > 1 else ''
-        note = f'perplexity {found[kind]:.4f}{change}, {count:,} tokens of {data.folder.name}'
-        line('quality', kind, '', note)
+            source = settings['out_dir']
+            raise UserError(f'{data.folder}: was not made with the tokenizer of {source}')
+        windows = QUICK_WINDOWS if settings['quick'] else None
+        found[kind], tokens = perplexity(model, data, runtime.device, windows)
+        change = found[kind] / next(iter(found.values())) - 1
+        beside = f' ({change:+.3%})' if len(found) > 1 else ''
+        note = f'perplexity {found[kind]:.4f}{beside}, {tokens:,} tokens of {data.folder.name}'
+        print_row('quality', kind, '', note)
         report.add('quality', kind, note, perplexity=found[kind])
+
+
+def perplexity(model: GPT, data: Dataset, device: str, count: int | None) -> tuple[float, int]:
+    """Of the validation split, or `count` windows of it, and of how many tokens that is."""
+    windows = data.eval_windows('val', count)
+    total = tokens = 0
+    for part in np.array_split(windows, math.ceil(len(windows) / 8)):
+        x, y = (torch.from_numpy(ids).to(device) for ids in data.eval_batch('val', part))  # (B, T)
+        with torch.inference_mode():
+            loss = model(x, y)[1].item()
+        targets = int((y >= 0).sum())
+        total, tokens = total + loss * targets, tokens + targets
+    return math.exp(total / tokens), tokens
 
 
 def dataset_of(state: dict, dataset: str | None) -> Path:
@@ -125,7 +155,10 @@ def dataset_of(state: dict, dataset: str | None) -> Path:
     return folder
 
 
-PEER_SCRIPT = """
+# -----------------------------------------------------------------------------
+# start-up
+
+TRANSFORMERS_SCRIPT = """
 import sys
 from transformers import AutoModelForCausalLM
 import torch
@@ -137,44 +170,60 @@ print(chr(0x4E00 + int(written[0, -1])), flush=True)
 """
 
 
-def bench_startup(c: dict, runtime: Runtime, report: Report) -> None:
+def bench_startup(settings: dict, runtime: Runtime, report: Report) -> None:
     """From the command to its end, after the first token that a small model writes on the CPU."""
-    c = {**c, **SMALL, 'vocab_size': 4096, 'block_size': 256, 'device': 'cpu', 'dropout': 0.0}
-    letters = [chr(0x4E00 + i) for i in range(c['vocab_size'])]
+    shape = SMALL | {'vocab_size': 4096, 'block_size': 256, 'dropout': 0.0}
+    notes = {
+        'flatGPT': 'to the first token: sample.py',
+        'transformers': 'of from_pretrained and generate',
+    }
     with tempfile.TemporaryDirectory() as folder:
-        run, exported = Path(folder) / 'run', Path(folder) / 'transformers'
-        save(run, build_model(c), [], char_tokenizer(letters), {'step': 0}, keep_evaluated=False)
-        options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
-        script = ROOT / 'sample.py'
-        prompt = [letters[1], '--device=cpu', '--dtype=float32']
-        commands = {'flatGPT': [sys.executable, script, *prompt, *options]}
-        notes = {'flatGPT': 'to the first token: sample.py'}
-        try:
-            model = transformers_model(c)
-            sys.modules['transformers'].utils.logging.disable_progress_bar()
-            model.save_pretrained(exported)
-            commands['transformers'] = [sys.executable, '-c', PEER_SCRIPT, exported]
-            notes['transformers'] = 'of from_pretrained and generate'
-        except ImportError:
-            line('startup', 'transformers', '', 'not installed')
+        commands = startup_commands({**settings, **shape, 'device': 'cpu'}, Path(folder))
+        if 'transformers' not in commands:
+            print_row('startup', 'transformers', '', 'not installed')
         turns = {side: [] for side in commands}
-        for _ in range(c['rounds']):
+        for _ in range(settings['rounds']):
             for side, command in commands.items():
                 turns[side].append(first_token(command))
-    for side, results in turns.items():
-        seconds, beside = [r[0] for r in results], ''
+    for side, own in turns.items():
+        note = notes[side]
         if side != 'flatGPT':
-            times = [t[0] / o[0] for o, t in zip(turns['flatGPT'], results, strict=True)]
-            same = results[0][1] == turns['flatGPT'][0][1]
-            beside = f', flatGPT is {shown(times, ".2f")} times as fast'
-            beside = beside if same else ', no ratio to flatGPT: it wrote another token'
-        line('startup', side, shown(seconds, '.2f') + ' seconds', notes[side] + beside)
-        report.add('startup', side, notes[side] + beside, seconds=spread(seconds))
+            note += f', {compare_startup(turns["flatGPT"], own)}'
+        seconds = [seconds for seconds, _ in own]
+        print_row('startup', side, format_spread(seconds, '.2f') + ' seconds', note)
+        report.add('startup', side, note, seconds=summarize(seconds))
+
+
+def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
+    """Save a model for each side -> the command by which it writes one token."""
+    letters = [chr(0x4E00 + i) for i in range(settings['vocab_size'])]
+    run, exported = folder / 'run', folder / 'transformers'
+    tokenizer = char_tokenizer(letters)
+    save(run, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
+    options += ['--device=cpu', '--dtype=float32']
+    commands = {'flatGPT': [sys.executable, ROOT / 'sample.py', letters[1], *options]}
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return commands
+    logging.disable_progress_bar()
+    transformers_model(settings).save_pretrained(exported)
+    commands['transformers'] = [sys.executable, '-c', TRANSFORMERS_SCRIPT, exported]
+    return commands
 
 
 def first_token(command: list) -> tuple[float, str]:
+    """Run a command -> its seconds, and the character that it wrote."""
     begin = time.perf_counter()
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, encoding='utf-8')
     if result.returncode:
         raise UserError(f'startup: {(result.stderr.strip().splitlines() or ["no output"])[-1]}')
     return time.perf_counter() - begin, result.stdout.strip()[-1:]
+
+
+def compare_startup(ours: list[tuple], theirs: list[tuple]) -> str:
+    if theirs[0][1] != ours[0][1]:
+        return 'no ratio to flatGPT: it wrote another token'
+    ratios = [their[0] / our[0] for our, their in zip(ours, theirs, strict=True)]
+    return f'flatGPT is {format_spread(ratios, ".2f")} times as fast'

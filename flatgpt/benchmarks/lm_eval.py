@@ -1,9 +1,10 @@
 """
-Our models before lm-evaluation-harness, which has the tasks and does the scoring.
+What a model knows, for bench.py: lm-evaluation-harness has the tasks and does the scoring.
 
 $ python bench.py --task=lambada,cbt --out_dir=gpt2 --limit=100
 
-    entries = measure(Scorer(model, tokenizer), 'lambada', load_task('lambada', index()), limit=100)
+    task = load_task('lambada', task_index(['lambada']))
+    entries = evaluate_task(Scorer(model, tokenizer), 'lambada', task, limit=100)
 
 Item by item the numbers are those of the harness's own `hf` model on the same weights: the same
 tokens, the same windows, the same end of a text.
@@ -25,7 +26,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from lm_eval import evaluator
+from lm_eval import evaluator, tasks
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -38,7 +39,8 @@ from flatgpt.inference.sampling import Sampling
 from model import GPT
 
 OURS = Path(__file__).parent / 'tasks'  # what the harness lacks
-NAMES = {'lambada': 'lambada_openai'}  # tasks that go by another name there
+USUAL = ('lambada', 'hellaswag', 'blimp')  # folders of the harness's tasks that are read first
+ALIASES = {'lambada': 'lambada_openai'}  # tasks that have another name there
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
 PUBLISHED = {  # what these sizes reached, by whom SOURCES says
@@ -52,16 +54,12 @@ PUBLISHED = {  # what these sizes reached, by whom SOURCES says
     ('hellaswag', 'acc_norm'): (0.3114, None, None, 0.5089),
     ('blimp', 'acc'): (None, None, 0.8302, None),
 }
-BATCH = 8192  # tokens of a batch at most, padding included, where one text alone does not have more
-HEAD = 2048  # of them whose logits are in memory at once
+BATCH_TOKENS = 8192  # at most, padding included, unless a single sequence is longer
+LOGITS_CHUNK = 2048  # predictions whose logits are in memory at once
 BOOTSTRAP = 1000  # resamplings by which the harness estimates the error of a perplexity
 MISTAKES = 3  # examples kept of each task
-ENDING = 200  # characters kept of their prompts
-SILENCE = 30  # seconds between lines of progress where nobody watches a terminal
-
-os.environ['DISABLE_MULTIPROC'] = '1'  # or its resampling forks this process, threads and all
-# some tasks would fetch the code of their metrics from the hub, and run it
-os.environ.setdefault('HF_EVALUATE_OFFLINE', '1')
+PROMPT_END = 200  # characters kept of their prompts
+PROGRESS_SECONDS = 30  # between lines of progress, where there is no terminal
 
 
 # -----------------------------------------------------------------------------
@@ -72,7 +70,7 @@ def windows(context: list[int], continuation: list[int], size: int) -> Iterator[
     """(tokens for the model, `size` at most; what its last positions should predict), in order.
 
     Every token of the continuation is predicted once. Context that does not fit is cut off on the
-    left; a longer continuation goes on in further windows, each as full as can be.
+    left; a longer continuation is split over several windows, each as full as can be.
     """
     tokens = context + continuation
     for start in range(len(context), len(tokens), size):
@@ -81,10 +79,10 @@ def windows(context: list[int], continuation: list[int], size: int) -> Iterator[
 
 
 def batches(rows: list, length=len) -> Iterator[list]:
-    """Rows in groups of BATCH tokens at most, or of one row; the longest first, to pad little."""
+    """Rows in groups of BATCH_TOKENS at most, or of one; the longest first, for little padding."""
     rows, at = sorted(rows, key=length, reverse=True), 0
     while at < len(rows):
-        count = max(1, BATCH // length(rows[at]))
+        count = max(1, BATCH_TOKENS // length(rows[at]))
         yield rows[at : at + count]
         at += count
 
@@ -96,9 +94,9 @@ class Scorer(TemplateLM):
         super().__init__()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.size, self._device = model.config.block_size, model.embedding.weight.device
-        self.what = ''  # the task's name, for the line of progress
-        self.cut = 0  # prompts so far that lost their beginning
-        self.screen = sys.stderr  # while the harness runs, its own lines are held back
+        self.task = ''  # its name, for progress and errors
+        self.cut = 0  # prompts so far that were too long and lost their beginning
+        self.screen = sys.stderr  # for progress: while the harness runs, sys.stderr is hidden
 
     @property
     def eot_token_id(self) -> int | None:
@@ -108,18 +106,18 @@ class Scorer(TemplateLM):
         return self.tokenizer.encode(string, allow_eot=True).tolist()
 
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
-        pairs = [self.begun(context, continuation) for _, context, continuation in requests]
+        pairs = [self.with_context(context, continuation) for _, context, continuation in requests]
         self.cut += sum(len(a) + len(b) > self.size + 1 for a, b in pairs)
         return self.score(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         texts = [self.tok_encode(request.args[0]) for request in requests]
-        scores = self.score([self.begun([self.prefix_token_id], text) for text in texts])
+        scores = self.score([self.with_context([self.prefix_token_id], text) for text in texts])
         return [logprob for logprob, _ in scores]
 
-    def begun(self, context: list, continuation: list[int]) -> tuple[list, list]:
-        """Without context there is the end of text before it; in a vocabulary that has none the
-        first token, which goes unscored."""
+    def with_context(self, context: list, continuation: list[int]) -> tuple[list, list]:
+        """Where there is no context, the end-of-text token is; in a vocabulary without one the
+        first token is, and is not scored."""
         context = context or [self.prefix_token_id]
         if context == [None]:
             return continuation[:1], continuation[1:]
@@ -129,116 +127,130 @@ class Scorer(TemplateLM):
     def score(self, pairs: list[tuple]) -> list[tuple[float, bool]]:
         """(context, continuation) -> log-probability of each continuation, and whether all its
         tokens are the likeliest."""
-        asked = {}  # of each input, which several pairs may share: (pair, tokens to predict)
+        wanted = {}  # input, which several pairs may share -> (pair, tokens to predict) of each
         for number, (context, continuation) in enumerate(pairs):
             for given, targets in windows(context, continuation, self.size):
-                asked.setdefault(given, []).append((number, targets))
+                wanted.setdefault(given, []).append((number, targets))
         total = torch.zeros(len(pairs), dtype=torch.float64)
         misses = torch.zeros(len(pairs), dtype=torch.long)
-        for batch in self.watched(list(asked), len):
-            for owners, logprobs, hits in self.predict(batch, asked):
+        for batch in self.with_progress(list(wanted), len):
+            for owners, logprobs, hits in self.predict(batch, wanted):
                 total.index_add_(0, owners, logprobs.cpu().double())
                 misses.index_add_(0, owners, (~hits).cpu().long())
         if not total.isfinite().all():
             raise UserError(NOT_FINITE)
         return list(zip(total.tolist(), (misses == 0).tolist(), strict=True))
 
-    def predict(self, batch: list[tuple], asked: dict) -> Iterator[tuple]:
-        """(pairs, log-probabilities, whether the likeliest) of up to HEAD predictions at a time."""
-        idx, _ = pad(batch, self.device)  # (R, T), padded on the right
-        x = self.model.trunk(idx, torch.arange(idx.size(1), device=idx.device))  # (R, T, C)
+    def predict(self, batch: list[tuple], wanted: dict) -> Iterator[tuple]:
+        """(pairs, log-probabilities, whether the likeliest) of LOGITS_CHUNK predictions or less."""
+        idx, _ = pad(batch, self.device)  # (B, T), padded on the right
+        x = self.model.trunk(idx, torch.arange(idx.size(1), device=idx.device))  # (B, T, C)
         where = [
             (number, row, len(given) - len(targets) + i, target)
             for row, given in enumerate(batch)
-            for number, targets in asked[given]
+            for number, targets in wanted[given]
             for i, target in enumerate(targets)
         ]
-        for part in torch.tensor(where).split(HEAD):
+        for part in torch.tensor(where).split(LOGITS_CHUNK):
             owners, (rows, columns, targets) = part[:, 0], part[:, 1:].T.to(idx.device)
             logits = self.model.head(x[rows, columns]).float()  # (N, V)
             chosen = logits.gather(1, targets[:, None])[:, 0]
             yield owners, chosen - logits.logsumexp(1), logits.argmax(1) == targets
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        groups, texts = {}, [''] * len(requests)  # one way of writing at a time
+        groups, texts = {}, [''] * len(requests)  # requests with the same settings of sampling
         for number, request in enumerate(requests):
             text, settings = request.args
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((number, text))
         for settings, numbered in groups.items():
-            sampling = self.sampling(json.loads(settings))
+            sampling = self.sampling_params(json.loads(settings))
             prompts = {n: self.prompt(text, sampling.max_new_tokens) for n, text in numbered}
             length = lambda n, p=prompts, s=sampling: len(p[n]) + s.max_new_tokens  # noqa: E731
-            for batch in self.watched(list(prompts), length):
-                for n, text in zip(batch, self.write(batch, prompts, sampling), strict=True):
+            for batch in self.with_progress(list(prompts), length):
+                for n, text in zip(batch, self.complete(batch, prompts, sampling), strict=True):
                     texts[n] = text
         return texts
 
-    def sampling(self, settings: dict) -> Sampling:
-        """How a task asks for text to be written; UserError for what is not had here."""
-        asked = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
-        if not asked.pop('do_sample'):
-            asked['temperature'] = 0.0
-        until = tuple(text for text in asked.pop('until') if text not in ('', EOT))
-        asked |= {'max_new_tokens': asked.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
-        if unknown := set(asked) - {field.name for field in fields(Sampling)}:
-            raise UserError(f'task={self.what}: it asks for {min(unknown)}, which is not had here')
-        return Sampling(**asked)
+    def sampling_params(self, settings: dict) -> Sampling:
+        """A task's settings of sampling; UserError for one that is not supported here."""
+        params = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
+        if not params.pop('do_sample'):
+            params['temperature'] = 0.0
+        until = tuple(text for text in params.pop('until') if text not in ('', EOT))
+        params |= {'max_new_tokens': params.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
+        if unknown := set(params) - {field.name for field in fields(Sampling)}:
+            raise UserError(f'task={self.task}: it asks for {min(unknown)}, which is not had here')
+        return Sampling(**params)
 
     def prompt(self, text: str, new_tokens: int) -> list[int]:
-        """The end of the text that leaves room for what is written after it, if there is any."""
+        """The end of the text that leaves room for `new_tokens` after it, if that is possible."""
         ids = self.tok_encode(text) or [self.prefix_token_id]
         if ids == [None]:
-            raise UserError(f'task={self.what}: an empty prompt, and no end of text to begin with')
+            raise UserError(f'task={self.task}: an empty prompt, and no end of text to begin with')
         room = self.size - new_tokens if self.size > new_tokens else self.size
         self.cut += len(ids) > room
         return ids[-room:]
 
-    def write(self, batch: list[int], prompts: dict, sampling: Sampling) -> list[str]:
-        chosen = [prompts[n] for n in batch]
+    def complete(self, batch: list[int], prompts: dict, sampling: Sampling) -> list[str]:
         seeds = [(self.seed, n) for n in batch]
         texts = [''] * len(batch)
-        for piece in generate(self.model, self.tokenizer, chosen, sampling, seeds):
+        ids = [prompts[n] for n in batch]
+        for piece in generate(self.model, self.tokenizer, ids, sampling, seeds):
             texts[piece.row] += piece.text
         return texts
 
-    def watched(self, rows: list, length) -> Iterator[list]:
-        """The rows in batches; how far they are is a moving line, or a line now and then."""
+    def with_progress(self, rows: list, length) -> Iterator[list]:
+        """The rows in batches, with a progress bar, or a line now and then without a terminal."""
         total, done, begin = sum(map(length, rows)), 0, time.perf_counter()
-        live, said = self.screen.isatty(), begin
-        options = {'desc': self.what, 'unit': 'token', 'unit_scale': True, 'leave': False}
-        with tqdm(total=total, file=self.screen, disable=not live, **options) as bar:
+        is_terminal, printed = self.screen.isatty(), begin
+        options = {'desc': self.task, 'unit': 'token', 'unit_scale': True, 'leave': False}
+        with tqdm(total=total, file=self.screen, disable=not is_terminal, **options) as bar:
             for batch in batches(rows, length):
                 yield batch
                 tokens = sum(map(length, batch))
                 bar.update(tokens)
                 done, now = done + tokens, time.perf_counter()
-                if not live and now - said > SILENCE:
-                    said, left = now, (now - begin) * (total - done) / done
+                if not is_terminal and now - printed > PROGRESS_SECONDS:
+                    printed, left = now, (now - begin) * (total - done) / done
                     eta = f'{done / total:.0%}, ETA {tqdm.format_interval(left)}'
-                    print(f'{self.what}: {eta}', file=self.screen, flush=True)
+                    print(f'{self.task}: {eta}', file=self.screen, flush=True)
 
 
 # -----------------------------------------------------------------------------
 # tasks
 
 
-def index() -> TaskManager:
-    """Every task there is, the harness's and ours."""
+def set_up_harness() -> None:
+    """Have it run in this process, quietly, and fetch no code."""
+    os.environ['DISABLE_MULTIPROC'] = '1'  # or its resampling forks this process, threads and all
+    # some tasks would fetch the code of their metrics from the hub, and run it
+    os.environ.setdefault('HF_EVALUATE_OFFLINE', '1')
     for name in ('lm_eval', 'huggingface_hub'):  # what matters of it comes as one line
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+def task_index(names: list[str]) -> TaskManager:
+    """The harness's tasks and ours: the usual ones alone if they have all the names, or every one.
+
+    There are fifteen thousand files of tasks, and reading all of them takes seconds.
+    """
+    folders = [str(Path(tasks.__file__).parent / folder) for folder in USUAL]
+    usual = TaskManager(include_path=[str(OURS), *folders], include_defaults=False)
+    if all(ALIASES.get(name, name) in usual.all_tasks for name in names):
+        return usual
     return TaskManager(include_path=str(OURS))
 
 
 def check_names(names: list[str], manager: TaskManager) -> None:
-    """UserError for the first name, or path of a task file, that means no task."""
+    """UserError for the first name that is neither a task nor the path of a task file."""
     for name in names:
         if Path(name).suffix in ('.yaml', '.yml'):
             if not Path(name).is_file():
                 raise UserError(f'task={name}: no such file')
-        elif NAMES.get(name, name) not in manager.all_tasks:
-            hint = did_you_mean(name, [*NAMES, *manager.all_tasks])
+        elif ALIASES.get(name, name) not in manager.all_tasks:
+            hint = did_you_mean(name, [*ALIASES, *manager.all_tasks])
             raise UserError(
                 f'task={name}: lm-evaluation-harness has no such task; {hint}'
                 '`lm_eval ls tasks` lists all, and a path to a task file of your own is one too'
@@ -248,7 +260,7 @@ def check_names(names: list[str], manager: TaskManager) -> None:
 def load_task(name: str, manager: TaskManager) -> dict:
     """A task with its data, from the hub or its cache -> what the harness's evaluate() takes."""
     try:
-        loaded = manager.load([NAMES.get(name, name)])
+        loaded = manager.load([ALIASES.get(name, name)])
     except ModuleNotFoundError as error:
         raise UserError(f'task={name}: needs pip install {error.name}') from error
     except Exception as error:  # whatever its code, its data's library or the network raises
@@ -268,18 +280,18 @@ def load_task(name: str, manager: TaskManager) -> dict:
     return loaded
 
 
-def measure(lm: Scorer, name: str, loaded: dict, limit: int | None) -> list[dict]:
+def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> list[dict]:
     """Score a task -> an entry for it, or for each of those it consists of; a group's comes last.
 
-    limit: of each task's examples, as many as that, the first ones.
+    limit: how many of each task's examples, the first ones; None: all.
     """
     random.seed(0)  # as the harness does: some tasks draw
     np.random.seed(1234)
-    lm.what, lm.cut = name, 0
+    lm.task, lm.cut = name, 0
     with open(os.devnull, 'w') as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    cut, entries = lm.cut, []  # counted before mistakes are asked about
+    cut, entries = lm.cut, []  # before mistakes are looked into, which counts prompts again
     summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
     for task, scores in found['results'].items():
         if 'sample_len' not in scores:  # a group that adds nothing up
@@ -298,17 +310,17 @@ def measure(lm: Scorer, name: str, loaded: dict, limit: int | None) -> list[dict
 
 
 def metrics_of(task: str, scores: dict, samples: list[dict]) -> dict:
-    """What the harness found, by metric, with the error of each and what GPT-2 reached."""
+    """Metric -> its value, its standard error and what GPT-2 of each size reached."""
     metrics = {}
     for key, value in scores.items():
-        metric, comma, how = key.partition(',')
+        metric, comma, filter_name = key.partition(',')
         if not comma or metric.endswith('_stderr') or not isinstance(value, (int, float)):
             continue
-        stderr = scores.get(f'{metric}_stderr,{how}')
+        stderr = scores.get(f'{metric}_stderr,{filter_name}')
         if not isinstance(stderr, float):
             stderr = ratio_stderr(metric, value, [sample.get(metric) for sample in samples])
         published = dict(zip(SIZES, PUBLISHED.get((task, metric), ()), strict=False))
-        label = metric if how == 'none' else f'{metric}, {how}'
+        label = metric if filter_name == 'none' else f'{metric}, {filter_name}'
         metrics[label] = {'value': float(value), 'stderr': stderr, 'published': published}
     return metrics
 
@@ -322,18 +334,22 @@ def ratio_stderr(metric: str, value: float, items: list) -> float | None:
     if len(items) < 2 or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return None
     logprobs, words = np.array(items, float).T
-    left = logprobs - words * logprobs.sum() / words.sum()
-    error = math.sqrt(len(items) / (len(items) - 1) * (left**2).sum()) / words.sum()
+    residuals = logprobs - words * logprobs.sum() / words.sum()
+    error = math.sqrt(len(items) / (len(items) - 1) * (residuals**2).sum()) / words.sum()
     return float(error / math.log(2) if metric == 'bits_per_byte' else value * error)
 
 
 def mistakes(lm: Scorer, task, samples: list[dict]) -> list[dict]:
     """The first examples that went wrong: end of the prompt, right answer, the model's own."""
-    kinds = {'multiple_choice': wrong_choice, 'loglikelihood': wrong_word}
-    wrong = {**kinds, 'generate_until': wrong_text}.get(task.OUTPUT_TYPE)
-    found = (wrong(lm, task, sample) for sample in samples if wrong)
+    finders = {
+        'multiple_choice': wrong_choice,
+        'loglikelihood': wrong_word,
+        'generate_until': wrong_text,
+    }
+    find = finders.get(task.OUTPUT_TYPE)
+    found = (find(lm, task, sample) for sample in samples if find)
     return [
-        {'prompt': prompt[-ENDING:], 'right': right, 'chosen': chosen}
+        {'prompt': prompt[-PROMPT_END:], 'right': right, 'chosen': chosen}
         for prompt, right, chosen in itertools.islice(filter(None, found), MISTAKES)
     ]
 
@@ -358,7 +374,7 @@ def wrong_word(lm: Scorer, task, sample: dict) -> tuple | None:
         return None
     sampling = Sampling(max_new_tokens=max(1, len(lm.tok_encode(right))), temperature=0)
     prompts = [lm.prompt(context, sampling.max_new_tokens)]
-    return context, right, lm.write([0], prompts, sampling)[0]
+    return context, right, lm.complete([0], prompts, sampling)[0]
 
 
 def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
@@ -372,26 +388,29 @@ def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
 # the command
 
 
-def run(c: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
+def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
     """bench.py --task: score each task and print it, adding what was found to `entries`.
 
-    load: of the settings, makes the model and its tokenizer. All that can be wrong with the
+    load: makes the model and its tokenizer from the settings. All that can be wrong with the
     settings, the model and the data is found first.
     """
-    names, tasks = [*dict.fromkeys(c['task'].split(','))], index()
-    check_names(names, tasks)
-    exact = 'float32' if c['dtype'] == 'auto' and not c['quantize'] else c['dtype']
-    lm = Scorer(*load({**c, 'dtype': exact}), c['seed'])
-    loaded = {name: load_task(name, tasks) for name in names}
+    set_up_harness()
+    names = [*dict.fromkeys(settings['task'].split(','))]
+    index = task_index(names)
+    check_names(names, index)
+    exact = settings['dtype'] == 'auto' and not settings['quantize']
+    model, tokenizer = load({**settings, 'dtype': 'float32'} if exact else settings)
+    lm = Scorer(model, tokenizer, settings['seed'])
+    loaded = {name: load_task(name, index) for name in names}
     print(header(loaded.values()))
     for name, task in loaded.items():
-        found = measure(lm, name, task, c['limit'])
+        found = evaluate_task(lm, name, task, settings['limit'])
         entries += found
-        print(*shown(found), sep='\n', flush=True)
+        print(*rows_of(found), sep='\n', flush=True)
 
 
 def header(loaded: Iterable[dict]) -> str:
-    """What stands over the lines of these tasks."""
+    """The head of the table, with GPT-2's sizes if its figures are known for one of the tasks."""
     title = f'{"task":<16} {"metric":<16} {"value":>8}   {"stderr":<8} {"examples":>8}'
     names = {name for task in loaded for name in [*task['tasks'], *task['groups']]}
     if not names & {task for task, _ in PUBLISHED}:
@@ -400,16 +419,18 @@ def header(loaded: Iterable[dict]) -> str:
     return f'GPT-2 as published: {SOURCES}\n{title}{sizes}'
 
 
-def shown(entries: list[dict]) -> Iterator[str]:
-    """A task's lines: a metric each, then mistakes. The parts of a sum are in the JSON alone."""
+def rows_of(entries: list[dict]) -> Iterator[str]:
+    """A task's rows: a metric each, then mistakes. The parts of a sum are in the JSON alone."""
     for entry in entries:
         if entry['part']:
             continue
         task = entry['task']
         for metric, score in entry['metrics'].items():
-            error = '' if score['stderr'] is None else f'± {figure(score["stderr"])}'
-            value = f'{figure(score["value"]):>8} {error:<10} {entry["examples"]:>8,}'
-            published = ''.join(f'{figure(score["published"].get(size)):>8}' for size in SIZES)
+            error = '' if score['stderr'] is None else f'± {format_figure(score["stderr"])}'
+            value = f'{format_figure(score["value"]):>8} {error:<10} {entry["examples"]:>8,}'
+            published = ''.join(
+                f'{format_figure(score["published"].get(size)):>8}' for size in SIZES
+            )
             yield f'{task:<16} {metric:<16} {value}{published}'.rstrip()
             task = ''
         for wrong in entry['mistakes']:
@@ -419,13 +440,9 @@ def shown(entries: list[dict]) -> Iterator[str]:
         yield f'  {cut:,} prompts were longer than the context and lost their beginning'
 
 
-def figure(number: float | None) -> str:
+def format_figure(number: float | None) -> str:
     if number is None:
         return ''
-    return (
-        f'{number:.4f}'
-        if abs(number) < 10
-        else f'{number:.2f}'
-        if number < 1e5
-        else f'{number:.1e}'
-    )
+    if abs(number) < 10:
+        return f'{number:.4f}'
+    return f'{number:.2f}' if number < 1e5 else f'{number:.1e}'

@@ -1,12 +1,14 @@
 """
-api.py under load: clients that ask for texts as people and programs do, and what they see of it.
+api.py under load: clients that send requests as people and programs do, and what they wait for.
+
+$ python bench.py --serve --block_size=1024
 
     with Server(run_folder, max_rows=16) as server:          # python api.py, a process of its own
-        answers = closed_loop(server.address, bodies, clients=16)
-        print(percentiles([answer.total for answer in answers]))
+        completions = closed_loop(server.address, bodies, clients=16)
+        print(percentiles([completion.total for completion in completions]))
 
-The server's own process is one, and all clients are threads of this one: what they cost is part of
-the figures.
+The server is a process of its own, and all clients are threads of this one: what they cost is part
+of the figures.
 """
 
 import http.client
@@ -24,19 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import Side, build_model, opened, prompts_of
-from flatgpt.benchmarks.report import Report, line, shown, spread
+from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
+from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
+from flatgpt.benchmarks.sides import Side, Turn, open_sides
 from flatgpt.checkpoint.save import save
-from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 
-PATIENCE = 300  # seconds for an answer, or for the server to be ready
+TIMEOUT = 300  # seconds for a completion
 
 
 @dataclass
-class Answer:
-    """What one request came to; moments are in seconds after it was sent."""
+class Completion:
+    """What one request got; moments are in seconds after it was sent."""
 
     status: int = 0  # of HTTP; 0: the connection broke
     tokens: int = 0
@@ -74,83 +76,84 @@ class Server:
             self.process.kill()
 
 
-def ask(connection: http.client.HTTPConnection, body: dict) -> Answer:
+def request_completion(connection: http.client.HTTPConnection, body: dict) -> Completion:
     """POST /v1/completions, streamed if the body says so."""
-    answer, begin = Answer(), time.perf_counter()
+    completion, begin = Completion(), time.perf_counter()
     try:
         content, headers = json.dumps(body).encode(), {'Content-Type': 'application/json'}
         connection.request('POST', '/v1/completions', content, headers)
         reply = connection.getresponse()
-        answer.status = reply.status
+        completion.status = reply.status
         if body.get('stream') and reply.status == 200:
-            read_stream(reply, answer, begin)
+            read_stream(reply, completion, begin)
         else:
             usage = json.loads(reply.read()).get('usage') or {}
-            answer.tokens = usage.get('completion_tokens', 0)
+            completion.tokens = usage.get('completion_tokens', 0)
     except (OSError, http.client.HTTPException, ValueError):
         connection.close()
-        answer.status = 0
-    answer.total = time.perf_counter() - begin
-    return answer
+        completion.status = 0
+    completion.total = time.perf_counter() - begin
+    return completion
 
 
-def read_stream(reply: http.client.HTTPResponse, answer: Answer, begin: float) -> None:
-    last, whole = None, False
-    for text in reply:
-        now, whole = time.perf_counter(), whole or text.startswith(b'data: [DONE]')
-        if not text.startswith(b'data: {'):
+def read_stream(reply: http.client.HTTPResponse, completion: Completion, begin: float) -> None:
+    """Read server-sent events; status 0 for a stream with an error, or without its end."""
+    last, done = None, False
+    for line in reply:
+        now, done = time.perf_counter(), done or line.startswith(b'data: [DONE]')
+        if not line.startswith(b'data: {'):
             continue
-        frame = json.loads(text[6:])
+        frame = json.loads(line[6:])
         if frame.get('usage'):
-            answer.tokens = frame['usage']['completion_tokens']
+            completion.tokens = frame['usage']['completion_tokens']
         elif 'error' in frame:
-            answer.status = 0
+            completion.status = 0
         elif last is None:
-            answer.first, last = now - begin, now
+            completion.first, last = now - begin, now
         else:
-            answer.gaps.append(now - last)
+            completion.gaps.append(now - last)
             last = now
-    answer.status *= whole
+    completion.status *= done
 
 
-def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Answer]:
-    """Each of `clients` sends its next request when it has its answer, until all are answered."""
+def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Completion]:
+    """Each of `clients` sends its next request when the one before is complete."""
     left: queue.SimpleQueue = queue.SimpleQueue()
     for body in bodies:
         left.put(body)
-    answers = []
+    completions = []
 
     def client() -> None:
-        connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
         while True:
             try:
-                answers.append(ask(connection, left.get_nowait()))
+                completions.append(request_completion(connection, left.get_nowait()))
             except queue.Empty:
                 return connection.close()
 
-    together([client] * clients)
-    return answers
+    run_threads([client] * clients)
+    return completions
 
 
-def poisson(address: tuple, bodies: list[dict], rate: float, seed: int = 0) -> list[Answer]:
-    """Requests that come at random, `rate` a second on average, whatever became of those before."""
-    draw, answers, moment = random.Random(seed), [], 0.0
+def poisson_arrivals(address: tuple, bodies: list[dict], rate: float) -> list[Completion]:
+    """Requests at random moments, `rate` a second on average, complete those before or not."""
+    draw, completions, moment = random.Random(0), [], 0.0
     begin, tasks = time.perf_counter(), []
     for body in bodies:
         moment += draw.expovariate(rate)
 
         def client(body=body, moment=moment) -> None:
             time.sleep(max(0.0, begin + moment - time.perf_counter()))
-            connection = http.client.HTTPConnection(*address, timeout=PATIENCE)
-            answers.append(ask(connection, body))
+            connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
+            completions.append(request_completion(connection, body))
             connection.close()
 
         tasks.append(client)
-    together(tasks)
-    return answers
+    run_threads(tasks)
+    return completions
 
 
-def together(tasks: list) -> None:
+def run_threads(tasks: list) -> None:
     threads = [threading.Thread(target=task, daemon=True) for task in tasks]
     for thread in threads:
         thread.start()
@@ -158,8 +161,8 @@ def together(tasks: list) -> None:
         thread.join()
 
 
-class Prober:
-    """Asks for /health again and again while the `with` lasts; `seconds` has how long each took."""
+class HealthProbe:
+    """Requests /health again and again during the `with`; `seconds` has how long each took."""
 
     def __init__(self, address: tuple, pause: float = 0.02):
         self.address, self.pause, self.seconds, self.failed = address, pause, [], 0
@@ -167,7 +170,7 @@ class Prober:
         self.thread = threading.Thread(target=self.run, daemon=True)
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(*self.address, timeout=TIMEOUT)
         while not self.done.wait(self.pause):
             begin = time.perf_counter()
             try:
@@ -181,7 +184,7 @@ class Prober:
             self.seconds.append(time.perf_counter() - begin)
         connection.close()
 
-    def __enter__(self) -> 'Prober':
+    def __enter__(self) -> 'HealthProbe':
         self.thread.start()
         return self
 
@@ -201,143 +204,158 @@ def percentiles(values: list[float]) -> dict[str, float]:
 # what bench.py --serve measures
 
 
-def bench_serving(c: dict, runtime: Runtime, report: Report) -> None:
+def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     """Clients of api.py beside the engine without HTTP, and beside transformers without either."""
-    kind, clients = c['serve_format'], c['clients']
+    kind, clients = settings['serve_format'], settings['clients']
     names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
-    with tempfile.TemporaryDirectory() as folder, opened(names, c, 'writing') as (ours, theirs):
-        run = save_random(Path(folder), c)
-        flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
-        flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
-        with Server(run, **flags) as server:
-            bench_throughput(c, report, server, ours, theirs)
-            bench_lone_client(c, report, server, ours)
-            bench_latency(c, report, server)
+    flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
+    flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_sides(names, settings, 'generation') as (ours, theirs),
+        Server(save_random(Path(folder), settings), **flags) as server,
+    ):
+        bench_throughput(settings, report, server, ours, theirs)
+        bench_lone_client(settings, report, server, ours)
+        bench_latency(settings, report, server)
+    tiny = {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'n_kv_head': None, 'vocab_size': 256}
     with tempfile.TemporaryDirectory() as folder:
-        small = {**c, 'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'n_kv_head': None, 'vocab_size': 256}
-        with Server(save_random(Path(folder), small), max_rows=clients) as server:
-            bench_plumbing(small, report, server)
+        run = save_random(Path(folder), {**settings, **tiny})
+        with Server(run, max_rows=clients) as server:
+            bench_overhead(settings, report, server)
 
 
-def save_random(folder: Path, c: dict) -> Path:
+def save_random(folder: Path, settings: dict) -> Path:
     """A run's folder with the weights that all sides have."""
-    letters = char_tokenizer([chr(0x10000 + i) for i in range(c['vocab_size'])])
-    save(folder, build_model(c), [], letters, {'step': 0}, keep_evaluated=False)
+    tokenizer = placeholder_tokenizer(settings['vocab_size'])
+    save(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
     return folder
 
 
-def bodies(c: dict, count: int, **fields) -> list[dict]:
-    """Requests for greedy texts after the same prompts that the other sides get."""
-    prompts = prompts_of(c, count).tolist()
-    common = {'max_tokens': c['new_tokens'], 'temperature': 0, **fields}
+def request_bodies(settings: dict, count: int, **fields) -> list[dict]:
+    """Requests for greedy completions of the same prompts that the other sides get."""
+    prompts = random_prompts(settings, count).tolist()
+    common = {'max_tokens': settings['new_tokens'], 'temperature': 0, **fields}
     return [{'prompt': prompt, **common} for prompt in prompts]
 
 
-def asked(answers: list[Answer], seconds: float) -> tuple[float, dict, int]:
-    """What clients got, as a turn; UserError if one of them got nothing."""
-    if lost := [answer for answer in answers if answer.status != 200 or not answer.tokens]:
-        raise UserError(f'serving: {len(lost)} of {len(answers)} requests failed')
-    return seconds, {'tokens': sum(answer.tokens for answer in answers), 'result': []}, 0
+def check_all_complete(completions: list[Completion]) -> None:
+    if lost := [each for each in completions if each.status != 200 or not each.tokens]:
+        raise UserError(f'serving: {len(lost)} of {len(completions)} requests failed')
 
 
-def bench_throughput(c: dict, report: Report, server: Server, ours: Side, theirs: Side):
+def timed_loop(server: Server, bodies: list[dict], clients: int) -> Turn:
+    """A closed loop as a turn; UserError if a request failed."""
+    begin = time.perf_counter()
+    completions = closed_loop(server.address, bodies, clients)
+    seconds = time.perf_counter() - begin
+    check_all_complete(completions)
+    return Turn(seconds, {'tokens': sum(each.tokens for each in completions)})
+
+
+def bench_throughput(
+    settings: dict, report: Report, server: Server, ours: Side, theirs: Side
+) -> None:
     """Tokens per second over the same requests, for each way to have them answered."""
-    clients, count = c['clients'], 4 * c['clients']
-    http, alone = f'{clients} clients, HTTP', f'{clients} clients, engine'
-    static, batched = 'transformers static', 'transformers continuous'
-    turns = {side: [] for side in (http, alone, static, batched)}
-    for number in range(c['rounds'] + 1):
-        begin = time.perf_counter()
-        answers = closed_loop(server.address, bodies(c, count), clients)
-        found = {http: asked(answers, time.perf_counter() - begin)}
-        found[alone] = ours.turn('served', clients, count)
-        found[static] = theirs.turn('whole', clients)
-        found[batched] = theirs.turn('batched', clients)
-        for side in turns:
-            if number and found[side]:
-                turns[side].append(found[side])
-    speeds = {side: [work['tokens'] / s for s, work, _ in turns[side]] for side in turns}
-    asks = f'{count} prompts of {c["prompt_tokens"]}, {c["new_tokens"]} tokens each'
-    notes = {
-        http: f'api.py: {asks}, each asked when its client has the answer before',
-        alone: 'the same without HTTP',
-        static: theirs.trouble or f'generate() of {clients} prompts at once',
-        batched: theirs.trouble or f'generate_batch() of {clients} prompts at once',
+    clients, count = settings['clients'], 4 * settings['clients']
+    http_side, engine_side = f'{clients} clients, HTTP', f'{clients} clients, engine'
+    bodies = request_bodies(settings, count)
+    sides = {
+        http_side: lambda: timed_loop(server, bodies, clients),
+        engine_side: lambda: ours.turn('serve', clients, count),
+        'transformers static': lambda: theirs.turn('generate', clients),
+        'transformers continuous': lambda: theirs.turn('serve', clients),
     }
-    for side in turns:
-        line('serving', side, shown(speeds[side], ',.0f') if speeds[side] else '', notes[side])
-        figures = {'tokens_per_second': spread(speeds[side])} if speeds[side] else {}
-        if side != http and speeds[side]:
-            times = [mine / other for mine, other in zip(speeds[http], speeds[side], strict=True)]
-            print(f'{"":<16} {http} are {shown(times, ".2f")} times as fast', flush=True)
-            figures['times as fast are clients over HTTP'] = spread(times)
+    speeds = {side: [] for side in sides}
+    for number in range(settings['rounds'] + 1):
+        for side, run in sides.items():
+            turn = run()
+            if number and turn:
+                speeds[side].append(turn.tokens_per_second)
+    each = f'{count} prompts of {settings["prompt_tokens"]}, {settings["new_tokens"]} tokens each'
+    notes = {
+        http_side: f'api.py: {each}, each asked when its client has the answer before',
+        engine_side: ours.trouble or 'the same without HTTP',
+        'transformers static': theirs.trouble or f'generate() of {clients} prompts at once',
+        'transformers continuous': theirs.trouble
+        or f'generate_batch() of {clients} prompts at once',
+    }
+    for side, values in speeds.items():
+        print_row('serving', side, format_spread(values, ',.0f') if values else '', notes[side])
+        figures = {'tokens_per_second': summarize(values)} if values else {}
+        if values and side != http_side:
+            pairs = zip(speeds[http_side], values, strict=True)
+            ratios = [over_http / other for over_http, other in pairs]
+            spread = format_spread(ratios, '.2f')
+            print(f'{"":<16} {http_side} are {spread} times as fast', flush=True)
+            figures['times as fast are clients over HTTP'] = summarize(ratios)
         report.add('serving', side, notes[side], **figures)
 
 
-def bench_lone_client(c: dict, report: Report, server: Server, ours: Side) -> None:
-    """One client against sample.py's way to write one text."""
+def bench_lone_client(settings: dict, report: Report, server: Server, ours: Side) -> None:
+    """One client against sample.py's way to generate."""
     shares, speeds = [], []
-    for number in range(c['rounds'] + 1):
-        begin = time.perf_counter()
-        answers = closed_loop(server.address, bodies(c, 2), 1)
-        seconds, work, _ = asked(answers, time.perf_counter() - begin)
-        alone, done, _ = ours.turn('whole', 1)
-        if number:
-            speeds.append(work['tokens'] / seconds)
-            shares.append(speeds[-1] / (done['tokens'] / alone))
-    note = f'{shown(shares, ".0%")} of what sample.py writes by itself'
-    line('serving', 'one client, HTTP', shown(speeds, ',.0f'), note)
-    figures = {'tokens_per_second': spread(speeds), 'share of sample.py': spread(shares)}
+    for number in range(settings['rounds'] + 1):
+        over_http = timed_loop(server, request_bodies(settings, 2), 1)
+        alone = ours.turn('generate', 1)
+        if number and alone:
+            speeds.append(over_http.tokens_per_second)
+            shares.append(speeds[-1] / alone.tokens_per_second)
+    if ours.trouble:
+        raise UserError(f'serving: {ours.label}: {ours.trouble}')
+    note = f'{format_spread(shares, ".0%")} of what sample.py writes by itself'
+    print_row('serving', 'one client, HTTP', format_spread(speeds, ',.0f'), note)
+    figures = {'tokens_per_second': summarize(speeds), 'share of sample.py': summarize(shares)}
     report.add('serving', 'one client, HTTP', note, **figures)
 
 
-def bench_latency(c: dict, report: Report, server: Server) -> None:
+def bench_latency(settings: dict, report: Report, server: Server) -> None:
     """What streaming clients wait for: in a closed loop, at random moments, and 64 at once."""
+    clients = settings['clients']
     streamed = {'stream': True, 'stream_options': {'include_usage': True}}
-    clients = c['clients']
+    bodies = request_bodies(settings, 2 * clients, **streamed)
     begin = time.perf_counter()
-    answers = closed_loop(server.address, bodies(c, 2 * clients, **streamed), clients)
-    rate = len(answers) / (time.perf_counter() - begin)
-    latency_lines(report, f'{clients} streams', answers)
-    answers = poisson(server.address, bodies(c, 2 * clients, **streamed), 0.7 * rate)
-    latency_lines(report, f'Poisson {0.7 * rate:.1f}/s', answers)
-    with Prober(server.address) as prober:
-        answers = closed_loop(server.address, bodies(c, 64, **streamed), 64)
-    latency_lines(report, '64 streams', answers)
-    health = percentiles(prober.seconds)
-    note = f'/health meanwhile: {in_milliseconds(health)}, {prober.failed} failed'
-    line('serving', '64 streams', '', note)
+    completions = closed_loop(server.address, bodies, clients)
+    rate = 0.7 * len(completions) / (time.perf_counter() - begin)  # that the server can sustain
+    report_latency(report, f'{clients} streams', completions)
+    completions = poisson_arrivals(server.address, bodies, rate)
+    report_latency(report, f'Poisson {rate:.1f}/s', completions)
+    with HealthProbe(server.address) as probe:
+        bodies = request_bodies(settings, 64, **streamed)
+        completions = closed_loop(server.address, bodies, 64)
+    report_latency(report, '64 streams', completions)
+    health = percentiles(probe.seconds)
+    note = f'/health meanwhile: {format_milliseconds(health)}, {probe.failed} failed'
+    print_row('serving', '64 streams', '', note)
     report.add('serving', '/health beside 64 streams', note, seconds=health)
 
 
-def latency_lines(report: Report, side: str, answers: list[Answer]) -> None:
-    asked(answers, 0.0)
+def report_latency(report: Report, side: str, completions: list[Completion]) -> None:
+    check_all_complete(completions)
     waits = {
-        'to the first frame': [answer.first for answer in answers],
-        'between frames': [gap for answer in answers for gap in answer.gaps],
+        'to the first frame': [each.first for each in completions],
+        'between frames': [gap for each in completions for gap in each.gaps],
         'between tokens, mean of a text': [
-            (answer.total - answer.first) / max(1, answer.tokens - 1) for answer in answers
+            (each.total - each.first) / max(1, each.tokens - 1) for each in completions
         ],
-        'to the end': [answer.total for answer in answers],
+        'to the end': [each.total for each in completions],
     }
     for what, seconds in waits.items():
         found = percentiles(seconds)
-        line('serving', side, in_milliseconds(found), what)
+        print_row('serving', side, format_milliseconds(found), what)
         report.add('serving', side, what, seconds=found)
 
 
-def in_milliseconds(found: dict[str, float]) -> str:
+def format_milliseconds(found: dict[str, float]) -> str:
     return ', '.join(f'{name} {value * 1e3:,.0f} ms' for name, value in found.items())
 
 
-def bench_plumbing(c: dict, report: Report, server: Server) -> None:
-    """Answers of one token of a tiny model: what is left is the server."""
-    rates = []
-    for number in range(c['rounds'] + 1):
-        asks = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
-        begin = time.perf_counter()
-        answers = closed_loop(server.address, asks, c['clients'])
-        seconds, _, _ = asked(answers, time.perf_counter() - begin)
-        rates += [len(answers) / seconds] if number else []
-    line('serving', 'a tiny model', shown(rates, ',.0f') + ' requests/s', 'answers of one token')
-    report.add('serving', 'a tiny model', requests_per_second=spread(rates))
+def bench_overhead(settings: dict, report: Report, server: Server) -> None:
+    """Completions of one token of a tiny model: what is left is the server."""
+    bodies, rates = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500, []
+    for number in range(settings['rounds'] + 1):
+        turn = timed_loop(server, bodies, settings['clients'])
+        rates += [len(bodies) / turn.seconds] if number else []
+    figures = format_spread(rates, ',.0f') + ' requests/s'
+    print_row('serving', 'a tiny model', figures, 'answers of one token')
+    report.add('serving', 'a tiny model', requests_per_second=summarize(rates))

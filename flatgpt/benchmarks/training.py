@@ -1,38 +1,190 @@
-"""Training steps, for bench.py: ours beside transformers and nanoGPT."""
+"""
+Training, for bench.py: the speed of a step, and what checkpoints and a second process cost.
+
+$ python bench.py --only=training     # beside transformers, and with --nanogpt=PATH nanoGPT
+$ python bench.py --only=saving       # how long a step waits for a checkpoint, of how long it takes
+$ python bench.py --only=processes    # two processes together, beside two that know nothing of it
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import torch
 
-from flatgpt.benchmarks.baselines import build_model, opened
-from flatgpt.benchmarks.decoding import watch
-from flatgpt.benchmarks.report import Report, take_turns
+from flatgpt import ROOT
+from flatgpt.benchmarks.baselines import OPTIMIZER, build_model
+from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
+from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
+from flatgpt.checkpoint.save import Saver
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import byte_tokenizer
+from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
+from flatgpt.training.optim import build_optimizers
+
+PROCESS_ROUNDS = 3  # at most: some six minutes with GPT-2 124M on two cores
+PROCESS_STEPS = 10  # of a run in a round
+WARM_UP_STEPS = 2  # of them, that do not count: the first is slow
+PROCESS_RUN = {  # flags of train.py: steps, and nothing between them
+    'max_iters': PROCESS_STEPS,
+    'log_interval': 1,
+    'eval_interval': 'None',
+    'eval_iters': 1,
+    'eval_train': 'False',
+    'sample_tokens': 0,
+    'gradient_accumulation_steps': 8,
+    'device': 'cpu',
+}
 
 
-def bench_training(c: dict, runtime: Runtime, report: Report) -> None:
+# -----------------------------------------------------------------------------
+# a step
+
+
+def bench_training(settings: dict, runtime: Runtime, report: Report) -> None:
+    """Tokens/s of training steps of flatGPT, transformers and nanoGPT."""
     names = [('flatGPT', ''), ('transformers', '')]
-    if c['nanogpt']:
+    if settings['nanogpt']:
         names.append(('nanoGPT', ''))
-    with opened(names, c, 'training') as sides:
-        turns = take_turns(sides, c, 'training')
-        with torch.device('meta'):
-            flops = build_model(c).flops_per_token()
-        measured = report.machine.get(f'flops_{runtime.dtype_name}')
-        peak = runtime.peak_flops() or measured
-        notes, on_cpu = {}, runtime.device_type == 'cpu'
-        compiled = runtime.wants_compile(c['compile'])
+    with open_sides(names, settings, 'training') as sides:
+        turns = take_turns(sides, settings, 'training')
+        notes = {}
         for side in sides:
-            notes[side.label] = side.trouble
-            if turns[side.label]:
-                ordered = sorted(turns[side.label], key=lambda turn: turn[0])
-                seconds, work, memory = ordered[len(ordered) // 2]
-                mfu = work['tokens'] / seconds * flops / peak
-                kept = f', {memory / 2**30:.1f} GiB' if memory else ''
-                each = f'{seconds / c["steps"] * 1e3:,.0f} ms a step'
-                how = 'float32' if side.name == 'nanoGPT' and on_cpu else runtime.dtype_name
-                how += ', compiled' if compiled and side.name != 'transformers' else ''
-                found = f'{each}, MFU {mfu:.0%}{kept}, {how}'
-                notes[side.label] = ', '.join(filter(None, (found, side.trouble)))
-        job = f'training {c["batch_size"]}x{c["block_size"]}'
-        against = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
-        report.compare(job, turns, notes, against)
-        watch(sides[0], c, 'training')
+            own = turns[side.label]
+            details = [describe_step(side, own, settings, runtime, report)] if own else []
+            notes[side.label] = ', '.join(filter(None, [*details, side.trouble]))
+        job = f'training {settings["batch_size"]}x{settings["block_size"]}'
+        tolerances = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
+        report.compare(job, turns, notes, tolerances)
+        profile_turn(sides[0], settings, 'training')
+
+
+def describe_step(
+    side: Side, turns: list[Turn], settings: dict, runtime: Runtime, report: Report
+) -> str:
+    """The step of the median turn: its milliseconds, MFU, memory and number format."""
+    turn = sorted(turns, key=lambda turn: turn.seconds)[len(turns) // 2]
+    with torch.device('meta'):
+        flops_per_token = build_model(settings).flops_per_token()
+    peak = runtime.peak_flops() or report.machine.get(f'flops_{runtime.dtype_name}')
+    mfu = turn.tokens_per_second * flops_per_token / peak
+    parts = [f'{turn.seconds / settings["steps"] * 1e3:,.0f} ms a step', f'MFU {mfu:.0%}']
+    if turn.memory:
+        parts.append(f'{turn.memory / 2**30:.1f} GiB')
+    float32 = side.name == 'nanoGPT' and runtime.device_type == 'cpu'  # where it has no autocast
+    parts.append('float32' if float32 else runtime.dtype_name)
+    if side.name != 'transformers' and runtime.wants_compile(settings['compile']):
+        parts.append('compiled')
+    return ', '.join(parts)
+
+
+# -----------------------------------------------------------------------------
+# a checkpoint
+
+
+def bench_saving(settings: dict, runtime: Runtime, report: Report) -> None:
+    """Checkpoints of a model and its AdamW: the pause, the whole, and the bytes."""
+    model, optimizers = trained_model(settings, runtime)
+    parameters = sum(p.numel() for p in model.parameters())
+    with tempfile.TemporaryDirectory(dir='.') as folder:  # on this disk, not in memory
+        times = time_saving(Path(folder), model, optimizers, runtime, settings['rounds'])
+        last = Path(folder) / 'checkpoints' / f'step-{settings["rounds"]:08d}'
+        size = sum(file.stat().st_size for file in last.rglob('*') if file.is_file())
+    pauses = [each['save_pause'] for each in times]
+    seconds = [each['save_seconds'] for each in times]
+    shares = [pause / whole for pause, whole in zip(pauses, seconds, strict=True)]
+    waits = f'pause {format_spread(pauses, ".2f")} s, {format_spread(shares, ".1%")}'
+    note = f'{waits}; {size / parameters:.2f} bytes each'
+    side = f'{parameters / 1e6:,.1f}M parameters'
+    print_row('saving', side, f'{format_spread(seconds, ".1f")} s', note)
+    figures = {'pause_seconds': pauses, 'seconds': seconds, 'share': shares}
+    figures = {name: summarize(values) for name, values in figures.items()}
+    report.add('saving', 'flatGPT', note, bytes=size, parameters=parameters, **figures)
+
+
+def trained_model(settings: dict, runtime: Runtime) -> tuple:
+    """A model and its AdamW after one update, so that there is optimizer state to save."""
+    model = build_model(settings).to(runtime.device)
+    optimizers = build_optimizers('adamw', model, **OPTIMIZER)
+    x = torch.zeros(1, settings['block_size'], dtype=torch.long, device=runtime.device)
+    model(x, x)[1].backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return model, optimizers
+
+
+def time_saving(folder: Path, model, optimizers, runtime: Runtime, rounds: int) -> list[dict]:
+    """The Saver's times of each checkpoint, after a first one that does not count."""
+    saver, times = Saver(folder, runtime), []
+    for step in range(rounds + 1):
+        saver.save(model, optimizers, None, {'step': step, 'evaluated': False})
+        saver.wait()
+        times.append(saver.times())
+    saver.finish()
+    return times[1:]
+
+
+# -----------------------------------------------------------------------------
+# a second process
+
+
+def bench_processes(settings: dict, runtime: Runtime, report: Report) -> None:
+    """Tokens/s of two processes of a thread each, on one model and on one each."""
+    shape = ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'batch_size')
+    flags = PROCESS_RUN | {name: settings[name] for name in shape} | {'dtype': runtime.dtype_name}
+    flags_alone = {'gradient_accumulation_steps': flags['gradient_accumulation_steps'] // 2}
+    speeds = {'together': [], 'two alone': []}
+    with tempfile.TemporaryDirectory() as folder:
+        flags['dataset'] = write_dataset(Path(folder) / 'text')
+        for number in range(min(PROCESS_ROUNDS, settings['rounds'])):
+            out_dirs = [Path(folder) / f'{name}-{number}' for name in ('both', 'a', 'b')]
+            both, *alone = out_dirs
+            wait_for([start_training(2, flags | {'out_dir': both})])
+            speeds['together'].append(tokens_per_second(both))
+            wait_for([start_training(1, flags | flags_alone | {'out_dir': out}) for out in alone])
+            speeds['two alone'].append(sum(map(tokens_per_second, alone)))
+    ratios = [together / alone for together, alone in zip(*speeds.values(), strict=True)]
+    for side, values in speeds.items():
+        note = f'{format_spread(ratios, ".0%")} of the other' if side == 'together' else ''
+        print_row('2 processes', side, format_spread(values, ',.0f'), note)
+        report.add('processes', side, note, tokens_per_second=summarize(values))
+
+
+def write_dataset(folder: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    text = Path(subprocess.__file__).read_text(encoding='utf-8') * 4
+    with Writer(folder, tokenizer) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, tokenizer.encode(text))
+    return folder
+
+
+def start_training(processes: int, flags: dict) -> subprocess.Popen:
+    """Start train.py, on one thread in each process."""
+    script = [str(ROOT / 'train.py')]
+    if processes > 1:
+        launch = ['--standalone', f'--nproc_per_node={processes}']
+        script = ['-m', 'torch.distributed.run', *launch, *script]
+    command = [sys.executable, *script, *(f'--{name}={value}' for name, value in flags.items())]
+    pipes = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **pipes)
+
+
+def wait_for(started: list[subprocess.Popen]) -> None:
+    errors = [process.communicate()[1] for process in started]
+    for process, error in zip(started, errors, strict=True):
+        if process.returncode:
+            lines = [line for line in error.splitlines() if line.startswith('error')]
+            raise UserError(f'processes: {lines[0]}') if lines else RuntimeError(error)
+
+
+def tokens_per_second(out_dir: Path) -> float:
+    """Of the steps of a run after its warm-up, at the median."""
+    lines = map(json.loads, (out_dir / 'metrics.jsonl').read_text().splitlines())
+    speeds = [line['tokens_per_s'] for line in lines if 'tokens_per_s' in line]
+    return statistics.median(speeds[WARM_UP_STEPS:])

@@ -1,10 +1,5 @@
-"""
-What a run leaves to look at: metrics.jsonl and loss.png, TensorBoard and wandb by a setting.
+"""What a run leaves to look at: metrics.jsonl and loss.png, TensorBoard and wandb by a setting."""
 
-$ python track.py out/small out/large --picture=runs.png    # several runs in one picture
-"""
-
-import argparse
 import html
 import json
 import math
@@ -14,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flatgpt.errors import UserError, one_line_errors
+from flatgpt.errors import UserError
 from flatgpt.files import new_file
 from flatgpt.training.state import TrainState
 
@@ -174,7 +169,7 @@ def draw_loss(out_dir: str | Path) -> Path:
     return write(figure, Path(out_dir) / 'loss.png')
 
 
-def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | None = None) -> Path:
+def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:
     """Draw the losses of several runs against the steps and the seconds since each one's start."""
     figure, panels = plot('step', 'seconds since the start, evaluation included')
     for number, out_dir in enumerate(out_dirs):
@@ -189,14 +184,11 @@ def draw_runs(out_dirs: list[str | Path], picture: str | Path, goal: float | Non
             label = f'{Path(out_dir).name}: {min(losses):.3f}'
             axes.plot(along, losses, 'o-', color=f'C{number}', ms=3, lw=1.5, label=label)
     panels[0].set_title('validation; faint: training batches', fontsize='medium', loc='left')
-    if goal is not None:
-        for axes in panels:
-            axes.axhline(goal, color='grey', lw=0.8, ls=':', label=f'{goal:g}')
     try:
         path = Path(picture)
         return write(figure, path if path.suffix else path.with_suffix('.png'))
     except (OSError, ValueError) as error:  # no such folder, no such kind of picture
-        raise UserError(f'--picture={picture}: {error}') from error
+        raise UserError(f'{picture}: {error}') from error
 
 
 def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
@@ -223,19 +215,3 @@ def write(figure, path: Path) -> Path:
         text.set_parse_math(False)  # a folder may have a $ in its name
     figure.savefig(path)
     return path
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('out_dirs', nargs='+', help='the folders of the runs')
-    parser.add_argument('--picture', default='runs.png', help='the file to write')
-    parser.add_argument('--goal', type=float, help='a loss to mark with a line')
-    args = parser.parse_args(argv)
-    print(draw_runs(args.out_dirs, args.picture, args.goal))
-
-
-if __name__ == '__main__':
-    one_line_errors()
-    main()

@@ -88,22 +88,22 @@ def test_several_runs_are_drawn_into_one_picture_by_steps_and_seconds(tmp_path, 
     assert draw_loss(tmp_path / 'b$x_$').exists()
     figures, write = [], metrics.write
     monkeypatch.setattr(metrics, 'write', lambda *args: figures.append(args[0]) or write(*args))
-    path = draw_runs([tmp_path / 'a', tmp_path / 'b$x_$'], tmp_path / 'runs', goal=1.5)
+    path = draw_runs([tmp_path / 'a', tmp_path / 'b$x_$'], tmp_path / 'runs')
     for axes, along in zip(figures[0].axes, ([0, 1, 2], [0, 0.5, 1]), strict=True):
         drawn = [list(map(list, line.get_data())) for line in axes.lines]
-        assert drawn[:4] == [[along[-1:], [9]], [along, [3, 2, 1]]] * 2
+        assert drawn == [[along[-1:], [9]], [along, [3, 2, 1]]] * 2
         assert axes.lines[1].get_color() != axes.lines[3].get_color()
     assert path == tmp_path / 'runs.png'
     assert path.read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'b' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
-    for args, message in (
-        ([tmp_path / 'nowhere', '--picture=x.png'], 'nowhere: there is no metrics.jsonl'),
-        ([tmp_path / 'b'], 'b: its metrics.jsonl has no evaluation'),
-        ([tmp_path / 'a', f'--picture={tmp_path}/runs.txt'], 'runs.txt: .*txt'),
-        ([tmp_path / 'a', f'--picture={tmp_path}/no/runs.png'], 'no/runs.png: .*No such'),
+    for runs, picture, message in (
+        ([tmp_path / 'nowhere'], 'x.png', 'nowhere: there is no metrics.jsonl'),
+        ([tmp_path / 'b'], 'x.png', 'b: its metrics.jsonl has no evaluation'),
+        ([tmp_path / 'a'], tmp_path / 'runs.txt', 'runs.txt: .*txt'),
+        ([tmp_path / 'a'], tmp_path / 'no' / 'runs.png', 'no/runs.png: .*No such'),
     ):
         with pytest.raises(UserError, match=message):
-            metrics.main(list(map(str, args)))
+            draw_runs(runs, picture)
 
 
 def test_tensorboard_events_are_written(tmp_path):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_bench import refused, settings
 
 import bench
-from configurator import configure
 from flatgpt.checkpoint import load as load_module
 from flatgpt.checkpoint import save
 from flatgpt.checkpoint.convert import export_transformers
@@ -94,15 +94,20 @@ def files(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module', autouse=True)
+def quiet_harness():
+    lm_eval.set_up_harness()
+
+
 @pytest.fixture(scope='module')
 def every_task():
-    return lm_eval.index()
+    """Looking through fifteen thousand task files takes seconds, so it is done once."""
+    return lm_eval.task_index(['no such task'])
 
 
 @pytest.fixture
 def known(monkeypatch, every_task):
-    """Looking through fifteen thousand task files takes seconds, so it is done once."""
-    monkeypatch.setattr(lm_eval, 'index', lambda: every_task)
+    monkeypatch.setattr(lm_eval, 'task_index', lambda names: every_task)
 
 
 @pytest.fixture(scope='module')
@@ -120,18 +125,6 @@ def task(files, kind):
 
 def asked(*arguments):
     return [SimpleNamespace(args=each) for each in arguments]
-
-
-def settings(*flags):
-    flags = ['--device=cpu', *map(str, flags)]
-    return configure({'__file__': bench.__file__, **vars(bench)}, flags)
-
-
-def refused(*flags) -> str:
-    with pytest.raises(UserError) as caught:
-        bench.main(settings(*flags))
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 # -----------------------------------------------------------------------------
@@ -213,15 +206,15 @@ def test_scores_are_the_same_in_batches_of_any_size_and_again(files, monkeypatch
     texts = asked(*[(doc['text'],) for doc in DOCS])
     together = lm.loglikelihood(requests), lm.loglikelihood_rolling(texts)
     assert together == (lm.loglikelihood(requests), lm.loglikelihood_rolling(texts))
-    monkeypatch.setattr(lm_eval, 'BATCH', 1)
-    monkeypatch.setattr(lm_eval, 'HEAD', 3)
+    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 1)
+    monkeypatch.setattr(lm_eval, 'LOGITS_CHUNK', 3)
     alone = lm.loglikelihood(requests), lm.loglikelihood_rolling(texts)
     for a, b in zip(flat(together), flat(alone), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
 def test_batches_are_of_like_length_and_keep_within_their_size(monkeypatch):
-    monkeypatch.setattr(lm_eval, 'BATCH', 10)
+    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 10)
     rows = ['a' * n for n in (1, 12, 3, 3, 5, 2)]
     assert [list(map(len, batch)) for batch in lm_eval.batches(rows)] == [[12], [5, 3], [3, 2, 1]]
 
@@ -276,7 +269,7 @@ def test_sampled_text_depends_on_its_place_and_the_seed_alone(monkeypatch):
     requests = asked(*[('One' * i, how) for i in (3, 1, 1, 2)])
     texts = lm_eval.Scorer(model, tokenizer).generate_until(requests)
     assert texts[1] != texts[2]
-    monkeypatch.setattr(lm_eval, 'BATCH', 1)
+    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 1)
     assert lm_eval.Scorer(model, tokenizer).generate_until(requests) == texts
     assert lm_eval.Scorer(model, tokenizer, seed=2).generate_until(requests) != texts
 
@@ -354,7 +347,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
 
 
-@pytest.mark.usefixtures('known', 'hub')
+@pytest.mark.usefixtures('hub')
 def test_one_command_scores_a_run_beside_the_published_figures(run, tmp_path, capsys):
     path = tmp_path / 'found.json'
     names = 'lambada,hellaswag,wikitext2,wikitext103,cbt,blimp'
@@ -392,7 +385,7 @@ def test_one_command_scores_a_run_beside_the_published_figures(run, tmp_path, ca
         assert entry == entries[entry['task']]
 
 
-@pytest.mark.usefixtures('known', 'hub')
+@pytest.mark.usefixtures('hub')
 def test_models_of_others_and_other_formats_are_scored_too(run, tmp_path, capsys):
     model, tokenizer, state = load_module.load_model(run)
     export_transformers(model, tokenizer, state, tmp_path / 'folder')
@@ -420,7 +413,7 @@ def test_mistakes_say_what_was_right_and_what_the_model_chose(files):
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     for kind in KINDS:
-        entry = lm_eval.measure(lm, kind, task(files, kind), None)[-1]
+        entry = lm_eval.evaluate_task(lm, kind, task(files, kind), None)[-1]
         wrong = entry['mistakes']
         assert len(wrong) == (0 if kind == 'text' else lm_eval.MISTAKES)
         if kind == 'choice':
@@ -456,11 +449,11 @@ def test_the_error_of_a_perplexity_is_that_of_resampling(metric):
 
 
 def test_progress_is_lines_where_nobody_watches(monkeypatch, capsys):
-    monkeypatch.setattr(lm_eval, 'SILENCE', -1)
-    monkeypatch.setattr(lm_eval, 'BATCH', 1)
+    monkeypatch.setattr(lm_eval, 'PROGRESS_SECONDS', -1)
+    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 1)
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
-    lm.what = 'task'
+    lm.task = 'task'
     lm.loglikelihood(asked(('a', 'bc'), ('d', 'ef')))
     err = capsys.readouterr().err
     assert 'task: 50%, ETA 00:0' in err
@@ -491,7 +484,6 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, line, run, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures('known')
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export_transformers(own(char_tokenizer(list('ab'))), None, {}, tmp_path / 'model')
@@ -499,7 +491,6 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / 'bench.json').exists()
 
 
-@pytest.mark.usefixtures('known')
 def test_a_character_the_vocabulary_lacks_is_one_line(tmp_path, hub, capsys):
     tokenizer = char_tokenizer(list('ab'))
     state = {'step': 1, 'evaluated': False}
@@ -557,15 +548,15 @@ def test_without_the_harness_a_line_says_what_to_install(monkeypatch, run, tmp_p
     assert 'needs pip install' in refused('--task=lambada', f'--out_dir={run}')
 
 
-def test_what_was_measured_stays_if_a_later_task_fails(known, hub, run, tmp_path, monkeypatch):
-    measure = lm_eval.measure
+def test_what_was_measured_stays_if_a_later_task_fails(hub, run, tmp_path, monkeypatch):
+    measure = lm_eval.evaluate_task
 
     def failing(lm, name, *rest):
         if name == 'cbt':
             raise KeyboardInterrupt
         return measure(lm, name, *rest)
 
-    monkeypatch.setattr(lm_eval, 'measure', failing)
+    monkeypatch.setattr(lm_eval, 'evaluate_task', failing)
     path = tmp_path / 'found.json'
     with pytest.raises(KeyboardInterrupt):
         bench.main(settings('--task=lambada,cbt', f'--out_dir={run}', f'--json={path}'))

@@ -1,0 +1,103 @@
+"""The machine that bench.py measures on: its limits, its free memory, its clock."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flatgpt.runtime import Runtime
+
+# What is read and multiplied to find the limits: large enough to fill the device
+READ_BYTES = {'cpu': 2**29, 'gpu': 2**32}
+MATRIX_SIZE = {'cpu': 2048, 'gpu': 8192}
+
+
+def measure_machine(runtime: Runtime) -> dict:
+    """What bounds everything else: bytes/s of reading memory, FLOP/s of matrix products."""
+    device = runtime.device
+    found = {'device': device, 'python': platform.python_version(), 'torch': torch.__version__}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found['transformers'] = importlib.metadata.version('transformers')
+    found['threads'] = torch.get_num_threads() if device == 'cpu' else None
+    on_cuda = runtime.device_type == 'cuda'
+    found['name'] = torch.cuda.get_device_name(device) if on_cuda else processor_name()
+    found['read_bytes_per_second'] = measure_reading(device)
+    for dtype in {torch.float32, torch.bfloat16, runtime.dtype}:
+        found[f'flops_{str(dtype).removeprefix("torch.")}'] = measure_products(device, dtype)
+    print_machine(found)
+    return found
+
+
+def measure_reading(device: str) -> float:
+    numbers = torch.ones(READ_BYTES['cpu' if device == 'cpu' else 'gpu'] // 4, device=device)
+    return numbers.numel() * 4 / time_repeatedly(numbers.sum, device)
+
+
+def measure_products(device: str, dtype: torch.dtype) -> float:
+    size = MATRIX_SIZE['cpu' if device == 'cpu' else 'gpu']
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / time_repeatedly(lambda: a @ a, device)
+
+
+def print_machine(found: dict) -> None:
+    flops = {name: found[name] / 1e9 for name in sorted(found) if name.startswith('flops_')}
+    products = ', '.join(f'{name.removeprefix("flops_")} {n:,.0f}' for name, n in flops.items())
+    threads = f', {found["threads"]} threads' if found['threads'] else ''
+    print(f'{found["name"]}{threads}, torch {torch.__version__}')
+    read = found['read_bytes_per_second'] / 1e9
+    print(f'reads {read:.0f} GB/s; products, GFLOP/s: {products}')
+
+
+def processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.partition(':')[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def time_repeatedly(run: Callable, device: str, times: int = 9) -> float:
+    """Median seconds of run()."""
+    seconds = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done what it was given."""
+    kind = device.partition(':')[0]
+    if kind == 'cuda':
+        torch.cuda.synchronize(device)
+    elif kind == 'mps':
+        torch.mps.synchronize()
+
+
+def reset_peak_memory(device: str) -> None:
+    """Have Runtime.peak_memory() count from now on, where that can be had."""
+    if device.startswith('cuda'):
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # Linux: the high-water mark begins anew
+        Path('/proc/self/clear_refs').write_text('5')
+
+
+def free_memory(runtime: Runtime) -> int | None:
+    """Bytes that this device has free; None where nobody counts."""
+    if runtime.device_type == 'cuda':
+        return torch.cuda.mem_get_info(runtime.device)[0]
+    with contextlib.suppress(OSError):  # Linux: with what the page cache would give back
+        for line in Path('/proc/meminfo').read_text().splitlines():
+            if line.startswith('MemAvailable'):
+                return int(line.split()[1]) * 1024
+    if hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names:
+        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    return None

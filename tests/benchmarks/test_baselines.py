@@ -1,0 +1,54 @@
+"""flatGPT and transformers do the same work from the same weights."""
+
+import pytest
+import torch
+from test_bench import (
+    settings,
+    small_machine,  # noqa: F401 - a fixture
+)
+
+from flatgpt.benchmarks import baselines, sides
+from flatgpt.benchmarks.decoding import bench_generation
+from flatgpt.benchmarks.machine import measure_machine
+from flatgpt.benchmarks.report import Report
+from flatgpt.runtime import Runtime
+
+RUNTIME = Runtime('cpu', torch.float32)
+
+
+class SideHere(sides.Side):
+    """A side in this process: importing torch and transformers takes its own some seconds."""
+
+    def __init__(self, name, settings):
+        self.name, self.format, self.trouble = name, settings['format'], None
+        self.program = baselines.BUILDERS[name](settings, RUNTIME)
+
+    def wait_until_ready(self):
+        pass
+
+    def turn(self, job, *arguments):
+        return sides.Turn(*getattr(self.program, job)(*arguments))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.usefixtures('small_machine')
+@pytest.mark.parametrize('arch', ['gpt2', 'modern'])
+def test_the_sides_write_as_many_tokens_from_the_same_weights(arch, monkeypatch):
+    pytest.importorskip('transformers', reason='transformers is not installed')
+    monkeypatch.setattr(sides, 'Side', SideHere)
+    config = settings(f'--arch={arch}', '--rows=1,3', '--formats=float32')
+    report = Report(config, measure_machine(RUNTIME))
+    bench_generation({**config, 'jobs': ['prefill', 'decode']}, RUNTIME, report)
+    results = report.entries
+    assert [entry['job'] for entry in results[::2]] == [
+        'prefill 1 row',
+        'prefill 3 rows',
+        'decode 1 row',
+        'decode 3 rows',
+    ]
+    for ours, theirs in zip(results[::2], results[1::2], strict=True):
+        assert ours['side'] == 'flatGPT float32'
+        assert theirs['times as fast is flatGPT float32']['median'] > 0
+    assert 'of the limit by' in results[4]['note']

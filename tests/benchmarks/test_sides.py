@@ -1,0 +1,53 @@
+"""Sides: processes that take turns, and end in a line where they cannot."""
+
+import multiprocessing
+
+import pytest
+import torch
+
+from flatgpt.benchmarks import baselines, sides
+from flatgpt.errors import UserError
+
+
+class Pipe:
+    """What a side's process sends, without a process."""
+
+    def __init__(self, requests=()):
+        self.requests, self.sent = [*requests, None], []
+
+    def recv(self):
+        return self.requests.pop(0)
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (ModuleNotFoundError("No module named 'x'", name='transformers'), 'is not installed'),
+        (UserError('no such thing'), 'no such thing'),
+        (torch.OutOfMemoryError('tried to allocate'), 'out of memory'),
+        (RuntimeError('something\nlong'), 'RuntimeError: something'),
+    ],
+)
+def test_a_side_that_cannot_be_built_says_why_in_a_line(monkeypatch, error, line):
+    def build(settings, runtime):
+        raise error
+
+    monkeypatch.setitem(baselines.BUILDERS, 'transformers', build)
+    pipe = Pipe()
+    sides.serve(pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32'})
+    assert len(pipe.sent) == 1
+    assert isinstance(pipe.sent[0], sides.Trouble)
+    assert line in pipe.sent[0]
+    assert '\n' not in pipe.sent[0]
+
+
+def test_a_side_that_was_killed_is_a_line_and_not_a_broken_pipe():
+    side = sides.Side.__new__(sides.Side)
+    side.pipe, other = multiprocessing.Pipe()
+    other.close()
+    side.trouble = None
+    assert side.turn('decode', 1) is None
+    assert 'was killed' in side.trouble
