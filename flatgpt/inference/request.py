@@ -1,6 +1,7 @@
 """A text to continue: its prompt, how it is asked for, and what has been written of it."""
 
 import codecs
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,13 +37,13 @@ class TextStream:
         ends = [self.held.find(s) for s in self.stop if s in self.held]
         if ends:
             return self.held[: min(ends)], True
-        show = len(self.held) if final else self.safe()
+        show = self.safe() if self.stop and not final else len(self.held)
         text, self.held = self.held[:show], self.held[show:]
         return text, False
 
     def safe(self) -> int:
         """How many held characters come before anything that a stop string could begin with."""
-        longest = max(map(len, self.stop), default=1)
+        longest = max(map(len, self.stop))
         for at in range(max(0, len(self.held) - longest + 1), len(self.held)):
             if any(s.startswith(self.held[at:]) for s in self.stop):
                 return at
@@ -83,6 +84,14 @@ class Request:
     def cancel(self) -> None:
         """Have the engine drop it before its next step. From any thread, at any time."""
         self.cancelled = True
+
+    def ended_by_prompt(self) -> str | None:
+        """Why no token follows the prompt, if none does."""
+        if self.written:
+            return None
+        if not all(math.isfinite(score) for score, _ in self.prompt_scores[1:]):
+            return 'error'
+        return 'length' if self.sampling.max_new_tokens == 0 else None
 
     def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> Piece:
         """The piece that a chosen token makes."""

@@ -11,13 +11,14 @@ from conftest import random_model
 
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.inference import cuda_graph
-from flatgpt.inference import engine as engine_module
+from flatgpt.inference import cuda_graph, model_runner
 from flatgpt.inference.engine import Engine, complete, generate
 from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.model_runner import ModelRunner
 from flatgpt.inference.quantize import freeze
 from flatgpt.inference.request import Request, TextStream
 from flatgpt.inference.sampling import Sampling, candidates, choose, edit_logits
+from flatgpt.inference.scheduler import Slot
 
 BLOCK = 16
 LETTERS = '\n abcdefgh'
@@ -137,7 +138,7 @@ def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatc
     monkeypatch.setattr(KVCache, 'columns', columns)
     prompts, sampling = [[1, 2, 3], [4], [5, 6], [7] * 9, [8, 1]], Sampling(max_new_tokens=40)
     computed = run(model, tokenizer, prompts, sampling)
-    monkeypatch.setattr(engine_module, 'is_recorded', lambda given: True)
+    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
     recorded = run(model, tokenizer, prompts, sampling)
     assert len({len(ids_of(recorded, row)) for row in range(5)}) > 1  # rows end at different times
     assert recorded == computed
@@ -212,14 +213,14 @@ def from_scratch(model, prompt, tokens):
 
 def watched(monkeypatch):
     """Collects, by request, the logits that its tokens are chosen from."""
-    seen, choose_all = {}, Engine.choose_all
+    seen, choose_all = {}, ModelRunner.choose_all
 
-    def watch(self, slots, logits):
-        for slot, row in zip(slots, logits, strict=True):
-            seen.setdefault(slot.request.row, []).append(row.clone())
-        return choose_all(self, slots, logits)
+    def watch(self, requests, logits):
+        for request, row in zip(requests, logits, strict=True):
+            seen.setdefault(request.row, []).append(row.clone())
+        return choose_all(self, requests, logits)
 
-    monkeypatch.setattr(Engine, 'choose_all', watch)
+    monkeypatch.setattr(ModelRunner, 'choose_all', watch)
     return seen
 
 
@@ -244,7 +245,7 @@ def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
 
 
 def test_a_full_context_forgets_its_oldest_eighth():
-    slot = engine_module.Slot(0)
+    slot = Slot(0)
     slot.keys = list(range(BLOCK))
     slot.append(40, BLOCK)
     assert (slot.keys, slot.pending) == ([], [*range(2, BLOCK), 40])
@@ -415,7 +416,7 @@ def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_
         seen = watched(monkeypatch)
         engine = Engine(model, tokenizer, 4, 8, deterministic=True)
         for slot in engine.slots:  # what a row was left with must not matter
-            engine.cache.kv[:, :, slot.row] = 1e4 * draw.random()
+            engine.runner.cache.kv[:, :, slot.row] = 1e4 * draw.random()
         requests = [Request(prompts[i], Sampling(25), lambda piece: None, i) for i in numbers]
         staggered(engine, requests, draw)
         monkeypatch.undo()
@@ -434,7 +435,7 @@ def test_what_free_rows_hold_changes_nothing(model, tokenizer):
 
     def texts(poison):
         engine, pieces = Engine(model, tokenizer, 8), []
-        engine.cache.kv.fill_(poison)
+        engine.runner.cache.kv.fill_(poison)
         for row, prompt in enumerate(prompts):
             engine.submit(Request(prompt, sampling, pieces.append, row))
         while engine.step():
@@ -450,8 +451,8 @@ def test_texts_move_to_the_first_rows_when_few_are_left(model):
     for row, limit in enumerate([2, 2, 2, 60]):
         sampling = Sampling(limit, temperature=0)
         engine.submit(Request([row + 1] * 3, sampling, pieces.append, row))
-    advance = engine.advance
-    engine.advance = lambda tokens, lengths: rows.append(len(tokens)) or advance(tokens, lengths)
+    runner, advance = engine.runner, engine.runner.advance
+    runner.advance = lambda tokens, lengths: rows.append(len(tokens)) or advance(tokens, lengths)
     while engine.step():
         pass
     assert rows == [4] + [1] * (len(rows) - 1)
@@ -604,7 +605,7 @@ def test_a_scored_prompt_that_is_not_finite_ends_in_an_error_and_leaves_nothing_
     assert [piece.finish for piece in pieces if piece.row == 0] == ['error']
     assert len(ids_of(pieces, 2)) == 3
     engine.submit(cancelled)
-    engine.admit()
+    engine.scheduler.admit()
     engine.prefill()  # its keys are there, its first token is not
     cancelled.cancel()
     finish(engine, Request([1, 2], Sampling(3, temperature=0), pieces.append, 3))

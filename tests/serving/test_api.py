@@ -120,8 +120,8 @@ def wait_until(reached, seconds=10):
 
 def write(service, text):
     """Have the engine write a text (bytes), whatever the model says."""
-    engine = service.engine
-    engine.choose_all = lambda slots, logits: [text[len(s.request.written)] for s in slots]
+    runner = service.engine.runner
+    runner.choose_all = lambda requests, logits: [text[len(r.written)] for r in requests]
 
 
 @contextlib.contextmanager
@@ -835,13 +835,13 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
 
 def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
     service = service_of(client)
-    choose_all = service.engine.choose_all
-    service.engine.choose_all = lambda slots, logits: [-1] * len(slots)
+    runner, choose_all = service.engine.runner, service.engine.runner.choose_all
+    runner.choose_all = lambda requests, logits: [-1] * len(requests)
     error = ask(client, 500, prompt='a', n=2)['error']
     assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
     assert caplog.text.count(NOT_FINITE) == 1
     assert stream(client, prompt='a')[-1] == {'error': error}
-    service.engine.choose_all = choose_all
+    runner.choose_all = choose_all
     ask(client, prompt='a')
 
 

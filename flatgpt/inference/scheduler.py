@@ -1,0 +1,208 @@
+"""
+Which requests are computed next, and in which slot: no tensors here.
+
+A slot is a row of the KV cache. A request has one from when it is admitted to its last token. A
+step is one batch of prompts, then one more token of every request whose prompt is done ("continuous
+batching": Yu et al. 2022, Orca). A slot keeps its keys when its request is finished, so that the
+next prompt that begins alike need not compute them again.
+"""
+
+import time
+from collections import deque
+from typing import NamedTuple
+
+from flatgpt.inference.request import Request
+
+WORTHWHILE = 16  # keys of another prompt that are taken over, at least
+IDLE = 2048  # tokens of prompts computed at once while no request waits for its next token
+SCORED = 128  # of a prompt whose log-probabilities are asked for, each over the vocabulary
+
+
+class Slot:
+    """A row of the cache: whose it is, what it holds, and what is to be computed next.
+
+    A context that is full (block_size tokens) forgets its oldest eighth before it takes another.
+    What is left gets new positions, so its keys are computed anew, and that cost is shared by the
+    many tokens until the context is full again.
+    """
+
+    def __init__(self, row: int):
+        self.row = row
+        self.request: Request | None = None
+        self.keys: list[int] = []  # tokens whose keys the cache holds, also after the request
+        self.pending: list[int] = []  # tokens that come after them
+        self.fresh = False  # whether the keys are still those of the request before
+        self.used = 0.0
+
+    def begin(self, request: Request, block_size: int) -> None:
+        self.request, self.pending, self.fresh = request, request.prompt[-block_size:], True
+        request.began = time.monotonic()
+
+    def append(self, token: int, block_size: int) -> None:
+        """Take a sampled token into the context, whose keys are all there."""
+        self.pending = [token]
+        if len(self.keys) == block_size:
+            self.pending = self.keys[max(1, block_size // 8) :] + [token]
+            self.keys = []
+
+    def end(self) -> None:
+        self.request, self.pending, self.used = None, [], time.monotonic()
+
+    @property
+    def decoding(self) -> bool:
+        """Whether its next token can be computed together with those of others."""
+        return self.request is not None and not self.fresh and len(self.pending) == 1
+
+    @property
+    def prefilling(self) -> bool:
+        return self.request is not None and (self.fresh or len(self.pending) != 1)
+
+
+class ScheduledBatch(NamedTuple):
+    """What one forward pass computes."""
+
+    slots: list[Slot]
+    tokens: list[list[int]]  # of each slot: those that come after its keys
+    rows: int  # of the cache that are computed: as many as slots, or the first ones, when decoding
+    copies: list[tuple[int, int, int]]  # (row, row, tokens): from, to and how many, before it
+
+
+class Scheduler:
+    """Gives waiting requests the slots, first come first served, and plans each forward pass.
+
+    chunk: tokens of prompts between two tokens of the other requests. deterministic: every batch
+    has all rows, or one prompt by itself, and no prompt takes keys of others.
+    """
+
+    def __init__(self, rows: int, block_size: int, chunk: int, deterministic: bool):
+        self.block_size, self.chunk, self.deterministic = block_size, chunk, deterministic
+        self.slots = [Slot(row) for row in range(rows)]
+        self.waiting: deque[Request] = deque()
+        self.copies: list[tuple[int, int, int]] = []  # that the next batch begins with
+        powers = [2**i for i in range(rows.bit_length()) if 2**i < rows]
+        self.counts = [rows] if deterministic else [*powers, rows]  # rows computed in one step
+
+    @property
+    def running(self) -> int:
+        return sum(slot.request is not None for slot in self.slots)
+
+    # --- who has a slot
+
+    def admit(self) -> None:
+        """Give the requests that wait the slots that are free."""
+        while self.waiting and (free := [slot for slot in self.slots if slot.request is None]):
+            few = self.count_for(self.running + 1)
+            near = [slot for slot in free if slot.row < few] or free
+            slot = min(near, key=lambda slot: slot.used)  # whose keys are the least likely to serve
+            slot.begin(self.waiting.popleft(), self.block_size)
+
+    def count_for(self, rows: int) -> int:
+        return next(count for count in self.counts if count >= rows)
+
+    def cancelled_slots(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.request and slot.request.cancelled]
+
+    def drop_cancelled(self) -> list[Request]:
+        """Take the cancelled ones off the queue."""
+        dropped = [request for request in self.waiting if request.cancelled]
+        self.waiting = deque(request for request in self.waiting if not request.cancelled)
+        return dropped
+
+    def drop_all(self) -> list[Request]:
+        """Empty the queue and the slots."""
+        dropped = [*self.waiting, *(slot.request for slot in self.slots if slot.request)]
+        self.waiting.clear()
+        for slot in self.slots:
+            slot.end()
+        return dropped
+
+    # --- what is computed
+
+    def schedule_prefill(self) -> ScheduledBatch | None:
+        """Tokens of the prompt that came first, or all of several; None where no prompt waits."""
+        while slots := self.prompts():
+            if slots[0].fresh:
+                self.reuse_keys(slots[0])
+            if slots[0].prefilling:  # else the keys of others were all but its last
+                break
+        if not slots:
+            return None
+        first = slots[0]
+        alone = self.deterministic or first.keys or first.request.score_prompt
+        idle = not (self.deterministic or any(slot.decoding for slot in self.slots))
+        room = IDLE if idle else self.chunk
+        slots = slots[:1] if alone else self.together(slots, room)
+        room = min(room, SCORED) if first.request.score_prompt else room
+        return self.batch(slots, len(slots), room // len(slots))
+
+    def prompts(self) -> list[Slot]:
+        """The slots whose prompt is not done, first come first."""
+        slots = [slot for slot in self.slots if slot.prefilling]
+        return sorted(slots, key=lambda slot: slot.request.came)
+
+    def reuse_keys(self, slot: Slot) -> None:
+        """Begin a prompt with the keys that a slot already holds for its first tokens."""
+        prompt, best, count = slot.pending, slot, 0
+        if not (self.deterministic or slot.request.score_prompt):
+            best = max(self.slots, key=lambda other: common(prompt, other.keys))
+            count = min(common(prompt, best.keys), len(prompt) - 1)  # the last gives logits
+        count = count if count >= WORTHWHILE else 0
+        self.copies.append((best.row, slot.row, count))
+        slot.keys, slot.pending, slot.fresh = prompt[:count], prompt[count:], False
+
+    def together(self, slots: list[Slot], room: int) -> list[Slot]:
+        """Of the prompts, the first and those that can be computed in one pass with it."""
+        taken = slots[:1]
+        for slot in slots[1:]:
+            longest = max(len(each.pending) for each in [*taken, slot])
+            shared = any(common(slot.pending, each.pending) >= WORTHWHILE for each in taken)
+            if shared or slot.request.score_prompt or longest * (len(taken) + 1) > room:
+                continue  # in a later step it may have the keys of one of these
+            if slot.fresh:
+                self.reuse_keys(slot)
+            if slot.prefilling and not slot.keys:
+                taken.append(slot)
+        return taken
+
+    def schedule_decode(self) -> ScheduledBatch | None:
+        """One more token of every request whose prompt is done; None where there is none."""
+        slots = [slot for slot in self.slots if slot.decoding]
+        return self.batch(slots, self.settle(slots), 1) if slots else None
+
+    def settle(self, slots: list[Slot]) -> int:
+        """How many rows to compute, the first ones, after requests have moved to where few are."""
+        few = self.count_for(self.running)
+        for slot in slots:
+            if slot.row >= few:
+                free = next(other for other in self.slots if other.request is None)
+                self.copies.append((slot.row, free.row, len(slot.keys)))
+                free.keys = []
+                slot.row, free.row = free.row, slot.row
+                self.slots[slot.row], self.slots[free.row] = slot, free
+        slots.sort(key=lambda slot: slot.row)
+        return self.count_for(slots[-1].row + 1)
+
+    def batch(self, slots: list[Slot], rows: int, most: int) -> ScheduledBatch:
+        """Up to `most` next tokens of each slot."""
+        copies, self.copies = self.copies, []
+        return ScheduledBatch(slots, [slot.pending[:most] for slot in slots], rows, copies)
+
+    # --- what became of it
+
+    def computed(self, batch: ScheduledBatch) -> None:
+        """The cache now holds the keys of these tokens."""
+        for slot, tokens in zip(batch.slots, batch.tokens, strict=True):
+            slot.keys += tokens
+            del slot.pending[: len(tokens)]
+
+    def append(self, slot: Slot, token: int) -> None:
+        """A request goes on after a sampled token."""
+        slot.append(token, self.block_size)
+        if not slot.keys:
+            self.copies.append((slot.row, slot.row, 0))
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many of the first tokens are the same."""
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
