@@ -39,7 +39,7 @@ class ModelRunner:
     def prefill(self, batch: ScheduledBatch):
         """Compute tokens of one prompt, or of several that have no keys -> logits (R, V)."""
         self.copy_rows(batch)
-        slots, scored = batch.slots, batch.slots[0].request.score_prompt
+        slots, scored = batch.slots, batch.slots[0].request.scoring
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
         cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].keys))
         ragged = len({*map(len, batch.tokens)}) > 1

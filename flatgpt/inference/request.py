@@ -81,6 +81,11 @@ class Request:
         self.came = time.monotonic()
         self.began = self.first = self.ended = None  # moments: given a row, first token, last one
 
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of its prompt are to be computed now."""
+        return self.score_prompt and not self.written
+
     def cancel(self) -> None:
         """Have the engine drop it before its next step. From any thread, at any time."""
         self.cancelled = True

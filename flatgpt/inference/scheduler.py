@@ -128,11 +128,11 @@ class Scheduler:
         if not slots:
             return None
         first = slots[0]
-        alone = self.deterministic or first.keys or first.request.score_prompt
+        alone = self.deterministic or first.keys or first.request.scoring
         idle = not (self.deterministic or any(slot.decoding for slot in self.slots))
         room = IDLE if idle else self.chunk
         slots = slots[:1] if alone else self.together(slots, room)
-        room = min(room, SCORED) if first.request.score_prompt else room
+        room = min(room, SCORED) if first.request.scoring else room
         return self.batch(slots, len(slots), room // len(slots))
 
     def prompts(self) -> list[Slot]:
@@ -143,7 +143,7 @@ class Scheduler:
     def reuse_keys(self, slot: Slot) -> None:
         """Begin a prompt with the keys that a slot already holds for its first tokens."""
         prompt, best, count = slot.pending, slot, 0
-        if not (self.deterministic or slot.request.score_prompt):
+        if not (self.deterministic or slot.request.scoring):
             best = max(self.slots, key=lambda other: common(prompt, other.keys))
             count = min(common(prompt, best.keys), len(prompt) - 1)  # the last gives logits
         count = count if count >= WORTHWHILE else 0
@@ -156,7 +156,7 @@ class Scheduler:
         for slot in slots[1:]:
             longest = max(len(each.pending) for each in [*taken, slot])
             shared = any(common(slot.pending, each.pending) >= WORTHWHILE for each in taken)
-            if shared or slot.request.score_prompt or longest * (len(taken) + 1) > room:
+            if shared or slot.request.scoring or longest * (len(taken) + 1) > room:
                 continue  # in a later step it may have the keys of one of these
             if slot.fresh:
                 self.reuse_keys(slot)

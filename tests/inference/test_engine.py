@@ -677,6 +677,14 @@ def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
     assert all(len(request.prompt_scores) == 3 for request in requests)
 
 
+def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer):
+    sampling = Sampling(60, logit_bias=((tokenizer.eot, -math.inf),))
+    request = Request([1, 2, 3], sampling, lambda piece: None, 0, top=0, score_prompt=True)
+    finish(Engine(model, tokenizer, 1), request)
+    assert len(request.written) == 60
+    assert len(request.prompt_scores) == 3
+
+
 def test_penalties_and_biases_are_those_of_the_api_they_come_from():
     logits = torch.tensor([1.0, -1.0, 2.0, 0.0])
     sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
