@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
-from test_sample import saved
+from conftest import random_model, saved
 
 import api
 from configurator import configure, help_text
