@@ -31,9 +31,9 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
 from flatgpt.inference.batch import Batch
 from flatgpt.inference.engine import NOT_FINITE, Engine, generate
-from flatgpt.inference.quantize import freeze
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.runtime import keep_freed_memory, pick_device, pick_dtype
 from model import GPT
 
@@ -67,7 +67,7 @@ presence_penalty = 0.0  # and once, if it has it at all
 # -----------------------------------------------------------------------------
 
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
-CHOICES = [f.name for f in fields(Sampling) if f.name in globals()]  # settings of each text
+CHOICES = [f.name for f in fields(SamplingParams) if f.name in globals()]  # settings of each text
 DOES = {'a': 'answers what you type', 'no': 'continues what you type'}
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
 model's context reaches, until you clear it. Ctrl-C stops an answer.
@@ -80,12 +80,12 @@ model's context reaches, until you clear it. Ctrl-C stops an answer.
 # settings and prompts
 
 
-def sampling_of(settings: dict) -> Sampling:
-    """The Sampling that settings describe; they spell its stop strings as one text."""
+def sampling_of(settings: dict) -> SamplingParams:
+    """The SamplingParams that settings describe; they spell its stop strings as one text."""
     chosen = {name: settings[name] for name in CHOICES}
     if chosen['max_new_tokens'] < 1:
         raise ConfigError(f'max_new_tokens={chosen["max_new_tokens"]}: must be at least 1')
-    return Sampling(**{**chosen, 'stop': split_stop(settings['stop'])})
+    return SamplingParams(**{**chosen, 'stop': split_stop(settings['stop'])})
 
 
 def changed(settings: dict, changes: dict) -> dict:
@@ -135,14 +135,14 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_samples(pieces: Iterator[Piece], prompt: str, samples: int) -> None:
+def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
     """Show the first sample as it is written, and each other one from when its turn has come."""
     ready = [prompt] * samples  # text not yet shown
     finished = [False] * samples
     current = 0
-    for piece in pieces:
-        ready[piece.row] += piece.text
-        finished[piece.row] = piece.finish is not None
+    for output in outputs:
+        ready[output.row] += output.text
+        finished[output.row] = output.finish is not None
         while current < samples:
             write(ready[current])
             ready[current] = ''
@@ -238,21 +238,21 @@ class Console:
         while len(self.ids) - self.start > self.size:  # by eighths, as the engine forgets
             self.start += max(1, self.size // 8)
         # every answer has its own random numbers
-        pieces, prompt = deque(), self.ids[self.start :]
-        request = Request(prompt, sampling, pieces.append, seed=(sampling.seed, self.turn))
+        outputs, prompt = deque(), self.ids[self.start :]
+        request = Request(prompt, sampling, outputs.append, seed=(sampling.seed, self.turn))
         before, shown = len(self.ids), ''
         self.engine.submit(request)
         try:
             while self.engine.step():
-                while pieces:  # what was shown is what is remembered, also after Ctrl-C
-                    piece = pieces.popleft()
-                    if piece.finish == 'error':
+                while outputs:  # what was shown is what is remembered, also after Ctrl-C
+                    output = outputs.popleft()
+                    if output.finish == 'error':
                         raise UserError(NOT_FINITE)
-                    shown += piece.text
-                    write(piece.text)
-                    if piece.finish != 'stop':
-                        self.ids.append(piece.token)
-                    elif piece.token not in self.tokenizer.ends:  # some of what came is not shown
+                    shown += output.text
+                    write(output.text)
+                    if output.finish != 'stop':
+                        self.ids.append(output.token)
+                    elif output.token not in self.tokenizer.ends:  # some of what came is not shown
                         self.ids[before:] = self.encode(shown)
         finally:
             request.cancel()
@@ -294,7 +294,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         )
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
-    return freeze(model.to(dtype), settings['quantize']), tokenizer
+    return prepare_for_inference(model.to(dtype), settings['quantize']), tokenizer
 
 
 # -----------------------------------------------------------------------------

@@ -27,9 +27,9 @@ from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.engine import Engine, generate
 from flatgpt.inference.kv_cache import KVCache
-from flatgpt.inference.quantize import freeze
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.runtime import DTYPES, Runtime, is_out_of_memory, pick_dtype, start
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
@@ -75,7 +75,9 @@ def transformers_model(c: dict):
 def in_format(model: GPT, kind: str) -> GPT:
     """The model ready to write, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
     quantize = 'int8' if kind == 'int8' else None
-    return freeze(model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize)
+    return prepare_for_inference(
+        model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize
+    )
 
 
 def import_nanogpt(folder: str):
@@ -141,7 +143,7 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
 
     def decode(rows: int):
         """From the first new token of every row to the last."""
-        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+        sampling = SamplingParams(max_new_tokens=c['new_tokens'], temperature=0)
         pieces, begin = [], None
         for piece in generate(model, tokenizer, prompts_of(c, rows).tolist(), sampling):
             pieces.append(piece)
@@ -153,7 +155,7 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
 
     def whole(rows: int):
         """Prompts and texts, submitted at once."""
-        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+        sampling = SamplingParams(max_new_tokens=c['new_tokens'], temperature=0)
         prompts, begin = prompts_of(c, rows).tolist(), time.perf_counter()
         count = sum(1 for _ in generate(model, tokenizer, prompts, sampling))
         return time.perf_counter() - begin, {'tokens': count, 'result': []}
@@ -166,9 +168,9 @@ def flatgpt(c: dict, runtime: Runtime) -> dict:
             engines[clients] = Engine(model, tokenizer, clients)
         engine = engines[clients]
         left, tokens = prompts_of(c, requests).tolist(), []
-        sampling = Sampling(max_new_tokens=c['new_tokens'], temperature=0)
+        sampling = SamplingParams(max_new_tokens=c['new_tokens'], temperature=0)
 
-        def take(piece: Piece) -> None:
+        def take(piece: TokenOutput) -> None:
             tokens.append(piece.token)
             if piece.finish and left:
                 engine.submit(Request(left.pop(), sampling, take))

@@ -35,7 +35,7 @@ from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import UserError, did_you_mean
 from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.model_runner import pad
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 OURS = Path(__file__).parent / 'tasks'  # what the harness lacks
@@ -174,16 +174,16 @@ class Scorer(TemplateLM):
                     texts[n] = text
         return texts
 
-    def sampling(self, settings: dict) -> Sampling:
+    def sampling(self, settings: dict) -> SamplingParams:
         """How a task asks for text to be written; UserError for what is not had here."""
         asked = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
         if not asked.pop('do_sample'):
             asked['temperature'] = 0.0
         until = tuple(text for text in asked.pop('until') if text not in ('', EOT))
         asked |= {'max_new_tokens': asked.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
-        if unknown := set(asked) - {field.name for field in fields(Sampling)}:
+        if unknown := set(asked) - {field.name for field in fields(SamplingParams)}:
             raise UserError(f'task={self.what}: it asks for {min(unknown)}, which is not had here')
-        return Sampling(**asked)
+        return SamplingParams(**asked)
 
     def prompt(self, text: str, new_tokens: int) -> list[int]:
         """The end of the text that leaves room for what is written after it, if there is any."""
@@ -194,7 +194,7 @@ class Scorer(TemplateLM):
         self.cut += len(ids) > room
         return ids[-room:]
 
-    def write(self, batch: list[int], prompts: dict, sampling: Sampling) -> list[str]:
+    def write(self, batch: list[int], prompts: dict, sampling: SamplingParams) -> list[str]:
         chosen = [prompts[n] for n in batch]
         seeds = [(self.seed, n) for n in batch]
         texts = [''] * len(batch)
@@ -357,7 +357,7 @@ def wrong_word(lm: Scorer, task, sample: dict) -> tuple | None:
     ((context, right),), ((_, likeliest),) = sample['arguments'], sample['filtered_resps']
     if likeliest:
         return None
-    sampling = Sampling(max_new_tokens=max(1, len(lm.tok_encode(right))), temperature=0)
+    sampling = SamplingParams(max_new_tokens=max(1, len(lm.tok_encode(right))), temperature=0)
     prompts = [lm.prompt(context, sampling.max_new_tokens)]
     return context, right, lm.write([0], prompts, sampling)[0]
 

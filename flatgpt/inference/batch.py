@@ -24,8 +24,8 @@ from tqdm import tqdm
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, did_you_mean
 from flatgpt.inference.engine import NOT_FINITE, Engine
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 JSON_LINES = ('.jsonl', '.ndjson')
@@ -35,12 +35,12 @@ LOOKAHEAD = 4096  # answers kept at most while they wait for a slow one before t
 class Batch:
     """Answers the prompts of the file settings['batch'] in the file settings['out'].
 
-    sampling_for: the Sampling of a line that has these settings of its own; raises UserError.
+    sampling_for: the SamplingParams of a line that has these settings of its own; raises UserError.
     names: the settings that a line may have.
     """
 
     def __init__(
-        self, settings: dict, sampling_for: Callable[[dict], Sampling], names: Sequence[str]
+        self, settings: dict, sampling_for: Callable[[dict], SamplingParams], names: Sequence[str]
     ):
         self.settings, self.sampling_for, self.names = settings, sampling_for, names
         self.path, self.out = Path(settings['batch']), settings['out']
@@ -155,17 +155,17 @@ class Batch:
         if len(ids) > engine.model.config.block_size:
             answer['prompt_tokens_left_out'] = len(ids) - engine.model.config.block_size
 
-        def take(piece: Piece) -> None:
-            answer['text'] += piece.text
+        def take(output: TokenOutput) -> None:
+            answer['text'] += output.text
             answer['tokens'] += 1
-            answer['finish'] = piece.finish
-            if piece.finish == 'error':
+            answer['finish'] = output.finish
+            if output.finish == 'error':
                 answer['error'] = NOT_FINITE
 
         engine.submit(Request(ids, sampling, take, row=number))
         return answer
 
-    def parse(self, line: bytes) -> tuple[str, Sampling, dict]:
+    def parse(self, line: bytes) -> tuple[str, SamplingParams, dict]:
         """A line's prompt, how it is to be answered, and what its answer repeats."""
         try:
             text = line.decode('utf-8-sig').removesuffix('\r')
@@ -179,8 +179,8 @@ class Batch:
         repeated = {key: record.pop(key) for key in ('id', 'prompt') if key in record}
         return repeated['prompt'], self.own_sampling(record), repeated
 
-    def own_sampling(self, own: dict) -> Sampling:
-        """The Sampling of a line with settings of its own, of which "stop" may be a list."""
+    def own_sampling(self, own: dict) -> SamplingParams:
+        """The SamplingParams of a line with settings of its own, of which "stop" may be a list."""
         if own.get('stop', '') is None:
             del own['stop']
         for name in own:

@@ -3,7 +3,7 @@ Many requests at once: prompts and new tokens are computed together, and each te
 alone.
 
     engine = Engine(model, tokenizer, rows=8)
-    engine.submit(Request(tokenizer.encode('To be'), Sampling(top_p=0.9), print))
+    engine.submit(Request(tokenizer.encode('To be'), SamplingParams(top_p=0.9), print))
     while engine.step():           # or engine.serve() in a thread of its own
         pass
 
@@ -19,8 +19,8 @@ import torch
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.inference.model_runner import ModelRunner
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.inference.scheduler import ScheduledBatch, Scheduler, Slot
 from model import GPT
 
@@ -28,7 +28,7 @@ NOT_FINITE = (
     'the model gives no finite logits: its weights are broken, or too large for this number '
     'format; try --dtype=float32 or another --checkpoint'
 )
-MOST_ROWS = 64  # of one generate(): further texts wait for a slot
+MAX_GENERATE_ROWS = 64  # of one generate(): further texts wait for a slot
 
 
 class Engine:
@@ -72,7 +72,7 @@ class Engine:
     # --- from any thread
 
     def submit(self, request: Request) -> None:
-        """Have a request computed; its on_piece is called from step()."""
+        """Have a request computed; its on_token is called from step()."""
         with self.arrival:
             if self.error or self.closed:
                 raise self.error or UserError('the engine is closed')
@@ -102,7 +102,7 @@ class Engine:
         with self.arrival:
             dropped = self.scheduler.drop_all()
         for request in dropped:
-            request.send(Piece(request.row, None, '', finish))
+            request.send(TokenOutput(request.row, None, '', finish))
 
     # --- one step
 
@@ -118,12 +118,12 @@ class Engine:
         dropped = []
         for slot in self.scheduler.cancelled_slots():
             dropped.append(slot.request)
-            self.vacate(slot, forget=not slot.request.written)
+            self.release(slot, forget=not slot.request.written)
         if self.waiting:
             with self.arrival:  # others append to it at any moment
                 dropped += self.scheduler.drop_cancelled()
         for request in dropped:
-            request.send(Piece(request.row, None, '', 'cancelled'))
+            request.send(TokenOutput(request.row, None, '', 'cancelled'))
 
     def prefill(self) -> bool:
         if batch := self.scheduler.schedule_prefill():
@@ -137,13 +137,13 @@ class Engine:
 
     def emit_tokens(self, batch: ScheduledBatch, logits) -> None:
         """Sample the next token of each slot from its row of logits (R, V), and pass it on."""
-        self.scheduler.computed(batch)
+        self.scheduler.mark_cached(batch)
         sampled = []
         for i, slot in enumerate(batch.slots):
-            if slot.pending:  # more of its prompt is to be computed
+            if slot.uncached_ids:  # more of its prompt is to be computed
                 continue
             if finish := slot.request.ended_by_prompt():
-                self.pass_on(slot, Piece(slot.request.row, None, '', finish))
+                self.emit(slot, TokenOutput(slot.request.row, None, '', finish))
             else:
                 sampled.append(i)
         if not sampled:
@@ -152,22 +152,22 @@ class Engine:
         logits = logits if len(slots) == len(batch.slots) else logits[sampled]
         tokens, scores = self.runner.sample([slot.request for slot in slots], logits)
         for slot, token, score in zip(slots, tokens, scores, strict=True):
-            self.pass_on(slot, slot.request.take(token, self.tokenizer, *score))
+            self.emit(slot, slot.request.take(token, self.tokenizer, *score))
 
-    def pass_on(self, slot: Slot, piece: Piece) -> None:
+    def emit(self, slot: Slot, output: TokenOutput) -> None:
         """Give a request its next token, or its end."""
         request = slot.request
-        if piece.finish:
-            self.vacate(slot, forget=piece.finish == 'error')
+        if output.finish:
+            self.release(slot, forget=output.finish == 'error')
         else:
-            self.scheduler.append(slot, piece.token)
-        request.send(piece)
+            self.scheduler.append(slot, output.token)
+        request.send(output)
 
-    def vacate(self, slot: Slot, forget: bool) -> None:
+    def release(self, slot: Slot, forget: bool) -> None:
         """Free a slot. forget: its keys may not be finite."""
         slot.end()
         if forget:
-            slot.keys = []
+            slot.cached_ids = []
             self.runner.clear(slot.row)
 
 
@@ -179,36 +179,38 @@ def generate(
     model: GPT,
     tokenizer: Tokenizer,
     prompts: list,
-    sampling: Sampling,
+    sampling: SamplingParams,
     seeds: list | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[TokenOutput]:
     """Continue all prompts side by side, yielding each token as it is chosen.
 
     prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
     seeds: what seeds each text's random numbers, by default sampling.seed and its number; a text
     depends on nothing else, whatever stands in the other rows. Raises UserError for broken weights.
     """
-    pieces: deque[Piece] = deque()
+    outputs: deque[TokenOutput] = deque()
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     length = min(model.config.block_size, longest)
-    engine = Engine(model, tokenizer, min(len(prompts), MOST_ROWS) or 1, length=length)
+    engine = Engine(model, tokenizer, min(len(prompts), MAX_GENERATE_ROWS) or 1, length=length)
     for row, prompt in enumerate(prompts):
         seed = seeds[row] if seeds else None
-        engine.submit(Request(prompt, sampling, pieces.append, row, seed))
+        engine.submit(Request(prompt, sampling, outputs.append, row, seed))
     while engine.step():
-        while pieces:
-            piece = pieces.popleft()
-            if piece.finish == 'error':
+        while outputs:
+            output = outputs.popleft()
+            if output.finish == 'error':
                 raise UserError(NOT_FINITE)
-            yield piece
+            yield output
 
 
-def complete(model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: Sampling) -> list[str]:
+def complete(
+    model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: SamplingParams
+) -> list[str]:
     """What the model writes after each text."""
     prompts = [tokenizer.encode(text, allow_eot=True) for text in texts]
     out = [''] * len(texts)
-    for piece in generate(model, tokenizer, prompts, sampling):
-        out[piece.row] += piece.text
+    for output in generate(model, tokenizer, prompts, sampling):
+        out[output.row] += output.text
     return out
 
 
@@ -221,10 +223,10 @@ def write_page(
     """
     texts = []
     while tokens > 0:
-        sampling = Sampling(tokens, temperature=0.8, top_k=200, seed=seed + len(texts))
-        pieces = list(generate(model, tokenizer, [prompt], sampling))
-        texts.append(''.join(piece.text for piece in pieces).strip('\n'))
+        sampling = SamplingParams(tokens, temperature=0.8, top_k=200, seed=seed + len(texts))
+        outputs = list(generate(model, tokenizer, [prompt], sampling))
+        texts.append(''.join(output.text for output in outputs).strip('\n'))
         if answer:
             return tokenizer.decode(prompt) + texts[0]
-        tokens -= len(pieces)
+        tokens -= len(outputs)
     return '\n\n'.join(texts)

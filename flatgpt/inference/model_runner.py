@@ -14,7 +14,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.cuda_graph import is_recorded, replay
 from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.request import Request
-from flatgpt.inference.sampling import banned_ids, choose, edit_logits, scores_of
+from flatgpt.inference.sampling import apply_penalties, sample_tokens, scores_of, suppressed_ids
 from flatgpt.inference.scheduler import ScheduledBatch, Slot
 from model import GPT
 
@@ -24,7 +24,7 @@ class ModelRunner:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, rows: int, length: int | None):
         self.model, self.cache = model, KVCache(model, rows, length)
-        self.banned = banned_ids(tokenizer, model)
+        self.suppressed = suppressed_ids(tokenizer, model)
 
     def clear(self, row: int) -> None:
         """Overwrite a row whose keys may not be finite: no mask hides those from the next."""
@@ -41,14 +41,14 @@ class ModelRunner:
         self.copy_rows(batch)
         slots, scored = batch.slots, batch.slots[0].request.scoring
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
-        cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].keys))
+        cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].cached_ids))
         ragged = len({*map(len, batch.tokens)}) > 1
         logits, _ = self.model(idx, cache=cache, lengths=lengths if ragged else None, whole=scored)
         if scored:
             self.score_prompt(slots[0], logits[0])
             logits = logits[:, -1]
         for slot, tokens in zip(slots, batch.tokens, strict=True):
-            self.cache.pos[slot.row] = len(slot.keys) + len(tokens)
+            self.cache.pos[slot.row] = len(slot.cached_ids) + len(tokens)
         return logits
 
     def decode(self, batch: ScheduledBatch):
@@ -57,7 +57,7 @@ class ModelRunner:
         tokens, lengths = np.zeros((2, batch.rows), np.int64)
         rows = [slot.row for slot in batch.slots]
         tokens[rows], lengths[rows] = [token for (token,) in batch.tokens], 1
-        self.cache.span = max(len(slot.keys) for slot in batch.slots)
+        self.cache.span = max(len(slot.cached_ids) for slot in batch.slots)
         logits = self.advance(tokens, lengths)
         return logits if len(rows) == batch.rows else logits[rows]
 
@@ -73,30 +73,30 @@ class ModelRunner:
 
     def score_prompt(self, slot: Slot, logits) -> None:
         """Keep how likely the prompt's tokens were that follow the ones logits (T, V) are of."""
-        first, request = len(slot.keys) + 1, slot.request
-        following = (slot.keys + slot.pending)[first : first + len(logits)]
+        first, request = len(slot.cached_ids) + 1, slot.request
+        following = (slot.cached_ids + slot.uncached_ids)[first : first + len(logits)]
         scores = scores_of(logits[: len(following)], following, request.top or 0)
         request.prompt_scores += scores
 
     def sample(self, requests: list[Request], logits) -> tuple[list[int], list[tuple]]:
         """Each request's next token from its row of logits (R, V), and (logprob, top) of each."""
-        tokens = self.choose_all(requests, logits)
+        tokens = self.sample_all(requests, logits)
         return tokens, self.scores_asked(requests, tokens, logits)
 
-    def choose_all(self, requests: list[Request], logits) -> list[int]:
+    def sample_all(self, requests: list[Request], logits) -> list[int]:
         """A token for each request from its row of logits (R, V); those of one rule at once."""
-        logits = logits.float().masked_fill(self.banned, -math.inf)
+        logits = logits.float().masked_fill(self.suppressed, -math.inf)
         rules: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
             rules.setdefault(request.sampling.rule, []).append(i)
-            if request.sampling.edits_logits:
-                edit_logits(logits[i], request.sampling, request.prompt, request.written)
+            if request.sampling.has_penalties:
+                apply_penalties(logits[i], request.sampling, request.prompt, request.written)
         chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
         for rows in rules.values():
             draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]
             part = logits if len(rows) == len(requests) else logits[rows]
             uniforms = torch.tensor(draws, device=logits.device)
-            chosen[rows] = choose(part, requests[rows[0]].sampling, uniforms)
+            chosen[rows] = sample_tokens(part, requests[rows[0]].sampling, uniforms)
         return chosen.tolist()
 
     def scores_asked(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 
 
-class Piece(NamedTuple):
+class TokenOutput(NamedTuple):
     """One more token of one text."""
 
     row: int  # place of its prompt among those of its caller
@@ -53,23 +53,23 @@ class TextStream:
 class Request:
     """A text to continue, and what has become of it so far.
 
-    prompt: token ids, at least one; the last block_size of them count. on_piece: is given each
-    Piece as it comes, in the thread that runs the engine. seed: of the random numbers, by default
-    sampling.seed and row. top: report each token's log-probability, and those of so many likeliest
-    ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
+    prompt: token ids, at least one; the last block_size of them count. on_token: is given each
+    TokenOutput as it comes, in the thread that runs the engine. seed: of the random numbers, by
+    default sampling.seed and row. top: report each token's log-probability, and those of so many
+    likeliest ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
     """
 
     def __init__(
         self,
         prompt,
-        sampling: Sampling,
-        on_piece: Callable[[Piece], None],
+        sampling: SamplingParams,
+        on_token: Callable[[TokenOutput], None],
         row: int = 0,
         seed=None,
         top: int | None = None,
         score_prompt: bool = False,
     ):
-        self.prompt, self.sampling, self.on_piece = list(map(int, prompt)), sampling, on_piece
+        self.prompt, self.sampling, self.on_token = list(map(int, prompt)), sampling, on_token
         assert self.prompt, 'there is nothing to continue'
         self.row, self.top, self.score_prompt = row, top, score_prompt
         self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
@@ -98,19 +98,19 @@ class Request:
             return 'error'
         return 'length' if self.sampling.max_new_tokens == 0 else None
 
-    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> Piece:
-        """The piece that a chosen token makes."""
+    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> TokenOutput:
+        """The output that a sampled token makes."""
         if token < 0:  # no finite logits, as float16 may have after one prompt and not others
-            return Piece(self.row, None, '', 'error')
+            return TokenOutput(self.row, None, '', 'error')
         self.written.append(token)
         last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.ends
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
         finish = 'stop' if end or stopped else 'length' if last else None
-        return Piece(self.row, token, text, finish, logprob, top)
+        return TokenOutput(self.row, token, text, finish, logprob, top)
 
-    def send(self, piece: Piece) -> None:
+    def send(self, output: TokenOutput) -> None:
         now = time.monotonic()
         self.first = self.first or now
-        if piece.finish:
-            self.ended, self.finish = now, piece.finish  # read by other threads, in this order
-        self.on_piece(piece)
+        if output.finish:
+            self.ended, self.finish = now, output.finish  # read by other threads, in this order
+        self.on_token(output)

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from flatgpt.inference.request import Request
 
-WORTHWHILE = 16  # keys of another prompt that are taken over, at least
-IDLE = 2048  # tokens of prompts computed at once while no request waits for its next token
-SCORED = 128  # of a prompt whose log-probabilities are asked for, each over the vocabulary
+MIN_PREFIX = 16  # tokens that a prompt must share with another for its keys to be copied
+IDLE_PREFILL_TOKENS = 2048  # of prompts, computed at once while no request awaits its next token
+LOGPROB_CHUNK = 128  # tokens of a prompt to be scored: each has logits over the vocabulary
 
 
 class Slot:
@@ -29,42 +29,42 @@ class Slot:
     def __init__(self, row: int):
         self.row = row
         self.request: Request | None = None
-        self.keys: list[int] = []  # tokens whose keys the cache holds, also after the request
-        self.pending: list[int] = []  # tokens that come after them
+        self.cached_ids: list[int] = []  # tokens whose keys the cache holds, also after the request
+        self.uncached_ids: list[int] = []  # tokens that come after them
         self.fresh = False  # whether the keys are still those of the request before
         self.used = 0.0
 
     def begin(self, request: Request, block_size: int) -> None:
-        self.request, self.pending, self.fresh = request, request.prompt[-block_size:], True
+        self.request, self.uncached_ids, self.fresh = request, request.prompt[-block_size:], True
         request.began = time.monotonic()
 
     def append(self, token: int, block_size: int) -> None:
         """Take a sampled token into the context, whose keys are all there."""
-        self.pending = [token]
-        if len(self.keys) == block_size:
-            self.pending = self.keys[max(1, block_size // 8) :] + [token]
-            self.keys = []
+        self.uncached_ids = [token]
+        if len(self.cached_ids) == block_size:
+            self.uncached_ids = self.cached_ids[max(1, block_size // 8) :] + [token]
+            self.cached_ids = []
 
     def end(self) -> None:
-        self.request, self.pending, self.used = None, [], time.monotonic()
+        self.request, self.uncached_ids, self.used = None, [], time.monotonic()
 
     @property
     def decoding(self) -> bool:
         """Whether its next token can be computed together with those of others."""
-        return self.request is not None and not self.fresh and len(self.pending) == 1
+        return self.request is not None and not self.fresh and len(self.uncached_ids) == 1
 
     @property
     def prefilling(self) -> bool:
-        return self.request is not None and (self.fresh or len(self.pending) != 1)
+        return self.request is not None and (self.fresh or len(self.uncached_ids) != 1)
 
 
 class ScheduledBatch(NamedTuple):
     """What one forward pass computes."""
 
     slots: list[Slot]
-    tokens: list[list[int]]  # of each slot: those that come after its keys
-    rows: int  # of the cache that are computed: as many as slots, or the first ones, when decoding
-    copies: list[tuple[int, int, int]]  # (row, row, tokens): from, to and how many, before it
+    tokens: list[list[int]]  # of each slot: the first of its uncached_ids
+    rows: int  # computed: those of the slots, or to decode so many of the cache's first ones
+    copies: list[tuple[int, int, int]]  # (from row, to row, tokens): to be copied before it
 
 
 class Scheduler:
@@ -122,17 +122,17 @@ class Scheduler:
         """Tokens of the prompt that came first, or all of several; None where no prompt waits."""
         while slots := self.prompts():
             if slots[0].fresh:
-                self.reuse_keys(slots[0])
+                self.reuse_prefix(slots[0])
             if slots[0].prefilling:  # else the keys of others were all but its last
                 break
         if not slots:
             return None
         first = slots[0]
-        alone = self.deterministic or first.keys or first.request.scoring
+        alone = self.deterministic or first.cached_ids or first.request.scoring
         idle = not (self.deterministic or any(slot.decoding for slot in self.slots))
-        room = IDLE if idle else self.chunk
+        room = IDLE_PREFILL_TOKENS if idle else self.chunk
         slots = slots[:1] if alone else self.together(slots, room)
-        room = min(room, SCORED) if first.request.scoring else room
+        room = min(room, LOGPROB_CHUNK) if first.request.scoring else room
         return self.batch(slots, len(slots), room // len(slots))
 
     def prompts(self) -> list[Slot]:
@@ -140,43 +140,45 @@ class Scheduler:
         slots = [slot for slot in self.slots if slot.prefilling]
         return sorted(slots, key=lambda slot: slot.request.came)
 
-    def reuse_keys(self, slot: Slot) -> None:
+    def reuse_prefix(self, slot: Slot) -> None:
         """Begin a prompt with the keys that a slot already holds for its first tokens."""
-        prompt, best, count = slot.pending, slot, 0
+        prompt, best, count = slot.uncached_ids, slot, 0
         if not (self.deterministic or slot.request.scoring):
-            best = max(self.slots, key=lambda other: common(prompt, other.keys))
-            count = min(common(prompt, best.keys), len(prompt) - 1)  # the last gives logits
-        count = count if count >= WORTHWHILE else 0
+            best = max(self.slots, key=lambda other: common_prefix(prompt, other.cached_ids))
+            shared = common_prefix(prompt, best.cached_ids)
+            count = min(shared, len(prompt) - 1)  # the last gives logits
+        count = count if count >= MIN_PREFIX else 0
         self.copies.append((best.row, slot.row, count))
-        slot.keys, slot.pending, slot.fresh = prompt[:count], prompt[count:], False
+        slot.cached_ids, slot.uncached_ids, slot.fresh = prompt[:count], prompt[count:], False
 
     def together(self, slots: list[Slot], room: int) -> list[Slot]:
         """Of the prompts, the first and those that can be computed in one pass with it."""
         taken = slots[:1]
         for slot in slots[1:]:
-            longest = max(len(each.pending) for each in [*taken, slot])
-            shared = any(common(slot.pending, each.pending) >= WORTHWHILE for each in taken)
+            ids, others = slot.uncached_ids, [each.uncached_ids for each in taken]
+            longest = max(map(len, [*others, ids]))
+            shared = any(common_prefix(ids, other) >= MIN_PREFIX for other in others)
             if shared or slot.request.scoring or longest * (len(taken) + 1) > room:
                 continue  # in a later step it may have the keys of one of these
             if slot.fresh:
-                self.reuse_keys(slot)
-            if slot.prefilling and not slot.keys:
+                self.reuse_prefix(slot)
+            if slot.prefilling and not slot.cached_ids:
                 taken.append(slot)
         return taken
 
     def schedule_decode(self) -> ScheduledBatch | None:
         """One more token of every request whose prompt is done; None where there is none."""
         slots = [slot for slot in self.slots if slot.decoding]
-        return self.batch(slots, self.settle(slots), 1) if slots else None
+        return self.batch(slots, self.compact(slots), 1) if slots else None
 
-    def settle(self, slots: list[Slot]) -> int:
+    def compact(self, slots: list[Slot]) -> int:
         """How many rows to compute, the first ones, after requests have moved to where few are."""
         few = self.count_for(self.running)
         for slot in slots:
             if slot.row >= few:
                 free = next(other for other in self.slots if other.request is None)
-                self.copies.append((slot.row, free.row, len(slot.keys)))
-                free.keys = []
+                self.copies.append((slot.row, free.row, len(slot.cached_ids)))
+                free.cached_ids = []
                 slot.row, free.row = free.row, slot.row
                 self.slots[slot.row], self.slots[free.row] = slot, free
         slots.sort(key=lambda slot: slot.row)
@@ -185,24 +187,24 @@ class Scheduler:
     def batch(self, slots: list[Slot], rows: int, most: int) -> ScheduledBatch:
         """Up to `most` next tokens of each slot."""
         copies, self.copies = self.copies, []
-        return ScheduledBatch(slots, [slot.pending[:most] for slot in slots], rows, copies)
+        return ScheduledBatch(slots, [slot.uncached_ids[:most] for slot in slots], rows, copies)
 
     # --- what became of it
 
-    def computed(self, batch: ScheduledBatch) -> None:
+    def mark_cached(self, batch: ScheduledBatch) -> None:
         """The cache now holds the keys of these tokens."""
         for slot, tokens in zip(batch.slots, batch.tokens, strict=True):
-            slot.keys += tokens
-            del slot.pending[: len(tokens)]
+            slot.cached_ids += tokens
+            del slot.uncached_ids[: len(tokens)]
 
     def append(self, slot: Slot, token: int) -> None:
         """A request goes on after a sampled token."""
         slot.append(token, self.block_size)
-        if not slot.keys:
-            self.copies.append((slot.row, slot.row, 0))
+        if not slot.cached_ids:
+            self.copies.append((slot.row, slot.row, 0))  # its positions start from 0 again
 
 
-def common(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
     """How many of the first tokens are the same."""
     differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
     return next(differ, min(len(a), len(b)))

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import NOT_FINITE, Engine
-from flatgpt.inference.request import Piece, Request
+from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.serving.schema import CompletionRequest, Message, error_body
 
 PACE = 0.03  # seconds between the frames of a stream: threads that wake up hold up the engine
@@ -53,7 +53,7 @@ class Answer:
         self.request, self.tokenizer, self.echo = request, tokenizer, echo
         self.decoder, self.offset = codecs.getincrementaldecoder('utf-8')('replace'), 0
 
-    def choice(self, pieces: list[Piece]) -> dict | None:
+    def choice(self, pieces: list[TokenOutput]) -> dict | None:
         """The next pieces as a client reads them; None while there is nothing to read."""
         r, finish = self.request, pieces[-1].finish
         text = ''.join(piece.text for piece in pieces)
@@ -151,7 +151,7 @@ class Job:
         self.engine, self.prompts, self.gone, self.seconds = engine, prompts, gone, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.shape = shape or (lambda choice: choice)  # of a choice, as the client knows it
-        self.pieces: deque[Piece] = deque()
+        self.pieces: deque[TokenOutput] = deque()
         self.left = len(self.requests)
         self.hungry = False  # whether a thread waits for the next piece
         self.arrived, self.finished = threading.Event(), threading.Event()
@@ -160,7 +160,7 @@ class Job:
 
     # --- in the engine's thread
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: TokenOutput) -> None:
         self.pieces.append(piece)
         if piece.finish:
             self.left -= 1
@@ -183,7 +183,7 @@ class Job:
 
     # --- in its own
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self) -> Iterator[list[TokenOutput]]:
         """Pieces as they come: the first and the last at once, others together every PACE."""
         done = False
         while not done:
@@ -196,11 +196,11 @@ class Job:
             yield [self.pieces.popleft() for _ in range(len(self.pieces))]
             self.finished.wait(PACE)
 
-    def choices(self, pieces: list[Piece]) -> list[dict]:
+    def choices(self, pieces: list[TokenOutput]) -> list[dict]:
         """Pieces as a client reads them. Refusal if the job has failed."""
         if any(piece.finish in ('error', 'cancelled') for piece in pieces):
             raise self.failure()
-        rows: dict[int, list[Piece]] = {}
+        rows: dict[int, list[TokenOutput]] = {}
         for piece in pieces:
             rows.setdefault(piece.row, []).append(piece)
         choices = [self.answers[row].choice(rows[row]) for row in sorted(rows)]

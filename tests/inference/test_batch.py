@@ -17,8 +17,8 @@ from flatgpt.checkpoint import load
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.inference.batch import fingerprint
 from flatgpt.inference.engine import generate
-from flatgpt.inference.quantize import freeze
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.sampling import SamplingParams
 
 SCRIPT = ROOT / 'sample.py'
 LETTERS = '\n abcdefgh'
@@ -55,7 +55,9 @@ def test_a_batch_is_answered_in_order_each_as_if_alone(out_dir, tmp_path):
     model, tokenizer, _ = load.load_model(out_dir)
     for i in range(0, 40, 7):
         ids = [tokenizer.encode(prompts[i])]
-        pieces = list(generate(model, tokenizer, ids, Sampling(20, **AS_SAMPLED), [(1337, i)]))
+        pieces = list(
+            generate(model, tokenizer, ids, SamplingParams(20, **AS_SAMPLED), [(1337, i)])
+        )
         assert answers[i]['text'] == ''.join(piece.text for piece in pieces)
         assert (answers[i]['tokens'], answers[i]['finish']) == (20, 'length')
 
@@ -142,11 +144,11 @@ def test_half_a_surrogate_and_a_prompt_too_long_are_answered_and_said(out_dir, t
 
 def test_a_batch_of_another_model_is_known_by_any_of_its_weights():
     model = random_model(257, arch='modern')
-    before = fingerprint(freeze(copy.deepcopy(model)))
-    assert fingerprint(freeze(copy.deepcopy(model))) == before
+    before = fingerprint(prepare_for_inference(copy.deepcopy(model)))
+    assert fingerprint(prepare_for_inference(copy.deepcopy(model))) == before
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[3, 3] += 0.5
-    assert fingerprint(freeze(model)) != before
+    assert fingerprint(prepare_for_inference(model)) != before
 
 
 def test_no_stop_string_is_none_and_what_is_no_text_is_an_error(out_dir, tmp_path):

@@ -17,7 +17,7 @@ from configurator import configure
 from flatgpt.checkpoint import load
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.inference.engine import complete, generate
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 from sample import split_stop
 
 SCRIPT = ROOT / 'sample.py'
@@ -65,7 +65,9 @@ def test_samples_are_printed_in_order_with_separators(out_dir, tokenizer):
     assert [len(text) for text in texts] == [33] * 3
     assert all(text.startswith('abc') for text in texts)
     model, tokenizer, _ = load.load_model(out_dir)
-    assert texts[0] == 'abc' + complete(model, tokenizer, ['abc'], Sampling(30, **AS_SAMPLED))[0]
+    assert (
+        texts[0] == 'abc' + complete(model, tokenizer, ['abc'], SamplingParams(30, **AS_SAMPLED))[0]
+    )
     assert re.search(r'step 3.*M parameters on cpu', result.stderr)
     assert sample(*args).stdout == result.stdout
 
@@ -158,7 +160,7 @@ def test_the_console_remembers_until_reset_and_checks_what_is_set(out_dir):
     lines = result.stdout
     assert 'no chat template' in lines
     model, tokenizer, _ = load.load_model(out_dir)
-    sampling, heard = Sampling(6, **AS_SAMPLED), 'ab'
+    sampling, heard = SamplingParams(6, **AS_SAMPLED), 'ab'
     for turn, line in enumerate(['\ncd', ''], 1):
         ids = [tokenizer.encode(heard)]
         answer = ''.join(p.text for p in generate(model, tokenizer, ids, sampling, [(1337, turn)]))
@@ -182,7 +184,7 @@ def test_the_console_speaks_by_the_chat_template(tmp_path):
     result = chat(out_dir, ['cd', 'ef'])
     assert 'has a chat template: it answers' in result.stdout
     model, heard = load.load_model(out_dir)[0], ''
-    sampling = Sampling(6, **AS_SAMPLED, stop=('\n',))
+    sampling = SamplingParams(6, **AS_SAMPLED, stop=('\n',))
     for turn, line in enumerate(['cd', 'ef'], 1):
         heard += f'a {line}\nb '
         forgotten = max(0, -(-(len(heard) - 16) // 2) * 2)  # by eighths of the context
@@ -197,7 +199,7 @@ def test_the_console_begins_with_a_given_prompt(out_dir):
     assert 'abc\n' in result.stdout
     model, tokenizer, _ = load.load_model(out_dir)
     ids = tokenizer.encode('abc\ncd')
-    pieces = generate(model, tokenizer, [ids], Sampling(6, **AS_SAMPLED), [(1337, 1)])
+    pieces = generate(model, tokenizer, [ids], SamplingParams(6, **AS_SAMPLED), [(1337, 1)])
     assert ''.join(piece.text for piece in pieces) in result.stdout
 
 

@@ -24,8 +24,8 @@ from configurator import configure, help_text
 from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.inference.engine import NOT_FINITE, generate
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.serving import schema
 from flatgpt.serving.http_server import Door, JsonLines, Server, listen, wait_until_drained
 from flatgpt.serving.service import Answer
@@ -120,7 +120,7 @@ def wait_until(reached, seconds=10):
 def write(service, text):
     """Have the engine write a text (bytes), whatever the model says."""
     runner = service.engine.runner
-    runner.choose_all = lambda requests, logits: [text[len(r.written)] for r in requests]
+    runner.sample_all = lambda requests, logits: [text[len(r.written)] for r in requests]
 
 
 @contextlib.contextmanager
@@ -160,7 +160,7 @@ def in_background(work, *args, **options):
 def alone(model, prompt, **choice):
     """What the engine makes of a text by itself."""
     tokenizer = byte_tokenizer()
-    pieces = generate(model, tokenizer, [tokenizer.encode(prompt)], Sampling(**choice))
+    pieces = generate(model, tokenizer, [tokenizer.encode(prompt)], SamplingParams(**choice))
     return ''.join(piece.text for piece in pieces)
 
 
@@ -402,7 +402,7 @@ def test_echo_with_logprobs_scores_prompt_and_text(client, model):
     assert {name: len(values) for name, values in scores.items()} == dict.fromkeys(scores, 7)
     assert scores['token_logprobs'][0] is scores['top_logprobs'][0] is None
     assert scores['text_offset'][:5] == [0, 1, 2, 3, 4]
-    greedy = generate(model, byte_tokenizer(), [[1, 2, 3, 4]], Sampling(3, temperature=0))
+    greedy = generate(model, byte_tokenizer(), [[1, 2, 3, 4]], SamplingParams(3, temperature=0))
     ids = [1, 2, 3, 4, *(piece.token for piece in greedy)]
     assert scores['tokens'] == [byte_tokenizer().decode([i]) for i in ids]
     expected = model(torch.tensor([ids]))[0][0].log_softmax(-1)
@@ -424,10 +424,13 @@ def test_a_prompt_can_be_scored_without_writing(client):
 
 
 def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
-    request = Request([97], Sampling(), print, top=3)
+    request = Request([97], SamplingParams(), print, top=3)
     top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0))
     choice = Answer(request, byte_tokenizer(), False).choice(
-        [Piece(0, 0xEA, '', None, -3.0, top), Piece(0, 98, 'b', 'length', -math.inf, ())]
+        [
+            TokenOutput(0, 0xEA, '', None, -3.0, top),
+            TokenOutput(0, 98, 'b', 'length', -math.inf, ()),
+        ]
     )
     assert choice['logprobs']['top_logprobs'] == [{'\ufffd': -1.0, 'a': -5.0}, {'b': -9999.0}]
     assert choice['logprobs']['token_logprobs'] == [-3.0, -9999.0]
@@ -834,13 +837,13 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
 
 def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
     service = service_of(client)
-    runner, choose_all = service.engine.runner, service.engine.runner.choose_all
-    runner.choose_all = lambda requests, logits: [-1] * len(requests)
+    runner, sample_all = service.engine.runner, service.engine.runner.sample_all
+    runner.sample_all = lambda requests, logits: [-1] * len(requests)
     error = ask(client, 500, prompt='a', n=2)['error']
     assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
     assert caplog.text.count(NOT_FINITE) == 1
     assert stream(client, prompt='a')[-1] == {'error': error}
-    runner.choose_all = choose_all
+    runner.sample_all = sample_all
     ask(client, prompt='a')
 
 
