@@ -15,9 +15,6 @@ the same command goes on where it was.
 From Python: load() here, and generate(), complete() or an Engine of engine.py.
 """
 
-import hashlib
-import json
-import os
 import re
 import sys
 from collections import deque
@@ -27,17 +24,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from configurator import configure
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
+from flatgpt.inference.batch import Batch
 from flatgpt.inference.engine import NOT_FINITE, Engine, generate
-from flatgpt.inference.quantize import freeze
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.runtime import keep_freed_memory, pick_device, pick_dtype
 from model import GPT
 
@@ -70,10 +66,8 @@ frequency_penalty = 0.0  # taken off a token's logit for each time the new text 
 presence_penalty = 0.0  # and once, if it has it at all
 # -----------------------------------------------------------------------------
 
-JSON_LINES = ('.jsonl', '.ndjson')
-AHEAD = 4096  # answers of a batch file that wait for a slow one before them, at most
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
-CHOICES = [f.name for f in fields(Sampling) if f.name in globals()]  # settings of each text
+CHOICES = [f.name for f in fields(SamplingParams) if f.name in globals()]  # settings of each text
 DOES = {'a': 'answers what you type', 'no': 'continues what you type'}
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
 model's context reaches, until you clear it. Ctrl-C stops an answer.
@@ -83,15 +77,22 @@ model's context reaches, until you clear it. Ctrl-C stops an answer.
 
 
 # -----------------------------------------------------------------------------
-# the command line
+# settings and prompts
 
 
-def sampling_of(settings: dict) -> Sampling:
-    """The Sampling that settings describe; they spell its stop strings as one text."""
+def sampling_of(settings: dict) -> SamplingParams:
+    """The SamplingParams that settings describe; they spell its stop strings as one text."""
     chosen = {name: settings[name] for name in CHOICES}
     if chosen['max_new_tokens'] < 1:
         raise ConfigError(f'max_new_tokens={chosen["max_new_tokens"]}: must be at least 1')
-    return Sampling(**{**chosen, 'stop': split_stop(settings['stop'])})
+    return SamplingParams(**{**chosen, 'stop': split_stop(settings['stop'])})
+
+
+def changed(settings: dict, changes: dict) -> dict:
+    """The settings after changes, which are checked as flags are."""
+    flags = [f'--{name}={value}' for name, value in changes.items()]
+    # __file__ has configure read the settings' types where they are declared
+    return configure({'__file__': __file__, **settings}, flags)
 
 
 def split_stop(text: str) -> tuple[str, ...]:
@@ -134,14 +135,14 @@ def write(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_samples(pieces: Iterator[Piece], prompt: str, samples: int) -> None:
+def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
     """Show the first sample as it is written, and each other one from when its turn has come."""
     ready = [prompt] * samples  # text not yet shown
     finished = [False] * samples
     current = 0
-    for piece in pieces:
-        ready[piece.row] += piece.text
-        finished[piece.row] = piece.finish is not None
+    for output in outputs:
+        ready[output.row] += output.text
+        finished[output.row] = output.finish is not None
         while current < samples:
             write(ready[current])
             ready[current] = ''
@@ -151,8 +152,12 @@ def write_samples(pieces: Iterator[Piece], prompt: str, samples: int) -> None:
             current += 1
 
 
+# -----------------------------------------------------------------------------
+# the chat console
+
+
 class Console:
-    """--chat: a conversation by the tokenizer's chat template. Without one, what the user types and
+    """A conversation by the tokenizer's chat template. Without one, what the user types and
     what the model answers are one text, which it continues."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, opening: str):
@@ -215,12 +220,10 @@ class Console:
         if name not in self.settings:
             hint = did_you_mean(name, self.settings)
             raise UserError(f'/set {name}: no such setting; {hint}/help lists them')
-        # __file__ has configure read the settings' types where they are declared
-        defaults = {'__file__': __file__, **self.settings}
-        changed = configure(defaults, [f'--{name}={value}'])
-        sampling_of(changed)  # raises if the value is out of range
-        self.settings = changed
-        print(f'({name} = {changed[name]!r})', flush=True)
+        settings = changed(self.settings, {name: value})
+        sampling_of(settings)  # raises if the value is out of range
+        self.settings = settings
+        print(f'({name} = {settings[name]!r})', flush=True)
 
     def answer(self, line: str) -> None:
         sampling, template = sampling_of(self.settings), self.tokenizer.chat_template
@@ -235,21 +238,21 @@ class Console:
         while len(self.ids) - self.start > self.size:  # by eighths, as the engine forgets
             self.start += max(1, self.size // 8)
         # every answer has its own random numbers
-        pieces, prompt = deque(), self.ids[self.start :]
-        request = Request(prompt, sampling, pieces.append, seed=(sampling.seed, self.turn))
+        outputs, prompt = deque(), self.ids[self.start :]
+        request = Request(prompt, sampling, outputs.append, seed=(sampling.seed, self.turn))
         before, shown = len(self.ids), ''
         self.engine.submit(request)
         try:
             while self.engine.step():
-                while pieces:  # what was shown is what is remembered, also after Ctrl-C
-                    piece = pieces.popleft()
-                    if piece.finish == 'error':
+                while outputs:  # what was shown is what is remembered, also after Ctrl-C
+                    output = outputs.popleft()
+                    if output.finish == 'error':
                         raise UserError(NOT_FINITE)
-                    shown += piece.text
-                    write(piece.text)
-                    if piece.finish != 'stop':
-                        self.ids.append(piece.token)
-                    elif piece.token not in self.tokenizer.ends:  # some of what came is not shown
+                    shown += output.text
+                    write(output.text)
+                    if output.finish != 'stop':
+                        self.ids.append(output.token)
+                    elif output.token not in self.tokenizer.ends:  # some of what came is not shown
                         self.ids[before:] = self.encode(shown)
         finally:
             request.cancel()
@@ -259,173 +262,7 @@ class Console:
 
 
 # -----------------------------------------------------------------------------
-# a file of prompts
-
-
-class Batch:
-    """Answers the prompts of a file. Until all are answered, the answers lie in <out>.part, and
-    <out>.job says to what."""
-
-    def __init__(self, settings: dict):
-        self.settings, self.path, self.out = settings, Path(settings['batch']), settings['out']
-        if not self.out:
-            raise UserError(f'--batch={self.path}: say where the answers go, with --out=')
-        self.check_free()
-        if not Path(self.out).parent.is_dir():
-            raise UserError(f'--out={self.out}: there is no folder {Path(self.out).parent}')
-        self.part, self.job = Path(f'{self.out}.part'), Path(f'{self.out}.job')
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise UserError(f'--batch={self.path}: cannot be read: {error.strerror}') from error
-        self.lines = content.removesuffix(b'\n').split(b'\n') if content else []
-        if not self.lines:
-            raise UserError(f'--batch={self.path}: is empty; it takes a prompt a line')
-
-    def run(self, model: GPT, tokenizer: Tokenizer) -> None:
-        held = FileLock(f'{self.out}.lock', timeout=0)
-        try:
-            with held:
-                errors = self.answer_all(model, tokenizer)
-        except Timeout:
-            raise UserError(f'--out={self.out}: another batch is writing it now') from None
-        except OSError as error:
-            raise UserError(f'--out={self.out}: {error.strerror}') from error
-        with suppress(OSError):
-            Path(held.lock_file).unlink()
-        print(f'{self.out}: {len(self.lines)} answers, {errors} of them errors', file=sys.stderr)
-        if errors:
-            raise SystemExit(1)
-
-    def answer_all(self, model: GPT, tokenizer: Tokenizer) -> int:
-        """Write all answers that are not there yet -> how many of all are errors."""
-        done = self.begun(model)
-        errors = sum('error' in answer for answer in done)
-        engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
-        bar = tqdm(total=len(self.lines), initial=len(done), unit='text', disable=None)
-        with self.part.open('ab') as file, bar:
-            for answer in self.answers(engine, len(done)):
-                errors += 'error' in answer
-                text = json.dumps(answer, ensure_ascii=False)
-                # half a surrogate pair is written as JSON's escape for it
-                file.write(text.encode(errors='backslashreplace') + b'\n')
-                file.flush()
-                bar.update()
-        self.check_free()
-        self.part.rename(self.out)
-        self.job.unlink()
-        return errors
-
-    def check_free(self) -> None:
-        if Path(self.out).exists():
-            raise UserError(f'--out={self.out}: is there already; name another file')
-
-    def begun(self, model: GPT) -> list[dict]:
-        """The answers that an earlier start of the same job left, without what a kill cut off."""
-        names = (*CHOICES, 'out_dir', 'init_from', 'checkpoint', 'dtype', 'quantize', 'tokenizer')
-        job = {name: self.settings[name] for name in names} | {'kind': self.path.suffix}
-        job |= {'model': fingerprint(model)}
-        job |= {'batch': hashlib.sha256(b'\n'.join(self.lines)).hexdigest()}
-        if not self.part.exists():
-            self.job.write_text(json.dumps(job), encoding='utf-8')
-            return []
-        if not self.job.exists() or json_or_none(self.job.read_bytes()) != job:
-            raise UserError(
-                f'{self.part}: is of another batch, model or settings; delete it, or name another '
-                '--out'
-            )
-        done, size = [], 0
-        for line in self.part.read_bytes().split(b'\n')[:-1]:
-            answer = json_or_none(line)
-            if not isinstance(answer, dict) or answer.get('line') != len(done) + 1:
-                break
-            done.append(answer)
-            size += len(line) + 1
-        os.truncate(self.part, size)
-        print(f'{self.part}: goes on after {len(done)} answers', file=sys.stderr)
-        return done
-
-    def answers(self, engine: Engine, first: int) -> Iterator[dict]:
-        """The answers from line `first` on, in order, of which a few lines are in the engine."""
-        ready: dict[int, dict] = {}
-        number = next_out = first
-        while next_out < len(self.lines):
-            most = min(len(self.lines), next_out + AHEAD)
-            while number < most and len(engine.waiting) < len(engine.slots):
-                ready[number] = self.begin(engine, number)
-                number += 1
-            engine.step()
-            while next_out in ready and ready[next_out].get('finish', 'error'):
-                yield ready.pop(next_out)
-                next_out += 1
-
-    def begin(self, engine: Engine, number: int) -> dict:
-        """Hand line `number` to the engine -> its answer, which has a 'finish' once it is there."""
-        answer = {'line': number + 1}
-        try:
-            text, sampling, own = self.parse(self.lines[number])
-            ids = engine.tokenizer.encode(text, allow_eot=True)
-            if not len(ids):
-                raise UserError('the prompt is empty')
-        except UserError as error:
-            return answer | {'error': str(error)}
-        answer |= {**own, 'text': '', 'tokens': 0, 'finish': None}
-        if len(ids) > engine.model.config.block_size:
-            answer['prompt_tokens_left_out'] = len(ids) - engine.model.config.block_size
-
-        def take(piece: Piece) -> None:
-            answer['text'] += piece.text
-            answer['tokens'] += 1
-            answer['finish'] = piece.finish
-            if piece.finish == 'error':
-                answer['error'] = NOT_FINITE
-
-        engine.submit(Request(ids, sampling, take, row=number))
-        return answer
-
-    def parse(self, line: bytes) -> tuple[str, Sampling, dict]:
-        """A line's prompt, how it is to be answered, and what is repeated in its answer."""
-        try:
-            text = line.decode('utf-8-sig').removesuffix('\r')
-        except UnicodeDecodeError as error:
-            raise UserError(f'not UTF-8 at byte {error.start}') from error
-        if self.path.suffix.lower() not in JSON_LINES:
-            return text, sampling_of(self.settings), {'prompt': text}
-        record = json_or_none(text)
-        if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
-            raise UserError('not a JSON object with a "prompt" that is text')
-        kept = ('prompt', 'id')
-        chosen = {k: v for k, v in record.items() if k not in kept and (k, v) != ('stop', None)}
-        own = {key: record[key] for key in ('id', 'prompt') if key in record}
-        for key in chosen:
-            if key not in CHOICES:
-                hint = did_you_mean(key, CHOICES).strip() or f'there are {", ".join(CHOICES)}'
-                raise UserError(f'no setting is called {key!r}; {hint}')
-        stops = None if isinstance(chosen.get('stop', ''), str) else chosen.pop('stop')
-        flags = [f'--{key}={value}' for key, value in chosen.items()]
-        sampling = sampling_of(configure({'__file__': __file__, **self.settings}, flags))
-        if stops is not None:
-            if not (isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)):
-                raise UserError('stop: needs a text, or a list of texts')
-            sampling = replace(sampling, stop=tuple(stops))
-        return record['prompt'], sampling, own
-
-
-@torch.inference_mode()
-def fingerprint(model: GPT) -> str:
-    """What a model answers to all its tokens in a row: other weights give other logits."""
-    device, c = model.embedding.weight.device, model.config
-    idx = torch.arange(min(c.block_size, c.vocab_size, 64), device=device)[None]
-    return hashlib.sha256(model(idx)[0][0, -1].float().cpu().numpy().tobytes()).hexdigest()
-
-
-def json_or_none(text: str | bytes):
-    def refuse(constant: str):
-        raise ValueError(f'{constant} is no JSON')
-
-    with suppress(ValueError, RecursionError):
-        return json.loads(text, parse_constant=refuse)
-    return None
+# the model
 
 
 def source(settings: dict) -> tuple[str | Path, str]:
@@ -457,7 +294,11 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         )
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
-    return freeze(model.to(dtype), settings['quantize']), tokenizer
+    return prepare_for_inference(model.to(dtype), settings['quantize']), tokenizer
+
+
+# -----------------------------------------------------------------------------
+# the command line
 
 
 def main(settings: dict) -> None:
@@ -468,7 +309,7 @@ def main(settings: dict) -> None:
         if settings['chat'] or settings['start'] != start:
             raise UserError('--batch has prompts of its own: leave out the prompt, and --chat')
         within(1, None, settings, 'rows')
-        batch = Batch(settings)
+        batch = Batch(settings, lambda own: sampling_of(changed(settings, own)), CHOICES)
         return batch.run(*load(settings))
     prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)

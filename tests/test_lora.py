@@ -19,7 +19,7 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.load import find, load, load_model
 from flatgpt.checkpoint.peft import CONFIG, WEIGHTS
 from flatgpt.errors import UserError
-from flatgpt.inference.quantize import freeze
+from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.lora import LoRALinear, adapted, add_lora, matrices, merge_lora
 from flatgpt.training import metrics as metrics_module
 
@@ -92,7 +92,9 @@ def test_merged_matrices_compute_the_same_and_are_plain_ones_again(arch):
         before = model(text())[0]
         merged = merge_lora(model)
         torch.testing.assert_close(merged(text())[0], before, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(freeze(merged)(text())[0], before, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            prepare_for_inference(merged)(text())[0], before, rtol=1e-4, atol=1e-4
+        )
     assert not [name for name, _ in merged.named_parameters() if 'lora' in name]
 
 

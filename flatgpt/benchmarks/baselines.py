@@ -24,9 +24,9 @@ from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.engine import Engine, generate
 from flatgpt.inference.kv_cache import KVCache
-from flatgpt.inference.quantize import freeze
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.runtime import DTYPES, Runtime
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
@@ -86,7 +86,9 @@ def import_nanogpt(folder: str):
 def in_format(model: GPT, kind: str) -> GPT:
     """The model ready to generate, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
     quantize = 'int8' if kind == 'int8' else None
-    return freeze(model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize)
+    return prepare_for_inference(
+        model.to(DTYPES['bfloat16' if quantize else kind]).eval(), quantize
+    )
 
 
 def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
@@ -160,7 +162,7 @@ class FlatGPTGeneration:
         self.settings, self.device = settings, runtime.device
         self.model = in_format(build_model(settings).to(runtime.device), settings['format'])
         self.tokenizer = placeholder_tokenizer(settings['vocab_size'])
-        self.sampling = Sampling(max_new_tokens=settings['new_tokens'], temperature=0)
+        self.sampling = SamplingParams(max_new_tokens=settings['new_tokens'], temperature=0)
         self.engines: dict[int, Engine] = {}
 
     @torch.inference_mode()
@@ -199,7 +201,7 @@ class FlatGPTGeneration:
         engine, tokens = self.engines[clients], []
         prompts = random_prompts(self.settings, requests).tolist()
 
-        def take(piece: Piece) -> None:
+        def take(piece: TokenOutput) -> None:
             tokens.append(piece.token)
             if piece.finish and prompts:
                 engine.submit(Request(prompts.pop(), self.sampling, take))

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import UserError, did_you_mean
 from flatgpt.inference.engine import NOT_FINITE, generate, pad
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 OURS = Path(__file__).parent / 'tasks'  # what the harness lacks
@@ -171,16 +171,16 @@ class Scorer(TemplateLM):
                     texts[n] = text
         return texts
 
-    def sampling_params(self, settings: dict) -> Sampling:
+    def sampling_params(self, settings: dict) -> SamplingParams:
         """A task's settings of sampling; UserError for one that is not supported here."""
         params = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
         if not params.pop('do_sample'):
             params['temperature'] = 0.0
         until = tuple(text for text in params.pop('until') if text not in ('', EOT))
         params |= {'max_new_tokens': params.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
-        if unknown := set(params) - {field.name for field in fields(Sampling)}:
+        if unknown := set(params) - {field.name for field in fields(SamplingParams)}:
             raise UserError(f'task={self.task}: it asks for {min(unknown)}, which is not had here')
-        return Sampling(**params)
+        return SamplingParams(**params)
 
     def prompt(self, text: str, new_tokens: int) -> list[int]:
         """The end of the text that leaves room for `new_tokens` after it, if that is possible."""
@@ -191,7 +191,7 @@ class Scorer(TemplateLM):
         self.cut += len(ids) > room
         return ids[-room:]
 
-    def complete(self, batch: list[int], prompts: dict, sampling: Sampling) -> list[str]:
+    def complete(self, batch: list[int], prompts: dict, sampling: SamplingParams) -> list[str]:
         seeds = [(self.seed, n) for n in batch]
         texts = [''] * len(batch)
         ids = [prompts[n] for n in batch]
@@ -329,7 +329,7 @@ def ratio_stderr(metric: str, value: float, items: list) -> float | None:
     """Standard error of a perplexity per word or byte, over documents of unequal length.
 
     items: (log-likelihood, words) of each. The ratio of their sums is linearized (Cochran 1977,
-    Sampling Techniques, chapter 6).
+    SamplingParams Techniques, chapter 6).
     """
     if len(items) < 2 or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return None
@@ -372,7 +372,7 @@ def wrong_word(lm: Scorer, task, sample: dict) -> tuple | None:
     ((context, right),), ((_, likeliest),) = sample['arguments'], sample['filtered_resps']
     if likeliest:
         return None
-    sampling = Sampling(max_new_tokens=max(1, len(lm.tok_encode(right))), temperature=0)
+    sampling = SamplingParams(max_new_tokens=max(1, len(lm.tok_encode(right))), temperature=0)
     prompts = [lm.prompt(context, sampling.max_new_tokens)]
     return context, right, lm.complete([0], prompts, sampling)[0]
 

@@ -4,11 +4,8 @@ import copy
 import math
 
 import torch
-import torch.utils.checkpoint
 
-from model import (
-    GPT,
-)
+from model import GPT
 
 
 class KVCache:
@@ -16,7 +13,7 @@ class KVCache:
 
     Rows stand at their own positions and share nothing: `pos` (rows,) counts the tokens each holds.
     A forward pass of fewer rows continues the first ones. Nothing here is ever moved to other
-    memory, so that engine.py can record a step as a CUDA graph.
+    memory, so that cuda_graph.py can record a step as a CUDA graph.
     """
 
     def __init__(self, model: GPT, rows: int, length: int | None = None):
@@ -34,7 +31,7 @@ class KVCache:
         self.count = torch.arange(self.length, device=weight.device)
         self.zeros = torch.zeros(self.length, device=weight.device, dtype=dtype)
         self.span = 0  # no row holds more; kept on the host, so that no step waits for the device
-        self.graphs = {}  # steps that engine.py recorded on this memory
+        self.graphs = {}  # steps that cuda_graph.py recorded on this memory
 
     def columns(self, T: int) -> int:
         """How many a step of T more tokens attends over: on a GPU one of a few fixed counts."""
@@ -82,6 +79,7 @@ class KVCache:
         return part
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Have a row hold the first `count` tokens of another."""
-        self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
+        """Have a row hold the first `count` tokens of another, or of its own."""
+        if source != target:
+            self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
         self.pos[target] = count

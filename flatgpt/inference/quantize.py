@@ -1,10 +1,10 @@
 """
 The matrices of a model that only writes: laid out for the processor's caches, or in eight bits.
 
-    freeze(model)                    # the same numbers, up to three times as fast on a CPU
-    freeze(model, quantize='int8')   # half the memory of 16 bits, nearly the same numbers
+    prepare_for_inference(model)           # the same numbers, up to three times as fast on a CPU
+    prepare_for_inference(model, 'int8')   # half the memory of 16 bits, nearly the same numbers
 
-A frozen model can be neither trained nor saved.
+A model prepared like this can be neither trained nor saved.
 """
 
 import torch
@@ -58,13 +58,13 @@ class Int8Linear:
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 
 
-def freeze(model: GPT, quantize: str | None = None) -> GPT:
+def prepare_for_inference(model: GPT, quantize: str | None = None) -> GPT:
     """Make a model's matrices ready for generation, in place; quantize: None or 'int8'.
 
     The embeddings stay as they are. ConfigError where this device has no product with int8.
     """
     weight = model.embedding.weight
-    assert any(isinstance(module, nn.Linear) for module in model.modules()), 'frozen already'
+    assert any(isinstance(module, nn.Linear) for module in model.modules()), 'prepared already'
     if quantize == 'int8':
         check_int8(weight)
         kind = Int8Linear

@@ -1,6 +1,7 @@
 """A text to continue: its prompt, how it is asked for, and what has been written of it."""
 
 import codecs
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 
 
-class Piece(NamedTuple):
+class TokenOutput(NamedTuple):
     """One more token of one text."""
 
     row: int  # place of its prompt among those of its caller
@@ -36,13 +37,13 @@ class TextStream:
         ends = [self.held.find(s) for s in self.stop if s in self.held]
         if ends:
             return self.held[: min(ends)], True
-        show = len(self.held) if final else self.safe()
+        show = self.safe() if self.stop and not final else len(self.held)
         text, self.held = self.held[:show], self.held[show:]
         return text, False
 
     def safe(self) -> int:
         """How many held characters come before anything that a stop string could begin with."""
-        longest = max(map(len, self.stop), default=1)
+        longest = max(map(len, self.stop))
         for at in range(max(0, len(self.held) - longest + 1), len(self.held)):
             if any(s.startswith(self.held[at:]) for s in self.stop):
                 return at
@@ -52,23 +53,23 @@ class TextStream:
 class Request:
     """A text to continue, and what has become of it so far.
 
-    prompt: token ids, at least one; the last block_size of them count. on_piece: is given each
-    Piece as it comes, in the thread that runs the engine. seed: of the random numbers, by default
-    sampling.seed and row. top: report each token's log-probability, and those of so many likeliest
-    ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
+    prompt: token ids, at least one; the last block_size of them count. on_token: is given each
+    TokenOutput as it comes, in the thread that runs the engine. seed: of the random numbers, by
+    default sampling.seed and row. top: report each token's log-probability, and those of so many
+    likeliest ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
     """
 
     def __init__(
         self,
         prompt,
-        sampling: Sampling,
-        on_piece: Callable[[Piece], None],
+        sampling: SamplingParams,
+        on_token: Callable[[TokenOutput], None],
         row: int = 0,
         seed=None,
         top: int | None = None,
         score_prompt: bool = False,
     ):
-        self.prompt, self.sampling, self.on_piece = list(map(int, prompt)), sampling, on_piece
+        self.prompt, self.sampling, self.on_token = list(map(int, prompt)), sampling, on_token
         assert self.prompt, 'there is nothing to continue'
         self.row, self.top, self.score_prompt = row, top, score_prompt
         self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
@@ -80,23 +81,36 @@ class Request:
         self.came = time.monotonic()
         self.began = self.first = self.ended = None  # moments: given a row, first token, last one
 
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of its prompt are to be computed now."""
+        return self.score_prompt and not self.written
+
     def cancel(self) -> None:
         """Have the engine drop it before its next step. From any thread, at any time."""
         self.cancelled = True
 
-    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> Piece:
-        """The piece that a chosen token makes."""
+    def ended_by_prompt(self) -> str | None:
+        """Why no token follows the prompt, if none does."""
+        if self.written:
+            return None
+        if not all(math.isfinite(score) for score, _ in self.prompt_scores[1:]):
+            return 'error'
+        return 'length' if self.sampling.max_new_tokens == 0 else None
+
+    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> TokenOutput:
+        """The output that a sampled token makes."""
         if token < 0:  # no finite logits, as float16 may have after one prompt and not others
-            return Piece(self.row, None, '', 'error')
+            return TokenOutput(self.row, None, '', 'error')
         self.written.append(token)
         last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.ends
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
         finish = 'stop' if end or stopped else 'length' if last else None
-        return Piece(self.row, token, text, finish, logprob, top)
+        return TokenOutput(self.row, token, text, finish, logprob, top)
 
-    def send(self, piece: Piece) -> None:
+    def send(self, output: TokenOutput) -> None:
         now = time.monotonic()
         self.first = self.first or now
-        if piece.finish:
-            self.ended, self.finish = now, piece.finish  # read by other threads, in this order
-        self.on_piece(piece)
+        if output.finish:
+            self.ended, self.finish = now, output.finish  # read by other threads, in this order
+        self.on_token(output)

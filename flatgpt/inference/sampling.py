@@ -1,5 +1,5 @@
 """
-The choice of a token: Sampling says how, choose() draws from logits.
+The choice of a token: SamplingParams says how, sample_tokens() draws from logits.
 
 Rules and order are those of `transformers`; penalties and biases those of OpenAI's API.
 """
@@ -18,7 +18,7 @@ HEAD = 1024  # likeliest tokens among which top_p is looked for first
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen and when a text ends, checked. ConfigError names what is wrong."""
 
     max_new_tokens: int = 16
@@ -51,16 +51,16 @@ class Sampling:
 
     @property
     def rule(self) -> tuple:
-        """What candidates() looks at: texts with the same rule choose their tokens together."""
+        """What filter_logits() looks at: texts with the same rule choose their tokens together."""
         return self.temperature, self.top_k, self.top_p, self.min_p
 
     @property
-    def edits_logits(self) -> bool:
+    def has_penalties(self) -> bool:
         neutral = self.repetition_penalty == 1 and not self.logit_bias
         return not (neutral and self.frequency_penalty == self.presence_penalty == 0)
 
 
-def candidates(logits, sampling: Sampling):
+def filter_logits(logits, sampling: SamplingParams):
     """Logits (R, V) -> those over the temperature of K tokens, -inf if left out, and their ids.
 
     Both (R, K), the likeliest first where top_k or top_p ask for an order. Rules and order are
@@ -97,9 +97,9 @@ def candidates(logits, sampling: Sampling):
     return values, ids
 
 
-def choose(logits, sampling: Sampling, uniforms):
+def sample_tokens(logits, sampling: SamplingParams, uniforms):
     """Next token of each row (R,) by the inverse CDF of `uniforms` (R, 1); -1 for broken logits."""
-    values, ids = candidates(logits, sampling)
+    values, ids = filter_logits(logits, sampling)
     broken = ~values.amax(-1, keepdim=True).isfinite()
     if ids.size(-1) == 1:
         return ids.masked_fill(broken, -1)[:, 0]
@@ -110,7 +110,9 @@ def choose(logits, sampling: Sampling, uniforms):
     return ids.masked_fill(broken, -1)[:, 0]
 
 
-def edit_logits(logits, sampling: Sampling, prompt: list[int], written: list[int]) -> None:
+def apply_penalties(
+    logits, sampling: SamplingParams, prompt: list[int], written: list[int]
+) -> None:
     """Penalties and biases on one row of logits (V,), in place.
 
     The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
@@ -130,11 +132,11 @@ def edit_logits(logits, sampling: Sampling, prompt: list[int], written: list[int
         logits[torch.tensor(seen, device=device)] += torch.tensor(biases, device=device)
 
 
-def banned_ids(tokenizer: Tokenizer, model: GPT):
+def suppressed_ids(tokenizer: Tokenizer, model: GPT):
     """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the ends."""
-    banned = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    banned[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
-    return banned.to(model.embedding.weight.device)
+    suppressed = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
+    return suppressed.to(model.embedding.weight.device)
 
 
 def scores_of(logits, tokens: list[int], top: int) -> list[tuple]:

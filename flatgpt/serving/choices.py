@@ -8,7 +8,7 @@ What a client reads: the engine's pieces of text as choices of a completion or o
 import codecs
 
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.inference.request import Piece, Request
+from flatgpt.inference.request import Request, TokenOutput
 
 LOWEST = -9999.0  # stands for a log-probability of minus infinity, which JSON has not
 
@@ -20,7 +20,7 @@ class ChoiceBuilder:
         self.request, self.tokenizer, self.echo = request, tokenizer, echo
         self.decoder, self.offset = codecs.getincrementaldecoder('utf-8')('replace'), 0
 
-    def choice(self, pieces: list[Piece]) -> dict | None:
+    def choice(self, pieces: list[TokenOutput]) -> dict | None:
         """The next pieces as a client reads them; None while there is nothing to read."""
         r, finish = self.request, pieces[-1].finish
         text = ''.join(piece.text for piece in pieces)

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from flatgpt.inference.engine import NOT_FINITE, Engine
-from flatgpt.inference.request import Piece, Request
+from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.serving.api_error import APIError
 from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.schema import CompletionRequest
@@ -27,12 +27,12 @@ class PieceQueue:
     """Pieces of some texts: the engine's thread puts them, that of the HTTP request takes them."""
 
     def __init__(self, texts: int):
-        self.pieces: deque[Piece] = deque()
+        self.pieces: deque[TokenOutput] = deque()
         self.left = texts  # that are not finished
         self.hungry = False  # whether a thread waits for the next piece
         self.arrived, self.finished = threading.Event(), threading.Event()
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: TokenOutput) -> None:
         self.pieces.append(piece)
         if piece.finish:
             self.left -= 1
@@ -41,12 +41,12 @@ class PieceQueue:
         if self.hungry:
             self.arrived.set()
 
-    def all(self) -> list[Piece]:
+    def all(self) -> list[TokenOutput]:
         """All pieces, once the texts are finished."""
         self.finished.wait()
         return list(self.pieces)
 
-    def batches(self) -> Iterator[list[Piece]]:
+    def batches(self) -> Iterator[list[TokenOutput]]:
         """Pieces as they come: the first and the last at once, others together every PACE."""
         done = False
         while not done:
@@ -132,11 +132,11 @@ class CompletionJob:
             yield frame(error.body)
         yield b'data: [DONE]\n\n'
 
-    def choices(self, pieces: list[Piece]) -> list[dict]:
+    def choices(self, pieces: list[TokenOutput]) -> list[dict]:
         """Pieces as a client reads them. APIError if the job has failed."""
         if any(piece.finish in ('error', 'cancelled') for piece in pieces):
             raise self.failure()
-        rows: dict[int, list[Piece]] = {}
+        rows: dict[int, list[TokenOutput]] = {}
         for piece in pieces:
             rows.setdefault(piece.row, []).append(piece)
         choices = [self.builders[row].choice(rows[row]) for row in sorted(rows)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 
 MOST_STOPS, LONGEST_STOP = 128, 512  # each is looked for after every token
 MOST_BIASES = 1024
@@ -79,7 +79,7 @@ class Options(Body):
     presence_penalty: number(-100, 100) | None = about('And once, if it has it (default 0).')
     logit_bias: Biases | None = about('What is added to the logits of some token ids.')
 
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         chosen = {
             'max_new_tokens': self.max_tokens,
@@ -88,7 +88,9 @@ class Options(Body):
             'stop': stop,
             **{name: getattr(self, name) for name in ALIKE},
         }
-        return Sampling(**{name: value for name, value in chosen.items() if value is not None})
+        return SamplingParams(
+            **{name: value for name, value in chosen.items() if value is not None}
+        )
 
 
 class CompletionRequest(Options):
@@ -145,7 +147,7 @@ class ChatRequest(Options):
         return CompletionRequest(**{**fields, 'prompt': ids, 'stop': stop + [end] * bool(end)})
 
 
-ALIKE = (  # in a request and in Sampling
+ALIKE = (  # in a request and in SamplingParams
     'temperature',
     'top_p',
     'min_p',

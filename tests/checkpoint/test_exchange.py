@@ -31,7 +31,7 @@ from flatgpt.data.tokenizer import (
 )
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import generate
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.sampling import SamplingParams
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
@@ -471,7 +471,7 @@ def test_an_export_has_the_same_logits_text_and_weights(tmp_path, changes):
 
     prompt = [72, 105]
     greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
-    ours = generate(model, tokenizer, [prompt], Sampling(max_new_tokens=12, temperature=0))
+    ours = generate(model, tokenizer, [prompt], SamplingParams(max_new_tokens=12, temperature=0))
     assert greedy[0, 2:].tolist() == [piece.token for piece in ours]
 
     back, read, _ = load_model(tmp_path / 'out')

@@ -11,13 +11,14 @@ from conftest import random_model
 
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.inference import cuda_graph
-from flatgpt.inference import engine as engine_module
+from flatgpt.inference import cuda_graph, model_runner
 from flatgpt.inference.engine import Engine, complete, generate
 from flatgpt.inference.kv_cache import KVCache
-from flatgpt.inference.quantize import freeze
+from flatgpt.inference.model_runner import ModelRunner
+from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TextStream
-from flatgpt.inference.sampling import Sampling, candidates, choose, edit_logits
+from flatgpt.inference.sampling import SamplingParams, apply_penalties, filter_logits, sample_tokens
+from flatgpt.inference.scheduler import Slot
 
 BLOCK = 16
 LETTERS = '\n abcdefgh'
@@ -80,10 +81,10 @@ def test_filtered_distributions_equal_those_of_transformers(settings, seed):
     theirs = logits
     for processor in chain:
         theirs = processor(context, theirs)
-    sampling, edited = Sampling(**{**ALL, **settings}), logits.clone()
+    sampling, edited = SamplingParams(**{**ALL, **settings}), logits.clone()
     for row, tokens in zip(edited, context.tolist(), strict=True):
-        edit_logits(row, sampling, tokens[:5], tokens[5:])
-    values, ids = candidates(edited, sampling)
+        apply_penalties(row, sampling, tokens[:5], tokens[5:])
+    values, ids = filter_logits(edited, sampling)
     ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-5, atol=1e-7)
     assert torch.equal(ours == -math.inf, theirs == -math.inf)
@@ -99,7 +100,7 @@ def test_a_large_vocabulary_is_filtered_as_transformers_does(settings, spread):
         theirs = processors.TopKLogitsWarper(settings['top_k'])(None, theirs)
     if 'top_p' in settings:
         theirs = processors.TopPLogitsWarper(settings['top_p'])(None, theirs)
-    values, ids = candidates(logits, Sampling(**{**ALL, **settings}))
+    values, ids = filter_logits(logits, SamplingParams(**{**ALL, **settings}))
     if spread == 8 and settings == {'top_p': 0.9}:
         assert values.size(-1) < 4000  # the few likeliest were enough
     ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
@@ -109,7 +110,9 @@ def test_a_large_vocabulary_is_filtered_as_transformers_does(settings, spread):
 def test_the_likeliest_token_stays_however_small_top_p_is():
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     for share in (5e-324, 1e-40, 1e-9):
-        chosen = choose(logits, Sampling(**{**ALL, 'top_p': share}), torch.full((3, 1), 0.99))
+        chosen = sample_tokens(
+            logits, SamplingParams(**{**ALL, 'top_p': share}), torch.full((3, 1), 0.99)
+        )
         assert torch.equal(chosen, logits.argmax(-1))
 
 
@@ -117,9 +120,12 @@ def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
     generator = torch.Generator().manual_seed(0)
     peaked = (4 * torch.randn(50, 5000, generator=generator)).bfloat16().float()  # many ties
     flat = 0.01 * torch.randn(1, 5000, generator=generator)
-    sampling, uniforms = Sampling(**{**ALL, 'top_p': 0.9}), torch.rand(51, 1, generator=generator)
-    alone = choose(peaked, sampling, uniforms[:50])
-    beside = choose(torch.cat((peaked, flat)), sampling, uniforms)
+    sampling, uniforms = (
+        SamplingParams(**{**ALL, 'top_p': 0.9}),
+        torch.rand(51, 1, generator=generator),
+    )
+    alone = sample_tokens(peaked, sampling, uniforms[:50])
+    beside = sample_tokens(torch.cat((peaked, flat)), sampling, uniforms)
     assert torch.equal(alone, beside[:50])
 
 
@@ -135,9 +141,9 @@ def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatc
     monkeypatch.setattr(cuda_graph, 'record', pretend)
     columns = lambda self, T: min(self.length, -(-(self.span + T) // stride) * stride)  # noqa: E731
     monkeypatch.setattr(KVCache, 'columns', columns)
-    prompts, sampling = [[1, 2, 3], [4], [5, 6], [7] * 9, [8, 1]], Sampling(max_new_tokens=40)
+    prompts, sampling = [[1, 2, 3], [4], [5, 6], [7] * 9, [8, 1]], SamplingParams(max_new_tokens=40)
     computed = run(model, tokenizer, prompts, sampling)
-    monkeypatch.setattr(engine_module, 'is_recorded', lambda given: True)
+    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
     recorded = run(model, tokenizer, prompts, sampling)
     assert len({len(ids_of(recorded, row)) for row in range(5)}) > 1  # rows end at different times
     assert recorded == computed
@@ -146,21 +152,21 @@ def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatc
 def test_tokens_are_drawn_as_often_as_their_probability_says():
     logits = torch.tensor([[1.0, 0.0, -math.inf, 2.0]]).expand(1000, 4)
     uniforms = (torch.arange(1000)[:, None] + 0.5) / 1000
-    counts = choose(logits, Sampling(**ALL), uniforms).bincount(minlength=4)
+    counts = sample_tokens(logits, SamplingParams(**ALL), uniforms).bincount(minlength=4)
     assert (counts / 1000 - logits[0].softmax(-1)).abs().max() < 0.002
 
 
 def test_a_token_of_no_probability_is_never_drawn_even_by_extreme_random_numbers():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(3, 5)
     uniforms = torch.tensor([[0.0], [0.5], [1 - 2**-24]])
-    assert choose(logits, Sampling(**ALL), uniforms).tolist() == [1, 3, 3]
+    assert sample_tokens(logits, SamplingParams(**ALL), uniforms).tolist() == [1, 3, 3]
 
 
 def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_overflows_nothing():
     logits, uniforms = 50 * torch.randn(8, 30), torch.rand(8, 1)
     for temperature in (0.0, 1e-30, 1e-5):
-        sampling = Sampling(temperature=temperature)
-        assert torch.equal(choose(logits, sampling, uniforms), logits.argmax(-1))
+        sampling = SamplingParams(temperature=temperature)
+        assert torch.equal(sample_tokens(logits, sampling, uniforms), logits.argmax(-1))
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
@@ -168,7 +174,7 @@ def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_overflows_nothing()
 def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
     model.lm_head.weight.data.fill_(bad)
     with pytest.raises(UserError, match='no finite logits'):
-        run(model, tokenizer, [[0]], Sampling(temperature=temperature))
+        run(model, tokenizer, [[0]], SamplingParams(temperature=temperature))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
 )
 def test_a_sampling_setting_out_of_range_is_one_line_naming_it(name, value):
     with pytest.raises(ConfigError, match=rf'^{name}=.*: must be .+') as error:
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})
     assert '\n' not in str(error.value)
 
 
@@ -212,14 +218,14 @@ def from_scratch(model, prompt, tokens):
 
 def watched(monkeypatch):
     """Collects, by request, the logits that its tokens are chosen from."""
-    seen, choose_all = {}, Engine.choose_all
+    seen, sample_all = {}, ModelRunner.sample_all
 
-    def watch(self, slots, logits):
-        for slot, row in zip(slots, logits, strict=True):
-            seen.setdefault(slot.request.row, []).append(row.clone())
-        return choose_all(self, slots, logits)
+    def watch(self, requests, logits):
+        for request, row in zip(requests, logits, strict=True):
+            seen.setdefault(request.row, []).append(row.clone())
+        return sample_all(self, requests, logits)
 
-    monkeypatch.setattr(Engine, 'choose_all', watch)
+    monkeypatch.setattr(ModelRunner, 'sample_all', watch)
     return seen
 
 
@@ -236,7 +242,7 @@ def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
     tokenizer.special = {}
     prompts = [[1], [2] * min(5, block_size), [3] * block_size, [2] * min(5, block_size)]
     seen = watched(monkeypatch)
-    pieces = run(model, tokenizer, prompts, Sampling(max_new_tokens=60))
+    pieces = run(model, tokenizer, prompts, SamplingParams(max_new_tokens=60))
     for row, prompt in enumerate(prompts):
         expected = torch.stack([*from_scratch(model, prompt, ids_of(pieces, row))])
         assert len(expected) == 60
@@ -244,18 +250,18 @@ def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
 
 
 def test_a_full_context_forgets_its_oldest_eighth():
-    slot = engine_module.Slot(0)
-    slot.keys = list(range(BLOCK))
+    slot = Slot(0)
+    slot.cached_ids = list(range(BLOCK))
     slot.append(40, BLOCK)
-    assert (slot.keys, slot.pending) == ([], [*range(2, BLOCK), 40])
-    slot.keys = [1, 2]
+    assert (slot.cached_ids, slot.uncached_ids) == ([], [*range(2, BLOCK), 40])
+    slot.cached_ids = [1, 2]
     slot.append(41, BLOCK)
-    assert (slot.keys, slot.pending) == ([1, 2], [41])
+    assert (slot.cached_ids, slot.uncached_ids) == ([1, 2], [41])
 
 
 def test_a_row_depends_on_its_seed_and_not_on_its_neighbours(model, tokenizer):
     prompts = [[1, 2, 3], [4], [5, 6], list(range(9)) * 3]
-    sampling = Sampling(max_new_tokens=3 * BLOCK, **ALL)
+    sampling = SamplingParams(max_new_tokens=3 * BLOCK, **ALL)
     together = run(model, tokenizer, prompts, sampling)
     for row, prompt in enumerate(prompts):
         alone = run(model, tokenizer, [prompt], sampling, seeds=[(sampling.seed, row)])
@@ -263,15 +269,15 @@ def test_a_row_depends_on_its_seed_and_not_on_its_neighbours(model, tokenizer):
 
 
 def test_the_same_seed_gives_the_same_texts_and_another_one_others(model, tokenizer):
-    prompts, sampling = [[1]] * 3, Sampling(max_new_tokens=20)
+    prompts, sampling = [[1]] * 3, SamplingParams(max_new_tokens=20)
     first = run(model, tokenizer, prompts, sampling)
     assert first == run(model, tokenizer, prompts, sampling)
-    assert first != run(model, tokenizer, prompts, Sampling(max_new_tokens=20, seed=1))
+    assert first != run(model, tokenizer, prompts, SamplingParams(max_new_tokens=20, seed=1))
     assert len({tuple(ids_of(first, row)) for row in range(3)}) == 3  # rows differ among themselves
 
 
 def test_only_the_end_of_a_long_prompt_counts(model, tokenizer):
-    prompt, sampling = np.arange(40, dtype=np.uint16) % 9, Sampling(max_new_tokens=20)
+    prompt, sampling = np.arange(40, dtype=np.uint16) % 9, SamplingParams(max_new_tokens=20)
     assert run(model, tokenizer, [prompt], sampling) == run(
         model, tokenizer, [prompt[-BLOCK:].tolist()], sampling
     )
@@ -286,7 +292,7 @@ def test_ids_that_stand_for_nothing_are_never_produced():
     tokenizer.token_bytes[100:256] = [None] * 156  # gaps
     tokenizer.special['<|other|>'] = 7  # a special token that no training text has
     model = random_model(300)  # padded: 257..299 stand for nothing
-    sampling = Sampling(temperature=20.0, top_k=0, max_new_tokens=60)
+    sampling = SamplingParams(temperature=20.0, top_k=0, max_new_tokens=60)
     pieces = run(model, tokenizer, [[1]] * 20, sampling)
     produced = {piece.token for piece in pieces}
     assert produced <= {*range(100), 256} - {7}
@@ -294,7 +300,7 @@ def test_ids_that_stand_for_nothing_are_never_produced():
 
 
 def test_end_of_text_ends_its_row_only(model, tokenizer):
-    pieces = run(model, tokenizer, [[i] for i in range(9)], Sampling(max_new_tokens=3, **ALL))
+    pieces = run(model, tokenizer, [[i] for i in range(9)], SamplingParams(max_new_tokens=3, **ALL))
     reasons = set()
     for row in range(9):
         mine = [piece for piece in pieces if piece.row == row]
@@ -310,11 +316,11 @@ def test_end_of_text_ends_its_row_only(model, tokenizer):
 def test_a_stop_string_ends_a_text_and_is_not_shown(model):
     tokenizer = char_tokenizer(LETTERS)
     prompts, settings = [[1], [2]], {**ALL, 'max_new_tokens': 60, 'seed': 3}
-    free = run(model, tokenizer, prompts, Sampling(**settings))
+    free = run(model, tokenizer, prompts, SamplingParams(**settings))
     for row in range(2):
         text = tokenizer.decode(ids_of(free, row))
         stop = text[4:7]
-        cut = run(model, tokenizer, prompts, Sampling(**settings, stop=(stop,)))
+        cut = run(model, tokenizer, prompts, SamplingParams(**settings, stop=(stop,)))
         mine = [piece for piece in cut if piece.row == row]
         shown = ''.join(piece.text for piece in mine)
         assert shown == text[: text.index(stop)]
@@ -348,7 +354,7 @@ def test_text_is_held_back_only_while_it_could_become_a_stop_string():
 
 
 def test_complete_returns_a_text_for_each_prompt(model, tokenizer):
-    sampling = Sampling(max_new_tokens=12)
+    sampling = SamplingParams(max_new_tokens=12)
     texts = complete(model, tokenizer, ['ab', 'c<|endoftext|>d'], sampling)
     assert len(texts) == 2
     assert texts[0] == complete(model, tokenizer, ['ab'], sampling)[0]
@@ -381,7 +387,7 @@ def as_one_text(request, pieces):
 def test_48_staggered_requests_write_what_each_does_alone(model, tokenizer, deterministic):
     draw, pieces = random.Random(0), []
     requests = [
-        Request(letters(draw), Sampling(1 + i % 30, temperature=i % 2), pieces.append, row=i)
+        Request(letters(draw), SamplingParams(1 + i % 30, temperature=i % 2), pieces.append, row=i)
         for i in range(48)
     ]
     staggered(Engine(model, tokenizer, 5, 8, deterministic=deterministic), requests, draw)
@@ -405,7 +411,7 @@ def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_
     model = random_model(len(LETTERS), 100, n_head=4, n_embd=64, n_layer=2, **changes)
     model = model if kind == 'float32' else model.bfloat16()
     try:
-        model = freeze(model, 'int8' if kind == 'int8' else None)
+        model = prepare_for_inference(model, 'int8' if kind == 'int8' else None)
     except ConfigError as error:
         pytest.skip(str(error))
     tokenizer, draw = char_tokenizer(LETTERS), random.Random(0)
@@ -415,8 +421,8 @@ def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_
         seen = watched(monkeypatch)
         engine = Engine(model, tokenizer, 4, 8, deterministic=True)
         for slot in engine.slots:  # what a row was left with must not matter
-            engine.cache.kv[:, :, slot.row] = 1e4 * draw.random()
-        requests = [Request(prompts[i], Sampling(25), lambda piece: None, i) for i in numbers]
+            engine.runner.cache.kv[:, :, slot.row] = 1e4 * draw.random()
+        requests = [Request(prompts[i], SamplingParams(25), lambda piece: None, i) for i in numbers]
         staggered(engine, requests, draw)
         monkeypatch.undo()
         return {row: torch.stack(logits) for row, logits in seen.items()}
@@ -430,11 +436,11 @@ def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_
 
 
 def test_what_free_rows_hold_changes_nothing(model, tokenizer):
-    sampling, prompts = Sampling(20), [[1, 2, 3], [4], [5, 6]]
+    sampling, prompts = SamplingParams(20), [[1, 2, 3], [4], [5, 6]]
 
     def texts(poison):
         engine, pieces = Engine(model, tokenizer, 8), []
-        engine.cache.kv.fill_(poison)
+        engine.runner.cache.kv.fill_(poison)
         for row, prompt in enumerate(prompts):
             engine.submit(Request(prompt, sampling, pieces.append, row))
         while engine.step():
@@ -448,14 +454,14 @@ def test_texts_move_to_the_first_rows_when_few_are_left(model):
     tokenizer = char_tokenizer(LETTERS)
     engine, pieces, rows = Engine(model, tokenizer, 4), [], []
     for row, limit in enumerate([2, 2, 2, 60]):
-        sampling = Sampling(limit, temperature=0)
+        sampling = SamplingParams(limit, temperature=0)
         engine.submit(Request([row + 1] * 3, sampling, pieces.append, row))
-    advance = engine.advance
-    engine.advance = lambda tokens, lengths: rows.append(len(tokens)) or advance(tokens, lengths)
+    runner, advance = engine.runner, engine.runner.advance
+    runner.advance = lambda tokens, lengths: rows.append(len(tokens)) or advance(tokens, lengths)
     while engine.step():
         pass
     assert rows == [4] + [1] * (len(rows) - 1)
-    alone = run(model, tokenizer, [[4] * 3], Sampling(60, temperature=0))
+    alone = run(model, tokenizer, [[4] * 3], SamplingParams(60, temperature=0))
     assert ids_of(pieces, 3) == ids_of(alone)
 
 
@@ -484,14 +490,15 @@ def test_a_prompt_that_begins_like_a_text_before_is_computed_from_where_they_par
     model, draw = random_model(len(LETTERS), 100), random.Random(0)
     engine, first = Engine(model, tokenizer, rows), []
     prompt = [draw.randrange(10) for _ in range(40)]
-    finish(engine, Request(prompt, Sampling(10), first.append))
+    finish(engine, Request(prompt, SamplingParams(10), first.append))
     conversation = prompt + ids_of(first)[:-1] + [1, 2, 3]
     counts, again, anew = count_computed(engine), [], []
-    finish(engine, Request(conversation, Sampling(8, temperature=0), again.append))
+    finish(engine, Request(conversation, SamplingParams(8, temperature=0), again.append))
     assert counts[0] == 3  # the last token of the text before is not in the cache: 9 + 3
     assert sum(counts) < 3 + 8 + 1
     finish(
-        Engine(model, tokenizer, 1), Request(conversation, Sampling(8, temperature=0), anew.append)
+        Engine(model, tokenizer, 1),
+        Request(conversation, SamplingParams(8, temperature=0), anew.append),
     )
     assert again == anew
 
@@ -500,7 +507,7 @@ def test_samples_of_one_prompt_share_its_computation():
     tokenizer, model = char_tokenizer(LETTERS), random_model(len(LETTERS), 100)
     engine, pieces = Engine(model, tokenizer, 4), []
     counts = count_computed(engine)
-    prompt, sampling = [i % 10 for i in range(50)], Sampling(5)
+    prompt, sampling = [i % 10 for i in range(50)], SamplingParams(5)
     finish(engine, *(Request(prompt, sampling, pieces.append, row) for row in range(4)))
     assert counts[0] == 50
     assert sum(counts) < 50 + 4 * 6
@@ -512,9 +519,9 @@ def test_samples_of_one_prompt_share_its_computation():
 def test_a_prompt_of_any_length_lets_the_texts_beside_it_go_on(model, tokenizer):
     model, order = random_model(len(LETTERS) + 1, 100), []
     engine = Engine(model, tokenizer, 2, chunk=8)
-    engine.submit(Request([1], Sampling(60, logit_bias=((10, -math.inf),)), order.append, 0))
+    engine.submit(Request([1], SamplingParams(60, logit_bias=((10, -math.inf),)), order.append, 0))
     engine.step()
-    engine.submit(Request([2] * 80, Sampling(1), order.append, 1))
+    engine.submit(Request([2] * 80, SamplingParams(1), order.append, 1))
     while not any(piece.row == 1 for piece in order):
         engine.step()
     assert 9 <= len(order) <= 12  # a token of the text for each of ten pieces of the prompt
@@ -522,7 +529,7 @@ def test_a_prompt_of_any_length_lets_the_texts_beside_it_go_on(model, tokenizer)
 
 def test_a_cancelled_request_leaves_its_row_before_the_next_step(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
-    requests = [Request([row], Sampling(10**6), pieces.append, row) for row in range(3)]
+    requests = [Request([row], SamplingParams(10**6), pieces.append, row) for row in range(3)]
     for request in requests:
         engine.submit(request)
     engine.step()
@@ -544,7 +551,7 @@ def test_requests_may_come_while_the_engine_looks_for_cancelled_ones(model, toke
     class Meddling(Request):
         @property
         def cancelled(self):  # another thread submits just when this is looked at
-            other = Request([1], Sampling(1), pieces.append, 1)
+            other = Request([1], SamplingParams(1), pieces.append, 1)
             if len(threads) < 3:
                 threads.append(threading.Thread(target=engine.submit, args=(other,)))
                 threads[-1].start()
@@ -556,7 +563,7 @@ def test_requests_may_come_while_the_engine_looks_for_cancelled_ones(model, toke
             pass
 
     for _ in range(2):
-        engine.submit(Meddling([1], Sampling(1), pieces.append, 0))
+        engine.submit(Meddling([1], SamplingParams(1), pieces.append, 0))
     while engine.step():
         pass
     for thread in threads:
@@ -570,12 +577,12 @@ def test_an_exception_ends_every_request_and_refuses_the_next(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
     model.forward = lambda *args, **options: 1 // 0
     for row in range(3):
-        engine.submit(Request([row], Sampling(5), pieces.append, row))
+        engine.submit(Request([row], SamplingParams(5), pieces.append, row))
     with pytest.raises(ZeroDivisionError):
         engine.serve()
     assert sorted((piece.row, piece.finish) for piece in pieces) == [(i, 'error') for i in range(3)]
     with pytest.raises(ZeroDivisionError):
-        engine.submit(Request([1], Sampling(5), pieces.append))
+        engine.submit(Request([1], SamplingParams(5), pieces.append))
 
 
 def test_logits_that_are_not_finite_end_their_own_text_only():
@@ -583,7 +590,7 @@ def test_logits_that_are_not_finite_end_their_own_text_only():
     with torch.no_grad():
         model.embedding.weight[9] = math.inf
     engine, pieces = Engine(model, char_tokenizer(LETTERS), 2), []
-    sampling = Sampling(3, temperature=0, logit_bias=((9, -math.inf),))
+    sampling = SamplingParams(3, temperature=0, logit_bias=((9, -math.inf),))
     for row, prompt in enumerate([[1, 2, 9], [1, 2, 3], [9] * 7, [1, 2, 3], [1, 2, 3]]):
         engine.submit(Request(prompt, sampling, pieces.append, row))
     while engine.step():
@@ -598,23 +605,23 @@ def test_a_scored_prompt_that_is_not_finite_ends_in_an_error_and_leaves_nothing_
     with torch.no_grad():
         model.embedding.weight[9] = math.inf
     engine, pieces = Engine(model, char_tokenizer(LETTERS), 1), []
-    finish(engine, Request([1, 9, 2, 3], Sampling(0), pieces.append, 0, None, 0, True))
-    cancelled = Request([9] * 5, Sampling(5), pieces.append, 1)
-    finish(engine, Request([1, 2], Sampling(3, temperature=0), pieces.append, 2))
+    finish(engine, Request([1, 9, 2, 3], SamplingParams(0), pieces.append, 0, None, 0, True))
+    cancelled = Request([9] * 5, SamplingParams(5), pieces.append, 1)
+    finish(engine, Request([1, 2], SamplingParams(3, temperature=0), pieces.append, 2))
     assert [piece.finish for piece in pieces if piece.row == 0] == ['error']
     assert len(ids_of(pieces, 2)) == 3
     engine.submit(cancelled)
-    engine.admit()
+    engine.scheduler.admit()
     engine.prefill()  # its keys are there, its first token is not
     cancelled.cancel()
-    finish(engine, Request([1, 2], Sampling(3, temperature=0), pieces.append, 3))
+    finish(engine, Request([1, 2], SamplingParams(3, temperature=0), pieces.append, 3))
     assert ids_of(pieces, 3) == ids_of(pieces, 2)
 
 
 def test_an_engine_that_is_closed_ends_what_is_open_and_takes_nothing_more(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
     for row in range(2):
-        engine.submit(Request([row], Sampling(10**6), pieces.append, row))
+        engine.submit(Request([row], SamplingParams(10**6), pieces.append, row))
     engine.step()
     engine.close()
     engine.serve()
@@ -622,7 +629,7 @@ def test_an_engine_that_is_closed_ends_what_is_open_and_takes_nothing_more(model
         (0, 1), 'cancelled'
     )
     with pytest.raises(UserError, match='closed'):
-        engine.submit(Request([1], Sampling(5), pieces.append))
+        engine.submit(Request([1], SamplingParams(5), pieces.append))
 
 
 def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, tokenizer):
@@ -632,13 +639,13 @@ def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, token
     try:
         pieces = []
         take = lambda piece: (pieces.append(piece), piece.finish and done.set())  # noqa: E731
-        engine.submit(Request([1, 2], Sampling(5, temperature=0), take))
+        engine.submit(Request([1, 2], SamplingParams(5, temperature=0), take))
         assert done.wait(30)
     finally:
         engine.close()
         thread.join(30)
     assert not thread.is_alive()
-    assert pieces == run(model, tokenizer, [[1, 2]], Sampling(5, temperature=0))
+    assert pieces == run(model, tokenizer, [[1, 2]], SamplingParams(5, temperature=0))
 
 
 # -----------------------------------------------------------------------------
@@ -647,7 +654,7 @@ def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, token
 
 def test_log_probabilities_are_those_of_the_logits_before_any_rule(model, tokenizer):
     pieces, prompt = [], [1, 2, 3, 4, 5]
-    sampling = Sampling(8, temperature=3, top_k=3, frequency_penalty=1)
+    sampling = SamplingParams(8, temperature=3, top_k=3, frequency_penalty=1)
     request = Request(prompt, sampling, pieces.append, top=3, score_prompt=True)
     finish(Engine(model, tokenizer, 1, chunk=2), request)
     tokens = ids_of(pieces)
@@ -668,7 +675,7 @@ def test_log_probabilities_are_those_of_the_logits_before_any_rule(model, tokeni
 def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
     pieces = []
     requests = [
-        Request([1, 2, 3], Sampling(0), pieces.append, row, top=0, score_prompt=True)
+        Request([1, 2, 3], SamplingParams(0), pieces.append, row, top=0, score_prompt=True)
         for row in range(3)
     ]
     finish(Engine(model, tokenizer, 2), *requests)
@@ -676,8 +683,16 @@ def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
     assert all(len(request.prompt_scores) == 3 for request in requests)
 
 
+def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer):
+    sampling = SamplingParams(60, logit_bias=((tokenizer.eot, -math.inf),))
+    request = Request([1, 2, 3], sampling, lambda piece: None, 0, top=0, score_prompt=True)
+    finish(Engine(model, tokenizer, 1), request)
+    assert len(request.written) == 60
+    assert len(request.prompt_scores) == 3
+
+
 def test_penalties_and_biases_are_those_of_the_api_they_come_from():
     logits = torch.tensor([1.0, -1.0, 2.0, 0.0])
-    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
-    edit_logits(logits, sampling, prompt=[1], written=[0, 0, 2])
+    sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
+    apply_penalties(logits, sampling, prompt=[1], written=[0, 0, 2])
     assert logits.tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]

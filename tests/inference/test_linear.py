@@ -1,4 +1,4 @@
-"""Frozen matrices: the same numbers packed, nearly the same in eight bits."""
+"""Matrices prepared for inference: the same numbers packed, nearly the same in eight bits."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from flatgpt.errors import ConfigError
 from flatgpt.inference import quantize
 from flatgpt.inference.kv_cache import KVCache
-from flatgpt.inference.quantize import Int8Linear, PackedLinear, can_pack, freeze
+from flatgpt.inference.quantize import Int8Linear, PackedLinear, can_pack, prepare_for_inference
 from model import GPT, GPTConfig
 
 ARCHITECTURES = [{'bias': True}, {'arch': 'modern', 'n_kv_head': 2}]
@@ -33,17 +33,17 @@ def kinds(model):
 @pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
 @torch.inference_mode()
 def test_packed_matrices_give_the_same_logits_for_any_number_of_rows(changes):
-    plain, frozen = tiny(**changes), freeze(tiny(**changes))
-    assert kinds(frozen) == {PackedLinear}
+    plain, prepared = tiny(**changes), prepare_for_inference(tiny(**changes))
+    assert kinds(prepared) == {PackedLinear}
     for rows, tokens in ((1, 1), (3, 7), (40, 5)):
         idx = torch.randint(97, (rows, tokens))
-        torch.testing.assert_close(frozen(idx)[0], plain(idx)[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(prepared(idx)[0], plain(idx)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
 @torch.inference_mode()
-def test_a_frozen_models_cache_changes_nothing(changes):
-    model, idx = freeze(tiny(**changes)), torch.randint(97, (3, 20))
+def test_a_prepared_models_cache_changes_nothing(changes):
+    model, idx = prepare_for_inference(tiny(**changes)), torch.randint(97, (3, 20))
     cache = KVCache(model, rows=3)
     torch.testing.assert_close(model(idx[:, :9], cache=cache)[0], model(idx)[0][:, 8])
     for t in range(9, 20):
@@ -71,7 +71,10 @@ def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bia
 @pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
 @torch.inference_mode()
 def test_int8_barely_changes_what_the_model_expects(changes):
-    plain, int8 = tiny(torch.bfloat16, **changes), freeze(tiny(torch.bfloat16, **changes), 'int8')
+    plain, int8 = (
+        tiny(torch.bfloat16, **changes),
+        prepare_for_inference(tiny(torch.bfloat16, **changes), 'int8'),
+    )
     assert kinds(int8) == {Int8Linear}
     idx = torch.randint(97, (4, 64))
     exact, rounded = (model(idx)[0].float().log_softmax(-1) for model in (plain, int8))
@@ -80,7 +83,7 @@ def test_int8_barely_changes_what_the_model_expects(changes):
 
 def test_int8_is_refused_where_it_is_not_made_for_the_number_format():
     with pytest.raises(ConfigError, match=r"'float32'.*--dtype=bfloat16"):
-        freeze(tiny(), 'int8')
+        prepare_for_inference(tiny(), 'int8')
 
 
 def test_int8_is_refused_on_a_device_without_its_product(monkeypatch):
@@ -88,4 +91,4 @@ def test_int8_is_refused_on_a_device_without_its_product(monkeypatch):
         torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda operator, key: False
     )
     with pytest.raises(ConfigError, match='no int8 product on cpu'):
-        freeze(tiny(torch.bfloat16), 'int8')
+        prepare_for_inference(tiny(torch.bfloat16), 'int8')

@@ -41,8 +41,8 @@ from configurator import configure, help_text
 from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.inference.engine import NOT_FINITE, generate
-from flatgpt.inference.request import Piece, Request
-from flatgpt.inference.sampling import Sampling
+from flatgpt.inference.request import Request, TokenOutput
+from flatgpt.inference.sampling import SamplingParams
 from flatgpt.serving import schema
 from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
@@ -127,7 +127,7 @@ def held(service):
 def alone(model, prompt, **choice):
     """What the engine makes of a text by itself."""
     tokenizer = byte_tokenizer()
-    pieces = generate(model, tokenizer, [tokenizer.encode(prompt)], Sampling(**choice))
+    pieces = generate(model, tokenizer, [tokenizer.encode(prompt)], SamplingParams(**choice))
     return ''.join(piece.text for piece in pieces)
 
 
@@ -369,7 +369,7 @@ def test_echo_with_logprobs_scores_prompt_and_text(client, model):
     assert {name: len(values) for name, values in scores.items()} == dict.fromkeys(scores, 7)
     assert scores['token_logprobs'][0] is scores['top_logprobs'][0] is None
     assert scores['text_offset'][:5] == [0, 1, 2, 3, 4]
-    greedy = generate(model, byte_tokenizer(), [[1, 2, 3, 4]], Sampling(3, temperature=0))
+    greedy = generate(model, byte_tokenizer(), [[1, 2, 3, 4]], SamplingParams(3, temperature=0))
     ids = [1, 2, 3, 4, *(piece.token for piece in greedy)]
     assert scores['tokens'] == [byte_tokenizer().decode([i]) for i in ids]
     expected = model(torch.tensor([ids]))[0][0].log_softmax(-1)
@@ -391,10 +391,13 @@ def test_a_prompt_can_be_scored_without_writing(client):
 
 
 def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
-    request = Request([97], Sampling(), print, top=3)
+    request = Request([97], SamplingParams(), print, top=3)
     top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0))
     choice = ChoiceBuilder(request, byte_tokenizer(), False).choice(
-        [Piece(0, 0xEA, '', None, -3.0, top), Piece(0, 98, 'b', 'length', -math.inf, ())]
+        [
+            TokenOutput(0, 0xEA, '', None, -3.0, top),
+            TokenOutput(0, 98, 'b', 'length', -math.inf, ()),
+        ]
     )
     assert choice['logprobs']['top_logprobs'] == [{'\ufffd': -1.0, 'a': -5.0}, {'b': -9999.0}]
     assert choice['logprobs']['token_logprobs'] == [-3.0, -9999.0]

@@ -1,0 +1,121 @@
+"""
+The forward passes of an engine: the model, its KV cache, the sampling of tokens. No queues here.
+
+A pass computes a ScheduledBatch, in which every slot is a row of the cache, and gives a row of
+logits for each slot: those of its next token.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.inference.cuda_graph import is_recorded, replay
+from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.request import Request
+from flatgpt.inference.sampling import apply_penalties, sample_tokens, scores_of, suppressed_ids
+from flatgpt.inference.scheduler import ScheduledBatch, Slot
+from model import GPT
+
+
+class ModelRunner:
+    """Computes batches. rows, length: of the cache; None: length is the model's block_size."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, rows: int, length: int | None):
+        self.model, self.cache = model, KVCache(model, rows, length)
+        self.suppressed = suppressed_ids(tokenizer, model)
+
+    def clear(self, row: int) -> None:
+        """Overwrite a row whose keys may not be finite: no mask hides those from the next."""
+        self.cache.kv[:, :, row] = 0
+
+    def copy_rows(self, batch: ScheduledBatch) -> None:
+        for source, target, count in batch.copies:
+            self.cache.copy(source, target, count)
+
+    # --- forward passes
+
+    def prefill(self, batch: ScheduledBatch):
+        """Compute tokens of one prompt, or of several that have no keys -> logits (R, V)."""
+        self.copy_rows(batch)
+        slots, scored = batch.slots, batch.slots[0].request.scoring
+        idx, lengths = pad(batch.tokens, self.cache.pos.device)
+        cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].cached_ids))
+        ragged = len({*map(len, batch.tokens)}) > 1
+        logits, _ = self.model(idx, cache=cache, lengths=lengths if ragged else None, whole=scored)
+        if scored:
+            self.score_prompt(slots[0], logits[0])
+            logits = logits[:, -1]
+        for slot, tokens in zip(slots, batch.tokens, strict=True):
+            self.cache.pos[slot.row] = len(slot.cached_ids) + len(tokens)
+        return logits
+
+    def decode(self, batch: ScheduledBatch):
+        """Compute one more token of each slot -> logits (R, V)."""
+        self.copy_rows(batch)
+        tokens, lengths = np.zeros((2, batch.rows), np.int64)
+        rows = [slot.row for slot in batch.slots]
+        tokens[rows], lengths[rows] = [token for (token,) in batch.tokens], 1
+        self.cache.span = max(len(slot.cached_ids) for slot in batch.slots)
+        logits = self.advance(tokens, lengths)
+        return logits if len(rows) == batch.rows else logits[rows]
+
+    def advance(self, tokens: np.ndarray, lengths: np.ndarray):
+        """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 leaves one."""
+        given = torch.from_numpy(np.stack((tokens, lengths))).to(self.cache.pos.device)
+        if is_recorded(given):
+            return replay(self.model, given, self.cache)
+        lengths = None if lengths.all() else given[1]
+        return self.model(given[0, :, None], cache=self.cache, lengths=lengths)[0]
+
+    # --- what the logits say
+
+    def score_prompt(self, slot: Slot, logits) -> None:
+        """Keep how likely the prompt's tokens were that follow the ones logits (T, V) are of."""
+        first, request = len(slot.cached_ids) + 1, slot.request
+        following = (slot.cached_ids + slot.uncached_ids)[first : first + len(logits)]
+        scores = scores_of(logits[: len(following)], following, request.top or 0)
+        request.prompt_scores += scores
+
+    def sample(self, requests: list[Request], logits) -> tuple[list[int], list[tuple]]:
+        """Each request's next token from its row of logits (R, V), and (logprob, top) of each."""
+        tokens = self.sample_all(requests, logits)
+        return tokens, self.scores_asked(requests, tokens, logits)
+
+    def sample_all(self, requests: list[Request], logits) -> list[int]:
+        """A token for each request from its row of logits (R, V); those of one rule at once."""
+        logits = logits.float().masked_fill(self.suppressed, -math.inf)
+        rules: dict[tuple, list[int]] = {}
+        for i, request in enumerate(requests):
+            rules.setdefault(request.sampling.rule, []).append(i)
+            if request.sampling.has_penalties:
+                apply_penalties(logits[i], request.sampling, request.prompt, request.written)
+        chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
+        for rows in rules.values():
+            draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]
+            part = logits if len(rows) == len(requests) else logits[rows]
+            uniforms = torch.tensor(draws, device=logits.device)
+            chosen[rows] = sample_tokens(part, requests[rows[0]].sampling, uniforms)
+        return chosen.tolist()
+
+    def scores_asked(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:
+        """(logprob, top) of each request's token, (None, ()) where nobody asked."""
+        scores: list[tuple] = [(None, ())] * len(requests)
+        asked = [i for i, request in enumerate(requests) if request.top is not None]
+        asked = [i for i in asked if tokens[i] >= 0]
+        if asked:
+            most = max(requests[i].top for i in asked)
+            found = scores_of(logits[asked], [tokens[i] for i in asked], most)
+            for i, (logprob, top) in zip(asked, found, strict=True):
+                scores[i] = logprob, top[: requests[i].top]
+        return scores
+
+
+def pad(parts: list[list[int]], device):
+    """Token lists -> ids (R, T), padded on the right, and their lengths (R,)."""
+    lengths = torch.tensor([len(part) for part in parts])
+    idx = torch.zeros(len(parts), int(lengths.max()), dtype=torch.long)
+    for row, part in zip(idx, parts, strict=True):
+        row[: len(part)] = torch.tensor(part)
+    return idx.to(device), lengths.to(device)
