@@ -9,18 +9,14 @@ The steps of a run are computed on fake tensors, which have shapes and no number
 memory trackers count. For a sharded model this is one rank of a process group that is fake too.
 """
 
-import json
 import math
-import os
 import pickle
-import re
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,12 +28,12 @@ from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import as_config_error
 from flatgpt.lora import add_lora
 from flatgpt.parallel import parallelize, sync_gradients
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, host_room, room
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
 
-KINDS = {  # what is printed, and the trackers' names for it
+KINDS = {  # what is printed, the state of training first, and the trackers' names for it
     'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
     'gradients': ('Gradient', 'Sharded Grad'),
     'optimizer': ('Optstate', 'OptState', 'Inputs'),
@@ -77,23 +73,19 @@ def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
     every = [config[name] for name in ('eval_interval', 'save_interval') if config[name]]
-    rank = config['lora_rank']
+    rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
     return Case(
         shape=shape,
         device=runtime.device_type,
         dtype=runtime.dtype,
-        optimizer=config['optimizer'],
         rows=rows,
         parts=batch // rows,
         ranks=runtime.world_size,
-        shard=config['shard'],
-        offload=config['offload'],
         recompute=config['gradient_checkpointing'],
         adapt=(rank, config['lora_targets']) if rank else None,
-        freeze=config['freeze'],
-        objective=config['objective'],
         saves=min(every, default=math.inf) < config['max_iters'],
         compiled=runtime.wants_compile(config['compile']),
+        **{name: config[name] for name in same},
     )
 
 
@@ -101,7 +93,7 @@ def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
 # one step on fake tensors
 
 
-def step_peak(case: Case) -> dict[str, float]:
+def step_peak(case: Case) -> Counter[str]:
     """Bytes of tensors on the device at the peak of a step, by kind.
 
     The step is eager. Compiled ones keep other activations: once their peaks on CUDA have been
@@ -128,10 +120,9 @@ def step_peak(case: Case) -> dict[str, float]:
         for device, held in tracker.get_tracker_snapshot('peak').items()
         if device.type == case.device
     )
-    held = {kind: sum(peak.get(name, 0) for name in names) for kind, names in KINDS.items()}
-    if case.offload:  # fake tensors cannot be pinned: the rank's rows are left out here instead
-        held |= {'parameters': 0, 'gradients': 0, 'optimizer': 0}
-    return held
+    # fake tensors cannot be pinned: what is offloaded is left out here instead
+    kinds = list(KINDS)[3 if case.offload else 0 :]
+    return Counter({kind: sum(peak.get(name, 0) for name in KINDS[kind]) for kind in kinds})
 
 
 def build(case: Case) -> GPT:
@@ -207,11 +198,7 @@ def tracker_of(case: Case, model: GPT, optimizers: list):
     return tracker
 
 
-# -----------------------------------------------------------------------------
-# one process
-
-
-def estimate(case: Case) -> dict[str, float]:
+def estimate(case: Case) -> Counter[str]:
     """Bytes of tensors that one process holds at its peak, by kind."""
     shape, (few, more) = case.shape, SHALLOW
     if shape.n_layer <= DEEP or case.freeze:
@@ -219,33 +206,26 @@ def estimate(case: Case) -> dict[str, float]:
     else:  # blocks are alike: each adds what the others do
         low, high = (step_peak(replace(case, shape=replace(shape, n_layer=n))) for n in SHALLOW)
         times = (shape.n_layer - few) / (more - few)
-        held = {kind: low[kind] + times * (high[kind] - low[kind]) for kind in low}
-    parameters, gradients, optimizer = state_of(case)
+        held = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+    state, cut = state_of(case), case.ranks if case.shard else 1
+    if not case.offload:  # at the update all gradients are there: the peak of some deep models
+        update = dict(zip(KINDS, (size / cut for size in state), strict=False))
+        held = max(held, Counter(update), key=Counter.total)
     if case.ranks > 1 and not case.shard:
-        held['communication'] += gradients  # DDP's buckets
-    cut = case.ranks if case.shard else 1
-    # the update, where all gradients are there: the peak of some deep models, of no shallow ones
-    update = dict(parameters=parameters / cut, gradients=gradients / cut, optimizer=optimizer / cut)
-    held = max(held, {} if case.offload else update, key=total)
-    if case.device != 'cpu':
-        return held
-    saved = (parameters + optimizer) / cut
-    if case.saves and saved >= SMALL:  # written while training goes on
-        held = {**held, 'copy to save': saved}
-    # every rank builds the whole model before it is cut
-    return max(held, {'parameters': float(parameters)}, key=total) if case.shard else held
+        held['communication'] += state[1]  # DDP's buckets of gradients
+    saved = (state[0] + state[2]) / cut
+    if case.device == 'cpu' and case.saves and saved >= SMALL:  # written while training goes on
+        held['copy to save'] = saved
+    if case.device == 'cpu' and case.shard:  # every rank builds the whole model before it is cut
+        held = max(held, Counter(parameters=state[0]), key=Counter.total)
+    return held
 
 
-def total(held: dict[str, float]) -> float:
-    return sum(held.values())
-
-
-def in_process(case: Case, held: dict[str, float]) -> tuple[float, float]:
+def in_process(case: Case, held: Counter[str]) -> tuple[float, float]:
     """Bytes that a process takes with these tensors: the least and the most that was measured."""
-    if case.device != 'cpu':
-        return total(held), total(held)
-    low, high = GROWTH
-    return LIBRARIES + low * total(held), LIBRARIES + high * total(held)
+    low, high = GROWTH if case.device == 'cpu' else (1, 1)
+    libraries = LIBRARIES if case.device == 'cpu' else 0
+    return libraries + low * held.total(), libraries + high * held.total()
 
 
 def state_of(case: Case) -> tuple[int, int, int]:
@@ -272,10 +252,6 @@ def least(case: Case) -> float:
     return kept + 4 * case.rows * case.shape.block_size * case.shape.vocab_size  # the logits
 
 
-# -----------------------------------------------------------------------------
-# the machine
-
-
 def host_lack(case: Case) -> str | None:
     """What is wrong with the main memory beside the GPUs; None if nothing is."""
     if case.device != 'cuda' or not case.shard:
@@ -291,42 +267,6 @@ def host_lack(case: Case) -> str | None:
         f'each process of this machine takes {need / 1e9:,.1f} GB of main memory for the model, '
         f'and can have {free / 1e9:,.1f} GB: fewer processes on it, or a smaller model'
     )
-
-
-def resident() -> int:
-    """Bytes of main memory that this process takes now, 0 where nobody says."""
-    with suppress(OSError):
-        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    return 0
-
-
-def room(runtime: Runtime) -> float | None:
-    """Bytes that each process of this machine can take in all; None where nobody says."""
-    if runtime.device_type == 'cuda':
-        free, _ = torch.cuda.mem_get_info(runtime.device)
-        return free + torch.cuda.memory_reserved(runtime.device)
-    if runtime.device_type == 'mps':
-        return torch.mps.recommended_max_memory()
-    return host_room()
-
-
-def host_room() -> float | None:
-    """Bytes of main memory that each process of this machine can take in all."""
-    free = []
-    with suppress(OSError, AttributeError):
-        text = Path('/proc/meminfo').read_text(encoding='utf-8')
-        free += [int(kb) * 1024 for kb in re.findall(r'MemAvailable:\s+(\d+) kB', text)]
-        group = Path('/sys/fs/cgroup')  # of a container
-        with suppress(OSError, ValueError):
-            used = int((group / 'memory.current').read_text())
-            cached = re.search(r'^inactive_file (\d+)', (group / 'memory.stat').read_text(), re.M)
-            used -= int(cached[1]) if cached else 0  # what can be had back
-            free.append(int((group / 'memory.max').read_text()) - used)
-    if not free:
-        with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
-            free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(free) / here + resident() if free else None
 
 
 # -----------------------------------------------------------------------------
@@ -384,23 +324,22 @@ def resized(case: Case, rows: int, **changed) -> Case:
 
 def flags(before: Case, case: Case) -> str:
     """What to add to the command for another case."""
-    told = []
-    if case.shard > before.shard:
-        places = 'GPUs' if case.device == 'cuda' else 'machines like this'
-        told.append(f'--shard on {case.ranks} {places}')
-    if case.rows != before.rows:
-        steps = case.parts * case.ranks
-        told.append(f'--batch_size={case.rows} --gradient_accumulation_steps={steps}')
-    told += ['--gradient_checkpointing'] * (case.recompute > before.recompute)
-    told += ['--offload'] * (case.offload > before.offload)
-    for name in ('block_size', 'n_layer'):
-        if getattr(case.shape, name) != getattr(before.shape, name):
-            told.append(f'--{name}={getattr(case.shape, name)}')
-    return ' '.join(told)
 
+    def settings(case: Case) -> dict:
+        return {
+            '--batch_size': case.rows,
+            '--gradient_accumulation_steps': case.parts * case.ranks,
+            '--gradient_checkpointing': case.recompute,
+            '--offload': case.offload,
+            '--block_size': case.shape.block_size,
+            '--n_layer': case.shape.n_layer,
+        }
 
-# -----------------------------------------------------------------------------
-# the table
+    was, now = settings(before), settings(case)
+    new = {name: value for name, value in now.items() if value != was[name]}
+    told = [name if value is True else f'{name}={value}' for name, value in new.items()]
+    where = 'GPUs' if case.device == 'cuda' else 'machines like this'
+    return ' '.join([f'--shard on {case.ranks} {where}'] * (case.shard > before.shard) + told)
 
 
 def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
@@ -410,17 +349,17 @@ def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str
     """
     lack, asked = host_lack(case), (case, str(runtime.device), room(runtime), fresh)
     if dist.is_initialized():  # by torchrun; a fake process group needs a process of its own
-        code = 'from flatgpt.training import memory; memory.child()'
+        code = 'from flatgpt.training import memory; memory.report_to_parent()'
         command, given = [sys.executable, '-c', code], pickle.dumps(asked)
         done = subprocess.run(command, input=given, stdout=subprocess.PIPE, cwd=ROOT, check=True)
-        fits, table = json.loads(done.stdout)
+        fits, table = pickle.loads(done.stdout)
     else:
         fits, table = report(*asked)
     return fits and not lack, f'{table}\n{lack}' if lack else table
 
 
-def child() -> None:
-    print(json.dumps(report(*pickle.load(sys.stdin.buffer))))
+def report_to_parent() -> None:
+    pickle.dump(report(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
 
 
 def report(case: Case, where: str, memory: float | None, fresh: bool) -> tuple[bool, str]:
@@ -435,7 +374,7 @@ def report(case: Case, where: str, memory: float | None, fresh: bool) -> tuple[b
         f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; {case.rows} x '
         f'{shape.block_size} tokens at a time, {str(case.dtype).removeprefix("torch.")}',
         *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in held.items() if size),
-        f'  {"tensors at the peak, in all":<28}{total(held) / 1e6:10,.0f} MB',
+        f'  {"tensors at the peak, in all":<28}{held.total() / 1e6:10,.0f} MB',
     ]
     if case.device == 'cpu':
         lines += [

@@ -14,7 +14,7 @@ from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.runtime import Runtime
 from flatgpt.training import memory as memory_module
 from flatgpt.training.loss import loss_of
-from flatgpt.training.memory import Case, batch_of, build, optimizers_of, step_peak, total
+from flatgpt.training.memory import Case, batch_of, build, optimizers_of, step_peak
 from model import GPTConfig
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
@@ -76,12 +76,12 @@ def test_a_sharded_rank_holds_its_share():
 def test_blocks_that_are_not_computed_are_as_the_others(monkeypatch):
     monkeypatch.setattr(memory_module, 'DEEP', 7)
     deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=8), saves=False)
-    assert total(memory_module.estimate(deep)) == pytest.approx(total(step_peak(deep)), rel=1e-4)
+    assert memory_module.estimate(deep).total() == pytest.approx(step_peak(deep).total(), rel=1e-4)
 
 
 def test_a_deep_model_has_its_peak_at_the_update_where_a_shallow_one_has_not():
     deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=48), recompute=True, rows=1)
-    assert total(memory_module.estimate(deep)) >= sum(memory_module.state_of(deep))
+    assert memory_module.estimate(deep).total() >= sum(memory_module.state_of(deep))
 
 
 def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(monkeypatch):
