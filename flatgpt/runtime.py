@@ -510,3 +510,39 @@ def pick_backend(name: str, device: str) -> str:
             f"backend='nccl' needs GPUs, and the device is {device}; use --backend=auto"
         )
     return name
+
+
+def room(runtime: Runtime) -> float | None:
+    """Bytes that each process of this machine can take in all; None where nobody says."""
+    if runtime.device_type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        return free + torch.cuda.memory_reserved(runtime.device)
+    if runtime.device_type == 'mps':
+        return torch.mps.recommended_max_memory()
+    return host_room()
+
+
+def host_room() -> float | None:
+    """Bytes of main memory that each process of this machine can take in all."""
+    free = []
+    with suppress(OSError, AttributeError):
+        text = Path('/proc/meminfo').read_text(encoding='utf-8')
+        free += [int(kb) * 1024 for kb in re.findall(r'MemAvailable:\s+(\d+) kB', text)]
+        group = Path('/sys/fs/cgroup')  # of a container
+        with suppress(OSError, ValueError):
+            used = int((group / 'memory.current').read_text())
+            cached = re.search(r'^inactive_file (\d+)', (group / 'memory.stat').read_text(), re.M)
+            used -= int(cached[1]) if cached else 0  # what can be had back
+            free.append(int((group / 'memory.max').read_text()) - used)
+    if not free:
+        with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
+            free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    return min(free) / here + resident() if free else None
+
+
+def resident() -> int:
+    """Bytes of main memory that this process takes now, 0 where nobody says."""
+    with suppress(OSError):
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    return 0

@@ -71,8 +71,8 @@ def wait_until(reached, seconds=10):
 
 def write(service, text):
     """Have the engine write a text (bytes), whatever the model says."""
-    engine = service.engine
-    engine.choose_all = lambda slots, logits: [text[len(s.request.written)] for s in slots]
+    runner = service.engine.runner
+    runner.sample_all = lambda requests, logits: [text[len(r.written)] for r in requests]
 
 
 def in_background(work, *args, **options):

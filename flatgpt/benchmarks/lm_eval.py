@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import UserError, did_you_mean
-from flatgpt.inference.engine import NOT_FINITE, generate, pad
+from flatgpt.inference.engine import NOT_FINITE, generate
+from flatgpt.inference.model_runner import pad
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 

@@ -1,29 +1,70 @@
 """
-Whether a run fits, before it starts: what it will need of memory, and what to change if that is not
-there.
+Whether a run fits, before it starts: the memory it needs, and what to change if it does not fit.
 
 $ python train.py train_gpt2 --batch_size=4 --plan
 
     fits, table = verdict(case_of(config, shape, runtime), runtime)
+
+The steps of a run are computed on fake tensors, which have shapes and no numbers, while torch's
+memory trackers count. For a sharded model this is one rank of a process group that is fake too.
 """
 
 import math
-import os
-import re
-from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
+import pickle
+import subprocess
+import sys
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
 
-from flatgpt.runtime import Runtime
-from flatgpt.training.rehearsal import Case, Heap, build, rehearse
-from model import GPTConfig
+from flatgpt import ROOT
+from flatgpt.checkpoint.save import SMALL
+from flatgpt.checkpoint.weights import SkipRandom
+from flatgpt.errors import as_config_error
+from flatgpt.lora import add_lora
+from flatgpt.parallel import apply_fsdp, sync_gradients
+from flatgpt.runtime import Runtime, host_room, room
+from flatgpt.training.loss import loss_of
+from flatgpt.training.optim import build_optimizers
+from model import GPT, GPTConfig
 
-KINDS = ('parameters', 'gradients', 'optimizer', 'activations', 'copy to save')
-LATER = 60e6  # bytes that libraries take between here and the end of a run, measured on Linux
-GROWS = 0.08  # of the activations, by which holes grow in later steps; sharded, twice as much
-LATER_RANKS = 75e6  # and more of them where there are several processes
+KINDS = {  # what is printed, the state of training first, and the trackers' names for it
+    'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
+    'gradients': ('Gradient', 'Sharded Grad'),
+    'optimizer': ('Optstate', 'OptState', 'Inputs'),
+    'activations': ('Activation',),
+    'temporaries': ('Temp', 'Other'),
+    'communication': ('Unsharded Param', 'Unsharded Grad', 'All Gather', 'Reduce Scatter'),
+}
+SHALLOW, DEEP = (4, 6), 12  # layers of two models that stand for one of more than 12
+GROWTH = 1.0, 1.5
+LIBRARIES = 450e6
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything the memory of one process depends on."""
+
+    shape: GPTConfig
+    device: str  # 'cpu', 'cuda' or 'mps'
+    dtype: torch.dtype
+    optimizer: str
+    rows: int  # sequences computed at a time
+    parts: int = 1  # micro-batches per update
+    ranks: int = 1
+    shard: bool = False
+    offload: bool = False
+    recompute: bool = False  # gradient checkpointing
+    adapt: tuple | None = None  # rank and targets of LoRA
+    freeze: int | None = None
+    objective: str = 'lm'
+    saves: bool = True  # checkpoints during training, not only at the end
+    compiled: bool = False  # by torch.compile; step_peak() says what is known of that
 
 
 def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
@@ -32,61 +73,159 @@ def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
     every = [config[name] for name in ('eval_interval', 'save_interval') if config[name]]
-    rank = config['lora_rank']
+    rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
     return Case(
         shape=shape,
         device=runtime.device_type,
         dtype=runtime.dtype,
-        optimizer=config['optimizer'],
         rows=rows,
         parts=batch // rows,
         ranks=runtime.world_size,
-        shard=config['shard'],
-        offload=config['offload'],
         recompute=config['gradient_checkpointing'],
         adapt=(rank, config['lora_targets']) if rank else None,
-        freeze=config['freeze'],
-        objective=config['objective'],
         saves=min(every, default=math.inf) < config['max_iters'],
+        compiled=runtime.wants_compile(config['compile']),
+        **{name: config[name] for name in same},
     )
 
 
-def needs(case: Case, here: float | None = None) -> dict[str, float]:
-    """Bytes that one process takes at its peak, by what they are for; they add up.
+# -----------------------------------------------------------------------------
+# one step on fake tensors
 
-    here: what this process takes now; None asks the system.
+
+def step_peak(case: Case) -> Counter[str]:
+    """Bytes of tensors on the device at the peak of a step, by kind.
+
+    The step is eager. Compiled ones keep other activations: once their peaks on CUDA have been
+    measured, they are returned here for case.compiled; until then report() says they are not.
     """
-    parts = {}
-    if case.device == 'cpu':
-        taken = resident() if here is None else here
-        parts['Python, torch and the code'] = taken + LATER + LATER_RANKS * (case.ranks > 1)
-    shape, few = case.shape, (6, 8)
-    if shape.n_layer <= 2 * few[1] or case.freeze:
-        return parts | computed(case)
-    # blocks are alike: what two of them add is added for all that are not rehearsed
-    less, more = (computed(replace(case, shape=replace(shape, n_layer=n))) for n in few)
-    times = (shape.n_layer - few[0]) / (few[1] - few[0])
-    return parts | {name: less[name] + times * (more[name] - less[name]) for name in less}
+    from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
+
+    fake = FakeTensorMode()
+    with fake:
+        model = build(case)
+    with fake_ranks(case.ranks) if case.shard else nullcontext():
+        if case.shard:  # outside the fake mode, as the numbers of a device mesh are read
+            apply_fsdp(model, Runtime(case.device, case.dtype, 0, case.ranks))
+        with fake:
+            optimizers, batch = optimizers_of(case, model), batch_of(case)
+            # creates the optimizer's state and fills DTensor's cache of how each op is cut; it
+            # learns that on fake tensors, which a tracker would take for the step's own
+            run_step(replace(case, parts=1), model, optimizers, batch)
+            tracker = tracker_of(case, model, optimizers)
+            with tracker:
+                run_step(case, model, optimizers, batch, tracker.reset_mod_stats)
+    (peak,) = (
+        {kind.value: size for kind, size in held.items() if kind != 'Total'}
+        for device, held in tracker.get_tracker_snapshot('peak').items()
+        if device.type == case.device
+    )
+    # fake tensors cannot be pinned: what is offloaded is left out here instead
+    kinds = list(KINDS)[3 if case.offload else 0 :]
+    return Counter({kind: sum(peak.get(name, 0) for name in KINDS[kind]) for kind in kinds})
 
 
-def computed(case: Case) -> dict[str, float]:
-    """Bytes of what is computed with."""
-    ledger = rehearse(case)
-    held = {kind: ledger.most[kind] for kind in KINDS}
-    if case.device == 'cpu':
-        holes = Heap().play(ledger.events) - ledger.most.total()
-        held['holes between them'] = max(0, holes) + GROWS * held['activations'] * (1 + case.shard)
+def build(case: Case) -> GPT:
+    """The model, without random numbers; under torch.device('meta') without memory."""
+    with torch.device(case.device), SkipRandom():
+        model = GPT(case.shape)
+        if case.adapt:
+            rank, targets = case.adapt
+            add_lora(model, rank, rank, 0.0, targets, case.freeze or 0)
+        elif case.freeze is not None:
+            with as_config_error():
+                model.freeze_lower(case.freeze)
+    model.trunk.recompute = case.recompute
+    return model.train()
+
+
+def optimizers_of(case: Case, model: GPT) -> list:
+    rates = {'learning_rate': 1e-3, 'muon_lr': 1e-3, 'muon_momentum': 0.9, 'weight_decay': 0.0}
+    return build_optimizers(case.optimizer, model, betas=(0.9, 0.95), **rates)
+
+
+def batch_of(case: Case) -> list:
+    """What loss_of() takes besides the model."""
+    pairs = case.objective == 'dpo'
+    rows = case.rows * (1 + pairs)
+    idx = torch.zeros(rows, case.shape.block_size, dtype=torch.long, device=case.device)
+    return [idx, idx, torch.zeros(rows, device=case.device), 0.1] if pairs else [idx, idx]
+
+
+def run_step(case: Case, model: GPT, optimizers: list, batch: list, before=lambda: None) -> None:
+    """One update as train.py computes it; a third micro-batch would take what the second does."""
+    parts = min(case.parts, 2)
+    for part in range(parts):
+        before()
+        sync_gradients(model, part == parts - 1)
+        with torch.autocast(case.device, case.dtype, enabled=case.dtype != torch.float32):
+            loss = loss_of(model, *batch)
+        loss.backward()
+        del loss
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """A process group of which only this rank exists; its collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def tracker_of(case: Case, model: GPT, optimizers: list):
+    """torch's tracker, knowing what there is before the step."""
+    if case.shard:
+        from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+        tracker = FSDPMemTracker(model)  # it takes one optimizer, and Muon comes with a second
+        tracker.track_inputs([list(s.values()) for each in optimizers for s in each.state.values()])
+        return tracker
+    from torch.distributed._tools.mem_tracker import MemTracker  # a second: it imports DTensor
+
+    tracker = MemTracker()
+    tracker.track_external(model, *optimizers)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # the tracker would hook it, which torch refuses
+            tracker._param_to_grad_hook_handles[parameter] = (RemovableHandle(OrderedDict()),) * 2
+    return tracker
+
+
+def estimate(case: Case) -> Counter[str]:
+    """Bytes of tensors that one process holds at its peak, by kind."""
+    shape, (few, more) = case.shape, SHALLOW
+    if shape.n_layer <= DEEP or case.freeze:
+        held = step_peak(case)
+    else:  # blocks are alike: each adds what the others do
+        low, high = (step_peak(replace(case, shape=replace(shape, n_layer=n))) for n in SHALLOW)
+        times = (shape.n_layer - few) / (more - few)
+        held = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+    state, cut = state_of(case), case.ranks if case.shard else 1
+    if not case.offload:  # at the update all gradients are there: the peak of some deep models
+        update = dict(zip(KINDS, (size / cut for size in state), strict=False))
+        held = max(held, Counter(update), key=Counter.total)
+    if case.ranks > 1 and not case.shard:
+        held['communication'] += state[1]  # DDP's buckets of gradients
+    saved = (state[0] + state[2]) / cut
+    if case.device == 'cpu' and case.saves and saved >= SMALL:  # written while training goes on
+        held['copy to save'] = saved
+    if case.device == 'cpu' and case.shard:  # every rank builds the whole model before it is cut
+        held = max(held, Counter(parameters=state[0]), key=Counter.total)
     return held
 
 
-def total(case: Case, here: float | None = None) -> float:
-    return sum(needs(case, here).values())
-
-
-def kv_row(shape: GPTConfig, itemsize: int = 4) -> int:
-    """Bytes of keys and values of one row as long as the context."""
-    size = shape.n_embd // shape.n_head
-    return 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size * itemsize
+def in_process(case: Case, held: Counter[str]) -> tuple[float, float]:
+    """Bytes that a process takes with these tensors: the least and the most that was measured."""
+    low, high = GROWTH if case.device == 'cpu' else (1, 1)
+    libraries = LIBRARIES if case.device == 'cpu' else 0
+    return libraries + low * held.total(), libraries + high * held.total()
 
 
 def state_of(case: Case) -> tuple[int, int, int]:
@@ -130,151 +269,136 @@ def host_lack(case: Case) -> str | None:
     )
 
 
-def resident() -> int:
-    """Bytes of main memory that this process takes now, 0 where nobody says."""
-    with suppress(OSError):
-        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    return 0
+# -----------------------------------------------------------------------------
+# what would fit
 
 
-def room(runtime: Runtime) -> float | None:
-    """Bytes that each process of this machine can take in all; None where nobody says."""
-    if runtime.device_type == 'cuda':
-        free, _ = torch.cuda.mem_get_info(runtime.device)
-        return free + torch.cuda.memory_reserved(runtime.device)
-    if runtime.device_type == 'mps':
-        return torch.mps.recommended_max_memory()
-    return host_room()
+def savings(case: Case, memory: float, fresh: bool = True) -> list[tuple[str, float]]:
+    """Changes that bring a case down to `memory`: the flags, and the bytes then.
 
-
-def host_room() -> float | None:
-    """Bytes of main memory that each process of this machine can take in all."""
-    free = []
-    with suppress(OSError, AttributeError):
-        text = Path('/proc/meminfo').read_text(encoding='utf-8')
-        free += [int(kb) * 1024 for kb in re.findall(r'MemAvailable:\s+(\d+) kB', text)]
-        group = Path('/sys/fs/cgroup')  # of a container
-        with suppress(OSError, ValueError):
-            used = int((group / 'memory.current').read_text())
-            cached = re.search(r'^inactive_file (\d+)', (group / 'memory.stat').read_text(), re.M)
-            used -= int(cached[1]) if cached else 0  # what can be had back
-            free.append(int((group / 'memory.max').read_text()) - used)
-    if not free:
-        with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
-            free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(free) / here + resident() if free else None
-
-
-def cures(case: Case, memory: float, fresh: bool = True) -> list[tuple[str, float]]:
-    """Changes that would bring a case down to `memory`: what to say, and the bytes then.
-
-    fresh: whether the shape of the model is still to be chosen. With none that does, the nearest.
+    fresh: whether the shape of the model can still be chosen. If no change does, the nearest.
     """
     found, others = [], []
 
     def attempt(changed: Case) -> bool:
         size = least(changed)
-        size = size if size > memory else total(changed)
+        size = size if size > memory else in_process(changed, estimate(changed))[1]
         (found if size <= memory else others).append((flags(case, changed), size))
         return size <= memory
 
-    for group in changes(case):  # of each kind the least that does
+    for group in changes(case):  # the smallest change of each kind that is enough
         any(attempt(changed) for changed in group)
     if not found and fresh:
-        any(attempt(changed) for changed in smaller(tight(case)))
+        layers = [replace(case.shape, n_layer=n) for n in halved(case.shape.n_layer)]
+        any(attempt(resized(case, 1, recompute=True, shape=shape)) for shape in layers)
     return found or sorted(others, key=lambda each: each[1])[:1]
 
 
-def changes(case: Case) -> list[list[Case]]:
-    """What can be changed, one list for each kind, the least change first."""
-    again = replace(case, recompute=True)
-    block = replace(case.shape, block_size=max(1, case.shape.block_size // 2))
-    groups = [fewer(case), [replace(case, shape=block)]]
+def changes(case: Case) -> Iterator[list[Case]]:
+    """What can be changed, one list for each kind, the smallest change first."""
+    batch, shape = case.rows * case.parts, case.shape
+    rows = [n for n in halved(case.rows) if batch % n == 0]
+    yield [resized(case, n) for n in rows]
     if not case.recompute:
-        groups.insert(1, [again, *fewer(again)])
+        yield [resized(case, n, recompute=True) for n in (case.rows, *rows)]
+    yield [replace(case, shape=replace(shape, block_size=max(1, shape.block_size // 2)))]
     if case.shard and case.device == 'cuda' and not case.offload:
-        groups.append([replace(case, offload=True)])
+        yield [replace(case, offload=True)]
     if not case.shard:
-        counts = [n for n in (2, 4, 8, 16, 32, 64) if case.rows * case.parts % n == 0]
-        groups.append([spread(each, n) for each in (case, tight(case)) for n in counts])
-    return groups
+        counts = [n for n in (2, 4, 8, 16, 32, 64) if batch % n == 0]
+        least_rows = replace(case, rows=1, parts=batch, recompute=True)
+        tried = [(each, n) for each in (case, least_rows) for n in counts]
+        yield [resized(each, each.rows, shard=True, ranks=n) for each, n in tried]
 
 
-def fewer(case: Case) -> list[Case]:
-    """Fewer sequences at a time, and as many per update."""
-    rows = [case.rows >> n for n in range(1, case.rows.bit_length())]
-    batch = case.rows * case.parts
-    return [replace(case, rows=n, parts=batch // n) for n in rows if batch % n == 0]
+def halved(n: int) -> list[int]:
+    return [n >> by for by in range(1, n.bit_length())]
 
 
-def tight(case: Case) -> Case:
-    """The same computation with the fewest activations."""
-    return replace(case, rows=1, parts=case.rows * case.parts, recompute=True)
-
-
-def spread(case: Case, ranks: int) -> Case:
-    """Sharded among so many, and as many sequences per update."""
-    batch = max(1, case.rows * case.parts * case.ranks // ranks)
-    rows = min(case.rows, batch)
-    return replace(case, shard=True, ranks=ranks, rows=rows, parts=batch // rows)
-
-
-def smaller(case: Case) -> list[Case]:
-    layers = [case.shape.n_layer >> n for n in range(1, case.shape.n_layer.bit_length())]
-    return [replace(case, shape=replace(case.shape, n_layer=n)) for n in layers]
+def resized(case: Case, rows: int, **changed) -> Case:
+    """So many rows at a time at most, and as many sequences per update as before."""
+    other = replace(case, **changed)
+    batch = max(1, case.rows * case.parts * case.ranks // other.ranks)
+    return replace(other, rows=min(rows, batch), parts=batch // min(rows, batch))
 
 
 def flags(before: Case, case: Case) -> str:
     """What to add to the command for another case."""
-    told = []
-    if case.shard > before.shard:
-        places = 'GPUs' if case.device == 'cuda' else 'machines like this'
-        told.append(f'--shard on {case.ranks} {places}')
-    if case.rows != before.rows:
-        steps = case.parts * case.ranks
-        told.append(f'--batch_size={case.rows} --gradient_accumulation_steps={steps}')
-    for flag in ('recompute', 'offload'):
-        if getattr(case, flag) > getattr(before, flag):
-            told.append('--gradient_checkpointing' if flag == 'recompute' else '--offload')
-    for name in ('block_size', 'n_layer'):
-        if getattr(case.shape, name) != getattr(before.shape, name):
-            told.append(f'--{name}={getattr(case.shape, name)}')
-    return ' '.join(told)
+
+    def settings(case: Case) -> dict:
+        return {
+            '--batch_size': case.rows,
+            '--gradient_accumulation_steps': case.parts * case.ranks,
+            '--gradient_checkpointing': case.recompute,
+            '--offload': case.offload,
+            '--block_size': case.shape.block_size,
+            '--n_layer': case.shape.n_layer,
+        }
+
+    was, now = settings(before), settings(case)
+    new = {name: value for name, value in now.items() if value != was[name]}
+    told = [name if value is True else f'{name}={value}' for name, value in new.items()]
+    where = 'GPUs' if case.device == 'cuda' else 'machines like this'
+    return ' '.join([f'--shard on {case.ranks} {where}'] * (case.shard > before.shard) + told)
 
 
 def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
-    """Whether it fits this device; the table that says so, and what to change if it does not."""
-    parts, memory, where = needs(case), room(runtime), runtime.device
+    """Whether it fits this device; the table that says so, and what to change if it does not.
+
+    fresh: whether the shape of the model can still be chosen.
+    """
+    lack, asked = host_lack(case), (case, str(runtime.device), room(runtime), fresh)
+    if dist.is_initialized():  # by torchrun; a fake process group needs a process of its own
+        code = 'from flatgpt.training import memory; memory.report_to_parent()'
+        command, given = [sys.executable, '-c', code], pickle.dumps(asked)
+        done = subprocess.run(command, input=given, stdout=subprocess.PIPE, cwd=ROOT, check=True)
+        fits, table = pickle.loads(done.stdout)
+    else:
+        fits, table = report(*asked)
+    return fits and not lack, f'{table}\n{lack}' if lack else table
+
+
+def report_to_parent() -> None:
+    pickle.dump(report(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
+
+
+def report(case: Case, where: str, memory: float | None, fresh: bool) -> tuple[bool, str]:
+    held, shape = estimate(case), case.shape
+    low, high = in_process(case, held)
     whole, trained, _ = (size // 4 for size in state_of(case))
     of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
     each = f'each of {case.ranks} processes' if case.ranks > 1 else 'one process'
-    rows = f'{case.rows} x {case.shape.block_size} tokens at a time'
+    size = shape.n_embd // shape.n_head  # of a head
+    kept = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size
     lines = [
-        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; '
-        f'{rows}, {runtime.dtype_name}'
+        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; {case.rows} x '
+        f'{shape.block_size} tokens at a time, {str(case.dtype).removeprefix("torch.")}',
+        *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in held.items() if size),
+        f'  {"tensors at the peak, in all":<28}{held.total() / 1e6:10,.0f} MB',
     ]
-    lines += [f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in parts.items() if size]
-    size = sum(parts.values())
-    lines += [f'  {"at the peak, in all":<28}{size / 1e6:10,.0f} MB']
-    lines += [
-        f'keys and values of a text of {case.shape.block_size} tokens: '
-        f'{kv_row(case.shape) / 1e6:,.1f} MB in float32, for each that is sampled or served'
-    ]
+    if case.device == 'cpu':
+        lines += [
+            f'processes on a CPU were measured to take {GROWTH[0]} to {GROWTH[1]} times that and '
+            f'{LIBRARIES / 1e6:.0f} MB: {low / 1e6:,.0f} to {high / 1e6:,.0f} MB'
+        ]
     if case.device == 'cuda':
-        lines += ["not counted: the CUDA allocator's rounding and holes, which were not measured"]
+        lines += ["not counted: the CUDA allocator's holes and the CUDA context"]
+    if case.compiled:
+        lines += ['not counted: that torch.compile, which is on, keeps other activations']
+    lines += [
+        f'keys and values of a text of {shape.block_size} tokens: {kept / 1e6:,.1f} MB in float32, '
+        'for each that is sampled or served'
+    ]
     if memory is None:
         return True, '\n'.join([*lines, f'nobody here says how much memory {where} has'])
-    fits = size <= memory
+    fits = high <= memory
     lines += [
         f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB of {where} that '
         f'{"each process can have" if case.ranks > 1 else "are free"}'
     ]
     if not fits:
-        changes = cures(case, memory, fresh)
-        enough = changes and changes[0][1] <= memory
+        options = savings(case, memory, fresh)
+        enough = options and options[0][1] <= memory
         lines += ['what would:' if enough else 'nothing here would; the nearest:']
-        lines += [f'  {text:<72}{size / 1e9:8,.1f} GB' for text, size in changes]
-    lack = host_lack(case)
-    lines += [lack] if lack else []
-    return fits and not lack, '\n'.join(lines)
+        lines += [f'  {text:<72}{size / 1e9:8,.1f} GB' for text, size in options]
+    return fits, '\n'.join(lines)

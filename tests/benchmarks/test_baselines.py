@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from test_bench import (
-    settings,
-    small_machine,  # noqa: F401 - a fixture
-)
+from benches import settings
 
 from flatgpt.benchmarks import baselines, sides
 from flatgpt.benchmarks.decoding import bench_generation
@@ -14,6 +11,8 @@ from flatgpt.benchmarks.report import Report
 from flatgpt.runtime import Runtime
 
 RUNTIME = Runtime('cpu', torch.float32)
+
+pytest_plugins = ['benches']
 
 
 class SideHere(sides.Side):

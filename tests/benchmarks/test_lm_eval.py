@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_bench import refused, settings
+from benches import refused, settings
 
 import bench
 from flatgpt.checkpoint import load as load_module

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_bench import refused, settings
+from benches import refused, settings
 
 from flatgpt.benchmarks import decoding
 from flatgpt.benchmarks.report import Report

@@ -5,25 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+from benches import refused, settings
 
 import bench
-from configurator import configure, help_text
-from flatgpt.benchmarks import machine
+from configurator import help_text
 from flatgpt.errors import UserError
 
-TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--vocab_size=40', '--block_size=16']
-TINY += ['--prompt_tokens=4', '--new_tokens=5', '--rounds=1', '--steps=1', '--device=cpu']
-
-
-def settings(*flags):
-    return configure({'__file__': bench.__file__, **vars(bench)}, [*TINY, *map(str, flags)])
-
-
-def refused(*flags) -> str:
-    with pytest.raises(UserError) as caught:
-        bench.main(settings(*flags))
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+pytest_plugins = ['benches']
 
 
 def test_help_has_the_meaning_of_every_setting():
@@ -32,13 +20,6 @@ def test_help_has_the_meaning_of_every_setting():
     assert len(listed) == 40
     meaning = r"  \w+ = ('[^']*'|\S+) +\S"
     assert [line for line in listed if not re.match(meaning, line)] == []
-
-
-@pytest.fixture
-def small_machine(monkeypatch):
-    """Measure the machine by less than it takes to fill it."""
-    monkeypatch.setitem(machine.MATRIX_SIZE, 'cpu', 128)
-    monkeypatch.setitem(machine.READ_BYTES, 'cpu', 2**20)
 
 
 @pytest.mark.usefixtures('small_machine')

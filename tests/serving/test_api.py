@@ -804,13 +804,13 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
 
 def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
     service = service_of(client)
-    choose_all = service.engine.choose_all
-    service.engine.choose_all = lambda slots, logits: [-1] * len(slots)
+    sample_all = service.engine.runner.sample_all
+    service.engine.runner.sample_all = lambda requests, logits: [-1] * len(requests)
     error = ask(client, 500, prompt='a', n=2)['error']
     assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
     assert caplog.text.count(NOT_FINITE) == 1
     assert stream(client, prompt='a')[-1] == {'error': error}
-    service.engine.choose_all = choose_all
+    service.engine.runner.sample_all = sample_all
     ask(client, prompt='a')
 
 

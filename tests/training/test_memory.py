@@ -1,0 +1,197 @@
+"""The memory a run needs, estimated before it starts, and what --plan says of it."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_dataset
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flatgpt.checkpoint.load import listed, verify
+from flatgpt.checkpoint.save import size_of, tensors_of
+from flatgpt.data.tokenizer import byte_tokenizer
+from flatgpt.runtime import Runtime
+from flatgpt.training import memory as memory_module
+from flatgpt.training.loss import loss_of
+from flatgpt.training.memory import Case, batch_of, build, optimizers_of, step_peak
+from model import GPTConfig
+
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, bias=True)
+SEVEN_B = GPTConfig(2048, 65536, arch='modern', n_layer=32, n_head=32, n_embd=4096)
+SMALL = Case(GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=64), 'cpu', torch.float32, 'adamw', 4)
+CPU = Runtime('cpu', torch.float32)
+
+
+def count(case):
+    return sum(p.numel() for p in build(replace(case, device='meta')).parameters())
+
+
+# --- a step on fake tensors
+
+
+def test_parameters_gradients_and_optimizer_are_counted_to_the_byte():
+    wide = replace(SMALL, shape=replace(SMALL.shape, n_embd=256), rows=1, saves=False)
+    peak, bytes_of_all = step_peak(wide), 4 * count(wide)
+    assert peak['parameters'] == bytes_of_all
+    assert peak['gradients'] <= bytes_of_all  # at the peak not all of them need be there
+    assert 2 * bytes_of_all <= peak['optimizer'] <= 2 * bytes_of_all + 1000  # and counts of steps
+
+
+def test_activations_grow_with_the_rows_and_shrink_with_gradient_checkpointing():
+    deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=6))
+    peaks = {rows: step_peak(replace(deep, rows=rows))['activations'] for rows in (8, 16)}
+    assert 1.9 < peaks[16] / peaks[8] < 2.1
+    assert step_peak(replace(deep, rows=16, recompute=True))['activations'] < peaks[16] / 2
+
+
+@pytest.mark.parametrize('changed', [{'adapt': (4, 'all')}, {'freeze': 1}], ids=['lora', 'freeze'])
+def test_a_step_of_a_model_that_is_partly_frozen_is_counted(changed):
+    case = replace(SMALL, **changed)
+    parameters, gradients, optimizer = memory_module.state_of(case)
+    peak = step_peak(replace(case, parts=2))  # the second micro-batch meets the first's gradients
+    assert (peak['parameters'], peak['gradients']) == (parameters, gradients)
+    assert optimizer <= peak['optimizer'] <= optimizer + 1000
+
+
+def test_what_is_frozen_has_neither_gradient_nor_state():
+    all_of_it = memory_module.state_of(SMALL)
+    adapted = memory_module.state_of(replace(SMALL, adapt=(4, 'all')))
+    assert adapted[0] > all_of_it[0]  # the adapters are beside it
+    assert adapted[1] < all_of_it[1] / 4
+    assert adapted[2] == 2 * adapted[1]
+    assert memory_module.state_of(replace(SMALL, optimizer='muon'))[2] < all_of_it[2]
+
+
+def test_a_sharded_rank_holds_its_share():
+    case = replace(SMALL, shard=True, saves=False, rows=1)
+    two, eight = (step_peak(replace(case, ranks=ranks)) for ranks in (2, 8))
+    assert two['parameters'] == pytest.approx(2 * count(case), rel=0.01)
+    assert eight['optimizer'] < 0.3 * two['optimizer']
+    assert two['communication'] == eight['communication'] > 0
+    assert not torch.distributed.is_initialized()
+
+
+def test_blocks_that_are_not_computed_are_as_the_others(monkeypatch):
+    monkeypatch.setattr(memory_module, 'DEEP', 7)
+    deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=8), saves=False)
+    assert memory_module.estimate(deep).total() == pytest.approx(step_peak(deep).total(), rel=1e-4)
+
+
+def test_a_deep_model_has_its_peak_at_the_update_where_a_shallow_one_has_not():
+    deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=48), recompute=True, rows=1)
+    assert memory_module.estimate(deep).total() >= sum(memory_module.state_of(deep))
+
+
+def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(monkeypatch):
+    monkeypatch.setattr(memory_module, 'host_room', lambda: 20e9)
+    large = replace(SMALL, shape=SEVEN_B, device='cuda', ranks=8)
+    assert memory_module.host_lack(large) is None
+    assert 'takes 27.9 GB of main memory' in memory_module.host_lack(replace(large, shard=True))
+    few = replace(large, shape=replace(SEVEN_B, n_layer=16), shard=True)
+    assert memory_module.host_lack(few) is None
+    assert 'takes 52.6 GB' in memory_module.host_lack(replace(few, ranks=2, offload=True))
+
+
+def test_a_preference_pair_is_two_rows():
+    pair = step_peak(replace(SMALL, objective='dpo'))['activations']
+    assert pair > 1.8 * step_peak(SMALL)['activations']
+
+
+def test_what_a_process_holds_beside_a_step_is_added():
+    alone = replace(SMALL, saves=False)
+    held = memory_module.estimate(replace(alone, ranks=2))  # DDP has the gradients twice
+    assert held['communication'] == 4 * count(alone)
+
+
+# --- what it comes to
+
+
+MEASURED = (  # one process or two, and the settings
+    (1, '--n_layer=6 --n_embd=384 --batch_size=8 --dtype=float32 --arch=modern'),
+    (1, '--n_layer=6 --n_embd=384 --batch_size=8 --dtype=bfloat16'),
+    (2, '--n_layer=4 --n_embd=512 --batch_size=8 --dtype=float32 --shard'),
+)
+
+
+@pytest.mark.faults  # for their length
+@pytest.mark.parametrize(('ranks', 'flags'), MEASURED)
+def test_a_run_takes_what_the_plan_says(script, tmp_path, ranks, flags):
+    data = make_dataset(tmp_path / 'data', byte_tokenizer(), train=20_000, val=4000)
+    flags = f'{flags} --n_head=4 --block_size=256 --dataset={data} --out_dir={tmp_path / "run"}'
+    flags += f' --max_iters=4 --gradient_accumulation_steps={ranks} --eval_interval=None'
+    flags += ' --eval_iters=1 --sample_tokens=0 --device=cpu --compile=False --warmup_iters=0'
+    python = TORCHRUN if ranks > 1 else ()
+    planned, done = (
+        script('train.py', *flags.split(), *more, python=python) for more in (['--plan'], [])
+    )
+    assert planned.returncode == done.returncode == 0, planned.stderr + done.stderr
+    low, high = re.search(r': ([\d,]+) to ([\d,]+) MB', planned.stdout).groups()
+    took = float(re.search(r'peak memory ([\d,]+) MB', done.stdout)[1].replace(',', ''))
+    low, high = (float(text.replace(',', '')) for text in (low, high))
+    assert 0.9 * low <= took <= 1.1 * high  # the same command varies, and processors do
+
+
+def test_what_does_not_fit_gets_changes_that_do(monkeypatch):
+    monkeypatch.setattr(memory_module, 'LIBRARIES', 0)  # more here than all the rest
+    case = replace(SMALL, rows=16, parts=1, saves=False)
+    memory = 0.6 * memory_module.in_process(case, memory_module.estimate(case))[1]
+    found = memory_module.savings(case, memory)
+    assert all(size <= memory for _, size in found)
+    texts = [text for text, _ in found]
+    fewer = next(text for text in texts if text.startswith('--batch_size'))
+    rows, steps = map(int, re.findall(r'=(\d+)', fewer))
+    assert rows * steps == 16  # the same global batch
+    assert any('--shard' in text for text in texts)
+
+
+def test_where_nothing_fits_the_nearest_is_named():
+    (only,) = memory_module.savings(SMALL, memory=1e6)
+    assert only[1] > 1e6
+
+
+@pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
+def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
+    monkeypatch.setattr(memory_module, 'room', lambda runtime: 24e9)
+    case = Case(shape, 'cpu', torch.bfloat16, 'adamw', rows=1, saves=False)
+    assert memory_module.least(case) > 24e9
+    monkeypatch.setattr(memory_module, 'changes', lambda case: [])  # each takes a second
+    fits, table = memory_module.verdict(case, CPU)
+    assert not fits
+    assert 'does not fit in the 24.0 GB of cpu' in table
+    assert '--n_layer=' in table
+
+
+@pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
+def test_a_large_model_is_built_steps_and_has_a_checkpoint_without_memory(shape):
+    optimizer = 'adamw' if shape.arch == 'gpt2' else 'muon'
+    case = Case(shape, 'cpu', torch.bfloat16, optimizer, rows=1)
+    with FakeTensorMode():
+        model = build(case)
+        optimizers = optimizers_of(case, model)
+        with torch.autocast('cpu', torch.bfloat16):
+            loss_of(model, *batch_of(case)).backward()
+        for each in optimizers:
+            each.step()
+        tensors = tensors_of(model, optimizers)
+        assert size_of(tensors) == pytest.approx(memory_module.checkpoint_size(case), rel=1e-5)
+    assert {name: len(named) for name, named in tensors.items()} == {
+        'model.safetensors': 580 if shape is XL else 194,
+        'optimizer.safetensors': 3 * 580 if shape is XL else 192 + 3 * 2,
+    }
+
+
+@pytest.mark.faults  # for its length
+def test_a_model_as_wide_as_gpt2_xl_trains_sharded_and_saves(script, dataset, tmp_path):
+    shape = '--n_layer=1 --n_head=25 --n_embd=1600 --bias --block_size=32'.split()
+    run = f'--batch_size=1 --gradient_accumulation_steps=2 --dataset={dataset} --max_iters=1'
+    run += ' --eval_iters=1 --sample_tokens=0 --device=cpu --dtype=float32 --warmup_iters=0'
+    where = tmp_path / 'run'
+    done = script(
+        'train.py', *shape, *run.split(), '--shard', f'--out_dir={where}', python=TORCHRUN
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = listed(where)
+    verify(path)
+    assert len(list(path.glob('model-*-of-00002.safetensors'))) == 2
