@@ -20,6 +20,7 @@ from forks import Forks
 import sample as sample_module
 from configurator import configure
 from flatgpt import files
+from flatgpt.benchmarks import machine
 from flatgpt.checkpoint import load, save
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
@@ -155,6 +156,13 @@ def script(environment, shared):
         )
 
     return run
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """Measure the machine by less than it takes to fill it."""
+    monkeypatch.setitem(machine.MATRIX_SIZE, 'cpu', 128)
+    monkeypatch.setitem(machine.READ_BYTES, 'cpu', 2**20)
 
 
 @pytest.fixture(scope='session')

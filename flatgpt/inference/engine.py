@@ -51,8 +51,9 @@ class Engine:
     ):
         assert not model.training, 'dropout would be on'
         self.model, self.tokenizer = model, tokenizer
-        self.scheduler = Scheduler(rows, model.config.block_size, chunk, deterministic)
+        # first, since it fails at once where memory is too small for so many rows
         self.runner = ModelRunner(model, tokenizer, rows, length)
+        self.scheduler = Scheduler(rows, model.config.block_size, chunk, deterministic)
         self.arrival = threading.Condition()
         self.closed = False
         self.error: BaseException | None = None
@@ -109,12 +110,12 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Compute a part of the waiting prompts and a token of every text -> whether any did."""
-        self.end_cancelled()
+        self.drop_cancelled()
         self.scheduler.admit()
         prompts = self.prefill()
         return self.decode() or prompts
 
-    def end_cancelled(self) -> None:
+    def drop_cancelled(self) -> None:
         dropped = []
         for slot in self.scheduler.cancelled_slots():
             dropped.append(slot.request)

@@ -12,8 +12,6 @@ from flatgpt.runtime import Runtime
 
 RUNTIME = Runtime('cpu', torch.float32)
 
-pytest_plugins = ['benches']
-
 
 class SideHere(sides.Side):
     """A side in this process: importing torch and transformers takes its own some seconds."""

@@ -11,8 +11,6 @@ import bench
 from configurator import help_text
 from flatgpt.errors import UserError
 
-pytest_plugins = ['benches']
-
 
 def test_help_has_the_meaning_of_every_setting():
     lines = help_text({'__file__': bench.__file__, **vars(bench)}).splitlines()
