@@ -23,6 +23,7 @@ from flatgpt import files
 from flatgpt.benchmarks import machine
 from flatgpt.checkpoint import load, save
 from flatgpt.data.dataset import Writer
+from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.training import metrics as metrics_module
@@ -64,6 +65,18 @@ MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05'
 torch.set_num_threads(1)  # tiny models: more threads only get in each other's way
 # matplotlib keeps a list of fonts, by default in the user's home
 os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')
+
+
+def pytest_xdist_auto_num_workers(config):
+    """How many processes share the tests: as there are cores for the whole suite, else this one.
+
+    The fault and load suites stop processes by the clock, so that they run alone.
+    """
+    whole = config.args_source == config.ArgsSource.TESTPATHS
+    if whole and 'not faults and not load' in config.option.markexpr and not config.option.keyword:
+        return cores()
+    config.option.dist = 'no'
+    return 0
 
 
 def random_model(vocab_size, block_size=16, seed=0, **changes):
