@@ -9,13 +9,12 @@ The steps of a run are computed on fake tensors, which have shapes and no number
 memory trackers count. For a sharded model this is one rank of a process group that is fake too.
 """
 
-import pickle
 import subprocess
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -347,16 +346,21 @@ def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str
     lack, asked = host_lack(case), (case, str(runtime.device), room(runtime), fresh)
     if dist.is_initialized():  # by torchrun; a fake process group needs a process of its own
         code = 'from flatgpt.training import memory; memory.report_to_parent()'
-        command, given = [sys.executable, '-c', code], pickle.dumps(asked)
-        done = subprocess.run(command, input=given, stdout=subprocess.PIPE, cwd=ROOT, check=True)
-        fits, table = pickle.loads(done.stdout)
+        case_given = {**asdict(case), 'dtype': runtime.dtype_name}
+        given = json.dumps([case_given, *asked[1:]])
+        command, pipe = [sys.executable, '-c', code], subprocess.PIPE
+        done = subprocess.run(command, input=given, stdout=pipe, text=True, cwd=ROOT, check=True)
+        fits, table = json.loads(done.stdout)
     else:
         fits, table = report(*asked)
     return fits and not lack, f'{table}\n{lack}' if lack else table
 
 
 def report_to_parent() -> None:
-    pickle.dump(report(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
+    """report() of what comes as JSON on standard input, as JSON on standard output."""
+    given, *others = json.load(sys.stdin)
+    given |= {'shape': GPTConfig(**given['shape']), 'dtype': getattr(torch, given['dtype'])}
+    print(json.dumps(report(Case(**given), *others)))
 
 
 def report(case: Case, where: str, memory: float | None, fresh: bool) -> tuple[bool, str]:

@@ -142,6 +142,7 @@ def test_a_script_runs_and_writes_its_own_clone(installed, mine, environment, tm
     assert not [*tmp_path.rglob('meta.json')]
 
 
+@pytest.mark.faults  # of the mechanism that the test above shows for two of them
 @pytest.mark.parametrize('script', ['sample.py', 'bench.py', 'api.py', 'data/text/prepare.py'])
 def test_every_script_runs_its_own_clone(script, mine, environment, nanogpt):
     done = environment('other').run(mine / script, '--help', cwd=nanogpt)
