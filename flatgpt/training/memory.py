@@ -9,6 +9,7 @@ The steps of a run are computed on fake tensors, which have shapes and no number
 memory trackers count. For a sharded model this is one rank of a process group that is fake too.
 """
 
+import json
 import subprocess
 import sys
 from collections import Counter, OrderedDict
