@@ -250,12 +250,10 @@ while True:
     for each in optimizers:
         for group in each.param_groups:
             group['lr'] = lr * group['lr_ratio']
-    mean_loss = data_wait = 0.0
+    mean_loss = 0.0
     for micro_step in range(batches.micro_steps):
         watchdog.at(step, 'the data')
-        asked = time.perf_counter()
         batch, divisor = next(batches)
-        data_wait += time.perf_counter() - asked
         watchdog.at(step, 'the gradients')
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == batches.micro_steps - 1)
@@ -284,6 +282,7 @@ while True:
     raw_model.zero_grad(set_to_none=True)
     state.record_update(norm, skip, batches.global_rows)
     run.progress.advance(time.perf_counter() - started)
+    data_wait = batches.take_wait()
     if skip:
         run.report_skipped(mean_loss, norm)
 

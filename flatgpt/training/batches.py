@@ -8,6 +8,7 @@ An update's global batch is the same at every world size, and shared out equally
 its r-th W-th, in micro-batches. A thread reads ahead.
 """
 
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,7 +38,7 @@ class BatchLoader:
         self.tokens_per_step = round(self.global_rows * data.window_tokens)
         self.reference: dict | None = None
         self._reader = ThreadPoolExecutor(1)
-        self._upcoming, self._submitted = deque(), 0
+        self._upcoming, self._submitted, self._waited = deque(), 0, 0.0
 
     def __iter__(self) -> 'BatchLoader':
         return self
@@ -45,9 +46,16 @@ class BatchLoader:
     def __next__(self) -> tuple[dict, float]:
         while len(self._upcoming) < PREFETCH:
             self._submit()
+        asked = time.perf_counter()
         batch = self._upcoming.popleft().result()
+        self._waited += time.perf_counter() - asked
         self._submit()
         return batch
+
+    def take_wait(self) -> float:
+        """Seconds that were spent waiting for batches since this was last asked."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def _submit(self) -> None:
         self._upcoming.append(self._reader.submit(self.micro_batch, self._submitted))
