@@ -24,11 +24,12 @@ from flatgpt.parallel import apply_fsdp, compile_blocks, settle, sync_gradients,
 from flatgpt.runtime import StopSignal, on_out_of_memory, start
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
+from flatgpt.training.finish import finish
 from flatgpt.training.loss import find_or_compute_reference, fingerprint, loss_of
 from flatgpt.training.metrics import losses_line, run_lines
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.preflight import preflight
-from flatgpt.training.resume import choose_trained, saved_settings
+from flatgpt.training.resume import build, choose_trained, saved_settings
 from flatgpt.training.run import Run
 from flatgpt.training.validate import steps_of, validate, validate_machine
 from flatgpt.training.watchdog import Watchdog
@@ -137,7 +138,7 @@ if check or plan:
 
 run = Run(config, runtime, watchdog)  # its directory, and the checkpoint to resume from
 torch.manual_seed(seed)
-raw_model, tokenizer, data = run.build()
+raw_model, tokenizer, data = build(config, run)
 globals().update(config)  # with the shape of a model that was loaded, and how its run began
 state = run.state
 batches = BatchLoader(data, state, config, runtime)
@@ -295,4 +296,4 @@ while True:
         run.log_update(loss=mean_loss, **measured, data_wait=data_wait)
 
 batches.close()
-run.finish(raw_model, tokenizer, data, stop, finished)
+finish(run, raw_model, tokenizer, data, stop, finished)

@@ -1,17 +1,17 @@
 """
 What a run begins with: a new model, that of a run that is resumed, or one from elsewhere.
 
-    path, lock = find_resume_checkpoint(config, runtime)            # None for a new run
-    model, tokenizer, saved = load_initial_model(config, path)      # None, None, {} to make one
-    data = open_dataset(config, runtime, watchdog)
-    model, tokenizer = build_model(model, tokenizer, data, config, print)
+    path, lock = find_resume_checkpoint(config, runtime)    # None for a new run
+    model, tokenizer, data = build(config, run)
     choose_trained(model, config, print)
 """
 
+import secrets
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
@@ -27,7 +27,16 @@ from flatgpt.files import is_same, sha256
 from flatgpt.lora import adapted, add_lora
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
-from flatgpt.training.validate import SHAPE, check_new_model, check_same, is_resuming
+from flatgpt.training.preflight import early_warnings
+from flatgpt.training.state import TrainState
+from flatgpt.training.validate import (
+    SHAPE,
+    check_new_model,
+    check_same,
+    is_resuming,
+    lint_settings,
+    validate_data,
+)
 from flatgpt.training.watchdog import Watchdog
 from model import GPT, GPTConfig
 
@@ -129,6 +138,36 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
 
 # -----------------------------------------------------------------------------
 # the model and the data
+
+
+def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
+    """The model to train, on its device, its tokenizer and the data; run.state as it was saved.
+
+    Sets in config what they settle: how the run began, and the shape of a model that exists.
+    """
+    runtime, report = run.runtime, run.runtime.print0
+    model, tokenizer, saved = load_initial_model(config, run.resume_from)
+    run.state = TrainState.from_saved(saved, run=runtime.agree(lambda: secrets.token_hex(8)))
+    run.first_step = run.state.step
+    if model and (kept := keep_shape(model, config)):
+        where = run.resume_from or config['init_from']
+        report(f'{where} keeps its own {", ".join(kept)}, whatever the settings say')
+    data = open_dataset(config, runtime, run.watchdog)
+    if run.resume_from and run.state.data != data.fingerprint:
+        report(
+            f'warning: dataset {config["dataset"]} has changed since {run.resume_from.name} '
+            'was saved; losses from before do not compare, and the best may be one of them'
+        )
+    run.state.data = data.fingerprint
+    validate_data(config, data)
+    shape = model.config if model else new_shape(data, config)
+    warnings = early_warnings(shape, config, runtime), lint_settings(config, data)
+    for warning in chain(*warnings):
+        report(f'warning: {warning}')
+    model, tokenizer = build_model(model, tokenizer, data, config, report)
+    if not config['shard']:  # a whole one may not fit there
+        model.to(runtime.device)
+    return model.train(), tokenizer, data
 
 
 def load_initial_model(

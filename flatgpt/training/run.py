@@ -1,43 +1,30 @@
 """
-A run while train.py is at work on it: its directory, where it stands, its checkpoints, its end.
+A run while train.py is at work on it: its directory, where it stands, its checkpoints.
 
     run = Run(config, runtime, watchdog)   # its name, and the checkpoint to resume from
-    model, tokenizer, data = run.build()
     run.open(max_iters, reference)         # from here on its directory changes
     run.save(model, optimizers, tokenizer, scaler)
-    run.finish(model, tokenizer, data, stop, finished=True)
 """
 
 import math
-import secrets
-import shlex
-from contextlib import closing, suppress
-from itertools import chain
 from pathlib import Path
 
-from flatgpt.checkpoint.load import listed, load_model, load_optimizer, read_state, step_of
+from flatgpt.checkpoint.load import listed, load_model, load_optimizer, read_state
 from flatgpt.checkpoint.mirror import Mirror, begin_mirror, catch_up, probe_mirror
 from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.parallel import are_finite
-from flatgpt.runtime import Runtime, StopSignal, is_out_of_memory
+from flatgpt.runtime import Runtime, is_out_of_memory
 from flatgpt.training import run_directory
 from flatgpt.training.evaluate import sample_page
 from flatgpt.training.loss import REFERENCE, write_reference
-from flatgpt.training.metrics import Progress, Tracker, draw_loss, end_line
-from flatgpt.training.preflight import early_warnings
+from flatgpt.training.metrics import Progress, Tracker
 from flatgpt.training.resume import (
-    build_model,
     find_resume_checkpoint,
-    keep_shape,
-    load_initial_model,
-    new_shape,
-    open_dataset,
 )
 from flatgpt.training.state import TrainState
-from flatgpt.training.validate import lint_settings, validate_data
 from flatgpt.training.watchdog import Watchdog
 from model import GPT
 
@@ -58,35 +45,6 @@ class Run:
         self.first_step = 0  # of this process
 
     # --- set-up
-
-    def build(self) -> tuple[GPT, Tokenizer | None, Dataset]:
-        """The model to train, on its device, its tokenizer and the data; `state` as it was saved.
-
-        Sets in config what they settle: how the run began, and the shape of a model that exists.
-        """
-        config, runtime, report = self.config, self.runtime, self.runtime.print0
-        model, tokenizer, saved = load_initial_model(config, self.resume_from)
-        self.state = TrainState.from_saved(saved, run=runtime.agree(lambda: secrets.token_hex(8)))
-        self.first_step = self.state.step
-        if model and (kept := keep_shape(model, config)):
-            where = self.resume_from or config['init_from']
-            report(f'{where} keeps its own {", ".join(kept)}, whatever the settings say')
-        data = open_dataset(config, runtime, self.watchdog)
-        if self.resume_from and self.state.data != data.fingerprint:
-            report(
-                f'warning: dataset {config["dataset"]} has changed since {self.resume_from.name} '
-                'was saved; losses from before do not compare, and the best may be one of them'
-            )
-        self.state.data = data.fingerprint
-        validate_data(config, data)
-        shape = model.config if model else new_shape(data, config)
-        warnings = early_warnings(shape, config, runtime), lint_settings(config, data)
-        for warning in chain(*warnings):
-            report(f'warning: {warning}')
-        model, tokenizer = build_model(model, tokenizer, data, config, report)
-        if not config['shard']:  # a whole one may not fit there
-            model.to(runtime.device)
-        return model.train(), tokenizer, data
 
     def exit_if_finished(self, max_iters: int) -> None:
         """End the program if a resumed run has nothing left to do."""
@@ -239,71 +197,3 @@ class Run:
     @property
     def saved(self) -> list[Path]:
         return listed(self.out_dir)
-
-    # --- the end
-
-    def finish(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer | None,
-        data: Dataset,
-        stop: StopSignal,
-        finished: bool,
-    ) -> None:
-        """Report what was reached, where it is and how to resume, and end the program.
-
-        finished: whether the run has come to its end, or a signal has stopped it.
-        """
-        self.state.tick()
-        peak = self.runtime.peak_memory()  # before the picture and the sample
-        self.progress.close()
-        self.watchdog.close()  # a mirror may be slow
-        self.saver.finish()
-        self.report_problems()
-        if self.runtime.main:
-            with closing(self.tracker):
-                self._refuse_bad_end(finished)
-                if finished:
-                    (self.out_dir / 'DONE').touch()
-                stop.release()
-                with suppress(OSError):  # a full disk
-                    self.runtime.print0(f'loss curve: {draw_loss(self.out_dir)}')
-                if finished:
-                    self._report_end(model, tokenizer, data, peak)
-                else:
-                    self._report_stop()
-        self.runtime.leave(0 if finished else stop.status)
-
-    def _refuse_bad_end(self, finished: bool) -> None:
-        if self.saver.failure:
-            again = 'continue with --init_from=resume' if self.saved else 'start again'
-            raise UserError(f'{self.saver.failure}; make room and {again}')
-        if finished and not math.isfinite(loss := self.state.losses['val_loss']):
-            raise UserError(
-                f'the validation loss is {loss} at step {self.state.step}, and those weights are '
-                f'not saved: lower {self.rates}'
-            )
-
-    def _report_end(self, model: GPT, tokenizer, data: Dataset, peak: int | None) -> None:
-        report = self.runtime.print0
-        report(end_line(self.state, self.config['objective']))
-        if peak:
-            each = ' in each process' if self.runtime.world_size > 1 else ''
-            report(f'peak memory {peak / 1e6:,.0f} MB{each}')
-        self.show_sample(model, tokenizer, data, self.config['sample_tokens'])
-        if not self.saved:
-            report(f'no step was trained, so there is no checkpoint in {self.out_dir}')
-        for path in self.saved[-1:]:
-            report(f'checkpoint: {path}')
-            report(f'more: python sample.py --out_dir={shlex.quote(str(self.out_dir))}')
-
-    def _report_stop(self) -> None:
-        step, report = self.state.step, self.runtime.print0
-        if not self.saved:
-            return report(
-                f'stopped at step {step}, with nothing to save yet; the same command starts again'
-            )
-        last, config_file = self.saved[-1], shlex.quote(str(self.out_dir / 'config.py'))
-        command = f'{self.runtime.launcher} train.py {config_file} --init_from=resume'
-        kept = 'is saved' if step_of(last) == step else 'is the last that is sound'
-        report(f'stopped at step {step}; {last.name} {kept}, continue with: {command}')
