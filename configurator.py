@@ -26,7 +26,7 @@ from flatgpt import ROOT
 from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
 
 SCALARS = (bool, int, float, str, type(None))
-# settings of earlier versions, accepted and ignored in the config.py of an old run
+# settings of versions before 2026-11-28, accepted and ignored in the config.py of an old run
 RETIRED = ('published',)
 EXAMPLES = {
     'bool': 'True or False',

@@ -142,14 +142,14 @@ raw_model, tokenizer, data = build(config, run)
 globals().update(config)  # with the shape of a model that was loaded, and how its run began
 state = run.state
 batches = BatchLoader(data, state, config, runtime)
-on_out_of_memory(runtime.device, batches.smaller)
+on_out_of_memory(runtime.device, batches.smaller)  # better advice than the one above
 max_iters = steps_of(config, data)
 lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else lr_decay_iters
 runtime.print0(run_lines(config, raw_model, data, runtime, batches.tokens_per_step))
 choose_trained(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
     state.reference = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
-state.start_clock()
+state.start_clock()  # of the seconds in the log, which count compilation and evaluation
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
 model, compiled = raw_model, False
@@ -230,10 +230,11 @@ while True:
         runtime.print0(losses_line(step, losses))
         run.log_evaluation(losses)
     finished = state.is_finished(max_iters, patience)
+    # of several ranks, all learn of a signal together: at the end of an update
     stopping = stopping or (runtime.world_size == 1 and stop.signal > 0)
 
     # once in a while: save, and show a sample
-    sound = run.is_sound(raw_model, losses, stopping)
+    sound = run.weights_are_finite(raw_model, losses, stopping)
     if sound and run.is_due_to_save(losses, last=finished or stopping):
         watchdog.at(step, 'the saving')
         run.save(raw_model, optimizers, tokenizer, scaler)
@@ -250,11 +251,11 @@ while True:
     lr = get_lr(step)
     for each in optimizers:
         for group in each.param_groups:
-            group['lr'] = lr * group['lr_ratio']
+            group['lr'] = lr * group['lr_ratio']  # 1, or muon_lr / learning_rate
     mean_loss = 0.0
     for micro_step in range(batches.micro_steps):
         watchdog.at(step, 'the data')
-        batch, divisor = next(batches)
+        batch, divisor = next(batches)  # with which the sum over all ranks is the mean
         watchdog.at(step, 'the gradients')
         if runtime.world_size > 1:  # the ranks exchange them once, with the last micro-batch
             sync_gradients(model, last=micro_step == batches.micro_steps - 1)

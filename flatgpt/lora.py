@@ -114,7 +114,3 @@ def merge_lora(model: GPT) -> GPT:
     for name, module in adapted(model).items():
         replace(model, name, module.merged())
     return model.requires_grad_(True)
-
-
-# -----------------------------------------------------------------------------
-# a folder

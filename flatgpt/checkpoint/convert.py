@@ -1,9 +1,8 @@
 """
-The models of others, in both directions: `transformers` folders, nanoGPT's checkpoints, GGUF.
+The models of others: `transformers` folders in both directions, nanoGPT's checkpoints.
 
     model, tokenizer, state = load_foreign('gpt2')               # or a folder, or path/to/ckpt.pt
     export_transformers(model, tokenizer, state, Path('mine'))   # AutoModelForCausalLM reads it
-    export_gguf(model, tokenizer, state, Path('mine.gguf'))      # llama.cpp and Ollama run it
 
 Nothing is unpickled but tensors and plain values, and no code of a model's folder is run.
 """
@@ -67,6 +66,7 @@ EITHER_SETTINGS = {  # that both may have
     'rope_scaling': (None,),
 }
 NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
+CARD_SETTINGS = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'seed')
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
 
 
@@ -361,6 +361,3 @@ def model_card(model: GPT, tokenizer: Tokenizer | None, state: dict) -> str:
         "tokenizer = AutoTokenizer.from_pretrained('.')\n```\n"
     )
     return head + title + '| | |\n|---|---|\n' + '\n'.join(rows) + '\n' + use
-
-
-CARD_SETTINGS = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'seed')

@@ -30,11 +30,7 @@ from flatgpt.parallel import cut_like
 from model import GPT, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
-
-
 STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
-
-
 STEP = re.compile(r'step-(\d{8,})(\.again)?')
 
 

@@ -20,7 +20,7 @@ from flatgpt.errors import CheckpointError, ConfigError, UserError
 from flatgpt.files import flush, flush_all, is_same, sha256
 
 # what a run goes on with, besides its checkpoints
-BESIDE = ('config.py', 'metrics.jsonl', 'reference.safetensors')
+BESIDE_CHECKPOINTS = ('config.py', 'metrics.jsonl', 'reference.safetensors')
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None)
 def fill(target: Path, path: Path) -> None:
     """Copy the files of a checkpoint, its manifest last."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in BESIDE:  # with each, as of its step: a file that is written anew can be cut short
+    for name in (
+        BESIDE_CHECKPOINTS
+    ):  # with each, as of its step: a file that is written anew can be cut short
         with suppress(FileNotFoundError):
             shutil.copyfile(path.parents[1] / name, target / name)
     files = [file for file in path.rglob('*') if file.is_file()]
@@ -172,7 +174,7 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
             return False
         except OSError as error:
             raise UserError(f'{path} cannot be brought to {out_dir}: {error}') from error
-        for beside in (hidden(final) / name for name in BESIDE):
+        for beside in (hidden(final) / name for name in BESIDE_CHECKPOINTS):
             if beside.exists():
                 beside.replace(out_dir / beside.name)
         hidden(final).rename(final)

@@ -23,14 +23,8 @@ from flatgpt.parallel import whole
 from model import GPT
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
-
-
 BASE = 'base.json'  # by which the base is known again; what peft writes has none
-
-
 PREFIX = 'base_model.model.'  # of every name that peft writes
-
-
 PLAIN = {  # what else peft can do to a matrix, and only with these values is it what is done here
     'peft_type': ('LORA',),
     'bias': ('none',),

@@ -52,6 +52,7 @@ from flatgpt.runtime import Runtime
 from model import GPT
 
 PART_SECONDS = 600  # that rank 0 waits for the files of another
+SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
 
 
 # -----------------------------------------------------------------------------
@@ -268,21 +269,7 @@ def set_aside(path: Path) -> Path:
 
 
 # -----------------------------------------------------------------------------
-# find and verify
-
-
-# -----------------------------------------------------------------------------
-# read
-
-
-# -----------------------------------------------------------------------------
-# command line
-
-
-# -----------------------------------------------------------------------------
 # while training goes on
-
-SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
 
 
 class Saver:
@@ -312,7 +299,7 @@ class Saver:
         self._writing: Future | None = None
 
     def save(self, model, optimizers, tokenizer, state: dict) -> None:
-        """Save the run as it stands; see checkpoint.save(). All ranks call it of a sharded model,
+        """Save the run as it stands; see save(). All ranks call it of a sharded model,
         otherwise rank 0 alone."""
         started = time.perf_counter()
         self.wait()

@@ -29,8 +29,6 @@ from flatgpt.files import read_json
 
 # how GPT-2 splits text before merging, https://github.com/openai/gpt-2/blob/master/src/encoder.py
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
 MARKS = 'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
 
 

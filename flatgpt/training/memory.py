@@ -244,7 +244,7 @@ def state_of(case: Case) -> tuple[int, int, int]:
 
 
 def checkpoint_size(case: Case) -> int:
-    """Bytes of a checkpoint, about: what checkpoint.size_of() says of the tensors once they are."""
+    """Bytes of a checkpoint, about: what save.size_of() says of the tensors once they are."""
     parameters, _, optimizer = state_of(case)
     return parameters + optimizer + 2**22
 

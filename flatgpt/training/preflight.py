@@ -40,10 +40,10 @@ from flatgpt.data.dataset import (
 from flatgpt.data.mixture import Mixture, names_in, open_data
 from flatgpt.errors import CheckpointError, UserError, as_config_error
 from flatgpt.files import existing, free_on, read_json
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, room
 from flatgpt.training import run_directory
 from flatgpt.training.loss import loss_of
-from flatgpt.training.memory import case_of, checkpoint_size, host_lack, least, room, verdict
+from flatgpt.training.memory import case_of, checkpoint_size, host_lack, least, verdict
 from flatgpt.training.validate import (
     SHAPE,
     check_new_model,
@@ -51,6 +51,7 @@ from flatgpt.training.validate import (
     check_short_blocks,
     is_resuming,
     lint_settings,
+    padded_vocab_size,
     steps_of,
     validate_data,
 )
@@ -157,10 +158,10 @@ class Preflight:
         return listed(where)[-1] if listed(where) else find(where)
 
     def vocab_size(self) -> int:
-        """Of the dataset, rounded up as train.py does; GPT-2's where there is none yet."""
+        """Of a new model for the dataset; GPT-2's where there is none yet."""
         with suppress(UserError):
-            size = read_meta(folder_of(names_in(self.config['dataset'])[0])[0])['vocab_size']
-            return -(-size // 64) * 64 if size > 1024 else size
+            meta = read_meta(folder_of(names_in(self.config['dataset'])[0])[0])
+            return padded_vocab_size(meta['vocab_size'])
         return GPTConfig.vocab_size
 
     def device(self) -> Iterator[tuple[str, str]]:

@@ -35,6 +35,7 @@ from flatgpt.training.validate import (
     check_same,
     is_resuming,
     lint_settings,
+    padded_vocab_size,
     validate_data,
 )
 from flatgpt.training.watchdog import Watchdog
@@ -236,7 +237,7 @@ def build_model(
 ) -> tuple[GPT, Tokenizer | None]:
     """A model for the data: the one there is, if both have the same tokens, or a new one."""
     dataset, where = config['dataset'], config['init_from']
-    if where == 'scratch':  # of a run that is resumed
+    if where == 'scratch':  # how the run that is resumed began: the mistake is in its folder
         where = config['out_dir']
     if model is None:
         return GPT(new_shape(data, config)), tokenizer_of(data, report)
@@ -261,12 +262,10 @@ def build_model(
 
 
 def new_shape(data: Dataset, config: dict) -> GPTConfig:
-    vocab_size = data.vocab_size
-    if vocab_size > 1024:  # rounded up, which makes for faster matrix products
-        vocab_size = -(-vocab_size // 64) * 64
     shape = {name: config[name] for name in SHAPE}
+    shape |= {'vocab_size': padded_vocab_size(data.vocab_size), 'dropout': config['dropout']}
     with as_config_error():
-        return GPTConfig(vocab_size=vocab_size, dropout=config['dropout'], **shape)
+        return GPTConfig(**shape)
 
 
 def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:

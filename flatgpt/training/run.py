@@ -42,6 +42,7 @@ class Run:
         self.state = TrainState()
         self.tracker: Tracker | None = None  # of rank 0
         self.saver: Saver | None = None
+        self.progress: Progress | None = None
         self.first_step = 0  # of this process
 
     # --- set-up
@@ -139,9 +140,10 @@ class Run:
         new = step > self.first_step or (losses and step > 0)
         return bool(new and (losses or last or (interval and step % interval == 0)))
 
-    def is_sound(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
-        """Whether the weights are worth saving: where their loss is not finite, a resumed run could
-        only go on with more of it."""
+    def weights_are_finite(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
+        """Whether the weights are worth saving: no run recovers from a loss that is not finite.
+
+        Every rank has to ask."""
         if losses:
             return math.isfinite(losses['val_loss'])
         if self.state.skipped and stopping:  # the update left out has changed nothing

@@ -73,7 +73,7 @@ def begin(out_dir: Path, step: int, overwrite: bool) -> None:
     """Make room for the steps past `step`, -1 for a new run, which are now made, or made again.
 
     Their checkpoints are set aside under another name; a new run with overwrite deletes them.
-    saver.begin_mirror() does the same where nothing can be renamed.
+    mirror.begin_mirror() does the same where nothing can be renamed.
     """
     for path in listed(out_dir):
         if overwrite and step < 0:

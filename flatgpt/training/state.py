@@ -12,7 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 
 SPIKE = 3.0  # times as large as usual
 USUAL = 100  # gradients whose mean is usual
-BESIDE = ('config', 'model', 'evaluated', 'scaler')  # keys of state.json that are not of the state
+NOT_STATE = (
+    'config',
+    'model',
+    'evaluated',
+    'scaler',
+)  # keys of state.json that are not of the state
 
 
 @dataclass
@@ -36,7 +41,7 @@ class TrainState:
     def from_saved(cls, saved: dict, run: str) -> 'TrainState':
         """The state that a checkpoint's state.json holds. run: for one that does not say."""
         known = {each.name for each in fields(cls)} - {'losses'}
-        losses = {k: v for k, v in saved.items() if k not in known and k not in BESIDE}
+        losses = {k: v for k, v in saved.items() if k not in known and k not in NOT_STATE}
         state = {name: saved[name] for name in known if name in saved}
         return cls(**{'run': run, **state}, losses=losses)
 

@@ -189,6 +189,11 @@ def check_short_blocks(config: dict, block_size: int) -> None:
         )
 
 
+def padded_vocab_size(size: int) -> int:
+    """Of a new model: a large vocabulary is rounded up, which makes for faster matrix products."""
+    return -(-size // 64) * 64 if size > 1024 else size
+
+
 def steps_of(config: dict, data: Dataset) -> int:
     """Updates of the run in all: as many as its epochs take, where it has them."""
     if config['epochs'] is None:
