@@ -144,6 +144,8 @@ def missing_config(arg: str, settings) -> str:
 def known(key: str, settings, source: str) -> None:
     if key in settings:
         return
+    if key in RETIRED:
+        raise ConfigError(f'{source}: the setting {key!r} is no longer there; leave it out')
     near = did_you_mean(key, settings).strip()
     hint = near or '--help lists them all'
     if not near and not source.startswith('--'):

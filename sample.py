@@ -12,7 +12,7 @@ A batch file has a prompt a line; in a .jsonl or .ndjson file each line is an ob
 lines in the order of the prompts; a line that cannot be answered says why under "error". Killed,
 the same command goes on where it was.
 
-From Python: load() here, and generate(), complete() or an Engine of engine.py.
+From Python: load() here, and generate(), complete() or an Engine of flatgpt/inference/engine.py.
 """
 
 import re

@@ -253,7 +253,22 @@ class ChatResponse(BaseModel):
 
     model_config = ConfigDict(
         json_schema_extra={
-            'examples': [
+            'examples': [  # whole, and a frame of a stream
+                {
+                    'id': 'chatcmpl-1',
+                    'object': 'chat.completion',
+                    'created': 1764000000,
+                    'model': 'mine',
+                    'choices': [
+                        {
+                            'index': 0,
+                            'message': {'role': 'assistant', 'content': 'That is the question.'},
+                            'logprobs': None,
+                            'finish_reason': 'stop',
+                        }
+                    ],
+                    'usage': {'prompt_tokens': 5, 'completion_tokens': 6, 'total_tokens': 11},
+                },
                 {
                     'id': 'chatcmpl-1',
                     'object': 'chat.completion.chunk',
@@ -267,7 +282,7 @@ class ChatResponse(BaseModel):
                             'finish_reason': 'length',
                         }
                     ],
-                }
+                },
             ]
         }
     )

@@ -6,6 +6,7 @@ any more.
 """
 
 import random
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -89,7 +90,7 @@ def begin(out_dir: Path, step: int, overwrite: bool) -> None:
 def write_config(out_dir: Path, config: dict, here: dict) -> None:
     """Write config.py: the settings, as a config that runs. here: what 'auto' came to."""
     lines = [
-        f'# continue: python train.py {out_dir / "config.py"} --init_from=resume',
+        f'# continue: python train.py {shlex.quote(str(out_dir / "config.py"))} --init_from=resume',
         'from pathlib import Path\n',
         'out_dir = str(Path(__file__).parent)  # wherever this folder has been moved to',
     ]

@@ -18,7 +18,7 @@ import torch
 
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
-from flatgpt.errors import ConfigError, Mistakes, one_of, within
+from flatgpt.errors import ConfigError, Mistakes, as_config_error, one_of, within
 from flatgpt.runtime import Runtime
 from model import GPTConfig
 
@@ -129,7 +129,13 @@ def check_new_lora(config: dict) -> None:
         )
 
 
-NEW_MODEL_RULES = (check_new_objective, check_new_freeze, check_new_lora)
+def check_new_shape(config: dict) -> None:
+    shape = {name: config[name] for name in (*SHAPE, 'dropout')}
+    with as_config_error():
+        GPTConfig(**shape)
+
+
+NEW_MODEL_RULES = (check_new_objective, check_new_freeze, check_new_lora, check_new_shape)
 
 
 def check_new_model(config: dict) -> None:

@@ -1319,6 +1319,28 @@ def test_a_run_s_generated_name_is_fresh_and_readable():
     assert re.fullmatch(r'out/[a-z]+_[a-z]+-\d{6}-\d{4}', run_directory.new_name())
 
 
+def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
+    flags = ('--learning_rate=-1', '--n_layer=0', '--optimizer=adam', '--eval_interval=0')
+    with pytest.raises(UserError) as caught:
+        run_here(f'--out_dir={tmp_path / "run"}', *flags)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 4
+    assert [line.removeprefix('error: ').partition('=')[0] for line in lines] == [
+        'eval_interval',
+        'learning_rate',
+        'optimizer',
+        'n_layer',
+    ]
+    with pytest.raises(UserError) as caught:
+        run_here('--n_leyer=1', '--max_iters=x', '--published=1')
+    assert [line.partition(': ')[2][:5] for line in str(caught.value).splitlines()] == [
+        'no se',
+        '--max',
+        '--pub',
+    ]
+    assert not (tmp_path / 'run').exists()
+
+
 # -----------------------------------------------------------------------------
 # a checkout of its own: datasets that are prepared on the way
 
