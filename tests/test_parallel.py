@@ -130,7 +130,8 @@ def test_a_run_goes_from_one_number_of_processes_to_another(ranks, run_here, tmp
         assert crew.end() == [0] * max(1, world), crew.err
         got, expected = metrics(tmp_path / 'many'), metrics(tmp_path / str(leg))
         assert list(got) == list(expected) == list(range(1, 10 * leg + 11))
-        assert got == pytest.approx(expected, rel=1e-5 if kind == 'gpt2' else 1e-4)
+        # Muon's roundings differ by processor: 1.3e-4 on an AMD EPYC of family 26, 1e-4 before it
+        assert got == pytest.approx(expected, rel=1e-5 if kind == 'gpt2' else 2e-4)
         assert got[10 * leg + 1] == pytest.approx(expected[10 * leg + 1], rel=1e-6)
 
 
