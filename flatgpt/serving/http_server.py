@@ -189,8 +189,8 @@ class Server:
         self.thread.join()
         for channel in self.open_channels():
             channel.handle_close()  # lets go a thread that waits for its client
+        self.server.task_dispatcher.shutdown()  # its threads write to what is closed next
         wasyncore.close_all(self.channels)
-        self.server.task_dispatcher.shutdown()
 
 
 def drain_on_signals(service: Service) -> None:
