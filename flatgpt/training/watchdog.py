@@ -68,7 +68,7 @@ class Watchdog:
         self.ended.set()
 
     def _late(self) -> bool:
-        return time.monotonic() - self.since > self.timeout
+        return not self.ended.is_set() and time.monotonic() - self.since > self.timeout
 
     def _run(self) -> None:
         parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else None
@@ -78,7 +78,7 @@ class Watchdog:
                 parent = None
             try:
                 self._sign()
-                if self._another_speaks():  # late or not: all leave
+                if self._another_speaks() and not self.ended.is_set():  # late or not: all leave
                     self._end('another process said why', '', mine=False)
                 if self._late() and (why := self._blame()) and self._late():
                     self._end(f'no progress for {self.timeout:g} s', why, self._speaks())

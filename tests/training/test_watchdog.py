@@ -26,18 +26,17 @@ def crew(monkeypatch):
     """Watches of some ranks in one process; what each ends with -> (start, said)."""
     said, store, started = {}, dist.HashStore(), []
 
-    def end(self, what, why, mine=None):
-        if self in started:  # and not of an earlier test
+    class Watch(Watchdog):
+        def _end(self, what, why, mine=None):
             said.setdefault(self.runtime.rank, (what, why, mine))
 
-    monkeypatch.setattr(Watchdog, '_end', end)
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     one_line_errors()
     monkeypatch.setenv('MASTER_ADDR', 'first.host')
 
     def start(world, timeout=0.3, store=store):
         ranks = [Runtime('cpu', torch.float32, rank, world, store) for rank in range(world)]
-        started.extend(Watchdog(runtime, timeout) for runtime in ranks)
+        started.extend(Watch(runtime, timeout) for runtime in ranks)
         return started
 
     yield start, said
@@ -239,6 +238,26 @@ def test_a_lost_connection_names_who_is_gone(crew):
     assert why.startswith('rank 0 (')
     assert 'gives no sign of life' in why
     assert mine
+
+
+@pytest.mark.parametrize('meanwhile', ['it is late', 'another speaks'])
+def test_a_watch_that_is_closed_while_it_looks_round_ends_nothing(crew, monkeypatch, meanwhile):
+    start, said = crew
+    looks, seen = threading.Event(), threading.Event()
+
+    def look(self):
+        looks.set()
+        return seen.wait(10) and 'rank 1 is behind'
+
+    monkeypatch.setattr(
+        Watchdog, '_blame' if meanwhile == 'it is late' else '_another_speaks', look
+    )
+    (watch,) = start(1, timeout=0.1)
+    assert looks.wait(10)
+    watch.close()
+    seen.set()
+    time.sleep(0.3)
+    assert said == {}
 
 
 def test_only_a_lost_connection_counts_as_one(crew, capsys):
