@@ -18,13 +18,17 @@ def replay(model: GPT, given, cache: KVCache):
     Launching its hundreds of small kernels one by one takes longer than computing them. There is
     one graph for each number of rows and of columns, recorded when first needed, which takes as
     long as a few steps.
+
+    What Python decides while a step is recorded stays so in every replay. So it is recorded for the
+    longest texts of so many columns, whatever the rows hold by then: then there is a mask, which a
+    cache that is still empty would do without, and its values come from `pos`, on the device.
     """
-    key = given.size(1), cache.columns(1)
+    key = _, columns = given.size(1), cache.columns(1)
     if key not in cache.graphs:
         pos, span, held = cache.pos.clone(), cache.span, given.clone()
 
         def step():
-            cache.span = span
+            cache.span = columns - 1
             return model(held[0, :, None], cache=cache, lengths=held[1])[0]
 
         undo = lambda: cache.pos.copy_(pos)  # noqa: E731

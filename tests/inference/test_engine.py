@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.inference import cuda_graph, model_runner
 from flatgpt.inference.engine import Engine, complete, generate
-from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.model_runner import ModelRunner
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TextStream
@@ -127,26 +128,6 @@ def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
     alone = sample_tokens(peaked, sampling, uniforms[:50])
     beside = sample_tokens(torch.cat((peaked, flat)), sampling, uniforms)
     assert torch.equal(alone, beside[:50])
-
-
-@pytest.mark.parametrize('stride', [4, 256])
-def test_recorded_steps_write_what_computed_ones_do(model, tokenizer, monkeypatch, stride):
-    """Without a GPU: a recorded step is computed anew, with the host's numbers of its recording."""
-
-    def pretend(step, undo, device):
-        result = step()
-        undo()
-        return (lambda: result.copy_(step())), result
-
-    monkeypatch.setattr(cuda_graph, 'record', pretend)
-    columns = lambda self, T: min(self.length, -(-(self.span + T) // stride) * stride)  # noqa: E731
-    monkeypatch.setattr(KVCache, 'columns', columns)
-    prompts, sampling = [[1, 2, 3], [4], [5, 6], [7] * 9, [8, 1]], SamplingParams(max_new_tokens=40)
-    computed = run(model, tokenizer, prompts, sampling)
-    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
-    recorded = run(model, tokenizer, prompts, sampling)
-    assert len({len(ids_of(recorded, row)) for row in range(5)}) > 1  # rows end at different times
-    assert recorded == computed
 
 
 def test_tokens_are_drawn_as_often_as_their_probability_says():
@@ -359,6 +340,112 @@ def test_complete_returns_a_text_for_each_prompt(model, tokenizer):
     assert len(texts) == 2
     assert texts[0] == complete(model, tokenizer, ['ab'], sampling)[0]
     assert set(''.join(texts)) <= set(LETTERS)
+
+
+# -----------------------------------------------------------------------------
+# recorded steps
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph keeps of a step, on a CPU: its operations, the memory they read and write,
+    and every number that came from Python. replay() is those operations, on what is there then."""
+
+    WAITS = ('item', '_local_scalar_dense', 'nonzero', 'equal', 'is_nonzero', 'lift_fresh')
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITS, f'{name} waits for the device, or for the host'
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
+        made = [t.untyped_storage().data_ptr() not in given for t in tensors_in(result)]
+        self.operations.append((func, args, kwargs or {}, result, made))
+        return result
+
+    def replay(self):
+        for func, args, kwargs, result, made in self.operations:
+            pairs = zip(tensors_in(result), tensors_in(func(*args, **kwargs)), made, strict=True)
+            for memory, now, is_new in pairs:
+                if is_new:  # else it is a part of what was there
+                    memory.copy_(now)
+
+
+def tensors_in(tree):
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def record_on_cpu(step, undo, device):
+    with Recording() as recording:
+        result = step()
+    undo()
+    return recording.replay, result
+
+
+def test_a_recording_keeps_what_python_decided():
+    given, held = torch.ones(2), 3
+    with Recording() as recording:
+        result = given * 2 + held
+    given += 1
+    held = 100
+    recording.replay()
+    assert result.tolist() == [7, 7]
+    with pytest.raises(AssertionError, match='waits'), Recording():
+        float(given.sum())
+
+
+LONG = [i % 10 for i in range(60)]
+SCENES = {  # prompts that come together, round after round
+    'one token': [[[3]]],
+    'rows of one token': [[[3], [4]]],
+    'a long prompt': [[LONG]],
+    'unequal prompts': [[[1, 2, 3], [4], [5, 6], LONG[:9], [8, 1]]],
+    'slots used again': [[[3]], [LONG, [4]], [[5], LONG[:30] + [9], LONG[:20]], [[6]]],
+    'more than there are slots': [[[i % 10] * (1 + i % 7) for i in range(11)]],
+}
+
+
+def logits_of_scene(model, tokenizer, scene, scored, deterministic):
+    """Those that each text's tokens are chosen from, and the steps that were recorded."""
+    engine, row = Engine(model, tokenizer, 4, chunk=8, deterministic=deterministic), 0
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watched(patch)
+        for prompts in SCENES[scene]:
+            requests = []
+            for prompt in prompts:
+                odd, third = row % 2, row % 3
+                rules = {'top_p': 1 - third / 4, 'presence_penalty': odd / 2}
+                biases = ((tokenizer.eot, -math.inf),)  # so that none ends early
+                sampling = SamplingParams(20 + 5 * third, odd, logit_bias=biases, **rules)
+                request = Request(prompt, sampling, lambda output: None, row, score_prompt=scored)
+                requests.append(request)
+                row += 1
+            finish(engine, *requests)
+    return {row: torch.stack(logits) for row, logits in seen.items()}, engine.runner.cache.graphs
+
+
+@pytest.mark.parametrize('scene', SCENES)
+@pytest.mark.parametrize('scored', [False, True])
+@pytest.mark.parametrize('deterministic', [False, True])
+@pytest.mark.parametrize('block_size', [1, 16, 70])  # contexts are forgotten; columns are crossed
+def test_recorded_steps_compute_what_others_do(
+    model, tokenizer, monkeypatch, block_size, deterministic, scored, scene
+):
+    shape = {name: getattr(model.config, name) for name in ('arch', 'bias', 'n_kv_head')}
+    model = random_model(len(LETTERS) + 1, block_size, **shape, n_layer=2, n_head=2, n_embd=32)
+    how = model, tokenizer, scene, scored, deterministic
+    monkeypatch.setattr(cuda_graph, 'record', record_on_cpu)
+    computed, graphs = logits_of_scene(*how)
+    assert not graphs
+    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
+    recorded, graphs = logits_of_scene(*how)
+    assert graphs
+    assert list(recorded) == list(computed)
+    for row, logits in computed.items():
+        assert logits.shape == recorded[row].shape
+        assert (logits - recorded[row]).abs().max() < 1e-5
 
 
 # -----------------------------------------------------------------------------
