@@ -81,10 +81,20 @@ def are_finite(model: GPT, runtime: Runtime) -> bool:
 
 
 def cut_like(full, like):
-    """`full` in rows as the tensor `like` is, itself where that is whole. No rank waits."""
+    """`full` in rows as the tensor `like` is, and on the device where those lie; itself where
+    `like` is whole. No rank waits."""
     if not hasattr(like, 'device_mesh'):
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    full = full.to(like.to_local().device)
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    # cuts on the GPU, also what is then kept on the host
+    rows = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return rows.to(local(like).device)
+
+
+def computing_device(tensor) -> torch.device:
+    """Where a tensor is computed with: of rows that lie on the host, the GPU of this process."""
+    mesh = getattr(tensor, 'device_mesh', None)
+    if mesh is None or mesh.device_type == local(tensor).device.type:
+        return local(tensor).device
+    return torch.device(mesh.device_type)

@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import cut_like, local, whole
+from flatgpt.parallel import computing_device, cut_like, local, whole
 
 
 def orthogonalize(stack, steps: int = 5):
@@ -55,7 +55,7 @@ class Muon(Uncompiled):
 
     lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
     as AdamW's. Under DDP every rank sees the same gradients and makes the same update; of a sharded
-    model, every rank has the whole matrix for as long as it takes.
+    model, every rank has the whole matrix for as long as it takes, on its GPU if it has one.
     """
 
     def __init__(self, params, lr, weight_decay, momentum, compile=False):
@@ -74,7 +74,7 @@ class Muon(Uncompiled):
                 if parameter.grad is not None:
                     alike[tuple(sorted(parameter.shape))].append(parameter)
             for parameters in alike.values():
-                stack = [wide(whole(self.nesterov(p, momentum).bfloat16())) for p in parameters]
+                stack = [wide(whole_to_compute(self.nesterov(p, momentum))) for p in parameters]
                 updates = self.orthogonalize(torch.stack(stack))
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows, columns = parameter.shape
@@ -89,6 +89,11 @@ class Muon(Uncompiled):
             state['momentum_buffer'] = torch.zeros_like(parameter)
         mean = state['momentum_buffer'].lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(mean, momentum)
+
+
+def whole_to_compute(matrix):
+    """All of a matrix in bfloat16; that of an offloaded model goes to the GPU first."""
+    return whole(matrix.to(computing_device(matrix), torch.bfloat16))
 
 
 def wide(matrix):

@@ -6,8 +6,14 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from flatgpt.errors import ConfigError
+from flatgpt.parallel import cut_like
+from flatgpt.training.memory import fake_ranks
 from flatgpt.training.optim import AdamW, Muon, build_optimizers, orthogonalize
 from model import GPT, GPTConfig
 
@@ -101,6 +107,41 @@ for optimizer in (AdamW([one], fused=True), Muon([two], 0.1, 0.1, 0.9)):
 sys.exit('torch._dynamo' in sys.modules)
 """
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+@pytest.fixture
+def offloaded(monkeypatch):
+    """A matrix whose rows lie on the host, of a model on two GPUs; fake, as there may be none."""
+    to = torch.Tensor.to
+
+    def to_first(self, device, *others, **options):  # a build without CUDA has no current GPU
+        return to(self, 'cuda:0' if str(device) == 'cuda' else device, *others, **options)
+
+    monkeypatch.setattr(torch.Tensor, 'to', to_first)
+    meta = TensorMeta(torch.Size((8, 16)), (16, 1), torch.float32)
+
+    def rows():
+        spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
+        return DTensor(torch.ones(4, 16), spec, requires_grad=False)
+
+    with fake_ranks(2):
+        mesh = init_device_mesh('cuda', (2,))
+        with FakeTensorMode():
+            parameter = torch.nn.Parameter(rows())
+            parameter.grad = rows()
+            yield parameter
+
+
+def test_an_offloaded_matrix_is_orthogonalised_on_the_gpu_and_stays_on_the_host(offloaded):
+    optimizer, stacks = Muon([offloaded], **SETTINGS), []
+    optimizer.orthogonalize = lambda stack: stacks.append(stack) or stack
+    optimizer.step()
+    (stack,) = stacks
+    assert (stack.device.type, tuple(stack.shape)) == ('cuda', (1, 8, 16))
+    momentum = optimizer.state[offloaded]['momentum_buffer']
+    for tensor in (offloaded, momentum, cut_like(torch.ones(8, 16), offloaded)):
+        assert tensor.to_local().device.type == 'cpu'
+        assert tuple(tensor.to_local().shape) == (4, 16)
 
 
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
