@@ -512,6 +512,17 @@ def pick_backend(name: str, device: str) -> str:
     return name
 
 
+def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
+    """A tensor of the host on a device; a CUDA GPU copies it while this process goes on.
+
+    That is safe from pinned memory, which torch keeps until it is copied. An Apple GPU would read
+    what has taken a freed tensor's place (pytorch issue 189690).
+    """
+    if torch.device(device).type != 'cuda':
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def room(runtime: Runtime) -> float | None:
     """Bytes that each process of this machine can take in all; None where nobody says."""
     if runtime.device_type == 'cuda':

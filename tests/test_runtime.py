@@ -7,9 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from flatgpt import runtime
+from flatgpt import ROOT, runtime
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.runtime import Runtime, pick_backend, pick_device, pick_dtype, start
+from flatgpt.runtime import Runtime, pick_backend, pick_device, pick_dtype, start, to_device
 
 CPU = Runtime('cpu', torch.float32)
 
@@ -212,6 +212,38 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
     assert asked == [(-4, 0), (-1, 2**31 - 1)]  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
     monkeypatch.setattr(runtime.ctypes, 'CDLL', lambda name: object())  # musl, macOS
     runtime.keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ('device', 'copies'),
+    [
+        ('cpu', [('cpu', {})]),
+        ('mps', [('mps', {})]),  # as pageable memory may be freed before an Apple GPU has read it
+        ('cuda:1', ['pinned', ('cuda:1', {'non_blocking': True})]),
+    ],
+)
+def test_only_cuda_copies_while_the_host_goes_on_and_from_pinned_memory(device, copies):
+    done = []
+
+    class Double(torch.Tensor):
+        def pin_memory(self):
+            done.append('pinned')
+            return self
+
+        def to(self, device, **how):
+            done.append((str(device), how))
+            return self
+
+    for name in (device, torch.device(device)):
+        done.clear()
+        to_device(torch.ones(2).as_subclass(Double), name)
+        assert done == copies
+
+
+def test_no_file_copies_without_waiting_but_those_that_see_to_the_memory():
+    files = [*ROOT.glob('*.py'), *ROOT.glob('flatgpt/**/*.py'), *ROOT.glob('data/*/*.py')]
+    asking = {str(path.relative_to(ROOT)) for path in files if 'non_blocking' in path.read_text()}
+    assert asking == {'flatgpt/runtime.py', 'flatgpt/checkpoint/save.py'}
 
 
 @pytest.mark.parametrize('fails', [False, True])

@@ -1,5 +1,6 @@
 """One step of generation as a CUDA graph: its many small kernels are launched at once."""
 
+import functools
 import threading
 
 import torch
@@ -43,13 +44,19 @@ def replay(model: GPT, given, cache: KVCache):
 RECORDING = threading.Lock()
 
 
+@functools.cache
+def side_stream(device) -> torch.cuda.Stream:
+    """One for all recordings: cuBLAS has a workspace for each stream, and never gives it back."""
+    return torch.cuda.Stream(device)
+
+
 def record(step, undo, device):
     """Record what step() does on a GPU -> a function that does it again, and its result.
 
     undo(): takes back what step() changed, since libraries must run once to set themselves up.
     """
     with RECORDING, torch.cuda.device(device):
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph, aside = torch.cuda.CUDAGraph(), side_stream(device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()

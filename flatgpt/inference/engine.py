@@ -18,7 +18,7 @@ import torch
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
-from flatgpt.inference.model_runner import ModelRunner
+from flatgpt.inference.model_runner import ModelRunner, take_rows
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.inference.scheduler import ScheduledBatch, Scheduler, Slot
@@ -150,8 +150,8 @@ class Engine:
         if not sampled:
             return
         slots = [batch.slots[i] for i in sampled]
-        logits = logits if len(slots) == len(batch.slots) else logits[sampled]
-        tokens, scores = self.runner.sample([slot.request for slot in slots], logits)
+        requests = [slot.request for slot in slots]
+        tokens, scores = self.runner.sample(requests, take_rows(logits, sampled))
         for slot, token, score in zip(slots, tokens, scores, strict=True):
             self.emit(slot, slot.request.take(token, self.tokenizer, *score))
 

@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from flatgpt.runtime import to_device
 from model import GPT
 
 
@@ -74,8 +75,11 @@ class KVCache:
         assert len(rows) == 1 or not span, 'rows that lie apart cannot be attended to together'
         part = copy.copy(self)
         part.kv = self.kv[:, :, rows[0] : rows[0] + 1] if len(rows) == 1 else self.kv
-        part.rows = self.rows[:1] if len(rows) == 1 else self.rows[rows]
-        part.pos, part.span, part.graphs = torch.full_like(self.pos[rows], span), span, {}
+        if len(rows) == 1:
+            part.rows = self.rows[:1]
+        else:
+            part.rows = to_device(torch.tensor(rows), self.rows.device)[:, None]
+        part.pos, part.span, part.graphs = self.pos.new_full((len(rows),), span), span, {}
         return part
 
     def copy(self, source: int, target: int, count: int) -> None:

@@ -6,6 +6,7 @@ logits for each slot: those of its next token.
 """
 
 import math
+from itertools import chain
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.request import Request
 from flatgpt.inference.sampling import apply_penalties, sample_tokens, scores_of, suppressed_ids
 from flatgpt.inference.scheduler import ScheduledBatch, Slot
+from flatgpt.runtime import to_device
 from model import GPT
 
 
@@ -59,11 +61,11 @@ class ModelRunner:
         tokens[rows], lengths[rows] = [token for (token,) in batch.tokens], 1
         self.cache.span = max(len(slot.cached_ids) for slot in batch.slots)
         logits = self.advance(tokens, lengths)
-        return logits if len(rows) == batch.rows else logits[rows]
+        return take_rows(logits, rows)
 
     def advance(self, tokens: np.ndarray, lengths: np.ndarray):
         """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 leaves one."""
-        given = torch.from_numpy(np.stack((tokens, lengths))).to(self.cache.pos.device)
+        given = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
         if is_recorded(given):
             return replay(self.model, given, self.cache)
         lengths = None if lengths.all() else given[1]
@@ -91,13 +93,15 @@ class ModelRunner:
             rules.setdefault(request.sampling.rule, []).append(i)
             if request.sampling.has_penalties:
                 apply_penalties(logits[i], request.sampling, request.prompt, request.written)
-        chosen = torch.empty(len(requests), dtype=torch.long, device=logits.device)
+        parts = []
         for rows in rules.values():
             draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]
-            part = logits if len(rows) == len(requests) else logits[rows]
-            uniforms = torch.tensor(draws, device=logits.device)
-            chosen[rows] = sample_tokens(part, requests[rows[0]].sampling, uniforms)
-        return chosen.tolist()
+            uniforms = to_device(torch.tensor(draws), logits.device)
+            sampling = requests[rows[0]].sampling
+            parts.append(sample_tokens(take_rows(logits, rows), sampling, uniforms))
+        tokens = torch.cat(parts).tolist()  # the one time that this process waits for a GPU
+        in_order = sorted(zip(chain(*rules.values()), tokens, strict=True))
+        return [token for _, token in in_order]
 
     def scores_asked(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:
         """(logprob, top) of each request's token, (None, ()) where nobody asked."""
@@ -106,7 +110,7 @@ class ModelRunner:
         asked = [i for i in asked if tokens[i] >= 0]
         if asked:
             most = max(requests[i].top for i in asked)
-            found = scores_of(logits[asked], [tokens[i] for i in asked], most)
+            found = scores_of(take_rows(logits, asked), [tokens[i] for i in asked], most)
             for i, (logprob, top) in zip(asked, found, strict=True):
                 scores[i] = logprob, top[: requests[i].top]
         return scores
@@ -118,4 +122,11 @@ def pad(parts: list[list[int]], device):
     idx = torch.zeros(len(parts), int(lengths.max()), dtype=torch.long)
     for row, part in zip(idx, parts, strict=True):
         row[: len(part)] = torch.tensor(part)
-    return idx.to(device), lengths.to(device)
+    return to_device(idx, device), to_device(lengths, device)
+
+
+def take_rows(tensor, rows: list[int]):
+    """Some rows of a tensor, which is the tensor itself where they are all in their order."""
+    if rows == [*range(len(tensor))]:
+        return tensor
+    return tensor[to_device(torch.tensor(rows), tensor.device)]

@@ -5,6 +5,7 @@ Rules and order are those of `transformers`; penalties and biases those of OpenA
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError
+from flatgpt.runtime import to_device
 from model import GPT
 
 HEAD = 1024  # likeliest tokens among which top_p is looked for first
@@ -118,18 +120,18 @@ def apply_penalties(
     The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
     logit - count * frequency_penalty - (count > 0) * presence_penalty + bias.
     """
-    s, device = sampling, logits.device
+    s, tensor = sampling, lambda values: to_device(torch.tensor(values), logits.device)
     if s.repetition_penalty != 1:
-        seen = torch.tensor([*{*prompt, *written}], device=device)
+        seen = tensor([*{*prompt, *written}])
         found = logits[seen]
         penalty = torch.where(found < 0, s.repetition_penalty, 1 / s.repetition_penalty)
         logits[seen] = found * penalty
     if written and (s.frequency_penalty or s.presence_penalty):
-        seen, counts = torch.tensor(written, device=device).unique(return_counts=True)
+        seen, counts = map(tensor, zip(*Counter(written).items(), strict=True))
         logits[seen] -= counts * s.frequency_penalty + s.presence_penalty
     if s.logit_bias:
-        seen, biases = zip(*s.logit_bias, strict=True)
-        logits[torch.tensor(seen, device=device)] += torch.tensor(biases, device=device)
+        seen, biases = map(tensor, zip(*s.logit_bias, strict=True))
+        logits[seen] += biases
 
 
 def suppressed_ids(tokenizer: Tokenizer, model: GPT):
@@ -143,7 +145,6 @@ def scores_of(logits, tokens: list[int], top: int) -> list[tuple]:
     """(log-probability of a token in nats, the `top` likeliest with theirs) for logits (T, V)."""
     scores = logits.float().log_softmax(-1)
     values, ids = scores.topk(min(top, scores.size(-1)))
-    own = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0]
-    likeliest = zip(ids.tolist(), values.tolist(), strict=True)
-    each = zip(own.tolist(), likeliest, strict=True)
-    return [(score, tuple(zip(*pairs, strict=True))) for score, pairs in each]
+    own = scores.gather(1, to_device(torch.tensor(tokens), scores.device)[:, None])
+    each = zip(torch.cat((own, values), 1).tolist(), ids.tolist(), strict=True)
+    return [(score, tuple(zip(ids, best, strict=True))) for (score, *best), ids in each]

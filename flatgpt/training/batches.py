@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from flatgpt.data.dataset import Dataset
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, to_device
 from flatgpt.training.loss import trim
 from flatgpt.training.state import TrainState
 
@@ -101,11 +101,8 @@ class BatchLoader:
         return dict(zip(names, self.to_device(*arrays), strict=False))
 
     def to_device(self, *arrays) -> list[torch.Tensor]:
-        """numpy int64 (B, T) -> tensors on the device, without waiting for the copy."""
-        tensors = [torch.from_numpy(array) for array in arrays]
-        if self.runtime.device_type == 'cuda':
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return [tensor.to(self.runtime.device, non_blocking=True) for tensor in tensors]
+        """numpy int64 (B, T) -> tensors on the device."""
+        return [to_device(torch.from_numpy(array), self.runtime.device) for array in arrays]
 
     def shapes_to_compile(self) -> list[dict]:
         """A batch of each width that training meets: short sequences, if they come first, and

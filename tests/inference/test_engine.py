@@ -448,6 +448,46 @@ def test_recorded_steps_compute_what_others_do(
         assert (logits - recorded[row]).abs().max() < 1e-5
 
 
+def test_recordings_share_a_stream_since_libraries_keep_memory_for_each(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: object())
+    cuda_graph.side_stream.cache_clear()
+    one, two = (cuda_graph.side_stream(torch.device('cuda', i)) for i in range(2))
+    assert one is cuda_graph.side_stream(torch.device('cuda', 0))
+    assert one is not two
+    cuda_graph.side_stream.cache_clear()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what waits for a GPU, as far as that shows on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ('_local_scalar_dense', 'item', 'nonzero', 'equal', '_unique2', 'unique_dim'):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_once_for_its_tokens(model, tokenizer, monkeypatch):
+    engine, lists = Engine(model, tokenizer, 4), []
+    tolist = torch.Tensor.tolist
+    biases = ((tokenizer.eot, -math.inf), (3, 1.0))
+    for row in range(3):
+        rules = {'frequency_penalty': row, 'repetition_penalty': 1 + row, 'logit_bias': biases}
+        engine.submit(Request([row + 1], SamplingParams(9, **rules), lambda output: None, row))
+    for _ in range(3):
+        engine.step()
+    monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: lists.append(1) or tolist(self))
+    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
+    monkeypatch.setattr(cuda_graph, 'record', record_on_cpu)
+    with Waits() as waits:
+        engine.step()
+    assert (waits.names, lists) == ([], [1])
+
+
 # -----------------------------------------------------------------------------
 # many requests
 
