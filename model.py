@@ -110,6 +110,8 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
     p: of dropping a weight; for training. mask (B, 1, T, T): what attends to what, without a cache.
     """
     grouped, dtype = k.size(1) < q.size(1), q.dtype
+    if q.device.type == 'mps':  # before torch 2.12 it mixes up the rows of what was permuted
+        q, k, v = (t.contiguous() for t in (q, k, v))
     if cache is not None:
         k, v = cache.append(layer, k, v)  # (B, G, S, D): the past, if there is any, and the new
     if cache is not None and cache.mask is not None:

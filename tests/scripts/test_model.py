@@ -119,6 +119,49 @@ def test_written_out_attention_equals_torchs(groups):
     assert_close(model_module.written_out_attention(q, k, v, 0.0), expected)
 
 
+class OnApple(torch.Tensor):
+    """A tensor that says it lies on an Apple GPU."""
+
+    device = torch.device('mps')
+
+
+def apple_attention(q, k, v, *args, **options):
+    """That of torch before 2.12 on an Apple GPU, which took every row's heads to lie in one run."""
+    in_a_run = (
+        t.as_strided(t.shape, (t.size(1) * t.stride(1), *t.stride()[1:]), t.storage_offset())
+        for t in (q, k, v)
+    )
+    return scaled_dot_product_attention(*in_a_run, *args, **options)
+
+
+scaled_dot_product_attention = F.scaled_dot_product_attention
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('groups', [1, 2, 4])
+def test_rows_are_kept_apart_on_apple_gpus(groups, monkeypatch):
+    shape = {'n_layer': 1, 'n_head': 4, 'n_kv_head': 4 // groups}
+    config = GPTConfig(16, VOCAB, arch='modern', n_embd=32, **shape)
+
+    def results(kind):
+        torch.manual_seed(0)
+        cache, found = KVCache(GPT(config), rows=3), []
+        for T in (5, 1, 2):  # a prompt, a token, a piece of a prompt
+            qkv = torch.randn(3, T, 4 + 2 * (4 // groups), 8).as_subclass(kind)
+            parts = qkv.split((4, 4 // groups, 4 // groups), dim=2)
+            q, k, v = (t.transpose(1, 2) for t in parts)
+            mask = torch.ones(3, 1, T, T, dtype=torch.bool).tril()
+            found += [model_module.attention(q, k, v), model_module.attention(q, k, v, mask=mask)]
+            cache.extend(3, T)
+            found += [model_module.attention(q, k, v, cache=cache, layer=0)]
+        return found
+
+    expected = results(torch.Tensor)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', apple_attention)
+    for got, right in zip(results(OnApple), expected, strict=True):
+        assert_close(got, right)
+
+
 @torch.no_grad()
 def test_bfloat16_autocast_stays_near_float32(model):
     idx = tokens(2, BLOCK)
