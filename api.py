@@ -25,6 +25,7 @@ from flatgpt import ROOT
 from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import ConfigError, UserError, within
 from flatgpt.inference.engine import Engine
+from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
 from flatgpt.serving.api_error import APIError
 from flatgpt.serving.choices import Chat
@@ -49,7 +50,7 @@ from flatgpt.serving.openapi import (
     api,
     document,
 )
-from flatgpt.serving.service import Service, key_of
+from flatgpt.serving.service import Service, fewer_rows, key_of
 from model import GPT
 from sample import load, source
 
@@ -126,7 +127,10 @@ def make_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine:
     try:
         return Engine(model, tokenizer, rows, settings['chunk'], deterministic=always)
     except (RuntimeError, MemoryError) as error:
-        raise UserError(f'max_rows={rows}: so many do not fit into memory; try fewer') from error
+        if not is_out_of_memory(error):
+            raise
+        text = f'max_rows={rows}: so many do not fit into memory; try {fewer_rows(rows)}'
+        raise UserError(text) from error
 
 
 def check(settings: dict) -> None:

@@ -30,11 +30,11 @@ from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
 from flatgpt.inference.batch import Batch
-from flatgpt.inference.engine import NOT_FINITE, Engine, generate
+from flatgpt.inference.engine import MAX_GENERATE_ROWS, NOT_FINITE, Engine, generate
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
-from flatgpt.runtime import keep_freed_memory, pick_device, pick_dtype
+from flatgpt.runtime import keep_freed_memory, on_out_of_memory, pick_device, pick_dtype
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -287,14 +287,41 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     by_itself = settings['quantize'] and settings['dtype'] == 'auto'
     dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)
     where, which = source(settings)
-    model, tokenizer, state = load_model(where, which, device, tokenizer=settings['tokenizer'])
+    on_out_of_memory(device, lambda: smaller_weights(device, dtype))
+    model, tokenizer, state = load_model(where, which, tokenizer=settings['tokenizer'])
     if tokenizer is None:
         raise UserError(
             f'{where} came without a tokenizer; say which it was made with --tokenizer='
         )
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
-    return prepare_for_inference(model.to(dtype), settings['quantize']), tokenizer
+    model.to(dtype).to(device)  # in this order: float32 takes twice the memory there
+    return prepare_for_inference(model, settings['quantize']), tokenizer
+
+
+def smaller_weights(device: str, dtype: torch.dtype) -> str:
+    """What to load where these weights do not fit."""
+    if device == 'cpu':  # which reads them in float32
+        return 'a smaller model'
+    if dtype != torch.float32:
+        return 'a smaller model, or --device=cpu'
+    try:
+        pick_dtype('bfloat16', device)
+    except ConfigError:  # of an older GPU
+        return '--dtype=float16'
+    return '--dtype=bfloat16'
+
+
+def fewer_texts(settings: dict, model: GPT) -> str:
+    """What takes less memory than to write these texts side by side."""
+    many = 'rows' if settings['batch'] else 'num_samples'
+    fewer = min(settings[many], MAX_GENERATE_ROWS) // 2
+    if fewer and not settings['chat']:
+        return f'--{many}={fewer}'
+    weight = model.embedding.weight
+    if weight.dtype == torch.bfloat16 and settings['quantize'] is None:
+        return '--quantize=int8'
+    return smaller_weights(str(weight.device), weight.dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -310,9 +337,13 @@ def main(settings: dict) -> None:
             raise UserError('--batch has prompts of its own: leave out the prompt, and --chat')
         within(1, None, settings, 'rows')
         batch = Batch(settings, lambda own: sampling_of(changed(settings, own)), CHOICES)
-        return batch.run(*load(settings))
-    prompt = read_prompt(settings['start'])
+    else:
+        prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)
+    device = str(model.embedding.weight.device)
+    on_out_of_memory(device, lambda: fewer_texts(settings, model))
+    if settings['batch']:
+        return batch.run(model, tokenizer)
     if settings['chat']:
         with suppress(ImportError):
             import readline  # noqa: F401 - line editing and history, where the platform has it

@@ -26,6 +26,7 @@ from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish
 from flatgpt.training.loss import find_or_compute_reference, fingerprint, loss_of
+from flatgpt.training.memory import smaller_model
 from flatgpt.training.metrics import losses_line, run_lines
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.preflight import preflight
@@ -129,7 +130,7 @@ globals().update(config)
 runtime = start(device, dtype, backend, hang_timeout, config, offload)
 watchdog = Watchdog(runtime, hang_timeout)
 validate_machine(config, runtime)
-on_out_of_memory(runtime.device, lambda: f'a smaller model, such as --n_embd={n_embd // 2}')
+on_out_of_memory(runtime.device, lambda: smaller_model(config))
 if check or plan:
     watchdog.at(0, 'the check')
     status = preflight(config, runtime)

@@ -35,6 +35,12 @@ DTYPES = {
     'float16': torch.float16,
 }
 
+# what says so: torch's allocators for CUDA, Apple GPUs, Linux, Windows; cuBLAS, cuDNN; torch.empty
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|"
+    r'Storage size calculation overflowed'
+)
+
 # Dense 16-bit matrix products, TFLOP/s, from the makers' data sheets. The first name whose words
 # the device's own name has counts, so 'H100 PCIe' comes before 'H100'.
 PEAK_TFLOPS = {
@@ -310,9 +316,15 @@ class StopSignal:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    """Whether memory ran out, of the host or of a GPU: only some of what says so has a type."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
+
+
+def is_host_memory(error: BaseException) -> bool:
+    """Whether it was that of the host which ran out."""
+    return isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error)
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -325,12 +337,18 @@ def is_lost_connection(error: BaseException) -> bool:
 def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
     """From now on, running out of memory ends the program with one line: what to lower, to what."""
     explain_errors(
-        lambda error: (
-            UserError(f'out of memory on {device}; try {cure()}')
-            if is_out_of_memory(error)
-            else None
-        )
+        lambda error: out_of_memory(error, device, cure()) if is_out_of_memory(error) else None
     )
+
+
+def out_of_memory(error: BaseException, device: str, cure: str) -> UserError:
+    """The error to report in place of one that is_out_of_memory()."""
+    if device != 'cpu' and is_host_memory(error):  # what takes less of a GPU does not help
+        return UserError(
+            f'out of main memory, beside {device}; end other programs, start fewer processes '
+            'on this machine, or take a smaller model'
+        )
+    return UserError(f'out of memory on {device}; try {cure}')
 
 
 def start(

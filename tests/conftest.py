@@ -19,7 +19,7 @@ from forks import Forks
 
 import sample as sample_module
 from configurator import configure
-from flatgpt import files
+from flatgpt import errors, files
 from flatgpt.benchmarks import machine
 from flatgpt.checkpoint import load, save
 from flatgpt.data.dataset import Writer
@@ -273,6 +273,18 @@ def fails(*args):
         sample_module.main(configure(dict(vars(sample_module)), list(args), positional='start'))
     assert '\n' not in str(error.value)
     return str(error.value)
+
+
+def follow_advice(run, *args):
+    """Call run(*args), again and again with what each lack of memory advises -> all advice."""
+    advice = []
+    while True:
+        try:
+            run(*args, *(flag for text in advice for flag in text.split()))
+            return advice
+        except (RuntimeError, MemoryError) as error:
+            found = next(filter(None, (explain(error) for explain in errors._explainers)))
+            advice.append(str(found).partition('; try ')[2].partition(' or ')[0])
 
 
 def metrics(out_dir, key='loss'):

@@ -246,6 +246,39 @@ def test_no_file_copies_without_waiting_but_those_that_see_to_the_memory():
     assert asking == {'flatgpt/runtime.py', 'flatgpt/checkpoint/save.py'}
 
 
+MPS = 'MPS backend out of memory (MPS allocated: 8.97 GiB, other allocations: 1 MiB, max ...)'
+CUBLAS = 'CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'
+CPU_FULL = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you"
+WINDOWS = '[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you'
+OF_THE_DEVICE = [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'),
+    *map(RuntimeError, (MPS, CUBLAS, 'CUDA error: out of memory', 'CUDNN_STATUS_ALLOC_FAILED')),
+]
+OF_THE_HOST = [MemoryError(), *map(RuntimeError, (CPU_FULL, WINDOWS))]
+
+
+@pytest.mark.parametrize('error', [*OF_THE_DEVICE, *OF_THE_HOST], ids=lambda error: str(error)[:40])
+def test_memory_that_ran_out_is_known_however_it_is_told(error):
+    assert runtime.is_out_of_memory(error)
+    text = str(runtime.out_of_memory(error, 'cuda:0', '--batch_size=2'))
+    assert '\n' not in text
+    if error in OF_THE_DEVICE:
+        assert text == 'out of memory on cuda:0; try --batch_size=2'
+    else:  # which smaller batches would not help
+        assert text.startswith('out of main memory, beside cuda:0; ')
+        assert '--batch_size' not in text
+    text = str(runtime.out_of_memory(error, 'cpu', '--batch_size=2'))
+    assert text == 'out of memory on cpu; try --batch_size=2'
+
+
+@pytest.mark.parametrize(
+    'error',
+    [ValueError('out of memory'), RuntimeError('mat1 and mat2 shapes cannot be multiplied')],
+)
+def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+    assert not runtime.is_out_of_memory(error)
+
+
 @pytest.mark.parametrize('fails', [False, True])
 def test_a_rank_waits_for_the_slowest_or_hears_why_it_does_not_come(fails):
     distributed = pytest.importorskip('torch.distributed', reason='torch was built without it')

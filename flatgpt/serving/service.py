@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import Engine
+from flatgpt.runtime import is_out_of_memory, out_of_memory
 from flatgpt.serving.api_error import APIError
 from flatgpt.serving.job import CompletionJob
 from flatgpt.serving.metrics import Metrics
@@ -28,6 +29,11 @@ LOG = logging.getLogger('flatgpt')
 
 def key_of(settings: dict) -> str:
     return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
+
+
+def fewer_rows(rows: int) -> str:
+    """What to start a server with whose memory does not hold so many texts."""
+    return f'--max_rows={rows // 2}' if rows > 1 else '--quantize=int8, or a smaller model'
 
 
 class Service:
@@ -53,8 +59,13 @@ class Service:
     def run(self) -> None:
         try:
             self.engine.serve()
-        except BaseException:
-            LOG.exception('the engine failed; nothing can be computed until a restart')
+        except BaseException as error:
+            if is_out_of_memory(error):
+                weight = self.engine.model.embedding.weight
+                cure = f'a restart with {fewer_rows(len(self.engine.slots))}'
+                LOG.error('%s', out_of_memory(error, str(weight.device), cure))
+            else:
+                LOG.exception('the engine failed; nothing can be computed until a restart')
 
     def watch(self) -> None:
         while not self.closed.wait(WATCH):

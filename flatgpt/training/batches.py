@@ -114,11 +114,19 @@ class BatchLoader:
         ]
 
     def smaller(self) -> str:
-        """Flags by which the same global batch takes less memory at a time."""
-        rows = self.micro_rows // 2
-        if rows:
-            steps = -(-self.global_rows // rows)
+        """Flags by which a run takes less memory at a time, at best with the same global batch."""
+        c, half = self.config, self.micro_rows // 2
+        if rows := next((n for n in range(half, 0, -1) if self.rank_rows % n == 0), 0):
+            steps = self.global_rows // rows
             return f'--batch_size={rows} --gradient_accumulation_steps={steps}'
-        if not self.config['gradient_checkpointing']:
+        if not c['gradient_checkpointing']:
             return '--gradient_checkpointing'
-        return f'--block_size={self.config["block_size"] // 2} or a smaller model'
+        on_gpu = self.runtime.device_type == 'cuda'
+        if c['shard'] and on_gpu and not c['offload']:
+            return '--offload'
+        if self.first_step:  # a resumed run keeps its shape
+            more = ', more GPUs' if c['shard'] else ', or --shard with torchrun on several'
+            return f'a GPU with more memory{more}' if on_gpu else 'a machine with more memory'
+        if c['block_size'] == 1:
+            return 'a smaller model'
+        return f'--block_size={c["block_size"] // 2} or a smaller model'

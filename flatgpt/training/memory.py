@@ -311,6 +311,16 @@ def changes(case: Case) -> Iterator[list[Case]]:
         yield [resized(each, each.rows, shard=True, ranks=n) for each, n in tried]
 
 
+def smaller_model(config: dict) -> str:
+    """What to train where the model of these settings does not fit."""
+    if config['init_from'] != 'scratch':  # it keeps its shape
+        return 'one of fewer parameters, or --shard with torchrun on several GPUs'
+    unit = 2 * config['n_head']  # so that rotary positions can turn pairs
+    if width := config['n_embd'] // 2 // unit * unit:
+        return f'a smaller model, such as --n_embd={width}'
+    return f'a smaller model, such as --n_layer={max(1, config["n_layer"] // 2)}'
+
+
 def halved(n: int) -> list[int]:
     return [n >> by for by in range(1, n.bit_length())]
 

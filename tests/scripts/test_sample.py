@@ -10,14 +10,18 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT, fails, sample, saved
+import torch
+from conftest import ROOT, fails, follow_advice, sample, saved
 
 import sample as sample_module
 from configurator import configure
 from flatgpt.checkpoint import load
 from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.errors import ConfigError
+from flatgpt.inference import model_runner
 from flatgpt.inference.engine import complete, generate
 from flatgpt.inference.sampling import SamplingParams
+from model import GPT, GPTConfig
 from sample import split_stop
 
 SCRIPT = ROOT / 'sample.py'
@@ -42,6 +46,48 @@ def out_dir(tmp_path_factory):
 def test_stop_strings_are_spelt_with_bars_and_escapes():
     assert split_stop('') == ()
     assert split_stop(r'END|\n\n|a\|b|\t|C:\\n|\d') == ('END', '\n\n', 'a|b', '\t', 'C:\\n', r'\d')
+
+
+@pytest.mark.parametrize(
+    ('args', 'advised'),
+    [
+        (('--num_samples=200',), ['--num_samples=32', '--num_samples=16', '--num_samples=8']),
+        (('--batch={file}', '--rows=20'), ['--rows=10', '--rows=5']),
+    ],
+)
+def test_following_the_advice_of_each_lack_of_memory_ends_in_samples(
+    out_dir, tmp_path, monkeypatch, args, advised
+):
+    (tmp_path / 'prompts').write_text('ab\n' * 30, encoding='utf-8')
+    cache = model_runner.KVCache
+
+    def in_a_small_room(model, rows, length):
+        if rows > 8:
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
+        return cache(model, rows, length)
+
+    monkeypatch.setattr(model_runner, 'KVCache', in_a_small_room)
+    args = [arg.format(file=tmp_path / 'prompts') for arg in args]
+    args += [f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=2', f'--out={tmp_path}/out']
+    assert follow_advice(sample, *args) == advised
+
+
+def test_one_text_that_does_not_fit_is_advised_to_take_lighter_weights(monkeypatch):
+    settings = {'batch': None, 'chat': True, 'num_samples': 10, 'rows': 16, 'quantize': None}
+    with torch.device('meta'):
+        model = GPT(GPTConfig(8, 8, 1, 1, 8))
+    assert sample_module.fewer_texts(settings, model) == '--dtype=bfloat16'
+    settings['num_samples'] = 1
+    assert sample_module.fewer_texts(settings, model.bfloat16()) == '--quantize=int8'
+    settings['quantize'] = 'int8'
+    assert sample_module.fewer_texts(settings, model) == 'a smaller model, or --device=cpu'
+
+    def no_bfloat16(name, device):
+        raise ConfigError('no bfloat16')
+
+    monkeypatch.setattr(sample_module, 'pick_dtype', no_bfloat16)
+    assert sample_module.smaller_weights('cuda:0', torch.float32) == '--dtype=float16'
+    assert sample_module.smaller_weights('cpu', torch.float32) == 'a smaller model'
 
 
 def in_a_process(*args):

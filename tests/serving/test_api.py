@@ -802,6 +802,27 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
 
 
+@pytest.mark.parametrize(('rows', 'cure'), [(8, '--max_rows=4'), (1, '--quantize=int8, or ')])
+def test_memory_that_runs_out_while_serving_is_one_line_of_the_log(make_app, caplog, rows, cure):
+    client = make_app(max_rows=rows).test_client()
+    break_engine(service_of(client))
+    assert client.post(PATH, json={'prompt': 'a'}).status_code == 500
+    wait_until(lambda: 'out of memory' in caplog.text)
+    (record,) = (each for each in caplog.records if 'out of memory' in each.getMessage())
+    text = f'out of memory on cpu; try a restart with {cure}'
+    assert record.getMessage().startswith(text)
+    assert record.exc_info is None
+
+
+def test_what_is_no_lack_of_memory_is_not_told_as_one(make_app, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
+
+    monkeypatch.setattr(api, 'Engine', broken)
+    with pytest.raises(RuntimeError, match='mat1'):
+        make_app()
+
+
 def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
     service = service_of(client)
     sample_all = service.engine.runner.sample_all

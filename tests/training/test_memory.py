@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_dataset
+from conftest import follow_advice, make_dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flatgpt.checkpoint.load import listed, verify
@@ -13,9 +14,10 @@ from flatgpt.checkpoint.save import size_of, tensors_of
 from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.runtime import Runtime
 from flatgpt.training import memory as memory_module
+from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import Case, batch_of, build, optimizers_of, step_peak
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, bias=True)
@@ -144,6 +146,60 @@ def test_what_does_not_fit_gets_changes_that_do(monkeypatch):
     rows, steps = map(int, re.findall(r'=(\d+)', fewer))
     assert rows * steps == 16  # the same global batch
     assert any('--shard' in text for text in texts)
+
+
+MPS = 'MPS backend out of memory (MPS allocated: 8.97 GiB, max allowed: 9.07 GiB).'
+
+
+@pytest.mark.parametrize('room', [40, 8, 4])
+@pytest.mark.parametrize(('rows', 'steps'), [(12, 1), (5, 3)])
+def test_following_the_advice_of_each_lack_of_memory_ends_in_a_run(
+    run_here, tmp_path, monkeypatch, room, rows, steps
+):
+    forward = GPT.forward
+
+    def in_a_small_room(self, idx, *others, **options):
+        # the tokens whose activations are kept at once; half as much if they are computed twice
+        if self.training and idx.numel() > (2 if self.trunk.recompute else 1) * room:
+            raise RuntimeError(MPS)
+        return forward(self, idx, *others, **options)
+
+    monkeypatch.setattr(GPT, 'forward', in_a_small_room)
+    batch = f'--batch_size={rows}', f'--gradient_accumulation_steps={steps}'
+    args = f'--out_dir={tmp_path}', '--overwrite', '--eval_interval=None', *batch
+    advice = follow_advice(run_here, *args)
+    settings = dict(flag.split('=') for text in advice for flag in text.split() if '=' in flag)
+    fewer, more = settings['--batch_size'], settings['--gradient_accumulation_steps']
+    assert int(fewer) * int(more) == rows * steps
+    assert ('--gradient_checkpointing' in advice) == (room < 16)
+    assert ('--block_size=8' in advice) == (room < 8)
+
+
+def test_a_resumed_run_is_not_advised_to_change_its_shape(monkeypatch):
+    settings = {'batch_size': 1, 'gradient_accumulation_steps': 4, 'block_size': 64}
+    settings |= {'gradient_checkpointing': True, 'shard': False, 'offload': False}
+    data, state = SimpleNamespace(window_tokens=64), SimpleNamespace(step=3, samples=0)
+
+    def advice(device, **changes):
+        config = {**settings, **changes}
+        return BatchLoader(data, state, config, Runtime(device, torch.float32)).smaller()
+
+    assert advice('cpu') == 'a machine with more memory'
+    assert '--shard with torchrun' in advice('cuda:0')
+    assert advice('cuda:0', shard=True) == '--offload'
+    assert advice('cuda:0', shard=True, offload=True) == 'a GPU with more memory, more GPUs'
+    state.step = 0
+    assert advice('cpu').startswith('--block_size=32 ')
+    assert advice('cpu', block_size=1) == 'a smaller model'
+
+
+def test_a_model_that_does_not_fit_is_followed_by_one_that_can_be():
+    config = {'init_from': 'scratch', 'n_head': 6, 'n_embd': 100, 'n_layer': 9, 'arch': 'modern'}
+    assert memory_module.smaller_model(config) == 'a smaller model, such as --n_embd=48'
+    GPTConfig(arch='modern', n_head=6, n_embd=48)
+    few = memory_module.smaller_model({**config, 'n_embd': 12})
+    assert few == 'a smaller model, such as --n_layer=4'
+    assert '--n_' not in memory_module.smaller_model({**config, 'init_from': 'gpt2-xl'})
 
 
 def test_where_nothing_fits_the_nearest_is_named():
