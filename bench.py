@@ -59,7 +59,7 @@ steps = 3  # updates in a turn
 optimizer = 'adamw'  # or 'muon'
 batch_size = 4  # sequences in a step
 dropout = 0.0  # share of the activations
-compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, as train.py does
+compile: bool | str = 'auto'  # 'auto': on CUDA, as for a long run of train.py
 # prefill and decoding
 rows = '1,8,32'  # sequences side by side
 prompt_tokens = 64  # of each sequence

@@ -108,7 +108,7 @@ cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
 dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
 gradient_checkpointing = False  # compute activations twice instead of keeping them: less memory
-compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, where it pays
+compile: bool | str = 'auto'  # 'auto' compiles on a CUDA GPU, for a long run
 backend = 'auto'  # of torch.distributed: 'auto', 'nccl' or 'gloo'
 shard = False  # each process holds its rows of the model (FSDP2), instead of all of it (DDP)
 offload = False  # keep those rows, and the optimizer, in the host's memory
@@ -154,7 +154,10 @@ state.start_clock()  # of the seconds in the log, which count compilation and ev
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
 model, compiled = raw_model, False
-to_compile = runtime.wants_compile(compile) and not eval_only
+peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
+work = batches.work(raw_model, max_iters)
+to_compile = not eval_only and runtime.decide_compile(compile, work, peak_flops, runtime.print0)
+batches.one_width = to_compile
 if shard:  # FSDP2: each block by itself, then cut into rows
     if to_compile:
         compiled = compile_blocks(raw_model, runtime, runtime.print0)
@@ -185,7 +188,6 @@ optimizers = build_optimizers(
 scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
 if run.resume_from:
     run.restore(raw_model, optimizers, scaler)
-peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 
 
 def get_lr(step: int) -> float:

@@ -20,6 +20,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,23 @@ PEAK_TFLOPS = {
     'MI300X': 1307,
     'MI250X': 383,
 }
+
+
+# What torch.compile is estimated to take and to save, roughly: no GPU was at hand to measure it on
+COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 20, 1  # for each width of batch, and each layer in that
+SAVED = 1 / 3  # of a run's time
+EAGER_SHARE = 0.25  # of the peak, that large models reach without it
+EAGER_LAYER_SECONDS = 3e-4  # to launch a layer's 60 kernels, forward and back: small models' limit
+ASSUMED_TFLOPS = 50  # of a GPU whose peak is not known
+
+
+class Work(NamedTuple):
+    """What a process computes in a run."""
+
+    passes: int  # forward and back
+    flops: float  # of one of them
+    layers: int
+    widths: int = 1  # of batches, for each of which torch.compile makes kernels
 
 
 @dataclass(frozen=True)
@@ -237,8 +255,21 @@ class Runtime:
         return mine, next(n for n in range(min(at_once, mine), 0, -1) if mine % n == 0)
 
     def wants_compile(self, setting: bool | str) -> bool:
-        """Whether the setting asks for torch.compile; 'auto' does on CUDA, where it pays."""
+        """Whether the setting asks for torch.compile; 'auto' does on CUDA, for what takes long."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
+
+    def decide_compile(
+        self, setting: bool | str, work: Work, peak: float | None, say: Callable
+    ) -> bool:
+        """Whether to compile for this work, the same on all ranks; of 'auto' on CUDA, say why.
+
+        peak: of the device, in FLOP/s, None if it is not known.
+        """
+        if setting != 'auto' or not self.wants_compile(setting):
+            return self.wants_compile(setting)
+        pays, why = self.agree(lambda: compile_pays(work, peak))
+        say(f'torch.compile: {"on" if pays else "off"}, {why}')
+        return pays
 
     def try_compile(
         self, compile: Callable, model, batches: list, say: Callable, loss_of: Callable
@@ -273,6 +304,18 @@ class Runtime:
             sys.stderr.flush()
             os._exit(status)
         raise SystemExit(status)
+
+
+def compile_pays(work: Work, peak: float | None) -> tuple[bool, str]:
+    """Whether torch.compile saves more time than it takes, by estimate, and a line that says so."""
+    speed = EAGER_SHARE * (peak or ASSUMED_TFLOPS * 1e12)
+    seconds = work.passes * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
+    takes = work.widths * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
+    pays, short = SAVED * seconds > takes, tqdm.format_interval
+    why = f'as the run is estimated to take {short(seconds)} without, and compiling {short(takes)}'
+    if not peak:
+        why += f' (on a GPU of unknown peak, taken for {ASSUMED_TFLOPS} TFLOP/s; see peak_tflops)'
+    return pays, why + ('' if pays else '; --compile=True compiles nevertheless')
 
 
 class StopSignal:

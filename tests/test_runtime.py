@@ -1,15 +1,27 @@
 """The machine: what is chosen on it, what is refused, and what the processes agree on."""
 
+import runpy
 import threading
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from flatgpt import ROOT, runtime
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.runtime import Runtime, pick_backend, pick_device, pick_dtype, start, to_device
+from flatgpt.runtime import (
+    Runtime,
+    Work,
+    pick_backend,
+    pick_device,
+    pick_dtype,
+    start,
+    to_device,
+)
+from flatgpt.training.batches import BatchLoader
+from model import GPT, GPTConfig
 
 CPU = Runtime('cpu', torch.float32)
 
@@ -198,6 +210,61 @@ def test_no_peak_is_claimed_for_a_processor_or_for_float32(gpus):
     assert CPU.peak_flops() is None
     assert Runtime('cpu', torch.bfloat16).peak_flops() is None
     assert Runtime('cuda:0', torch.float32).peak_flops() is None
+
+
+def work_of(config, steps):
+    """What one process computes in so many steps of a shipped config."""
+    declared = (ROOT / 'train.py').read_text(encoding='utf-8').split('config = configure')[0]
+    c: dict = {}
+    exec(declared[declared.index('out_dir: str') :], c)
+    c |= runpy.run_path(ROOT / 'config' / f'{config}.py')
+    shape = {name: c[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd')}
+    with torch.device('meta'):
+        model = GPT(GPTConfig(vocab_size=65, **shape))
+    data = SimpleNamespace(block_size=c['block_size'], window_tokens=c['block_size'])
+    state = SimpleNamespace(step=0, samples=0)
+    return BatchLoader(data, state, c, CPU).work(model, steps or c['max_iters'])
+
+
+@pytest.mark.parametrize(
+    ('config', 'steps', 'pays'),
+    [
+        ('train_gpt2', None, True),
+        ('train_gpt2', 1, False),
+        ('speedrun_shakespeare_char_cpu', None, False),  # which trains for seconds
+        ('speedrun_shakespeare_char_cpu', 10**6, True),  # whose kernels are short, but many
+    ],
+)
+@pytest.mark.parametrize('name', ['NVIDIA H100 80GB HBM3', 'Tesla T4', 'NVIDIA Future X1'])
+def test_auto_compiles_what_takes_longer_than_that(gpus, name, config, steps, pays):
+    gpus(name)
+    machine, said = Runtime('cuda:0', torch.bfloat16), []
+    work, peak = work_of(config, steps), machine.peak_flops()
+    assert machine.decide_compile('auto', work, peak, said.append) == pays
+    (line,) = said
+    assert line.startswith(f'torch.compile: {"on" if pays else "off"}, as the run is estimated to')
+    assert '\n' not in line
+    assert ('unknown peak' in line) == (peak is None)
+    assert ('--compile=True' in line) == (not pays)
+
+
+def test_a_slower_gpu_takes_longer_so_that_compiling_pays_sooner():
+    middling = Work(passes=2000, flops=1e12, layers=6)
+    assert not runtime.compile_pays(middling, 989e12)[0]
+    assert runtime.compile_pays(middling, 65e12)[0]
+    assert not runtime.compile_pays(middling._replace(widths=6), 65e12)[0]
+    assert not runtime.compile_pays(middling._replace(passes=-5), None)[0]  # beyond its end
+
+
+def test_without_auto_or_a_gpu_of_nvidias_nothing_is_estimated():
+    work, said = work_of('train_gpt2', None), []
+    for device, setting, compiles in (
+        *(('cpu', 'auto', False), ('mps', 'auto', False), ('cpu', True, True)),
+        *(('cuda:0', True, True), ('cuda:0', False, False)),
+    ):
+        machine = Runtime(device, torch.float32)
+        assert machine.decide_compile(setting, work, None, said.append) == compiles
+    assert said == []
 
 
 def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):

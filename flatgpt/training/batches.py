@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from flatgpt.data.dataset import Dataset
-from flatgpt.runtime import Runtime, to_device
+from flatgpt.runtime import Runtime, Work, to_device
 from flatgpt.training.loss import trim
 from flatgpt.training.state import TrainState
+from model import GPT
 
 PREFETCH = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
 
@@ -37,6 +38,7 @@ class BatchLoader:
         self.micro_steps = self.rank_rows // self.micro_rows  # micro-batches of an update
         self.tokens_per_step = round(self.global_rows * data.window_tokens)
         self.reference: dict | None = None
+        self.one_width = False  # whether no batch is trimmed, as a compiled model is for one shape
         self._reader = ThreadPoolExecutor(1)
         self._upcoming, self._submitted, self._waited = deque(), 0, 0.0
 
@@ -81,7 +83,7 @@ class BatchLoader:
             total = self.data.count_targets(first, self.global_rows)
             divisor = total / (here * self.runtime.world_size)
         if c['objective'] == 'dpo':
-            if not self.runtime.wants_compile(c['compile']):  # which is for one shape
+            if not self.one_width:
                 batch = trim(*batch)
             pairs = self.data.windows(mine, self.micro_rows)
             batch = [*batch, self.reference['train'][pairs].ravel()]
@@ -112,6 +114,14 @@ class BatchLoader:
         return [
             {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
         ]
+
+    def work(self, model: GPT, max_iters: int) -> Work:
+        """What this rank computes up to step max_iters."""
+        c, pairs = self.config, self.config['objective'] == 'dpo'
+        tokens = self.micro_rows * (1 + pairs) * self.data.block_size
+        passes = (max_iters - self.first_step) * self.micro_steps
+        widths = 1 + (self.first_step < c['short_iters'])
+        return Work(passes, tokens * model.flops_per_token(), len(model.blocks), widths)
 
     def smaller(self) -> str:
         """Flags by which a run takes less memory at a time, at best with the same global batch."""
