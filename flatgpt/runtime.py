@@ -512,9 +512,8 @@ def keep_freed_memory() -> None:
 def pick_device(name: str) -> str:
     """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> a device that is here; ConfigError otherwise."""
     if name == 'auto':
-        if torch.cuda.is_available():
-            return 'cuda'
-        return 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'mps' if torch.backends.mps.is_available() else 'cpu'
+        name = 'cuda' if torch.cuda.is_available() else name
     kind, _, index = name.partition(':')
     if kind not in ('cpu', 'cuda', 'mps') or (index and not index.isdigit()):
         raise ConfigError(f'device={name!r}: give auto, cpu, mps, cuda, or one GPU such as cuda:1')
@@ -527,9 +526,28 @@ def pick_device(name: str) -> str:
         raise ConfigError(
             f'device={name!r}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0'
         )
+    if kind == 'cuda':
+        check_architecture(int(index or os.environ.get('LOCAL_RANK', 0)))
     if kind == 'mps' and not torch.backends.mps.is_available():
         raise ConfigError(f'device={name!r}: no Apple GPU here; use --device=auto')
     return name
+
+
+def check_architecture(index: int) -> None:
+    """ConfigError for a GPU that this torch has no kernels for: an old one, with a new torch."""
+    if index >= torch.cuda.device_count():  # start() has better words for that
+        return
+    major, minor = torch.cuda.get_device_capability(index)
+    # kernels run on later GPUs of their generation; only NVIDIA's are named like this
+    built = [re.match(r'(sm|compute)_(\d+)(\d)', name) for name in torch.cuda.get_arch_list()]
+    built = [(found[1], int(found[2]), int(found[3])) for found in built if found]
+    fits = [(kind == 'compute' or m == major) and (m, n) <= (major, minor) for kind, m, n in built]
+    if built and not any(fits):
+        name = torch.cuda.get_device_name(index)
+        raise ConfigError(
+            f"device='cuda': torch {torch.__version__} has no kernels for {name} (compute "
+            f'capability {major}.{minor}); install its build for an older CUDA, or use --device=cpu'
+        )
 
 
 def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:

@@ -36,11 +36,13 @@ def no_gpu(monkeypatch):
 def gpus(monkeypatch):
     """Pretend to have two GPUs, with or without bfloat16."""
 
-    def pretend(name='NVIDIA A100-SXM4-80GB', bf16=True):
+    def pretend(name='NVIDIA A100-SXM4-80GB', bf16=True, capability=(8, 0), built=('sm_80',)):
         monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
         monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: bf16)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: [*built])
         monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
         monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda precision: None)
 
@@ -54,11 +56,11 @@ def refused(function, *args):
     return str(caught.value)
 
 
-def test_auto_takes_the_best_device_there_is(no_gpu, monkeypatch):
+def test_auto_takes_the_best_device_there_is(no_gpu, gpus, monkeypatch):
     assert pick_device('auto') == 'cpu'
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert pick_device('auto') == 'mps'
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    gpus()
     assert pick_device('auto') == 'cuda'
 
 
@@ -73,6 +75,34 @@ def test_a_gpu_number_beyond_the_last_is_refused(gpus):
     gpus()
     assert pick_device('cuda:1') == 'cuda:1'
     assert '2 GPU(s)' in refused(pick_device, 'cuda:2')
+
+
+CU13 = ('sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120', 'compute_120')
+
+
+@pytest.mark.parametrize('device', ['auto', 'cuda', 'cuda:1'])
+@pytest.mark.parametrize(
+    ('capability', 'built', 'runs'),
+    [
+        ((7, 0), CU13, False),  # V100
+        ((7, 5), CU13, True),  # T4
+        ((8, 9), CU13, True),  # RTX 4090, by the kernels of 8.6
+        ((9, 0), ('sm_90a',), True),
+        ((8, 0), ('sm_86',), False),
+        ((13, 0), CU13, True),  # compiled for it by the driver
+        ((13, 0), ('sm_120',), False),
+        ((9, 4), ('gfx90a', 'gfx942'), True),  # AMD
+        ((7, 0), (), True),  # nobody says
+    ],
+)
+def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused(gpus, capability, built, runs, device):
+    gpus('Tesla V100-SXM2-16GB', capability=capability, built=built)
+    if runs:
+        assert pick_device(device).startswith('cuda')
+    else:
+        text = refused(pick_device, device)
+        assert 'Tesla V100' in text
+        assert '--device=cpu' in text
 
 
 @pytest.mark.parametrize('name', ['gpu', 'CPU', 'cuda:x', 'cuda:-1', 'tpu', ''])
