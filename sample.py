@@ -31,7 +31,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
 from flatgpt.inference.batch import Batch
 from flatgpt.inference.engine import MAX_GENERATE_ROWS, NOT_FINITE, Engine, generate
-from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.runtime import keep_freed_memory, on_out_of_memory, pick_device, pick_dtype
@@ -284,6 +284,8 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     elif device.startswith('cuda:'):
         torch.cuda.set_device(device)
     one_of((None, 'int8'), settings, 'quantize')
+    if settings['quantize']:
+        check_int8_device(device)
     by_itself = settings['quantize'] and settings['dtype'] == 'auto'
     dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)
     where, which = source(settings)

@@ -411,6 +411,7 @@ def start(
     world_size, local_rank = (
         int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
     )
+    one_gpu = device.partition(':')[2]  # that all processes of this machine were given
     device = pick_device(device)
     if device == 'cuda' and local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -434,6 +435,14 @@ def start(
     found |= {'torch': torch.__version__}
     # what 'auto' came to, not the setting
     compare(runtime, store, {'code': code_hash(), **(facts or {}), **found})
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if kind == 'mps' and world_size > 1:
+        raise ConfigError("device='mps': Apple GPUs train in one process; use --device=cpu")
+    if one_gpu and here > 1 and pick_backend(backend, device) == 'nccl':
+        raise ConfigError(
+            f'device={device!r}: torchrun started {here} processes here, and NCCL takes a GPU for '
+            'each; use --device=cuda'
+        )
     # watchdog.py ends what waits in vain, and knows for whom; this is for what it cannot see
     limit += timedelta(seconds=30)
     backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}

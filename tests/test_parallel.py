@@ -192,7 +192,19 @@ def only(rank, code):
 OTHER_CODE = "from flatgpt import runtime; runtime.code_hash = lambda: 'abc'"
 OTHER_DEVICE = "from flatgpt import runtime; runtime.pick_device = lambda name: 'mps'"
 OTHER_TORCH = "import torch; torch.__version__ = '2.0'"
+ON_APPLE = "from flatgpt import runtime; runtime.pick_device = lambda name: 'mps'"
+ON_ONE_GPU = """
+import os, torch
+from flatgpt import runtime
+os.environ['LOCAL_WORLD_SIZE'] = '2'
+runtime.pick_device = lambda name: name
+runtime.pick_dtype = lambda *args, **options: torch.float32
+runtime.dist.is_nccl_available = lambda: True
+torch.cuda.set_device = lambda device: None
+"""
 UNLIKE = [
+    ((), ON_APPLE, "device='mps': Apple GPUs train in one process; use --device=cpu"),
+    (('--device=cuda:1',), ON_ONE_GPU, "device='cuda:1': torchrun started 2 .* --device=cuda$"),
     ((lambda rank: f'--seed={rank}',), '', r'rank 1 on \S+ has seed 1, and rank 0 on \S+ 0'),
     ((), only(1, OTHER_CODE), r"rank 1 on \S+ has code 'abc', and rank 0 on \S+ '\w{12}'"),
     ((), only(1, OTHER_DEVICE), r"rank 1 on \S+ has device 'mps', and rank 0 on \S+ 'cpu'"),

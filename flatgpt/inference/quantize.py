@@ -104,7 +104,18 @@ def can_pack(weight) -> bool:
 
 def check_int8(weight) -> None:
     """ConfigError unless int8 matrices can be multiplied with vectors of this weight's kind."""
-    kind = weight.device.type
+    check_int8_device(str(weight.device))
+    if weight.dtype != torch.bfloat16:
+        name = str(weight.dtype).removeprefix('torch.')
+        raise ConfigError(
+            f"quantize='int8' with dtype={name!r}: its products are made for bfloat16; "
+            'take --dtype=bfloat16'
+        )
+
+
+def check_int8_device(device: str) -> None:
+    """ConfigError for a device without products of int8 matrices and bfloat16 vectors."""
+    kind = device.partition(':')[0]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(
         'aten::_weight_int8pack_mm', {'cpu': 'CPU', 'cuda': 'CUDA', 'mps': 'MPS'}.get(kind, kind)
     ):
@@ -112,9 +123,8 @@ def check_int8(weight) -> None:
             f"quantize='int8': torch {torch.__version__} has no int8 product on {kind}; "
             'take --device=cpu, or leave it out'
         )
-    if weight.dtype != torch.bfloat16:
-        name = str(weight.dtype).removeprefix('torch.')
+    if kind == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
-            f"quantize='int8' with dtype={name!r}: its products are made for bfloat16; "
-            'take --dtype=bfloat16'
+            f"quantize='int8': its products are made for bfloat16, which "
+            f'{torch.cuda.get_device_name()} lacks; leave it out, with --dtype=float16'
         )

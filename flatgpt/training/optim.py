@@ -119,7 +119,10 @@ def build_optimizers(
         groups, muon = model.param_groups(weight_decay), []
     else:
         if not learning_rate:
-            raise ConfigError("learning_rate=0: optimizer='muon' takes its schedule from it")
+            raise ConfigError(
+                "learning_rate=0: optimizer='muon' takes its schedule from it; give one above 0, "
+                "or optimizer='adamw'"
+            )
         matrices = model.block_matrices()
         if not matrices:
             raise ConfigError("optimizer='muon': the model has no matrix to train; take 'adamw'")

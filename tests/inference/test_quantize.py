@@ -92,3 +92,14 @@ def test_int8_is_refused_on_a_device_without_its_product(monkeypatch):
     )
     with pytest.raises(ConfigError, match='no int8 product on cpu'):
         prepare_for_inference(tiny(torch.bfloat16), 'int8')
+
+
+def test_a_gpu_without_bfloat16_is_told_to_leave_int8_out(monkeypatch):
+    monkeypatch.setattr(
+        torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda operator, key: True
+    )
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: False)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla T4')
+    with pytest.raises(ConfigError, match='Tesla T4 lacks; leave it out, with --dtype=float16'):
+        quantize.check_int8_device('cuda:0')
+    quantize.check_int8_device('cpu')
