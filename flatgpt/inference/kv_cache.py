@@ -86,4 +86,8 @@ class KVCache:
         """Have a row hold the first `count` tokens of another, or of its own."""
         if source != target:
             self.kv[:, :, target, :, :count] = self.kv[:, :, source, :, :count]
-        self.pos[target] = count
+        self.set_pos(target, count)
+
+    def set_pos(self, row: int, count: int) -> None:
+        """A row holds so many tokens; an assignment to pos[row] would wait for a GPU."""
+        self.pos[row].fill_(count)

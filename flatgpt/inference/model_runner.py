@@ -50,7 +50,7 @@ class ModelRunner:
             self.score_prompt(slots[0], logits[0])
             logits = logits[:, -1]
         for slot, tokens in zip(slots, batch.tokens, strict=True):
-            self.cache.pos[slot.row] = len(slot.cached_ids) + len(tokens)
+            self.cache.set_pos(slot.row, len(slot.cached_ids) + len(tokens))
         return logits
 
     def decode(self, batch: ScheduledBatch):
