@@ -396,7 +396,7 @@ def report(case: Case, where: str, memory: float | None, fresh: bool) -> tuple[b
     if case.device == 'cuda':
         lines += ["not counted: the CUDA context, cuBLAS's workspace, and the allocator's holes"]
     if case.compiled:
-        lines += ['not counted: torch.compile, which is on, keeps other activations than these']
+        lines += ['not counted: where torch.compile is on, it keeps other activations than these']
     lines += [
         f'keys and values of a text of {shape.block_size} tokens: {kept / 1e6:,.1f} MB in float32, '
         'for each that is sampled or served'
