@@ -103,7 +103,7 @@ def reference_logps(
             # of a sharded model every rank has to compute, also where none is left for it
             x, y = to_device(*trim(*data.eval_batch(split, mine if len(mine) else windows[:1])))
             with runtime.autocast():
-                answers = answer_logps(model, x, y).view(-1, 2).cpu()
+                answers = answer_logps(model, x, y).view(-1, 2).cpu().numpy()
             found[first : first + len(mine)] = answers[: len(mine)]
         every = runtime.reduce(found.ravel().tolist())  # each rank knows its own, and 0 elsewhere
         logps[split] = np.array(every, np.float32).reshape(-1, 2)
