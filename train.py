@@ -218,6 +218,7 @@ if eval_only:
     runtime.leave(stop.status)
 run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
+batches.on_lost = stop.fail  # data that can be read no more ends the run as a signal does
 stopping = False
 
 while True:
@@ -280,6 +281,8 @@ while True:
     skip, stopping = (flag > 0 for flag in runtime.reduce([skip, stop.signal], 'MAX'))
     if stopping:
         stop.share()
+    if stop.failed:
+        continue  # there was no batch to make this update of
     if finite and not skip:
         for each in optimizers:
             each.step()

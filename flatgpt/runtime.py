@@ -322,10 +322,14 @@ class StopSignal:
     """Remembers that a signal asked this process to stop, for the training loop to look at.
 
     A second Ctrl-C leaves at once; under torchrun, which passes signals on, it is the first again.
+    What cannot be read any more stops a run as a signal does: see fail().
     """
+
+    FAILED = 2**10  # in place of a signal's number, and larger than any
 
     def __init__(self, runtime: Runtime):
         self.signal, self.runtime = 0, runtime
+        self.error: UserError | None = None  # of this process
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, None)  # Windows has but the first two
             under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
@@ -342,6 +346,15 @@ class StopSignal:
         if not self.signal or self.runtime.world_size == 1:
             self.signal = number
 
+    def fail(self, error: UserError) -> None:
+        """Stop because of an error: the update in progress is left out, by all ranks."""
+        self.error = self.error or error
+        self.signal = self.FAILED
+
+    @property
+    def failed(self) -> bool:
+        return self.signal == self.FAILED
+
     def share(self) -> None:
         """Have every rank know of the signal that one of them got: all leave with its status."""
         (number,) = self.runtime.reduce([self.signal], 'MAX')
@@ -350,6 +363,8 @@ class StopSignal:
     @property
     def status(self) -> int:
         """The exit status that a shell expects of a program a signal ended; 0 without one."""
+        if self.failed:
+            return 2
         return 128 + self.signal if self.signal else 0
 
     def release(self) -> None:

@@ -34,6 +34,7 @@ import filelock
 import numpy as np
 
 from flatgpt import ROOT
+from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import UserError, did_you_mean
 from flatgpt.files import new_file
@@ -254,6 +255,9 @@ class Dataset:
         self._ends = {s: np.cumsum(lengths[s], dtype=np.int64) for s in SPLITS}
         check_files(self.folder, meta)
         self._check_lengths()
+        names = [name for split in SPLITS for name, _ in self._shards[split]]
+        masks = [mask_file(name) for name in names] if self.rows else []
+        self._files = ShardFiles(self.folder, names + masks)
         sizes = np.array(lengths['train'])
         self._first_token = self._ends['train'] - sizes
         # A window and the token after it lie in one shard. Where there are several, one less than
@@ -293,8 +297,7 @@ class Dataset:
             except UserError:  # asked once: it may have waited for a network
                 self.bytes[split] = 0
                 return None
-            files = [self.folder / name for name, _ in self._shards[split]]
-            ids = (np.fromfile(file, self._dtype) for file in files)
+            ids = (self._whole_file(name, self._dtype) for name, _ in self._shards[split])
             self.bytes[split] = sum(int(lengths[part[part < len(lengths)]].sum()) for part in ids)
         return self.bytes[split] or None
 
@@ -317,7 +320,12 @@ class Dataset:
     def _flags(self) -> Iterator[np.ndarray]:
         """The flags of each shard of the training split, a line for each window."""
         for name, _ in self._shards['train']:
-            yield np.fromfile(self.folder / mask_file(name), np.uint8).reshape(-1, self.stride)
+            yield self._whole_file(mask_file(name), np.uint8).reshape(-1, self.stride)
+
+    def _whole_file(self, name: str, dtype: np.dtype) -> np.ndarray:
+        with self._files.open(name) as file:
+            file.seek(0)
+            return np.fromfile(file, dtype)
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """
@@ -408,13 +416,14 @@ class Dataset:
         rows, shards = self._where(split, starts)
         for shard, group in itertools.groupby(zip(shards, rows, strict=True), itemgetter(0)):
             name, tokens = self._shards[split][shard]
-            path, first = f'{self.folder}/{name_of(name)}', int(self._ends[split][shard]) - tokens
-            with open(path, 'rb', buffering=0) as file:
+            first = int(self._ends[split][shard]) - tokens
+            with self._files.open(name_of(name)) as file:
                 for _, row in group:
                     start = int(starts[row]) - first
                     begin, end = max(start, 0), min(start + width, tokens)
                     file.seek(begin * size)
                     if file.readinto(ids[row, begin - start : end - start]) < (end - begin) * size:
+                        path = f'{self.folder}/{name_of(name)}'
                         raise UserError(f'{path}: was cut short; prepare it again')
         return ids
 

@@ -10,11 +10,14 @@ its r-th W-th, in micro-batches. A thread reads ahead.
 
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
 from flatgpt.data.dataset import Dataset
+from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, Work, to_device
 from flatgpt.training.loss import trim
 from flatgpt.training.state import TrainState
@@ -26,6 +29,9 @@ PREFETCH = 8  # micro-batches read before they are needed, so that a disk may be
 class BatchLoader:
     """Micro-batches from where the state stands, without end.
 
+    on_lost: called with the error once the data cannot be read any more; from then on the last
+    batch is repeated, so that this rank stays in step with the others until all stop. Without it,
+    and before the first batch, the error is raised.
     reference: with objective='dpo', {split: (pairs, 2)} log-probabilities to be set before the
     first batch.
     """
@@ -39,6 +45,9 @@ class BatchLoader:
         self.tokens_per_step = round(self.global_rows * data.window_tokens)
         self.reference: dict | None = None
         self.one_width = False  # whether no batch is trimmed, as a compiled model is for one shape
+        self.on_lost: Callable[[UserError], None] | None = None
+        self._last: tuple[dict, float] | None = None
+        self._last_eval: dict | None = None
         self._reader = ThreadPoolExecutor(1)
         self._upcoming, self._submitted, self._waited = deque(), 0, 0.0
 
@@ -49,10 +58,23 @@ class BatchLoader:
         while len(self._upcoming) < PREFETCH:
             self._submit()
         asked = time.perf_counter()
-        batch = self._upcoming.popleft().result()
+        with self._or_the_last(self._last):
+            self._last = self._upcoming.popleft().result()
         self._waited += time.perf_counter() - asked
         self._submit()
-        return batch
+        return self._last
+
+    @contextmanager
+    def _or_the_last(self, last) -> Iterator[None]:
+        """Report data that is lost, where there is a last batch to go on with."""
+        try:
+            yield
+        except (UserError, OSError) as error:
+            if not isinstance(error, UserError):  # a disk that failed, a machine that is gone
+                error = UserError(f'{self.data.name}: the data cannot be read: {error}')
+            if last is None or self.on_lost is None:
+                raise error from None
+            self.on_lost(error)
 
     def take_wait(self) -> float:
         """Seconds that were spent waiting for batches since this was last asked."""
@@ -91,6 +113,11 @@ class BatchLoader:
 
     def eval_batch(self, part: Dataset, split: str, windows) -> dict:
         """Windows of a split of one part of the data, as loss_of() takes them."""
+        with self._or_the_last(self._last_eval):
+            self._last_eval = self._eval_batch(part, split, windows)
+        return self._last_eval
+
+    def _eval_batch(self, part: Dataset, split: str, windows) -> dict:
         batch = part.eval_batch(split, windows, self.config['mask_documents'])
         if self.config['objective'] == 'dpo':
             reference = self.reference[split][windows // self.data.stride]

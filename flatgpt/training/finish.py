@@ -48,6 +48,8 @@ def finish(
                 report_end(run, model, tokenizer, data, peak)
             else:
                 report_stop(run)
+    if stop.error:
+        raise stop.error
     run.runtime.leave(0 if finished else stop.status)
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import hashlib
 import itertools
 import json
@@ -7,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import requests
 import tiktoken
 from conftest import ROOT
 
+from flatgpt.data import shard_files
 from flatgpt.data.dataset import Dataset, Writer, mix, permute
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
@@ -146,7 +149,8 @@ def test_a_batch_opens_no_more_files_than_it_has_rows(tmp_path, monkeypatch, sha
         'builtins.open', lambda *args, **k: opened.append(args[0]) or real(*args, **k)
     )
     x, _ = dataset.batch(0, 30)
-    assert len(opened) == len(set(opened)) == len(set((x[:, 0] // 40).tolist())) <= min(30, shards)
+    shards_read = set((x[:, 0] // 40).tolist())
+    assert len(opened) == len(set(opened)) <= len(shards_read) <= min(30, shards)
 
 
 def test_an_end_of_text_begins_the_document_after_it(tmp_path):
@@ -559,3 +563,72 @@ def test_a_stranger_s_prepare_script_is_not_run(tmp_path):
     (tmp_path / 'theirs' / 'prepare.py').write_text('raise SystemExit("it ran")')
     with pytest.raises(UserError, match='no dataset here'):
         open_data(str(tmp_path / 'theirs'), 8)
+
+
+def batches_of(dataset):
+    """All that a run reads of it: batches, windows to evaluate on."""
+    read = [dataset.batch(0, 40), dataset.eval_batch('val', dataset.eval_windows('val'))]
+    return np.concatenate([array.ravel() for arrays in read for array in arrays]).tolist()
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='Windows keeps files that are open')
+@pytest.mark.parametrize('shard_tokens', [2**30, 100])
+@pytest.mark.parametrize('change', ['prepared anew', 'removed', 'moved aside'])
+def test_an_open_dataset_stays_what_it_was(tmp_path, change, shard_tokens):
+    dataset, folder = make(tmp_path / 'd', shard_tokens=shard_tokens), tmp_path / 'd'
+    before = batches_of(dataset)
+    if change == 'prepared anew':
+        with Writer(folder, CHARS, shard_tokens) as writer:
+            writer.write('train', np.arange(1000)[::-1])
+            writer.write('val', np.arange(200)[::-1])
+        assert batches_of(Dataset(folder, 8)) != before
+    elif change == 'removed':
+        for path in folder.iterdir():
+            path.unlink()
+    else:
+        folder.rename(tmp_path / 'elsewhere')
+    assert batches_of(dataset) == before
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
+    dataset = make(tmp_path)
+    np.arange(1000, dtype='<u2')[::-1].tofile(tmp_path / 'train.bin')  # as nanoGPT's scripts do
+    with pytest.raises(
+        UserError,
+        match=r'train\.bin: was changed while it was being read; prepare',
+    ):
+        dataset.batch(0, 1)
+    dataset.eval_batch('val', [0])
+
+
+@pytest.mark.parametrize(
+    ('change', 'found'),
+    [
+        (os.remove, 'removed'),
+        (lambda path: Path(f'{path}.new').rename(path), 'changed'),
+    ],
+)
+def test_of_more_files_than_are_kept_open_one_that_changes_is_noticed(
+    tmp_path, monkeypatch, change, found
+):
+    monkeypatch.setattr(shard_files, 'KEPT_OPEN', threading.BoundedSemaphore(1))
+    dataset, val = make(tmp_path), tmp_path / 'val.bin'
+    Path(f'{val}.new').write_bytes(val.read_bytes())
+    dataset.eval_batch('val', [0])
+    change(val)
+    dataset.batch(0, 1)  # the first is kept open
+    with pytest.raises(
+        UserError,
+        match=rf'val\.bin: was {found} while it was being read; ',
+    ):
+        dataset.eval_batch('val', [0])
+
+
+def test_a_dataset_that_is_done_with_closes_its_files(tmp_path, monkeypatch):
+    seats = threading.BoundedSemaphore(2)
+    monkeypatch.setattr(shard_files, 'KEPT_OPEN', seats)
+    dataset = make(tmp_path)
+    assert not seats.acquire(blocking=False)
+    del dataset
+    gc.collect()
+    assert seats.acquire(blocking=False)
