@@ -317,8 +317,6 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('line', 'problem'),
     [
-        ('', 'is empty'),
-        ('   ', 'is empty'),
         ('{"messages": ', 'not JSON'),
         ('[' * 100000, 'not JSON'),
         (b'\xff', 'not UTF-8'),
