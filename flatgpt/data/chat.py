@@ -16,8 +16,8 @@ array of them. These are read as they are:
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}  # or whole conversations in both
 
 A text can be a list of messages instead, their content a list of text parts (a line each), and a
-dialogue one text ("\\n\\nHuman: Hi\\n\\nAssistant: Hello!"). "system" comes first, then "history", a
-list of [question, answer]. A row that fits two formats is refused.
+dialogue one text, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". First come a "system" text and a
+"history", a list of [question, answer]. A row that fits two formats is refused.
 
 What the assistant says is learned, and the mark that ends its turn: not what others say, of a pair
 not what was asked, and no message with "weight": 0, "train": false or "loss_mask": 0. A row marked
@@ -66,6 +66,7 @@ TEMPLATE = {
     ASSISTANT: ['Assistant:\n', EOT],
 }
 BAD_SHOWN = 5  # rows that cannot be used, with their reasons
+SPACE = re.compile(r'[ \t\r\n]*')  # of JSON
 BLANK_LINE = '\n\n'  # what ends an answer where the tokenizer has no end of text
 Sequence = tuple[np.ndarray, np.ndarray]  # ids, and whether each is to be learned
 
@@ -246,8 +247,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, object, int]]:
         return
     with path.open('rb') as file:
         for number, line in enumerate(file, 1):
-            block = without_bom(line)[0] if number == 1 else line
-            if block.strip():
+            block = (without_bom(line)[0] if number == 1 else line).strip()
+            if block:
                 yield f'{path}, line {number}', block, len(line)
 
 
@@ -287,15 +288,20 @@ def read_document(path: Path) -> Iterator[tuple[str, object, int]]:
 
 def array_items(text: str) -> Iterator[tuple[object, int]]:
     """The items of a JSON array, one at a time, and how many bytes each has."""
-    space, comma = json.decoder.WHITESPACE, ','
-    at, end = space.match(text, text.index('[') + 1).end(), 0
-    while comma == ',' and (end or text[at : at + 1] != ']'):
+    end = text.index('[')
+    at = SPACE.match(text, end + 1).end()
+    more = text[at : at + 1] != ']'
+    while more:
+        before = end + 1
         item, end = DECODER.raw_decode(text, at)
-        yield item, len(text[at:end].encode())
-        end = space.match(text, end).end()
-        comma, at = text[end : end + 1], space.match(text, end + 1).end()
-        if comma not in (',', ']'):
+        yield item, len(text[before:end].encode())
+        end = SPACE.match(text, end).end()
+        if text[end : end + 1] not in (',', ']'):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        more = text[end] == ','
+        at = SPACE.match(text, end + 1).end() if more else end
+    if rest := text[at + 1 :].strip():
+        raise json.JSONDecodeError('Extra data', text, text.rindex(rest))
 
 
 def parse(row: object) -> object:
@@ -329,8 +335,7 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
     """An object of JSON; of a name that stands there twice, Python would keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in fields if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise UserError(f'{short(twice)} stands twice in one object')
     return fields
 
@@ -389,7 +394,10 @@ def render(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
             f'messages[{number}]: the answer has {end!r} in it, which ends a turn; '
             '--template=FILE takes another mark'
         )
-    return tokenizer.render([{'role': message.role, 'content': message.content}])
+    try:
+        return tokenizer.render([{'role': message.role, 'content': message.content}])
+    except ValueError as error:  # of a pattern, at a million spaces in a row
+        raise UserError(f'messages[{number}]: the tokenizer cannot encode it: {error}') from error
 
 
 # --- writing
@@ -429,7 +437,7 @@ def nothing_left(
 ) -> UserError:
     reasons, bad = left_out(train, val), train.bad + val.bad
     if longer := train.dropped + val.dropped:
-        reasons[f'longer than --block_size={args.block_size}'] = longer
+        reasons[f'longer than --block_size={args.block_size} (--long=cut shortens)'] = longer
     why = '; the files have no rows'
     if reasons:
         each = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())

@@ -104,6 +104,10 @@ def short(value: object) -> str:
     return text if len(text) <= 43 else f'{text[:40]}...'
 
 
+def plain(name: str) -> str:
+    return short(name)[1:-1]
+
+
 def quoted(names: list[str]) -> str:
     """Names in quotes, the first ten of them."""
     more = f' and {len(names) - 10} more' if len(names) > 10 else ''
@@ -119,20 +123,20 @@ def is_blank(value: object) -> bool:
 
 
 class Row:
-    """The columns of a row that say something, and which of them were read."""
+    """The columns of a row that say something, and which of them were used."""
 
     def __init__(self, columns: dict):
         self.columns = columns
-        self.read: list[str] = []
+        self.used: list[str] = []
 
     def find(self, *names: str) -> str | None:
         """The first of the columns that is there and not blank."""
         return next((name for name in names if not is_blank(self.columns.get(name))), None)
 
     def take(self, *names: str) -> str | None:
-        """The same, which is read now."""
+        """The same, which is used now."""
         name = self.find(*names)
-        self.read += [name] if name else []
+        self.used += [name] if name else []
         return name
 
     def has(self, *names: str) -> bool:
@@ -140,15 +144,15 @@ class Row:
         return any(name in self.columns for name in names)
 
     def names(self) -> str:
-        return ', '.join(short(name)[1:-1] for name in list(self.columns)[:10]) or 'no fields'
+        return ', '.join(map(plain, list(self.columns)[:10])) or 'no fields'
 
-    def check_all_read(self) -> None:
-        """UserError for a column that says something and was not read."""
-        left = [n for n in self.columns if n not in self.read and self.find(n)]
+    def check_all_used(self) -> None:
+        """UserError for a column that says something and was not used."""
+        left = [n for n in self.columns if n not in self.used and self.find(n)]
         left = [n for n in left if self.columns[n] not in ([], {})]
         if rivals := [name for name in left if name in COLUMNS]:
             raise UserError(
-                f'fits two formats, that of {self.read[0]!r} and that of {rivals[0]!r}; '
+                f'fits two formats, that of {self.used[0]!r} and that of {rivals[0]!r}; '
                 f'--ignore={rivals[0]} leaves the second out'
             )
         check_understood(left)
@@ -157,8 +161,8 @@ class Row:
 def check_understood(unknown: list[str]) -> None:
     if unknown:
         raise UserError(
-            f'{quoted(unknown)} is not understood and might change what is to be learned; '
-            f'if it does not, --ignore={",".join(unknown[:10])} leaves it out'
+            f'not understood, and might change what is to be learned: {quoted(unknown)}; '
+            f'if not, --ignore={",".join(map(plain, unknown[:10]))} leaves it out'
         )
 
 
@@ -168,9 +172,12 @@ def flag(fields: dict, names: tuple = LEARNED, values: str = '0 or 1') -> bool |
     for name, value in given.items():
         numbers = (bool, int, float) if values == '0 or 1' else bool
         if not isinstance(value, numbers) or value not in (0, 1):
-            raise UserError(f'{name!r} is {short(value)}; only {values} is understood')
+            raise UserError(
+                f'{name!r} is {short(value)}; only {values} is understood; --ignore={name} learns '
+                'all the same'
+            )
     if len(set(given.values())) > 1:
-        raise UserError(f'{quoted(list(given))} contradict each other; --ignore leaves one out')
+        raise UserError(f'{quoted(list(given))} contradict each other; --ignore=... leaves one out')
     return bool(next(iter(given.values()))) if given else None
 
 
@@ -198,8 +205,8 @@ class RowReader:
         if False in learned:
             raise LeftOut(UNLEARNED)
         read = self.pair(row) if pair else ([], [self.conversation(row)])
-        row.read += [*LEARNED, *([] if pair else ['label'])]
-        row.check_all_read()
+        row.used += [*LEARNED, *([] if pair else ['label'])]
+        row.check_all_used()
         if not all(any(message.learned for message in answer) for answer in read[1]):
             raise LeftOut(UNLEARNED)
         return read
@@ -219,7 +226,7 @@ class RowReader:
         elif asked := self.question(row):
             answered = row.take(*ANSWERED)
             if not answered:
-                raise missing(row, ANSWERED, f"{row.read[0]!r} has no 'completion' or 'response'")
+                raise missing(row, ANSWERED, f"{row.used[0]!r} has no 'completion' or 'response'")
             messages = asked + self.messages(row.columns[answered], answered, ASSISTANT)
         else:
             names = (*CONVERSATION, *ASKED)
@@ -249,12 +256,14 @@ class RowReader:
         if not row.columns.get(row.take('history')):
             return []
         turns = row.columns['history']
-        if not isinstance(turns, list) or not all(isinstance(turn, list) for turn in turns):
+        if not isinstance(turns, list):
+            raise UserError(f"'history' is {short(turns)}; it must be a list of [question, answer]")
+        if not any(isinstance(turn, list) for turn in turns):
             return self.messages(turns, 'history')
         messages = []
         for number, turn in enumerate(turns):
-            if len(turn) != 2:
-                raise UserError(f'history[{number}]: is no question with its answer')
+            if not isinstance(turn, list) or len(turn) != 2:
+                raise UserError(f'history[{number}]: is no [question, answer]')
             for text, role in zip(turn, ('user', ASSISTANT), strict=True):
                 messages += self.messages([{'role': role, 'content': text}], f'history[{number}]')
         return messages
@@ -335,7 +344,7 @@ class RowReader:
         if learned and role != ASSISTANT:
             raise UserError(
                 f'{quoted([n for n in LEARNED if fields.get(n)])} is set for a message of '
-                f"{role!r}; only the assistant's words can be learned"
+                f"{role!r}; only the assistant's words can be learned: remove it there"
             )
         text = '' if content is None else content_text(content)
         if is_blank(text):
@@ -356,7 +365,7 @@ def one_key(fields: dict, *names: str) -> object:
     """The value of a message's field that goes by either name."""
     there = [name for name in names if fields.get(name) is not None]
     if len(there) > 1:
-        raise UserError(f'fits two formats, with {quoted(there)}; --ignore leaves one out')
+        raise UserError(f'fits two formats, by {quoted(there)}; --ignore=... leaves one out')
     if not there and not any(name in fields for name in names):
         raise UserError(f'has no text as its {names[0]!r}')
     return fields[there[0]] if there else None
