@@ -6,17 +6,28 @@ $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --bl
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 
-Each line is a conversation or, in files of their own, a preference pair:
+Each line is a conversation or, in files of their own, a preference pair; a .json file can be one
+array of them. These are read as they are:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
-    {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
+    {"prompt": "Hi", "completion": "Hello!"}      # or question, query; response, output, answer
+    {"instruction": "Add", "input": "1 2", "output": "3"}      # or context; input may be lacking
+    {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}  # or whole conversations in both
 
-For "messages" a bare list will do, a "prompt" with its "completion", or an "instruction" with its
-"output" and perhaps an "input"; "prompt", "chosen" and "rejected" can be lists of messages. What
-the assistant says is learned, and the mark that ends its turn: not what others say, of a pair not
-what was asked. A conversation lies whole in a row, beside others that still fit; a pair is two rows
-of its own. The marks around the messages are plain text, and the end of text after an answer, so
-that the vocabulary stays the base's; --template takes others.
+A text can be a list of messages instead, their content a list of text parts (a line each), and a
+dialogue one text, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". First come a "system" text and a
+"history", a list of [question, answer]. A row that fits two formats is refused.
+
+What the assistant says is learned, and the mark that ends its turn: not what others say, of a pair
+not what was asked, and no message with "weight": 0, "train": false or "loss_mask": 0. A row marked
+so, or "label": false, or with an empty question or answer is left out and counted. Any other field
+of a row or a message is refused by name, because it might change what is to be learned: --ignore
+leaves it out, and --bad=drop leaves out, and counts, rows that cannot be used.
+
+A conversation lies whole in a row, beside others that still fit; a pair is two rows of its own. The
+marks around the messages are plain text, and the end of text after an answer, so that the
+vocabulary stays the base's; --template takes others.
 """
 
 import argparse
@@ -24,9 +35,9 @@ import bisect
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +45,7 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import read_named_tokenizer
+from flatgpt.data.messages import HARMLESS, LeftOut, Message, RowReader, short
 from flatgpt.data.text import (
     bytes_of,
     check_fraction,
@@ -53,6 +65,8 @@ TEMPLATE = {
     'user': ['User:\n', '\n'],
     ASSISTANT: ['Assistant:\n', EOT],
 }
+BAD_SHOWN = 5  # rows that cannot be used, with their reasons
+SPACE = re.compile(r'[ \t\r\n]*')  # of JSON
 BLANK_LINE = '\n\n'  # what ends an answer where the tokenizer has no end of text
 Sequence = tuple[np.ndarray, np.ndarray]  # ids, and whether each is to be learned
 
@@ -102,6 +116,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default='drop',
         help='what to do with a conversation that is longer: leave it out (default), keep its '
         'beginning, or stop; either is counted',
+    )
+    add(
+        '--ignore',
+        type=lambda text: text.split(','),
+        default=[],
+        metavar='A,B',
+        help='fields of rows and messages that mean nothing here, besides those that are never '
+        f'asked about: {", ".join(HARMLESS)}',
+    )
+    add(
+        '--bad',
+        choices=('error', 'drop'),
+        default='error',
+        help='at a row that cannot be used: stop (default), or leave it out; counted, too',
     )
     add('--val', action='append', default=[], help='take these files for validation')
     add('--val_fraction', type=float, default=0.1, help='part for validation, default %(default)s')
@@ -181,7 +209,9 @@ class Samples:
     sequences: list[Sequence] = field(default_factory=list)
     pairs: bool | None = None  # not known before the first line
     cut: int = 0
-    dropped: int = 0
+    dropped: int = 0  # longer than a row
+    left_out: Counter = field(default_factory=Counter)  # why -> how many
+    bad: list[str] = field(default_factory=list)  # what was wrong with the rows of --bad=drop
 
     @property
     def count(self) -> int:
@@ -189,50 +219,146 @@ class Samples:
 
 
 def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
-    samples = Samples()
+    samples, reader = Samples(), RowReader(tokenizer.chat_template, args.ignore)
     with tqdm(
         total=bytes_of(files), unit='B', unit_scale=True, desc='reading', disable=None
     ) as bar:
         for path in files:
-            for where, record, size in read_records(path):
+            for where, row, size in read_rows(path):
                 try:
-                    add(samples, record, args, tokenizer)
+                    add(samples, reader, parse(row), args, tokenizer)
+                except LeftOut as reason:
+                    samples.left_out[str(reason)] += 1
                 except UserError as error:
-                    raise UserError(f'{where}: {error}') from error
+                    if args.bad == 'error':
+                        raise UserError(f'{where}: {error}') from error
+                    samples.bad.append(f'{where}: {error}')
                 bar.update(size)
     return samples
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict, int]]:
-    """Where each line is, what it says, and how many bytes it has."""
+# --- files
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, object, int]]:
+    """Where each row is, the row or the bytes of its line, and how many bytes it has."""
+    if path.suffix.lower() == '.json' and not has_lines(path):
+        yield from read_document(path)
+        return
     with path.open('rb') as file:
         for number, line in enumerate(file, 1):
-            where = f'{path}, line {number}'
-            block = without_bom(line)[0] if number == 1 else line
-            if not block.strip():
-                raise UserError(f'{where}: is empty')
-            try:
-                record = json.loads(block.decode())
-            except UnicodeDecodeError as error:
-                raise UserError(f'{where}: not UTF-8; save the file as UTF-8') from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f'{where}: not JSON, which each line has to be: {error}') from error
-            if isinstance(record, list):
-                if any(isinstance(part, dict) and 'role' not in part for part in record):
-                    raise UserError(f'{where}: is an array of records; give each a line of its own')
-                record = {'messages': record}
-            if not isinstance(record, dict):
-                raise UserError(f'{where}: is no object with "messages", but {str(record)[:40]!r}')
-            yield where, record, len(line)
+            block = (without_bom(line)[0] if number == 1 else line).strip()
+            if block:
+                yield f'{path}, line {number}', block, len(line)
 
 
-def add(samples: Samples, record: dict, args: argparse.Namespace, tokenizer: Tokenizer) -> None:
-    record = {key: value for key, value in record.items() if value is not None}  # as tables have
-    pairs = 'chosen' in record or 'rejected' in record
+def has_lines(path: Path) -> bool:
+    """Whether a .json file has a row on each line after all."""
+    with path.open('rb') as file:
+        lines = (block for line in file if (block := without_bom(line)[0].strip()))
+        first, second = next(lines, b''), next(lines, b'')
+    try:
+        return bool(second) and bool(parse(first))
+    except UserError:
+        return False
+
+
+def read_document(path: Path) -> Iterator[tuple[str, object, int]]:
+    """The rows of a file that is one array, or one row."""
+    block = without_bom(path.read_bytes())[0]
+    try:
+        text = block.decode()
+    except UnicodeDecodeError:
+        yield str(path), block, len(block)  # which is refused where it is parsed
+        return
+    if not text.lstrip().startswith('['):
+        yield f'{path}, row 1', block, len(block)
+        return
+    try:
+        for number, (row, size) in enumerate(array_items(text), 1):
+            if number == 1 and is_message(row):  # the whole is one conversation
+                yield f'{path}, row 1', block, len(block)
+                return
+            yield f'{path}, row {number}', row, size
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: not JSON: {error}') from error
+    except UserError as error:
+        raise UserError(f'{path}: {error}') from error
+
+
+def array_items(text: str) -> Iterator[tuple[object, int]]:
+    """The items of a JSON array, one at a time, and how many bytes each has."""
+    end = text.index('[')
+    at = SPACE.match(text, end + 1).end()
+    more = text[at : at + 1] != ']'
+    while more:
+        before = end + 1
+        item, end = DECODER.raw_decode(text, at)
+        yield item, len(text[before:end].encode())
+        end = SPACE.match(text, end).end()
+        if text[end : end + 1] not in (',', ']'):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        more = text[end] == ','
+        at = SPACE.match(text, end + 1).end() if more else end
+    if rest := text[at + 1 :].strip():
+        raise json.JSONDecodeError('Extra data', text, text.rindex(rest))
+
+
+def parse(row: object) -> object:
+    """A row, from the bytes of its line."""
+    if isinstance(row, bytes):
+        try:
+            row = DECODER.decode(row.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(
+                'not UTF-8; save the file as UTF-8, and a table or an archive as JSON lines'
+            ) from error
+        except (ValueError, RecursionError) as error:
+            hint = '; if the file is one array, call it .json' if row[:1] == b'[' else ''
+            raise UserError(f'not JSON, which each line has to be: {error}{hint}') from error
+    if isinstance(row, list):
+        if any(isinstance(part, dict) and not is_message(part) for part in row):
+            raise UserError(
+                'is an array of records; give each a line of its own, or call the file .json'
+            )
+        row = {'messages': row}
+    if not isinstance(row, dict):
+        raise UserError(f'is no object with "messages", but {short(row)}')
+    return row
+
+
+def is_message(part: object) -> bool:
+    return isinstance(part, dict) and ('role' in part or 'from' in part)
+
+
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    """An object of JSON; of a name that stands there twice, Python would keep the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise UserError(f'{short(twice)} stands twice in one object')
+    return fields
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
+
+
+# --- samples
+
+
+def add(
+    samples: Samples,
+    reader: RowReader,
+    row: dict,
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+) -> None:
+    prompt, answers = reader.read(row)
+    pairs = len(answers) > 1
     if samples.pairs not in (None, pairs):
         raise UserError('conversations and preference pairs in one dataset; prepare two')
     samples.pairs, size = pairs, args.block_size
-    sequences = pair(record, tokenizer) if pairs else [conversation(record, tokenizer)]
+    sequences = [sequence(prompt, answer, tokenizer) for answer in answers]
     longest = max(len(ids) for ids, _ in sequences)
     if longest > size and args.long == 'error':
         raise UserError(
@@ -249,72 +375,29 @@ def add(samples: Samples, record: dict, args: argparse.Namespace, tokenizer: Tok
     samples.sequences += cut
 
 
-def conversation(record: dict, tokenizer: Tokenizer) -> Sequence:
-    if 'messages' in record:
-        messages = messages_of(record, 'messages')
-    elif 'instruction' in record:
-        asked = [record['instruction'], record.get('input') or '']
-        if not all(isinstance(text, str) for text in asked):
-            raise UserError("'instruction' and 'input' are not both text")
-        prompt = {'instruction': '\n\n'.join(text for text in asked if text)}
-        messages = messages_of(prompt, 'instruction') + messages_of(record, 'output', ASSISTANT)
-    else:
-        messages = messages_of(record, 'prompt') + messages_of(record, 'completion', ASSISTANT)
-    ids, learned = render(messages, tokenizer)
+def sequence(prompt: list[Message], answer: list[Message], tokenizer: Tokenizer) -> Sequence:
+    """The ids of a conversation, and what of the answer is to be learned."""
+    ids, learned = [], []
+    for number, message in enumerate(prompt + answer):
+        part, said = render(message, number, tokenizer)
+        ids.append(part)
+        learned.append(said & (message.learned and number >= len(prompt)))
+    learned = np.concatenate(learned)
     learned[:1] = False  # what stands before it in a row has nothing to do with it
-    if not learned.any():
-        raise UserError('the assistant says nothing, so that there is nothing to learn')
-    return ids, learned
+    return np.concatenate(ids), learned
 
 
-def pair(record: dict, tokenizer: Tokenizer) -> list[Sequence]:
-    """What was asked with each of the answers, which alone are learned."""
-    answers = [messages_of(record, key, ASSISTANT) for key in ('chosen', 'rejected')]
-    if answers[0] == answers[1]:
-        raise UserError('chosen and rejected are the same answer, so that neither is better')
-    asked = 'messages' if 'messages' in record else 'prompt'
-    if asked in record:
-        prompt = messages_of(record, asked)
-    else:  # both tell the whole conversation
-        alike = takewhile(lambda both: both[0] == both[1], zip(*answers, strict=False))
-        prompt = [message for message, _ in alike]
-    if all(answer[: len(prompt)] == prompt for answer in answers):
-        answers = [answer[len(prompt) :] for answer in answers]
-    if not prompt or any(not answer or answer[0]['role'] != ASSISTANT for answer in answers):
-        raise UserError('chosen and rejected are no two answers of the assistant to one prompt')
-    start = len(render(prompt, tokenizer)[0])
-    sequences = [render(prompt + answer, tokenizer) for answer in answers]
-    for _, learned in sequences:
-        learned[:start] = False
-    return sequences
-
-
-def messages_of(record: dict, key: str, role: str = 'user') -> list[dict]:
-    """The messages under a key: a list of them, or a text, which is one of that role."""
-    messages = record.get(key)
-    if messages is None:
-        raise UserError(f'no {key!r}; it has {", ".join(record) or "no fields"}')
-    if isinstance(messages, str):
-        messages = [{'role': role, 'content': messages}]
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f'{key!r} is neither a text nor a list of messages')
-    for number, message in enumerate(messages):
-        for name in ('role', 'content'):
-            if not isinstance(message, dict) or not isinstance(message.get(name), str):
-                raise UserError(f'{key}[{number}]: has no text as its {name!r}')
-    return [{'role': message['role'], 'content': message['content']} for message in messages]
-
-
-def render(messages: list[dict], tokenizer: Tokenizer) -> Sequence:
+def render(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
     end = tokenizer.chat_template[ASSISTANT][1]
-    if end not in tokenizer.special:
-        for number, message in enumerate(messages):
-            if message['role'] == ASSISTANT and end in message['content']:
-                raise UserError(
-                    f'messages[{number}]: the answer has {end!r} in it, which ends a turn; '
-                    '--template=FILE takes another mark'
-                )
-    return tokenizer.render(messages)
+    if end not in tokenizer.special and message.role == ASSISTANT and end in message.content:
+        raise UserError(
+            f'messages[{number}]: the answer has {end!r} in it, which ends a turn; '
+            '--template=FILE takes another mark'
+        )
+    try:
+        return tokenizer.render([{'role': message.role, 'content': message.content}])
+    except ValueError as error:  # of a pattern, at a million spaces in a row
+        raise UserError(f'messages[{number}]: the tokenizer cannot encode it: {error}') from error
 
 
 # --- writing
@@ -333,10 +416,7 @@ def write(
         if not splits[split]:
             if train.count == 1 and not args.val:
                 raise UserError('one sample cannot be divided; --val=FILE takes others')
-            raise UserError(
-                f'{folder}: no conversation is left to {purpose} on; {train.dropped + val.dropped} '
-                f'were left out, longer than --block_size={args.block_size}'
-            )
+            raise nothing_left(folder, purpose, args, train, val)
     length, learned = args.block_size, 0
     if train.pairs:  # which are not packed: no row need be longer than the longest, to the next 64
         longest = max(len(ids) for ids, _ in train.sequences + val.sequences)
@@ -350,6 +430,25 @@ def write(
                 writer.write(split, ids, flags)
                 learned += int((flags & LEARNED > 0).sum())
     report(args, writer, train, val, learned)
+
+
+def nothing_left(
+    folder: Path, purpose: str, args: argparse.Namespace, train: Samples, val: Samples
+) -> UserError:
+    reasons, bad = left_out(train, val), train.bad + val.bad
+    if longer := train.dropped + val.dropped:
+        reasons[f'longer than --block_size={args.block_size} (--long=cut shortens)'] = longer
+    why = '; the files have no rows'
+    if reasons:
+        each = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
+        why = f'; {reasons.total():,} were left out: {each}' + (f' ({bad[0]})' if bad else '')
+    return UserError(f'{folder}: no conversation is left to {purpose} on{why}')
+
+
+def left_out(train: Samples, val: Samples) -> Counter:
+    """Why rows were left out that would have fitted -> how many."""
+    bad = len(train.bad) + len(val.bad)
+    return train.left_out + val.left_out + Counter({'that cannot be used': bad})
 
 
 def divide(sequences: list[Sequence], fraction: float, each: int) -> dict[str, list[Sequence]]:
@@ -414,6 +513,10 @@ def report(
     )
     cut, dropped = train.cut + val.cut, train.dropped + val.dropped
     print(f'longer than a row: {cut:,} cut, {dropped:,} left out')
+    for reason, number in left_out(train, val).items():
+        print(f'left out: {number:,} {reason}')
+    for line in (train.bad + val.bad)[:BAD_SHOWN]:
+        print(f'    {line}')
     dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
     config = 'train_dpo' if train.pairs else 'train_chat'
     base = args.tokenizer if Path(args.tokenizer).is_dir() or args.tokenizer == 'gpt2' else '...'

@@ -1,9 +1,11 @@
 """Conversations and preference pairs: how they are prepared, and models tuned on them."""
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -140,6 +142,174 @@ def test_other_spellings_of_a_conversation_are_the_same(tmp_path):
         {'instruction': 'Add\n\n1 2', 'input': '', 'output': '3'},
     ]
     assert len(set(packed(prepared(tmp_path, spellings)))) == 1
+
+
+ASK, TELL = talk('How many?', 'Seven.')
+WEIGHED = [
+    {'from': 'system', 'value': 'Count.', 'weight': None},
+    {'from': 'human', 'value': 'How many?', 'weight': 0},
+    {'from': 'gpt', 'value': 'Seven.', 'weight': 1},
+]
+
+
+@pytest.mark.parametrize(
+    'row',
+    [
+        {'conversations': [{'from': 'human', 'value': 'How many?'}, WEIGHED[2]], 'id': 'a1'},
+        [{'from': 'User', 'value': 'How many?'}, {'from': 'ChatGPT', 'value': 'Seven.'}],
+        {'conversations': [ASK, TELL]},
+        {'conversation': [ASK, TELL | {'tool_calls': None, 'name': None}], 'tools': []},
+        {'messages': [ASK | {'content': [{'type': 'text', 'text': 'How many?'}]}, TELL]},
+        {'messages': [ASK, TELL], 'prompt': 'How many?', 'prompt_id': 'f'},
+        {'messages': [{'role': 'system', 'content': ''}, ASK, TELL], 'system': ''},
+        {'prompt': 'How many?', 'response': 'Seven.', 'messages': None, 'label': True},
+        {'prompt': 'How many?', 'response': TELL, 'chosen': None, 'rejected': None},
+        {'question': 'How many?', 'answer': 'Seven.', 'weight': 1},
+        {'query': 'How many?', 'output': 'Seven.', 'source': 'here', 'lang': 'en'},
+        {'input': 'How many?', 'output': 'Seven.', 'history': []},
+        {'instruction': 'How many?', 'context': '', 'response': 'Seven.', 'category': 'qa'},
+        {'prompt': '\n\nHuman: How many?\n\nAssistant:', 'completion': 'Seven.'},
+    ],
+)
+def test_the_formats_of_public_data_are_read(tmp_path, row):
+    data = prepared(tmp_path, [row], tokenizer='byte')
+    assert packed(data) == packed(prepared(tmp_path, [[ASK, TELL]]))
+    assert learned(data) == [[f'Seven.{EOT}']]
+
+
+@pytest.mark.parametrize(
+    ('row', 'said'),
+    [
+        ({'conversations': WEIGHED}, [('system', 'Count.'), ('user', 'How many?')]),
+        (
+            {'instruction': 'Add', 'context': 'one', 'response': 'Seven.', 'system_prompt': 'Be.'},
+            [('system', 'Be.'), ('user', 'Add\n\none')],
+        ),
+        (
+            {'prompt': 'So?', 'output': 'Seven.', 'system': 'Be.', 'history': [['A', 'B']]},
+            [('system', 'Be.'), ('user', 'A'), ('assistant', 'B'), ('user', 'So?')],
+        ),
+        (
+            {'query': 'So?', 'answer': 'Seven.', 'history': talk('A', 'B')},
+            [('user', 'A'), ('assistant', 'B'), ('user', 'So?')],
+        ),
+        (
+            {'system': 'Be.', 'messages': [*talk('A', 'B', system='Be.')[:2], TELL]},
+            [('system', 'Be.'), ('user', 'A')],
+        ),
+        (
+            {'system': 'Be.', 'messages': [{'role': 'developer', 'content': 'Do.'}, ASK, TELL]},
+            [('system', 'Be.'), ('system', 'Do.'), ('user', 'How many?')],
+        ),
+        (
+            [ASK, {'role': 'system', 'content': [{'type': 'text', 'text': x} for x in 'ab']}, TELL],
+            [('user', 'How many?'), ('system', 'a\nb')],
+        ),
+    ],
+)
+def test_what_comes_before_an_answer_is_in_its_place(tmp_path, row, said):
+    data = prepared(tmp_path, [row], size=128)
+    marks = prepare.TEMPLATE
+    text = ''.join(marks[role][0] + text + marks[role][1] for role, text in said)
+    assert packed(data) == [f'{text}{marks["assistant"][0]}Seven.{EOT}']
+    assert learned(data)[0][-1] == f'Seven.{EOT}'
+
+
+@pytest.mark.parametrize('mark', [{'weight': 0}, {'train': False}, {'loss_mask': 0.0}])
+def test_an_answer_that_is_marked_so_is_read_and_not_learned(tmp_path, mark):
+    other = dict.fromkeys(mark, True)
+    row = {'messages': [ASK, TELL | {'content': 'Nine.'} | mark, ASK, TELL | other]}
+    data = prepared(tmp_path, [row], size=96)
+    assert learned(data) == [[f'Seven.{EOT}']]
+    assert 'Nine.' in packed(data)[0]
+
+
+@pytest.mark.parametrize(
+    ('row', 'why'),
+    [
+        ({'prompt': 'a', 'completion': 'b', 'label': False}, 'marked as not to be learned'),
+        ({'messages': [ASK, TELL], 'weight': 0}, 'marked as not to be learned'),
+        ({'messages': [ASK, TELL | {'weight': 0}]}, 'marked as not to be learned'),
+        ({'messages': [ASK, TELL | {'content': None}]}, 'with an empty text'),
+        ({'messages': [ASK | {'content': ' '}, TELL]}, 'with an empty text'),
+        ({'instruction': 'a', 'input': '', 'output': ''}, 'with an empty text'),
+        ({'prompt': None, 'completion': 'b'}, 'with an empty text'),
+        ({'conversations': [{'from': 'human', 'value': None}, TELL]}, 'with an empty text'),
+    ],
+)
+def test_a_row_with_nothing_to_learn_is_left_out_and_counted(tmp_path, capsys, row, why):
+    data = prepared(tmp_path, [row, [ASK, TELL], row])
+    assert len(packed(data)) == 1
+    assert f'left out: 4 {why}' in capsys.readouterr().out.splitlines()  # of both splits
+    message = refused(prepared, tmp_path, [row])
+    assert f'no conversation is left to train on; 2 were left out: 2 {why}' in message
+
+
+def test_a_field_that_is_to_be_ignored_is_left_out_of_rows_and_messages(tmp_path):
+    row = {'messages': [ASK | {'name': 'Bo'}, TELL | {'weight': 0.5}], 'score': 3, 'text': 'x'}
+    data = prepared(tmp_path, [row], '--ignore=name,weight,score,text')
+    assert packed(data) == packed(prepared(tmp_path, [[ASK, TELL]]))
+
+
+def test_rows_that_cannot_be_used_are_left_out_if_asked_for(tmp_path, capsys):
+    bad = {'messages': [ASK, TELL | {'tool_calls': [{}]}]}
+    data = prepared(tmp_path, [bad, [ASK, TELL], {'prompt': 'a'}, 7], '--bad=drop')
+    assert len(packed(data)) == 1
+    out = capsys.readouterr().out
+    assert 'left out: 6 that cannot be used' in out
+    assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: not understood' in out
+    message = refused(prepared, tmp_path, [bad], '--bad=drop')
+    assert '2 that cannot be used (' in message
+    assert 'tool_calls' in message
+
+
+@pytest.mark.parametrize('indent', [None, 1])
+def test_a_json_file_is_one_array_or_one_row_or_has_lines(tmp_path, indent):
+    talks = [{'messages': talk('é', str(number))} for number in range(20)]
+    (tmp_path / 'array.json').write_text(json.dumps(talks, indent=indent), encoding='utf-8-sig')
+    lines(tmp_path / 'lines.json', talks)
+    (tmp_path / 'bare.json').write_text(json.dumps(talks[0]['messages'], indent=indent))
+    (tmp_path / 'row.json').write_text(json.dumps(talks[0], indent=indent))
+    found = {}
+    for name in ('array', 'lines', 'bare', 'row'):
+        folder = tmp_path / name
+        val = again(lines(tmp_path / 'v.jsonl', talks[:1]))
+        command = (tmp_path / f'{name}.json', f'--val={val}', f'--out_dir={folder}')
+        prepare.main([*map(str, command), '--tokenizer=byte', '--block_size=64'])
+        found[name] = packed(Dataset(folder, 64, objective='sft'), 'train')
+    assert len(found['array']) == 20
+    assert found['array'] == found['lines']
+    assert len(found['bare']) == 1
+    assert found['bare'] == found['row']
+    assert found['bare'][0] in found['array']
+
+
+def test_blank_lines_are_passed_over(tmp_path):
+    source = tmp_path / 's.jsonl'
+    source.write_bytes(f'\r\n{json.dumps([ASK, TELL])}\r\n \n\n{json.dumps([ASK, TELL])}'.encode())
+    prepare.main([str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte'])
+    source.write_text('\n \n')
+    message = refused(prepare.main, [str(source), f'--out_dir={tmp_path}', '--tokenizer=byte'])
+    assert 'no conversation is left to train on; the files have no rows' in message
+
+
+@pytest.mark.parametrize(
+    ('content', 'problem'),
+    [
+        ('[{"prompt": "a", "completion": "b"} {}]', "not JSON: Expecting ',' delimiter: line 1"),
+        ('[{"prompt": "a", "completion": "b"}, 7]', 'row 2: is no object with "messages", but 7'),
+        ('[{"prompt": "a", "completion": "b"}', "not JSON: Expecting ',' delimiter: line 1"),
+        ('[{"prompt": "a", "completion": "b"},]', 'not JSON: Expecting value: line 1'),
+        ('[{"prompt": "a", "completion": "b"}] 7', 'not JSON: Extra data: line 1 column 38'),
+        ('[', 'not JSON: Expecting value'),
+        ('[]', 'the files have no rows'),
+        ('{"data": [\n]}', "row 1: no 'messages', no 'conversations', no 'prompt'; it has data"),
+    ],
+)
+def test_a_json_array_that_cannot_be_read_is_named(tmp_path, content, problem):
+    (tmp_path / 'a.json').write_text(content)
+    command = [str(tmp_path / 'a.json'), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
+    assert problem in refused(prepare.main, command)
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -302,6 +472,50 @@ def test_other_spellings_of_a_pair_are_the_same(tmp_path):
     assert learned(data) == [[f'yes{EOT}'], [f'no{EOT}']] * 4  # not B, which both have
 
 
+def answers(text):
+    return '\n\nHuman: How many?\n\nAssistant: ' + text
+
+
+SYSTEM = {'role': 'system', 'content': 'Count.'}
+
+
+@pytest.mark.parametrize(
+    ('row', 'system'),
+    [
+        ({'prompt': 'How many?', 'chosen': TELL, 'rejected': TELL | {'content': 'Six.'}}, ''),
+        ({'chosen': answers('Seven.'), 'rejected': answers('Six.')}, ''),
+        ({'prompt': answers(''), 'chosen': ' Seven.'[1:], 'rejected': 'Six.'}, ''),
+        ({'system': 'Count.', 'question': 'How many?', 'chosen': 'Seven.', 'rejected': 'Six.'}, 1),
+        (
+            {
+                'conversations': [{'from': 'human', 'value': 'How many?'}],
+                'chosen': {'from': 'gpt', 'value': 'Seven.'},
+                'rejected': {'from': 'gpt', 'value': 'Six.'},
+            },
+            '',
+        ),
+        (
+            {
+                'prompt': 'How many?',
+                'prompt_id': '7',
+                'messages': [SYSTEM, ASK, TELL],
+                'chosen': [SYSTEM, ASK, TELL],
+                'rejected': [SYSTEM, ASK, TELL | {'content': 'Six.'}],
+                'score_chosen': 8.5,
+                'score_rejected': 3,
+            },
+            1,
+        ),
+    ],
+)
+def test_the_formats_of_public_preferences_are_read(tmp_path, row, system):
+    asked = [SYSTEM, ASK] if system else [ASK]
+    plain = {'prompt': asked, 'chosen': 'Seven.', 'rejected': 'Six.'}
+    data = prepared(tmp_path, [row], objective='dpo', size=64)
+    assert learned(data) == [[f'Seven.{EOT}'], [f'Six.{EOT}']]
+    assert packed(data) == packed(prepared(tmp_path, [plain], objective='dpo', size=64))
+
+
 def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
     alike = {'prompt': 'Hi', 'chosen': 'x' * 60 + 'a', 'rejected': 'x' * 60 + 'b'}
     pair = {'prompt': 'Hi', 'chosen': 'a' * 60, 'rejected': 'b'}
@@ -317,8 +531,6 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('line', 'problem'),
     [
-        ('', 'is empty'),
-        ('   ', 'is empty'),
         ('{"messages": ', 'not JSON'),
         ('[' * 100000, 'not JSON'),
         (b'\xff', 'not UTF-8'),
@@ -336,6 +548,11 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}', 'are the same answer'),
         ('{"chosen": "b", "rejected": "c"}', 'no two answers of the assistant to one prompt'),
         ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'prepare two'),
+        ('{"prompt": "a", "rejected": "b", "x": "chosen"}', "no 'chosen'; it has prompt"),
+        ('{"prompt": "a"}', "'prompt' has no 'completion' or 'response'; it has prompt"),
+        ('{"prompt": "a\\ud83d", "output": "b"}', 'half a surrogate pair'),
+        ('{"prompt": "a", "prompt": "c", "output": "b"}', "'prompt' stands twice"),
+        ('[', 'if the file is one array, call it .json'),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(tmp_path, line, problem):
@@ -350,6 +567,134 @@ def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(tmp_path, li
     assert message.startswith(f'{tmp_path / "talks.jsonl"}, line 2: ')
     assert problem in message
     assert not folder.exists()
+
+
+GOOD = {'messages': [ASK, TELL]}
+CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
+
+
+@pytest.mark.parametrize(
+    ('row', 'names'),
+    [
+        *(
+            ({'messages': [ASK, TELL | {name: value}]}, problem)
+            for name, value, problem in [
+                ('weight', 0.5, "'weight' is 0.5"),
+                ('weight', '0', "'weight' is '0'"),
+                ('weight', float('nan'), "'weight' is nan"),
+                ('train', 'no', "'train' is 'no'"),
+                ('loss_mask', [1, 0], "'loss_mask' is [1, 0]"),
+                ('content', 4, 'the content is 4'),
+                ('content', ['Hi'], "a part of the content is 'Hi'"),
+                ('content', [{'type': 'image_url', 'image_url': {}}], "has type 'image_url'"),
+                ('content', [{'type': 'text', 'text': 4}], 'the text of a part is 4'),
+                ('content', [{'type': 'text', 'text': 'a', 'thought': 1}], "has 'thought'"),
+                ('value', 'Six.', "two formats, by 'content', 'value'"),
+                ('from', 'gpt', "two formats, by 'role', 'from'"),
+                ('role', 'ipython', "no role 'ipython'"),
+                ('role', 'function_call', "no role 'function_call'"),
+                ('role', None, 'no role None'),
+            ]
+        ),
+        *(
+            (
+                {'messages': [ASK, {'role': 'assistant', name: 'x'}]},
+                f'messages[1]: not understood, and might change what is to be learned: {name!r}',
+            )
+            for name in ('tool_calls', 'function_call', 'reasoning_content', 'thinking', 'audio')
+        ),
+        *(
+            ({'messages': [ASK, TELL | {name: True}]}, f'{name!r}; if not, --ignore={name} ')
+            for name in ('masked', 'mask', 'train_on_turn', 'name', 'tool_call_id', 'end_turn')
+        ),
+        *(
+            (GOOD | {name: 4}, f'learned: {name!r}; if not, --ignore={name} ')
+            for name in ('score', 'rating', 'tools', 'train_on_input', 'text', 'functions')
+        ),
+        ({'messages': [ASK | {'train': True}, TELL]}, "'train' is set for a message of 'user'"),
+        ({'messages': [ASK, TELL | {'train': True, 'weight': 0}]}, "'weight', 'train' contradict"),
+        (GOOD | {'weight': 0.5}, "'weight' is 0.5"),
+        (GOOD | {'loss_mask': [0, 1]}, "'loss_mask' is [0, 1]"),
+        (GOOD | {'label': 1}, "'label' is 1; only true or false"),
+        (GOOD | {'system': 4}, "'system' is 4"),
+        (GOOD | {'completion': 'a'}, "that of 'messages' and that of 'completion'"),
+        (GOOD | {'prompt': 'Who?'}, "that of 'messages' and that of 'prompt'"),
+        (GOOD | {'history': [['a', 'b']]}, "that of 'messages' and that of 'history'"),
+        (GOOD | {'conversations': [ASK, TELL]}, "that of 'messages' and that of 'conversations'"),
+        ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "that of 'prompt' and that of 'answer'"),
+        ({'question': 'a', 'answer': 'b', 'context': 'c'}, "'question' and that of 'context'"),
+        ({'prompt': 'a', 'answer': 'b', 'history': 'c'}, "'history' is 'c'"),
+        ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: is no [question'),
+        (CHOICE | {'response': 'b'}, "that of 'chosen' and that of 'response'"),
+        (CHOICE | {'label': True}, "learned: 'label'"),
+        (CHOICE | {'score_chosen': 1, 'score_rejected': 2}, "below 'score_rejected' (1 < 2)"),
+        (CHOICE | {'messages': [ASK]}, "that of 'chosen' and that of 'messages'"),
+    ],
+)
+def test_what_might_change_the_meaning_is_refused_by_name(tmp_path, row, names):
+    source = lines(tmp_path / 's.jsonl', [row])
+    command = [str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
+    message = refused(prepare.main, command)
+    assert message.startswith(f'{source}, line 1: ')
+    assert names in message
+
+
+def test_a_long_name_or_many_are_shortened(tmp_path):
+    row = GOOD | {f'{number}{"x" * 1000}\n': 1 for number in range(1000)}
+    message = refused(prepared, tmp_path, [row])
+    assert 'and 990 more' in message
+    assert len(message) < 2000
+
+
+def test_what_the_tokenizer_cannot_encode_is_named(tmp_path, monkeypatch):
+    def render(self, messages):
+        raise ValueError('the pattern gave up')
+
+    monkeypatch.setattr(type(get_tokenizer('byte')), 'render', render)
+    message = refused(prepared, tmp_path, [[ASK, TELL]])
+    assert 'line 1: messages[0]: the tokenizer cannot encode it: the pattern gave up' in message
+
+
+MEGABYTE = 2**20
+LARGE = {  # -> the text of a file of about so many bytes
+    'one huge message': lambda size: json.dumps([ASK, TELL | {'content': 'word ' * (size // 5)}]),
+    'many messages': lambda size: json.dumps([ASK, TELL] * (size // 90)),
+    'many parts': lambda size: json.dumps(
+        [ASK | {'content': [{'type': 'text', 'text': 'a'}] * (size // 31)}, TELL]
+    ),
+    'many rows': lambda size: f'{json.dumps([ASK, TELL])}\n' * (size // 90),
+    'an array': lambda size: json.dumps([GOOD] * (size // 105), indent=1),
+    'history': lambda size: json.dumps(
+        {'prompt': 'a', 'output': 'b', 'history': [['a', 'b']] * (size // 12)}
+    ),
+    'a dialogue': lambda size: json.dumps(
+        {'chosen': answers('a') * (size // 80) + 'b', 'rejected': answers('a') * (size // 80)}
+    ),
+    'many fields': lambda size: json.dumps(GOOD | {f'k{i}': 1 for i in range(size // 14)}),
+    'a repeated field': lambda size: (
+        '{' + ''.join(f'"k{i}": 1, ' for i in range(size // 14)) + f'"k{size // 14 - 1}": 1}}'
+    ),
+    'brackets': lambda size: '[' * size,
+    'blank lines': lambda size: '\n' * size,
+}
+
+
+@pytest.mark.load
+@pytest.mark.parametrize('kind', LARGE)
+def test_time_grows_as_the_data_does(tmp_path, kind):
+    path, seconds = tmp_path / ('a.json' if kind == 'an array' else 'a.jsonl'), []
+    command = [str(path), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
+    for size in (1, 2, 4):
+        path.write_text(LARGE[kind](size * MEGABYTE))
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            with contextlib.suppress(UserError):  # of a row longer than any
+                prepare.main(command)
+            times.append(time.process_time() - start)
+        seconds.append(max(min(times), 0.3))  # below that, the machine's caches decide
+    # over both doublings, since Python's garbage collector falls into one or the other
+    assert seconds[2] / seconds[0] < 2.3**2, seconds
 
 
 def test_a_conversation_that_is_too_long_is_named_if_asked_for(tmp_path):
