@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import read_named_tokenizer
+from flatgpt.data.messages import content_text
 from flatgpt.data.text import (
     bytes_of,
     check_fraction,
@@ -300,9 +301,12 @@ def messages_of(record: dict, key: str, role: str = 'user') -> list[dict]:
         raise UserError(f'{key!r} is neither a text nor a list of messages')
     for number, message in enumerate(messages):
         for name in ('role', 'content'):
-            if not isinstance(message, dict) or not isinstance(message.get(name), str):
+            if not isinstance(message, dict) or name not in message:
                 raise UserError(f'{key}[{number}]: has no text as its {name!r}')
-    return [{'role': message['role'], 'content': message['content']} for message in messages]
+    return [
+        {'role': message['role'], 'content': content_text(message['content'])}
+        for message in messages
+    ]
 
 
 def render(messages: list[dict], tokenizer: Tokenizer) -> Sequence:
