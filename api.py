@@ -83,6 +83,14 @@ chunk = 256  # tokens of prompts computed between two tokens of the texts: more 
 deterministic = False  # the same bits for a text whatever else is computed; slower
 # -----------------------------------------------------------------------------
 
+OF_A_MODEL = (
+    'out_dir',
+    'init_from',
+    'checkpoint',
+    'tokenizer',
+    'dtype',
+    'quantize',
+)  # to be loaded
 
 # -----------------------------------------------------------------------------
 # the application
@@ -99,6 +107,8 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
         known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
             raise ConfigError(f'create_app({key}=): the server that runs it has its own; leave out')
+        if loaded and key in OF_A_MODEL and given[key] != settings[key]:
+            raise ConfigError(f'create_app({key}=): the model is given, and stays so; leave out')
     settings = with_values(__file__, settings, given, 'create_app({}=)')
     check(settings)
     return build(loaded, settings)

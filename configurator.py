@@ -131,7 +131,7 @@ def read_config(path: Path, values: dict, kinds: dict, elsewhere: dict, mistakes
     for key, value in run_config(path, values).items():
         if key in kinds:
             with mistakes.collect():
-                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {value!r}')
+                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {short(value)}')
         elif key not in elsewhere and key not in RETIRED:
             with mistakes.collect():
                 known(key, kinds, str(path))

@@ -11,9 +11,10 @@ An argument that begins with -- is a setting, and one that is a file ending in .
 config, is that; any other is the prompt. --start= takes whatever comes after it.
 
 A batch file has a prompt a line (.txt), or in a .jsonl or .ndjson file an object a line, with a
-"prompt" and, where they differ, settings of the texts, perhaps an "id". There "stop" is a text or a
-list of them, in which | and \\n are no signs. The answers are JSON lines in the order of the prompts;
-a line that cannot be answered says why under "error". Killed, the same command goes on where it was.
+"prompt" and, where they differ, settings of the texts, perhaps an "id". There "stop" is a text or
+a list of them, in which | and \\n are no signs. The answers are JSON lines in the order of the
+prompts; a line that cannot be answered says why under "error". Killed, the same command goes on
+where it was.
 
 From Python: load() here, and generate(), complete() or an Engine of flatgpt/inference/engine.py.
 """

@@ -3,10 +3,10 @@ A file of prompts: many are computed at once, and the answers are written in the
 
     Batch(settings, sampling_for, names).run(model, tokenizer)
 
-Each line of a .txt file, or of one without an ending, is a prompt. In a .jsonl or .ndjson file it is
-an object with a "prompt", and perhaps an "id" and settings of its own. The answers are JSON lines.
-Until all are there they are in <out>.part, and <out>.job records what they answer, so that a killed
-batch can be resumed.
+Each line of a .txt file, or of one without an ending, is a prompt. In a .jsonl or .ndjson file it
+is an object with a "prompt", and perhaps an "id" and settings of its own. The answers are JSON
+lines. Until all are there they are in <out>.part, and <out>.job records what they answer, so that a
+killed batch can be resumed.
 """
 
 import hashlib
@@ -51,8 +51,8 @@ class Batch:
             raise UserError(f'--batch={self.path}: say where the answers go, with --out=')
         if self.path.suffix.lower() not in (*JSON_LINES, *TEXT_LINES):
             raise UserError(
-                f'--batch={self.path}: {self.path.suffix} files are not read; give a .txt file with '
-                'a prompt a line, or a .jsonl file'
+                f'--batch={self.path}: files that end in {self.path.suffix} are not read; give a '
+                '.txt file with a prompt a line, or a .jsonl file'
             )
         self.check_free()
         if not Path(self.out).parent.is_dir():

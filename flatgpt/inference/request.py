@@ -4,6 +4,7 @@ import codecs
 import functools
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ class StopString:
                 self.matched = self.borders[self.matched - 1]
             self.matched += self.text[self.matched] == character
             if self.matched == len(self.text):
+                self.matched = 0
                 return at - len(self.text)
         return None
 
@@ -69,19 +71,31 @@ class TextStream:
     def __init__(self, stop: tuple[str, ...]):
         self.stop = [StopString(text) for text in stop]
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.held = ''
+        self.held: deque[str] = deque()
+        self.length = 0  # of what is held
 
     def add(self, data: bytes, final: bool) -> tuple[str, bool]:
         """Text to show now, and whether a stop string ended it. final: nothing follows."""
-        new, before = self.decoder.decode(data, final), len(self.held)
-        self.held += new
+        new, before = self.decoder.decode(data, final), self.length
+        self.held.append(new)
+        self.length += len(new)
         found = [at for each in self.stop if (at := each.find(new)) is not None]
         if found:
-            return self.held[: before + min(found)], True
+            return self.release(before + min(found)), True
         kept = 0 if final else max((each.matched for each in self.stop), default=0)
-        show = len(self.held) - kept
-        text, self.held = self.held[:show], self.held[show:]
-        return text, False
+        return self.release(self.length - kept), False
+
+    def release(self, count: int) -> str:
+        """The first characters of what is held."""
+        parts, self.length = [], self.length - count
+        while count:
+            part = self.held.popleft()
+            if len(part) > count:
+                self.held.appendleft(part[count:])
+                part = part[:count]
+            parts.append(part)
+            count -= len(part)
+        return ''.join(parts)
 
 
 class Request:

@@ -23,6 +23,7 @@ from flatgpt.serving.service import Service, key_of
 from flatgpt.serving.unsupported import Body, Unsupported
 
 LOG = logging.getLogger('flatgpt')
+LISTED = '/docs lists them'
 blueprint = flask.Blueprint('middleware', __name__)
 
 
@@ -37,20 +38,26 @@ def current_origins() -> Origins:
 def read(model: type[Body]) -> Body:
     """The body of this HTTP request, checked.
 
-    By pydantic's own parser, which answers any bytes with an error; json.loads, and so Flask's
-    request.json, fails on deep nesting with a RecursionError and lets lone surrogates through.
+    Two parsers must agree on it: Python's finds a name that stands twice, pydantic's refuses lone
+    surrogates and whatever is not UTF-8, and tells 1 from 1.0 and true.
     """
     check_headers()
     data = flask.request.get_data(cache=False)
     try:
-        body = model.model_validate_json(data)
-        strict_json(data)  # which refuses what pydantic's parser lets pass
+        content = strict_json(data)
+    except (ValueError, RecursionError) as error:
+        raise APIError(400, f'the body: {error}') from None
+    # first, since pydantic has an error for each of them, of which there may be very many
+    for name in content if isinstance(content, dict) else ():
+        if name not in model.model_fields:
+            name = name[:99]
+            near = did_you_mean(name, model.model_fields.keys() - Unsupported.model_fields.keys())
+            raise APIError(400, f'{name}: no such field; {near or LISTED}'.strip(), name)
+    try:
+        return model.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise APIError(400, *explain(first, model)) from None
-    except ValueError as error:
-        raise APIError(400, f'the body: {error}') from None
-    return body
+        raise APIError(400, *explain(first)) from None
 
 
 def check_headers() -> None:
@@ -68,19 +75,17 @@ def check_headers() -> None:
         raise APIError(400, f'{name}: fields go into the JSON body, not into the address', name)
 
 
-def explain(error: dict, model: type[Body]) -> tuple[str, str | None]:
+def explain(error: dict) -> tuple[str, str | None]:
     """What is wrong, by pydantic's error, and the field's name."""
     (param, *inner), message = error['loc'] or (None,), error['msg']
-    if param == 'prompt' and error['type'] not in ('missing', 'extra_forbidden'):
+    if param == 'prompt' and error['type'] != 'missing':
         message = 'must be a text, token ids, or a list of either, none of them empty'
     if error['type'] == 'extra_forbidden':
-        known = () if inner else model.model_fields.keys() - Unsupported.model_fields.keys()
-        message = f'no such field; {did_you_mean(param, known) or "/docs lists them"}'.strip()
+        message = f'no such field; {LISTED}'
     # within other fields, pydantic's path has names of types, too
     path = inner if param in ('messages', 'stream_options') else ()
     where = ''.join(f'[{each}]' if isinstance(each, int) else f'.{each[:99]}' for each in path)
-    parts = (param or 'the body')[:99], where.lstrip('.'), message
-    return ': '.join(filter(None, parts)), param
+    return ': '.join(filter(None, (param or 'the body', where.lstrip('.'), message))), param
 
 
 # -----------------------------------------------------------------------------
