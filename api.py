@@ -83,14 +83,8 @@ chunk = 256  # tokens of prompts computed between two tokens of the texts: more 
 deterministic = False  # the same bits for a text whatever else is computed; slower
 # -----------------------------------------------------------------------------
 
-OF_A_MODEL = (
-    'out_dir',
-    'init_from',
-    'checkpoint',
-    'tokenizer',
-    'dtype',
-    'quantize',
-)  # to be loaded
+# of a model that is to be loaded
+OF_A_MODEL = ('out_dir', 'init_from', 'checkpoint', 'tokenizer', 'dtype', 'quantize')
 
 # -----------------------------------------------------------------------------
 # the application
