@@ -15,12 +15,13 @@ For another server than its own: create_app(out_dir='out/my_run') is the WSGI ap
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from configurator import configure, known, read_settings
+from configurator import configure, known, read_settings, with_values
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import ConfigError, UserError, within
@@ -28,7 +29,7 @@ from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
 from flatgpt.serving.api_error import APIError
-from flatgpt.serving.choices import Chat
+from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder
 from flatgpt.serving.http_server import (
     CONNECTIONS,
     Server,
@@ -41,6 +42,7 @@ from flatgpt.serving.http_server import (
 )
 from flatgpt.serving.middleware import current_service
 from flatgpt.serving.openapi import (
+    ACCESS_ERRORS,
     BODY_ERRORS,
     DOCS_PAGE,
     ENGINE_ERRORS,
@@ -50,6 +52,7 @@ from flatgpt.serving.openapi import (
     api,
     document,
 )
+from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import Service, fewer_rows, key_of
 from model import GPT
 from sample import load, source
@@ -68,6 +71,7 @@ name: str | None = None  # what clients see as the model's name; None: that of i
 host = '127.0.0.1'  # address to listen at; one that others can reach needs a key
 port = 8000  # 0: any that is free
 api_key: str | None = None  # what clients must send; None: what FLATGPT_API_KEY says
+allow_origins: str | None = None  # pages that browsers let use it; None: with a key all, else local
 log_prompts = False  # put prompts and answers into the log
 # limits
 max_rows: int | None = None  # texts computed at once; None: 8 on a CPU, 32 elsewhere
@@ -80,6 +84,8 @@ chunk = 256  # tokens of prompts computed between two tokens of the texts: more 
 deterministic = False  # the same bits for a text whatever else is computed; slower
 # -----------------------------------------------------------------------------
 
+# of a model that is to be loaded
+OF_A_MODEL = ('out_dir', 'init_from', 'checkpoint', 'tokenizer', 'dtype', 'quantize')
 
 # -----------------------------------------------------------------------------
 # the application
@@ -96,7 +102,9 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
         known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
             raise ConfigError(f'create_app({key}=): the server that runs it has its own; leave out')
-    settings |= given
+        if loaded and key in OF_A_MODEL and given[key] != settings[key]:
+            raise ConfigError(f'create_app({key}=): the model is given, and stays so; leave out')
+    settings = with_values(__file__, settings, given, 'create_app({}=)')
     check(settings)
     return build(loaded, settings)
 
@@ -111,6 +119,7 @@ def build(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:
         engine = brief.submit(make_engine, loaded, settings).result()
     app = flask.Flask('flatgpt', static_folder=None)
     app.extensions['flatgpt'] = Service(engine, settings)
+    app.extensions['origins'] = Origins(settings)
     app.config['MAX_CONTENT_LENGTH'] = int(settings['max_body'] * 2**20)
     app.url_map.strict_slashes = app.url_map.merge_slashes = False
     app.json.sort_keys = False
@@ -138,6 +147,7 @@ def check(settings: dict) -> None:
     within(0, None, settings, 'max_queue')
     within(0, 65535, settings, 'port')
     within(0.001, None, settings, 'max_seconds', 'max_body')
+    Origins(settings)  # raises for one that cannot be
 
 
 # -----------------------------------------------------------------------------
@@ -193,7 +203,7 @@ def metrics():
 
 @routes.post('/v1/completions')
 @api.validate(
-    resp=Answers(schema.CompletionResponse, 401, *BODY_ERRORS, *ENGINE_ERRORS, stream=True),
+    resp=Answers(schema.CompletionResponse, *BODY_ERRORS, *ENGINE_ERRORS, stream=True),
     security=KEY,
 )
 def completions(json: schema.CompletionRequest):
@@ -203,23 +213,25 @@ def completions(json: schema.CompletionRequest):
 
 @routes.post('/v1/chat/completions')
 @api.validate(
-    resp=Answers(schema.ChatResponse, 401, *BODY_ERRORS, *ENGINE_ERRORS, stream=True),
+    resp=Answers(schema.ChatResponse, *BODY_ERRORS, *ENGINE_ERRORS, stream=True),
     security=KEY,
 )
 def chat_completions(json: schema.ChatRequest):
     """Answer a conversation, if the tokenizer has a chat template; else 400."""
     service = current_service()
     ids, end = service.conversation(json.messages)
-    body = json.completion(ids, service.size - len(ids), end)
-    kind = 'chat.completion.chunk' if body.stream else 'chat.completion'
-    return answer(body, 'chatcmpl', kind, Chat('delta' if body.stream else 'message'))
+    body = json.completion(ids, service.room(ids), end)
+    kind, part = 'chat.completion', 'message'
+    if body.stream:
+        kind, part = 'chat.completion.chunk', 'delta'
+    return answer(body, 'chatcmpl', kind, partial(ChatBuilder, part))
 
 
-def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
-    """The texts of a completion, whole or as they come; shape: of its choices, if another's."""
+def answer(body: schema.CompletionRequest, prefix: str, kind: str, builder=ChoiceBuilder):
+    """The texts of a completion, whole or as they come; builder: of its choices."""
     service, g = current_service(), flask.g
     disconnected = flask.request.environ.get('waitress.client_disconnected', lambda: False)
-    job = g.job = service.begin(body, disconnected, shape)
+    job = g.job = service.begin(body, disconnected, builder)
     head = {
         'id': f'{prefix}-{g.id}',
         'object': kind,
@@ -240,14 +252,14 @@ def answer(body: schema.CompletionRequest, prefix: str, kind: str, shape=None):
 
 
 @routes.get('/v1/models')
-@api.validate(resp=Answers(schema.ModelList, 401), security=KEY)
+@api.validate(resp=Answers(schema.ModelList, *ACCESS_ERRORS), security=KEY)
 def models():
     """A list of the one model."""
     return {'object': 'list', 'data': [current_service().card()]}
 
 
 @routes.get('/v1/models/<path:model>')
-@api.validate(resp=Answers(schema.Model, 401, 404), security=KEY)
+@api.validate(resp=Answers(schema.Model, *ACCESS_ERRORS, 404), security=KEY)
 def one_model(model: str):
     """The model, by its name."""
     service = current_service()
@@ -257,7 +269,7 @@ def one_model(model: str):
 
 
 @routes.get('/tokenizer_info')
-@api.validate(resp=Answers(schema.TokenizerInfo, 401), security=KEY)
+@api.validate(resp=Answers(schema.TokenizerInfo, *ACCESS_ERRORS), security=KEY)
 def tokenizer_info():
     """The vocabulary and its special tokens."""
     tokenizer = current_service().tokenizer
@@ -268,7 +280,7 @@ def tokenizer_info():
 
 
 @routes.post('/tokenize')
-@api.validate(resp=Answers(schema.TokenizeResponse, 401, *BODY_ERRORS), security=KEY)
+@api.validate(resp=Answers(schema.TokenizeResponse, *BODY_ERRORS), security=KEY)
 def tokenize(json: schema.TokenizeRequest):
     """The token ids of a text."""
     service = current_service()
@@ -277,7 +289,7 @@ def tokenize(json: schema.TokenizeRequest):
 
 
 @routes.post('/detokenize')
-@api.validate(resp=Answers(schema.DetokenizeResponse, 401, *BODY_ERRORS), security=KEY)
+@api.validate(resp=Answers(schema.DetokenizeResponse, *BODY_ERRORS), security=KEY)
 def detokenize(json: schema.DetokenizeRequest):
     """The text of token ids."""
     service = current_service()
@@ -291,7 +303,7 @@ def detokenize(json: schema.DetokenizeRequest):
 def main(settings: dict) -> None:
     check(settings)
     allow_open_files(4 * CONNECTIONS)
-    startup, listener = StartupApp(), listen(settings)
+    startup, listener = StartupApp(origins=Origins(settings)), listen(settings)
     server = Server(startup, listener, settings['max_body'])
     app = build(None, settings)
     service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]

@@ -18,7 +18,9 @@ import contextlib
 import functools
 import inspect
 import os
+import re
 import runpy
+import sys
 import traceback
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     """Settings in force: `defaults` overridden by the config files and flags in `argv`, in order.
 
     defaults: a script's globals(), or any dict of scalars.
-    positional: the setting that takes an argument which is neither a flag nor a config.
+    positional: the setting that takes an argument which is neither a flag nor a config: its text.
     Prints the settings and leaves for --help. A mistake raises ConfigError, which from here on
     ends the program with one line (see one_line_errors).
     """
@@ -54,27 +56,62 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     if '--help' in argv or '-h' in argv:
         print(help_text(defaults))
         raise SystemExit(0)
-    mistakes = Mistakes()
+    mistakes, prompt = Mistakes(), None
     for before, arg in zip(['', *argv], argv, strict=False):
         with mistakes.collect():
-            path = None if arg.startswith('--') else find_config(arg)
-            if arg.startswith('--'):
+            if is_flag(arg, positional):
                 values |= read_flag(arg, kinds)
-            elif path is not None:
+                prompt = arg if arg.startswith(f'--{positional}=') else prompt
+            elif (path := find_config(arg, positional)) is not None:
                 elsewhere = {} if script and Path(script).name == 'train.py' else train_settings()
                 values |= read_config(path, values, kinds, elsewhere, mistakes)
             elif before.startswith('--') and '=' not in before and mistakes.lines:
                 pass  # the value of a flag that lacks its =, which is a mistake already
             elif positional is None:
                 raise ConfigError(missing_config(arg, kinds))
-            elif values[positional] != defaults[positional]:
+            elif prompt is not None:
                 raise ConfigError(f'{arg}: a second prompt; put one text with spaces into quotes')
             else:
-                values[positional] = arg
+                values[positional] = prompt = arg
+                if other := other_meaning(arg, kinds, positional):
+                    print(f'{arg}: is taken as the prompt; {other}', file=sys.stderr)
     mistakes.raise_all()
     return {
         k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()
     }
+
+
+def is_flag(arg: str, positional: str | None) -> bool:
+    """Whether an argument is a flag, and not a prompt such as "-- and so it ended"."""
+    is_prompt = positional is not None and re.search(r'\s', arg.partition('=')[0])
+    return arg.startswith('--') and not is_prompt
+
+
+def other_meaning(arg: str, settings, positional: str) -> str:
+    """What else a prompt of one word may have been meant as, '' if nothing."""
+    if arg.split() != [arg]:
+        return ''
+    if '=' in arg and arg.lstrip('-').partition('=')[0] in settings:
+        return f'a setting needs two dashes: --{arg.lstrip("-")}'
+    if os.path.isdir(arg):
+        return f'for the model in that folder, --out_dir={arg}'
+    if os.path.isfile(arg):
+        return f'for what the file says, --{positional}=FILE:{arg}'
+    names = [path.stem for path in (ROOT / 'config').glob('*.py')]
+    return did_you_mean(arg, names).strip() if '_' in arg else ''
+
+
+def with_values(script: str, settings: dict, changes: dict, source: str) -> dict:
+    """The settings of a script after changes: values, not text, with the types that flags have.
+
+    source: where they are from, with {} for a setting's name.
+    """
+    annotations, changed = read_settings(script), dict(settings)
+    for name, value in changes.items():
+        kinds = kinds_of(annotations[name], settings[name])
+        value = check(name, value, kinds, source.format(name))
+        changed[name] = float(value) if kinds[0] == 'float' and value is not None else value
+    return changed
 
 
 def read_flag(arg: str, kinds: dict) -> dict:
@@ -94,7 +131,7 @@ def read_config(path: Path, values: dict, kinds: dict, elsewhere: dict, mistakes
     for key, value in run_config(path, values).items():
         if key in kinds:
             with mistakes.collect():
-                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {value!r}')
+                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {short(value)}')
         elif key not in elsewhere and key not in RETIRED:
             with mistakes.collect():
                 known(key, kinds, str(path))
@@ -119,15 +156,23 @@ def run_config(path: Path, values: dict) -> dict:
     }
 
 
-def find_config(arg: str) -> Path | None:
-    """The config file that `arg` means: a .py path, or a bare name found in config/."""
+def find_config(arg: str, positional: str | None = None) -> Path | None:
+    """The config file that `arg` means: a .py path, or a bare name found in config/.
+
+    None for what is no config. Where there is a `positional` setting, words that end in .py may be
+    its text, if there is no such file.
+    """
     bare = ROOT / 'config' / f'{arg}.py'
     if arg.endswith('.py'):
-        for path in (Path(arg), ROOT / arg):
-            if path.is_file():
-                return path
-        raise ConfigError(missing_config(arg, {}))
-    with contextlib.suppress(OSError):  # a prompt can be longer than a file's name
+        with contextlib.suppress(OSError):  # a prompt can be longer than a file's name
+            for path in (Path(arg), ROOT / arg):
+                if path.is_file():
+                    return path
+        if positional and arg.split() != [arg]:
+            return None
+        hint = f'; if it is the prompt, --{positional}={arg}' if positional else ''
+        raise ConfigError(missing_config(arg, {}) + hint)
+    with contextlib.suppress(OSError):
         return bare if arg.isidentifier() and bare.is_file() else None
 
 
@@ -179,9 +224,18 @@ def parse(text: str, kinds: tuple, source: str):
 def check(key: str, value, kinds: tuple, source: str):
     """`value`, if it has one of the types `kinds`; an int serves where a float is asked for."""
     kind = type(value).__name__
-    if kind in kinds or (kind == 'int' and 'float' in kinds):
+    if kind in kinds:
         return value
-    raise ConfigError(f'{source}: {key} needs {expected(kinds)}, not {kind} {value!r}')
+    if kind == 'int' and 'float' in kinds:
+        if abs(value) <= sys.float_info.max:
+            return value
+        raise ConfigError(f'{source}: {key} is too large for a number')
+    raise ConfigError(f'{source}: {key} needs {expected(kinds)}, not {kind} {short(value)}')
+
+
+def short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def expected(kinds: tuple) -> str:

@@ -7,10 +7,14 @@ $ python sample.py --start=FILE:prompt.txt --temperature=0 --max_new_tokens=100
 $ python sample.py --out_dir=out/my_run --chat       # a console that remembers the conversation
 $ python sample.py --batch=prompts.jsonl --out=answers.jsonl
 
-A batch file has a prompt a line; in a .jsonl or .ndjson file each line is an object with a
-"prompt" and, where they differ, settings of the texts ("stop" may be a list). The answers are JSON
-lines in the order of the prompts; a line that cannot be answered says why under "error". Killed,
-the same command goes on where it was.
+An argument that begins with -- is a setting, and one that is a file ending in .py, or the name of a
+config, is that; any other is the prompt. --start= takes whatever comes after it.
+
+A batch file has a prompt a line (.txt), or in a .jsonl or .ndjson file an object a line, with a
+"prompt" and, where they differ, settings of the texts, perhaps an "id". There "stop" is a text or
+a list of them, in which | and \\n are no signs. The answers are JSON lines in the order of the
+prompts; a line that cannot be answered says why under "error". Killed, the same command goes on
+where it was.
 
 From Python: load() here, and generate(), complete() or an Engine of flatgpt/inference/engine.py.
 """
@@ -21,11 +25,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from configurator import configure
+from configurator import configure, with_values
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
@@ -88,6 +93,20 @@ def sampling_of(settings: dict) -> SamplingParams:
     return SamplingParams(**{**chosen, 'stop': split_stop(settings['stop'])})
 
 
+def sampling_of_line(settings: dict, own: dict) -> SamplingParams:
+    """The SamplingParams of a line in a batch file, with settings of its own: values, not text."""
+    # null is as if it had not been said, but for top_k, where it means all
+    own = {name: own[name] for name in own if own[name] is not None or name == 'top_k'}
+    stop = own.pop('stop', None)
+    sampling = sampling_of(with_values(__file__, settings, own, 'this line'))
+    if stop is None:
+        return sampling
+    stops = [stop] if isinstance(stop, str) else stop
+    if not (isinstance(stops, list) and all(isinstance(each, str) for each in stops)):
+        raise ConfigError('stop: needs a text, or a list of texts')
+    return replace(sampling, stop=tuple(stops) if stop else ())
+
+
 def changed(settings: dict, changes: dict) -> dict:
     """The settings after changes, which are checked as flags are."""
     flags = [f'--{name}={value}' for name, value in changes.items()]
@@ -137,15 +156,15 @@ def write(text: str) -> None:
 
 def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
     """Show the first sample as it is written, and each other one from when its turn has come."""
-    ready = [prompt] * samples  # text not yet shown
+    ready = [[prompt] for _ in range(samples)]  # text not yet shown
     finished = [False] * samples
     current = 0
     for output in outputs:
-        ready[output.row] += output.text
+        ready[output.row].append(output.text)
         finished[output.row] = output.finish is not None
         while current < samples:
-            write(ready[current])
-            ready[current] = ''
+            write(''.join(ready[current]))
+            ready[current].clear()
             if not finished[current]:
                 break
             write('\n---------------\n' if samples > 1 else '\n')
@@ -337,9 +356,14 @@ def main(settings: dict) -> None:
     if settings['batch']:
         if settings['chat'] or settings['start'] != start:
             raise UserError('--batch has prompts of its own: leave out the prompt, and --chat')
+        if samples != num_samples:
+            raise UserError('--batch has one answer for each prompt: leave out --num_samples')
         within(1, None, settings, 'rows')
-        batch = Batch(settings, lambda own: sampling_of(changed(settings, own)), CHOICES)
+        batch = Batch(settings, partial(sampling_of_line, settings), CHOICES)
     else:
+        if settings['out']:
+            out = settings['out']
+            raise UserError(f'--out={out}: is for the answers to a --batch; use > instead')
         prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)
     device = str(model.embedding.weight.device)

@@ -80,6 +80,24 @@ def read_json(path: Path, name: str) -> dict:
         raise CheckpointError(f'{name}: {path.name} cannot be read: {error}') from error
 
 
+def strict_json(text: str | bytes):
+    """The value of a JSON text. ValueError for what Python would read and JSON has not, such as
+    NaN, and for a name that stands twice in an object, of which Python would drop the first."""
+
+    def refuse(constant: str):
+        raise ValueError(f'{constant} is no JSON')
+
+    def unique(pairs: list[tuple]) -> dict:
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f'{name[:40]!r} stands twice in one object')
+            found[name] = value
+        return found
+
+    return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
+
+
 def sha256(path: Path) -> str:
     with open(path, 'rb') as file:
         digest = hashlib.sha256()

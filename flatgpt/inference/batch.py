@@ -3,9 +3,10 @@ A file of prompts: many are computed at once, and the answers are written in the
 
     Batch(settings, sampling_for, names).run(model, tokenizer)
 
-Each line of the file is a prompt; in a .jsonl or .ndjson file it is an object with a "prompt", and
-perhaps an "id" and settings of its own. The answers are JSON lines. Until all are there they are in
-<out>.part, and <out>.job records what they answer, so that a killed batch can be resumed.
+Each line of a .txt file, or of one without an ending, is a prompt. In a .jsonl or .ndjson file it
+is an object with a "prompt", and perhaps an "id" and settings of its own. The answers are JSON
+lines. Until all are there they are in <out>.part, and <out>.job records what they answer, so that a
+killed batch can be resumed.
 """
 
 import hashlib
@@ -14,7 +15,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,19 +23,22 @@ from tqdm import tqdm
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, did_you_mean
+from flatgpt.files import strict_json
 from flatgpt.inference.engine import NOT_FINITE, Engine
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 JSON_LINES = ('.jsonl', '.ndjson')
+TEXT_LINES = ('.txt', '.text', '')
 LOOKAHEAD = 4096  # answers kept at most while they wait for a slow one before them
 
 
 class Batch:
     """Answers the prompts of the file settings['batch'] in the file settings['out'].
 
-    sampling_for: the SamplingParams of a line that has these settings of its own; raises UserError.
+    sampling_for: the SamplingParams of a line that has these settings of its own, as JSON has them;
+    raises UserError.
     names: the settings that a line may have.
     """
 
@@ -46,6 +49,11 @@ class Batch:
         self.path, self.out = Path(settings['batch']), settings['out']
         if not self.out:
             raise UserError(f'--batch={self.path}: say where the answers go, with --out=')
+        if self.path.suffix.lower() not in (*JSON_LINES, *TEXT_LINES):
+            raise UserError(
+                f'--batch={self.path}: files that end in {self.path.suffix} are not read; give a '
+                '.txt file with a prompt a line, or a .jsonl file'
+            )
         self.check_free()
         if not Path(self.out).parent.is_dir():
             raise UserError(f'--out={self.out}: there is no folder {Path(self.out).parent}')
@@ -154,11 +162,14 @@ class Batch:
         answer |= {**own, 'text': '', 'tokens': 0, 'finish': None}
         if len(ids) > engine.model.config.block_size:
             answer['prompt_tokens_left_out'] = len(ids) - engine.model.config.block_size
+        texts = []
 
         def take(output: TokenOutput) -> None:
-            answer['text'] += output.text
+            texts.append(output.text)
             answer['tokens'] += 1
             answer['finish'] = output.finish
+            if output.finish:
+                answer['text'] = ''.join(texts)
             if output.finish == 'error':
                 answer['error'] = NOT_FINITE
 
@@ -173,28 +184,19 @@ class Batch:
             raise UserError(f'not UTF-8 at byte {error.start}') from error
         if self.path.suffix.lower() not in JSON_LINES:
             return text, self.sampling_for({}), {'prompt': text}
-        record = json_or_none(text)
+        try:
+            record = strict_json(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'not a JSON object with a "prompt" that is text: {error}') from error
         if not isinstance(record, dict) or not isinstance(record.get('prompt'), str):
             raise UserError('not a JSON object with a "prompt" that is text')
         repeated = {key: record.pop(key) for key in ('id', 'prompt') if key in record}
-        return repeated['prompt'], self.own_sampling(record), repeated
-
-    def own_sampling(self, own: dict) -> SamplingParams:
-        """The SamplingParams of a line with settings of its own, of which "stop" may be a list."""
-        if own.get('stop', '') is None:
-            del own['stop']
-        for name in own:
+        for name in record:
             if name not in self.names:
                 near = did_you_mean(name, self.names).strip()
-                hint = near or f'there are {", ".join(self.names)}'
-                raise UserError(f'no setting is called {name!r}; {hint}')
-        if isinstance(own.get('stop', ''), str):
-            return self.sampling_for(own)
-        stops = own.pop('stop')
-        sampling = self.sampling_for(own)
-        if not (isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)):
-            raise UserError('stop: needs a text, or a list of texts')
-        return replace(sampling, stop=tuple(stops))
+                hint = near or f'there are prompt, id, {", ".join(self.names)}'
+                raise UserError(f'no setting is called {name[:40]!r}; {hint}')
+        return repeated['prompt'], self.sampling_for(record), repeated
 
 
 @torch.inference_mode()
@@ -205,12 +207,8 @@ def fingerprint(model: GPT) -> str:
     return hashlib.sha256(model(idx)[0][0, -1].float().cpu().numpy().tobytes()).hexdigest()
 
 
-def json_or_none(text: str | bytes):
-    """The value of a JSON text; None where it is none, as with NaN, which Python would read."""
-
-    def refuse(constant: str):
-        raise ValueError(f'{constant} is no JSON')
-
+def json_or_none(text: bytes):
+    """The value of a JSON text, None where a kill has cut it off."""
     with suppress(ValueError, RecursionError):
-        return json.loads(text, parse_constant=refuse)
+        return strict_json(text)
     return None

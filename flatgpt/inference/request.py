@@ -1,8 +1,10 @@
 """A text to continue: its prompt, how it is asked for, and what has been written of it."""
 
 import codecs
+import functools
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,31 +25,77 @@ class TokenOutput(NamedTuple):
     top: tuple = ()  # the likeliest tokens there, (id, logprob), where asked for
 
 
+class StopString:
+    """Looks for a string in text that comes piece by piece (Knuth, Morris, Pratt 1977).
+
+    Each character is looked at once, however long the string is: comparing the end of the text
+    with every beginning of the string would take the square of its length.
+    """
+
+    def __init__(self, text: str):
+        self.text, self.borders, self.matched = text, borders(text), 0
+
+    def find(self, new: str) -> int | None:
+        """Where the string begins, from the start of `new` (negative: before it), once it is whole.
+
+        Afterwards the last `matched` characters are how it begins.
+        """
+        if not self.matched and self.text[0] not in new:
+            return None
+        for at, character in enumerate(new, 1):
+            while self.matched and self.text[self.matched] != character:
+                self.matched = self.borders[self.matched - 1]
+            self.matched += self.text[self.matched] == character
+            if self.matched == len(self.text):
+                self.matched = 0
+                return at - len(self.text)
+        return None
+
+
+@functools.lru_cache(1024)
+def borders(text: str) -> list[int]:
+    """For each beginning of a text, how much of it is also its end (but not all of it)."""
+    out = [0] * len(text)
+    length = 0
+    for at in range(1, len(text)):
+        while length and text[at] != text[length]:
+            length = out[length - 1]
+        length += text[at] == text[length]
+        out[at] = length
+    return out
+
+
 class TextStream:
     """Bytes in, text out: whole characters only, and nothing that may yet become a stop string."""
 
     def __init__(self, stop: tuple[str, ...]):
-        self.stop = stop
+        self.stop = [StopString(text) for text in stop]
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self.held = ''
+        self.held: deque[str] = deque()
+        self.length = 0  # of what is held
 
     def add(self, data: bytes, final: bool) -> tuple[str, bool]:
         """Text to show now, and whether a stop string ended it. final: nothing follows."""
-        self.held += self.decoder.decode(data, final)
-        ends = [self.held.find(s) for s in self.stop if s in self.held]
-        if ends:
-            return self.held[: min(ends)], True
-        show = self.safe() if self.stop and not final else len(self.held)
-        text, self.held = self.held[:show], self.held[show:]
-        return text, False
+        new, before = self.decoder.decode(data, final), self.length
+        self.held.append(new)
+        self.length += len(new)
+        found = [at for each in self.stop if (at := each.find(new)) is not None]
+        if found:
+            return self.release(before + min(found)), True
+        kept = 0 if final else max((each.matched for each in self.stop), default=0)
+        return self.release(self.length - kept), False
 
-    def safe(self) -> int:
-        """How many held characters come before anything that a stop string could begin with."""
-        longest = max(map(len, self.stop))
-        for at in range(max(0, len(self.held) - longest + 1), len(self.held)):
-            if any(s.startswith(self.held[at:]) for s in self.stop):
-                return at
-        return len(self.held)
+    def release(self, count: int) -> str:
+        """The first characters of what is held."""
+        parts, self.length = [], self.length - count
+        while count:
+            part = self.held.popleft()
+            if len(part) > count:
+                self.held.appendleft(part[count:])
+                part = part[:count]
+            parts.append(part)
+            count -= len(part)
+        return ''.join(parts)
 
 
 class Request:

@@ -3,6 +3,7 @@
 ERRORS = {  # status: type, and an example's message, param and code
     400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
     401: ('authentication_error', 'send the key of this server', None, 'invalid_api_key'),
+    403: ('permission_error', 'pages of X may not use this server', None, 'origin_not_allowed'),
     404: ('not_found_error', "there is no model 'other'; this is 'mine'", 'model', None),
     405: ('invalid_request_error', 'this path does not take POST', None, None),
     413: ('invalid_request_error', 'the body has more than 4 MiB', None, None),

@@ -32,7 +32,11 @@ class ChoiceBuilder:
         if not (text or finish or r.top is not None):
             return None
         logprobs = None if r.top is None else self.logprobs(scores)
-        return {'index': r.row, 'text': text, 'logprobs': logprobs, 'finish_reason': finish}
+        said = self.said(text)
+        return {'index': r.row, **said, 'logprobs': logprobs, 'finish_reason': finish}
+
+    def said(self, text: str) -> dict:
+        return {'text': text}
 
     def logprobs(self, scores: list[tuple]) -> dict:
         offsets = []
@@ -40,42 +44,66 @@ class ChoiceBuilder:
             offsets.append(self.offset)
             self.offset += len(self.decoder.decode(self.tokenizer.token_bytes[token] or b''))
         return {
-            'tokens': [self.tokenizer.decode([token]) for token, _, _ in scores],
+            'tokens': [self.text(token) for token, _, _ in scores],
             'token_logprobs': [None if p is None else max(p, LOWEST) for _, p, _ in scores],
             'top_logprobs': [None if s[1] is None else self.likeliest(*s) for s in scores],
             'text_offset': offsets,
         }
 
     def likeliest(self, token: int, logprob: float, top: tuple) -> dict[str, float]:
-        out: dict[str, float] = {}
-        for i, p in (*top, (token, logprob)):  # several tokens may read alike
-            text = self.tokenizer.decode([i])
-            out[text] = max(p, out.get(text, LOWEST))
+        """The likeliest tokens, and the one that was chosen under its text. Others that would read
+        the same have names of their own."""
+        out, own = {}, self.text(token)
+        for i, p in (dict(top) | {token: logprob}).items():
+            name = own if i == token else self.name(i)
+            if i != token and (name in out or name == own):
+                name = f'token_id:{i}'
+            out[name] = max(p, LOWEST)
         return out
 
+    def name(self, token: int) -> str:
+        """A token's text; where its bytes are none by themselves, these, in OpenAI's spelling."""
+        data = self.bytes_of(token)
+        if data is None:
+            return f'token_id:{token}'
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
 
-class Chat:
-    """Choices of completions as those of a chat, with their text as a 'message' or a 'delta'."""
+    def text(self, token: int) -> str:
+        return (self.bytes_of(token) or b'').decode(errors='replace')
 
-    def __init__(self, part: str):
-        self.part, self.begun = part, set()
+    def bytes_of(self, token: int) -> bytes | None:
+        """None for a token that stands for nothing, as those that pad a vocabulary."""
+        known = self.tokenizer.token_bytes
+        return known[token] if token < len(known) else None
 
-    def __call__(self, choice: dict) -> dict:
-        index, scores = choice['index'], choice['logprobs']
-        text = {'content': choice['text']}
-        if index not in self.begun:  # the first frame says who speaks
-            self.begun.add(index)
-            text = {'role': 'assistant', **text}
-        logprobs = None if scores is None else {'content': self.tokens(scores)}
-        finish = choice['finish_reason']
-        return {'index': index, self.part: text, 'logprobs': logprobs, 'finish_reason': finish}
 
-    def tokens(self, scores: dict) -> list[dict]:
-        def one(text: str, logprob: float) -> dict:
-            return {'token': text, 'logprob': logprob, 'bytes': list(text.encode())}
+class ChatBuilder(ChoiceBuilder):
+    """One answer of a chat, with its text as a 'message' or a 'delta'."""
 
-        each = (scores[name] for name in ('tokens', 'token_logprobs', 'top_logprobs'))
-        return [
-            {**one(text, logprob), 'top_logprobs': [one(*other) for other in top.items()]}
-            for text, logprob, top in zip(*each, strict=True)
-        ]
+    def __init__(self, part: str, *given):
+        super().__init__(*given)
+        self.part, self.begun = part, False
+
+    def said(self, text: str) -> dict:
+        role = {} if self.begun else {'role': 'assistant'}  # the first frame says who speaks
+        self.begun = True
+        return {self.part: {**role, 'content': text}}
+
+    def logprobs(self, scores: list[tuple]) -> dict:
+        def one(token: int, logprob: float) -> dict:
+            data = self.bytes_of(token)
+            return {
+                'token': self.text(token),
+                'logprob': max(logprob, LOWEST),
+                'bytes': None if data is None else list(data),
+            }
+
+        return {
+            'content': [
+                {**one(token, logprob), 'top_logprobs': [one(*other) for other in top]}
+                for token, logprob, top in scores
+            ]
+        }

@@ -27,6 +27,7 @@ from waitress.utilities import RequestEntityTooLarge
 
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.serving.api_error import error_body
+from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import LOG, Service, key_of
 
 MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
@@ -62,6 +63,7 @@ class JsonErrorTask(ErrorTask):
         body = json.dumps(error_body(error.code, f'{error.reason}: {error.body}')).encode()
         self.status = f'{error.code} {error.reason}'
         self.response_headers.append(('Content-Type', 'application/json'))
+        self.response_headers += self.channel.server.startup.headers(self.request.headers)
         self.channel.server.startup.note(self.channel.addr[0], error.code)
         self.set_close_on_finish()
         self.content_length = len(body)
@@ -110,19 +112,25 @@ def listen(settings: dict) -> socket.socket:
 class StartupApp:
     """The application; until it is there, a word that it is being loaded."""
 
-    def __init__(self, app: flask.Flask | None = None):
-        self.app = app
+    def __init__(self, app: flask.Flask | None = None, origins: Origins | None = None):
+        self.app, self.origins = app, origins
 
     def __call__(self, environ: dict, start_response):
         if self.app:
             return self.app(environ, start_response)
-        headers = [('Content-Type', 'application/json')]
+        asked = {name.removeprefix('HTTP_'): value for name, value in environ.items()}
+        headers = [('Content-Type', 'application/json'), *self.headers(asked)]
         if environ['PATH_INFO'] == '/health':
             start_response('200 OK', headers)
             return [b'{"status": "ok"}']
         start_response('503 Service Unavailable', [*headers, ('Retry-After', '5')])
         body = error_body(503, 'the model is being loaded', code='loading')
         return [json.dumps(body).encode()]
+
+    def headers(self, asked: dict) -> list[tuple[str, str]]:
+        """What the answer says to a page elsewhere, by the headers that it sent."""
+        origins = self.app.extensions['origins'] if self.app else self.origins
+        return list(origins.headers(asked.get('ORIGIN')).items()) if origins else []
 
     def note(self, client: str, status: int) -> None:
         """Log and count what never got here, as it was no HTTP, or too much of it."""

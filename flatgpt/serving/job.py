@@ -64,7 +64,7 @@ class CompletionJob:
     """The texts that one HTTP request asks for.
 
     client_disconnected(): whether the client has left. seconds: how long they may take.
-    shape(): of a choice, as the client knows it.
+    builder: of the choices that the client reads, a ChoiceBuilder or one like it.
     """
 
     def __init__(
@@ -74,10 +74,11 @@ class CompletionJob:
         engine: Engine,
         client_disconnected: Callable[[], bool],
         seconds: float,
-        shape: Callable[[dict], dict] | None = None,
+        builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
     ):
         sampling, n, top, echo = body.sampling(), body.n or 1, body.logprobs, bool(body.echo)
-        seed = secrets.randbits(63) if body.seed is None else body.seed % 2**64
+        # -1 is no seed to the clients of llama.cpp and vLLM
+        seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**64
         self.queue = PieceQueue(len(prompts) * n)
         # a text's random numbers depend on the seed and its number among those of its prompt
         self.requests = [
@@ -87,11 +88,10 @@ class CompletionJob:
             for i, ids in enumerate(prompts)
             for j in range(n)
         ]
-        self.builders = [ChoiceBuilder(each, engine.tokenizer, echo) for each in self.requests]
+        self.builders = [builder(each, engine.tokenizer, echo) for each in self.requests]
         self.engine, self.prompts = engine, prompts
         self.client_disconnected, self.seconds = client_disconnected, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.shape = shape or (lambda choice: choice)
         self.late = False
         self.code: str | None = None  # of the error that ended a stream
 
@@ -140,7 +140,7 @@ class CompletionJob:
         for piece in pieces:
             rows.setdefault(piece.row, []).append(piece)
         choices = [self.builders[row].choice(rows[row]) for row in sorted(rows)]
-        return [self.shape(choice) for choice in choices if choice]
+        return [choice for choice in choices if choice]
 
     def failure(self) -> APIError:
         if self.late:

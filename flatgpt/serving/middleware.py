@@ -12,13 +12,18 @@ import secrets
 import time
 
 import flask
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
+from flatgpt.errors import did_you_mean
+from flatgpt.files import strict_json
 from flatgpt.serving.api_error import APIError
+from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import Service, key_of
+from flatgpt.serving.unsupported import Body, Unsupported
 
 LOG = logging.getLogger('flatgpt')
+LISTED = '/docs lists them'
 blueprint = flask.Blueprint('middleware', __name__)
 
 
@@ -26,22 +31,61 @@ def current_service() -> Service:
     return flask.current_app.extensions['flatgpt']
 
 
-def read(model: type[BaseModel]) -> BaseModel:
+def current_origins() -> Origins:
+    return flask.current_app.extensions['origins']
+
+
+def read(model: type[Body]) -> Body:
     """The body of this HTTP request, checked.
 
-    By pydantic's own parser, which answers any bytes with an error; json.loads, and so Flask's
-    request.json, fails on deep nesting with a RecursionError and lets lone surrogates through.
+    Two parsers must agree on it: Python's finds a name that stands twice, pydantic's refuses lone
+    surrogates and whatever is not UTF-8, and tells 1 from 1.0 and true.
     """
-    if flask.request.mimetype != 'application/json':
-        raise APIError(415, 'send JSON, with the header "Content-Type: application/json"')
+    check_headers()
+    data = flask.request.get_data(cache=False)
     try:
-        return model.model_validate_json(flask.request.get_data(cache=False))
+        content = strict_json(data)
+    except (ValueError, RecursionError) as error:
+        raise APIError(400, f'the body: {error}') from None
+    # first, since pydantic has an error for each of them, of which there may be very many
+    for name in content if isinstance(content, dict) else ():
+        if name not in model.model_fields:
+            name = name[:99]
+            near = did_you_mean(name, model.model_fields.keys() - Unsupported.model_fields.keys())
+            raise APIError(400, f'{name}: no such field; {near or LISTED}'.strip(), name)
+    try:
+        return model.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    message, param = first['msg'], '.'.join(map(str, first['loc'][:1])) or None
-    if param == 'prompt' and first['type'] != 'missing':
+        raise APIError(400, *explain(first)) from None
+
+
+def check_headers() -> None:
+    """APIError for a body that is not plain JSON, or a field that is not in it."""
+    request = flask.request
+    if request.mimetype != 'application/json':
+        raise APIError(415, 'send JSON, with the header "Content-Type: application/json"')
+    charset = request.mimetype_params.get('charset', 'utf-8')
+    if charset.lower() not in ('utf-8', 'utf8', 'us-ascii'):
+        raise APIError(415, f'Content-Type: charset={charset} is not read; send UTF-8')
+    coding = request.headers.get('Content-Encoding', 'identity')
+    if coding.lower() != 'identity':
+        raise APIError(415, f'Content-Encoding: {coding} is not read; send the JSON as it is')
+    for name in request.args.keys() - {'api-version'}:  # which Azure's clients add
+        raise APIError(400, f'{name}: fields go into the JSON body, not into the address', name)
+
+
+def explain(error: dict) -> tuple[str, str | None]:
+    """What is wrong, by pydantic's error, and the field's name."""
+    (param, *inner), message = error['loc'] or (None,), error['msg']
+    if param == 'prompt' and error['type'] != 'missing':
         message = 'must be a text, token ids, or a list of either, none of them empty'
-    raise APIError(400, f'{param or "the body"}: {message}', param)
+    if error['type'] == 'extra_forbidden':
+        message = f'no such field; {LISTED}'
+    # within other fields, pydantic's path has names of types, too
+    path = inner if param in ('messages', 'stream_options') else ()
+    where = ''.join(f'[{each}]' if isinstance(each, int) else f'.{each[:99]}' for each in path)
+    return ': '.join(filter(None, (param or 'the body', where.lstrip('.'), message))), param
 
 
 # -----------------------------------------------------------------------------
@@ -50,18 +94,22 @@ def read(model: type[BaseModel]) -> BaseModel:
 
 @blueprint.before_app_request
 def enter():
-    """Name the request, and let it in if it needs no key or has it."""
+    """Name the request, and let it in if it needs no key or has it, from a page that may."""
     g, headers = flask.g, flask.request.headers
     given = headers.get('X-Request-Id', '')
     g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
     g.began, g.job, g.code = time.monotonic(), None, None
+    current_origins().check(headers.get('Origin'))
+    if 'Access-Control-Request-Method' in headers and flask.request.method == 'OPTIONS':
+        return flask.Response()  # a preflight, which brings no key; leave() says what it asks
     guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
     key = key_of(current_service().settings)
-    sent = headers.get('Authorization', '').removeprefix('Bearer ')
+    sent = re.sub('(?i)^bearer +', '', headers.get('Authorization', ''))
     if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
         message = 'send the key of this server, as in "Authorization: Bearer KEY"'
         challenge = {'WWW-Authenticate': 'Bearer'}
         raise APIError(401, message, code='invalid_api_key', headers=challenge)
+    return None
 
 
 @blueprint.after_app_request
@@ -72,6 +120,10 @@ def leave(response: flask.Response):
     response.headers['X-Request-Id'] = g.id
     response.headers['X-Content-Type-Options'] = 'nosniff'
     response.headers['Content-Security-Policy'] = "default-src 'self' 'unsafe-inline' data:"
+    wanted = None
+    if 'Access-Control-Request-Method' in request.headers:
+        wanted = request.headers.get('Access-Control-Request-Headers', '')
+    response.headers.update(current_origins().headers(request.headers.get('Origin'), wanted))
     line = {
         'id': g.id,
         'client': request.remote_addr,

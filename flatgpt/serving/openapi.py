@@ -2,7 +2,7 @@
 The OpenAPI document, which spectree makes of the routes that are declared with `api`, and its page.
 
     @routes.post('/tokenize')
-    @api.validate(resp=Answers(TokenizeResponse, 401, *BODY_ERRORS), security=KEY)
+    @api.validate(resp=Answers(TokenizeResponse, *BODY_ERRORS), security=KEY)
     def tokenize(json: TokenizeRequest):
         '''The token ids of a text.'''
 
@@ -23,7 +23,8 @@ from flatgpt.serving.middleware import read
 from flatgpt.serving.schema import ErrorResponse
 
 KEY = [{}, {'key': []}]  # the security of a route that needs the server's key, if it has one
-BODY_ERRORS = (400, 413, 415)
+ACCESS_ERRORS = (401, 403)
+BODY_ERRORS = (400, *ACCESS_ERRORS, 413, 415)
 ENGINE_ERRORS = (429, 500, 503, 504)
 SWAGGER = Path(find_spec('flask_openapi3_swagger').origin).parent / 'templates' / 'swagger'
 DOCS_PAGE = """<!doctype html>

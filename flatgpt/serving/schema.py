@@ -4,11 +4,23 @@ What clients send to api.py and what it answers, as pydantic models.
     body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
+from flatgpt.data.messages import content_text
+from flatgpt.errors import UserError
 from flatgpt.inference.sampling import SamplingParams
+from flatgpt.serving.unsupported import Body, Unsupported, ignored, only
 
 MOST_STOPS, LONGEST_STOP = 128, 512  # each is looked for after every token
 MOST_BIASES = 1024
@@ -38,17 +50,17 @@ def about(text: str):
     return Field(None, description=text)
 
 
-class Body(BaseModel):
-    """Numbers are not taken for text, nor 1.0 for 1; what is not known here is ignored."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+def refuse(message: str) -> PydanticCustomError:
+    return PydanticCustomError('refused', '{message}', {'message': message})
 
 
 class StreamOptions(Body):
     include_usage: bool | None = about('Send a last frame with the number of tokens.')
+    continuous_usage_stats: only(False) = None
+    include_obfuscation: ignored() = None
 
 
-class Options(Body):
+class Options(Unsupported):
     """What a request for a text says of how it is written."""
 
     model: str | None = about('There is one; its name is not looked at.')
@@ -58,7 +70,7 @@ class Options(Body):
     stream_options: StreamOptions | None = about('Of a stream.')
     stop: Stop | Stops | None = about('End a text before this string, or any of these.')
     seed: number(-(2**63), 2**63 - 1, kind=int) | None = about(
-        'The same seed gives the same text. Without one every answer is another.'
+        'The same seed gives the same text. Without one, or with -1, every answer is another.'
     )
     temperature: number(0, 1e6) | None = about('0 takes the likeliest token (default 1).')
     top_p: number(above=0, high=1) | None = about(
@@ -113,6 +125,13 @@ class CompletionRequest(Options):
     logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
         "Report each token's log-probability, and those of so many likeliest ones."
     )
+    best_of: number(1, 2**16, kind=int) | None = about('Not supported: must be 1, or n.')
+
+    @field_validator('best_of')
+    def check_best_of(cls, value: int | None, info: ValidationInfo):
+        if value not in (None, 1, info.data.get('n')):
+            raise refuse('this server does not choose among texts; leave it out, or give 1 or n')
+        return value
 
     def prompts(self) -> list:
         """Its prompts, each a text or token ids."""
@@ -120,9 +139,37 @@ class CompletionRequest(Options):
         return [self.prompt] if one else self.prompt
 
 
+def as_text(content: object) -> str:
+    try:
+        return content_text(content)
+    except UserError as error:
+        raise refuse(str(error)) from None
+
+
+PART = {
+    'type': 'object',
+    'properties': {'type': {'const': 'text'}, 'text': {'type': 'string'}},
+    'required': ['type', 'text'],
+    'additionalProperties': False,
+}
+PARTS = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': PART, 'minItems': 1}]}
+
+
 class Message(Body):
     role: str
-    content: str
+    content: Annotated[Any, AfterValidator(as_text), WithJsonSchema(PARTS)]
+    type: only('text', 'message') = None
+    name: only() = None
+    tool_calls: only() = None
+    tool_call_id: only() = None
+    function_call: only() = None
+    refusal: only() = None
+    audio: only() = None
+    annotations: only() = None
+    reasoning: only() = None
+    reasoning_content: only() = None
+    prefix: only(False) = None
+    id: ignored() = None
 
 
 class ChatRequest(Options):
@@ -132,16 +179,31 @@ class ChatRequest(Options):
         }
     )
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: number(0, 2**31, kind=int) | None = about(
-        'New tokens at most (default: what the context holds).'
+    max_tokens: number(1, 2**31, kind=int) | None = about(
+        'New tokens in each text at most (default: what the context holds).'
     )
+    max_completion_tokens: number(1, 2**31, kind=int) | None = about('Another name of it.')
     logprobs: bool | None = about("Report each token's log-probability.")
     top_logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about('And so many likeliest ones.')
+    echo: only(False) = None
+    best_of: only(1) = None
+
+    @field_validator('max_completion_tokens')
+    def check_one_limit(cls, value: int | None, info: ValidationInfo):
+        if value and info.data.get('max_tokens') not in (None, value):
+            raise refuse('max_tokens is another number; leave out one of them')
+        return value
+
+    @field_validator('top_logprobs')
+    def check_logprobs(cls, value: int | None, info: ValidationInfo):
+        if value and 'logprobs' in info.data and not info.data['logprobs']:
+            raise refuse('needs "logprobs": true')
+        return value
 
     def completion(self, ids: list[int], room: int, end: str) -> CompletionRequest:
-        """The same as a completion of token ids, for which the context has room; end: of a turn."""
+        """The same as a completion of token ids, for which there is room; end: of a turn."""
         stop = [self.stop] if isinstance(self.stop, str) else [*(self.stop or [])]
-        fields = self.model_dump(exclude={'messages', 'max_completion_tokens', 'top_logprobs'})
+        fields = {name: getattr(self, name) for name in Options.__annotations__}
         fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(room, 1)
         fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
         return CompletionRequest(**{**fields, 'prompt': ids, 'stop': stop + [end] * bool(end)})
@@ -160,11 +222,15 @@ ALIKE = (  # in a request and in SamplingParams
 class TokenizeRequest(Body):
     model_config = ConfigDict(json_schema_extra={'examples': [{'prompt': 'To be, or not'}]})
     prompt: str
+    model: ignored() = None
+    add_special_tokens: ignored() = None  # there are none that a tokenizer here would add
+    return_token_strs: only(False) = None
 
 
 class DetokenizeRequest(Body):
     model_config = ConfigDict(json_schema_extra={'examples': [{'tokens': [1, 2, 3]}]})
     tokens: Annotated[list[Id], Field(fail_fast=True)]
+    model: ignored() = None
 
 
 # -----------------------------------------------------------------------------
@@ -176,7 +242,10 @@ class Logprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float | None] = Field(description='In nats; at least -9999.')
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: list[dict[str, float] | None] = Field(
+        description='By text. What is no text by itself is named by its bytes, bytes:\\xe4\\xbd, '
+        'what would read as another by its id, token_id:7.'
+    )
     text_offset: list[int] = Field(description='The character of the text where it begins.')
 
 
@@ -192,7 +261,7 @@ class Choice(BaseModel):
 class ChatToken(BaseModel):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None = Field(description='Its own, which may be half a character.')
 
 
 class ChatScores(ChatToken):

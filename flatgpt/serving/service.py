@@ -15,10 +15,12 @@ import threading
 import time
 from collections.abc import Callable
 
+from flatgpt.data.messages import template_role
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory, out_of_memory
 from flatgpt.serving.api_error import APIError
+from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.job import CompletionJob
 from flatgpt.serving.metrics import Metrics
 from flatgpt.serving.schema import CompletionRequest, Message
@@ -109,15 +111,30 @@ class Service:
         if tokenizer.chat_template is None:
             message = "this model's tokenizer has no chat template: /v1/completions continues text"
             raise APIError(400, message, 'messages', 'no_chat_template')
+        talk = []
+        for number, message in enumerate(messages):
+            try:
+                role = template_role(message.role, tokenizer.chat_template)
+            except UserError as error:
+                raise APIError(400, f'messages[{number}]: {error}', 'messages') from None
+            talk.append({'role': role, 'content': message.content})
         try:
-            ids = tokenizer.encode_chat([dict(message) for message in messages]).tolist()
+            ids = tokenizer.encode_chat(talk).tolist()
         except UserError as error:
-            raise APIError(400, str(error), 'messages') from None
+            raise APIError(400, f'messages: {error}', 'messages') from None
         end = tokenizer.chat_template['assistant'][1]
         return ids, '' if end in tokenizer.special else end
 
+    def room(self, ids: list[int]) -> int:
+        """How many tokens may come after a prompt."""
+        most = self.settings['max_new_tokens']
+        return min(self.size - len(ids), self.size if most is None else most)
+
     def begin(
-        self, body: CompletionRequest, client_disconnected: Callable[[], bool], shape=None
+        self,
+        body: CompletionRequest,
+        client_disconnected: Callable[[], bool],
+        builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
     ) -> CompletionJob:
         """Have a request computed; release() must follow. APIError if it cannot be."""
         prompts, tokens = body.prompts(), self.tokenizer.vocab_size
@@ -131,7 +148,7 @@ class Service:
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
         seconds = self.settings['max_seconds']
-        job = CompletionJob(body, prompts, self.engine, client_disconnected, seconds, shape)
+        job = CompletionJob(body, prompts, self.engine, client_disconnected, seconds, builder)
         self.submit(job)
         return job
 

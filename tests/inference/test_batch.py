@@ -18,6 +18,7 @@ from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.inference.batch import fingerprint
 from flatgpt.inference.engine import generate
 from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.request import TextStream
 from flatgpt.inference.sampling import SamplingParams
 
 SCRIPT = ROOT / 'sample.py'
@@ -159,6 +160,84 @@ def test_no_stop_string_is_none_and_what_is_no_text_is_an_error(out_dir, tmp_pat
     assert 'stop: needs a text' in answers[1]['error']
 
 
+def test_values_of_json_are_not_read_as_flags_are(out_dir, tmp_path):
+    lines = [
+        '{"prompt": "ab", "stop": ["\\\\n", "a|b"], "seed": 1}',
+        '{"prompt": "ab", "stop": "|", "seed": 1}',
+        '{"prompt": "ab", "seed": 1, "temperature": null, "id": {"kept": [1]}}',
+        '{"prompt": "ab", "top_k": null, "temperature": 1}',
+        '{"prompt": "ab", "temperature": "0.5"}',
+        '{"prompt": "ab", "top_k": "None"}',
+        '{"prompt": "ab", "seed": true}',
+        '{"prompt": "ab", "max_new_tokens": 3.0}',
+        '{"prompt": "ab", "max_new_tokens": [3]}',
+        '{"prompt": "ab", "temperature": 1%s}' % ('0' * 400),
+        '{"prompt": "ab", "temperature": 1e999}',
+        '{"prompt": "ab", "min_p": NaN}',
+        '{"prompt": "ab", "seed": 1, "seed": 2}',
+        '{"prompt": "ab", "stop": ["a", ""]}',
+        '{"prompt": "ab", "max_tokens": 3}',
+        '{"prompt": "ab", "xyzzy": 3}',
+    ]
+    path = tmp_path / 'prompts.jsonl'
+    path.write_text('\n'.join(lines) + '\n')
+    _, answers = batch(out_dir, path)
+    texts = {answer['text'] for answer in answers[:3]}
+    assert len(texts) == 3  # each line has random numbers of its own, and none was stopped
+    assert [answer['finish'] for answer in answers[:4]] == ['length'] * 4
+    assert answers[2]['id'] == {'kept': [1]}
+    causes = [
+        "temperature needs a number, not str '0.5'",
+        "top_k needs a whole number or None, not str 'None'",
+        'seed needs a whole number, not bool True',
+        'max_new_tokens needs a whole number, not float 3.0',
+        'max_new_tokens needs a whole number, not list [3]',
+        'temperature is too large',
+        'temperature=inf',
+        'NaN is no JSON',
+        "'seed' stands twice",
+        'stop',
+        'did you mean max_new_tokens?',
+        "'xyzzy'; there are prompt, id, max_new_tokens",
+    ]
+    for answer, cause in zip(answers[4:], causes, strict=True):
+        assert cause in answer['error']
+
+
+def test_a_long_stop_string_looks_at_each_character_once():
+    for stop, piece in (('a' * 50_000 + 'b', b'aaaa'), ('ab' * 25_000 + 'c', b'ab')):
+        stream, began, shown = TextStream((stop,)), time.monotonic(), ''
+        for _ in range(50_000):
+            shown += stream.add(piece, False)[0]
+        assert shown + stream.add(b'', True)[0] == piece.decode() * 50_000
+        assert time.monotonic() - began < 10  # the square of its length would take hours
+
+
+def test_a_bar_in_a_stop_of_json_is_a_bar(tmp_path):
+    out_dir = saved(tmp_path / 'run', char_tokenizer('ab|'), block_size=64)
+    path = tmp_path / 'prompts.jsonl'
+    given = {'prompt': 'ab', 'temperature': 0, 'max_new_tokens': 60}
+    _, (plain,) = batch(out_dir, write_lines(path, {**given, 'stop': []}))
+    text = plain['text']
+    (tmp_path / 'answers.jsonl').unlink()
+    stop = text[10:13]
+    _, answers = batch(out_dir, write_lines(path, {**given, 'stop': f'{stop}|zz'}, given))
+    assert answers[0]['text'] == answers[1]['text'] == text
+
+
+def write_lines(path, *records):
+    path.write_text(''.join(json.dumps(record) + '\n' for record in records))
+    return path
+
+
+@pytest.mark.parametrize('name', ['prompts.json', 'prompts.csv', 'prompts.jsonl.gz'])
+def test_a_file_of_another_kind_is_not_taken_for_prompts(out_dir, tmp_path, name):
+    (tmp_path / name).write_text('[{"prompt": "ab"}]\n')
+    result, answers = batch(out_dir, tmp_path / name)
+    assert (result.returncode, answers) == (2, [])
+    assert f'{name}: files that end in {(tmp_path / name).suffix} are not read' in result.stderr
+
+
 def test_two_batches_never_write_one_file(out_dir, tmp_path):
     prompt_file(tmp_path / 'prompts.jsonl', 3)
     with FileLock(tmp_path / 'answers.jsonl.lock'):
@@ -177,4 +256,6 @@ def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
     path.write_text('ab\n')
     assert 'leave out the prompt' in fails(here, f'--batch={path}', out, 'hello')
     assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
+    assert '--num_samples' in fails(here, f'--batch={path}', out, '--num_samples=2')
+    assert 'for the answers to a --batch' in fails(here, 'ab', out)
     assert 'there is no folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')

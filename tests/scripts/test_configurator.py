@@ -260,6 +260,11 @@ def test_a_wrong_type_in_a_config_names_file_setting_and_value(thing, config, li
     assert text.startswith(f'{path}: {line.partition(" ")[0]} = ')
 
 
+def test_a_number_that_no_float_holds_is_refused_and_a_long_value_is_cut_short(thing, config):
+    assert 'rate is too large' in refused(thing, '--rate=1' + '0' * 400)
+    assert len(refused(thing, config('steps = "x" * 10_000'))) < 400
+
+
 def test_a_config_that_is_not_python_gives_file_and_line(thing, config):
     path = config('steps = 3\nrate = = 2\n')
     assert f'{path}, line 2: ' in refused(thing, path)
@@ -322,6 +327,56 @@ def test_an_argument_that_is_no_config_is_the_prompt_where_there_is_one(thing, p
     assert thing('fast', positional='name')['steps'] == 4
     assert thing('fast', 'Once', '--width=1', positional='name')['name'] == 'Once'
     assert 'no such config' in refused(thing, 'typo.py', positional='name')
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'To install it, run setup.py',
+        'see a/b.py',
+        '-- and so',
+        '--- x=1',
+        'x' * 5000 + ' .py',
+        'a/b',
+    ],
+)
+def test_a_prompt_may_look_like_a_file_or_a_flag(thing, project, capsys, text):
+    assert thing(text, positional='name')['name'] == text
+    assert capsys.readouterr().err == ''
+    with pytest.raises(ConfigError):
+        thing(text)
+
+
+@pytest.mark.parametrize(
+    ('text', 'hint'),
+    [
+        ('steps=3', 'a setting needs two dashes: --steps=3'),
+        ('out', '--out_dir=out'),
+        ('prompt.txt', '--name=FILE:prompt.txt'),
+        ('train_txet', 'did you mean train_text?'),
+    ],
+)
+def test_a_word_that_may_mean_something_else_is_the_prompt_with_a_hint(
+    thing, project, tmp_path, capsys, text, hint
+):
+    (project / 'config' / 'train_text.py').touch()
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'prompt.txt').touch()
+    assert thing(text, positional='name')['name'] == text
+    err = capsys.readouterr().err
+    assert err.startswith(f'{text}: is taken as the prompt; ')
+    assert hint in err
+    assert err.count('\n') == 1
+
+
+def test_a_word_in_py_is_a_config_or_refused_with_the_way_to_make_it_the_prompt(thing, config):
+    path = config('name = "from the config"', 'with blanks.py')
+    assert thing(path, positional='name')['name'] == 'from the config'
+    assert thing(path, 'given', positional='name')['name'] == 'given'
+    assert 'it is the prompt, --name=typo.py' in refused(thing, 'typo.py', positional='name')
+    assert thing('--name=typo.py', positional='name')['name'] == 'typo.py'
+    for two in (('--name=a', 'b'), ('a', 'b')):
+        assert 'a second prompt' in refused(thing, *two, positional='name')
 
 
 def test_other_scripts_ignore_train_settings_in_a_config_but_not_typos(thing, config):

@@ -43,11 +43,17 @@ from flatgpt.errors import ConfigError, UserError
 from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
-from flatgpt.serving import schema
-from flatgpt.serving.choices import ChoiceBuilder
+from flatgpt.serving import schema, unsupported
+from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder
 from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
+from flatgpt.serving.origins import Origins
 
 pytest_plugins = ['server']
+CHAT = '/v1/chat/completions'
+TALK = [
+    {'role': 'system', 'content': 'be kind'},
+    {'role': 'user', 'content': 'hi <|end|>'},  # spelt, which is not the token
+]
 
 
 @pytest.fixture
@@ -200,18 +206,18 @@ def test_null_is_as_if_it_had_not_been_said(client):
     assert ask_texts(client, prompt='ab', **nulls) == ask_texts(client, prompt='ab', seed=5)
 
 
-def test_sixteen_tokens_are_the_default_and_unknown_fields_are_ignored(client):
-    body = ask(
-        client,
-        prompt='ab',
-        model='another',
-        user='me',
-        best_of=1,
-        tools=[{}],
-        logit_bias=GOES_ON,
-    )
+def test_sixteen_tokens_are_the_default_and_what_is_harmless_is_ignored(client):
+    harmless = {'user': 'me', 'metadata': {'a': 'b'}, 'service_tier': 'flex', 'best_of': 1}
+    body = ask(client, prompt='ab', model='another', logit_bias=GOES_ON, **harmless)
     assert body['usage']['completion_tokens'] == 16
     assert body['model'] == 'tiny'
+
+
+def test_minus_one_is_no_seed_and_other_negative_ones_are(client):
+    given = {'prompt': 'ab', 'logit_bias': GOES_ON}
+    assert len({ask_texts(client, **given, seed=-1)[0] for _ in range(4)}) == 4
+    assert ask_texts(client, **given, seed=-2) == ask_texts(client, **given, seed=-2)
+    assert ask_texts(client, **given, seed=-2) != ask_texts(client, **given, seed=-3)
 
 
 @pytest.mark.parametrize(
@@ -390,17 +396,31 @@ def test_a_prompt_can_be_scored_without_writing(client):
     assert body['usage'] == {'prompt_tokens': 7, 'completion_tokens': 0, 'total_tokens': 7}
 
 
-def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
-    request = Request([97], SamplingParams(), print, top=3)
-    top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0))
-    choice = ChoiceBuilder(request, byte_tokenizer(), False).choice(
-        [
-            TokenOutput(0, 0xEA, '', None, -3.0, top),
-            TokenOutput(0, 98, 'b', 'length', -math.inf, ()),
-        ]
-    )
-    assert choice['logprobs']['top_logprobs'] == [{'\ufffd': -1.0, 'a': -5.0}, {'b': -9999.0}]
-    assert choice['logprobs']['token_logprobs'] == [-3.0, -9999.0]
+def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number():
+    request, plain = Request([97], SamplingParams(), print, top=3), byte_tokenizer()
+    tokens = [*plain.token_bytes, 'é'.encode(), b'a', '\ufffd'.encode(), None]
+    tokenizer = Tokenizer('byte', 'byte', tokens, plain.special)
+    double, rare, nothing, beyond = 258, 259, 260, 261  # reads as 97; U+FFFD itself; no text
+    top = ((0xE9, -1.0), (0xEA, -3.0), (97, -5.0), (double, -6.0))
+    odd = ((rare, -1.0), (nothing, -2.0), (beyond, -3.0))
+    pieces = [
+        TokenOutput(0, 0xEA, '', None, -3.0, top),
+        TokenOutput(0, 0xE9, '', None, -4.0, odd),
+        TokenOutput(0, 98, 'b', 'length', -math.inf, ()),
+    ]
+    scores = ChoiceBuilder(request, tokenizer, False).choice(pieces)['logprobs']
+    assert scores['tokens'] == ['\ufffd', '\ufffd', 'b']
+    assert scores['token_logprobs'] == [-3.0, -4.0, -9999.0]
+    assert scores['top_logprobs'] == [
+        {'bytes:\\xe9': -1.0, '\ufffd': -3.0, 'a': -5.0, 'token_id:258': -6.0},
+        {'token_id:259': -1.0, 'token_id:260': -2.0, 'token_id:261': -3.0, '\ufffd': -4.0},
+        {'b': -9999.0},
+    ]
+    chat = ChatBuilder('message', request, tokenizer, False).choice(pieces)['logprobs']['content']
+    assert [score['bytes'] for score in chat] == [[0xEA], [0xE9], [98]]
+    assert [each['bytes'] for each in chat[0]['top_logprobs']] == [[0xE9], [0xEA], [97], [97]]
+    assert [each['bytes'] for each in chat[1]['top_logprobs']] == [[239, 191, 189], None, None]
+    assert chat[2]['logprob'] == -9999.0
 
 
 # -----------------------------------------------------------------------------
@@ -461,6 +481,17 @@ def test_tokens_that_read_alike_keep_the_larger_and_infinity_is_a_number():
         ({'prompt': 'a', 'stream': 1}, 'stream', 'boolean'),
         ({'prompt': 'a', 'stream_options': 'all'}, 'stream_options', ''),
         ({'prompt': 'a', 'seed': 2**63}, 'seed', 'less'),
+        ({'prompt': 'a', 'temprature': 1}, 'temprature', 'did you mean temperature?'),
+        ({'prompt': 'a', 'xyzzy': None}, 'xyzzy', 'no such field'),
+        ({'prompt': 'a', 'messages': []}, 'messages', 'no such field'),
+        ({'prompt': 'a', 'suffix': 'b'}, 'suffix', 'leave it out'),
+        ({'prompt': 'a', 'best_of': 2}, 'best_of', 'give 1 or n'),
+        ({'prompt': 'a', 'use_beam_search': True}, 'use_beam_search', 'or give false'),
+        ({'prompt': 'a', 'min_tokens': 3}, 'min_tokens', 'or give 0'),
+        ({'prompt': 'a', 'min_tokens': False}, 'min_tokens', 'or give 0'),
+        ({'prompt': 'a', 'prompt_logprobs': 0}, 'prompt_logprobs', 'leave it out'),
+        ({'prompt': 'a', 'skip_special_tokens': False}, 'skip_special_tokens', 'give true'),
+        ({'prompt': 'a', 'stream_options': {'x': 1}}, 'stream_options', 'x: no such field'),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
@@ -509,6 +540,61 @@ def test_a_body_that_is_not_the_json_it_should_be_is_400(client, path, body):
     ignored = path in ('/tokenize', '/detokenize') and (b'temperature' in body or b'bias' in body)
     assert reply.status_code == 400 or (ignored and reply.json)
     assert reply.json.get('error', {'message': ignored})['message']
+
+
+@pytest.mark.parametrize('name', unsupported.REFUSED)
+def test_what_is_not_supported_is_accepted_where_it_asks_for_nothing(chatting, name):
+    path, body = (PATH, {'prompt': 'a'}) if name == 'suffix' else (CHAT, {'messages': TALK})
+    for neutral in (None, [], {}, '', *unsupported.REFUSED[name]):
+        ask(chatting, path=path, max_tokens=1, **body, **{name: neutral})
+    error = ask(chatting, 400, path, **body, **{name: {'some': 'thing'}})['error']
+    assert error['param'] == name
+    assert error['message'].startswith(f'{name}: this server does not support it')
+
+
+@pytest.mark.parametrize(
+    ('body', 'says'),
+    [
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "'seed' stands twice"),
+        (b'{"prompt": "a", "metadata": {"b": 1, "b": 1}}', "'b' stands twice"),
+        (b'{"prompt": "a", "user": NaN}', 'NaN is no JSON'),
+    ],
+)
+def test_what_only_some_parsers_take_for_json_is_400(client, body, says):
+    reply = client.post(PATH, data=body, content_type='application/json')
+    assert reply.status_code == 400
+    assert says in reply.json['error']['message']
+
+
+def test_many_wrong_names_and_a_very_long_one_are_refused_in_a_line(client):
+    for body in ({f'f{i}': 1 for i in range(100_000)}, {'temperature' * 300_000: 1}):
+        began = time.monotonic()
+        message = ask(client, 400, prompt='a', **body)['error']['message']
+        assert time.monotonic() - began < 5
+        assert len(message) < 200
+
+
+def test_a_field_in_the_address_is_named_and_not_lost(client):
+    error = ask(client, 400, f'{PATH}?max_tokens=3', prompt='a')['error']
+    assert (error['param'], 'JSON body' in error['message']) == ('max_tokens', True)
+    ask(client, path=f'{PATH}?api-version=1', prompt='a')
+
+
+@pytest.mark.parametrize(
+    ('kind', 'coding', 'says'),
+    [
+        ('application/json; charset=latin-1', None, 'charset=latin-1'),
+        ('application/json; charset="UTF-16"', None, 'charset=UTF-16'),
+        ('application/json', 'gzip', 'Content-Encoding: gzip'),
+        ('application/json', 'br', 'Content-Encoding: br'),
+        ('application/json; charset=UTF-8', 'identity', None),
+    ],
+)
+def test_a_body_that_is_encoded_in_another_way_is_415(client, kind, coding, says):
+    headers = {'Content-Encoding': coding} if coding else {}
+    reply = client.post(PATH, data=b'{"prompt": "a"}', content_type=kind, headers=headers)
+    assert reply.status_code == (415 if says else 200)
+    assert not says or says in reply.json['error']['message']
 
 
 def test_a_large_wrong_body_is_refused_without_a_word_for_each_of_its_parts(client):
@@ -581,13 +667,6 @@ def test_the_limits_of_the_server_are_named(make_app):
     ask(client, prompt='a' * 10, max_tokens=20)
 
 
-CHAT = '/v1/chat/completions'
-TALK = [
-    {'role': 'system', 'content': 'be kind'},
-    {'role': 'user', 'content': 'hi <|end|>'},  # spelt, which is not the token
-]
-
-
 @pytest.fixture
 def chatting(make_app):
     """A client of a model whose tokenizer has a chat template, with a token that ends a turn."""
@@ -638,7 +717,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
     assert answer['choices'][0]['finish_reason'] == 'stop'
     scores = answer['choices'][0]['logprobs']['content']
     assert [score['token'] for score in scores] == ['y', 'e', 's', '<|end|>']
-    assert all(len(score['top_logprobs']) >= 2 for score in scores)
+    assert all(len(score['top_logprobs']) == 2 for score in scores)
     plain = byte_tokenizer()
     plain.chat_template = {role: [f'{role}: ', '\n'] for role in ('user', 'assistant')}
     client = make_app(plain).test_client()
@@ -654,10 +733,37 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': []}, 'messages: '),
         ({'messages': [{'role': 'user'}]}, 'messages: '),
         ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
+        ({'messages': [TALK[1], 'x']}, 'messages: [1]: '),
+        ({'messages': [{**TALK[1], 'content': None}]}, 'messages: [0].content: '),
+        ({'messages': [{**TALK[1], 'content': [{'type': 'image_url'}]}]}, "type 'image_url'"),
+        ({'messages': [{**TALK[1], 'name': 'Bob'}]}, 'messages: [0].name: '),
+        ({'messages': [{**TALK[1], 'tool_calls': [{}]}]}, 'messages: [0].tool_calls: '),
+        ({'messages': [{**TALK[1], 'other': 1}]}, 'messages: [0].other: no such field'),
+        ({'messages': TALK, 'max_tokens': 0}, 'max_tokens: '),
+        ({'messages': TALK, 'max_completion_tokens': 0}, 'max_completion_tokens: '),
+        ({'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2}, 'is another number'),
+        ({'messages': TALK, 'top_logprobs': 2}, 'top_logprobs: needs "logprobs": true'),
+        ({'messages': TALK, 'n': 2, 'best_of': 2}, 'best_of: '),
+        ({'messages': TALK, 'prompt': 'x'}, 'prompt: no such field'),
     ],
 )
 def test_a_conversation_that_cannot_be_answered_is_400(chatting, body, says):
     assert says in ask(chatting, 400, CHAT, **body)['error']['message']
+
+
+def test_text_parts_are_the_text_that_they_have(chatting):
+    given = {'path': CHAT, 'max_tokens': 5, 'temperature': 0}
+    plain = ask(chatting, messages=[{'role': 'user', 'content': 'a\nb'}], **given)
+    parts = [{'type': 'text', 'text': text} for text in 'ab']
+    # as the openai package sends back a message that it got
+    message = {'role': 'user', 'content': parts, 'refusal': None, 'tool_calls': None}
+    assert ask(chatting, messages=[message], **given)['choices'] == plain['choices']
+
+
+def test_a_chat_without_a_limit_keeps_to_that_of_the_server(chatting):
+    service_of(chatting).settings['max_new_tokens'] = 7
+    answer = ask(chatting, path=CHAT, messages=TALK[1:], logit_bias={'256': -100, '257': -100})
+    assert answer['usage']['completion_tokens'] == 7
 
 
 def test_without_a_chat_template_chat_is_400(client):
@@ -697,6 +803,91 @@ def test_a_key_guards_the_model_and_its_tokenizer(make_app, key):
     assert client.post(PATH, headers=right, json={'prompt': 'a'}).status_code == 200
     for path in ('/health', '/ready', '/metrics', '/docs', '/openapi.json'):
         assert client.get(path).status_code == 200
+
+
+def test_the_word_bearer_is_read_in_any_case(make_app):
+    client = make_app(api_key='my key').test_client()
+    for sent in ('Bearer my key', 'bearer my key', 'BEARER  my key'):
+        assert client.get('/v1/models', headers={'Authorization': sent}).status_code == 200
+    assert client.get('/v1/models', headers={'Authorization': 'Basic my key'}).status_code == 401
+
+
+ELSEWHERE = 'https://app.example'
+PREFLIGHT = {
+    'Access-Control-Request-Method': 'POST',
+    'Access-Control-Request-Headers': 'authorization,content-type,x-stainless-os',
+}
+
+
+def allowed(reply):
+    return reply.headers.get('Access-Control-Allow-Origin')
+
+
+def test_with_a_key_any_page_may_ask_and_reads_every_answer(make_app):
+    client = make_app(api_key='secret').test_client()
+    page = {'Origin': ELSEWHERE}
+    reply = client.options(CHAT, headers={**page, **PREFLIGHT})
+    assert (reply.status_code, allowed(reply)) == (200, '*')
+    assert 'POST' in reply.headers['Access-Control-Allow-Methods']
+    wanted = PREFLIGHT['Access-Control-Request-Headers']
+    assert reply.headers['Access-Control-Allow-Headers'] == wanted
+    reply = client.post(PATH, json={'prompt': 'a'}, headers=page)
+    assert (reply.status_code, allowed(reply)) == (401, '*')
+    page['Authorization'] = 'Bearer secret'
+    for body, status in (({'prompt': 'a', 'stream': True}, 200), ({}, 400)):
+        with client.post(PATH, json=body, headers=page, buffered=True) as reply:
+            assert (reply.status_code, allowed(reply)) == (status, '*')
+            assert 'X-Request-Id' in reply.headers['Access-Control-Expose-Headers']
+    assert allowed(client.get('/nothing', headers=page)) == '*'
+
+
+@pytest.mark.parametrize(
+    ('origin', 'may'),
+    [
+        ('http://localhost:3000', True),
+        ('http://LOCALHOST', True),
+        ('https://localhost:8443', True),
+        ('http://127.0.0.1:8000', True),
+        ('http://[::1]:5173', True),
+        (ELSEWHERE, False),
+        ('http://rebound.example:8000', False),  # a name that leads here
+        ('http://localhost.example:80', False),
+        ('http://localhost:80.example', False),
+        ('null', False),  # of a sandboxed frame
+        (None, True),  # no browser's page
+    ],
+)
+def test_without_a_key_only_pages_of_this_machine_may_ask(client, origin, may):
+    page = {'Origin': origin} if origin else {}
+    for reply in (
+        client.options(PATH, headers={**page, **PREFLIGHT}),
+        client.post(PATH, json={'prompt': 'a'}, headers={**page, 'Host': 'rebound.example:8000'}),
+    ):
+        assert reply.status_code == (200 if may else 403)
+        assert allowed(reply) == (origin if may else None)
+        assert reply.headers['Vary'] == 'Origin'
+        if not may:
+            assert f'--allow_origins={origin}' in reply.json['error']['message']
+
+
+def test_allow_origins_lists_the_pages(make_app):
+    given = f'{ELSEWHERE}, http://10.0.0.1:*,null'
+    client = make_app(allow_origins=given).test_client()
+    for origin in (ELSEWHERE, 'http://10.0.0.1', 'http://10.0.0.1:81', 'null'):
+        assert allowed(client.get('/health', headers={'Origin': origin})) == origin
+    for origin in (f'{ELSEWHERE}:81', 'https://other.example', 'http://localhost'):
+        assert client.get('/health', headers={'Origin': origin}).status_code == 403
+    client = make_app(allow_origins='', api_key='x').test_client()
+    reply = client.get('/health', headers={'Origin': ELSEWHERE})
+    assert (reply.status_code, allowed(reply)) == (200, None)
+    client = make_app(allow_origins='*').test_client()
+    assert allowed(client.get('/health', headers={'Origin': ELSEWHERE})) == '*'
+
+
+@pytest.mark.parametrize('wrong', ['app.example', 'https://a/', 'https://*.example', 'https://a/b'])
+def test_what_is_no_origin_is_one_line(make_app, wrong):
+    with pytest.raises(ConfigError, match=r'allow_origins: .* is no origin; give scheme://host'):
+        make_app(allow_origins=f'https://good.example,{wrong}')
 
 
 def test_the_key_may_come_from_the_environment(make_app, monkeypatch):
@@ -1112,6 +1303,11 @@ def test_every_setting_is_explained(monkeypatch):
         ({'max_queue': -1}, 'max_queue=-1'),
         ({'port': 8000}, 'create_app.port=.: the server that runs it has its own'),
         ({'max_seconds': 0.0}, 'max_seconds=0.0'),
+        (
+            {'max_rows': '4'},
+            'create_app.max_rows=.: max_rows needs a whole number or None',
+        ),
+        ({'quantize': 'int8'}, 'create_app.quantize=.: the model is given'),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(make_app, wrong, says):
@@ -1174,13 +1370,15 @@ def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
 
 
 def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
-    startup, listener = StartupApp(), listening()
+    origins = Origins({'allow_origins': None, 'api_key': 'x'})
+    startup, listener = StartupApp(origins=origins), listening()
     server, port = Server(startup, listener, 4), listener.getsockname()[1]
     try:
         seen = {path: get(port, path) for path in ('/health', '/ready', '/v1/models', '/nothing')}
         assert seen.pop('/health') == (200, {'status': 'ok'})
         assert 'Retry-After' not in post(port, '/health')[1]
         assert post(port)[1]['Retry-After'] == '5'
+        assert post(port)[1]['Access-Control-Allow-Origin'] == '*'
         for status, body in seen.values():
             assert (status, body['error']['code']) == (503, 'loading')
         startup.app = app
@@ -1216,6 +1414,7 @@ def test_connections_are_kept_for_the_next_request(app):
         (b'nonsense\r\n\r\n', 400),
         (b'GET / HTTP/1.1\r\nbad header\r\n\r\n', 400),
         (b'GET / HTTP/1.1\r\nX: ' + b'x' * 300_000 + b'\r\n\r\n', 431),
+        (b'POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n', 400),
         (b'POST /tokenize HTTP/1.1\r\nContent-Length: -1\r\n\r\n', 400),
         (b'POST /tokenize HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n', 501),
     ],
@@ -1224,15 +1423,26 @@ def test_connections_are_kept_for_the_next_request(app):
 def test_what_is_no_http_is_answered_in_json_too_and_logged(app, caplog, sent, status):
     caplog.set_level(logging.INFO, 'flatgpt')
     with served(app) as port, socket.create_connection(('127.0.0.1', port), timeout=30) as client:
-        client.sendall(sent)
+        client.sendall(sent.replace(b'\r\n', b'\r\nOrigin: http://localhost:1\r\n', 1))
         with http.client.HTTPResponse(client) as reply:
             reply.begin()
             assert reply.status == status
             assert json.loads(reply.read())['error']['message']
             assert reply.headers['Content-Type'] == 'application/json'
+            assert reply.headers['Vary'] == 'Origin'
     (line,) = logged(caplog, None)
     assert (line['client'], line['status']) == ('127.0.0.1', status)
     assert figures(app.test_client())[f'flatgpt_requests_rejected_total{{status="{status}"}}'] == 1
+
+
+def test_a_body_in_chunks_is_read(app):
+    with served(app) as port:
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+        with contextlib.closing(connection):
+            body = iter([b'{"prompt":', b' "', 'é'.encode()[:1], 'é'.encode()[1:], b'"}'])
+            kind = {'Content-Type': 'application/json'}
+            connection.request('POST', '/tokenize', body, kind, encode_chunked=True)
+            assert json.loads(connection.getresponse().read())['tokens'] == [0xC3, 0xA9]
 
 
 def test_the_log_has_the_client_that_a_proxy_on_this_machine_names(app, caplog):
@@ -1379,6 +1589,24 @@ def test_openai_streams_with_logprobs_and_usage(openai_client, app):
     assert tokens == body['choices'][0]['logprobs']['tokens']
     assert frames[-1].choices[0].finish_reason == 'length'
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
+
+
+def test_openai_sends_text_parts_and_its_bytes_come_back(chatting):
+    openai = pytest.importorskip('openai', reason='openai is not installed')
+    write(service_of(chatting), 'né'.encode())
+    parts = [{'type': 'text', 'text': 'hi'}]
+    given = {'model': '', 'messages': [{'role': 'user', 'content': parts}], 'max_tokens': 3}
+    with served(chatting.application) as port:
+        base = f'http://127.0.0.1:{port}/v1'
+        with openai.OpenAI(base_url=base, api_key='-', max_retries=0) as client:
+            answer = client.chat.completions.create(**given, logprobs=True, top_logprobs=20)
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.chat.completions.create(**given, response_format={'type': 'json_object'})
+    scores = answer.choices[0].logprobs.content
+    assert b''.join(bytes(score.bytes) for score in scores) == 'né'.encode()
+    assert answer.choices[0].message.content == 'né'
+    assert all(len({*map(str, score.top_logprobs)}) == 20 for score in scores)
+    assert caught.value.param == 'response_format'
 
 
 def test_openai_lists_the_model(openai_client):
