@@ -215,11 +215,13 @@ def run_here(tiny):
                 super().__init__(*args)
                 trackers.append(self)
 
-        names = [name for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, name)]
+        names = ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP')
+        names = [name for name in names if hasattr(signal, name)]
         handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, 'argv', ['train.py', str(config), *map(str, args)])
-            patch.setattr(sys, 'excepthook', sys.excepthook)
+            for name in ('excepthook', 'stdout', 'stderr'):
+                patch.setattr(sys, name, getattr(sys, name))
             patch.setattr(run_directory, 'FileLock', Lock)
             patch.setattr(metrics_module, 'Tracker', Tracker)
             for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
@@ -235,7 +237,7 @@ def run_here(tiny):
                 for lock in locks:
                     lock.release(force=True)
                 for tracker in trackers:
-                    tracker.file.close()
+                    tracker.sinks['metrics.jsonl'].close()
 
     return run
 
