@@ -17,13 +17,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from flatgpt.errors import ConfigError, UserError, one_line_errors, within
+
+if __name__ == '__main__':
+    one_line_errors()  # also for a package that is missing, of those that only serving needs
+
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from configurator import configure, known, read_settings
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import EOT, Tokenizer
-from flatgpt.errors import ConfigError, UserError, within
 from flatgpt.inference.engine import Engine
 from flatgpt.serving import middleware, schema
 from flatgpt.serving.api_error import APIError

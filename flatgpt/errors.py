@@ -84,7 +84,10 @@ def missing_package(error: ModuleNotFoundError) -> UserError | None:
     name = (error.name or '').partition('.')[0]
     if not name or name in sys.stdlib_module_names or sys.modules.get(name):
         return None
-    return UserError(f'this needs the package {name}: pip install {PACKAGES.get(name, name)}')
+    package = PACKAGES.get(name, name)
+    return UserError(
+        f'this needs the package {name}: pip install {package} (all packages: pip install -e .)'
+    )
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """What bench.py refuses before it measures anything, as one line each."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from flatgpt.errors import UserError, one_of, within
 from flatgpt.runtime import DTYPES, Runtime
 
 FORMATS = (*DTYPES, 'int8')
+SERVING = ('flask', 'waitress', 'pydantic', 'spectree', 'prometheus_client')  # that api.py needs
 
 
 def check_modes(settings: dict) -> None:
@@ -21,6 +23,8 @@ def check_modes(settings: dict) -> None:
     modes = [name for name in ('compare', 'task', 'serve', 'only') if settings[name]]
     if len(modes) > 1:
         raise UserError(f'--{modes[0]} and --{modes[1]}: give one of them')
+    if settings['serve'] and (missing := [name for name in SERVING if not find_spec(name)]):
+        raise UserError(f'--serve: api.py needs pip install {" ".join(missing)}')
     if settings['serve'] and settings['out_dir']:
         raise UserError('--serve: times random weights of the shape given; leave out --out_dir')
 
