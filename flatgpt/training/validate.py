@@ -19,6 +19,7 @@ import torch
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import ConfigError, Mistakes, as_config_error, one_of, within
+from flatgpt.files import is_utf8
 from flatgpt.runtime import Runtime
 from model import GPTConfig
 
@@ -66,7 +67,13 @@ def validate(config: dict) -> None:
     rules += [partial(one_of, choices, config, name) for name, choices in CHOICES.items()]
     rules += [
         partial(rule, config)
-        for rule in (check_resume, check_offload, check_mirror_setting, check_eval_only)
+        for rule in (
+            check_names,
+            check_resume,
+            check_offload,
+            check_mirror_setting,
+            check_eval_only,
+        )
     ]
     if not is_resuming(config) and config['init_from'] == 'scratch':
         rules += [partial(rule, config) for rule in NEW_MODEL_RULES]
@@ -80,6 +87,13 @@ def report_all(rules: list[Callable[[], None]]) -> None:
         with mistakes.collect():
             rule()
     mistakes.raise_all()
+
+
+def check_names(config: dict) -> None:
+    """Refuse folders of which no checkpoint could be loaded again."""
+    for name in ('out_dir', 'checkpoint_mirror'):
+        if config[name] and not is_utf8(config[name]):
+            raise ConfigError(f'{name}={config[name]!r}: is no UTF-8; give another name')
 
 
 def check_resume(config: dict) -> None:

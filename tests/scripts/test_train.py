@@ -1454,6 +1454,21 @@ def test_a_run_s_generated_name_is_fresh_and_readable():
     assert re.fullmatch(r'out/[a-z]+_[a-z]+-\d{6}-\d{4}', run_directory.new_name())
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux alone')
+def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
+    run_here, source, tmp_path
+):
+    bad = os.fsdecode(bytes(tmp_path) + b'/run\xff')
+    for flag in ('out_dir', 'checkpoint_mirror'):
+        text = refused(run_here, f'--out_dir={tmp_path}/run', f'--{flag}={bad}')
+        assert text.startswith(f'{flag}=')
+        assert 'is no UTF-8; give another name' in text
+    assert list(tmp_path.iterdir()) == []
+    shutil.copytree(source, bad)
+    text = refused(run_here, f'--out_dir={tmp_path}/run', f'--init_from={bad}')
+    assert 'is no UTF-8, and cannot be read; rename the folder' in text
+
+
 def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
     flags = ('--learning_rate=-1', '--n_layer=0', '--optimizer=adam', '--eval_interval=0')
     with pytest.raises(UserError) as caught:
