@@ -28,6 +28,7 @@ from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.training import metrics as metrics_module
+from flatgpt.training import run as run_module
 from flatgpt.training import run_directory
 from model import GPT, GPTConfig
 
@@ -234,7 +235,7 @@ def run_here(tiny):
             for name in ('excepthook', 'stdout', 'stderr'):
                 patch.setattr(sys, name, getattr(sys, name))
             patch.setattr(run_directory, 'FileLock', Lock)
-            patch.setattr(metrics_module, 'Tracker', Tracker)
+            patch.setattr(run_module, 'Tracker', Tracker)
             for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
                 patch.delenv(name, raising=False)
             try:
@@ -248,7 +249,7 @@ def run_here(tiny):
                 for lock in locks:
                     lock.release(force=True)
                 for tracker in trackers:
-                    tracker.sinks['metrics.jsonl'].close()
+                    tracker.close()
 
     return run
 

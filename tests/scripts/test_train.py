@@ -1078,6 +1078,37 @@ def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, cap
     assert 'warning: short_iters=4 leaves no step of 4 for whole sequences' in out
 
 
+@pytest.mark.parametrize(
+    ('flags', 'warning'),
+    [
+        (['--muon_lr=0.05'], "optimizer='muon': muon_lr"),
+        (['--dpo_beta=1'], "objective='dpo': dpo_beta"),
+        (['--cooldown=0.1'], "lr_schedule='linear': cooldown"),
+        (['--short_block_size=8'], 'short_iters: short_block_size'),
+        (['--decay_lr=False', '--lr_schedule=constant'], 'decay_lr: lr_schedule'),
+        (['--eval_interval=None', '--patience=3'], 'eval_interval: patience'),
+        (['--lora_alpha=3', '--lora_targets=c_attn'], 'lora_rank: lora_alpha, lora_targets'),
+    ],
+)
+def test_a_setting_that_acts_only_with_another_is_named(run_here, tmp_path, capsys, flags, warning):
+    assert run_here(f'--out_dir={tmp_path}/run', '--max_iters=0', *flags) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('warning'))
+    assert line == f'warning: settings that do nothing without {warning}'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'text'),
+    [
+        (['--checkpoint=last'], "checkpoint='last': a new model begins with none"),
+        (['--init_from=resume', '--overwrite'], 'overwrite=True begins anew'),
+    ],
+)
+def test_settings_that_exclude_one_another_are_refused(run_here, copied, flags, text):
+    before = contents(copied)
+    assert text in refused(run_here, f'--out_dir={copied}', *flags)
+    assert contents(copied) == before
+
+
 def test_fine_tuning_may_take_a_shorter_context(run_here, source, tmp_path):
     assert run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--block_size=8') == 0
     model, _, _ = load_model(tmp_path)
