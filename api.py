@@ -18,13 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from flatgpt.errors import ConfigError, UserError, one_line_errors, within
+
+if __name__ == '__main__':
+    one_line_errors()  # also for a package that is missing, of those that only serving needs
+
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from configurator import configure, known, read_settings, with_values
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import EOT, Tokenizer
-from flatgpt.errors import ConfigError, UserError, within
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema

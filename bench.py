@@ -36,6 +36,7 @@ from flatgpt.benchmarks.validate import (
     check_memory,
     check_modes,
     check_settings,
+    check_used,
     check_writable,
     requested_jobs,
 )
@@ -112,6 +113,7 @@ QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_
 def bench_jobs(settings: dict) -> None:
     """The speed of this machine and this model, job by job, or that of api.py under load."""
     jobs = requested_jobs(settings, [*JOBS], EXTRA_JOBS)
+    check_used(settings, ['serve'] if settings['serve'] else jobs)
     check_settings(settings, jobs)
     check_writable(settings)
     device = pick_device(settings['device'])
@@ -132,6 +134,7 @@ def bench_jobs(settings: dict) -> None:
 def bench_tasks(settings: dict) -> None:
     """What a model knows, by lm-evaluation-harness."""
     within(1, None, settings, 'limit')
+    check_used(settings, ['task'])
     check_writable(settings)
     try:
         from flatgpt.benchmarks import lm_eval

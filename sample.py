@@ -382,6 +382,4 @@ def main(settings: dict) -> None:
 
 
 if __name__ == '__main__':
-    for stream in filter(None, (sys.stdin, sys.stdout)):  # whatever the locale says
-        stream.reconfigure(encoding='utf-8', errors='replace')
     main(configure(globals(), sys.argv[1:], positional='start'))

@@ -111,6 +111,14 @@ def is_same(a: str | Path, b: str | Path) -> bool:
     return Path(a).resolve() == Path(b).resolve()
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Whether the name of a file or a folder is text: safetensors opens no other."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def existing(path: str | Path) -> Path:
     """The folder itself, or the nearest above it that is there."""
     path = Path(path).absolute()

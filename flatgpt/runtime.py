@@ -230,7 +230,7 @@ class Runtime:
         if self.device_type != 'cpu':
             return None
         with suppress(OSError):  # Linux; getrusage would count what the parent held before exec
-            status = Path('/proc/self/status').read_text(encoding='utf-8')
+            status = Path('/proc/self/status').read_text(encoding='utf-8', errors='replace')
             if held := re.search(r'VmHWM:\s+(\d+) kB', status):
                 return int(held[1]) * 1024
         with suppress(ImportError):
@@ -328,12 +328,13 @@ class StopSignal:
     FAILED = 2**10  # in place of a signal's number, and larger than any
 
     def __init__(self, runtime: Runtime):
-        self.signal, self.runtime = 0, runtime
+        self.signal, self.runtime, self.numbers = 0, runtime, []
         self.error: UserError | None = None  # of this process
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, None)  # Windows has but the first two
             under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
             if number and not under_nohup:
+                self.numbers.append(number)
                 signal.signal(number, self.receive)
 
     def receive(self, number: int, frame) -> None:
@@ -368,9 +369,9 @@ class StopSignal:
         return 128 + self.signal if self.signal else 0
 
     def release(self) -> None:
-        """Have signals end the program as usual: nothing is left to lose."""
-        for name in ('SIGINT', 'SIGTERM'):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+        """Have a signal raise KeyboardInterrupt: nothing is left to lose, and nothing to finish."""
+        for number in self.numbers:
+            signal.signal(number, signal.default_int_handler)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -470,6 +471,7 @@ def start(
 def code_hash() -> str:
     """What tells one version of these scripts from another."""
     scripts = sorted([*ROOT.glob('*.py'), *ROOT.glob('flatgpt/**/*.py'), *ROOT.glob('data/*/*.py')])
+    scripts = [script for script in scripts if script.is_file()]  # Emacs locks by links to nowhere
     return hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()[:12]
 
 

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from bs4 import BeautifulSoup, NavigableString, Tag
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
@@ -29,6 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's fla
 from flatgpt.data import text
 from flatgpt.data.download import fetch_page
 from flatgpt.errors import UserError, one_line_errors
+
+if __name__ == '__main__':
+    one_line_errors()  # also for a package that is missing, as the next one may be
+
+from bs4 import BeautifulSoup, NavigableString, Tag
 
 FOLDER = Path(__file__).parent
 SITE = 'https://sre.google'
@@ -183,5 +187,4 @@ def one_line(words: str) -> str:
 
 
 if __name__ == '__main__':
-    one_line_errors()
     main()

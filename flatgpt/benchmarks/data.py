@@ -23,7 +23,7 @@ from flatgpt.data import text as prepare
 from flatgpt.data.dataset import SPLITS, Dataset, Writer, read_meta
 from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 from flatgpt.runtime import Runtime
 
 TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')
@@ -42,8 +42,8 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
         for tokenizer in TOKENIZERS:
             try:
                 bench_preparing(tokenizer, folder, texts, settings, report)
-            except UserError as error:
-                print_row(f'data {tokenizer}', '', '', str(error))
+            except (UserError, ModuleNotFoundError) as error:
+                print_row(f'data {tokenizer}', '', '', reason_of(error))
     for shards in SHARDS[:2] if settings['quick'] else SHARDS:
         with tempfile.TemporaryDirectory() as folder:
             turns = read_batches(cut_into(Path(folder), shards), settings['rounds'])

@@ -1,6 +1,7 @@
 """What bench.py refuses before it measures anything, as one line each."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -13,7 +14,18 @@ from flatgpt.checkpoint.load import find, read_state
 from flatgpt.errors import UserError, one_of, within
 from flatgpt.runtime import DTYPES, Runtime
 
+# settings that ask for something, and the jobs that look at them; none that train.py has as well,
+# since its configs serve here, too
+USED_BY = {
+    'nanogpt': ('training',),
+    'text': ('data',),
+    'profile': ('training', 'prefill', 'decode'),
+    'limit': ('task',),
+    'quantize': ('task',),
+    'tokenizer': ('task',),
+}
 FORMATS = (*DTYPES, 'int8')
+SERVING = ('flask', 'waitress', 'pydantic', 'spectree', 'prometheus_client')  # that api.py needs
 
 
 def check_modes(settings: dict) -> None:
@@ -21,8 +33,18 @@ def check_modes(settings: dict) -> None:
     modes = [name for name in ('compare', 'task', 'serve', 'only') if settings[name]]
     if len(modes) > 1:
         raise UserError(f'--{modes[0]} and --{modes[1]}: give one of them')
+    if settings['serve'] and (missing := [name for name in SERVING if not find_spec(name)]):
+        raise UserError(f'--serve: api.py needs pip install {" ".join(missing)}')
     if settings['serve'] and settings['out_dir']:
         raise UserError('--serve: times random weights of the shape given; leave out --out_dir')
+
+
+def check_used(settings: dict, jobs: list[str]) -> None:
+    """Refuse what was asked for, and none of the jobs would do."""
+    for name, users in USED_BY.items():
+        if settings[name] and not {*users} & {*jobs}:
+            flags = ' or '.join('--task=' if job == 'task' else f'--only={job}' for job in users)
+            raise UserError(f'{name}={settings[name]!r}: is for {flags}; leave it out')
 
 
 def check_writable(settings: dict) -> None:

@@ -25,7 +25,6 @@ from urllib.parse import unquote, urlsplit
 
 import filelock
 import numpy as np
-import requests
 from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, check_files, mask_file, read_meta
@@ -248,6 +247,8 @@ def pieces_of(path: Path) -> Iterator[bytes]:
 
 
 def streamed(url: str) -> Iterator[bytes]:
+    import requests
+
     with requests.get(url, stream=True, timeout=20, headers=HEADERS) as reply:
         reply.raise_for_status()
         yield from reply.iter_content(PIECE)

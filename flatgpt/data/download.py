@@ -11,7 +11,6 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 from urllib.robotparser import RobotFileParser
 
-import requests
 from tqdm import tqdm
 
 from flatgpt.errors import UserError
@@ -66,6 +65,8 @@ def fetch_page(
 
 
 def get_page(urls: list[str], flaw: Callable) -> bytes:
+    import requests
+
     url, *others = urls
     rules = robots(urljoin(url, '/robots.txt'))
     if not rules.can_fetch(AGENT, url):
@@ -85,6 +86,8 @@ def get_page(urls: list[str], flaw: Callable) -> bytes:
 @functools.cache
 def robots(url: str) -> RobotFileParser:
     """The rules of a site; one without robots.txt allows everything (RFC 9309, 2.3.1.3)."""
+    import requests
+
     rules = RobotFileParser(url)
     time.sleep(PAUSE)
     with requests.get(url, timeout=20, headers=HEADERS) as reply:
@@ -111,6 +114,8 @@ def download(url: str, part: Path) -> str:
 
 def with_patience(request: Callable, url: str, path: Path | None = None):
     """What `request` returns, in three attempts. UserError says where else to put the file."""
+    import requests  # slow, and on no machine that brings torch and transformers alone
+
     for attempt in range(ATTEMPTS):
         try:
             return request()
@@ -124,9 +129,12 @@ def with_patience(request: Callable, url: str, path: Path | None = None):
         time.sleep(wait)
 
 
-def seconds_to_wait(response: requests.Response | None, usual: float) -> float | None:
-    """Before asking again; None if that would not help. Retry-After is of RFC 9110, 10.2.3."""
-    if response is None:  # no answer at all
+def seconds_to_wait(response, usual: float) -> float | None:
+    """Before asking again; None if that would not help. Retry-After is of RFC 9110, 10.2.3.
+
+    response: of requests, None if there was no answer.
+    """
+    if response is None:
         return usual
     if response.status_code < 500 and response.status_code != 429:
         return None
@@ -147,6 +155,8 @@ def reason(error: Exception) -> str:
 
 
 def stream(url: str, part: Path) -> str:
+    import requests
+
     digest = hashlib.sha256()
     with (
         requests.get(url, stream=True, timeout=20, headers=HEADERS) as reply,

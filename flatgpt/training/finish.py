@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from flatgpt.checkpoint.load import step_of
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, optional
 from flatgpt.runtime import StopSignal
 from flatgpt.training.metrics import draw_loss, end_line
 from flatgpt.training.run import Run
@@ -37,12 +37,12 @@ def finish(
     run.saver.finish()
     run.report_problems()
     if run.runtime.main:
-        with closing(run.tracker):
+        with suppress(KeyboardInterrupt), closing(run.tracker):
             refuse_bad_end(run, finished)
             if finished:
-                (run.out_dir / 'DONE').touch()
-            stop.release()
-            with suppress(OSError):  # a full disk
+                run.mark_done()
+            stop.release()  # what is left is for show: a signal cuts it short, and is no failure
+            with optional('no loss curve', run.runtime.print0):
                 run.runtime.print0(f'loss curve: {draw_loss(run.out_dir)}')
             if finished:
                 report_end(run, model, tokenizer, data, peak)

@@ -1,15 +1,18 @@
 """What a run leaves to look at: metrics.jsonl and loss.png, TensorBoard and wandb by a setting."""
 
+import errno
 import html
 import json
 import math
+import os
 import textwrap
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 from flatgpt.files import new_file
 from flatgpt.training.state import TrainState
 
@@ -87,70 +90,125 @@ class Progress:
 
 
 class Tracker:
-    """Writes each logged step to metrics.jsonl and to the trackers the settings ask for."""
+    """Writes each logged step to metrics.jsonl and to the trackers the settings ask for.
 
-    def __init__(self, out_dir: str | Path, config: dict, step: int):
-        """step: where the run stands. Lines past it are dropped: those steps are made again."""
-        self.board = tensorboard(out_dir, step) if config['tensorboard_log'] else None
-        self.wandb = wandb_run(out_dir, config) if config['wandb_log'] else None
-        kept = [line for line in read_metrics(out_dir) if line['step'] <= step]
-        path = Path(out_dir) / 'metrics.jsonl'
-        with new_file(path) as part:
-            part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
-        self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
+    One that fails costs a warning, and what it would have shown: no run ends for it.
+    """
+
+    def __init__(
+        self, out_dir: str | Path, config: dict, step: int, report: Callable[[str], object] = print
+    ):
+        """step: where the run stands. Lines past it are dropped: those steps are made again.
+
+        UserError for a tracker that is not installed, and a folder that cannot be written.
+        """
+        self.report, self.warned, self.sinks = report, set(), {}
+        for name in SINKS:
+            if config[f'{name}_log']:
+                self._try(name, self._open, name, out_dir, config, step)
+        self.sinks['metrics.jsonl'] = MetricsFile(Path(out_dir) / 'metrics.jsonl', step)
+
+    def _open(self, name: str, *arguments) -> None:
+        try:
+            self.sinks[name] = SINKS[name](*arguments)
+        except ImportError as error:
+            raise UserError(f'{name}_log=True needs: pip install -e ".[all]"') from error
+
+    def _try(self, name: str, do: Callable, *arguments) -> None:
+        """Do it, and warn of the first failure of each sink."""
+        try:
+            do(*arguments)
+        except UserError:
+            raise
+        except Exception as error:
+            if name not in self.warned:
+                self.warned.add(name)
+                self.report(f'warning: {name}: {reason_of(error)}; {SINK_TROUBLE[name]}')
 
     def log(self, step: int, **values) -> None:
         """values: numbers; None is left out, and what is not finite is null in the file."""
         values = {key: value for key, value in values.items() if value is not None}
-        line = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with suppress(OSError):  # a full disk costs the line, not the run
-            self.file.write(json.dumps({'step': step, **line}).encode() + b'\n')
-        if self.board:
-            for key, value in values.items():
-                self.board.add_scalar(key, value, step)
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        for name, sink in self.sinks.items():
+            self._try(name, sink.log, step, values)
 
     def log_text(self, step: int, text: str) -> None:
         """What the model writes, for the trackers that the settings ask for."""
-        if self.board:  # its texts are Markdown, in which an indent means verbatim
-            self.board.add_text('sample', textwrap.indent(text, '    '), step)
-        if self.wandb:
-            import wandb
+        for name, sink in self.sinks.items():
+            self._try(name, sink.log_text, step, text)
 
-            with suppress(OSError):  # it becomes a file
-                page = wandb.Html(f'<pre>{html.escape(text)}</pre>')
-                self.wandb.log({'sample': page}, step=step)
+    def close(self) -> None:
+        for name, sink in self.sinks.items():
+            self._try(name, sink.close)
+
+
+class MetricsFile:
+    """metrics.jsonl, a line for each logged step."""
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in read_metrics(path.parent) if line['step'] <= step]
+        with new_file(path) as part:
+            part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
+        self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
+        self.cut = False  # whether the last line ends before its time
+
+    def log(self, step: int, values: dict) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        line = json.dumps({'step': step, **finite}).encode() + b'\n'
+        line, self.cut = (b'\n' if self.cut else b'') + line, True
+        if self.file.write(line) < len(line):  # what a disk does before it says that it is full
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.cut = False
+
+    def log_text(self, step: int, text: str) -> None:
+        """Texts are no metrics."""
 
     def close(self) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
 
 
-def tensorboard(out_dir: str | Path, step: int):
-    try:
+class TensorBoard:
+    def __init__(self, out_dir: str | Path, config: dict, step: int):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError('tensorboard_log=True needs: pip install -e ".[all]"') from error
-    return SummaryWriter(str(Path(out_dir) / 'tb'), purge_step=step + 1)
+
+        self.writer = SummaryWriter(str(Path(out_dir) / 'tb'), purge_step=step + 1)
+
+    def log(self, step: int, values: dict) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def log_text(self, step: int, text: str) -> None:
+        # its texts are Markdown, in which an indent means verbatim
+        self.writer.add_text('sample', textwrap.indent(text, '    '), step)
+
+    def close(self) -> None:
+        self.writer.close()
 
 
-def wandb_run(out_dir: str | Path, config: dict):
-    try:
+class Wandb:
+    def __init__(self, out_dir: str | Path, config: dict, step: int):
         import wandb
-    except ImportError as error:
-        raise UserError('wandb_log=True needs: pip install -e ".[all]"') from error
-    name = config['wandb_run_name']
-    try:
-        return wandb.init(project=config['wandb_project'], name=name, config=config, dir=out_dir)
-    except Exception as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f'wandb_log=True: {text}; run `wandb login`, or set WANDB_MODE=offline to log to disk'
-        ) from error
+
+        self.html, name = wandb.Html, config['wandb_run_name']
+        project = config['wandb_project']
+        self.run = wandb.init(project=project, name=name, config=config, dir=out_dir)
+
+    def log(self, step: int, values: dict) -> None:
+        self.run.log(values, step=step)
+
+    def log_text(self, step: int, text: str) -> None:
+        page = self.html(f'<pre>{html.escape(text)}</pre>')  # it becomes a file
+        self.run.log({'sample': page}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS = {'tensorboard': TensorBoard, 'wandb': Wandb}
+SINK_TROUBLE = {
+    'metrics.jsonl': 'lines are missing in it, and in loss.png',
+    'tensorboard': 'its curves have gaps, metrics.jsonl has all',
+    'wandb': 'metrics.jsonl has all; see `wandb login`, or set WANDB_MODE=offline to log to disk',
+}
 
 
 def draw_loss(out_dir: str | Path) -> Path:
@@ -162,7 +220,7 @@ def draw_loss(out_dir: str | Path) -> Path:
         steps, losses = points(lines, 'step', key)
         if steps:
             axes.plot(steps, losses, 'o-', ms=4, label=label)
-    axes.set_title(Path(out_dir).name, parse_math=False)
+    axes.set_title(printable(out_dir), parse_math=False)
     if losses:  # of the validation split
         label = f'best validation {min(losses):.4f}'
         axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
@@ -181,7 +239,7 @@ def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:
         for axes, x in zip(panels, ('step', 'seconds'), strict=True):
             axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.8, alpha=0.4)
             along, losses = points(lines, x, 'val_loss')
-            label = f'{Path(out_dir).name}: {min(losses):.3f}'
+            label = f'{printable(out_dir)}: {min(losses):.3f}'
             axes.plot(along, losses, 'o-', color=f'C{number}', ms=3, lw=1.5, label=label)
     panels[0].set_title('validation; faint: training batches', fontsize='medium', loc='left')
     try:
@@ -189,6 +247,11 @@ def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:
         return write(figure, path if path.suffix else path.with_suffix('.png'))
     except (OSError, ValueError) as error:  # no such folder, no such kind of picture
         raise UserError(f'{picture}: {error}') from error
+
+
+def printable(out_dir: str | Path) -> str:
+    """The folder's name; what no encoding has in it becomes a question mark."""
+    return Path(out_dir).name.encode(errors='replace').decode()
 
 
 def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
@@ -213,5 +276,6 @@ def plot(*xlabels: str):
 def write(figure, path: Path) -> Path:
     for text in figure.axes[0].legend(frameon=False).get_texts():
         text.set_parse_math(False)  # a folder may have a $ in its name
-    figure.savefig(path)
+    with new_file(path) as part:
+        figure.savefig(part, format=path.suffix[1:])
     return path

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,7 +21,7 @@ from flatgpt.checkpoint.save import prune
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import ConfigError, UserError, as_config_error
+from flatgpt.errors import ConfigError, UserError, as_config_error, optional
 from flatgpt.files import is_same, sha256
 from flatgpt.lora import adapted, add_lora
 from flatgpt.runtime import Runtime
@@ -162,9 +161,10 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
     run.state.data = data.fingerprint
     validate_data(config, data)
     shape = model.config if model else new_shape(data, config)
-    warnings = early_warnings(shape, config, runtime), lint_settings(config, data)
-    for warning in chain(*warnings):
-        report(f'warning: {warning}')
+    for lint in (early_warnings(shape, config, runtime), lint_settings(config, data)):
+        with optional('not all settings were looked at', report):
+            for warning in lint:
+                report(f'warning: {warning}')
     model, tokenizer = build_model(model, tokenizer, data, config, report)
     if not config['shard']:  # a whole one may not fit there
         model.to(runtime.device)

@@ -14,16 +14,14 @@ from flatgpt.checkpoint.mirror import Mirror, begin_mirror, catch_up, probe_mirr
 from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, optional
 from flatgpt.parallel import are_finite
-from flatgpt.runtime import Runtime, is_out_of_memory
+from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
 from flatgpt.training.evaluate import sample_page
 from flatgpt.training.loss import REFERENCE, write_reference
 from flatgpt.training.metrics import Progress, Tracker
-from flatgpt.training.resume import (
-    find_resume_checkpoint,
-)
+from flatgpt.training.resume import find_resume_checkpoint
 from flatgpt.training.state import TrainState
 from flatgpt.training.watchdog import Watchdog
 from model import GPT
@@ -49,7 +47,7 @@ class Run:
 
     def exit_if_finished(self, max_iters: int) -> None:
         """End the program if a resumed run has nothing left to do."""
-        c, state, done = self.config, self.state, self.out_dir / 'DONE'
+        c, state = self.config, self.state
         if not (self.resume_from and state.is_finished(max_iters, c['patience'])):
             return
         at_end = state.step >= max_iters
@@ -59,13 +57,18 @@ class Run:
         if self.runtime.main:  # a run that was killed on its last way out
             if c['checkpoint_mirror']:
                 catch_up(self.resume_from, c['checkpoint_mirror'])
-            if not done.exists():
-                done.touch()
+            if not (self.out_dir / 'DONE').exists():
+                self.mark_done()
         self.runtime.print0(
             f'{self.out_dir} is finished: {state.step} of {max_iters} steps; a larger {longer} '
             'goes on'
         )
         self.runtime.leave()
+
+    def mark_done(self) -> None:
+        """Say in its directory that the run is finished, for what starts it again and again."""
+        with optional('the run is finished, but has no DONE file', self.runtime.print0):
+            (self.out_dir / 'DONE').touch()
 
     def open(self, max_iters: int, reference: dict | None) -> None:
         """Take the directory for this run. Whatever can fail comes before."""
@@ -87,7 +90,7 @@ class Run:
         if c['checkpoint_mirror']:
             probe_mirror(c['checkpoint_mirror'])
         self.lock = run_directory.lock(self.out_dir)
-        self.tracker = Tracker(self.out_dir, c, step)
+        self.tracker = Tracker(self.out_dir, c, step, self.runtime.print0)
         run_directory.begin(self.out_dir, step, c['overwrite'])
         if c['checkpoint_mirror']:
             begin_mirror(c['checkpoint_mirror'], step)
@@ -166,25 +169,22 @@ class Run:
         """Print and log what the model writes now; tokens=0: nothing."""
         if not tokens or tokenizer is None or (self.config['shard'] and not self.saved):
             return
-        writer = self._whole_model() if self.config['shard'] else model
-        if writer is None:
-            return
-        text = sample_page(writer, tokenizer, data, tokens, self.config['seed'])
+        with optional('no sample', self.runtime.print0):
+            self._show_sample(model, tokenizer, data, tokens)
         model.train()
+
+    def _show_sample(self, model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int) -> None:
+        # a sharded one may not fit here beside its rows
+        writer = self._whole_model() if self.config['shard'] else model
+        text = sample_page(writer, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
         verb = 'answers' if data.rows else 'writes'
         self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
 
-    def _whole_model(self) -> GPT | None:
+    def _whole_model(self) -> GPT:
         """Of a sharded model rank 0 has but its rows; what it has just saved is whole."""
         self.saver.wait()
-        try:
-            return load_model(self.out_dir, 'last', self.runtime.device)[0]
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self.runtime.print0('no sample: the whole model does not fit here beside its rows')
-            return None
+        return load_model(self.out_dir, 'last', self.runtime.device)[0]
 
     def report_problems(self, after: str = '') -> None:
         for problem in self.saver.news():

@@ -99,5 +99,5 @@ def write_config(out_dir: Path, config: dict, here: dict) -> None:
             continue
         comment = f'  # here {here[name]}' if value == 'auto' and name in here else ''
         lines.append(f'{name} = {value!r}{comment}')
-    with new_file(out_dir / 'config.py') as part:
-        part.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+    with new_file(out_dir / 'config.py') as part:  # a folder's name may be in no encoding
+        part.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='replace')

@@ -19,6 +19,7 @@ import torch
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import ConfigError, Mistakes, as_config_error, one_of, within
+from flatgpt.files import is_utf8
 from flatgpt.runtime import Runtime
 from model import GPTConfig
 
@@ -38,6 +39,16 @@ RANGES = (  # lowest, highest, settings; None is in every range
     (1e-9, None, ('dpo_beta',)),
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
+# (another setting, what it must be; None: any): what acts with that alone, and its default
+IDLE = {
+    ('optimizer', 'muon'): {'muon_lr': 0.02, 'muon_momentum': 0.95},
+    ('objective', 'dpo'): {'dpo_beta': 0.1},
+    ('lr_schedule', 'linear'): {'cooldown': 0.4},
+    ('decay_lr', None): {'lr_schedule': 'cosine'},
+    ('short_iters', None): {'short_block_size': None},
+    ('eval_interval', None): {'patience': None, 'eval_sample_tokens': 0},
+    ('lora_rank', None): {name: LORA[name] for name in LORA if name != 'lora_rank'},
+}
 CHOICES = {
     'optimizer': ('adamw', 'muon'),
     'lr_schedule': ('cosine', 'linear', 'constant'),
@@ -64,10 +75,7 @@ def validate(config: dict) -> None:
         partial(within, low, high, config, name) for low, high, names in RANGES for name in names
     ]
     rules += [partial(one_of, choices, config, name) for name, choices in CHOICES.items()]
-    rules += [
-        partial(rule, config)
-        for rule in (check_resume, check_offload, check_mirror_setting, check_eval_only)
-    ]
+    rules += [partial(rule, config) for rule in RULES]
     if not is_resuming(config) and config['init_from'] == 'scratch':
         rules += [partial(rule, config) for rule in NEW_MODEL_RULES]
     report_all(rules)
@@ -82,9 +90,25 @@ def report_all(rules: list[Callable[[], None]]) -> None:
     mistakes.raise_all()
 
 
+def check_names(config: dict) -> None:
+    """Refuse folders of which no checkpoint could be loaded again."""
+    for name in ('out_dir', 'checkpoint_mirror'):
+        if config[name] and not is_utf8(config[name]):
+            raise ConfigError(f'{name}={config[name]!r}: is no UTF-8; give another name')
+
+
 def check_resume(config: dict) -> None:
     if config['auto_resume'] and not config['out_dir']:
         raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
+    if config['overwrite'] and config['init_from'] == 'resume' and not config['auto_resume']:
+        raise ConfigError(
+            "overwrite=True begins anew, and init_from='resume' continues: leave one of them out"
+        )
+    if config['checkpoint'] and config['init_from'] == 'scratch':
+        raise ConfigError(
+            f'checkpoint={config["checkpoint"]!r}: a new model begins with none; give --init_from, '
+            'the folder of a run, or resume'
+        )
 
 
 def check_offload(config: dict) -> None:
@@ -103,6 +127,9 @@ def check_eval_only(config: dict) -> None:
 def check_mirror_setting(config: dict) -> None:
     if config['checkpoint_mirror']:
         check_mirror(config['checkpoint_mirror'], config['out_dir'])
+
+
+RULES = (check_names, check_resume, check_offload, check_mirror_setting, check_eval_only)
 
 
 # what a model that knows nothing cannot be used for
@@ -222,8 +249,12 @@ def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
         yield f'warmup_iters={warmup} outlasts the {steps} steps of the run'
     if 0 < steps <= (short := config['short_iters']):
         yield f'short_iters={short} leaves no step of {steps} for whole sequences'
-    if not config['lora_rank'] and any(config[name] != LORA[name] for name in LORA):
-        yield 'lora_alpha, lora_dropout and lora_targets do nothing without lora_rank'
+    for (needed, value), names in IDLE.items():
+        acts = config[needed] if value is None else config[needed] == value
+        idle = [name for name in names if config[name] != names[name]]
+        if idle and not acts:
+            must = f'{needed}={value!r}' if value else needed
+            yield f'settings that do nothing without {must}: {", ".join(idle)}'
 
 
 # -----------------------------------------------------------------------------

@@ -171,7 +171,8 @@ class Watchdog:
         self.ending.acquire()  # for good, so that this is done by one thread
         line = f'error (rank {self.runtime.rank}): {what}: {why}\n'
         if mine is not False:
-            os.write(2, line.encode())
+            with suppress(OSError):  # nobody may read it, and this process has to end
+                os.write(2, line.encode())
         if mine is not None:
             time.sleep(2 * self.beat)  # for all to hear of it: rank 0 may keep the store
         for pid in self.frozen:  # a process that stands still does not hear torchrun's SIGTERM

@@ -65,6 +65,11 @@ def test_figures_are_written_even_if_a_later_job_fails(tmp_path, monkeypatch):
         (['--json=nowhere/bench.json'], 'json=nowhere'),
         (['--n_layer=8', '--n_embd=65536'], 'GiB'),
         (['--rounds=0'], 'rounds'),
+        (['--limit=3'], 'limit=3: is for --task=; leave it out'),
+        (['--only=decode', '--nanogpt=x'], "nanogpt='x': is for --only=training"),
+        (['--only=training', '--text=x'], "text='x': is for --only=data"),
+        (['--serve', '--profile'], 'profile=True: is for --only=training or --only=prefill'),
+        (['--task=cbt', '--nanogpt=x'], "nanogpt='x': is for --only=training"),
     ],
 )
 def test_a_mistake_is_one_line(flags, line, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """train.py from end to end: what a run does, leaves behind, refuses, and how it goes on."""
 
+import errno
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +33,7 @@ from flatgpt.errors import UserError
 from flatgpt.inference import engine
 from flatgpt.training import metrics as metrics_module
 from flatgpt.training import optim, run_directory
+from flatgpt.training import run as run_module
 from model import GPT, GPTConfig
 
 SHORT = ('--short_block_size=4', '--short_iters=4')
@@ -619,6 +622,138 @@ def test_a_closed_terminal_or_pipe_does_not_end_the_training(run_here, tmp_path,
     assert (tmp_path / 'DONE').exists()
 
 
+@pytest.mark.parametrize('broken', ['no matplotlib', 'full disk', 'sample'])
+def test_a_picture_or_a_sample_that_fails_is_a_warning(
+    run_here, tmp_path, monkeypatch, capsys, broken
+):
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, 'No space left on device', 'loss.png')
+
+    def no_text(*args):
+        raise KeyError('no such token')
+
+    warnings = {
+        'no matplotlib': ['no loss curve: this needs the package matplotlib: pip install matplot'],
+        'full disk': ['no loss curve: loss.png: No space left on device'],
+        'sample': ["no sample: KeyError: 'no such token'"] * 4,
+    }
+    if broken == 'no matplotlib':
+        for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    elif broken == 'full disk':
+        monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
+    else:
+        monkeypatch.setattr(run_module, 'sample_page', no_text)
+    samples = ('--sample_tokens=5', '--eval_sample_tokens=5', '--max_iters=6')
+    assert run_here(f'--out_dir={tmp_path}/run', *samples) == 0
+    out = capsys.readouterr().out
+    found = [line for line in out.splitlines() if line.startswith('warning')]
+    assert len(found) == len(warnings[broken])
+    assert all(w in line for w, line in zip(warnings[broken], found, strict=True)), found
+    assert 'validation loss' in out
+    assert 'checkpoint: ' in out
+    assert (tmp_path / 'run' / 'DONE').exists()
+    assert (tmp_path / 'run' / 'loss.png').exists() == (broken == 'sample')
+    assert not list(tmp_path.rglob('*.part'))
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
+@pytest.mark.skipif(os.name == 'nt', reason='Windows ends at SIGTERM')
+def test_a_signal_while_a_finished_run_draws_and_writes_is_no_failure(
+    run_here, tmp_path, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(
+        'matplotlib.figure.Figure.savefig',
+        lambda *args, **options: signal.raise_signal(getattr(signal, name)),
+    )
+    assert run_here(f'--out_dir={tmp_path}', '--sample_tokens=5') == 0
+    assert (tmp_path / 'DONE').exists()
+    assert 'what it writes' not in capsys.readouterr().out
+
+
+def test_a_tracker_that_fails_is_one_warning(run_here, tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, **settings):
+            assert settings['project'] == 'p'
+
+        def __getattr__(self, name):  # log and finish
+            raise ConnectionError('no\nnetwork')
+
+    def no_key(**settings):
+        raise RuntimeError('no API key')
+
+    for init in (Broken, no_key):
+        monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, Html=str))
+        out_dir = tmp_path / init.__name__
+        flags = ('--wandb_log', '--wandb_project=p', '--eval_sample_tokens=3')
+        assert run_here(f'--out_dir={out_dir}', *flags) == 0
+        out = capsys.readouterr().out
+        assert out.count('warning') == 1, out
+        said = 'ConnectionError: no network' if init is Broken else 'RuntimeError: no API key'
+        assert f'warning: wandb: {said}; metrics.jsonl has all' in out
+        assert sorted(metrics(out_dir)) == [1, 2, 3, 4]
+
+
+def test_metrics_on_a_full_disk_are_one_warning_and_whole_lines(
+    run_here, tmp_path, monkeypatch, capsys
+):
+    log = metrics_module.MetricsFile.log
+
+    class Full:
+        """What takes a part of a line."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, line):
+            return self.file.write(line[:7])
+
+    def full_for_a_while(self, step, values):
+        file = self.file
+        if step == 2:
+            self.file = Full(file)
+        try:
+            log(self, step, values)
+        finally:
+            self.file = file
+
+    monkeypatch.setattr(metrics_module.MetricsFile, 'log', full_for_a_while)
+    assert run_here(f'--out_dir={tmp_path}') == 0
+    assert capsys.readouterr().out.count('warning: metrics.jsonl: ') == 1
+    assert [line['step'] for line in metrics_module.read_metrics(tmp_path)] == [0, 1, 3, 4, 4]
+
+
+def test_a_done_file_that_cannot_be_written_is_a_warning(run_here, tmp_path, monkeypatch, capsys):
+    touch = Path.touch
+
+    def full(self, *args, **options):
+        if self.name == 'DONE':
+            raise OSError(errno.ENOSPC, 'No space left on device', str(self))
+        touch(self, *args, **options)
+
+    monkeypatch.setattr(Path, 'touch', full)
+    assert run_here(f'--out_dir={tmp_path}') == 0
+    assert 'has no DONE file' in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='a shell of POSIX')
+@pytest.mark.parametrize(
+    'streams',
+    ['>&-', '2>&-', '<&- >&- 2>&-', '>/dev/full', '>/dev/full 2>&1', '| head -n 1'],
+)
+def test_no_stream_that_is_closed_or_full_ends_the_training(environment, tiny, tmp_path, streams):
+    train = shlex.join([sys.executable, str(ROOT / 'train.py'), str(tiny), '--sample_tokens=5'])
+    command = f'{train} --out_dir=run {streams}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', command], env=environment, cwd=tmp_path, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+    assert (tmp_path / 'run' / 'DONE').exists()
+    lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+    assert [json.loads(line)['step'] for line in lines] == [0, 1, 2, 2, 3, 4, 4]
+
+
 def test_a_refused_resume_changes_nothing(copied, run_here):
     before = contents(copied)
     early = f'--checkpoint={load.listed(copied)[0]}'
@@ -941,6 +1076,37 @@ def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, cap
     out = capsys.readouterr().out
     assert 'warning: min_lr=0.001 is above learning_rate=0.0001' in out
     assert 'warning: short_iters=4 leaves no step of 4 for whole sequences' in out
+
+
+@pytest.mark.parametrize(
+    ('flags', 'warning'),
+    [
+        (['--muon_lr=0.05'], "optimizer='muon': muon_lr"),
+        (['--dpo_beta=1'], "objective='dpo': dpo_beta"),
+        (['--cooldown=0.1'], "lr_schedule='linear': cooldown"),
+        (['--short_block_size=8'], 'short_iters: short_block_size'),
+        (['--decay_lr=False', '--lr_schedule=constant'], 'decay_lr: lr_schedule'),
+        (['--eval_interval=None', '--patience=3'], 'eval_interval: patience'),
+        (['--lora_alpha=3', '--lora_targets=c_attn'], 'lora_rank: lora_alpha, lora_targets'),
+    ],
+)
+def test_a_setting_that_acts_only_with_another_is_named(run_here, tmp_path, capsys, flags, warning):
+    assert run_here(f'--out_dir={tmp_path}/run', '--max_iters=0', *flags) == 0
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('warning'))
+    assert line == f'warning: settings that do nothing without {warning}'
+
+
+@pytest.mark.parametrize(
+    ('flags', 'text'),
+    [
+        (['--checkpoint=last'], "checkpoint='last': a new model begins with none"),
+        (['--init_from=resume', '--overwrite'], 'overwrite=True begins anew'),
+    ],
+)
+def test_settings_that_exclude_one_another_are_refused(run_here, copied, flags, text):
+    before = contents(copied)
+    assert text in refused(run_here, f'--out_dir={copied}', *flags)
+    assert contents(copied) == before
 
 
 def test_fine_tuning_may_take_a_shorter_context(run_here, source, tmp_path):
@@ -1317,6 +1483,21 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp
 
 def test_a_run_s_generated_name_is_fresh_and_readable():
     assert re.fullmatch(r'out/[a-z]+_[a-z]+-\d{6}-\d{4}', run_directory.new_name())
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux alone')
+def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
+    run_here, source, tmp_path
+):
+    bad = os.fsdecode(bytes(tmp_path) + b'/run\xff')
+    for flag in ('out_dir', 'checkpoint_mirror'):
+        text = refused(run_here, f'--out_dir={tmp_path}/run', f'--{flag}={bad}')
+        assert text.startswith(f'{flag}=')
+        assert 'is no UTF-8; give another name' in text
+    assert list(tmp_path.iterdir()) == []
+    shutil.copytree(source, bad)
+    text = refused(run_here, f'--out_dir={tmp_path}/run', f'--init_from={bad}')
+    assert 'is no UTF-8, and cannot be read; rename the folder' in text
 
 
 def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
