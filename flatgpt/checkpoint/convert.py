@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from flatgpt import ROOT
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS, filled, open_weights, read_tensor
 from flatgpt.data.hf_tokenizer import MARKS, chat_jinja, read_files, tokenizer_json, with_marks
-from flatgpt.data.tokenizer import EOT, Tokenizer, from_nanogpt_meta, get_tokenizer, load
+from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import CheckpointError, did_you_mean
 from flatgpt.files import new_folder, read_json
 from model import GPT, TRANSPOSED
@@ -191,7 +191,8 @@ def download(name: str) -> Path:
     from huggingface_hub.utils import HFValidationError
 
     wanted = ['config.json', WEIGHTS, INDEX, 'model-*.safetensors']
-    wanted += ['tokenizer.json', 'vocab.json', 'merges.txt']
+    wanted += ['tokenizer.json', 'vocab.json', 'merges.txt', 'generation_config.json']
+    wanted += ['tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json']
     try:
         folder = Path(snapshot_download(repository_of(name), allow_patterns=wanted))
         found = [file for file in ('config.json', WEIGHTS, INDEX) if (folder / file).is_file()]
@@ -223,7 +224,8 @@ def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, dict]:
         ) from error
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        shape = {key: saved['model_args'][key] for key in NANOGPT_SHAPE}
+        args = {'bias': True} | saved['model_args']  # which older ones do not have, and always did
+        shape = {key: args[key] for key in NANOGPT_SHAPE}
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): t for k, t in saved['model'].items()}
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise TypeError('its weights are no tensors')
@@ -273,15 +275,15 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
 def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, folder: Path) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; all of it or nothing."""
     files = {'config.json': config_json(model, tokenizer)}
-    end = None if tokenizer is None else tokenizer.eot
-    files['generation_config.json'] = {'bos_token_id': end, 'eos_token_id': end}
+    files['generation_config.json'] = end_settings(tokenizer)
     if tokenizer is not None:
+        end = tokenizer.eot_text if tokenizer.eot in tokenizer.ends else None
         files['tokenizer.json'] = tokenizer_json(tokenizer)
         files['tokenizer_config.json'] = {
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'model_max_length': model.config.block_size,
             'clean_up_tokenization_spaces': False,
-            **({'bos_token': EOT, 'eos_token': EOT} if tokenizer.eot is not None else {}),
+            **(dict.fromkeys(('bos_token', 'eos_token'), end) if end else {}),
             **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
         if tokenizer.chat_template:  # as it is, too: its Jinja is not read back
@@ -308,9 +310,15 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def end_settings(tokenizer: Tokenizer | None) -> dict:
+    """What begins a text and what ends it: an id, or a list where several do."""
+    ends = [] if tokenizer is None else tokenizer.ends_in_order
+    end = ends if len(ends) > 1 else next(iter(ends), None)
+    return {'bos_token_id': None if tokenizer is None else tokenizer.eot, 'eos_token_id': end}
+
+
 def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
-    c, end = model.config, None if tokenizer is None else tokenizer.eot
-    both = {'bos_token_id': end, 'eos_token_id': end, 'dtype': 'float32'}
+    c, both = model.config, end_settings(tokenizer) | {'dtype': 'float32'}
     if c.arch == 'gpt2':
         return {
             'architectures': ['GPT2LMHeadModel'],
@@ -329,7 +337,7 @@ def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
         'intermediate_size': 4 * c.n_embd,
         'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0},
         **{key: values[0] for key, values in NANOCHAT_SETTINGS.items()},
-        'pad_token_id': end,
+        'pad_token_id': both['bos_token_id'],
         **both,
     }
 

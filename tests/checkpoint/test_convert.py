@@ -20,7 +20,8 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
 from flatgpt.data.dataset import Writer
-from flatgpt.data.hf_tokenizer import GPT2_WORDS, letters_and_merges, tokenizer_json
+from flatgpt.data.hf_options import GPT2_WORDS
+from flatgpt.data.hf_tokenizer import letters_and_merges, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
     byte_tokenizer,
