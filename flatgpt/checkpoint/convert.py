@@ -43,6 +43,8 @@ GPT2_SETTINGS = {
     'scale_attn_by_inverse_layer_idx': (False,),
     'add_cross_attention': (False,),
     'tie_word_embeddings': (True,),
+    'reorder_and_upcast_attn': (False, True),  # the same, rounded less in 16 bits
+    'flatgpt_bias': (True, False),
 }
 NANOCHAT_NAMES = {
     'vocab_size': 'vocab_size',
@@ -59,12 +61,25 @@ NANOCHAT_SETTINGS = {
     'attention_bias': (False,),
     'tie_word_embeddings': (False,),
 }
-EITHER_SETTINGS = {  # that both may have
-    'quantization_config': (None,),
-    'rope_type': ('default',),
-    'rope_theta': (10000.0,),
-    'rope_scaling': (None,),
-}
+ROPE_SETTINGS = {'rope_type': ('default',), 'rope_theta': (10000.0,)}
+# what says nothing about the logits: the origin, dropout, training, heads of other kinds, and
+# which tokens are chosen; any other field must be empty
+HARMLESS = frozenset(
+    """
+    _name_or_path architectures dtype initializer_range model_type name_or_path torch_dtype
+    transformers_version use_cache rope_parameters _attn_implementation attn_implementation
+    _attn_implementation_autoset chunk_size_feed_forward gradient_checkpointing return_dict
+    output_attentions output_hidden_states output_past model_max_length tokenizer_class
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+    attn_pdrop embd_pdrop resid_pdrop attention_dropout hidden_dropout classifier_dropout
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    num_labels _num_labels id2label label2id problem_type finetuning_task task_specific_params
+    predict_special_tokens do_sample max_length min_length temperature top_k top_p typical_p
+    num_beams num_beam_groups num_return_sequences repetition_penalty length_penalty
+    diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size early_stopping prefix
+    """.split()
+)
+EMPTY = (None, False, '', [], {}, 0)
 NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 CARD_SETTINGS = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'seed')
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
@@ -137,14 +152,22 @@ def shape_of(config: dict, name: str) -> dict:
     if kind == 'gpt2':
         shape |= {'arch': 'gpt2', 'bias': config.get('flatgpt_bias', True)}
         expected = GPT2_SETTINGS | {'n_inner': (None, 4 * shape['n_embd'])}
+        expected['n_ctx'] = (shape['block_size'],)  # as older versions call it
     else:
         shape |= {'arch': 'modern'}
-        expected = NANOCHAT_SETTINGS | {'intermediate_size': (4 * shape['n_embd'],)}
+        head = shape['n_embd'] // (shape['n_head'] or 1)
+        expected = {'intermediate_size': (4 * shape['n_embd'],), 'head_dim': (head,)}
+        expected |= NANOCHAT_SETTINGS | ROPE_SETTINGS
         rope = config.get('rope_parameters') or {}  # where older versions have the keys outside it
         config = config | (rope if isinstance(rope, dict) else {'rope_type': rope})
-    for key, values in (expected | EITHER_SETTINGS).items():
-        if key in config and config[key] not in values:
-            raise CheckpointError(f'{name}: {key}={config[key]!r}; only {values[0]!r} is read')
+    for key, value in config.items():
+        if key in expected and value not in expected[key]:
+            raise CheckpointError(f'{name}: {key}={value!r}; only {expected[key][0]!r} is read')
+        if key not in {*expected, *HARMLESS, *names.values()} and value not in EMPTY:
+            raise CheckpointError(
+                f'{name}: {key}={value!r} of its config.json is not known here; remove it if the '
+                'model computes the same without'
+            )
     return shape
 
 
@@ -224,8 +247,11 @@ def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, dict]:
         ) from error
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        args = {'bias': True} | saved['model_args']  # which older ones do not have, and always did
+        args = {'bias': True} | saved['model_args']  # without that setting, all had one
         shape = {key: args[key] for key in NANOGPT_SHAPE}
+        for key in sorted(args.keys() - {*NANOGPT_SHAPE, 'dropout'}):
+            if args[key] not in EMPTY:
+                raise ValueError(f'{key}={args[key]!r} is not of its model')
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): t for k, t in saved['model'].items()}
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise TypeError('its weights are no tensors')

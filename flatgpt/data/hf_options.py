@@ -65,10 +65,7 @@ def refuse_unknown(content: dict, settings: dict) -> None:
     content: of tokenizer.json, settings: of tokenizer_config.json. Truncation and padding are for
     who asks for them, in `transformers` too.
     """
-    model, decoder = content['model'], content['decoder']
-    kind = model['type']
-    if kind not in MODELS:
-        raise UserError(f'it is of type {kind}; byte-level BPE is read')
+    kind, decoder = content['model']['type'], content['decoder']
     if content['normalizer']:
         text = short(content['normalizer'])
         raise UserError(f'it encodes text in a way that we do not: normalizer {text}; null is read')
@@ -76,7 +73,6 @@ def refuse_unknown(content: dict, settings: dict) -> None:
         pattern_of(content['pre_tokenizer'])
     elif content['pre_tokenizer'] != EVERY_CHARACTER:
         raise UserError(f'its pre_tokenizer {short(content["pre_tokenizer"])} makes no characters')
-    refuse_fields('its model has', MODELS[kind], model)
     known = {key: value for key, value in settings.items() if key in SETTINGS}
     refuse_fields('its tokenizer_config.json has', SETTINGS, known)
     if (decoder or {}).get('type') != DECODERS[kind]:
@@ -85,6 +81,14 @@ def refuse_unknown(content: dict, settings: dict) -> None:
             f'tokenizers.decoders.{DECODERS[kind]}() makes'
         )
     refuse_added(content['post_processor'])
+
+
+def refuse_model(model: dict) -> None:
+    """UserError for a model that is not understood; the library itself panics at some of them."""
+    kind = model.get('type', 'BPE' if 'merges' in model else None)  # older files have none
+    if kind not in MODELS:
+        raise UserError(f'it is of type {kind}; byte-level BPE is read')
+    refuse_fields('its model has', MODELS[kind], model)
 
 
 def refuse_fields(where: str, known: dict, fields: dict) -> None:

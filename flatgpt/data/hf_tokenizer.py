@@ -16,6 +16,7 @@ from flatgpt.data.hf_options import (
     EVERY_CHARACTER,
     GPT2_WORDS,
     pattern_of,
+    refuse_model,
     refuse_unknown,
     split_by,
     understood,
@@ -76,6 +77,8 @@ def read_files(*paths: str | Path) -> Tokenizer:
     have. (A trial on text made to be difficult comes last, for what nobody thought of.)
     """
     try:
+        if len(paths) == 1:
+            refuse_model(read_json(Path(paths[0]), 'tokenizer').get('model') or {})
         theirs = tokenizers.Tokenizer.from_file(str(paths[0])) if len(paths) == 1 else bpe(*paths)
         theirs.no_truncation()
         theirs.no_padding()
