@@ -470,6 +470,18 @@ def test_an_adapter_that_peft_made_gives_its_logits(peft, tmp_path, arch, change
 
 
 @theirs_to_warn
+def test_an_adapter_that_changed_its_base_is_merged_by_peft_as_the_line_says(peft, tmp_path):
+    changed = theirs(peft, tmp_path, 'gpt2', init_lora_weights='pissa')
+    assert 'merge_and_unload' in refused(load_model, tmp_path / 'adapter')
+    changed.merge_and_unload().save_pretrained(tmp_path / 'merged')
+    with torch.no_grad():
+        logits = changed(text()).logits
+        torch.testing.assert_close(
+            load_model(tmp_path / 'merged')[0](text())[0], logits, rtol=1e-4, atol=1e-4
+        )
+
+
+@theirs_to_warn
 def test_an_adapter_that_peft_made_is_trained_on(peft, tmp_path, run_here, dataset):
     theirs(peft, tmp_path, 'gpt2')
     args = (f'--out_dir={tmp_path}/run', f'--init_from={tmp_path}/adapter', '--lora_rank=2')

@@ -20,7 +20,14 @@ from safetensors.torch import save_file
 
 from flatgpt import ROOT
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS, filled, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import MARKS, chat_jinja, read_files, tokenizer_json, with_marks
+from flatgpt.data.hf_tokenizer import (
+    MARKS,
+    chat_jinja,
+    read_files,
+    tokenizer_json,
+    with_configured_ends,
+    with_marks,
+)
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import CheckpointError, did_you_mean
 from flatgpt.files import new_folder, read_json
@@ -291,7 +298,7 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
     if os.environ.get('RANK', '0') == '0':
         line = f"{name} has no tokenizer files; by its {vocab_size} ids it is taken for GPT-2's"
         print(line, file=sys.stderr)
-    return get_tokenizer('gpt2')
+    return with_configured_ends(get_tokenizer('gpt2'), folder)
 
 
 # -----------------------------------------------------------------------------

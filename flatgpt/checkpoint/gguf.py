@@ -24,7 +24,10 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
     if c.arch != 'gpt2':
         raise ConfigError(f"arch={c.arch!r}: llama.cpp has no such model; only 'gpt2' goes to GGUF")
     if tokenizer is None:
-        raise UserError('a GGUF file holds the tokenizer, and this model has none: --tokenizer=')
+        raise UserError(
+            'a GGUF file holds the tokenizer, and this model came without; say which it was made '
+            'with --tokenizer='
+        )
     check_gguf_tokenizer(tokenizer)
     if os.path.lexists(path):
         raise UserError(f'{path} is there already; name a new file')
@@ -50,8 +53,10 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
 def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
     """UserError for what llama.cpp would encode, or end, in another way."""
     if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_WORDS:
-        what = f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do"
-        raise UserError(what)
+        raise UserError(
+            f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do; without "
+            '--format=gguf it is exported'
+        )
     for token in tokenizer.added or ():
         if token.single_word or token.lstrip or token.rstrip:
             raise UserError(

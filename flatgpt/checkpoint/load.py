@@ -190,11 +190,13 @@ def load_model(
 
     where: a run's folder, a checkpoint, None for the newest run, or what others made: a
     `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint, a folder of `peft`,
-    whose base is found by the name it gives. Adapters are merged. tokenizer: the name,
-    tokenizer.json or meta.pkl of one to use instead of what comes with the model.
+    whose base is found by the name it gives. Adapters are merged. tokenizer: where to find one to
+    use instead of what comes with the model, see find_tokenizer().
     """
     where = newest_run() if where is None else where
     named = find_tokenizer(tokenizer) if tokenizer else None
+    if which != 'best' and (is_adapter(where) or is_foreign(where)):
+        raise CheckpointError(f'{where}: is not of a run, so leave out --checkpoint')
     if is_adapter(where):
         model, found, state = load_adapted(Path(where), dropout, tokenizer)
     elif is_foreign(where):

@@ -7,7 +7,7 @@ A tokenizer as the library `tokenizers` and with it `transformers` write it, in 
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tokenizers
@@ -28,7 +28,6 @@ from flatgpt.data.tokenizer import (
     Tokenizer,
     byte_letters,
     byte_tokenizer,
-    char_tokenizer,
     difficult_text,
     from_nanogpt_meta,
     get_tokenizer,
@@ -150,22 +149,36 @@ def add_named_tokens(settings: dict, theirs: tokenizers.Tokenizer) -> None:
 
 
 def end_ids(folder: Path, settings: dict, theirs: tokenizers.Tokenizer) -> list[int] | None:
-    """The ids that end a completion, None where nothing says which.
+    """The ids that end a completion, None where nothing says which; the tokenizer is asked last."""
+    if ids := configured_ends(folder, lambda i: theirs.id_to_token(i) is not None):
+        return ids
+    token = settings.get('eos_token')
+    token = token.get('content') if isinstance(token, dict) else token
+    found = theirs.token_to_id(token) if token else None
+    return None if found is None else [found]
 
-    As for `transformers`, generation_config.json is asked before config.json; after both the
-    tokenizer's eos_token. An id that the vocabulary does not have says nothing.
+
+def configured_ends(folder: Path, is_known: Callable[[int], bool]) -> list[int]:
+    """What eos_token_id is, an id or a list; of the two files the one that `transformers` prefers.
+
+    An id that the vocabulary does not have says nothing.
     """
     for name in ('generation_config.json', 'config.json'):
         value = json_beside(folder, name).get('eos_token_id')
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int for i in ids):
             raise UserError(f'{name} has eos_token_id={value!r}, neither an id nor a list of ids')
-        if ids := [i for i in dict.fromkeys(ids) if i >= 0 and theirs.id_to_token(i) is not None]:
+        if ids := [i for i in dict.fromkeys(ids) if i >= 0 and is_known(i)]:
             return ids
-    token = settings.get('eos_token')
-    token = token.get('content') if isinstance(token, dict) else token
-    found = theirs.token_to_id(token) if token else None
-    return None if found is None else [found]
+    return []
+
+
+def with_configured_ends(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer of a folder that has none of its own, with the ends that it names."""
+    ids = configured_ends(folder, lambda i: i < tokenizer.vocab_size)
+    if ids in ([], [tokenizer.eot]):
+        return tokenizer
+    return Tokenizer.from_dict(tokenizer.to_dict() | {'end_ids': ids})
 
 
 # --- what a tokenizer.json says
@@ -194,10 +207,9 @@ def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
     if lonely and model.get('ignore_merges'):
         raise UserError(f'its token {lonely[0]!r} comes of no merge, and ignore_merges is set')
     special |= {text: ids[text] for text in lonely}  # no text produces them
-    if added == [AddedToken(EOT, special.get(EOT, -1), special=True)] and len(special) == 1:
-        added, ends = None, None if ends == [special[EOT]] else ends  # as ours are
     check_merges(model, ids)
     pattern = pattern_of(content['pre_tokenizer'])
+    added, ends = unless_usual(added, special, ends)
     own = Tokenizer('bpe', 'bpe', tokens, special, pattern, None, added, ends)
     if not model['merges'] and tokens[:256] == byte_tokenizer().token_bytes[:256]:
         own.kind, own.name, own.pattern = 'byte', 'byte', ''
@@ -234,11 +246,17 @@ def parse_characters(ids: dict[str, int], added: list[dict], ends: list[int] | N
         *range(len(letters), len(ids))
     ]:
         raise UserError('its words are not single characters, and special tokens after them')
-    if special.keys() <= {EOT}:
-        return char_tokenizer(letters, eot=EOT in special)
     tokens = [text.encode() for text in sorted(ids, key=ids.get)]
     added = [as_added(token, ends or (), set()) for token in added]
-    return Tokenizer('char', 'char', tokens, special, '', None, added, ends)
+    return Tokenizer('char', 'char', tokens, special, '', None, *unless_usual(added, special, ends))
+
+
+def unless_usual(added: list[AddedToken], special: dict[str, int], ends: list[int] | None) -> tuple:
+    """The added tokens and the ends; None for what a tokenizer of ours has by itself."""
+    usual = [AddedToken(EOT, special[EOT], special=True)] if EOT in special else []
+    if added == usual and len(special) == len(usual):
+        return None, None if ends == [token.id for token in usual] else ends
+    return added, ends
 
 
 def as_added(token: dict, ends: Iterable[int], merged: Iterable[str]) -> AddedToken:

@@ -381,6 +381,8 @@ class Tokenizer:
             ids = [*(ends or ()), *(token.id for token in added or ())]
             if not all(type(i) is int and 0 <= i < len(tokens) for i in ids):
                 raise ValueError(f'added tokens or ends past {len(tokens)} tokens')
+            if not all(isinstance(token.text, str) and token.text for token in added or ()):
+                raise ValueError('an added token without a text')
             return cls(kind, name, tokens, special, pattern, chat, added, ends)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f'not a tokenizer of flatGPT: {error!r}') from error
@@ -528,7 +530,10 @@ def get_tokenizer(name: str) -> Tokenizer:
     names = tiktoken.list_encoding_names()
     if name not in names:
         hint = did_you_mean(name, ['byte', 'char', 'bpe', *names])
-        raise UserError(f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}')
+        raise UserError(
+            f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}, and that '
+            'of a run, a tokenizer.json or a meta.pkl by its path'
+        )
     return tiktoken_tokenizer(name)
 
 

@@ -286,7 +286,15 @@ def test_an_unknown_name_gets_the_nearest(tmp_path, monkeypatch, name, near):
     assert f'did you mean {near}?' in refused(load_model, name)
 
 
-def test_a_model_of_others_has_no_checkpoints_to_choose_from():
+@needs_gpt2
+def test_a_folder_without_a_tokenizer_has_its_ends_all_the_same(tmp_path):
+    gpt2(tmp_path, vocab_size=50257, n_embd=8, eos_token_id=[198, 50256])
+    assert load_model(tmp_path)[1].ends == {198, 50256}
+
+
+def test_a_model_of_others_has_no_checkpoints_to_choose_from(tmp_path):
+    gpt2(tmp_path)
+    assert 'leave out --checkpoint' in refused(load_model, tmp_path, 'last')
     assert 'leave out --checkpoint' in refused(load.find, 'gpt2', 'last')
 
 

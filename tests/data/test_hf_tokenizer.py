@@ -14,11 +14,13 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.data.hf_options import GPT2_WORDS, understood
-from flatgpt.data.hf_tokenizer import PATTERNS, find_tokenizer, tokenizer_json
+from flatgpt.data.hf_tokenizer import PATTERNS, added_tokens, find_tokenizer, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
     WHITE_SPACE,
     Tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
     difficult_text,
     is_word,
     load,
@@ -100,6 +102,23 @@ def test_every_id_that_the_folder_names_ends_a_text_the_nearest_file_first(
     tokenizer.save(tmp_path / 'own.json')
     again = load(tmp_path / 'own.json')
     assert (again, again.ends, again.eot) == (tokenizer, ends, tokenizer.eot)
+
+
+def test_characters_end_where_the_folder_says_so(tmp_path):
+    """A line feed, or a special token after the letters."""
+    letters = sorted('\nabc ')
+    content = tokenizer_json(char_tokenizer(letters))
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': 0}))
+    assert find_tokenizer(str(tmp_path)).ends == {letters.index('\n')}
+    content['added_tokens'] = added_tokens(byte_tokenizer())
+    content['added_tokens'][0] |= {'content': '[end]', 'id': len(letters)}
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
+    (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': len(letters)}))
+    tokenizer = find_tokenizer(str(tmp_path))
+    assert (tokenizer.ends, tokenizer.eot_text) == ({len(letters)}, '[end]')
+    assert tokenizer.encode('a[end]b', allow_eot=True).tolist() == [2, 5, 3]
+    assert tokenizer_json(tokenizer)['added_tokens'] == content['added_tokens']
 
 
 @pytest.mark.parametrize('value', ['[end]', True, [1, None], {'id': 1}, 1.0])
