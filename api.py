@@ -28,7 +28,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from configurator import configure, known, read_settings, with_values
 from flatgpt import ROOT
-from flatgpt.data.tokenizer import EOT, Tokenizer
+from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
@@ -277,8 +277,7 @@ def one_model(model: str):
 def tokenizer_info():
     """The vocabulary and its special tokens."""
     tokenizer = current_service().tokenizer
-    end = None if tokenizer.eot is None else EOT
-    special = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), end)
+    special = dict.fromkeys(('bos_token', 'eos_token', 'pad_token'), tokenizer.eot_text)
     about = {'name': tokenizer.name, 'vocab_size': tokenizer.vocab_size}
     return about | special | {'chat_template': tokenizer.chat_template}
 

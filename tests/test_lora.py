@@ -435,12 +435,29 @@ def theirs(peft, folder, arch, **changes):
     settings = {'r': 3, 'lora_alpha': 12, 'target_modules': targets, 'init_lora_weights': False}
     settings = peft.LoraConfig(task_type='CAUSAL_LM', **{**settings, **changes})
     model = peft.get_peft_model(model, settings).eval()
+    for name, parameter in model.named_parameters():  # as training would, whatever it began with
+        if '.lora_' in name:
+            torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / 'adapter')
     return model
 
 
 @theirs_to_warn
-@pytest.mark.parametrize('changes', [{}, {'use_rslora': True, 'layers_to_transform': [1]}], ids=str)
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'use_rslora': True, 'layers_to_transform': [1]},
+        {'rank_pattern': {'c_attn': 2, r'.*\.1\.mlp\.fc1': 4}, 'alpha_pattern': {'v_proj': 5}},
+        {'rank_pattern': {'1.attn.c_attn': 4}, 'use_rslora': True, 'alpha_pattern': {'c_attn': 3}},
+        {'exclude_modules': ['1.attn.c_attn', 'v_proj']},
+        {'target_modules': r'.*\.1\..*(c_fc|fc2)'},
+        {'init_lora_weights': 'gaussian'},
+        {'init_lora_weights': 'orthogonal', 'r': 4},
+        {'init_lora_weights': 'mica'},
+    ],
+    ids=str,
+)
 @both
 def test_an_adapter_that_peft_made_gives_its_logits(peft, tmp_path, arch, changes):
     expected = theirs(peft, tmp_path, arch, **changes)
@@ -450,6 +467,18 @@ def test_an_adapter_that_peft_made_gives_its_logits(peft, tmp_path, arch, change
         torch.testing.assert_close(model(text())[0], logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(load_model(tmp_path / 'base')[0](text())[0], logits, atol=0.1)
     assert (state, adapted(model)) == ({}, {})
+
+
+@theirs_to_warn
+def test_an_adapter_that_changed_its_base_is_merged_by_peft_as_the_line_says(peft, tmp_path):
+    changed = theirs(peft, tmp_path, 'gpt2', init_lora_weights='pissa')
+    assert 'merge_and_unload' in refused(load_model, tmp_path / 'adapter')
+    changed.merge_and_unload().save_pretrained(tmp_path / 'merged')
+    with torch.no_grad():
+        logits = changed(text()).logits
+        torch.testing.assert_close(
+            load_model(tmp_path / 'merged')[0](text())[0], logits, rtol=1e-4, atol=1e-4
+        )
 
 
 @theirs_to_warn
@@ -467,7 +496,12 @@ def test_an_adapter_that_peft_made_is_trained_on(peft, tmp_path, run_here, datas
     [
         ({'use_dora': True}, ['use_dora=True']),
         ({'bias': 'all'}, ["bias='all'", "'none'"]),
-        ({'rank_pattern': {'c_attn': 2}}, ['rank_pattern=', '{}']),
+        ({'init_lora_weights': 'pissa'}, ["init_lora_weights='pissa'", 'merge_and_unload']),
+        ({'init_lora_weights': 'olora'}, ["init_lora_weights='olora'"]),
+        ({'alora_invocation_tokens': [5, 6]}, ['alora_invocation_tokens=[5, 6]']),
+        ({'modules_to_save': ['wte']}, ["modules_to_save=['wte']"]),
+        ({'trainable_token_indices': [1]}, ['trainable_token_indices=']),
+        ({'lora_bias': True}, ['lora_bias=True']),
         ({'target_modules': ['wte']}, ['wte', 'no pair lora_A, lora_B']),
         ({'target_modules': ['lm_head']}, ['lm_head', 'no pair lora_A, lora_B']),
     ],
@@ -526,6 +560,21 @@ def test_a_base_of_another_shape_is_another(apart, base, run_here, tmp_path):
         ({'base_model_name_or_path': 'nowhere'}, 'adapts a model that is not there: nowhere'),
         ({'peft_type': 'IA3'}, "peft_type='IA3'"),
         ({'lora_alpha': 'much'}, "lora_alpha='much'"),
+        ({'r': 5}, 'has rank 5 for '),
+        ({'layer_replication': [[0, 2]]}, 'layer_replication=[[0, 2]]'),
+        ({'r': 0}, 'adapter_config.json cannot be used: division by zero'),
+        ({'target_modules': ['nothing']}, 'target_modules, exclude_modules and'),
+        ({'layers_to_transform': [7]}, 'layers_to_transform leave out'),
+        ({'exclude_modules': r'.*\.0\..*'}, 'leave out'),
+        ({'alpha_pattern': {'(': 3}}, 'adapter_config.json cannot be used'),
+        ({'rank_pattern': 3}, 'adapter_config.json cannot be used'),
+        ({'revision': 'v2'}, "revision='v2'"),
+        ({'layers_pattern': 'blocks'}, "layers_pattern='blocks'"),
+        ({'use_qalora': True}, 'use_qalora=True'),
+        ({'init_lora_weights': 'pissa_niter_16'}, "init_lora_weights='pissa_niter_16'"),
+        ({'init_lora_weights': 'lora_ga'}, "init_lora_weights='lora_ga'"),
+        ({'target_parameters': ['x']}, "target_parameters=['x']"),
+        ({'of_next_year': {'on': 1}}, "of_next_year={'on': 1}; is not known here"),
     ],
     ids=str,
 )

@@ -177,7 +177,8 @@ class Scorer(TemplateLM):
         params = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
         if not params.pop('do_sample'):
             params['temperature'] = 0.0
-        until = tuple(text for text in params.pop('until') if text not in ('', EOT))
+        ends = ('', EOT, self.tokenizer.eot_text)
+        until = tuple(text for text in params.pop('until') if text not in ends)
         params |= {'max_new_tokens': params.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
         if unknown := set(params) - {field.name for field in fields(SamplingParams)}:
             raise UserError(f'task={self.task}: it asks for {min(unknown)}, which is not had here')

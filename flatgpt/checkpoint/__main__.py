@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         '--format', choices=['transformers', 'gguf', 'peft'], default='transformers'
     )
     parser.add_argument('--checkpoint', default='best', help="'best', 'last', or the path of one")
-    parser.add_argument('--tokenizer', help='a name, tokenizer.json or meta.pkl to use instead')
+    parser.add_argument('--tokenizer', help='a name, run or tokenizer.json to use instead')
     args = parser.parse_args(argv)
     if args.command == 'export':
         if args.to is None:

@@ -20,8 +20,15 @@ from safetensors.torch import save_file
 
 from flatgpt import ROOT
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS, filled, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import MARKS, chat_jinja, read_files, tokenizer_json, with_marks
-from flatgpt.data.tokenizer import EOT, Tokenizer, from_nanogpt_meta, get_tokenizer, load
+from flatgpt.data.hf_tokenizer import (
+    MARKS,
+    chat_jinja,
+    read_files,
+    tokenizer_json,
+    with_configured_ends,
+    with_marks,
+)
+from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import CheckpointError, did_you_mean
 from flatgpt.files import new_folder, read_json
 from model import GPT, TRANSPOSED
@@ -43,6 +50,8 @@ GPT2_SETTINGS = {
     'scale_attn_by_inverse_layer_idx': (False,),
     'add_cross_attention': (False,),
     'tie_word_embeddings': (True,),
+    'reorder_and_upcast_attn': (False, True),  # the same, rounded less in 16 bits
+    'flatgpt_bias': (True, False),
 }
 NANOCHAT_NAMES = {
     'vocab_size': 'vocab_size',
@@ -59,12 +68,25 @@ NANOCHAT_SETTINGS = {
     'attention_bias': (False,),
     'tie_word_embeddings': (False,),
 }
-EITHER_SETTINGS = {  # that both may have
-    'quantization_config': (None,),
-    'rope_type': ('default',),
-    'rope_theta': (10000.0,),
-    'rope_scaling': (None,),
-}
+ROPE_SETTINGS = {'rope_type': ('default',), 'rope_theta': (10000.0,)}
+# what says nothing about the logits: the origin, dropout, training, heads of other kinds, and
+# which tokens are chosen; any other field must be empty
+HARMLESS = frozenset(
+    """
+    _name_or_path architectures dtype initializer_range model_type name_or_path torch_dtype
+    transformers_version use_cache rope_parameters _attn_implementation attn_implementation
+    _attn_implementation_autoset chunk_size_feed_forward gradient_checkpointing return_dict
+    output_attentions output_hidden_states output_past model_max_length tokenizer_class
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id
+    attn_pdrop embd_pdrop resid_pdrop attention_dropout hidden_dropout classifier_dropout
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    num_labels _num_labels id2label label2id problem_type finetuning_task task_specific_params
+    predict_special_tokens do_sample max_length min_length temperature top_k top_p typical_p
+    num_beams num_beam_groups num_return_sequences repetition_penalty length_penalty
+    diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size early_stopping prefix
+    """.split()
+)
+EMPTY = (None, False, '', [], {}, 0)
 NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 CARD_SETTINGS = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'seed')
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
@@ -137,14 +159,22 @@ def shape_of(config: dict, name: str) -> dict:
     if kind == 'gpt2':
         shape |= {'arch': 'gpt2', 'bias': config.get('flatgpt_bias', True)}
         expected = GPT2_SETTINGS | {'n_inner': (None, 4 * shape['n_embd'])}
+        expected['n_ctx'] = (shape['block_size'],)  # as older versions call it
     else:
         shape |= {'arch': 'modern'}
-        expected = NANOCHAT_SETTINGS | {'intermediate_size': (4 * shape['n_embd'],)}
+        head = shape['n_embd'] // (shape['n_head'] or 1)
+        expected = {'intermediate_size': (4 * shape['n_embd'],), 'head_dim': (head,)}
+        expected |= NANOCHAT_SETTINGS | ROPE_SETTINGS
         rope = config.get('rope_parameters') or {}  # where older versions have the keys outside it
         config = config | (rope if isinstance(rope, dict) else {'rope_type': rope})
-    for key, values in (expected | EITHER_SETTINGS).items():
-        if key in config and config[key] not in values:
-            raise CheckpointError(f'{name}: {key}={config[key]!r}; only {values[0]!r} is read')
+    for key, value in config.items():
+        if key in expected and value not in expected[key]:
+            raise CheckpointError(f'{name}: {key}={value!r}; only {expected[key][0]!r} is read')
+        if key not in {*expected, *HARMLESS, *names.values()} and value not in EMPTY:
+            raise CheckpointError(
+                f'{name}: {key}={value!r} of its config.json is not known here; remove it if the '
+                'model computes the same without'
+            )
     return shape
 
 
@@ -191,7 +221,8 @@ def download(name: str) -> Path:
     from huggingface_hub.utils import HFValidationError
 
     wanted = ['config.json', WEIGHTS, INDEX, 'model-*.safetensors']
-    wanted += ['tokenizer.json', 'vocab.json', 'merges.txt']
+    wanted += ['tokenizer.json', 'vocab.json', 'merges.txt', 'generation_config.json']
+    wanted += ['tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json']
     try:
         folder = Path(snapshot_download(repository_of(name), allow_patterns=wanted))
         found = [file for file in ('config.json', WEIGHTS, INDEX) if (folder / file).is_file()]
@@ -223,7 +254,11 @@ def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, dict]:
         ) from error
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        shape = {key: saved['model_args'][key] for key in NANOGPT_SHAPE}
+        args = {'bias': True} | saved['model_args']  # without that setting, all had one
+        shape = {key: args[key] for key in NANOGPT_SHAPE}
+        for key in sorted(args.keys() - {*NANOGPT_SHAPE, 'dropout'}):
+            if args[key] not in EMPTY:
+                raise ValueError(f'{key}={args[key]!r} is not of its model')
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): t for k, t in saved['model'].items()}
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise TypeError('its weights are no tensors')
@@ -263,7 +298,7 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
     if os.environ.get('RANK', '0') == '0':
         line = f"{name} has no tokenizer files; by its {vocab_size} ids it is taken for GPT-2's"
         print(line, file=sys.stderr)
-    return get_tokenizer('gpt2')
+    return with_configured_ends(get_tokenizer('gpt2'), folder)
 
 
 # -----------------------------------------------------------------------------
@@ -273,15 +308,15 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
 def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, folder: Path) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; all of it or nothing."""
     files = {'config.json': config_json(model, tokenizer)}
-    end = None if tokenizer is None else tokenizer.eot
-    files['generation_config.json'] = {'bos_token_id': end, 'eos_token_id': end}
+    files['generation_config.json'] = end_settings(tokenizer)
     if tokenizer is not None:
+        end = tokenizer.eot_text if tokenizer.eot in tokenizer.ends else None
         files['tokenizer.json'] = tokenizer_json(tokenizer)
         files['tokenizer_config.json'] = {
             'tokenizer_class': 'PreTrainedTokenizerFast',
             'model_max_length': model.config.block_size,
             'clean_up_tokenization_spaces': False,
-            **({'bos_token': EOT, 'eos_token': EOT} if tokenizer.eot is not None else {}),
+            **(dict.fromkeys(('bos_token', 'eos_token'), end) if end else {}),
             **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
         if tokenizer.chat_template:  # as it is, too: its Jinja is not read back
@@ -308,9 +343,15 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def end_settings(tokenizer: Tokenizer | None) -> dict:
+    """What begins a text and what ends it: an id, or a list where several do."""
+    ends = [] if tokenizer is None else tokenizer.ends_in_order
+    end = ends if len(ends) > 1 else next(iter(ends), None)
+    return {'bos_token_id': None if tokenizer is None else tokenizer.eot, 'eos_token_id': end}
+
+
 def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
-    c, end = model.config, None if tokenizer is None else tokenizer.eot
-    both = {'bos_token_id': end, 'eos_token_id': end, 'dtype': 'float32'}
+    c, both = model.config, end_settings(tokenizer) | {'dtype': 'float32'}
     if c.arch == 'gpt2':
         return {
             'architectures': ['GPT2LMHeadModel'],
@@ -329,7 +370,7 @@ def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
         'intermediate_size': 4 * c.n_embd,
         'rope_parameters': {'rope_type': 'default', 'rope_theta': 10000.0},
         **{key: values[0] for key, values in NANOCHAT_SETTINGS.items()},
-        'pad_token_id': end,
+        'pad_token_id': both['bos_token_id'],
         **both,
     }
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from flatgpt.data.hf_options import GPT2_WORDS
 from flatgpt.data.hf_tokenizer import chat_jinja, letters_and_merges
 from flatgpt.data.tokenizer import Tokenizer, byte_letters
 from flatgpt.errors import ConfigError, UserError
@@ -23,10 +24,11 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
     if c.arch != 'gpt2':
         raise ConfigError(f"arch={c.arch!r}: llama.cpp has no such model; only 'gpt2' goes to GGUF")
     if tokenizer is None:
-        raise UserError('a GGUF file holds the tokenizer, and this model has none: --tokenizer=')
-    if tokenizer.name not in ('gpt2', 'byte'):
-        what = f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do"
-        raise UserError(what)
+        raise UserError(
+            'a GGUF file holds the tokenizer, and this model came without; say which it was made '
+            'with --tokenizer='
+        )
+    check_gguf_tokenizer(tokenizer)
     if os.path.lexists(path):
         raise UserError(f'{path} is there already; name a new file')
     try:
@@ -48,6 +50,23 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
         raise UserError(f'{path}: cannot be written: {error.strerror or error}') from error
 
 
+def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
+    """UserError for what llama.cpp would encode, or end, in another way."""
+    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_WORDS:
+        raise UserError(
+            f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do; without "
+            '--format=gguf it is exported'
+        )
+    for token in tokenizer.added or ():
+        if token.single_word or token.lstrip or token.rstrip:
+            raise UserError(
+                f'added token {token.text!r}: has single_word, lstrip or rstrip, which a GGUF file '
+                'cannot say; without --format=gguf it is exported'
+            )
+    if len(tokenizer.ends) > 3:
+        raise UserError(f'{len(tokenizer.ends)} ids end a text; a GGUF file has room for three')
+
+
 def add_gguf_shape(writer, gguf, c: GPTConfig) -> None:
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
@@ -66,6 +85,8 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
         words[i], kinds[i] = word, gguf.TokenType.NORMAL
     for word, i in tokenizer.special.items():
         words[i], kinds[i] = word, gguf.TokenType.CONTROL
+    for token in tokenizer.words:
+        words[token.id], kinds[token.id] = token.text, gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model('gpt2')
     writer.add_tokenizer_pre('gpt-2')
     writer.add_token_list(words)
@@ -75,7 +96,10 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
     writer.add_token_merges([' '.join(pair) for pair in merges or [never]])
     if tokenizer.eot is not None:
         writer.add_bos_token_id(tokenizer.eot)
-        writer.add_eos_token_id(tokenizer.eot)
+    # all of them end a completion there; only their names differ
+    ways = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, i in zip(ways, tokenizer.ends_in_order, strict=False):
+        add(i)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(chat_jinja(tokenizer))

@@ -20,7 +20,7 @@ import torch
 from flatgpt.checkpoint.convert import RELEASED, is_foreign, load_foreign
 from flatgpt.checkpoint.peft import base_of, is_adapter, read_adapter
 from flatgpt.checkpoint.weights import filled, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import read_named_tokenizer, with_marks
+from flatgpt.data.hf_tokenizer import find_tokenizer, with_marks
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
@@ -190,11 +190,13 @@ def load_model(
 
     where: a run's folder, a checkpoint, None for the newest run, or what others made: a
     `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint, a folder of `peft`,
-    whose base is found by the name it gives. Adapters are merged. tokenizer: the name,
-    tokenizer.json or meta.pkl of one to use instead of what comes with the model.
+    whose base is found by the name it gives. Adapters are merged. tokenizer: where to find one to
+    use instead of what comes with the model, see find_tokenizer().
     """
     where = newest_run() if where is None else where
-    named = read_named_tokenizer(tokenizer) if tokenizer else None
+    named = find_tokenizer(tokenizer) if tokenizer else None
+    if which != 'best' and (is_adapter(where) or is_foreign(where)):
+        raise CheckpointError(f'{where}: is not of a run, so leave out --checkpoint')
     if is_adapter(where):
         model, found, state = load_adapted(Path(where), dropout, tokenizer)
     elif is_foreign(where):

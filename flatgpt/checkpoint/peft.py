@@ -9,6 +9,7 @@ An adapter is a folder with adapter_config.json and adapter_model.safetensors; o
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -25,15 +26,28 @@ from model import GPT
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 BASE = 'base.json'  # by which the base is known again; what peft writes has none
 PREFIX = 'base_model.model.'  # of every name that peft writes
-PLAIN = {  # what else peft can do to a matrix, and only with these values is it what is done here
+# Of a config: what is computed as it says, what says nothing about the result, and what is computed
+# with these values alone. Anything else must be empty: of a field that nobody here knows, too.
+HONOURED = (
+    *('base_model_name_or_path', 'r', 'lora_alpha', 'lora_dropout', 'use_rslora'),
+    *('rank_pattern', 'alpha_pattern', 'target_modules', 'exclude_modules', 'layers_to_transform'),
+)
+HARMLESS = (
+    *('task_type', 'inference_mode', 'auto_mapping', 'peft_version', 'megatron_core'),
+    'fan_in_fan_out',  # how the base holds its matrices, which A and B do not follow
+    'qalora_group_size',  # without use_qalora
+    *('loftq_config', 'eva_config', 'corda_config', 'lora_ga_config'),  # with init_lora_weights
+    'runtime_config',  # what is computed on which device
+)
+PLAIN = {
     'peft_type': ('LORA',),
     'bias': ('none',),
-    'use_dora': (False, None),
-    'rank_pattern': ({}, None),
-    'alpha_pattern': ({}, None),
-    'modules_to_save': ([], None),
-    'layer_replication': ([], None),
+    'revision': (None, 'main'),
+    'layers_pattern': (None, 'h', ['h'], 'layers', ['layers']),
+    # those that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take a part off it
+    'init_lora_weights': (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica'),
 }
+EMPTY = (None, False, '', [], {})
 
 
 def is_adapter(where: str | Path) -> bool:
@@ -119,8 +133,11 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
         raise CheckpointError(f'{folder} was made for another base: {base} has other weights')
     model.requires_grad_(False)
     for name, (A, B) in pairs.items():
-        rank = A.size(0)
-        scale = config['lora_alpha'] / (math.sqrt(rank) if config.get('use_rslora') else rank)
+        rank, scale = rank_and_scale(config, name, folder)
+        if rank != A.size(0):
+            raise CheckpointError(
+                f'{folder}: {CONFIG} has rank {rank} for {name}, whose matrices have {A.size(0)}'
+            )
         linear = LoRALinear(model.get_submodule(name), rank, scale, config['lora_dropout'])
         linear.lora_A.weight.data.copy_(A)
         linear.lora_B.weight.data.copy_(B)
@@ -129,14 +146,58 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
 
 def read_config(folder: Path) -> dict:
     """What adapter_config.json says; refused is what would not be computed as peft does."""
-    config = {'lora_alpha': 8, 'lora_dropout': 0.0} | read_json(folder / CONFIG, str(folder))
-    for key, values in PLAIN.items():
-        if key in config and config[key] not in values:
-            raise CheckpointError(f'{folder}: {key}={config[key]!r}; only {values[0]!r} is read')
-    for key in ('lora_alpha', 'lora_dropout'):
+    defaults = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0}
+    config = defaults | read_json(folder / CONFIG, str(folder))
+    for key, value in config.items():
+        if key in HONOURED or key in HARMLESS or value in PLAIN.get(key, EMPTY):
+            continue
+        need = f'only {PLAIN[key][0]!r} is read' if key in PLAIN else 'is not known here'
+        if key == 'init_lora_weights':
+            need = 'it changes the base; merge_and_unload() it in peft and save that'
+        raise CheckpointError(f'{folder}: {key}={value!r}; {need}')
+    for key in ('r', 'lora_alpha', 'lora_dropout'):
         if type(config[key]) not in (int, float):
             raise CheckpointError(f'{folder}: {key}={config[key]!r} is no number')
     return config
+
+
+def rank_and_scale(config: dict, name: str, folder: Path) -> tuple[int, float]:
+    """The rank of a matrix's adapter and its factor, as peft finds them; refused if it has none."""
+    try:
+        if not is_target(config, name):
+            raise CheckpointError(
+                f'{folder} adapts {name}, which its target_modules, exclude_modules and '
+                'layers_to_transform leave out'
+            )
+        rank = by_pattern(config.get('rank_pattern'), name, config['r'])
+        alpha = by_pattern(config.get('alpha_pattern'), name, config['lora_alpha'])
+        return rank, alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
+    except (re.error, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f'{folder}: {CONFIG} cannot be used: {error}') from error
+
+
+def by_pattern(patterns: dict | None, name: str, default):
+    """The value of the first regular expression that the name's end matches, or the name is."""
+    found = (v for key, v in (patterns or {}).items() if re.match(rf'(.*\.)?({key})$', name))
+    return next(found, default)
+
+
+def is_target(config: dict, name: str) -> bool:
+    """Whether peft gives the matrix an adapter; layers_to_transform counts with a list of names."""
+    targets, layers = config.get('target_modules'), config.get('layers_to_transform')
+    if names_one(config.get('exclude_modules'), name):
+        return False
+    if targets in (None, 'all-linear') or isinstance(targets, str):
+        return targets in (None, 'all-linear') or names_one(targets, name)
+    layers = [layers] if isinstance(layers, int) else layers
+    return names_one(targets, name) and (not layers or place(name)[0] in layers)
+
+
+def names_one(modules: str | list | None, name: str) -> bool:
+    """Whether a regular expression is all of the name, or one of a list its end."""
+    if isinstance(modules, str):
+        return bool(modules) and re.fullmatch(modules, name) is not None
+    return any(f'.{name}'.endswith(f'.{module}') for module in modules or ())
 
 
 def paired(tensors: dict, folder: Path) -> dict[str, tuple]:

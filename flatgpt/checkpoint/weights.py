@@ -36,12 +36,13 @@ def filled(shape: dict, named: Iterable, where: str | Path, transposed: tuple = 
         model = outline(GPTConfig(**shape))
     except (ValueError, RuntimeError) as error:  # the latter for sizes that no memory has
         raise CheckpointError(f'{where}: {error}') from error
-    missing = dict(model.named_parameters())
+    missing, head = dict(model.named_parameters()), None
     for name, tensor in named:
         parameter = missing.pop(name, None)
         if parameter is None:
             if not is_derived(name, tensor):
                 raise CheckpointError(f'{where} has {name}: another architecture')
+            head = tensor if name == 'lm_head.weight' else head
             continue
         tensor = tensor.T if name.endswith(transposed) else tensor
         if tensor.shape != parameter.shape:
@@ -57,6 +58,11 @@ def filled(shape: dict, named: Iterable, where: str | Path, transposed: tuple = 
     if missing:
         raise CheckpointError(f'{where} lacks {min(missing)}: another architecture')
     model.tie()
+    if head is not None and not torch.equal(head.float(), model.lm_head.weight):
+        raise CheckpointError(
+            f'{where}: lm_head.weight differs from the embedding, and in this architecture they '
+            'are one'
+        )
     return model
 
 

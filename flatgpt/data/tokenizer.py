@@ -9,12 +9,16 @@ Tokenizers: characters, bytes, any tiktoken encoding, and an own byte-pair encod
 import base64
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pickle
+import re
 import tempfile
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +27,9 @@ from flatgpt.files import new_file
 
 EOT = '<|endoftext|>'
 ASSISTANT = 'assistant'
+WHITE_SPACE = '\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000' + ''.join(
+    map(chr, range(0x2000, 0x200B))
+)  # by Unicode; Python counts four controls more
 # Where an own BPE may not merge: between words (a contraction belongs to its word), between words,
 # numbers of up to three digits and other signs; a space goes with what follows it.
 WORDS = (
@@ -60,6 +67,25 @@ def difficult_text(seed: int = 0, pieces: int = 5000) -> str:
     return ''.join(parts[i] for i in random.integers(len(parts), size=pieces))
 
 
+class AddedToken(NamedTuple):
+    """A text that is one token wherever it stands, before anything else is split or merged.
+
+    The fields are those of the class of this name in `tokenizers`, whose ids these give: special
+    ones are only meant where encode() is told so; single_word: not beside a letter; lstrip, rstrip:
+    white space before, after it belongs to it; normalized: found after all others. merged: merging
+    gives the same id, as for a word of the vocabulary that was added again.
+    """
+
+    text: str
+    id: int
+    special: bool = False
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    merged: bool = False
+
+
 class Tokenizer:
     """
     kind: 'char', 'byte', 'tiktoken' or 'bpe'.     name: what it is called on a command line.
@@ -68,6 +94,9 @@ class Tokenizer:
     pattern: the regular expression that splits text before merging (tiktoken and bpe).
     chat_template: what comes before and after a message of each role, None for a model that only
         continues text. A special token, or the end of text, is meant where it stands alone.
+    added: what is matched before merging; by default the end of text, where it is allowed.
+    end_ids: the ids that end a completion; by default that of <|endoftext|>.
+    eot: the end of text, which stands between documents: the first special one of end_ids.
     """
 
     def __init__(
@@ -78,32 +107,65 @@ class Tokenizer:
         special: dict,
         pattern: str = '',
         chat_template: dict[str, list[str]] | None = None,
+        added: Iterable[AddedToken] | None = None,
+        end_ids: Iterable[int] | None = None,
     ):
         self.kind, self.name, self.pattern = kind, name, pattern
         self.chat_template = chat_template
         self.token_bytes: list[bytes | None] = token_bytes
         self.special: dict[str, int] = special
         self.vocab_size = len(token_bytes)
+        self.end_ids = None if end_ids is None else list(end_ids)
+        ends = [i for i in self.end_ids or () if i in special.values()]
         self.eot: int | None = special.get(EOT)
+        if ends and self.eot not in ends:
+            self.eot = ends[0]
+        self.added = None if added is None else [AddedToken(*token) for token in added]
         self.dtype = np.dtype('<u2' if self.vocab_size <= 2**16 else '<u4')
         self._gigatoken = None
 
     def encode(self, text: str, allow_eot: bool = False) -> np.ndarray:
         """
-        The ids of `text`. With allow_eot a written <|endoftext|> becomes the end-of-text id;
-        otherwise it is text like any other. A character that a char tokenizer lacks: UserError.
+        The ids of `text`. With allow_eot a written <|endoftext|> becomes the end-of-text id, and so
+        does any other special token of a tokenizer of `transformers`; otherwise it is text like any
+        other. A character that a char tokenizer lacks: UserError.
         """
         try:
             text.encode()
         except UnicodeEncodeError:  # half a surrogate pair, from a shell or a JSON escape
             text = text.encode(errors='replace').decode()
-        if not allow_eot or self.eot is None or EOT not in text:
-            return self._encode(text).astype(self.dtype)
-        ids, position = [], 0
-        for part in text.split(EOT):
-            ids += [self._encode(part, position), [self.eot]]
-            position += len(part) + len(EOT)
-        return np.concatenate(ids[:-1]).astype(self.dtype)
+        ids, at = [], 0
+        for start, end, token in self.find_added(text, allow_eot):
+            ids += [self._encode(text[at:start], at), [token]]
+            at = end
+        ids.append(self._encode(text[at:], at))
+        return np.concatenate(ids).astype(self.dtype)
+
+    def find_added(self, text: str, special: bool) -> list[tuple[int, int, int]]:
+        """(start, end, id) of the added tokens in a text, with or without the special ones."""
+        found: list[tuple[int, int, int]] = []
+        for pattern, tokens in self._added_patterns:
+            borders = [0, *(at for start, end, _ in found for at in (start, end)), len(text)]
+            for start, end in zip(borders[::2], borders[1::2], strict=True):
+                piece = text if (start, end) == (0, len(text)) else text[start:end]
+                inside = matches(pattern, tokens, piece, special)
+                found += [(start + a, start + b, i) for a, b, i in inside]
+            found.sort()
+        return found
+
+    @functools.cached_property
+    def _added_patterns(self) -> list[tuple[re.Pattern, dict[str, AddedToken]]]:
+        """What finds the longest token at a place, and the tokens: first those not normalized."""
+        added = self.added
+        if added is None:
+            added = [] if self.eot is None else [AddedToken(EOT, self.eot, special=True)]
+        patterns = []
+        for normalized in (False, True):
+            tokens = {token.text: token for token in added if token.normalized == normalized}
+            longest_first = sorted(tokens, key=len, reverse=True)
+            if tokens:
+                patterns.append((re.compile('|'.join(map(re.escape, longest_first))), tokens))
+        return patterns
 
     def _encode(self, text: str, position: int = 0) -> np.ndarray:
         if self.kind == 'byte':
@@ -112,7 +174,20 @@ class Tokenizer:
             return self._encode_characters(text, position)
         if self._gigatoken is not None:
             return self._gigatoken.encode(text)
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:  # a word of a million letters; older versions panic
+            if not isinstance(error, ValueError) and type(error).__name__ != 'PanicException':
+                raise
+            return self._encode_long_words(text)
+
+    def _encode_long_words(self, text: str) -> np.ndarray:
+        """The ids of text with a word that is too long for the way in which tiktoken finds it."""
+        import regex
+
+        words = (match[0] for match in regex.finditer(self.pattern, text))
+        ids = [self._encoding._encode_single_piece(word) for word in words]
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int64)
 
     def _encode_characters(self, text: str, position: int) -> np.ndarray:
         codes = np.frombuffer(text.encode('utf-32-le'), '<u4')
@@ -141,18 +216,33 @@ class Tokenizer:
     def _encoding(self):
         import tiktoken
 
-        special = set(self.special.values())
-        tokens = enumerate(self.token_bytes)
-        ranks = {token: i for i, token in tokens if token is not None and i not in special}
         return tiktoken.Encoding(
-            self.name, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=self.special
+            self.name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens={}
         )
+
+    @functools.cached_property
+    def ranks(self) -> dict[bytes, int]:
+        """The tokens that merging gives, and in which order: neither special nor added."""
+        others = {*self.special.values()} | {t.id for t in self.added or () if not t.merged}
+        tokens = enumerate(self.token_bytes)
+        return {token: i for i, token in tokens if token is not None and i not in others}
 
     @functools.cached_property
     def ends(self) -> frozenset[int]:
         """The ids that end what a model writes: of the text, and of the assistant's turn."""
-        turn = self.special.get((self.chat_template or {}).get(ASSISTANT, ['', ''])[1])
-        return frozenset(i for i in (self.eot, turn) if i is not None)
+        turn = self.mark_id((self.chat_template or {}).get(ASSISTANT, ['', ''])[1])
+        ids = [self.eot] if self.end_ids is None else self.end_ids
+        return frozenset(i for i in (*ids, turn) if i is not None)
+
+    @property
+    def ends_in_order(self) -> list[int]:
+        """The same, the end of text first."""
+        return sorted(self.ends, key=lambda i: (i != self.eot, i))
+
+    @property
+    def eot_text(self) -> str | None:
+        """How the end of text is written."""
+        return None if self.eot is None else self.token_bytes[self.eot].decode(errors='replace')
 
     @functools.cached_property
     def writable(self) -> np.ndarray:
@@ -189,7 +279,12 @@ class Tokenizer:
 
     def encode_mark(self, mark: str) -> np.ndarray:
         """The ids of what the template puts around a message."""
-        return np.array([self.special[mark]]) if mark in self.special else self.encode(mark)
+        token = self.mark_id(mark)
+        return self.encode(mark) if token is None else np.array([token])
+
+    def mark_id(self, mark: str) -> int | None:
+        """The id of a mark that is a special token; <|endoftext|> is the end, whatever its name."""
+        return self.special.get(mark, self.eot if mark == EOT else None)
 
     def accelerate(self) -> str:
         """From now on encode by gigatoken, 20 times as fast -> '', or why that cannot be done.
@@ -220,9 +315,7 @@ class Tokenizer:
 
     def write_ranks(self, path: str | Path) -> None:
         """The vocabulary as a .tiktoken file: a line for each token that text produces."""
-        special = set(self.special.values())
-        tokens = [(i, token) for i, token in enumerate(self.token_bytes) if i not in special]
-        lines = [base64.b64encode(token) + b' %d\n' % i for i, token in tokens if token is not None]
+        lines = [base64.b64encode(token) + b' %d\n' % i for token, i in self.ranks.items()]
         Path(path).write_bytes(b''.join(lines))
 
     @property
@@ -243,7 +336,13 @@ class Tokenizer:
         """Whether both encode alike. The pattern is left out: tiktoken rewrites it to be faster."""
         if not isinstance(other, Tokenizer):
             return NotImplemented
-        return self.token_bytes == other.token_bytes and self.special == other.special
+        alike = self.token_bytes == other.token_bytes and self.special == other.special
+        return alike and self.words == other.words
+
+    @property
+    def words(self) -> set[AddedToken]:
+        """The added tokens that are none of the special ones."""
+        return {token for token in self.added or () if not token.special}
 
     def __repr__(self) -> str:
         return f'<Tokenizer {self.name}, {self.vocab_size} ids>'
@@ -253,6 +352,10 @@ class Tokenizer:
         fields = {'kind': self.kind, 'name': self.name, 'pattern': self.pattern}
         if self.chat_template:
             fields['chat_template'] = self.chat_template
+        if self.added is not None:
+            fields['added_tokens'] = [token._asdict() for token in self.added]
+        if self.end_ids is not None:
+            fields['end_ids'] = self.end_ids
         return fields | {'special_tokens': self.special, 'tokens': tokens}
 
     @classmethod
@@ -273,7 +376,14 @@ class Tokenizer:
                 raise ValueError('chat_template: a role has no two texts')
             if chat and ASSISTANT not in chat:
                 raise ValueError('chat_template: has no assistant')
-            return cls(kind, name, tokens, special, pattern, chat)
+            added, ends = fields.get('added_tokens'), fields.get('end_ids')
+            added = None if added is None else [AddedToken(**token) for token in added]
+            ids = [*(ends or ()), *(token.id for token in added or ())]
+            if not all(type(i) is int and 0 <= i < len(tokens) for i in ids):
+                raise ValueError(f'added tokens or ends past {len(tokens)} tokens')
+            if not all(isinstance(token.text, str) and token.text for token in added or ()):
+                raise ValueError('an added token without a text')
+            return cls(kind, name, tokens, special, pattern, chat, added, ends)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f'not a tokenizer of flatGPT: {error!r}') from error
 
@@ -281,6 +391,33 @@ class Tokenizer:
         """Write JSON."""
         with new_file(path) as part:
             part.write_text(json.dumps(self.to_dict()), encoding='utf-8')
+
+
+def matches(
+    pattern: re.Pattern, tokens: dict[str, AddedToken], text: str, special: bool
+) -> Iterator[tuple[int, int, int]]:
+    """(start, end, id) of the added tokens in a text, by the rules of `tokenizers`."""
+    last = 0
+    for match in pattern.finditer(text):
+        token, (start, end) = tokens[match[0]], match.span()
+        beside = text[max(0, start - 1) : start] + text[end : end + 1]
+        if token.special > special or (token.single_word and any(map(is_word, beside))):
+            continue
+        while token.lstrip and start > last and text[start - 1] in WHITE_SPACE:
+            start -= 1
+        while token.rstrip and end < len(text) and text[end] in WHITE_SPACE:
+            end += 1
+        yield start, end, token.id
+        last = end
+
+
+def is_word(character: str) -> bool:
+    r"""Whether a character is \w for Unicode (UTS 18, annex C), which Python sees otherwise."""
+    kind = unicodedata.category(character)
+    if kind[0] in 'LM' or kind in ('Nd', 'Nl', 'Pc') or character in '\u200c\u200d':
+        return True
+    in_circles = ((0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189))
+    return any(first <= ord(character) <= last for first, last in in_circles)
 
 
 def load(path: str | Path) -> Tokenizer:
@@ -393,7 +530,10 @@ def get_tokenizer(name: str) -> Tokenizer:
     names = tiktoken.list_encoding_names()
     if name not in names:
         hint = did_you_mean(name, ['byte', 'char', 'bpe', *names])
-        raise UserError(f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}')
+        raise UserError(
+            f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}, and that '
+            'of a run, a tokenizer.json or a meta.pkl by its path'
+        )
     return tiktoken_tokenizer(name)
 
 

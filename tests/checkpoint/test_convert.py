@@ -8,6 +8,7 @@ import re
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
 from flatgpt.data.dataset import Writer
-from flatgpt.data.hf_tokenizer import GPT2_WORDS, letters_and_merges, tokenizer_json
+from flatgpt.data.hf_options import GPT2_WORDS
+from flatgpt.data.hf_tokenizer import letters_and_merges, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
     byte_tokenizer,
@@ -123,6 +125,27 @@ def test_each_released_size_gives_the_same_logits(tmp_path, name):
     assert_same_logits(load_model(tmp_path)[0], theirs)
 
 
+def test_what_changes_nothing_is_read(tmp_path):
+    """Of OpenAI's own config.json and of what others leave in one."""
+    theirs = gpt2(tmp_path, reorder_and_upcast_attn=True, resid_pdrop=0.3)
+    more = {'n_ctx': 16, 'task_specific_params': {'text-generation': {'max_length': 50}}}
+    more |= {'torch_dtype': 'float16', 'gradient_checkpointing': False, 'of_next_year': None}
+    rewrite(tmp_path / 'config.json', **more)
+    assert_same_logits(load_model(tmp_path)[0], theirs)
+
+
+def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+    gpt2(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for change, line in ((0.0, None), (0.5, 'lm_head.weight differs')):
+        head = tensors['transformer.wte.weight'] + change
+        save_file({'lm_head.weight': head, **tensors}, tmp_path / WEIGHTS)
+        if line:
+            assert line in refused(load_model, tmp_path)
+        else:
+            load_model(tmp_path)
+
+
 def test_weights_in_several_files_are_read_and_a_missing_one_is_named(tmp_path):
     theirs = gpt2(tmp_path / 'model')
     theirs.save_pretrained(tmp_path / 'parts', max_shard_size='30KB')
@@ -177,6 +200,24 @@ def test_weights_in_16_bits_become_float32(tmp_path, kind):
         (gpt2, {'tie_word_embeddings': False}, 'tie_word_embeddings=False'),
         (gpt2, {'quantization_config': {'bits': 4}}, 'quantization_config='),
         (gpt2, {'flatgpt_bias': False}, 'c_attn.bias'),  # which were trained since
+        (gpt2, {'scale_attn_weights': False}, 'scale_attn_weights=False'),
+        (gpt2, {'layer_norm_epsilon': 1e-6}, 'layer_norm_epsilon=1e-06'),
+        (gpt2, {'add_cross_attention': True}, 'add_cross_attention=True'),
+        (gpt2, {'is_encoder_decoder': True}, 'is_encoder_decoder=True of its config.json'),
+        (gpt2, {'auto_map': {'AutoModelForCausalLM': 'x.Y'}}, 'auto_map='),
+        (gpt2, {'pruned_heads': {'0': [1]}}, 'pruned_heads='),
+        (gpt2, {'n_ctx': 8}, 'n_ctx=8; only 16 is read'),
+        (gpt2, {'hidden_size': 64}, 'hidden_size=64'),
+        (gpt2, {'of_next_year': 'on'}, "of_next_year='on' of its config.json is not known here"),
+        (nanochat, {'head_dim': 4}, 'head_dim=4; only 8 is read'),
+        (nanochat, {'sliding_window': 8}, 'sliding_window=8'),
+        (nanochat, {'attention_bias': True}, 'attention_bias=True'),
+        (nanochat, {'rms_norm_eps': 1e-5}, 'rms_norm_eps=1e-05'),
+        (
+            nanochat,
+            {'rope_parameters': {'partial_rotary_factor': 0.5}},
+            'partial_rotary_factor=0.5',
+        ),
         (nanochat, {'hidden_act': 'silu'}, "hidden_act='silu'"),
         (nanochat, {'final_logit_softcapping': 30.0}, 'final_logit_softcapping=30.0'),
         (nanochat, {'num_key_value_heads': 3}, 'n_kv_head=3'),
@@ -245,7 +286,15 @@ def test_an_unknown_name_gets_the_nearest(tmp_path, monkeypatch, name, near):
     assert f'did you mean {near}?' in refused(load_model, name)
 
 
-def test_a_model_of_others_has_no_checkpoints_to_choose_from():
+@needs_gpt2
+def test_a_folder_without_a_tokenizer_has_its_ends_all_the_same(tmp_path):
+    gpt2(tmp_path, vocab_size=50257, n_embd=8, eos_token_id=[198, 50256])
+    assert load_model(tmp_path)[1].ends == {198, 50256}
+
+
+def test_a_model_of_others_has_no_checkpoints_to_choose_from(tmp_path):
+    gpt2(tmp_path)
+    assert 'leave out --checkpoint' in refused(load_model, tmp_path, 'last')
     assert 'leave out --checkpoint' in refused(load.find, 'gpt2', 'last')
 
 
@@ -672,6 +721,21 @@ def test_a_checkpoint_whose_parts_are_of_another_kind_is_one_line(tmp_path, chan
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     torch.save(saved | change, tmp_path / 'ckpt.pt')
     assert 'not a checkpoint of nanoGPT' in refused(load_model, tmp_path)
+
+
+def test_a_checkpoint_from_before_biases_were_a_setting_has_them(tmp_path):
+    model = own(bias=True)
+    nanogpt_checkpoint(tmp_path / 'ckpt.pt', model)
+    saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
+    saved['model_args'].pop('bias')
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    assert_same_logits(load_model(tmp_path)[0], lambda ids: SimpleNamespace(logits=model(ids)[0]))
+    saved['model_args'] |= {'dropout': 0.1, 'rope': None}
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    load_model(tmp_path)
+    saved['model_args']['rope'] = True
+    torch.save(saved, tmp_path / 'ckpt.pt')
+    assert 'rope=True is not of its model' in refused(load_model, tmp_path)
 
 
 def test_a_checkpoint_of_other_shapes_is_one_line(tmp_path):
