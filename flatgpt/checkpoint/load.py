@@ -20,7 +20,7 @@ import torch
 from flatgpt.checkpoint.convert import RELEASED, is_foreign, load_foreign
 from flatgpt.checkpoint.peft import base_of, is_adapter, read_adapter
 from flatgpt.checkpoint.weights import filled, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import read_named_tokenizer, with_marks
+from flatgpt.data.hf_tokenizer import find_tokenizer, with_marks
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
@@ -194,7 +194,7 @@ def load_model(
     tokenizer.json or meta.pkl of one to use instead of what comes with the model.
     """
     where = newest_run() if where is None else where
-    named = read_named_tokenizer(tokenizer) if tokenizer else None
+    named = find_tokenizer(tokenizer) if tokenizer else None
     if is_adapter(where):
         model, found, state = load_adapted(Path(where), dropout, tokenizer)
     elif is_foreign(where):

@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
-from flatgpt.data.hf_tokenizer import read_named_tokenizer
+from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.text import (
     bytes_of,
     check_fraction,
@@ -42,7 +42,7 @@ from flatgpt.data.text import (
     own_folder,
     without_bom,
 )
-from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer, get_tokenizer
+from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
 
 COMMAND = 'python data/chat/prepare.py'
@@ -126,22 +126,6 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 # --- the tokenizer
-
-
-def find_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a run, of its newest checkpoint, in a file, or with that name."""
-    path = Path(name)
-    if name and path.is_dir():
-        inside = [path / 'tokenizer.json', *sorted(path.glob('checkpoints/step-*/tokenizer.json'))]
-        there = [file for file in inside if file.is_file()]
-        if not there:
-            raise UserError(f'--tokenizer={name}: the folder has none, and no checkpoint with one')
-        path = there[-1]
-    if not path.is_file():
-        if not name or len(path.parts) > 1 or path.suffix == '.json':
-            raise UserError(f'--tokenizer={name}: no such folder or file')
-        return get_tokenizer(name)
-    return read_named_tokenizer(str(path))
 
 
 def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:

@@ -32,14 +32,31 @@ GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\
 MARKS = 'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
 
 
-def read_named_tokenizer(name: str) -> Tokenizer:
-    """An encoding's name, the path of a nanoGPT meta.pkl, or of a tokenizer.json of either kind."""
-    path = Path(name)
+def find_tokenizer(where: str) -> Tokenizer:
+    """The tokenizer of a run (its newest checkpoint), of a checkpoint, of prepared data, in a file,
+    or with that name. Folders and files are ours, nanoGPT's (meta.pkl) or of `transformers`.
+    """
+    path = Path(where)
+    if where and path.is_dir():
+        return read_folder(path)
+    if not path.is_file():
+        if not where or len(path.parts) > 1 or path.suffix in ('.json', '.pkl'):
+            raise UserError(f'--tokenizer={where}: no such folder or file')
+        return get_tokenizer(where)
     if path.suffix == '.pkl':
         return from_nanogpt_meta(path)
-    if path.suffix != '.json':
-        return get_tokenizer(name)
     return load(path) if 'kind' in read_json(path, 'tokenizer') else read_files(path)
+
+
+def read_folder(folder: Path) -> Tokenizer:
+    """What a folder has for a tokenizer; UserError if that is nothing."""
+    inside = [folder / 'meta.pkl', *sorted(folder.glob('checkpoints/step-*/tokenizer.json'))]
+    inside = [file for file in [folder / 'tokenizer.json', *inside[::-1]] if file.is_file()]
+    if inside:
+        return with_marks(find_tokenizer(str(inside[0])), folder)
+    if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
+        return with_marks(read_files(folder / 'vocab.json', folder / 'merges.txt'), folder)
+    raise UserError(f'--tokenizer={folder}: the folder has none, and no checkpoint with one')
 
 
 def read_files(*paths: str | Path) -> Tokenizer:

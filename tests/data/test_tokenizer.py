@@ -385,3 +385,29 @@ def test_a_chat_template_is_kept_and_a_broken_one_refused():
     for broken in ({'user': ['', '']}, {'assistant': ['a']}, {'assistant': [1, 2]}, ['a']):
         with pytest.raises(UserError, match='not a tokenizer of flatGPT'):
             Tokenizer.from_dict({**tokenizer.to_dict(), 'chat_template': broken})
+
+
+# --- found by where it lies
+
+
+def test_a_tokenizer_is_found_in_a_run_a_checkpoint_a_file_and_by_name(bpe, tmp_path, monkeypatch):
+    from flatgpt.data.hf_tokenizer import find_tokenizer, tokenizer_json
+
+    for step, tokenizer in ((2, byte_tokenizer()), (10, bpe)):
+        (tmp_path / f'run/checkpoints/step-{step:08d}').mkdir(parents=True)
+        tokenizer.save(tmp_path / f'run/checkpoints/step-{step:08d}/tokenizer.json')
+    (tmp_path / 'theirs').mkdir()
+    (tmp_path / 'theirs/tokenizer.json').write_text(json.dumps(tokenizer_json(bpe)))
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano/meta.pkl').write_bytes(pickle.dumps({'itos': dict(enumerate('ab'))}))
+    monkeypatch.chdir(tmp_path)
+    for where in ('run', 'run/checkpoints/step-00000010', 'theirs', 'theirs/tokenizer.json'):
+        assert find_tokenizer(where) == bpe
+    assert find_tokenizer('run/checkpoints/step-00000002/tokenizer.json') == byte_tokenizer()
+    assert find_tokenizer('byte') == byte_tokenizer()
+    assert find_tokenizer('nano') == find_tokenizer('nano/meta.pkl') == char_tokenizer('ab')
+    (tmp_path / 'empty').mkdir()
+    for where in ('empty', 'no/such', 'no.json', 'no.pkl', ''):
+        with pytest.raises(UserError) as error:
+            find_tokenizer(where)
+        assert f'--tokenizer={where}: ' in one_line(error)
