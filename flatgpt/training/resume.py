@@ -7,6 +7,7 @@ What a run begins with: a new model, that of a run that is resumed, or one from 
 """
 
 import secrets
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -246,8 +247,10 @@ def build_model(
     if tokenizer != data.tokenizer:
         raise UserError(
             f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and {where} '
-            f'with another ({tokenizer.name}): prepare '
-            + (f'it with --tokenizer={where}' if data.rows else 'the text with that')
+            f'with another ({tokenizer.name}): prepare it anew with python '
+            f'data/{"chat" if data.rows else "text"}/prepare.py FILES '
+            f'--tokenizer={shlex.quote(str(where))} --out_dir=FOLDER, and train with '
+            '--dataset=./FOLDER'
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
