@@ -196,9 +196,9 @@ def is_utf8(head: bytes) -> bool:
 def wide_encoding(head: bytes) -> str | None:
     """UTF-16 or UTF-32 that bytes look like, by where the zeros of plain letters lie."""
     quarter, zeros = len(head) // 4, [head[i::4].count(0) for i in range(4)]
-    if quarter and min(zeros[2:]) > 0.9 * quarter > 9 * max(zeros[:2]):
+    if quarter and min(zeros[2:]) > 0.9 * quarter > 9 * zeros[0]:
         return 'utf-32-le'
-    if quarter and min(zeros[:2]) > 0.9 * quarter > 9 * max(zeros[2:]):
+    if quarter and min(zeros[:2]) > 0.9 * quarter > 9 * zeros[3]:
         return 'utf-32-be'
     even, odd = zeros[0] + zeros[2], zeros[1] + zeros[3]
     name = 'utf-16-le' if odd > even else 'utf-16-be'

@@ -142,7 +142,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def encoding_named(name: str) -> str:
     """Python's own name of a text encoding."""
     with suppress(LookupError):
-        b''.decode(name)  # refuses those that are not of text
+        with suppress(UnicodeError):
+            b'text'.decode(name)  # refuses those that are not of text
         codecs.getincrementaldecoder(name)
         return codecs.lookup(name).name
     raise UserError(
