@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
 
 from flatgpt.data import text
-from flatgpt.data.download import fetch_page
+from flatgpt.data.download import fetch_page, place_to_keep
 from flatgpt.errors import UserError, one_line_errors
 
 if __name__ == '__main__':
@@ -44,6 +44,7 @@ HIDDEN = (
     'script, style, noscript, template, svg, form, button, nav, footer, .header, .footer, '
     '[data-type=noteref], [data-type=indexterm]'
 )
+OPEN_TAGS = 'is damaged: it has tags that do not end'
 HEADINGS = ('h1', 'h2', 'h3', 'h4', 'h5', 'h6')
 LISTS = ('ul', 'ol', 'dl')
 BLOCKS = [
@@ -60,33 +61,35 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('--out_dir', type=Path, default=FOLDER, help='default: %(default)s')
     text.add_options(parser)
-    parser.set_defaults(field='text', errors='strict')
+    parser.set_defaults(**text.OWN_FILES)
     args = parser.parse_args(argv)
     text.check_options(args)
     try:
-        chapters = read_books()  # all of them, before any is encoded
+        keep = place_to_keep(FOLDER, args.out_dir)
+        chapters = read_books(keep)  # all of them, before any is encoded
         recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
         text.prepare(args, args.out_dir, chapters, [], recipe)
     except OSError as error:
         raise UserError(f'{error.filename or FOLDER}: {error.strerror or error}') from error
 
 
-def read_books() -> list[Path]:
+def read_books(keep: Path) -> list[Path]:
     """The files with the text of every chapter of both books, in their order."""
-    urls = [url for contents in CONTENTS for url in read_contents(SITE + contents)]
+    urls = [url for contents in CONTENTS for url in read_contents(SITE + contents, keep)]
     paths = []
     for url in tqdm(urls, desc='sre', unit=' pages', disable=None):
-        page = fetch_page([url], page_of(url), without_text)
-        path = FOLDER / 'chapters' / page_of(url).with_suffix('.txt').name
+        page = fetch_page([url], page_of(url, keep), without_text)
+        path = keep / 'chapters' / page_of(url, keep).with_suffix('.txt').name
         path.parent.mkdir(exist_ok=True)
         path.write_text(markdown(page), encoding='utf-8', newline='')
         paths.append(path)
     return paths
 
 
-def read_contents(url: str) -> list[str]:
+def read_contents(url: str, keep: Path) -> list[str]:
     """The pages that a table of contents lists, each once, in their order."""
-    return chapters(fetch_page([url], page_of(url), lambda page: without_chapters(page, url)), url)
+    page = fetch_page([url], page_of(url, keep), lambda page: without_chapters(page, url))
+    return chapters(page, url)
 
 
 def chapters(page: bytes, url: str) -> list[str]:
@@ -102,10 +105,19 @@ def chapters(page: bytes, url: str) -> list[str]:
 
 
 def without_chapters(page: bytes, url: str) -> str | None:
+    if has_open_tags(page):
+        return OPEN_TAGS
     return None if chapters(page, url) else 'lists no chapters; perhaps the site has changed'
 
 
+def has_open_tags(page: bytes) -> bool:
+    """Whether many tags begin before one ends: html.parser takes minutes for a few kilobytes."""
+    return any(part.count(b'<') > 200 for part in page.split(b'>'))
+
+
 def without_text(page: bytes) -> str | None:
+    if has_open_tags(page):
+        return OPEN_TAGS
     try:
         found = markdown(page)
     except RecursionError:
@@ -113,8 +125,8 @@ def without_text(page: bytes) -> str | None:
     return None if found else 'has no text in its main part; perhaps the site has changed'
 
 
-def page_of(url: str) -> Path:
-    return FOLDER / 'pages' / (urlsplit(url).path.strip('/').replace('/', '_') + '.html')
+def page_of(url: str, keep: Path) -> Path:
+    return keep / 'pages' / (urlsplit(url).path.strip('/').replace('/', '_') + '.html')
 
 
 # --- from HTML to Markdown
@@ -134,7 +146,7 @@ def markdown(page: bytes) -> str:
     for hidden in main.select(HIDDEN):
         hidden.extract()
     for line_end in main.select('br'):
-        line_end.replace_with('\n')
+        line_end.string = '\n'
     for code in main.select('code'):
         if not code.find_parent('pre'):
             code.string = f'`{code.get_text()}`'
@@ -161,10 +173,11 @@ def block(tag: Tag) -> Iterator[str]:
         code = tag.get_text().strip('\n').rstrip()
         yield code and f'```\n{code}\n```'
     elif tag.name in LISTS:
+        for number, item in enumerate(tag.find_all('li', recursive=False), 1):
+            item['number'] = number
         yield '\n'.join(blocks(tag))
     elif tag.name == 'li':
-        number = len(tag.find_previous_siblings('li')) + 1
-        mark = f'{number}.' if tag.parent.name == 'ol' else '-'
+        mark = f'{tag["number"]}.' if tag.parent.name == 'ol' else '-'
         words = textwrap.indent('\n'.join(blocks(tag)), ' ' * (len(mark) + 1)).strip()
         yield words and f'{mark} {words}'
     elif tag.name == 'table':
@@ -176,8 +189,11 @@ def block(tag: Tag) -> Iterator[str]:
 def table(tag: Tag) -> Iterator[str]:
     yield one_line(tag.caption.get_text()) if tag.caption else ''
     rows = []
-    for row in tag.select('tr'):
-        cells = [one_line(cell.get_text(' ')) for cell in row.select('th, td')]
+    for row in tag.find_all('tr'):
+        if row.find_parent('table') is not tag:
+            continue  # of a table in a cell, which is in the text of that cell
+        inside = row.find_all(['th', 'td'], recursive=False)
+        cells = [one_line(cell.get_text(' ')) for cell in inside]
         rows.append(f'| {" | ".join(cells)} |')
     yield '\n'.join(rows)
 

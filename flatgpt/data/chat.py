@@ -46,14 +46,8 @@ from tqdm import tqdm
 from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import HARMLESS, LeftOut, Message, RowReader, short
-from flatgpt.data.text import (
-    bytes_of,
-    check_fraction,
-    find_files,
-    identity,
-    own_folder,
-    without_bom,
-)
+from flatgpt.data.sources import bytes_of, find_files, identity, without_bom
+from flatgpt.data.text import check_fraction, own_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
 

@@ -18,6 +18,7 @@ A folder with only nanoGPT's train.bin, val.bin and perhaps meta.pkl is read as 
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -124,7 +125,7 @@ class Writer:
                 self.shards[split].append(shard | {'file': f'{name}/{shard["file"]}'})
 
     def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(f'{self.folder}: the dataset cannot be written: {error.strerror or error}')
+        return cannot_write(self.folder, error)
 
     def _open_shard(self, split: str) -> None:
         name = f'{split}-{len(self.shards[split]):05d}.bin'
@@ -162,7 +163,8 @@ class Writer:
                 raise UserError(f'{self.folder}: nothing was left for the {split} split')
         (self.folder / UNFINISHED).touch()
         masks = ('train.mask.bin', 'val.mask.bin')
-        for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', *masks, 'meta.*'):
+        metas = ('meta.json', 'meta.pkl')
+        for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', *masks, *metas):
             for old in self.folder.glob(pattern):
                 old.unlink()
         for split, shards in self.shards.items():
@@ -207,6 +209,12 @@ class Writer:
         per_token = sum(self.bytes.values()) / max(1, sum(map(self.tokens, SPLITS)))
         name = self.tokenizer.name
         return f'{self.folder}: {counts} tokens ({name}, {per_token:.2f} bytes of text per token)'
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    elsewhere = '; --out_dir=FOLDER writes it elsewhere, for --dataset=./FOLDER'
+    hint = elsewhere if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ''
+    return UserError(f'{folder}: the dataset cannot be written: {error.strerror or error}{hint}')
 
 
 def mask_file(name: str) -> str:
@@ -607,8 +615,15 @@ def prepare(folder: Path) -> None:
             f'dataset {folder.name} is not prepared: `{command_of(folder)}` would '
             f'fetch about {size} GB for it; the way to start is `{QUICKSTART}`'
         )
-    folder.mkdir(exist_ok=True)
-    with filelock.FileLock(folder / '.prepare.lock'):
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = filelock.FileLock(folder / '.prepare.lock')
+        lock.acquire()
+    except OSError as error:  # a checkout that is only to be read
+        raise UserError(
+            f'{cannot_write(folder, error)}: {command_of(folder)} --out_dir=FOLDER'
+        ) from error
+    with lock:
         if not is_prepared(folder):
             import_script(script).main(arguments)
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import os
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -14,13 +15,19 @@ from urllib.robotparser import RobotFileParser
 from tqdm import tqdm
 
 from flatgpt.errors import UserError
-from flatgpt.files import new_file
+from flatgpt.files import existing, new_file
 
 ATTEMPTS = 3
 AGENT = 'flatGPT'  # what robots.txt may call us
 HEADERS = {'User-Agent': f'{AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
 PAUSE = 1.0  # seconds before each request for a page, if robots.txt does not ask for more
 LONGEST_WAIT = 120  # seconds, if a server says when to ask again
+
+
+def place_to_keep(own: Path, out_dir: Path) -> Path:
+    """Where to keep what is fetched: a dataset's own folder, or of a checkout that is only to be
+    read, the folder that the dataset is written to."""
+    return own if os.access(existing(own), os.W_OK) else out_dir
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> None:

@@ -8,6 +8,7 @@ gigatoken is installed and serves, one core is faster than a dozen would be othe
 """
 
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.synchronize
 import os
@@ -31,6 +32,7 @@ LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
 BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
+LONGEST_MATCHED = 2**17  # characters of a word that tiktoken's expressions match in any text
 SMALL = 16_000_000  # bytes of text below which starting processes takes longer than it saves
 
 Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
@@ -61,11 +63,16 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def write_chunks(
-    writer: Writer, chunks: Iterable[Chunk], workers: int | None = None, total: int | None = None
+    writer: Writer,
+    chunks: Iterable[Chunk],
+    workers: int | None = None,
+    total: int | None = None,
+    read_eot: bool = False,
 ) -> None:
     """Encode chunks, in their order, and write them; `total` bytes are expected to be read.
 
     workers: processes, None for as many as pay.
+    read_eot: a written end of text is one.
     """
     tokenizer, small = writer.tokenizer, total is not None and total < SMALL
     if tokenizer.kind == 'tiktoken' and workers in (None, 1):
@@ -76,7 +83,8 @@ def write_chunks(
         fast = tokenizer.accelerated or tokenizer.kind in ('char', 'byte')
         workers = 1 if fast or small else cores()
     with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
-        encoded = in_processes(encode_job, jobs(chunks), tokenizer, workers, ahead=workers)
+        encode = functools.partial(encode_job, read_eot=read_eot)
+        encoded = in_processes(encode, jobs(chunks), tokenizer, workers, ahead=workers)
         for size, ids in encoded:
             for split, part in ids.items():
                 writer.write(split, part)
@@ -99,15 +107,31 @@ def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
         yield read, job
 
 
-def encode_job(job: tuple[int, list], tokenizer: Tokenizer) -> tuple[int, dict[str, np.ndarray]]:
+def encode_job(
+    job: tuple[int, list], tokenizer: Tokenizer, read_eot: bool = False
+) -> tuple[int, dict[str, np.ndarray]]:
     """-> bytes read, ids by split"""
     size, chunks = job
     between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
     parts: dict[str, list] = {}
     for split, begins, text in chunks:
         ids = parts.setdefault(split, [])
-        ids += [between] * begins + [tokenizer.encode(text)]
+        ids += [between] * begins + [encode_text(text, tokenizer, read_eot)]
     return size, {split: np.concatenate(ids) for split, ids in parts.items()}
+
+
+def encode_text(text: str, tokenizer: Tokenizer, read_eot: bool) -> np.ndarray:
+    """The ids of a chunk, which is divided where a word is longer than tiktoken can match."""
+    try:
+        return tokenizer.encode(text, allow_eot=read_eot)
+    except ValueError:
+        if len(text) < LONGEST_MATCHED:
+            raise
+        half = len(text) // 2
+        border = BORDER.search(text, half)
+        at = border.end() if border else half
+        parts = (text[:at], text[at:])
+        return np.concatenate([encode_text(part, tokenizer, read_eot) for part in parts])
 
 
 def in_processes(

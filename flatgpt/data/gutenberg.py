@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flatgpt.data import text
 from flatgpt.data.dataset import DATA
-from flatgpt.data.download import fetch_page
+from flatgpt.data.download import fetch_page, place_to_keep
 from flatgpt.errors import UserError
 
 FOLDER = DATA / 'gutenberg'
@@ -57,7 +57,7 @@ def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
     add('--out_dir', type=Path, help='write here instead')
     add('--site', default=SITE, help='where the books are, default %(default)s')
     text.add_options(parser)
-    parser.set_defaults(field='text', errors='strict')
+    parser.set_defaults(**text.OWN_FILES)
     args = parser.parse_args(argv)
     text.check_options(args)
     try:
@@ -71,7 +71,9 @@ def prepare(args: argparse.Namespace, sets: dict) -> None:
     if not args.site.startswith(('http://', 'https://')):
         raise UserError(f'--site={args.site}: begins with neither http:// nor https://')
     numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word, sets))
-    files = [book_file(number, args.site) for number in numbers]  # all, before any is encoded
+    keep = place_to_keep(FOLDER, folder)
+    # all, before any is encoded
+    files = [book_file(number, args.site, keep) for number in numbers]
     text.prepare(args, folder, files, [], recipe)
 
 
@@ -96,16 +98,16 @@ def numbers_of(word: str, sets: dict) -> list[int]:
     return [int(word)]
 
 
-def book_file(number: int, site: str = SITE) -> Path:
-    """The file with the text of a book alone, made from the page that is kept or fetched."""
+def book_file(number: int, site: str, keep: Path) -> Path:
+    """The file with the text of a book alone, made from the page that is kept there or fetched."""
     where = {'n': number, 'digits': '/'.join(str(number)[:-1]) or '0'}
     urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in PLACES]
-    page = fetch_page(urls, FOLDER / 'pages' / f'pg{number}.txt', lambda page: flaw(page, number))
+    page = fetch_page(urls, keep / 'pages' / f'pg{number}.txt', lambda page: flaw(page, number))
     book = decode(page)
     body = strip(book)
     title = TITLE.search(book[:HEAD])
     print(f'{number}: {title[1].strip() if title else "no title"}, {len(body):,} characters')
-    path = FOLDER / 'books' / f'{number}.txt'
+    path = keep / 'books' / f'{number}.txt'
     path.parent.mkdir(exist_ok=True)
     path.write_text(body, encoding='utf-8', newline='')
     return path

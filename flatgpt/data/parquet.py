@@ -193,16 +193,24 @@ def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = N
     workers = min(workers or cores(), len(todo))
     files = ((part, part.file.get(part.folder / FETCHED)) for part in todo)
     written = in_processes(write_part, files, tokenizer, workers, ahead=1)
-    show_progress(written, [part.file.size for part in parts], [part.file.size for part in todo])
+    sizes = [part.file.size for part in parts]
+    done = show_progress(written, sizes, [part.file.size for part in todo])
+    if empty := sum(done):
+        print(f'{empty:,} documents left out: their {COLUMN} is null or empty')
 
 
-def show_progress(written: Iterable[int], sizes: list[int], todo: list[int]) -> None:
-    """A bar over the bytes of all files, earlier runs' included; in a log a line for each file."""
+def show_progress(
+    written: Iterable[tuple[int, int]], sizes: list[int], todo: list[int]
+) -> Iterator[int]:
+    """A bar over the bytes of all files, earlier runs' included; in a log a line for each file.
+
+    -> of each file, how many of its documents are empty
+    """
     total = sum(sizes)
     before = done = total - sum(todo)
     start = time.perf_counter()
     with tqdm(total=total, initial=done, unit='B', unit_scale=True, disable=None) as bar:
-        for size in written:
+        for size, empty in written:
             bar.update(size)
             done += size
             if bar.disable:
@@ -211,14 +219,16 @@ def show_progress(written: Iterable[int], sizes: list[int], todo: list[int]) -> 
                     bar_format='{n_fmt}B of {total_fmt}B, {remaining} to go',
                 )  # fmt: skip
                 print(line, flush=True)
+            yield empty
 
 
-def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> int:
-    """Encode a file into its part. -> bytes of the file"""
+def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> tuple[int, int]:
+    """Encode a file into its part. -> bytes of the file, documents without text"""
     part, path = job
+    empty: list[int] = []
     with Writer(part.folder, tokenizer, source=part.source) as writer:
         try:
-            for chunks in jobs(read_chunks(path, part.source['val_every'])):
+            for chunks in jobs(read_chunks(path, part.source['val_every'], empty)):
                 may_go_on()
                 for split, ids in encode_job(chunks, tokenizer)[1].items():
                     writer.write(split, ids)
@@ -227,11 +237,14 @@ def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> int:
         for split in SPLITS:
             if writer.tokens(split):  # and then comes the next part
                 writer.write(split, np.array([tokenizer.eot]))
-    return part.file.size
+    return part.file.size, len(empty)
 
 
-def read_chunks(path: Path, val_every: int) -> Iterator[Chunk]:
+def read_chunks(path: Path, val_every: int, empty: list[int]) -> Iterator[Chunk]:
+    """The text of a file; the numbers of its documents without any go to `empty`."""
     for number, document in enumerate(read_documents(path)):
+        if not document:
+            empty.append(number)
         split = 'train' if number % val_every else 'val'
         for text in cut([document or '']):
             yield number, split, text, 0

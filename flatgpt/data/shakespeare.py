@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flatgpt.data.dataset import DATA, Writer
-from flatgpt.data.download import fetch
+from flatgpt.data.download import fetch, place_to_keep
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
@@ -24,7 +24,7 @@ def prepare(
     )
     parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
     out_dir = parser.parse_args(argv).out_dir
-    text = read_input(folder)
+    text = read_input(folder, out_dir)
     tokenizer = make_tokenizer(text)
     border = int(len(text) * 0.9)  # nanoGPT's rule, so that losses compare
     with Writer(out_dir, tokenizer) as writer:
@@ -33,11 +33,11 @@ def prepare(
     print(writer.summary())
 
 
-def read_input(folder: Path) -> str:
+def read_input(folder: Path, out_dir: Path) -> str:
     """The text of input.txt: this folder's, else the other dataset's, else fetched."""
-    own = folder / 'input.txt'
+    own = place_to_keep(folder, out_dir) / 'input.txt'
     others = [DATA / name / 'input.txt' for name in ('shakespeare_char', 'shakespeare')]
-    path = next((path for path in (own, *others) if path.exists()), own)
+    path = next((path for path in (own, folder / 'input.txt', *others) if path.exists()), own)
     fetch(URL, path, SHA256)
     try:
         return path.read_bytes().decode()  # text mode would change line ends

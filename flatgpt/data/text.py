@@ -5,48 +5,68 @@ $ python data/text/prepare.py novel.txt more/ 'corpus/*.txt' --name=mine --token
 $ python data/text/prepare.py posts.jsonl --field=body --name=posts --tokenizer=bpe
 $ python train.py config/train_text.py --dataset=mine
 
-A file is one document; in a .jsonl or .ndjson file each line is one, and a blank line none. Of a
-folder every file is taken, in folders below it too, except hidden, empty and binary ones (with a
-zero byte near the start). The text is UTF-8 and stays as it is, line ends included. Between two
-documents comes the end of text.
+A file is one document; in a .jsonl or .ndjson file each line is one, and a blank line none, in a
+.json file each record of its list, in a .csv or .tsv file each row: --field says where its text is,
+--plain takes such files as they are. Of a folder every file is taken, in folders below it too,
+linked ones as well, except hidden, empty and binary ones, which are counted. The text is UTF-8 or
+has a byte order mark (--encoding for others), and stays as it is, line ends included. Between two
+documents comes the end of text; where the text spells it, --read_eot takes that for it as well.
+
+To go on with a model of your own, give its run, so that the text gets the same tokens:
+
+$ python data/text/prepare.py more.txt --name=more --tokenizer=out/mine
 """
 
 import argparse
 import codecs
-import glob
 import itertools
-import json
 import math
-import os
 import re
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import regex
 from tqdm import tqdm
 
 from flatgpt.data.dataset import DATA, Writer, recipe_of
 from flatgpt.data.encode import BORDER, Chunk, cut, write_chunks
-from flatgpt.data.tokenizer import Tokenizer, char_tokenizer, get_tokenizer, train_bpe
+from flatgpt.data.hf_tokenizer import find_tokenizer
+from flatgpt.data.sources import Reader, bytes_of, find_files, identity, lies_in
+from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
 
 COMMAND = 'python data/text/prepare.py'
-BLOCK = 2**20  # bytes read at a time
 BPE_SAMPLE = 100_000_000  # bytes of text that an own BPE is learned from, at most
-JSON_LINES = ('.jsonl', '.ndjson')
+# Learning takes time with the square of a word's length: of longer ones pieces are learned from.
+LONGEST_WORD = 256
+LONG_WORD = regex.compile(
+    '|'.join(
+        rf'{kind}{{{LONGEST_WORD + 1},}}+'
+        for kind in (r'[\p{L}\p{M}]', r'[^\s\p{L}\p{M}\p{N}]', r'\s')
+    )
+)
+PIECES = 2**14  # of all long words together
+# of text that flatGPT has made itself: the options that only data/text/prepare.py has
+OWN_FILES = dict(field=None, errors='strict', encoding=None, plain=True, read_eot=False)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     folder = output_folder(args)
-    val_files = find_files(args.val)
-    own = {identity(path) for path in val_files}
-    files = [path for path in find_files(args.files) if not lies_in(path, folder)]
-    files = [path for path in files if identity(path) not in own] if own else files
-    if not files:
-        raise UserError('nothing is left to train on: all the files are given with --val')
     try:
+        val_files = find_files(args.val, args.encoding)
+        own = {identity(path) for path in val_files}
+        found = find_files(args.files, args.encoding)
+        files = [path for path in found if not lies_in(path, folder)]
+        files = [path for path in files if identity(path) not in own] if own else files
+        if not files:
+            raise UserError('nothing is left to train on: all the files are given with --val')
+        check_field(args, files + val_files)
         prepare(args, folder, files, val_files)
     except OSError as error:
         raise UserError(f'{error.filename or folder}: {error.strerror or error}') from error
@@ -60,10 +80,15 @@ def prepare(
     recipe: str = 'train_text',
 ) -> None:
     tokenizer = make_tokenizer(args, files, val_files)
-    start = time.perf_counter()
+    if args.read_eot and tokenizer.eot is None:
+        raise UserError(f'--read_eot: the tokenizer {tokenizer.name} has no end of text')
+    start, reader = time.perf_counter(), reader_of(args)
     with Writer(folder, tokenizer) as writer:
         total = bytes_of(files + val_files)
-        write_chunks(writer, split_chunks(args, files, val_files), args.workers, total)
+        fitted = Fitted(split_chunks(reader, args, files, val_files), tokenizer, args.read_eot)
+        write_chunks(writer, fitted, args.workers, total, args.read_eot)
+    for line in [*reader.notes(), *fitted.notes()]:
+        print(line)
     print(writer.summary())
     speed = sum(map(writer.tokens, ('train', 'val'))) / (time.perf_counter() - start)
     dataset = folder.name if folder.parent == DATA else folder.resolve()
@@ -87,31 +112,72 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         help='take these files for validation; may be repeated',
     )
-    add('--field', default='text', help='key of the text in JSON lines, default %(default)s')
+    add('--field', help='key of the text in JSON lines, column of it in tables; default text')
+    add('--plain', action='store_true', help='take JSON lines, JSON and tables as they are')
     add(
         '--errors',
         choices=('strict', 'replace'),
         default='strict',
         help='at bytes that are not UTF-8: stop (default), or put U+FFFD in their place',
     )
+    add('--encoding', help='of files that are not UTF-8, such as cp1252, latin-1, utf-16-le')
+    add(
+        '--read_eot',
+        action='store_true',
+        help=f'take a written {EOT} for the end of text; without it, it is text as any other',
+    )
     add_options(parser)
     args = parser.parse_args(argv)
     if not args.files:
         raise UserError(f'say which text: {COMMAND} FILES --name=mine (see --help)')
     check_options(args)
+    if args.name and args.out_dir:
+        raise UserError(
+            f'--name={args.name} and --out_dir={args.out_dir} both say where to write; give one'
+        )
+    args.encoding = encoding_named(args.encoding) if args.encoding is not None else None
     return args
+
+
+def encoding_named(name: str) -> str:
+    """Python's own name of a text encoding."""
+    with suppress(LookupError):
+        with suppress(UnicodeError):
+            b'text'.decode(name)  # refuses those that are not of text
+        codecs.getincrementaldecoder(name)
+        return codecs.lookup(name).name
+    raise UserError(
+        f'--encoding={name}: no such encoding; there are cp1252, latin-1, utf-16-le ...'
+    )
+
+
+def check_field(args: argparse.Namespace, files: list[Path]) -> None:
+    """Refuse a --field that nothing has."""
+    reader = reader_of(args)
+    if args.field is not None and all(reader.layout(path) == 'text' for path in files):
+        raise UserError(
+            f'--field={args.field}: all the files are plain text, and have no fields; leave it out'
+        )
+
+
+def reader_of(args: argparse.Namespace) -> Reader:
+    return Reader(args.field, args.errors, args.encoding, args.plain)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What every preparation of text can be asked for."""
     add = parser.add_argument
-    add('--tokenizer', default='gpt2', help='gpt2 (default), byte, char, bpe or a tiktoken name')
+    add(
+        '--tokenizer',
+        default='gpt2',
+        help='gpt2 (default), byte, char, bpe or a tiktoken name; or that of a model: the folder '
+        'of its run or of a checkpoint, or a tokenizer.json',
+    )
     add('--vocab_size', type=int, help='ids of an own bpe, learned from the text; default 8192')
-    add('--val_fraction', type=float, default=0.1, help='part for validation, default %(default)s')
+    add('--val_fraction', type=float, help='part for validation, default 0.1')
     add(
         '--split',
         choices=('auto', 'document', 'fraction'),
-        default='auto',
         help='validate on whole documents, evenly spaced, or on the last part of each; '
         'auto: on whole ones if there are enough for val_fraction',
     )
@@ -119,8 +185,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
+    for option, value in (('val_fraction', args.val_fraction), ('split', args.split)):
+        if value is not None and getattr(args, 'val', None):
+            raise UserError(
+                f'--{option}={value} divides the files, and --val has said which validate; give '
+                'one of the two'
+            )
+    args.val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
+    args.split = args.split or 'auto'
     check_fraction(args)
-    if args.vocab_size and args.tokenizer != 'bpe':
+    if args.vocab_size is not None and args.tokenizer != 'bpe':
         raise UserError(f'--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own')
     if args.workers is not None and args.workers < 1:
         raise UserError(f'--workers={args.workers}: needs at least 1')
@@ -149,175 +223,40 @@ def own_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-# --- which files
-
-
-def find_files(patterns: list[str]) -> list[Path]:
-    """The files that the arguments mean, each once, in the order of the arguments."""
-    found = {}
-    for pattern in patterns:
-        path = Path(pattern)
-        matches = [path] if path.exists() else map(Path, sorted(glob.glob(pattern, recursive=True)))
-        taken = [p for match in matches for p in (files_in(match) if match.is_dir() else [match])]
-        if not taken:
-            what = 'has no text files' if path.is_dir() else 'no such file, and nothing matches it'
-            raise UserError(f'{pattern}: {what}')
-        for path in taken:
-            if not path.is_file() or not path.stat().st_size:
-                raise UserError(f'{path}: {"is empty" if path.is_file() else "is not a file"}')
-        for path in taken:
-            found.setdefault(identity(path), path)
-    return list(found.values())
-
-
-def identity(path: Path) -> tuple:
-    """What is the same for every name of a file."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a file is of the dataset that an earlier run wrote below its own source."""
-    return os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
-
-
-def files_in(folder: Path) -> list[Path]:
-    paths = [path for path in sorted(folder.rglob('*')) if path.is_file()]
-    taken = [path for path in paths if is_text(path, folder)]
-    print(f'{folder}: {len(taken)} files taken, {len(paths) - len(taken)} hidden, empty or binary')
-    return taken
-
-
-def is_text(path: Path, folder: Path) -> bool:
-    if any(part.startswith('.') for part in path.relative_to(folder).parts):
-        return False
-    with path.open('rb') as file:
-        head = file.read(8192)
-    return bool(head) and b'\0' not in head
-
-
-# --- reading
-
-
-def read_chunks(files: list[Path], args: argparse.Namespace) -> Iterator[tuple]:
-    """All text: (number of its document, bytes of that document, text, bytes read for it)."""
-    number = 0
-    for path in files:
-        if path.suffix.lower() in JSON_LINES:
-            for document, size in read_json_lines(path, args.field, args.errors):
-                length = len(document.encode())
-                for text in cut([document]):
-                    yield number, length, text, size
-                    size = 0
-                number += 1
-        else:
-            length = path.stat().st_size
-            for text in cut(read_text(path, args.errors)):
-                yield number, length, text, len(text.encode())
-            number += 1
-
-
-def read_text(path: Path, errors: str = 'strict') -> Iterator[str]:
-    """The text of a file, block by block, without its byte order mark."""
-    decoder = codecs.getincrementaldecoder('utf-8')(errors)
-    position = 0
-    with path.open('rb') as file:  # text mode would change line ends
-        while block := file.read(BLOCK):
-            block, skipped = without_bom(block) if position == 0 else (block, 0)
-            yield decode(decoder, block, path, position + skipped)
-            position += skipped + len(block)
-    yield decode(decoder, b'', path, position)
-
-
-def without_bom(block: bytes) -> tuple[bytes, int]:
-    stripped = block.removeprefix(codecs.BOM_UTF8)
-    return stripped, len(block) - len(stripped)
-
-
-def decode(decoder: codecs.IncrementalDecoder, block: bytes, path: Path, position: int) -> str:
-    """The text of a block that begins at byte `position`; an empty one ends the file."""
-    pending = len(decoder.getstate()[0])  # bytes of a character that began in the block before
-    try:
-        return decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        raise undecodable(path, position - pending + error.start) from error
-
-
-def undecodable(path: Path, position: int) -> UserError:
-    with path.open('rb') as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return UserError(f'{path}: is UTF-16; save it as UTF-8')
-    return UserError(
-        f'{path}: not UTF-8 at byte {position}; --errors=replace puts U+FFFD in place of such bytes'
-    )
-
-
-def read_json_lines(path: Path, field: str, errors: str) -> Iterator[tuple[str, int]]:
-    """The text of each line's `field` that has any, and the bytes of the line."""
-    position = 0
-    with path.open('rb') as file:
-        for number, line in enumerate(file, 1):
-            block, skipped = without_bom(line) if number == 1 else (line, 0)
-            try:
-                text = block.decode(errors=errors).strip()
-            except UnicodeDecodeError as error:
-                raise undecodable(path, position + skipped + error.start) from error
-            position += len(line)
-            document = json_field(text, field, errors, f'{path}, line {number}') if text else ''
-            if document:
-                yield document, len(line)
-
-
-def json_field(line: str, field: str, errors: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f'{where}: not JSON: {error}') from error
-    if not isinstance(record, dict) or field not in record:
-        keys = ', '.join(record) if isinstance(record, dict) else f'no keys: {line[:40]}'
-        raise UserError(f'{where}: no field {field!r}; it has {keys}; choose with --field=')
-    if not isinstance(record[field], str):
-        raise UserError(f'{where}: field {field!r} is {type(record[field]).__name__}, not text')
-    try:
-        return record[field].encode(errors=errors).decode()
-    except UnicodeEncodeError as error:
-        raise UserError(f'{where}: half a surrogate pair; --errors=replace puts ? there') from error
-
-
 # --- dividing
 
 
 def split_chunks(
-    args: argparse.Namespace, files: list[Path], val_files: list[Path]
+    reader: Reader, args: argparse.Namespace, files: list[Path], val_files: list[Path]
 ) -> Iterator[Chunk]:
     """All chunks with the split that each belongs to."""
     if val_files:
         for split, paths in (('train', files), ('val', val_files)):
-            for number, _, text, size in read_chunks(paths, args):
+            for number, _, text, size in read_chunks(paths, reader):
                 yield number, split, text, size
         return
     fraction = args.val_fraction
     enough = math.ceil(1 / fraction)
     by_document = args.split == 'document'
     if args.split == 'auto':
-        by_document = count_documents(files, enough) >= enough
-    chunks = read_chunks(files, args)
+        by_document = count_documents(files, reader_of(args), enough) >= enough
+    chunks = read_chunks(files, reader)
     yield from by_whole_document(chunks, fraction) if by_document else by_part(chunks, fraction)
 
 
-def count_documents(files: list[Path], limit: int) -> int:
+def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
+    """All text: (number of its document, bytes of that document, text, bytes read for it)."""
+    documents = itertools.chain.from_iterable(map(reader.documents, files))
+    for number, (blocks, length, size) in enumerate(documents):
+        for text in cut(blocks):
+            yield number, length, text, len(text.encode()) if size is None else size
+            size = size and 0
+
+
+def count_documents(files: list[Path], reader: Reader, limit: int) -> int:
     """How many documents there are, or `limit` if it is at least that many."""
-    count = 0
-    for path in files:
-        if path.suffix.lower() in JSON_LINES:
-            with path.open('rb') as file:
-                documents = (line for line in file if line.strip())
-                count += sum(1 for _ in itertools.islice(documents, limit))
-        else:
-            count += 1
-        if count >= limit:
-            return limit
-    return count
+    documents = itertools.chain.from_iterable(map(reader.documents, files))
+    return sum(1 for _ in itertools.islice(documents, limit))
 
 
 def by_whole_document(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
@@ -353,24 +292,167 @@ def border_near(text: str, at: int) -> int:
     return max((border.end() for border in BORDER.finditer(text)), default=at)
 
 
+# --- fitting the text to the tokenizer
+
+
+class Fitted:
+    """Chunks without the characters that the tokenizer lacks, which are counted."""
+
+    def __init__(self, chunks: Iterable[Chunk], tokenizer: Tokenizer, read_eot: bool):
+        self.chunks, self.tokenizer, self.read_eot = chunks, tokenizer, read_eot
+        self.known = known_characters(tokenizer)
+        self.missing = np.zeros(0x110000, np.int64)  # times that each was left out
+        self.characters, self.documents, self.marks = 0, 0, 0
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for number, split, text, size in self.chunks:
+            self.documents = max(self.documents, number + 1)
+            self.marks += text.count(EOT)
+            parts = text.split(EOT) if self.read_eot else [text]
+            yield number, split, EOT.join(map(self._fit, parts)), size
+        lacking = int(self.missing.sum())
+        if lacking > self.characters / 2:
+            raise UserError(
+                f'{lacking / self.characters:.0%} of the text are characters that the tokenizer '
+                f'lacks, such as {self._examples()}: prepare it with another tokenizer, for a new '
+                'model'
+            )
+
+    def _fit(self, text: str) -> str:
+        if self.known is None:
+            return text
+        codes = np.frombuffer(text.encode('utf-32-le'), '<u4')
+        self.characters += len(codes)
+        lacks = ~self.known[codes]
+        if not lacks.any():
+            return text
+        which, counts = np.unique(codes[lacks], return_counts=True)
+        self.missing[which] += counts
+        return codes[~lacks].tobytes().decode('utf-32-le')
+
+    def _examples(self) -> str:
+        most = np.argsort(-self.missing, kind='stable')[:10]
+        return ', '.join(repr(chr(code)) for code in most if self.missing[code])
+
+    def notes(self) -> list[str]:
+        """What to tell of how the text was fitted."""
+        lines = []
+        if self.missing.any():
+            lacking = int(self.missing.sum())
+            lines.append(
+                f'warning: {lacking:,} characters ({lacking / self.characters:.1%}) were left out, '
+                f'since the tokenizer lacks them: {self._examples()}'
+            )
+        if self.marks and not self.read_eot:
+            lines.append(
+                f'{EOT} is written {self.marks:,} times in the text, and was taken for text as any '
+                'other; --read_eot takes it for the end of text'
+            )
+        if self.documents > 1 and self.tokenizer.eot is None:
+            lines.append('nothing marks where a document ends: the tokenizer has no end of text')
+        return lines
+
+
+def known_characters(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Whether a tokenizer of characters has each one; None for others, which have all."""
+    if tokenizer.kind != 'char':
+        return None
+    known = np.zeros(0x110000, bool)
+    special = set(tokenizer.special.values())
+    letters = [token for i, token in enumerate(tokenizer.token_bytes) if i not in special]
+    known[[ord(letter.decode()) for letter in letters]] = True
+    return known
+
+
 # --- tokenizers made from the text
 
 
 def make_tokenizer(args: argparse.Namespace, files: list[Path], val_files: list[Path]) -> Tokenizer:
-    if args.tokenizer not in ('char', 'bpe'):
-        return get_tokenizer(args.tokenizer)
-    total = bytes_of(files)
     if args.tokenizer == 'bpe':
-        every = math.ceil(total / BPE_SAMPLE)
-        chunks = watched(read_chunks(files, args), total, 'reading for bpe')
-        sample = (text for i, text in enumerate(chunks) if i % every == 0)
-        return train_bpe(sample, args.vocab_size or 8192)
-    seen = np.zeros(0x110000, bool)
-    files = files + val_files
-    for text in watched(read_chunks(files, args), bytes_of(files), 'characters'):
+        return learn_bpe(args, files)
+    if args.tokenizer == 'char':
+        return collect_characters(args, files + val_files)
+    return find_tokenizer(args.tokenizer)
+
+
+def collect_characters(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
+    seen, marks = np.zeros(0x110000, bool), 0
+    chunks = read_chunks(files, reader_of(args))
+    for text in watched(chunks, bytes_of(files), 'characters'):
+        marks += args.read_eot and text.count(EOT)
+        text = text.replace(EOT, '') if args.read_eot else text
         seen[np.frombuffer(text.encode('utf-32-le'), '<u4')] = True
-    several = count_documents(files, 2) > 1
-    return char_tokenizer(map(chr, np.flatnonzero(seen)), eot=several)
+    several = marks or count_documents(files, reader_of(args), 2) > 1
+    return char_tokenizer(map(chr, np.flatnonzero(seen)), eot=bool(several))
+
+
+def learn_bpe(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
+    total, stop = bytes_of(files), threading.Event()
+    every = math.ceil(total / BPE_SAMPLE)
+    chunks = watched(read_chunks(files, reader_of(args)), total, 'reading for bpe')
+    sample = (text for i, text in enumerate(chunks) if i % every == 0)
+    if args.read_eot:
+        sample = (part for text in sample for part in text.split(EOT))
+    words = ShortWords(itertools.takewhile(lambda _: not stop.is_set(), sample))
+    tokenizer = interruptible(stop, train_bpe, words, args.vocab_size or 8192)
+    if words.cut:
+        print(
+            f'bpe: {words.cut:,} runs of more than {LONGEST_WORD} letters, signs or blanks without '
+            f'a border were learned from in {words.pieces:,} pieces'
+            + (f', and {words.left_out:,} more pieces were not' if words.left_out else '')
+        )
+    return tokenizer
+
+
+class ShortWords:
+    """Texts to learn words from, divided within words too long for that; how many of those."""
+
+    def __init__(self, texts: Iterable[str]):
+        self.texts, self.cut, self.pieces, self.left_out = texts, 0, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            end = 0
+            for word in LONG_WORD.finditer(text):
+                yield text[end : word.start()]
+                yield from self._pieces(word[0])
+                end = word.end()
+            if end < len(text):
+                yield text[end:]
+
+    def _pieces(self, word: str) -> Iterator[str]:
+        self.cut += 1
+        for start in range(0, len(word), LONGEST_WORD):
+            if self.pieces < PIECES:
+                self.pieces += 1
+                yield word[start : start + LONGEST_WORD]
+            else:
+                self.left_out += 1
+
+
+def interruptible(stop: threading.Event, function: Callable, *args):
+    """function(*args), which a library computes without looking for Ctrl-C: that ends it here.
+
+    stop: set then, for what `function` reads to end.
+    """
+    done = Future()
+
+    def work() -> None:
+        try:
+            done.set_result(function(*args))
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while not wait([done], 0.2).done:
+            pass
+    except KeyboardInterrupt:
+        stop.set()
+        thread.join(0.5)  # a thread that Python is asked for at the end of the program aborts it
+        raise
+    return done.result()
 
 
 def watched(chunks: Iterable[tuple], total: int, what: str) -> Iterator[str]:
@@ -379,7 +461,3 @@ def watched(chunks: Iterable[tuple], total: int, what: str) -> Iterator[str]:
         for _, _, text, size in chunks:
             yield text
             bar.update(size)
-
-
-def bytes_of(files: list[Path]) -> int:
-    return sum(path.stat().st_size for path in files)

@@ -7,6 +7,7 @@ What a run begins with: a new model, that of a run that is resumed, or one from 
 """
 
 import secrets
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -244,10 +245,12 @@ def build_model(
     if tokenizer is None:  # of a model that came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
+        option = f'--tokenizer={shlex.quote(str(where))}'
         raise UserError(
             f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and {where} '
-            f'with another ({tokenizer.name}): prepare '
-            + (f'it with --tokenizer={where}' if data.rows else 'the text with that')
+            f'with another ({tokenizer.name}): prepare it with {option}, as in python '
+            f'data/{"chat" if data.rows else "text"}/prepare.py FILES {option} --out_dir=FOLDER, '
+            'and train with --dataset=./FOLDER'
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(

@@ -125,12 +125,13 @@ def test_a_folder_with_the_name_of_a_file_is_none():
         parquet_module.local_files(Path('empty'))
 
 
-def test_empty_documents_are_left_out_and_a_file_may_have_none():
+def test_empty_documents_are_left_out_and_counted_and_a_file_may_have_none(capsys):
     parquet('source/0.parquet', ['', 'one', None, 'two'])
     parquet('source/1.parquet', pyarrow.array([], pyarrow.string()))
     parquet('source/2.parquet', ['three'])
     prepare('--source=source')
     assert (text_of('train'), text_of('val')) == (f'one{EOT}two{EOT}', f'three{EOT}')
+    assert '2 documents left out: their text is null or empty' in capsys.readouterr().out
 
 
 def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
@@ -399,7 +400,7 @@ def test_memory_stays_flat_on_a_file_of_one_row_group():
             status = Path('/proc/self/status').read_text()
             return int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) / 1024
         before = memory()
-        print(sum(1 for _ in read_chunks(Path('0.parquet'), 2)), memory() - before)
+        print(sum(1 for _ in read_chunks(Path('0.parquet'), 2, [])), memory() - before)
         """
     done = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(code)],

@@ -19,7 +19,7 @@ from tiktoken_ext import openai_public as public
 
 from data.pydocs import prepare as pydocs
 from flatgpt.data import dataset as dataset_module
-from flatgpt.data import encode, text
+from flatgpt.data import encode, sources, text
 from flatgpt.data import shakespeare as shakespeare_char
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.download import fetch
@@ -57,7 +57,7 @@ def write(path: str, content: str | bytes) -> None:
 
 def small_chunks(monkeypatch, characters: int) -> None:
     monkeypatch.setattr('flatgpt.data.encode.CHUNK', characters)
-    monkeypatch.setattr(text, 'BLOCK', characters)
+    monkeypatch.setattr(sources, 'BLOCK', characters)
 
 
 def prepare_text(*argv: str) -> Dataset:
