@@ -247,7 +247,7 @@ def settings_block(script: str) -> tuple[list[ast.stmt], list[str]]:
     source = Path(script).read_text(encoding='utf-8')
     block = []
     for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
+        if block and isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
             break
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
             if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == 'configure':

@@ -47,7 +47,7 @@ def both(folder='out'):
     [
         (
             'a.jsonl.gz',
-            gzip.compress(WORDS.encode()),
+            gzip.compress(WORDS.encode(), mtime=0),
             'compressed by gzip; unpack it first: gunzip',
         ),
         ('a.bz2', bz2.compress(WORDS.encode()), 'compressed by bzip2; unpack it first: bunzip2'),
@@ -133,7 +133,7 @@ def test_linked_folders_are_followed_and_loops_noticed(capsys):
 def test_what_a_folder_has_that_is_no_text_is_named_and_counted(capsys):
     for i in range(3):
         write(f'more/{i}.txt', WORDS)
-    write('more/a.gz', gzip.compress(WORDS.encode()))
+    write('more/a.gz', gzip.compress(WORDS.encode(), mtime=0))
     write('more/b.pdf', b'%PDF-1.7\n')
     write('more/c.txt', (WORDS * 9).encode('utf-16-le'))
     prepare_text('more', '--tokenizer=byte')
