@@ -22,7 +22,7 @@ from flatgpt.checkpoint.save import prune
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import ConfigError, UserError, as_config_error, optional
+from flatgpt.errors import ConfigError, UserError, as_config_error
 from flatgpt.files import is_same, sha256
 from flatgpt.lora import adapted, add_lora
 from flatgpt.runtime import Runtime
@@ -163,7 +163,7 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
     validate_data(config, data)
     shape = model.config if model else new_shape(data, config)
     for lint in (early_warnings(shape, config, runtime), lint_settings(config, data)):
-        with optional('not all settings were looked at', report):
+        with suppress(OSError):  # a disk or a system that does not say what is free
             for warning in lint:
                 report(f'warning: {warning}')
     model, tokenizer = build_model(model, tokenizer, data, config, report)

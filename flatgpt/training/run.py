@@ -127,12 +127,12 @@ class Run:
 
     def report_skipped(self, loss: float, norm: float) -> None:
         """Report an update that was skipped; end a run that skips three in a row."""
-        step = self.state.step
+        step, clips = self.state.step, self.config['grad_clip']
         self.runtime.print0(f'step {step}: loss {loss} with gradient norm {norm}, update skipped')
         if self.state.skipped == 3:
             raise UserError(
                 f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
-                f'lower {self.rates} or --grad_clip'
+                f'lower {self.rates} or {"--grad_clip" if clips else "clip it: --grad_clip=1.0"}'
                 + (f'; {self.out_dir} keeps its last good checkpoint' if self.saved else '')
             )
 

@@ -215,7 +215,8 @@ def check_short_blocks(config: dict, block_size: int) -> None:
     short, iters = config['short_block_size'], config['short_iters']
     short_block = min(short or 0, block_size)  # a shorter block_size has nothing to cut
     if iters and (not short_block or block_size % short_block):
-        fits = math.gcd(short or block_size // 4, block_size)
+        most = min(short or block_size // 4 or 1, block_size)
+        fits = next(size for size in range(most, 0, -1) if block_size % size == 0)
         raise ConfigError(
             f'short_iters={iters}: short_block_size={short} does not cut block_size={block_size} '
             f'into equal pieces; try --short_block_size={fits}'
