@@ -356,7 +356,7 @@ def main(settings: dict) -> None:
     if settings['batch']:
         if settings['chat'] or settings['start'] != start:
             raise UserError('--batch has prompts of its own: leave out the prompt, and --chat')
-        if samples != num_samples:
+        if samples not in (1, num_samples):
             raise UserError('--batch has one answer for each prompt: leave out --num_samples')
         within(1, None, settings, 'rows')
         batch = Batch(settings, partial(sampling_of_line, settings), CHOICES)

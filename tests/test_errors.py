@@ -72,7 +72,8 @@ def test_what_fails_is_a_warning_where_a_run_can_do_without_it():
         (PermissionError(errno.EACCES, 'no', 'a/b'), 'a/b: no'),
     ],
 )
-def test_an_error_of_the_machine_is_one_line(error, line):
+def test_an_error_of_the_machine_is_one_line(error, line, monkeypatch):
+    monkeypatch.delitem(sys.modules, 'bs4', raising=False)  # there, it would not be what is missing
     assert line in reason_of(error)
     assert isinstance(as_user_error(error), UserError)
 

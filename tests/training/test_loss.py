@@ -19,7 +19,7 @@ TALKS = [
     [('user', 'Hi'), ('assistant', 'Hello!')],
     [('user', 'A fish?'), ('assistant', 'Trout.'), ('user', 'More'), ('assistant', 'Eel, carp.')],
     [('system', 'Be brief.'), ('user', 'Two and two?'), ('assistant', 'Four')],
-    [('user', 'Why?'), ('assistant', '')],
+    [('user', 'Why?'), ('assistant', '.')],
 ]
 PAIRS = [('Hi', 'Hello, you!', 'What'), ('A fish?', 'Eel', 'A cow, I think.'), ('2+2', '4', '5')]
 
