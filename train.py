@@ -20,9 +20,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from flatgpt.errors import make_output_optional
 from flatgpt.parallel import apply_fsdp, compile_blocks, settle, sync_gradients, whole
 from flatgpt.runtime import StopSignal, on_out_of_memory, start
+from flatgpt.streams import make_output_optional
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish

@@ -1,5 +1,5 @@
 """
-Errors that are the user's to fix, how a program ends with one line of them, and what ends none.
+Errors that are the user's to fix, and how a program ends with one line of them.
 
     one_line_errors()                                  # at the start of a script
     raise UserError('novel.txt: is empty; give a file with text')
@@ -14,10 +14,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TextIO
+
+from flatgpt.streams import prepare_streams, silence
 
 DISK_TROUBLE = {errno.ENOSPC, errno.EROFS, getattr(errno, 'EDQUOT', errno.ENOSPC)}
-PACKAGES = {'bs4': 'beautifulsoup4', 'yaml': 'pyyaml'}  # where the module has another name
+PACKAGES = {  # module -> what pip calls it; of no other name is it said what to install
+    name.replace('-', '_'): name
+    for name in """torch numpy safetensors filelock tqdm matplotlib tiktoken regex tokenizers
+    requests huggingface-hub flask waitress pydantic spectree prometheus-client
+    flask-openapi3-swagger gigatoken gguf transformers pyarrow wandb tensorboard
+    lm_eval""".split()
+} | {'bs4': 'beautifulsoup4'}
 
 
 class UserError(Exception):
@@ -80,13 +87,13 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:
-    """The line for a package that is not installed; None if what is missing is a module of one."""
+    """The line for a package that is not installed, None for any other module."""
     name = (error.name or '').partition('.')[0]
-    if not name or name in sys.stdlib_module_names or sys.modules.get(name):
+    if name not in PACKAGES or sys.modules.get(name):
         return None
-    package = PACKAGES.get(name, name)
     return UserError(
-        f'this needs the package {name}: pip install {package} (all packages: pip install -e .)'
+        f'this needs the package {name}: pip install {PACKAGES[name]} '
+        '(all packages: pip install -e .)'
     )
 
 
@@ -143,84 +150,6 @@ def _print_last(line: str) -> None:
             stream.flush()
         except (OSError, ValueError):  # which would change the status when Python tries it at last
             silence(stream)
-
-
-# -----------------------------------------------------------------------------
-# what a program prints
-
-
-def prepare_streams() -> None:
-    """Let no script fail for want of a stream or of a character.
-
-    A stream that is closed, or None as under pythonw, becomes silence. Text is UTF-8 whatever the
-    locale says, unless PYTHONIOENCODING asks for another encoding; a character that it lacks
-    becomes a question mark.
-    """
-    encoding = None if os.environ.get('PYTHONIOENCODING') else 'utf-8'
-    for number, (name, mode) in enumerate({'stdin': 'r', 'stdout': 'w', 'stderr': 'w'}.items()):
-        _open_if_closed(number)
-        for each in (name, f'__{name}__'):
-            if getattr(sys, each) is None:
-                setattr(sys, each, open(os.devnull, mode, encoding='utf-8', errors='replace'))
-        errors = 'backslashreplace' if name == 'stderr' else 'replace'
-        with suppress(AttributeError, OSError, ValueError):  # a notebook's, one in use
-            getattr(sys, name).reconfigure(encoding=encoding, errors=errors)
-
-
-def _open_if_closed(number: int) -> None:
-    """Point a closed file descriptor nowhere: else the next file opened would get its number, and
-    with it what libraries print."""
-    try:
-        os.fstat(number)
-    except OSError:
-        _point_nowhere(number)
-
-
-def _point_nowhere(number: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, number)  # which the programs that are started inherit
-    if nowhere != number:
-        os.close(nowhere)
-    else:
-        os.set_inheritable(number, True)
-
-
-def silence(stream: TextIO) -> None:
-    """Send what a stream still holds, and what is written to it from now on, nowhere."""
-    with suppress(AttributeError, OSError, ValueError):
-        _point_nowhere(stream.fileno())
-
-
-class OptionalStream:
-    """A stream for which no error is raised where its reader has gone or its disk is full."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, do: Callable, *arguments) -> None:
-        try:
-            do(*arguments)
-        except BrokenPipeError:  # nobody will read it any more
-            silence(self._stream)
-        except (OSError, ValueError):  # a full disk may have room again
-            pass
-
-
-def make_output_optional() -> None:
-    """From now on the program does its work whatever becomes of its standard output and error."""
-    for name in ('stdout', 'stderr'):
-        if not isinstance(getattr(sys, name), OptionalStream):
-            setattr(sys, name, OptionalStream(getattr(sys, name)))
 
 
 # -----------------------------------------------------------------------------

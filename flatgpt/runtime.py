@@ -309,7 +309,7 @@ class Runtime:
 def compile_pays(work: Work, peak: float | None) -> tuple[bool, str]:
     """Whether torch.compile saves more time than it takes, by estimate, and a line that says so."""
     speed = EAGER_SHARE * (peak or ASSUMED_TFLOPS * 1e12)
-    seconds = work.passes * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
+    seconds = max(0, work.passes) * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
     takes = work.widths * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
     pays, short = SAVED * seconds > takes, tqdm.format_interval
     why = f'as the run is estimated to take {short(seconds)} without, and compiling {short(takes)}'
@@ -344,7 +344,7 @@ class StopSignal:
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(2, b'\nstopping after this step ...\n')
         # torchrun sends one of its own after the first, which is the one to leave with
-        if not self.signal or self.runtime.world_size == 1:
+        if not self.signal or (self.runtime.world_size == 1 and not self.failed):
             self.signal = number
 
     def fail(self, error: UserError) -> None:

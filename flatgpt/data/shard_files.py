@@ -20,7 +20,7 @@ from pathlib import Path
 
 from flatgpt.errors import UserError
 
-KEPT_OPEN = threading.BoundedSemaphore(256)  # of this process: below the usual limit of 1,024
+MAY_OPEN = [None] * 256  # one for each more file to keep open: a process has 1,024 as a rule
 
 
 class ShardFiles:
@@ -29,11 +29,12 @@ class ShardFiles:
         self._kept: dict[str, FileIO] = {}
         self._identities: dict[str, tuple] = {}
         self._lock = threading.Lock()  # a file has one position, and two threads may read it
-        weakref.finalize(self, close, self._kept, KEPT_OPEN)
+        weakref.finalize(self, close, self._kept, MAY_OPEN)
         for name in names:
             file = open(f'{folder}/{name}', 'rb', buffering=0)
             self._identities[name] = identity(file)
-            if KEPT_OPEN.acquire(blocking=False):
+            if MAY_OPEN:
+                MAY_OPEN.pop()
                 self._kept[name] = file
             else:
                 file.close()
@@ -69,7 +70,7 @@ def identity(file: FileIO) -> tuple:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def close(files: dict[str, FileIO], seats: threading.BoundedSemaphore) -> None:
+def close(files: dict[str, FileIO], may_open: list) -> None:
     for file in files.values():
         file.close()
-        seats.release()
+        may_open.append(None)  # without a lock: the garbage collector calls at any time
