@@ -28,7 +28,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
 CHUNK = 2**20  # characters encoded at a time
-LONGEST = 16 * CHUNK  # of a chunk, where there is no border to cut at
+LONGEST = CHUNK + CHUNK // 8  # of a chunk without a border to cut at: BPE takes n log n for a word
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
 BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
