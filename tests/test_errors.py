@@ -74,9 +74,7 @@ def test_what_fails_is_a_warning_where_a_run_can_do_without_it():
 )
 def test_an_error_of_the_machine_is_one_line(error, line, monkeypatch):
     for name in ('bs4', 'gguf'):
-        monkeypatch.delitem(
-            sys.modules, name, raising=False
-        )  # there, it would not be what is missing
+        monkeypatch.delitem(sys.modules, name, raising=False)  # what is there is not missing
     assert line in reason_of(error)
     assert isinstance(as_user_error(error), UserError)
 
