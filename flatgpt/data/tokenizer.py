@@ -26,6 +26,7 @@ from flatgpt.errors import UserError, did_you_mean
 from flatgpt.files import new_file
 
 EOT = '<|endoftext|>'
+LONG, BLOCK = 2**18, 2**16  # bytes of a long word, and how many of it are merged at once
 ASSISTANT = 'assistant'
 WHITE_SPACE = '\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000' + ''.join(
     map(chr, range(0x2000, 0x200B))
@@ -139,7 +140,8 @@ class Tokenizer:
             ids += [self._encode(text[at:start], at), [token]]
             at = end
         ids.append(self._encode(text[at:], at))
-        return np.concatenate(ids).astype(self.dtype)
+        whole = ids[0] if len(ids) == 1 else np.concatenate(ids)
+        return whole.astype(self.dtype)
 
     def find_added(self, text: str, special: bool) -> list[tuple[int, int, int]]:
         """(start, end, id) of the added tokens in a text, with or without the special ones."""
@@ -174,6 +176,8 @@ class Tokenizer:
             return self._encode_characters(text, position)
         if self._gigatoken is not None:
             return self._gigatoken.encode(text)
+        if has_long_run(text):
+            return self._encode_long_words(text)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:  # a word of a million letters; older versions panic
@@ -185,9 +189,31 @@ class Tokenizer:
         """The ids of text with a word that is too long for the way in which tiktoken finds it."""
         import regex
 
-        words = (match[0] for match in regex.finditer(self.pattern, text))
-        ids = [self._encoding._encode_single_piece(word) for word in words]
-        return np.fromiter(itertools.chain.from_iterable(ids), np.int64)
+        words = (match[0].encode() for match in regex.finditer(self.pattern, text))
+        ids = list(map(self._encode_long_word, words))
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int64, sum(map(len, ids)))
+
+    def _encode_long_word(self, word: bytes) -> list[int]:
+        """The ids of a word, block by block: merging all of it at once takes more than its length.
+
+        Tokens are those of a word if each two neighbors are those of the text that they make up. So
+        a block ends before a token if the last one is what it is beside the next block's first.
+        """
+        encode, tokens = self._encoding._encode_single_piece, self.token_bytes
+        ids, at, block = [], 0, encode(word[:BLOCK])
+        while at + BLOCK < len(word):
+            end = at + BLOCK
+            for keep in range(len(block) - 1, max(0, len(block) - 64), -1):
+                end -= len(tokens[block[keep]])
+                following = encode(word[end : end + BLOCK])
+                pair = [block[keep - 1], following[0]]
+                if encode(b''.join(tokens[i] for i in pair)) == pair:
+                    break
+            else:
+                return encode(word)
+            ids += block[:keep]
+            at, block = end, following
+        return ids + block
 
     def _encode_characters(self, text: str, position: int) -> np.ndarray:
         codes = np.frombuffer(text.encode('utf-32-le'), '<u4')
@@ -208,7 +234,7 @@ class Tokenizer:
         """Character code -> id, -1 where there is none; the last entry is for all codes beyond."""
         characters = self.token_bytes[: self.vocab_size - len(self.special)]
         codes = [ord(character.decode()) for character in characters]
-        table = np.full(max(codes, default=0) + 2, -1, np.int64)
+        table = np.full(max(codes, default=0) + 2, -1, np.int32)
         table[codes] = np.arange(len(codes))
         return table
 
@@ -391,6 +417,15 @@ class Tokenizer:
         """Write JSON."""
         with new_file(path) as part:
             part.write_text(json.dumps(self.to_dict()), encoding='utf-8')
+
+
+def has_long_run(text: str) -> bool:
+    """Whether more than LONG bytes follow each other that are all blank, or all not."""
+    if len(text) <= LONG:
+        return False
+    blank = np.isin(np.frombuffer(text.encode(), np.uint8), tuple(b' \t\n\v\f\r'))
+    borders = np.flatnonzero(np.diff(blank, prepend=~blank[0], append=~blank[-1]))
+    return bool(np.diff(borders).max() > LONG)
 
 
 def matches(

@@ -13,6 +13,7 @@ from tokenizers import AddedToken
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
+from flatgpt.data import tokenizer as tokenizer_module
 from flatgpt.data.hf_options import GPT2_WORDS, understood
 from flatgpt.data.hf_tokenizer import PATTERNS, added_tokens, find_tokenizer, tokenizer_json
 from flatgpt.data.tokenizer import (
@@ -482,6 +483,18 @@ def timed(tokenizer, text) -> float:
     start = time.perf_counter()
     tokenizer.encode(text)
     return time.perf_counter() - start
+
+
+@pytest.mark.parametrize('letters', [' ', 'a', 'ab', 'ACGT', 'the hare slept', 'é字'], ids=repr)
+def test_a_word_in_blocks_has_the_ids_of_all_of_it(monkeypatch, letters):
+    tokenizer = train_bpe([TEXT, ' ' * 64, 'ACGTTGCA' * 99, 'aaaaaaabab' * 9, '字é' * 20], 420)
+    rng = random.Random(0)
+    whole = tokenizer._encoding._encode_single_piece
+    for block in (24, 100):
+        monkeypatch.setattr(tokenizer_module, 'BLOCK', block)
+        for size in (1, 23, 24, 25, 99, 100, 101, 555, 2000):
+            word = ''.join(rng.choices(letters, k=size)).encode()
+            assert tokenizer._encode_long_word(word) == whole(word)
 
 
 def test_long_words_have_the_ids_of_tokenizers():
