@@ -86,6 +86,18 @@ HARMLESS = frozenset(
     diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size early_stopping prefix
     """.split()
 )
+HOW_TO_SAMPLE = frozenset(  # in a generation_config.json, beside those above
+    """
+    max_new_tokens min_p top_h epsilon_cutoff eta_cutoff penalty_alpha max_time
+    cache_implementation cache_config return_legacy_cache low_memory output_logits output_scores
+    return_dict_in_generate compile_config disable_compile generation_kwargs num_assistant_tokens
+    num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
+    target_lookbehind prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit
+    is_assistant trust_remote_code remove_invalid_values prefill_chunk_size
+    _from_model_config renormalize_logits
+    """.split()
+)
+GENERATION = 'generation_config.json'
 EMPTY = (None, False, '', [], {}, 0)
 NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 CARD_SETTINGS = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'seed')
@@ -136,6 +148,8 @@ def load_foreign(
 def load_transformers(folder: Path, name: str, dropout: float) -> GPT:
     """Weights are read from the mapped file one at a time, so that memory holds them once."""
     shape = shape_of(read_json(folder / 'config.json', name), name)
+    if (folder / GENERATION).is_file():
+        check_generation(read_json(folder / GENERATION, name), name)
     files = weight_files(folder, name)
     named = ((own_name(key), read_tensor(path, key)) for key, path in files.items())
     return filled({**shape, 'dropout': dropout}, named, name, TRANSPOSED)
@@ -176,6 +190,17 @@ def shape_of(config: dict, name: str) -> dict:
                 'model computes the same without'
             )
     return shape
+
+
+def check_generation(config: dict, name: str) -> None:
+    """Refuse a generation_config.json that forces or forbids tokens. What else it says of how to
+    sample is for flags to say."""
+    for key, value in config.items():
+        if key not in {*HARMLESS, *HOW_TO_SAMPLE} and value not in EMPTY:
+            raise CheckpointError(
+                f'{name}: {key}={value!r} of its {GENERATION} is not done here; remove it there if '
+                'the text may be without it'
+            )
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
@@ -221,7 +246,7 @@ def download(name: str) -> Path:
     from huggingface_hub.utils import HFValidationError
 
     wanted = ['config.json', WEIGHTS, INDEX, 'model-*.safetensors']
-    wanted += ['tokenizer.json', 'vocab.json', 'merges.txt', 'generation_config.json']
+    wanted += ['tokenizer.json', 'vocab.json', 'merges.txt', GENERATION]
     wanted += ['tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json']
     try:
         folder = Path(snapshot_download(repository_of(name), allow_patterns=wanted))
@@ -308,7 +333,7 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
 def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, folder: Path) -> None:
     """A folder that AutoModelForCausalLM and AutoTokenizer load; all of it or nothing."""
     files = {'config.json': config_json(model, tokenizer)}
-    files['generation_config.json'] = end_settings(tokenizer)
+    files[GENERATION] = end_settings(tokenizer)
     if tokenizer is not None:
         end = tokenizer.eot_text if tokenizer.eot in tokenizer.ends else None
         files['tokenizer.json'] = tokenizer_json(tokenizer)

@@ -353,6 +353,14 @@ def with_marks(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer | None:
         raise UserError(f'{folder / MARKS}: not a chat template: {error}') from error
 
 
+CONTENT = (  # a text, or text parts, a line each: see content_text()
+    "{% set content = message['content'] %}{% if content is not string %}"
+    "{% if content | rejectattr('type', 'equalto', 'text') | list %}"
+    "{{ raise_exception('only text parts are read') }}{% endif %}"
+    "{% set content = content | map(attribute='text') | join('\\n') %}{% endif %}"
+)
+
+
 def chat_jinja(tokenizer: Tokenizer) -> str:
     """The chat template in the language that `transformers` and llama.cpp have for it."""
 
@@ -361,11 +369,13 @@ def chat_jinja(tokenizer: Tokenizer) -> str:
 
     turns = ''.join(
         f"{{% elif message['role'] == {json.dumps(role, ensure_ascii=False)} %}}"
-        f"{said(before)}{{{{ message['content'] }}}}{said(after)}"
+        f'{said(before)}{{{{ content }}}}{said(after)}'
         for role, (before, after) in tokenizer.chat_template.items()
     )
     return (
-        '{% for message in messages %}{% '
+        '{% for message in messages %}'
+        + CONTENT
+        + '{% '
         + turns.removeprefix('{% el')
         + "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
         + '{% if add_generation_prompt %}'

@@ -31,7 +31,7 @@ from flatgpt.data.tokenizer import (
     get_tokenizer,
     train_bpe,
 )
-from flatgpt.errors import UserError
+from flatgpt.errors import CheckpointError, UserError
 from flatgpt.inference.engine import generate
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT, GPTConfig
@@ -266,6 +266,25 @@ def test_a_half_fetched_file_is_one_line(tmp_path, keep):
     content = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(content[:keep])
     assert 'half fetched' in refused(load_model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'named'),
+    [
+        ({'suppress_tokens': [5, 6]}, 'suppress_tokens=[5, 6]'),
+        ({'forced_bos_token_id': 3}, 'forced_bos_token_id=3'),
+        ({'bad_words_ids': [[1]], 'temperature': 0.5}, 'bad_words_ids=[[1]]'),
+        ({'temperature': 0.5, 'max_length': 50, 'eos_token_id': 1, 'suppress_tokens': None}, None),
+    ],
+)
+def test_what_forces_or_forbids_tokens_is_refused_by_name(tmp_path, settings, named):
+    config = GPTConfig(16, 257, 1, 2, 8, bias=True)
+    export_transformers(GPT(config), byte_tokenizer(), {}, tmp_path / 'm')
+    (tmp_path / 'm' / 'generation_config.json').write_text(json.dumps(settings), encoding='utf-8')
+    if named is None:
+        return load_model(tmp_path / 'm')
+    with pytest.raises(CheckpointError, match=re.escape(f'{named} of its generation_config.json')):
+        load_model(tmp_path / 'm')
 
 
 def test_a_missing_weight_file_and_a_broken_config_are_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """Conversations and preference pairs: how they are prepared, and models tuned on them."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -422,6 +423,12 @@ def test_an_export_brings_the_template_along(tmp_path, marks):
     assert tokenizer.decode(ids) == tokenizer.decode(tokenizer.encode_chat(messages))
     if marks is None:
         assert ids == tokenizer.encode_chat(messages).tolist()
+    parts = [{'type': 'text', 'text': text} for text in ('the', 'cat?')]
+    told = talk('the\ncat?', 'sat')
+    render = functools.partial(theirs.apply_chat_template, tokenize=False)
+    assert render([{'role': 'user', 'content': parts}, told[1]]) == render(told)
+    with pytest.raises(Exception, match='only text parts are read'):
+        render([{'role': 'user', 'content': [{'type': 'image', 'url': 'a'}]}])
 
 
 def test_a_gguf_brings_the_template_along(tmp_path):
