@@ -206,7 +206,9 @@ class ChatRequest(Options):
         fields = {name: getattr(self, name) for name in Options.__annotations__}
         fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(room, 1)
         fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
-        return CompletionRequest(**{**fields, 'prompt': ids, 'stop': stop + [end] * bool(end)})
+        fields |= {'prompt': ids, 'stop': stop + [end] * bool(end)}
+        # checked already; and the end of a turn may be one stop more, or longer, than clients may
+        return CompletionRequest.model_construct(**fields)
 
 
 ALIKE = (  # in a request and in SamplingParams

@@ -122,6 +122,8 @@ class Service:
             ids = tokenizer.encode_chat(talk).tolist()
         except UserError as error:
             raise APIError(400, f'messages: {error}', 'messages') from None
+        if not ids:
+            raise APIError(400, 'messages: there is no text in them', 'messages')
         end = tokenizer.chat_template['assistant'][1]
         return ids, '' if end in tokenizer.special else end
 

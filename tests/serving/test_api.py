@@ -771,6 +771,19 @@ def test_without_a_chat_template_chat_is_400(client):
     assert error['error']['code'] == 'no_chat_template'
 
 
+@pytest.mark.parametrize('end', ['\n', 'e' * (schema.LONGEST_STOP + 1)], ids=['short', 'long'])
+def test_a_chat_may_have_as_many_stops_as_are_allowed(make_app, end):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {'user': ['', ''], 'assistant': ['', end]}
+    client = make_app(tokenizer, random_model(VOCABULARY, 2048)).test_client()
+    write(service_of(client), b'yes' + end.encode() + b'no')
+    stop = [f'stop {i}' for i in range(schema.MOST_STOPS)]
+    given = {'path': CHAT, 'messages': TALK[1:], 'max_tokens': 600, 'stop': stop}
+    assert ask(client, **given)['choices'][0]['message']['content'] == 'yes'
+    empty = [{'role': 'user', 'content': ''}]
+    assert 'no text' in ask(client, 400, path=CHAT, messages=empty)['error']['message']
+
+
 # -----------------------------------------------------------------------------
 # who is let in
 
