@@ -784,6 +784,18 @@ def test_a_chat_may_have_as_many_stops_as_are_allowed(make_app, end):
     assert 'no text' in ask(client, 400, path=CHAT, messages=empty)['error']['message']
 
 
+def test_a_turn_ends_at_the_token_that_the_end_of_text_stands_for(make_app):
+    template = {'user': ['', EOT], 'assistant': ['', EOT]}
+    tokens, special = [*byte_tokenizer().token_bytes[:256], b'</s>'], {'</s>': 256}
+    tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template, end_ids=[256])
+    client = make_app(tokenizer).test_client()
+    messages = schema.ChatRequest(messages=TALK[1:]).messages
+    assert service_of(client).conversation(messages)[1] == ''  # no stop string
+    write(service_of(client), [*b'yes ', *EOT.encode(), 256])  # spelt, which is not the token
+    answer = ask(client, path=CHAT, messages=TALK[1:], max_tokens=30)
+    assert answer['choices'][0]['message']['content'] == f'yes {EOT}'
+
+
 # -----------------------------------------------------------------------------
 # who is let in
 
