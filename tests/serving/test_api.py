@@ -552,6 +552,12 @@ def test_what_is_not_supported_is_accepted_where_it_asks_for_nothing(chatting, n
     assert error['message'].startswith(f'{name}: this server does not support it')
 
 
+def test_an_accepted_value_stays_what_it_is():
+    (message,) = schema.ChatRequest(messages=[{**TALK[0], 'type': 'text'}]).messages
+    assert message.type == 'text'
+    assert schema.CompletionRequest(prompt='a', min_tokens=0).min_tokens == 0
+
+
 @pytest.mark.parametrize(
     ('body', 'says'),
     [
