@@ -749,7 +749,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': TALK, 'max_completion_tokens': 0}, 'max_completion_tokens: '),
         ({'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2}, 'is another number'),
         ({'messages': TALK, 'top_logprobs': 2}, 'top_logprobs: needs "logprobs": true'),
-        ({'messages': TALK, 'n': 2, 'best_of': 2}, 'best_of: '),
+        ({'messages': TALK, 'n': 2, 'best_of': 3}, 'best_of: '),
         ({'messages': TALK, 'prompt': 'x'}, 'prompt: no such field'),
     ],
 )
@@ -800,6 +800,13 @@ def test_a_turn_ends_at_the_token_that_the_end_of_text_stands_for(make_app):
     write(service_of(client), [*b'yes ', *EOT.encode(), 256])  # spelt, which is not the token
     answer = ask(client, path=CHAT, messages=TALK[1:], max_tokens=30)
     assert answer['choices'][0]['message']['content'] == f'yes {EOT}'
+
+
+@pytest.mark.parametrize('best_of', [None, 1, 2])
+def test_as_many_texts_as_are_chosen_among_are_no_choice(chatting, best_of):
+    for path, body in ((PATH, {'prompt': 'a'}), (CHAT, {'messages': TALK})):
+        answer = ask(chatting, path=path, **body, n=2, best_of=best_of, max_tokens=1)
+        assert len(answer['choices']) == 2
 
 
 # -----------------------------------------------------------------------------
