@@ -99,7 +99,7 @@ def enter():
     given = headers.get('X-Request-Id', '')
     g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
     g.began, g.job, g.code = time.monotonic(), None, None
-    current_origins().check(headers.get('Origin'))
+    current_origins().check(headers.get('Origin'), headers.get('Host'))
     if 'Access-Control-Request-Method' in headers and flask.request.method == 'OPTIONS':
         return flask.Response()  # a preflight, which brings no key; leave() says what it asks
     guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))

@@ -44,6 +44,7 @@ from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.serving import schema, unsupported
+from flatgpt.serving.api_error import APIError
 from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder
 from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
 from flatgpt.serving.origins import Origins
@@ -922,6 +923,45 @@ def test_allow_origins_lists_the_pages(make_app):
     assert allowed(client.get('/health', headers={'Origin': ELSEWHERE})) == '*'
 
 
+@pytest.mark.parametrize(
+    ('host', 'given', 'may'),
+    [
+        ('localhost:8000', {}, True),
+        ('LOCALHOST', {}, True),
+        ('127.0.0.1:8000', {}, True),
+        ('[::1]:8000', {}, True),
+        (None, {}, True),  # HTTP/1.0: no browser
+        ('box.test:8000', {'host': 'box.test'}, True),  # what it was told to listen at
+        ('rebound.example:8000', {}, False),
+        ('localhost.example', {}, False),
+        ('127.0.0.1.example:8000', {}, False),
+        ('rebound.example:8000', {'api_key': 'x'}, True),
+        ('rebound.example:8000', {'host': None}, True),  # of another WSGI server
+        ('rebound.example:8000', {'allow_origins': '*'}, True),
+        ('app.example', {'allow_origins': ELSEWHERE}, True),
+        ('app.example:81', {'allow_origins': ELSEWHERE}, False),
+        ('localhost:8000', {'allow_origins': ELSEWHERE}, True),
+    ],
+)
+def test_a_server_without_a_key_answers_to_its_own_names(host, given, may):
+    none = {'host': '127.0.0.1', 'api_key': None, 'allow_origins': None}
+    origins = Origins({**none, **given})
+    if may:
+        origins.check(None, host)
+    else:
+        with pytest.raises(APIError, match=rf'--allow_origins=http://{host} ') as caught:
+            origins.check(None, host)
+        assert (caught.value.status, caught.value.code) == (403, 'host_not_allowed')
+
+
+def test_a_name_made_to_lead_here_reads_nothing(app):
+    app.extensions['origins'] = Origins({**service_of(app.test_client()).settings, 'host': '::1'})
+    client = app.test_client()
+    for path in ('/v1/models', '/tokenizer_info', '/metrics'):
+        assert client.get(path, headers={'Host': 'evil.example:8000'}).status_code == 403
+        assert client.get(path, headers={'Host': '[::1]:8000'}).status_code == 200
+
+
 @pytest.mark.parametrize('wrong', ['app.example', 'https://a/', 'https://*.example', 'https://a/b'])
 def test_what_is_no_origin_is_one_line(make_app, wrong):
     with pytest.raises(ConfigError, match=r'allow_origins: .* is no origin; give scheme://host'):
@@ -1715,6 +1755,11 @@ def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, enviro
         limits = process.stdout.readline()
         assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
         assert 'no key' in limits
+        for host, status in (('evil.example', 403), (f'localhost:{port}', 200)):
+            connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+            with contextlib.closing(connection):
+                connection.request('GET', '/v1/models', headers={'Host': host})
+                assert connection.getresponse().status == status
         check = begin_many(port)
         process.send_signal(signal.SIGTERM)
         check()
