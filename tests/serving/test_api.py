@@ -35,6 +35,7 @@ from server import (
     wait_until,
     write,
 )
+from werkzeug.test import Client
 
 import api
 from configurator import configure, help_text
@@ -1463,6 +1464,21 @@ def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
         assert get(port, '/ready') == (200, {'status': 'ok'})
     finally:
         server.close()
+
+
+def test_a_page_may_learn_that_the_model_is_being_loaded():
+    settings = {'allow_origins': None, 'api_key': None, 'host': '127.0.0.1'}
+    client = Client(StartupApp(origins=Origins(settings)))
+    page = {'Origin': 'http://localhost:3000'}
+    reply = client.options(PATH, headers={**page, **PREFLIGHT})
+    assert (reply.status_code, allowed(reply)) == (200, page['Origin'])
+    wanted = PREFLIGHT['Access-Control-Request-Headers']
+    assert reply.headers['Access-Control-Allow-Headers'] == wanted
+    reply = client.post(PATH, json={'prompt': 'a'}, headers=page)
+    assert (reply.status_code, allowed(reply)) == (503, page['Origin'])
+    for stranger in ({'Origin': ELSEWHERE}, {'Host': 'evil.example'}):
+        reply = client.options(PATH, headers={**stranger, **PREFLIGHT})
+        assert (reply.status_code, allowed(reply)) == (403, None)
 
 
 def get(port, path):
