@@ -85,7 +85,7 @@ def explain(error: dict) -> tuple[str, str | None]:
     # within other fields, pydantic's path has names of types, too
     path = inner if param in ('messages', 'stream_options') else ()
     where = ''.join(f'[{each}]' if isinstance(each, int) else f'.{each[:99]}' for each in path)
-    return ': '.join(filter(None, (param or 'the body', where.lstrip('.'), message))), param
+    return f'{param or "the body"}{where}: {message}', param
 
 
 # -----------------------------------------------------------------------------
