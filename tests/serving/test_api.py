@@ -493,7 +493,7 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
         ({'prompt': 'a', 'min_tokens': False}, 'min_tokens', 'or give 0'),
         ({'prompt': 'a', 'prompt_logprobs': 0}, 'prompt_logprobs', 'leave it out'),
         ({'prompt': 'a', 'skip_special_tokens': False}, 'skip_special_tokens', 'give true'),
-        ({'prompt': 'a', 'stream_options': {'x': 1}}, 'stream_options', 'stream_options.x: no such field'),
+        ({'prompt': 'a', 'stream_options': {'x': 1}}, 'stream_options', 'x: no such field'),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
