@@ -110,7 +110,7 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
             raise ConfigError(f'create_app({key}=): the model is given, and stays so; leave out')
     settings = with_values(__file__, settings, given, 'create_app({}=)')
     check(settings)
-    return build(loaded, settings)
+    return build(loaded, settings | {'host': None, 'port': None})
 
 
 def build(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:

@@ -249,7 +249,7 @@ class Console:
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
-            if end and end not in self.tokenizer.special:
+            if end and self.tokenizer.mark_id(end) is None:
                 sampling = replace(sampling, stop=(*sampling.stop, end))
         else:
             ids = self.encode((self.newline if self.ids else '') + line)

@@ -129,7 +129,7 @@ def post(port, path=PATH, **body):
 def connect(port, **body):
     """A socket on which a request has been sent."""
     data = json.dumps(body).encode()
-    kind = 'Host: x\r\nContent-Type: application/json'
+    kind = 'Host: localhost\r\nContent-Type: application/json'
     head = f'POST {PATH} HTTP/1.1\r\n{kind}\r\nContent-Length: {len(data)}\r\n\r\n'
     connection = socket.create_connection(('127.0.0.1', port), timeout=30)
     connection.sendall(head.encode() + data)

@@ -89,10 +89,10 @@ class ModelRunner:
         """A token for each request from its row of logits (R, V); those of one rule at once."""
         logits = logits.float().masked_fill(self.suppressed, -math.inf)
         rules: dict[tuple, list[int]] = {}
-        for i, request in enumerate(requests):
-            rules.setdefault(request.sampling.rule, []).append(i)
-            if request.sampling.has_penalties:
-                apply_penalties(logits[i], request.sampling, request.prompt, request.written)
+        for i, r in enumerate(requests):
+            rules.setdefault(r.sampling.rule, []).append(i)
+            if r.sampling.has_penalties:
+                apply_penalties(logits[i], r.sampling, r.prompt_tokens, r.counts)
         parts = []
         for rows in rules.values():
             draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]

@@ -4,7 +4,7 @@ import codecs
 import functools
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -123,11 +123,17 @@ class Request:
         self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
         self.stream = TextStream(sampling.stop)
         self.written: list[int] = []
+        self.counts: Counter[int] = Counter()  # of each token in it: what penalties look at
         self.prompt_scores: list[tuple] = [(None, ())]  # (logprob, top) of each; none of the first
         self.cancelled = False
         self.finish: str | None = None
         self.came = time.monotonic()
         self.began = self.first = self.ended = None  # moments: given a row, first token, last one
+
+    @functools.cached_property
+    def prompt_tokens(self) -> frozenset[int]:
+        """The tokens that its prompt has, each once."""
+        return frozenset(self.prompt)
 
     @property
     def scoring(self) -> bool:
@@ -151,6 +157,7 @@ class Request:
         if token < 0:  # no finite logits, as float16 may have after one prompt and not others
             return TokenOutput(self.row, None, '', 'error')
         self.written.append(token)
+        self.counts[token] += 1
         last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.ends
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
         finish = 'stop' if end or stopped else 'length' if last else None

@@ -6,6 +6,7 @@ Rules and order are those of `transformers`; penalties and biases those of OpenA
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -113,9 +114,11 @@ def sample_tokens(logits, sampling: SamplingParams, uniforms):
 
 
 def apply_penalties(
-    logits, sampling: SamplingParams, prompt: list[int], written: list[int]
+    logits, sampling: SamplingParams, prompt: Iterable[int], written: Iterable[int] | Counter[int]
 ) -> None:
     """Penalties and biases on one row of logits (V,), in place.
+
+    prompt, written: token ids; better each once, and counted, where a text is long.
 
     The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
     logit - count * frequency_penalty - (count > 0) * presence_penalty + bias.

@@ -105,6 +105,8 @@ class Scheduler:
     def drop_cancelled(self) -> list[Request]:
         """Take the cancelled ones off the queue."""
         dropped = [request for request in self.waiting if request.cancelled]
+        if not dropped:  # as at nearly every step, of what may be a long queue
+            return dropped
         self.waiting = deque(request for request in self.waiting if not request.cancelled)
         return dropped
 

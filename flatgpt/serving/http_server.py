@@ -26,7 +26,7 @@ from waitress.task import ErrorTask
 from waitress.utilities import RequestEntityTooLarge
 
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.serving.api_error import error_body
+from flatgpt.serving.api_error import APIError, error_body
 from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import LOG, Service, key_of
 
@@ -37,6 +37,7 @@ STALLED = 60.0  # seconds in which a client must take some byte of its answer, o
 LOOK = 1.0  # seconds between two looks for them
 LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
 FLUSH = 30.0  # seconds in which the clients of such a server must have read what was begun
+ASKS_METHOD = 'ACCESS_CONTROL_REQUEST_METHOD'  # a header that makes an OPTIONS a preflight
 
 
 class JsonLines(logging.Formatter):
@@ -119,18 +120,36 @@ class StartupApp:
         if self.app:
             return self.app(environ, start_response)
         asked = {name.removeprefix('HTTP_'): value for name, value in environ.items()}
+        status, body = self.while_loading(asked)
         headers = [('Content-Type', 'application/json'), *self.headers(asked)]
-        if environ['PATH_INFO'] == '/health':
-            start_response('200 OK', headers)
-            return [b'{"status": "ok"}']
-        start_response('503 Service Unavailable', [*headers, ('Retry-After', '5')])
-        body = error_body(503, 'the model is being loaded', code='loading')
+        headers += [('Retry-After', '5')] if status.startswith('503') else []
+        start_response(status, headers)
         return [json.dumps(body).encode()]
+
+    def while_loading(self, asked: dict) -> tuple[str, dict]:
+        """Status and body, by a request's environment."""
+        try:
+            if self.origins:
+                self.origins.check(asked.get('ORIGIN'), asked.get('HOST'))
+        except APIError as error:
+            return '403 Forbidden', error.body
+        # after a preflight that fails, a page could not read what the 503 says
+        preflight = asked['REQUEST_METHOD'] == 'OPTIONS' and ASKS_METHOD in asked
+        if preflight or asked['PATH_INFO'] == '/health':
+            return '200 OK', {'status': 'ok'}
+        return '503 Service Unavailable', error_body(
+            503, 'the model is being loaded', code='loading'
+        )
 
     def headers(self, asked: dict) -> list[tuple[str, str]]:
         """What the answer says to a page elsewhere, by the headers that it sent."""
         origins = self.app.extensions['origins'] if self.app else self.origins
-        return list(origins.headers(asked.get('ORIGIN')).items()) if origins else []
+        if origins is None:
+            return []
+        wanted = None
+        if ASKS_METHOD in asked:
+            wanted = asked.get('ACCESS_CONTROL_REQUEST_HEADERS', '')
+        return list(origins.headers(asked.get('ORIGIN'), wanted).items())
 
     def note(self, client: str, status: int) -> None:
         """Log and count what never got here, as it was no HTTP, or too much of it."""

@@ -85,7 +85,7 @@ def explain(error: dict) -> tuple[str, str | None]:
     # within other fields, pydantic's path has names of types, too
     path = inner if param in ('messages', 'stream_options') else ()
     where = ''.join(f'[{each}]' if isinstance(each, int) else f'.{each[:99]}' for each in path)
-    return ': '.join(filter(None, (param or 'the body', where.lstrip('.'), message))), param
+    return f'{param or "the body"}{where}: {message}', param
 
 
 # -----------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def enter():
     given = headers.get('X-Request-Id', '')
     g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
     g.began, g.job, g.code = time.monotonic(), None, None
-    current_origins().check(headers.get('Origin'))
+    current_origins().check(headers.get('Origin'), headers.get('Host'))
     if 'Access-Control-Request-Method' in headers and flask.request.method == 'OPTIONS':
         return flask.Response()  # a preflight, which brings no key; leave() says what it asks
     guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))

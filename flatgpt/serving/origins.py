@@ -7,7 +7,8 @@ Which pages of other addresses may use this server from a browser (CORS).
 With a key every page may, since a browser adds no key by itself: who has it may use it anywhere.
 Without one only pages of this machine may: a stranger's page would reach a server on loopback
 through the browser of whoever opens it. Such a page is refused by its Origin, which a browser
-sends with every POST, also where the page's own name was made to lead here (DNS rebinding).
+sends with every POST. Where the page's own name was made to lead here (DNS rebinding), it sends
+none with a GET; what it cannot change is the Host, its own name, and that is refused as well.
 """
 
 import re
@@ -18,15 +19,18 @@ from flatgpt.serving.service import key_of
 
 HERE = 'http://localhost:*,http://127.0.0.1:*,http://[::1]:*'
 HERE += ',' + HERE.replace('http:', 'https:')
+LOCAL = ('localhost', '127.0.0.1', '[::1]')
 READABLE = 'X-Request-Id, Retry-After, X-Should-Retry'  # headers that a page may look at
 
 
 class Origins:
     """The pages that settings['allow_origins'] lists with commas: '*', or those at scheme://host,
-    with :port where it is not the scheme's, or :* for any. None: as above."""
+    with :port where it is not the scheme's, or :* for any. None: as above. settings['host'] is
+    what it listens at; without one another server does, and whose names those are is unknown."""
 
     def __init__(self, settings: dict):
         self.keyless, given = not key_of(settings), settings['allow_origins']
+        self.host = settings.get('host')
         if given is None:
             given = HERE if self.keyless else '*'
         self.allowed = [each.strip().lower() for each in given.split(',') if each.strip()]
@@ -58,8 +62,21 @@ class Origins:
             'Access-Control-Max-Age': '600',
         }
 
-    def check(self, origin: str | None) -> None:
+    def knows(self, host: str) -> bool:
+        """Whether a Host header has a name of this machine, or of a page that is allowed."""
+        name = re.sub(r':\d+$', '', host.lower())
+        if name in (*LOCAL, self.host.lower()):
+            return True
+        return any(self.allows(f'{scheme}://{host}') for scheme in ('http', 'https'))
+
+    def check(self, origin: str | None, host: str | None = None) -> None:
         """APIError for a stranger's page, where no key keeps it out."""
+        if self.keyless and self.host and host and not self.knows(host):
+            message = (
+                f'this server is not known as {host}; start it with '
+                f'--allow_origins=http://{host} (or https://), or with a key (--api_key)'
+            )
+            raise APIError(403, message, code='host_not_allowed')
         if self.keyless and origin and not self.allows(origin):
             message = (
                 f'pages of {origin} may not use this server; start it with '

@@ -90,6 +90,13 @@ class Options(Unsupported):
     )
     presence_penalty: number(-100, 100) | None = about('And once, if it has it (default 0).')
     logit_bias: Biases | None = about('What is added to the logits of some token ids.')
+    best_of: number(1, 2**16, kind=int) | None = about('Not supported: must be 1, or n.')
+
+    @field_validator('best_of')
+    def check_best_of(cls, value: int | None, info: ValidationInfo):
+        if value not in (None, 1, info.data.get('n')):
+            raise refuse('this server does not choose among texts; leave it out, or give 1 or n')
+        return value
 
     def sampling(self) -> SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -125,13 +132,6 @@ class CompletionRequest(Options):
     logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
         "Report each token's log-probability, and those of so many likeliest ones."
     )
-    best_of: number(1, 2**16, kind=int) | None = about('Not supported: must be 1, or n.')
-
-    @field_validator('best_of')
-    def check_best_of(cls, value: int | None, info: ValidationInfo):
-        if value not in (None, 1, info.data.get('n')):
-            raise refuse('this server does not choose among texts; leave it out, or give 1 or n')
-        return value
 
     def prompts(self) -> list:
         """Its prompts, each a text or token ids."""
@@ -186,7 +186,6 @@ class ChatRequest(Options):
     logprobs: bool | None = about("Report each token's log-probability.")
     top_logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about('And so many likeliest ones.')
     echo: only(False) = None
-    best_of: only(1) = None
 
     @field_validator('max_completion_tokens')
     def check_one_limit(cls, value: int | None, info: ValidationInfo):
@@ -206,7 +205,9 @@ class ChatRequest(Options):
         fields = {name: getattr(self, name) for name in Options.__annotations__}
         fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(room, 1)
         fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
-        return CompletionRequest(**{**fields, 'prompt': ids, 'stop': stop + [end] * bool(end)})
+        fields |= {'prompt': ids, 'stop': stop + [end] * bool(end)}
+        # checked already; and the end of a turn may be one stop more, or longer, than clients may
+        return CompletionRequest.model_construct(**fields)
 
 
 ALIKE = (  # in a request and in SamplingParams

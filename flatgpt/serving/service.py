@@ -122,8 +122,10 @@ class Service:
             ids = tokenizer.encode_chat(talk).tolist()
         except UserError as error:
             raise APIError(400, f'messages: {error}', 'messages') from None
+        if not ids:
+            raise APIError(400, 'messages: there is no text in them', 'messages')
         end = tokenizer.chat_template['assistant'][1]
-        return ids, '' if end in tokenizer.special else end
+        return ids, '' if tokenizer.mark_id(end) is not None else end
 
     def room(self, ids: list[int]) -> int:
         """How many tokens may come after a prompt."""

@@ -115,6 +115,7 @@ def only(*neutral):
             raise PydanticCustomError(
                 'unsupported', 'this server does not support it; leave it out{hint}', {'hint': hint}
             )
+        return value
 
     described = {'enum': list(allowed), 'description': 'Not supported: refused where it asks.'}
     return Annotated[Any, AfterValidator(check), WithJsonSchema(described)]

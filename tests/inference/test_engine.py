@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from flatgpt.inference.model_runner import ModelRunner
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TextStream
 from flatgpt.inference.sampling import SamplingParams, apply_penalties, filter_logits, sample_tokens
-from flatgpt.inference.scheduler import Slot
+from flatgpt.inference.scheduler import Scheduler, Slot
 
 BLOCK = 16
 LETTERS = '\n abcdefgh'
@@ -823,3 +824,32 @@ def test_penalties_and_biases_are_those_of_the_api_they_come_from():
     sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
     apply_penalties(logits, sampling, prompt=[1], written=[0, 0, 2])
     assert logits.tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]
+
+
+def test_penalties_take_the_tokens_of_a_text_once_and_counted():
+    sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=1.3)
+    prompt, written = [1, 5, 5, 1], [7, 2, 7, 7, 3, 2]
+    text = torch.linspace(-2, 2, 9)
+    counted = text.clone()
+    apply_penalties(text, sampling, prompt, written)
+    apply_penalties(counted, sampling, frozenset(prompt), Counter(written))
+    assert torch.equal(text, counted)
+
+
+def test_a_request_counts_its_tokens(model, tokenizer):
+    request = Request([1, 2, 3, 3], SamplingParams(40, frequency_penalty=0.1), lambda piece: None)
+    finish(Engine(model, tokenizer, 1), request)
+    assert request.counts == Counter(request.written)
+    assert request.prompt_tokens == {1, 2, 3}
+
+
+def test_a_queue_of_which_nothing_was_cancelled_stays_as_it_is():
+    scheduler, sampling = Scheduler(1, 16, 8, False), SamplingParams()
+    requests = [Request([1], sampling, lambda piece: None, row) for row in range(3)]
+    scheduler.waiting.extend(requests)
+    queue = scheduler.waiting
+    assert scheduler.drop_cancelled() == []
+    assert scheduler.waiting is queue
+    requests[1].cancel()
+    assert scheduler.drop_cancelled() == [requests[1]]
+    assert [*scheduler.waiting] == [requests[0], requests[2]]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import configurator
-from configurator import configure
+from configurator import configure, read_settings
 from flatgpt.errors import ConfigError, UserError
 from model import GPTConfig
 
@@ -569,6 +569,19 @@ def test_the_scripts_end_with_one_line_on_standard_error(script, name):
     assert done.stderr.startswith('error: --sede=1: ')
     assert 'did you mean seed?' in done.stderr
     assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('name', 'settings'),
+    [
+        ('train.py', {'out_dir', 'dataset', 'max_iters', 'learning_rate', 'n_layer', 'seed'}),
+        ('sample.py', {'out_dir', 'start', 'num_samples', 'temperature', 'chat', 'batch'}),
+        ('bench.py', {'only', 'batch_size', 'device', 'dtype'}),
+        ('api.py', {'out_dir', 'host', 'port', 'api_key', 'max_rows', 'max_queue'}),
+    ],
+)
+def test_the_settings_of_each_script_are_found(name, settings):
+    assert settings <= {*read_settings(str(ROOT / name))}
 
 
 def test_train_help_lists_every_setting_with_its_meaning(script):

@@ -11,12 +11,12 @@ from contextlib import suppress
 
 import pytest
 import torch
-from conftest import ROOT, fails, follow_advice, sample, saved
+from conftest import ROOT, fails, follow_advice, random_model, sample, saved
 
 import sample as sample_module
 from configurator import configure
 from flatgpt.checkpoint import load
-from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError
 from flatgpt.inference import model_runner
 from flatgpt.inference.engine import complete, generate
@@ -238,6 +238,19 @@ def test_the_console_speaks_by_the_chat_template(tmp_path):
         said = ''.join(p.text for p in generate(model, tokenizer, ids, sampling, [(1337, turn)]))
         assert said + '\n' in result.stdout
         heard += said + '\n'
+
+
+def test_the_console_ends_a_turn_at_the_token_that_the_end_of_text_stands_for(monkeypatch):
+    template = {'user': ['', EOT], 'assistant': ['', EOT]}
+    tokens = [*byte_tokenizer().token_bytes[:256], b'</s>']
+    tokenizer = Tokenizer('byte', 'byte', tokens, {'</s>': 256}, '', template, end_ids=[256])
+    settings = {name: getattr(sample_module, name) for name in sample_module.CHOICES}
+    console = sample_module.Console(random_model(257), tokenizer, settings, '')
+    asked = []
+    monkeypatch.setattr(console.engine, 'submit', asked.append)
+    console.answer('hi')
+    assert asked[0].sampling.stop == ()  # no text to look for
+    assert console.ids == [*b'hi', 256, 256]
 
 
 def test_the_console_begins_with_a_given_prompt(out_dir):

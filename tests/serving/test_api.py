@@ -35,6 +35,7 @@ from server import (
     wait_until,
     write,
 )
+from werkzeug.test import Client
 
 import api
 from configurator import configure, help_text
@@ -44,6 +45,7 @@ from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.serving import schema, unsupported
+from flatgpt.serving.api_error import APIError
 from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder
 from flatgpt.serving.http_server import JsonLines, Server, StartupApp, listen, wait_until_drained
 from flatgpt.serving.origins import Origins
@@ -552,6 +554,12 @@ def test_what_is_not_supported_is_accepted_where_it_asks_for_nothing(chatting, n
     assert error['message'].startswith(f'{name}: this server does not support it')
 
 
+def test_an_accepted_value_stays_what_it_is():
+    (message,) = schema.ChatRequest(messages=[{**TALK[0], 'type': 'text'}]).messages
+    assert message.type == 'text'
+    assert schema.CompletionRequest(prompt='a', min_tokens=0).min_tokens == 0
+
+
 @pytest.mark.parametrize(
     ('body', 'says'),
     [
@@ -731,19 +739,19 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
     [
         ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: no role 'tool'"),
         ({'messages': []}, 'messages: '),
-        ({'messages': [{'role': 'user'}]}, 'messages: '),
+        ({'messages': [{'role': 'user'}]}, 'messages[0].content: '),
         ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
-        ({'messages': [TALK[1], 'x']}, 'messages: [1]: '),
-        ({'messages': [{**TALK[1], 'content': None}]}, 'messages: [0].content: '),
+        ({'messages': [TALK[1], 'x']}, 'messages[1]: '),
+        ({'messages': [{**TALK[1], 'content': None}]}, 'messages[0].content: '),
         ({'messages': [{**TALK[1], 'content': [{'type': 'image_url'}]}]}, "type 'image_url'"),
-        ({'messages': [{**TALK[1], 'name': 'Bob'}]}, 'messages: [0].name: '),
-        ({'messages': [{**TALK[1], 'tool_calls': [{}]}]}, 'messages: [0].tool_calls: '),
-        ({'messages': [{**TALK[1], 'other': 1}]}, 'messages: [0].other: no such field'),
+        ({'messages': [{**TALK[1], 'name': 'Bob'}]}, 'messages[0].name: '),
+        ({'messages': [{**TALK[1], 'tool_calls': [{}]}]}, 'messages[0].tool_calls: '),
+        ({'messages': [{**TALK[1], 'other': 1}]}, 'messages[0].other: no such field'),
         ({'messages': TALK, 'max_tokens': 0}, 'max_tokens: '),
         ({'messages': TALK, 'max_completion_tokens': 0}, 'max_completion_tokens: '),
         ({'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2}, 'is another number'),
         ({'messages': TALK, 'top_logprobs': 2}, 'top_logprobs: needs "logprobs": true'),
-        ({'messages': TALK, 'n': 2, 'best_of': 2}, 'best_of: '),
+        ({'messages': TALK, 'n': 2, 'best_of': 3}, 'best_of: '),
         ({'messages': TALK, 'prompt': 'x'}, 'prompt: no such field'),
     ],
 )
@@ -769,6 +777,38 @@ def test_a_chat_without_a_limit_keeps_to_that_of_the_server(chatting):
 def test_without_a_chat_template_chat_is_400(client):
     error = ask(client, 400, '/v1/chat/completions', messages=[{'role': 'user', 'content': 'Hi'}])
     assert error['error']['code'] == 'no_chat_template'
+
+
+@pytest.mark.parametrize('end', ['\n', 'e' * (schema.LONGEST_STOP + 1)], ids=['short', 'long'])
+def test_a_chat_may_have_as_many_stops_as_are_allowed(make_app, end):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {'user': ['', ''], 'assistant': ['', end]}
+    client = make_app(tokenizer, random_model(VOCABULARY, 2048)).test_client()
+    write(service_of(client), b'yes' + end.encode() + b'no')
+    stop = [f'stop {i}' for i in range(schema.MOST_STOPS)]
+    given = {'path': CHAT, 'messages': TALK[1:], 'max_tokens': 600, 'stop': stop}
+    assert ask(client, **given)['choices'][0]['message']['content'] == 'yes'
+    empty = [{'role': 'user', 'content': ''}]
+    assert 'no text' in ask(client, 400, path=CHAT, messages=empty)['error']['message']
+
+
+def test_a_turn_ends_at_the_token_that_the_end_of_text_stands_for(make_app):
+    template = {'user': ['', EOT], 'assistant': ['', EOT]}
+    tokens, special = [*byte_tokenizer().token_bytes[:256], b'</s>'], {'</s>': 256}
+    tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template, end_ids=[256])
+    client = make_app(tokenizer).test_client()
+    messages = schema.ChatRequest(messages=TALK[1:]).messages
+    assert service_of(client).conversation(messages)[1] == ''  # no stop string
+    write(service_of(client), [*b'yes ', *EOT.encode(), 256])  # spelt, which is not the token
+    answer = ask(client, path=CHAT, messages=TALK[1:], max_tokens=30)
+    assert answer['choices'][0]['message']['content'] == f'yes {EOT}'
+
+
+@pytest.mark.parametrize('best_of', [None, 1, 2])
+def test_as_many_texts_as_are_chosen_among_are_no_choice(chatting, best_of):
+    for path, body in ((PATH, {'prompt': 'a'}), (CHAT, {'messages': TALK})):
+        answer = ask(chatting, path=path, **body, n=2, best_of=best_of, max_tokens=1)
+        assert len(answer['choices']) == 2
 
 
 # -----------------------------------------------------------------------------
@@ -882,6 +922,45 @@ def test_allow_origins_lists_the_pages(make_app):
     assert (reply.status_code, allowed(reply)) == (200, None)
     client = make_app(allow_origins='*').test_client()
     assert allowed(client.get('/health', headers={'Origin': ELSEWHERE})) == '*'
+
+
+@pytest.mark.parametrize(
+    ('host', 'given', 'may'),
+    [
+        ('localhost:8000', {}, True),
+        ('LOCALHOST', {}, True),
+        ('127.0.0.1:8000', {}, True),
+        ('[::1]:8000', {}, True),
+        (None, {}, True),  # HTTP/1.0: no browser
+        ('box.test:8000', {'host': 'box.test'}, True),  # what it was told to listen at
+        ('rebound.example:8000', {}, False),
+        ('localhost.example', {}, False),
+        ('127.0.0.1.example:8000', {}, False),
+        ('rebound.example:8000', {'api_key': 'x'}, True),
+        ('rebound.example:8000', {'host': None}, True),  # of another WSGI server
+        ('rebound.example:8000', {'allow_origins': '*'}, True),
+        ('app.example', {'allow_origins': ELSEWHERE}, True),
+        ('app.example:81', {'allow_origins': ELSEWHERE}, False),
+        ('localhost:8000', {'allow_origins': ELSEWHERE}, True),
+    ],
+)
+def test_a_server_without_a_key_answers_to_its_own_names(host, given, may):
+    none = {'host': '127.0.0.1', 'api_key': None, 'allow_origins': None}
+    origins = Origins({**none, **given})
+    if may:
+        origins.check(None, host)
+    else:
+        with pytest.raises(APIError, match=rf'--allow_origins=http://{host} ') as caught:
+            origins.check(None, host)
+        assert (caught.value.status, caught.value.code) == (403, 'host_not_allowed')
+
+
+def test_a_name_made_to_lead_here_reads_nothing(app):
+    app.extensions['origins'] = Origins({**service_of(app.test_client()).settings, 'host': '::1'})
+    client = app.test_client()
+    for path in ('/v1/models', '/tokenizer_info', '/metrics'):
+        assert client.get(path, headers={'Host': 'evil.example:8000'}).status_code == 403
+        assert client.get(path, headers={'Host': '[::1]:8000'}).status_code == 200
 
 
 @pytest.mark.parametrize('wrong', ['app.example', 'https://a/', 'https://*.example', 'https://a/b'])
@@ -1387,6 +1466,21 @@ def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
         server.close()
 
 
+def test_a_page_may_learn_that_the_model_is_being_loaded():
+    settings = {'allow_origins': None, 'api_key': None, 'host': '127.0.0.1'}
+    client = Client(StartupApp(origins=Origins(settings)))
+    page = {'Origin': 'http://localhost:3000'}
+    reply = client.options(PATH, headers={**page, **PREFLIGHT})
+    assert (reply.status_code, allowed(reply)) == (200, page['Origin'])
+    wanted = PREFLIGHT['Access-Control-Request-Headers']
+    assert reply.headers['Access-Control-Allow-Headers'] == wanted
+    reply = client.post(PATH, json={'prompt': 'a'}, headers=page)
+    assert (reply.status_code, allowed(reply)) == (503, page['Origin'])
+    for stranger in ({'Origin': ELSEWHERE}, {'Host': 'evil.example'}):
+        reply = client.options(PATH, headers={**stranger, **PREFLIGHT})
+        assert (reply.status_code, allowed(reply)) == (403, None)
+
+
 def get(port, path):
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
     with contextlib.closing(connection):
@@ -1677,6 +1771,11 @@ def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, enviro
         limits = process.stdout.readline()
         assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
         assert 'no key' in limits
+        for host, status in (('evil.example', 403), (f'localhost:{port}', 200)):
+            connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+            with contextlib.closing(connection):
+                connection.request('GET', '/v1/models', headers={'Host': host})
+                assert connection.getresponse().status == status
         check = begin_many(port)
         process.send_signal(signal.SIGTERM)
         check()
