@@ -28,7 +28,7 @@ from test_prepare import (
 )
 
 from data.sre import prepare as sre
-from flatgpt.data import download, encode, gutenberg, shakespeare, sources, text
+from flatgpt.data import download, gutenberg, shakespeare, sources, text
 from flatgpt.data.dataset import Writer, find_dataset
 from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
@@ -391,20 +391,6 @@ def test_only_long_words_are_divided_to_learn_from():
     words = text.ShortWords([*texts, long])
     assert ''.join(words) == ''.join([*texts, long])
     assert words.cut == 2
-
-
-def test_a_word_that_tiktoken_cannot_match_is_encoded_in_parts(monkeypatch):
-    monkeypatch.setattr(encode, 'LONGEST_MATCHED', 100)
-    tokenizer, real = byte_tokenizer(), byte_tokenizer().encode
-
-    def encode_short(part, allow_eot=False):
-        if len(part) > 150:
-            raise ValueError('Max stack size exceeded for backtracking')
-        return real(part, allow_eot)
-
-    monkeypatch.setattr(tokenizer, 'encode', encode_short)
-    ids = encode.encode_text(WORDS * 30, tokenizer, False)
-    assert tokenizer.decode(ids) == WORDS * 30
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
