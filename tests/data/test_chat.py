@@ -581,7 +581,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
             for name, value, problem in [
                 ('weight', 0.5, "'weight' is 0.5"),
                 ('weight', '0', "'weight' is '0'"),
-                ('weight', float('nan'), "'weight' is nan"),
+                ('weight', float('nan'), 'NaN is no JSON'),
                 ('train', 'no', "'train' is 'no'"),
                 ('loss_mask', [1, 0], "'loss_mask' is [1, 0]"),
                 ('content', 4, 'the content is 4'),
@@ -622,7 +622,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
         (GOOD | {'history': [['a', 'b']]}, "that of 'messages' and that of 'history'"),
         (GOOD | {'conversations': [ASK, TELL]}, "that of 'messages' and that of 'conversations'"),
         ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "that of 'prompt' and that of 'answer'"),
-        ({'question': 'a', 'answer': 'b', 'context': 'c'}, "'question' and that of 'context'"),
+        (GOOD | {'context': 'c'}, "that of 'messages' and that of 'context'"),
         ({'prompt': 'a', 'answer': 'b', 'history': 'c'}, "'history' is 'c'"),
         ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: is no [question'),
         (CHOICE | {'response': 'b'}, "that of 'chosen' and that of 'response'"),
