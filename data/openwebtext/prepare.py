@@ -64,8 +64,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.workers is not None and args.workers < 1:
         raise UserError(f'--workers={args.workers}: needs at least 1')
     unused = {'--source': args.source, '--part': args.part[1] > 1}
-    for option in (option for option, given in unused.items() if args.merge and given):
-        raise UserError(f'--merge only joins what is written; leave out {option}')
+    given = [option for option, value in unused.items() if value]
+    if args.merge and given:
+        raise UserError(f'--merge only joins what is written; leave out {" and ".join(given)}')
     return args
 
 

@@ -50,6 +50,7 @@ from flatgpt.data.sources import bytes_of, find_files, identity, without_bom
 from flatgpt.data.text import check_fraction, own_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
+from flatgpt.files import strict_json
 
 COMMAND = 'python data/chat/prepare.py'
 # A mark is encoded by itself. With a line end on either side of a message, and no more than one,
@@ -155,7 +156,7 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
     template = tokenizer.chat_template or TEMPLATE
     if path:
         try:
-            template = json.loads(path.read_text(encoding='utf-8'))
+            template = strict_json(path.read_text(encoding='utf-8'))
         except (OSError, ValueError) as error:
             raise UserError(f'{path}: not a chat template: {error}') from error
         if not isinstance(template, dict):
@@ -202,9 +203,9 @@ def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> S
         total=bytes_of(files), unit='B', unit_scale=True, desc='reading', disable=None
     ) as bar:
         for path in files:
-            for where, row, size in read_rows(path):
+            for where, block, size in read_rows(path):
                 try:
-                    add(samples, reader, parse(row), args, tokenizer)
+                    add(samples, reader, parse(block), args, tokenizer)
                 except LeftOut as reason:
                     samples.left_out[str(reason)] += 1
                 except UserError as error:
@@ -218,8 +219,8 @@ def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> S
 # --- files
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, object, int]]:
-    """Where each row is, the row or the bytes of its line, and how many bytes it has."""
+def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """Where each row is, its bytes, and how many were read for it."""
     if path.suffix.lower() == '.json' and not has_lines(path):
         yield from read_document(path)
         return
@@ -236,12 +237,13 @@ def has_lines(path: Path) -> bool:
         lines = (block for line in file if (block := without_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
     try:
-        return bool(second) and bool(parse(first))
-    except UserError:
+        json.loads(first.decode())  # a whole value, be it a row or not: one document has no second
+    except (ValueError, RecursionError):
         return False
+    return bool(second)
 
 
-def read_document(path: Path) -> Iterator[tuple[str, object, int]]:
+def read_document(path: Path) -> Iterator[tuple[str, bytes, int]]:
     """The rows of a file that is one array, or one row."""
     block = without_bom(path.read_bytes())[0]
     try:
@@ -253,26 +255,24 @@ def read_document(path: Path) -> Iterator[tuple[str, object, int]]:
         yield f'{path}, row 1', block, len(block)
         return
     try:
-        for number, (row, size) in enumerate(array_items(text), 1):
+        for number, (row, item, size) in enumerate(array_items(text), 1):
             if number == 1 and is_message(row):  # the whole is one conversation
                 yield f'{path}, row 1', block, len(block)
                 return
-            yield f'{path}, row {number}', row, size
+            yield f'{path}, row {number}', item, size
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: not JSON: {error}') from error
-    except UserError as error:
-        raise UserError(f'{path}: {error}') from error
 
 
-def array_items(text: str) -> Iterator[tuple[object, int]]:
-    """The items of a JSON array, one at a time, and how many bytes each has."""
-    end = text.index('[')
+def array_items(text: str) -> Iterator[tuple[object, bytes, int]]:
+    """The items of a JSON array, one at a time, the bytes of each, and how many were read."""
+    decoder, end = json.JSONDecoder(), text.index('[')
     at = SPACE.match(text, end + 1).end()
     more = text[at : at + 1] != ']'
     while more:
         before = end + 1
-        item, end = DECODER.raw_decode(text, at)
-        yield item, len(text[before:end].encode())
+        item, end = decoder.raw_decode(text, at)
+        yield item, text[at:end].encode(), len(text[before:end].encode())
         end = SPACE.match(text, end).end()
         if text[end : end + 1] not in (',', ']'):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
@@ -282,18 +282,19 @@ def array_items(text: str) -> Iterator[tuple[object, int]]:
         raise json.JSONDecodeError('Extra data', text, text.rindex(rest))
 
 
-def parse(row: object) -> object:
+def parse(block: bytes) -> dict:
     """A row, from the bytes of its line."""
-    if isinstance(row, bytes):
-        try:
-            row = DECODER.decode(row.decode())
-        except UnicodeDecodeError as error:
-            raise UserError(
-                'not UTF-8; save the file as UTF-8, and a table or an archive as JSON lines'
-            ) from error
-        except (ValueError, RecursionError) as error:
-            hint = '; if the file is one array, call it .json' if row[:1] == b'[' else ''
-            raise UserError(f'not JSON, which each line has to be: {error}{hint}') from error
+    try:
+        row = strict_json(block.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(
+            'not UTF-8; save the file as UTF-8, and a table or an archive as JSON lines'
+        ) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        hint = '; if the file is one array, call it .json' if block[:1] == b'[' else ''
+        raise UserError(f'not JSON, which each line has to be: {error}{hint}') from error
+    except ValueError as error:  # what Python would read and JSON has not
+        raise UserError(str(error)) from error
     if isinstance(row, list):
         if any(isinstance(part, dict) and not is_message(part) for part in row):
             raise UserError(
@@ -307,18 +308,6 @@ def parse(row: object) -> object:
 
 def is_message(part: object) -> bool:
     return isinstance(part, dict) and ('role' in part or 'from' in part)
-
-
-def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """An object of JSON; of a name that stands there twice, Python would keep the last."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise UserError(f'{short(twice)} stands twice in one object')
-    return fields
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
 
 
 # --- samples
@@ -367,15 +356,13 @@ def sequence(prompt: list[Message], answer: list[Message], tokenizer: Tokenizer)
 
 def render(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
     end = tokenizer.chat_template[ASSISTANT][1]
-    if end not in tokenizer.special and message.role == ASSISTANT and end in message.content:
+    is_text = tokenizer.mark_id(end) is None
+    if is_text and message.role == ASSISTANT and end in message.content:
         raise UserError(
             f'messages[{number}]: the answer has {end!r} in it, which ends a turn; '
             '--template=FILE takes another mark'
         )
-    try:
-        return tokenizer.render([{'role': message.role, 'content': message.content}])
-    except ValueError as error:  # of a pattern, at a million spaces in a row
-        raise UserError(f'messages[{number}]: the tokenizer cannot encode it: {error}') from error
+    return tokenizer.render([{'role': message.role, 'content': message.content}])
 
 
 # --- writing

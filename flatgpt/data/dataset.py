@@ -617,13 +617,12 @@ def prepare(folder: Path) -> None:
         )
     try:
         folder.mkdir(exist_ok=True)
-        lock = filelock.FileLock(folder / '.prepare.lock')
-        lock.acquire()
+        held = filelock.FileLock(folder / '.prepare.lock').acquire()
     except OSError as error:  # a checkout that is only to be read
         raise UserError(
             f'{cannot_write(folder, error)}: {command_of(folder)} --out_dir=FOLDER'
         ) from error
-    with lock:
+    with held:
         if not is_prepared(folder):
             import_script(script).main(arguments)
 

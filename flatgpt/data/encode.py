@@ -32,7 +32,6 @@ LONGEST = CHUNK + CHUNK // 8  # of a chunk without a border to cut at: BPE takes
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
 BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
-LONGEST_MATCHED = 2**17  # characters of a word that tiktoken's expressions match in any text
 SMALL = 16_000_000  # bytes of text below which starting processes takes longer than it saves
 
 Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
@@ -116,22 +115,8 @@ def encode_job(
     parts: dict[str, list] = {}
     for split, begins, text in chunks:
         ids = parts.setdefault(split, [])
-        ids += [between] * begins + [encode_text(text, tokenizer, read_eot)]
+        ids += [between] * begins + [tokenizer.encode(text, allow_eot=read_eot)]
     return size, {split: np.concatenate(ids) for split, ids in parts.items()}
-
-
-def encode_text(text: str, tokenizer: Tokenizer, read_eot: bool) -> np.ndarray:
-    """The ids of a chunk, which is divided where a word is longer than tiktoken can match."""
-    try:
-        return tokenizer.encode(text, allow_eot=read_eot)
-    except ValueError:
-        if len(text) < LONGEST_MATCHED:
-            raise
-        half = len(text) // 2
-        border = BORDER.search(text, half)
-        at = border.end() if border else half
-        parts = (text[:at], text[at:])
-        return np.concatenate([encode_text(part, tokenizer, read_eot) for part in parts])
 
 
 def in_processes(

@@ -32,6 +32,7 @@ from flatgpt.data.tokenizer import (
     from_nanogpt_meta,
     get_tokenizer,
     load,
+    tokenizer_names,
 )
 from flatgpt.errors import UserError
 from flatgpt.files import read_json
@@ -44,8 +45,12 @@ MARKS = 'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder tha
 def find_tokenizer(where: str) -> Tokenizer:
     """The tokenizer of a run (its newest checkpoint), of a checkpoint, of prepared data, in a file,
     or with that name. Folders and files are ours, nanoGPT's (meta.pkl) or of `transformers`.
+
+    A name comes first, whatever folder lies there: ./gpt2 is the folder.
     """
     path = Path(where)
+    if where in tokenizer_names():
+        return get_tokenizer(where)
     if where and path.is_dir():
         return read_folder(path)
     if not path.is_file():

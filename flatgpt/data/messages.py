@@ -28,7 +28,7 @@ ROLES = {  # other names for a role, in lower case
 PART_FIELDS = {'type', 'text'}
 CONVERSATION = ('messages', 'conversations', 'conversation')
 ASKED = ('prompt', 'instruction', 'question', 'query', 'input')
-EXTRA = ('input', 'context')  # of an instruction
+EXTRA = ('input', 'context')  # of an instruction; of another question the last alone
 ANSWERED = ('completion', 'response', 'output', 'answer')
 PAIR = ('chosen', 'rejected')
 SYSTEM = ('system', 'system_prompt')
@@ -115,7 +115,7 @@ def quoted(names: list[str]) -> str:
 
 
 def is_blank(value: object) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
 
 
 # -----------------------------------------------------------------------------
@@ -149,7 +149,6 @@ class Row:
     def check_all_used(self) -> None:
         """UserError for a column that says something and was not used."""
         left = [n for n in self.columns if n not in self.used and self.find(n)]
-        left = [n for n in left if self.columns[n] not in ([], {})]
         if rivals := [name for name in left if name in COLUMNS]:
             raise UserError(
                 f'fits two formats, that of {self.used[0]!r} and that of {rivals[0]!r}; '
@@ -231,7 +230,7 @@ class RowReader:
         else:
             names = (*CONVERSATION, *ASKED)
             raise missing(row, names, "no 'messages', no 'conversations', no 'prompt'")
-        messages = with_system(self.system(row), messages)
+        messages = self.with_system(row, messages)
         if not any(message.role == ASSISTANT for message in messages):
             raise UserError('the assistant says nothing, so that there is nothing to learn')
         return messages
@@ -242,10 +241,10 @@ class RowReader:
         if asked is None:
             return []
         value = row.columns[asked]
-        if asked == 'instruction' and (extra := row.take(*EXTRA)):
+        if extra := row.take(*(EXTRA if asked == 'instruction' else EXTRA[1:])):
             value = [value, row.columns[extra]]
-            if not all(isinstance(text, str) for text in value):
-                raise UserError(f"'instruction' and {extra!r} are not both text")
+            if not all(isinstance(text, str) and not dialogue(text, False) for text in value):
+                raise UserError(f'{asked!r} and {extra!r} are not both text')
             value = '\n\n'.join(value)
         elif asked == 'instruction' and not isinstance(value, str):
             raise UserError(f"'instruction' and 'input' are not both text: {short(value)}")
@@ -276,6 +275,20 @@ class RowReader:
             raise UserError(f'{name!r} is {short(row.columns[name])}; it must be a text')
         return self.messages([{'role': 'system', 'content': row.columns[name]}], name)
 
+    def with_system(self, row: Row, messages: list[Message]) -> list[Message]:
+        """The messages after the system text of a row, where they do not begin with the same."""
+        system, first = self.system(row), messages[:1]
+        if not system or first == system:
+            return messages
+        if first and first[0].role == 'system':
+            name = row.find(*SYSTEM)
+            raise UserError(
+                f'fits two system texts, {short(system[0].content)} of {name!r} and '
+                f'{short(first[0].content)} of the first message; --ignore={name} leaves the first '
+                'out'
+            )
+        return system + messages
+
     # --- preference pairs
 
     def pair(self, row: Row) -> tuple[list[Message], list[list[Message]]]:
@@ -298,7 +311,7 @@ class RowReader:
         prompt = self.question(row)
         if talk and not prompt:
             prompt = self.messages(row.columns[row.take(talk)], talk)
-        return divide_pair(with_system(self.system(row), prompt), answers)
+        return divide_pair(self.with_system(row, prompt), answers)
 
     def check_scores(self, row: Row) -> None:
         scores = [row.columns.get(row.take(f'score_{key}')) for key in PAIR]
@@ -388,11 +401,6 @@ def after_system(messages: list[Message]) -> list[Message]:
     """Without the system messages at the beginning."""
     first = next((i for i, message in enumerate(messages) if message.role != 'system'), None)
     return [] if first is None else messages[first:]
-
-
-def with_system(system: list[Message], messages: list[Message]) -> list[Message]:
-    """A system text before the messages, where they do not begin with the same."""
-    return messages if messages[:1] == system else system + messages
 
 
 def divide_pair(

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from flatgpt.errors import UserError
+from flatgpt.files import strict_json
 
 BLOCK = 2**20  # bytes read at a time
 HEAD = 8192  # bytes that show what a file is
@@ -54,14 +55,20 @@ SIGNATURES = (  # how files begin that are no text, what they are, and what to d
     (b'\xff\xd8\xff', 'a picture', 'give text'),
     (b'GIF8', 'a picture', 'give text'),
 )
+BROKEN = 'broken links'
 CHAT_FIELDS = {'messages', 'conversations', 'instruction', 'prompt', 'chosen'}
 
 
 # --- which files
 
 
-def find_files(patterns: list[str], encoding: str | None = None) -> list[Path]:
-    """The files that the arguments mean, each once, in the order of the arguments."""
+def find_files(
+    patterns: list[str], encoding: str | None = None, output: Path | None = None
+) -> list[Path]:
+    """The files that the arguments mean, each once, in the order of the arguments.
+
+    What lies in the output's folder, as an earlier run's dataset does, has to be named itself.
+    """
     found = {}
     for pattern in patterns:
         path = Path(pattern)
@@ -74,6 +81,8 @@ def find_files(patterns: list[str], encoding: str | None = None) -> list[Path]:
         if not taken:
             what = 'has no text files' if path.is_dir() else 'no such file, and nothing matches it'
             raise UserError(f'{pattern}: {what}')
+        if output and not path.is_file():
+            taken = [each for each in taken if not lies_in(each, output)]
         for path in taken:
             if not path.is_file() or not path.stat().st_size:
                 raise UserError(f'{path}: {"is empty" if path.is_file() else "is not a file"}')
@@ -102,13 +111,14 @@ def files_in(folder: Path, encoding: str | None = None) -> list[Path]:
     paths, skipped = walk(folder)
     reasons = {path: why_not_taken(path, folder, encoding) for path in paths}
     taken = [path for path, reason in reasons.items() if reason is None]
-    kinds = Counter(reason for reason in reasons.values() if reason)
-    kinds['linked folders that lead back to one of these'] = skipped
-    named = ', '.join(f'{kind}: {count}' for kind, count in sorted(kinds.items()) if count)
-    print(
-        f'{folder}: {len(taken)} files taken, {len(paths) - len(taken)} hidden, empty or binary'
-        + (f' ({named})' if named else '')
-    )
+    others = Counter(reason for reason in reasons.values() if reason is not None)
+    broken = others.pop(BROKEN, 0)
+    print(f'{folder}: {len(taken)} files taken, {others.total()} hidden, empty or binary', end='')
+    kinds = ', '.join(f'{kind}: {count}' for kind, count in sorted(others.items()) if kind)
+    print(f' ({kinds})' if kinds else '', end='')
+    again = 'linked folders that lead back to one of these'
+    links = ((BROKEN, broken), (again, skipped))
+    print(''.join(f'; {what}: {count}' for what, count in links if count))
     return taken
 
 
@@ -140,7 +150,7 @@ def why_not_taken(path: Path, folder: Path, encoding: str | None) -> str | None:
     if is_hidden(path, folder):
         return ''
     if not path.is_file():
-        return 'broken links'
+        return BROKEN
     head = head_of(path)
     if not head:
         return ''
@@ -204,7 +214,8 @@ def wide_encoding(head: bytes) -> str | None:
     name = 'utf-16-le' if odd > even else 'utf-16-be'
     text = head[: len(head) // 2 * 2].decode(name, errors='replace')
     letters = sum(each.isprintable() or each.isspace() for each in text)
-    return name if max(even, odd) > 10 * min(even, odd) and letters > 0.97 * len(text) else None
+    many = max(even, odd) > max(0.1 * len(head), 10 * min(even, odd))
+    return name if many and letters > 0.97 * len(text) else None
 
 
 # --- reading
@@ -264,7 +275,7 @@ class Reader:
             return 'table'
         if self._is_json_lines(path):
             return 'lines'
-        return 'text' if self._records(path) is None else 'records'
+        return 'records' if self._has_records(path) else 'text'
 
     def notes(self) -> list[str]:
         """What to tell of the rows."""
@@ -331,25 +342,26 @@ class Reader:
 
     # --- rows
 
-    def _records(self, path: Path) -> list[dict] | None:
-        """The records of a .json file: those of its list, or itself if it has the field; or None.
+    def _has_records(self, path: Path) -> bool:
+        """Whether a .json file is a list of records, or one: an object with the field.
 
         A list of other things, or settings such as package.json, have none.
         """
         try:
             content = json.loads(''.join(self.text(path)))
         except (ValueError, RecursionError):
-            return None
+            return False
         if isinstance(content, dict):
-            return [content] if self.field in content else None
-        is_list = isinstance(content, list) and content
-        return content if is_list and all(isinstance(each, dict) for each in content) else None
+            return self.field in content
+        is_list = isinstance(content, list) and bool(content)
+        return is_list and all(isinstance(each, dict) for each in content)
 
     def _is_json_lines(self, path: Path) -> bool:
         """Whether a .json file has a record on its first line and begins another on the next."""
-        first, _, rest = next(self.text(path), '').lstrip().partition('\n')
+        lines = filter(None, map(str.strip, lines_of(self.text(path))))
+        first, second = next(lines, ''), next(lines, '')
         try:
-            return rest.lstrip().startswith('{') and isinstance(json.loads(first), dict)
+            return second.startswith('{') and isinstance(json.loads(first), dict)
         except (ValueError, RecursionError):
             return False
 
@@ -361,7 +373,8 @@ class Reader:
 
     def _json_records(self, path: Path) -> Iterator[tuple]:
         size = path.stat().st_size
-        for number, record in enumerate(self._records(path), 1):
+        content = parse_json(''.join(self.text(path)), str(path))
+        for number, record in enumerate(content if isinstance(content, list) else [content], 1):
             yield f'{path}, record {number}', record, size if number == 1 else 0
 
     def _table(self, path: Path) -> Iterator[tuple]:
@@ -433,6 +446,6 @@ def lines_of(blocks: Iterable[str]) -> Iterator[str]:
 
 def parse_json(text: str, where: str):
     try:
-        return json.loads(text)
+        return strict_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{where}: not JSON: {error}') from error

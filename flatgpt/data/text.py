@@ -36,7 +36,7 @@ from tqdm import tqdm
 from flatgpt.data.dataset import DATA, Writer, recipe_of
 from flatgpt.data.encode import BORDER, Chunk, cut, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.sources import Reader, bytes_of, find_files, identity, lies_in
+from flatgpt.data.sources import Reader, bytes_of, find_files, identity
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
 
@@ -61,9 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         val_files = find_files(args.val, args.encoding)
         own = {identity(path) for path in val_files}
-        found = find_files(args.files, args.encoding)
-        files = [path for path in found if not lies_in(path, folder)]
-        files = [path for path in files if identity(path) not in own] if own else files
+        found = find_files(args.files, args.encoding, folder)
+        if not found:
+            raise UserError(
+                f'nothing to train on: all the files lie in {folder}, where the dataset goes; name '
+                'each that is meant, or choose another folder'
+            )
+        files = [path for path in found if identity(path) not in own]
         if not files:
             raise UserError('nothing is left to train on: all the files are given with --val')
         check_field(args, files + val_files)

@@ -554,19 +554,23 @@ def byte_letters() -> dict[str, int]:
     return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+def tokenizer_names() -> list[str]:
+    import tiktoken
+
+    return ['byte', 'char', 'bpe', *tiktoken.list_encoding_names()]
+
+
 def get_tokenizer(name: str) -> Tokenizer:
     """A tokenizer that needs no training, by its name."""
     if name == 'byte':
         return byte_tokenizer()
     if name in ('char', 'bpe'):
         raise UserError(f'tokenizer {name}: is made from text, by data/text/prepare.py')
-    import tiktoken
-
-    names = tiktoken.list_encoding_names()
+    names = tokenizer_names()
     if name not in names:
-        hint = did_you_mean(name, ['byte', 'char', 'bpe', *names])
+        hint = did_you_mean(name, names)
         raise UserError(
-            f'tokenizer {name}: {hint}there are byte, char, bpe, {", ".join(names)}, and that '
+            f'tokenizer {name}: {hint}there are {", ".join(names)}, and that '
             'of a run, a tokenizer.json or a meta.pkl by its path'
         )
     return tiktoken_tokenizer(name)

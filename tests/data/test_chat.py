@@ -19,7 +19,7 @@ from flatgpt.data import chat as prepare
 from flatgpt.data import text
 from flatgpt.data.dataset import FIRST, LEARNED, PADDING, Dataset, mask_file
 from flatgpt.data.hf_tokenizer import chat_jinja
-from flatgpt.data.tokenizer import EOT, char_tokenizer, get_tokenizer, load, train_bpe
+from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load, train_bpe
 from flatgpt.errors import UserError
 from flatgpt.training import loss as loss_module
 
@@ -199,8 +199,8 @@ def test_the_formats_of_public_data_are_read(tmp_path, row):
             [('system', 'Be.'), ('user', 'A')],
         ),
         (
-            {'system': 'Be.', 'messages': [{'role': 'developer', 'content': 'Do.'}, ASK, TELL]},
-            [('system', 'Be.'), ('system', 'Do.'), ('user', 'How many?')],
+            {'question': 'How?', 'context': 'Of six and one.', 'answer': 'Seven.', 'extra': []},
+            [('user', 'How?\n\nOf six and one.')],
         ),
         (
             [ASK, {'role': 'system', 'content': [{'type': 'text', 'text': x} for x in 'ab']}, TELL],
@@ -544,7 +544,7 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
         ('"Hi"', 'is no object with "messages"'),
         ('{}', "no 'prompt'; it has no fields"),
         ('{"text": "Hi"}', "no 'prompt'; it has text"),
-        ('{"messages": []}', 'neither a text nor a list of messages'),
+        ('{"messages": 1}', 'neither a text nor a list of messages'),
         ('{"messages": [1]}', "messages[0]: has no text as its 'role'"),
         ('{"messages": [{"role": "user"}]}', "messages[0]: has no text as its 'content'"),
         ('[{"role": "user", "content": "Hi"}]', 'the assistant says nothing'),
@@ -588,7 +588,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
             for name, value, problem in [
                 ('weight', 0.5, "'weight' is 0.5"),
                 ('weight', '0', "'weight' is '0'"),
-                ('weight', float('nan'), "'weight' is nan"),
+                ('weight', float('nan'), 'NaN is no JSON'),
                 ('train', 'no', "'train' is 'no'"),
                 ('loss_mask', [1, 0], "'loss_mask' is [1, 0]"),
                 ('content', 4, 'the content is 4'),
@@ -629,7 +629,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
         (GOOD | {'history': [['a', 'b']]}, "that of 'messages' and that of 'history'"),
         (GOOD | {'conversations': [ASK, TELL]}, "that of 'messages' and that of 'conversations'"),
         ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "that of 'prompt' and that of 'answer'"),
-        ({'question': 'a', 'answer': 'b', 'context': 'c'}, "'question' and that of 'context'"),
+        (GOOD | {'context': 'c'}, "that of 'messages' and that of 'context'"),
         ({'prompt': 'a', 'answer': 'b', 'history': 'c'}, "'history' is 'c'"),
         ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: is no [question'),
         (CHOICE | {'response': 'b'}, "that of 'chosen' and that of 'response'"),
@@ -653,13 +653,54 @@ def test_a_long_name_or_many_are_shortened(tmp_path):
     assert len(message) < 2000
 
 
-def test_what_the_tokenizer_cannot_encode_is_named(tmp_path, monkeypatch):
-    def render(self, messages):
-        raise ValueError('the pattern gave up')
+def test_an_answer_may_spell_a_mark_that_is_a_token_of_its_own(tmp_path):
+    fields = train_bpe([WORDS], 260).to_dict()
+    end = fields['special_tokens'][EOT]  # what <|endoftext|> of a template means, whatever its name
+    added = [{'text': '</s>', 'id': end, 'special': True}]
+    fields |= {'special_tokens': {'</s>': end}, 'end_ids': [end], 'added_tokens': added}
+    Tokenizer.from_dict(fields).save(tmp_path / 'own.json')
+    answer = TELL | {'content': f'a {EOT} b'}
+    data = prepared(tmp_path, [[ASK, answer]], tokenizer=tmp_path / 'own.json', size=256)
+    assert learned(data) == [[f'a {EOT} b{EOT}']]  # the end is decoded so, too
 
-    monkeypatch.setattr(type(get_tokenizer('byte')), 'render', render)
-    message = refused(prepared, tmp_path, [[ASK, TELL]])
-    assert 'line 1: messages[0]: the tokenizer cannot encode it: the pattern gave up' in message
+
+@pytest.mark.parametrize(
+    'row',
+    [
+        {'messages': [{'role': 'developer', 'content': 'Do.'}, ASK, TELL]},
+        {'prompt': [{'role': 'system', 'content': 'Do.'}, ASK], 'chosen': 'a', 'rejected': 'b'},
+    ],
+)
+def test_two_system_texts_are_refused(tmp_path, row):
+    message = refused(prepared, tmp_path, [{'system': 'Be.'} | row])
+    assert "fits two system texts, 'Be.' of 'system' and 'Do.' of the first message" in message
+    assert '--ignore=system leaves' in message
+
+
+def test_a_context_is_no_turn_of_a_dialogue(tmp_path):
+    row = {'prompt': '\n\nHuman: Hi\n\nAssistant:', 'context': 'Six.', 'output': 'Hello'}
+    assert "'prompt' and 'context' are not both text" in refused(prepared, tmp_path, [row])
+
+
+def test_a_conversation_without_messages_is_left_out_as_empty(tmp_path, capsys):
+    prepared(tmp_path, [[ASK, TELL], {'messages': []}])
+    assert 'left out: 2 with an empty text' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'layout', ['{1}\n{0}\n{1}', '{0}\n{1}\n{1}', '[{1}, {0}, {1}]', '[{0},\n{1}, {1}]']
+)
+@pytest.mark.parametrize('bad', ['null', '{"prompt": "a", "prompt": "b"}', '{"id": NaN}'])
+def test_a_bad_row_of_a_json_file_is_dropped_alone(tmp_path, capsys, layout, bad):
+    source = tmp_path / 'rows.json'
+    source.write_text(layout.format(bad, json.dumps({'prompt': 'Hi', 'output': 'Seven.'})))
+    command = [str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
+    row = layout.replace('\n', ' ').split().index(next(x for x in layout.split() if '{0}' in x)) + 1
+    assert f'{"row" if layout[0] == "[" else "line"} {row}: ' in refused(prepare.main, command)
+    prepare.main([*command, '--bad=drop', '--val_fraction=0.5'])
+    out = capsys.readouterr().out
+    assert '2 conversations' in out
+    assert 'left out: 1 that cannot be used' in out
 
 
 MEGABYTE = 2**20

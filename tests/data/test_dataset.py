@@ -10,12 +10,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import requests
 import tiktoken
 from conftest import ROOT
 
+from flatgpt.data import dataset as dataset_module
 from flatgpt.data import shard_files
 from flatgpt.data.dataset import Dataset, Writer, mix, permute
 from flatgpt.data.mixture import open_data
@@ -631,3 +633,11 @@ def test_a_dataset_that_is_done_with_closes_its_files(tmp_path, monkeypatch):
     del dataset
     gc.collect()
     assert len(more) == 2
+
+
+def test_the_lock_of_a_preparation_is_released(tmp_path, monkeypatch):
+    (tmp_path / 'prepare.py').write_text('def main(arguments):\n    pass\n')
+    locks, make = [], filelock.FileLock  # kept: a lock that nobody holds is released, too
+    monkeypatch.setattr(filelock, 'FileLock', lambda path: locks.append(make(path)) or locks[-1])
+    dataset_module.prepare(tmp_path)
+    assert [lock.is_locked for lock in locks] == [False]

@@ -105,6 +105,13 @@ def test_every_id_that_the_folder_names_ends_a_text_the_nearest_file_first(
     assert (again, again.ends, again.eot) == (tokenizer, ends, tokenizer.eot)
 
 
+@pytest.mark.parametrize('name', ['byte', './byte'])
+def test_a_folder_does_not_take_the_name_of_a_tokenizer(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / 'byte', '[end]')
+    assert (find_tokenizer(name) == byte_tokenizer()) == (name == 'byte')
+
+
 def test_characters_end_where_the_folder_says_so(tmp_path):
     """A line feed, or a special token after the letters."""
     letters = sorted('\nabc ')

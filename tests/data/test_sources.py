@@ -28,7 +28,7 @@ from test_prepare import (
 )
 
 from data.sre import prepare as sre
-from flatgpt.data import download, encode, gutenberg, shakespeare, text
+from flatgpt.data import download, gutenberg, shakespeare, sources, text
 from flatgpt.data.dataset import Writer, find_dataset
 from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
@@ -126,7 +126,7 @@ def test_linked_folders_are_followed_and_loops_noticed(capsys):
     prepare_text('more', '--val=disk/b.txt', '--tokenizer=byte')
     assert (text_of('train'), text_of('val')) == ('text a', 'text b')
     out = capsys.readouterr().out
-    assert 'broken links: 1' in out
+    assert 'files taken, 0 hidden, empty or binary; broken links: 1' in out
     assert 'linked folders that lead back to one of these: ' in out
 
 
@@ -337,6 +337,43 @@ def test_what_is_fetched_is_kept_beside_the_dataset_where_the_checkout_is_read_o
     assert (out / 'input.txt').exists()
 
 
+def test_a_source_in_the_output_folder_is_taken_where_it_is_named():
+    write('mine/input.txt', WORDS)
+    for _ in range(2):  # the second time the dataset lies there, too
+        text.main(['mine/input.txt', '--out_dir=mine', '--tokenizer=byte'])
+        assert both('mine') == WORDS
+    for pattern in ('mine', 'mine/*.txt'):
+        assert 'lie in mine, where the dataset goes' in refused(
+            text.main, [pattern, '--out_dir=mine', '--tokenizer=byte']
+        )
+
+
+@pytest.mark.parametrize('zeros', [1, 3])
+def test_a_few_zero_bytes_make_no_utf_16(zeros):
+    write('a.txt', 'ab' * 200 + '\0b' * zeros + 'ab' * 200)
+    assert 'is binary; it has zero bytes' in refused(text.main, ['a.txt', '--out_dir=out'])
+
+
+@pytest.mark.parametrize('between', ['\n', '\r\n\n'])
+def test_a_first_record_longer_than_a_block_is_a_record(monkeypatch, between):
+    monkeypatch.setattr(sources, 'BLOCK', 50)
+    write('a.json', between.join(json.dumps({'text': WORDS * 3}) for _ in range(2)))
+    prepare_text('a.json', '--tokenizer=byte', '--split=document', '--val_fraction=0.5')
+    assert {text_of(split).replace(EOT, '') for split in ('train', 'val')} == {WORDS * 3}
+
+
+@pytest.mark.parametrize('wrong', ['"text": "a", "text": "b"', '"text": "a", "score": NaN'])
+@pytest.mark.parametrize(
+    ('name', 'layout'),
+    [('a.jsonl', '{}'), ('a.json', '{}'), ('a.json', '[{}]'), ('a.json', '{}\n{{"text": "c"}}')],
+)
+def test_what_is_no_json_is_refused_and_never_text(name, layout, wrong):
+    write(name, layout.format(f'{{{wrong}}}'))
+    message = refused(text.main, [name, '--out_dir=out', '--tokenizer=byte'])
+    assert message.startswith(name)
+    assert "'text' stands twice" in message or 'NaN is no JSON' in message
+
+
 # --- words without an end
 
 
@@ -354,20 +391,6 @@ def test_only_long_words_are_divided_to_learn_from():
     words = text.ShortWords([*texts, long])
     assert ''.join(words) == ''.join([*texts, long])
     assert words.cut == 2
-
-
-def test_a_word_that_tiktoken_cannot_match_is_encoded_in_parts(monkeypatch):
-    monkeypatch.setattr(encode, 'LONGEST_MATCHED', 100)
-    tokenizer, real = byte_tokenizer(), byte_tokenizer().encode
-
-    def encode_short(part, allow_eot=False):
-        if len(part) > 150:
-            raise ValueError('Max stack size exceeded for backtracking')
-        return real(part, allow_eot)
-
-    monkeypatch.setattr(tokenizer, 'encode', encode_short)
-    ids = encode.encode_text(WORDS * 30, tokenizer, False)
-    assert tokenizer.decode(ids) == WORDS * 30
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')

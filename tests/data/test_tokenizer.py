@@ -411,3 +411,10 @@ def test_a_tokenizer_is_found_in_a_run_a_checkpoint_a_file_and_by_name(bpe, tmp_
         with pytest.raises(UserError) as error:
             find_tokenizer(where)
         assert f'--tokenizer={where}: ' in one_line(error)
+
+
+@pytest.mark.parametrize('letter', ['a', ' ', '-'])
+def test_a_word_of_a_million_letters_is_encoded(bpe, letter):
+    text = f'To be {letter * 1_000_000} or not'
+    _, ids = encode_module.encode_job((0, [('train', False, text)]), bpe)
+    assert bpe.decode(ids['train'].tolist()) == text
