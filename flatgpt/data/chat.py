@@ -13,6 +13,7 @@ array of them. These are read as they are:
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
     {"prompt": "Hi", "completion": "Hello!"}      # or question, query; response, output, answer
     {"instruction": "Add", "input": "1 2", "output": "3"}      # or context; input may be lacking
+    {"question": "Who?", "context": "Ada wrote", "answer": "Ada"}
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}  # or whole conversations in both
 
 A text can be a list of messages instead, their content a list of text parts (a line each), and a
