@@ -152,7 +152,11 @@ class Row:
         if rivals := [name for name in left if name in COLUMNS]:
             raise UserError(
                 f'fits two formats, that of {self.used[0]!r} and that of {rivals[0]!r}; '
-                f'--ignore={rivals[0]} leaves the second out'
+                + (
+                    f'put the text of {rivals[0]!r} into a message'
+                    if rivals[0] in EXTRA
+                    else f'--ignore={rivals[0]} leaves the second out'
+                )
             )
         check_understood(left)
 

@@ -4,11 +4,13 @@ What clients send to api.py and what it answers, as pydantic models.
     body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -34,8 +36,10 @@ Prompts = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
 Biases = Annotated[
     dict[Id, Bias],
+    BeforeValidator(lambda biases: one_spelling(biases)),
     Field(max_length=MOST_BIASES, json_schema_extra={'propertyNames': {'pattern': '^[0-9]+$'}}),
 ]
 
@@ -52,6 +56,14 @@ def about(text: str):
 
 def refuse(message: str) -> PydanticCustomError:
     return PydanticCustomError('refused', '{message}', {'message': message})
+
+
+def one_spelling(biases: object) -> object:
+    """Token ids as numbers; "05" is left as text, and so refused: "5" could be another bias."""
+    if not isinstance(biases, dict):
+        return biases
+    usual = re.compile('-?(0|[1-9][0-9]{0,9})')
+    return {int(i) if usual.fullmatch(str(i)) else i: bias for i, bias in biases.items()}
 
 
 class StreamOptions(Body):

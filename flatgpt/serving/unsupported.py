@@ -96,6 +96,8 @@ REFUSED = {  # name: values that ask for nothing, beside those
     'return_tokens_as_token_ids': (False,),
     'return_token_ids': (False,),
 }
+CONSTRAINTS = """response_format text_format guided_json guided_regex guided_choice guided_grammar
+structured_outputs json_schema regex ebnf grammar""".split()  # of them an empty one asks, too
 IGNORED = """user metadata safety_identifier prompt_cache_key prompt_cache_retention service_tier
 parallel_tool_calls include_reasoning request_id session_id priority cache_prompt cache_salt id_slot
 keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
@@ -103,9 +105,9 @@ spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base d
 dry_penalty_last_n dry_sequence_breakers dynatemp_exponent smoothing_curve""".split()
 
 
-def only(*neutral):
-    """The type of a field that must be null, empty, or one of these: anything else is refused."""
-    allowed = (*NOTHING, *neutral)
+def only(*neutral, empty: bool = True):
+    """The type of a field that must be null, one of these, or `empty`; anything else is refused."""
+    allowed = (*(NOTHING if empty else NOTHING[:1]), *neutral)
     hint = f', or give {" or ".join(map(json.dumps, neutral))}' if neutral else ''
 
     def check(value):
@@ -134,6 +136,9 @@ class Body(BaseModel):
 Unsupported = create_model(
     'Unsupported',
     __base__=Body,
-    **{name: (only(*neutral), None) for name, neutral in REFUSED.items()},
+    **{
+        name: (only(*neutral, empty=name not in CONSTRAINTS), None)
+        for name, neutral in REFUSED.items()
+    },
     **{name: (ignored(), None) for name in IGNORED},
 )

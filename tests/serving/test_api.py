@@ -547,8 +547,10 @@ def test_a_body_that_is_not_the_json_it_should_be_is_400(client, path, body):
 @pytest.mark.parametrize('name', unsupported.REFUSED)
 def test_what_is_not_supported_is_accepted_where_it_asks_for_nothing(chatting, name):
     path, body = (PATH, {'prompt': 'a'}) if name == 'suffix' else (CHAT, {'messages': TALK})
-    for neutral in (None, [], {}, '', *unsupported.REFUSED[name]):
-        ask(chatting, path=path, max_tokens=1, **body, **{name: neutral})
+    empty = ([], {}, '')
+    for neutral in (None, *empty, *unsupported.REFUSED[name]):
+        asks = name in unsupported.CONSTRAINTS and neutral in empty  # any JSON, say
+        ask(chatting, 400 if asks else 200, path, max_tokens=1, **body, **{name: neutral})
     error = ask(chatting, 400, path, **body, **{name: {'some': 'thing'}})['error']
     assert error['param'] == name
     assert error['message'].startswith(f'{name}: this server does not support it')
@@ -566,6 +568,8 @@ def test_an_accepted_value_stays_what_it_is():
         (b'{"prompt": "a", "seed": 1, "seed": 2}', "'seed' stands twice"),
         (b'{"prompt": "a", "metadata": {"b": 1, "b": 1}}', "'b' stands twice"),
         (b'{"prompt": "a", "user": NaN}', 'NaN is no JSON'),
+        (b'{"prompt": "a", "logit_bias": {"5": -100, "05": 3}}', 'logit_bias'),
+        (b'{"prompt": "a", "logit_bias": {" 5": 3}}', 'logit_bias'),
     ],
 )
 def test_what_only_some_parsers_take_for_json_is_400(client, body, says):
