@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from error_lines import pattern_of
 from forks import Forks
 
 import sample as sample_module
@@ -27,6 +29,7 @@ from flatgpt.data.dataset import Writer
 from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
+from flatgpt.serving.api_error import APIError
 from flatgpt.training import metrics as metrics_module
 from flatgpt.training import run as run_module
 from flatgpt.training import run_directory
@@ -89,6 +92,29 @@ def pytest_xdist_auto_num_workers(config):
         return cores()
     config.option.dist = 'no'
     return 0
+
+
+REPORTED = []  # the error lines of the test that runs, where it is marked with some
+
+
+@pytest.fixture(autouse=True)
+def meets_its_error_lines(request, monkeypatch):
+    """See to it that a test which is marked with error lines meets them, see error_lines.py."""
+    marks = [mark for mark in request.node.iter_markers('error_line')]
+    if not marks:
+        return (yield)
+    REPORTED.clear()
+    for kind in (UserError, APIError):
+
+        def init(self, *args, _init=kind.__init__, **options):
+            _init(self, *args, **options)
+            REPORTED.append(str(self))
+
+        monkeypatch.setattr(kind, '__init__', init)
+    yield
+    for part in (part for mark in marks for part in mark.args):
+        met = re.compile(pattern_of(part), re.DOTALL)
+        assert any(map(met.search, REPORTED)), f'did not meet {part!r}'
 
 
 def random_model(vocab_size, block_size=16, seed=0, **changes):
@@ -171,7 +197,7 @@ def script(environment, shared):
         return [str(ROOT / name)] if str(name).endswith('.py') else ['-m', name]
 
     def run(name, *args, cwd=None, env=None, python=(), input=None):
-        return subprocess.run(
+        done = subprocess.run(
             [sys.executable, *python, *program(name), *map(str, args)],
             cwd=cwd or shared,
             env={**environment, **(env or {})},
@@ -179,6 +205,8 @@ def script(environment, shared):
             capture_output=True,
             encoding='utf-8',
         )
+        REPORTED.extend((done.stdout, done.stderr))
+        return done
 
     return run
 
@@ -278,6 +306,7 @@ def sample(*args, input=''):
     for stream in streams[1:]:
         stream.flush()
         written.append(stream.buffer.getvalue().decode('utf-8'))
+    REPORTED.extend(written)
     return subprocess.CompletedProcess(arguments, status, *written)
 
 

@@ -1,0 +1,132 @@
+"""
+Every error line of the source, and which tests have an example of it.
+
+    python tests/error_lines.py flatgpt/data         # lists those that no test has an example of
+
+A test that provokes a line, follows its advice and sees that it works is marked with a part of it:
+
+    @error_line('give a file with text')             # from tests/error_lines.py
+    def test_an_empty_file_is_refused_until_it_has_text(...): ...
+
+    @pytest.mark.parametrize(('bad', 'good'), [case('must be at least', '--n_layer=0', '--n_layer=1')])
+
+conftest.py sees to it that a marked test really meets the line.
+"""
+
+import ast
+import re
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ERRORS = 'UserError ConfigError CheckpointError APIError ValueError PydanticCustomError'.split()
+SOURCES = ('*.py', 'flatgpt/**/*.py', 'data/*/*.py')
+HOLE = '{}'  # stands for what a line is filled with
+# Lines without an example, by a part of each: why no test can follow it
+WITHOUT = {}
+
+
+def error_line(*parts):
+    """Mark a test as the example of the lines that these are parts of."""
+    return pytest.mark.error_line(*parts)
+
+
+def case(part, *values):
+    """A case of a parametrized test that is the example of a line."""
+    return pytest.param(*values, marks=error_line(part), id=part[:40])
+
+
+@lru_cache
+def lines():
+    """{an error line, its variable parts as {}: where it stands in the source}"""
+    found = {}
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            name = path.relative_to(ROOT).as_posix()
+            for number, text in _lines_of(_tree(path)):
+                found.setdefault(text, f'{name}:{number}')
+    return found
+
+
+@lru_cache
+def examples():
+    """{a part of a line: the tests that are marked with it}"""
+    found = {}
+    for path in sorted((ROOT / 'tests').rglob('*.py')):
+        for call in ast.walk(_tree(path)):
+            if _called(call) in ('error_line', 'case'):
+                given = call.args if _called(call) == 'error_line' else call.args[:1]
+                for part in given:
+                    if isinstance(part, ast.Constant):
+                        found.setdefault(part.value, []).append(f'{path.name}:{call.lineno}')
+    return found
+
+
+def without_example():
+    parts = {*examples(), *WITHOUT}
+    return {text: at for text, at in lines().items() if not any(part in text for part in parts)}
+
+
+def pattern_of(part):
+    """A regular expression for the lines that have this part, as they are printed."""
+    texts = [text for text in lines() if part in text]
+    return '|'.join('.*'.join(map(re.escape, text.split(HOLE))) for text in texts) or '(?!)'
+
+
+@lru_cache
+def _tree(path):
+    return ast.parse(path.read_text(encoding='utf-8'))
+
+
+def _called(node):
+    """The name of what a node calls, '' for any other node."""
+    function = getattr(node, 'func', None)
+    return getattr(function, 'id', getattr(function, 'attr', ''))
+
+
+def _lines_of(tree):
+    for scope in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]:
+        for node in ast.walk(scope):
+            if _called(node) in ERRORS:
+                for text in _texts(node, scope, tree):
+                    if len(re.findall('[a-z]', text)) > 5:  # else it only hands on another's
+                        yield node.lineno, text
+
+
+def _texts(error, scope, tree):
+    """The texts that an error may be raised with."""
+    first = 1 if _called(error) in ('APIError', 'PydanticCustomError') else 0  # after a status
+    for argument in error.args[first : first + 1]:
+        if text := _text(argument):
+            yield text
+        elif isinstance(argument, ast.Name):  # put together before
+            for node in (*ast.walk(scope), *tree.body):
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == argument.id:
+                    yield _text(node.value)
+        elif function := _called(argument):  # by a function of the same file
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and node.name == function:
+                    returned = [n.value for n in ast.walk(node) if isinstance(n, ast.Return)]
+                    yield from map(_text, filter(None, returned))
+
+
+def _text(node):
+    """The text of an expression, its variable parts as {}."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return ''.join(HOLE if isinstance(n, ast.FormattedValue) else n.value for n in node.values)
+    if isinstance(node, ast.BinOp):
+        return (_text(node.left) or HOLE) + (_text(node.right) or HOLE)
+    return ''
+
+
+if __name__ == '__main__':
+    prefix = sys.argv[1] if len(sys.argv) > 1 else ''
+    lacking = {text: at for text, at in without_example().items() if at.startswith(prefix)}
+    for text, at in lacking.items():
+        print(f'{at}: {text}')
+    print(len(lacking), 'of', sum(at.startswith(prefix) for at in lines().values()))
