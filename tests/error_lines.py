@@ -8,7 +8,9 @@ A test that provokes a line, follows its advice and sees that it works is marked
     @error_line('give a file with text')             # from tests/error_lines.py
     def test_an_empty_file_is_refused_until_it_has_text(...): ...
 
-    @pytest.mark.parametrize(('bad', 'good'), [case('must be at least', '--n_layer=0', '--n_layer=1')])
+    @pytest.mark.parametrize(('bad', 'good'), [
+        case('must be at least', '--n_layer=0', '--n_layer=1'),
+    ])
 
 conftest.py sees to it that a marked test really meets the line.
 """
