@@ -29,6 +29,7 @@ from flatgpt.data.dataset import Writer
 from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
+from flatgpt.runtime import host_room
 from flatgpt.serving.api_error import APIError
 from flatgpt.training import metrics as metrics_module
 from flatgpt.training import run as run_module
@@ -83,13 +84,15 @@ os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-ma
 
 
 def pytest_xdist_auto_num_workers(config):
-    """How many processes share the tests: as there are cores for the whole suite, else this one.
+    """How many processes share the tests: this one alone, but for the whole suite.
 
-    The fault and load suites stop processes by the clock, so that they run alone.
+    That takes one more than there are cores, since a quarter of its time is spent waiting for other
+    processes, and no more than memory has room for, at 2 GiB each. The fault and load suites stop
+    processes by the clock, so that they run alone.
     """
     whole = config.args_source == config.ArgsSource.TESTPATHS
     if whole and 'not faults and not load' in config.option.markexpr and not config.option.keyword:
-        return cores()
+        return max(1, min(cores() + 1, int((host_room() or 2**34) / 2**31)))
     config.option.dist = 'no'
     return 0
 
@@ -232,6 +235,18 @@ def ranks(forks, tiny):
     """Start train.py as several ranks, on the tiny settings -> a Crew; none outlives the test."""
     yield functools.partial(forks.start, config=tiny)
     forks.clear()
+
+
+@pytest.fixture
+def two_ranks(ranks):
+    """Run train.py as two processes, to their end -> what they print."""
+
+    def run(*args):
+        crew = ranks(2, *args)
+        assert crew.end() == [0, 0], crew.err
+        return crew.out
+
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -312,17 +312,14 @@ def test_without_memory_for_one_sequence_it_is_what_is_proposed(run_here, tmp_pa
 
 
 @pytest.mark.parametrize('base', ['gpt2'], indirect=True)
-def test_two_processes_train_adapters_as_one(base, script, run_here, tiny, tmp_path):
-    pytest.importorskip('torch.distributed', reason='torch was built without it')
+def test_two_processes_train_adapters_as_one(base, two_ranks, run_here, tmp_path):
     args = (f'--init_from={base}', '--lora_rank=2', '--gradient_checkpointing')
     run_here(f'--out_dir={tmp_path}/one', *args)
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-    done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *args, python=torchrun)
-    assert done.returncode == 0, done.stderr
+    printed = two_ranks(f'--out_dir={tmp_path}/two', *args)
     for key in ('loss', 'val_loss', 'grad_norm'):
         one, two = metrics(tmp_path / 'one', key), metrics(tmp_path / 'two', key)
         assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-5), key
-    assert re.search(r'^peak memory [1-9][\d,]* MB in each process$', done.stdout, re.M)
+    assert re.search(r'^peak memory [1-9][\d,]* MB in each process$', printed, re.M)
 
 
 def test_peak_memory_is_told_at_the_end_and_logged(run_here, tmp_path, capsys):

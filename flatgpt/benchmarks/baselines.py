@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from flatgpt.benchmarks.machine import synchronize
 from flatgpt.checkpoint.convert import config_json, transformers_tensors
+from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.engine import Engine, generate
@@ -58,6 +59,12 @@ def build_model(settings: dict) -> GPT:
             if name.endswith(('o_proj.weight', 'fc2.weight', 'lm_head.weight')):
                 torch.nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def build_outline(settings: dict) -> GPT:
+    """The same model, of parameters that have shapes and no values."""
+    with torch.device('meta'), SkipRandom():
+        return build_model(settings)
 
 
 def transformers_model(settings: dict):

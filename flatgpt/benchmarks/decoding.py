@@ -18,7 +18,13 @@ import numpy as np
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import SMALL, build_model, in_format, transformers_model
+from flatgpt.benchmarks.baselines import (
+    SMALL,
+    build_model,
+    build_outline,
+    in_format,
+    transformers_model,
+)
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.load import load_model
@@ -83,8 +89,7 @@ def share_of_limit(
     A step computes the whole prompt in prefill, and one token of each row in decoding.
     """
     machine, prefill = report.machine, job == 'prefill'
-    with torch.device('meta'):
-        model = build_model(settings)
+    model = build_outline(settings)
     steps = 1 if prefill else settings['new_tokens'] - 1
     cache = 0 if prefill else rows * cache_bytes(settings, machine, side.format)
     weights = model.num_params() * WEIGHT_BYTES[side.format]

@@ -89,9 +89,12 @@ class Side:
         except (EOFError, OSError):
             return Trouble('its process was killed, perhaps for want of memory')
 
-    def close(self) -> None:
+    def dismiss(self) -> None:
+        """Have the process end, which close() waits for."""
         with contextlib.suppress(OSError):
             self.pipe.send(None)
+
+    def close(self) -> None:
         self.process.join(10)
         self.process.kill()
 
@@ -110,6 +113,8 @@ def open_sides(names: list[tuple], settings: dict, job: str) -> Iterator[list[Si
             side.wait_until_ready()
         yield sides
     finally:
+        for side in sides:  # they take a second to end, all in the same one
+            side.dismiss()
         for side in sides:
             side.close()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import OPTIMIZER, build_model
+from flatgpt.benchmarks.baselines import OPTIMIZER, build_model, build_outline
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.save import Saver
@@ -69,8 +69,7 @@ def describe_step(
 ) -> str:
     """The step of the median turn: its milliseconds, MFU, memory and number format."""
     turn = sorted(turns, key=lambda turn: turn.seconds)[len(turns) // 2]
-    with torch.device('meta'):
-        flops_per_token = build_model(settings).flops_per_token()
+    flops_per_token = build_outline(settings).flops_per_token()
     peak = runtime.peak_flops() or report.machine.get(f'flops_{runtime.dtype_name}')
     mfu = turn.tokens_per_second * flops_per_token / peak
     parts = [f'{turn.seconds / settings["steps"] * 1e3:,.0f} ms a step', f'MFU {mfu:.0%}']

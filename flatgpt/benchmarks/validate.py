@@ -4,9 +4,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-
-from flatgpt.benchmarks.baselines import build_model, import_nanogpt
+from flatgpt.benchmarks.baselines import build_outline, import_nanogpt
 from flatgpt.benchmarks.decoding import dataset_of
 from flatgpt.benchmarks.machine import free_memory
 from flatgpt.checkpoint.convert import is_foreign
@@ -114,9 +112,8 @@ def check_memory(settings: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def count_parameters(settings: dict) -> int:
-    with torch.device('meta'):  # of many layers two are enough to tell
-        one, two = (
-            sum(p.numel() for p in build_model({**settings, 'n_layer': n}).parameters())
-            for n in (1, 2)
-        )
+    one, two = (  # of many layers two are enough to tell
+        sum(p.numel() for p in build_outline({**settings, 'n_layer': n}).parameters())
+        for n in (1, 2)
+    )
     return one + (two - one) * (settings['n_layer'] - 1)

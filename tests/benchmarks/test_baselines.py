@@ -26,6 +26,9 @@ class SideHere(sides.Side):
     def turn(self, job, *arguments):
         return sides.Turn(*getattr(self.program, job)(*arguments))
 
+    def dismiss(self):
+        pass
+
     def close(self):
         pass
 

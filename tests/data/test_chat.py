@@ -888,14 +888,11 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_targets(run_here, base, tal
 
 
 @pytest.mark.parametrize('objective', ['sft', 'dpo'])
-def test_two_processes_tune_as_one(script, run_here, tiny, base, talks, pairs, tmp_path, objective):
-    pytest.importorskip('torch.distributed', reason='torch was built without it')
+def test_two_processes_tune_as_one(two_ranks, run_here, base, talks, pairs, tmp_path, objective):
     dataset = talks if objective == 'sft' else pairs
     flags = tuning(base, dataset, objective)
     run_here(f'--out_dir={tmp_path}/one', *flags)
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-    done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *flags, python=torchrun)
-    assert done.returncode == 0, done.stderr
+    two_ranks(f'--out_dir={tmp_path}/two', *flags)
     keys = ('loss', 'grad_norm', 'train_loss', 'val_loss')
     for key in keys + (('val_reward_margin',) if objective == 'dpo' else ()):
         one, two = metrics(tmp_path / 'one', key), metrics(tmp_path / 'two', key)

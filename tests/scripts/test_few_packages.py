@@ -19,6 +19,9 @@ sys.meta_path.insert(0, Absent)
 script = sys.argv[1]
 del sys.argv[0]
 sys.path.insert(0, {root!r})
+if script.endswith('bench.py'):  # measures the machine by less than it takes to fill it
+    from flatgpt.benchmarks import machine
+    machine.MATRIX_SIZE['cpu'], machine.READ_BYTES['cpu'] = 128, 2**20
 runpy.run_path(script, run_name='__main__')
 """
 

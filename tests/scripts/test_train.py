@@ -1581,15 +1581,30 @@ def test_the_quickstart_prepares_its_text_trains_and_writes(in_checkout, checkou
 # two processes
 
 
-@pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
-def test_two_processes_train_as_one(script, run_here, tiny, tmp_path, environment, settings):
+@pytest.fixture
+def by_torchrun(script, tiny):
+    """Run train.py as two processes of torchrun -> what they print."""
     pytest.importorskip('torch.distributed', reason='torch was built without it')
+
+    def run(*args):
+        torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
+        done = script('train.py', tiny, *args, python=torchrun)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('start', 'settings'),
+    [('by_torchrun', ()), ('two_ranks', MODERN)],
+    ids=['gpt2-torchrun', 'modern'],
+)
+def test_two_processes_train_as_one(run_here, tmp_path, request, start, settings):
     args = (*settings, '--max_iters=6', '--eval_iters=None', '--eval_interval=3')
     run_here(f'--out_dir={tmp_path}/one', *args)
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-    done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *args, python=torchrun)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('validation loss') == 1  # one of them prints
+    printed = request.getfixturevalue(start)(f'--out_dir={tmp_path}/two', *args)
+    assert printed.count('validation loss') == 1  # one of them prints
     for key in ('loss', 'train_loss', 'val_loss', 'val_bpb', 'grad_norm'):
         one, two = metrics(tmp_path / 'one', key), metrics(tmp_path / 'two', key)
         assert list(one) == list(two)
@@ -1601,14 +1616,11 @@ def test_two_processes_train_as_one(script, run_here, tiny, tmp_path, environmen
 
 
 def test_two_processes_that_share_a_model_mask_documents_as_one(
-    script, run_here, tiny, tmp_path, stories
+    two_ranks, run_here, tmp_path, stories
 ):
-    pytest.importorskip('torch.distributed', reason='torch was built without it')
     args = (f'--dataset={stories}', '--mask_documents', '--arch=modern')
     run_here(f'--out_dir={tmp_path}/one', *args)
-    torchrun = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-    done = script('train.py', tiny, f'--out_dir={tmp_path}/two', *args, '--shard', python=torchrun)
-    assert done.returncode == 0, done.stderr
+    two_ranks(f'--out_dir={tmp_path}/two', *args, '--shard')
     for key in ('loss', 'val_loss', 'grad_norm'):
         one, two = (list(metrics(tmp_path / run, key).values()) for run in ('one', 'two'))
         assert two == pytest.approx(one, rel=1e-5), key

@@ -14,8 +14,6 @@ from flatgpt.runtime import Runtime
 from flatgpt.training import preflight
 from model import GPT, GPTConfig
 
-TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
-
 
 @pytest.fixture
 def checked(run_here, capsys):
@@ -170,12 +168,10 @@ def test_compile_is_tried_where_it_is_on(checked, monkeypatch):
     assert (status, 'no compiler' in out) == (0, True)  # training goes on without it
 
 
-def test_under_torchrun_each_process_looks_at_its_device_and_one_prints(script, tiny, tmp_path):
-    where = f'--out_dir={tmp_path}/run'
-    done = script('train.py', tiny, '--check', '--shard', where, python=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('device: cpu, float32, 2 processes') == 1
-    assert done.stdout.splitlines()[-1] == 'go'
+def test_of_two_processes_each_looks_at_its_device_and_one_prints(two_ranks, tmp_path):
+    printed = two_ranks('--check', '--shard', f'--out_dir={tmp_path}/run')
+    assert printed.count('device: cpu, float32, 2 processes') == 1
+    assert printed.splitlines()[-1] == 'go'
     assert not (tmp_path / 'run').exists()
 
 
