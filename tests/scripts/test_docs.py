@@ -265,7 +265,7 @@ def test_commands_that_would_be_refused_are_found():
 # -----------------------------------------------------------------------------
 # the walk-throughs, run with fewer and smaller steps
 
-TRAIN = '--device=cpu --dtype=float32 --sample_tokens=0 --eval_sample_tokens=0'.split()
+TRAIN = '--device=cpu --dtype=float32 --sample_tokens=3 --eval_sample_tokens=0'.split()
 SAMPLE = '--device=cpu --max_new_tokens=3'.split()
 END = re.compile(r"^cat > (\S+) <<'END'\n(.*?)^END\n", re.M | re.S)
 
@@ -310,14 +310,31 @@ def walk(run_here, tmp_path, monkeypatch):
     return run
 
 
-def test_own_text_is_prepared_learned_and_continued(walk):
+def expected_output():
+    """A regular expression for each line that the README says the quickstart prints."""
+    block = section(ROOT / 'README.md', 'What you should see').split('```')[1]
+    before, _, after = block.split('-' * 64)  # between them, the sample
+    words = [line.split() for line in f'{before}{after}'.splitlines() if line not in ('', '...')]
+    variable = re.compile(r'.*[\d/].*|(modern|muon|pydocs),?')
+    return [
+        ' '.join(r'\S+' if variable.fullmatch(word) else re.escape(word) for word in each)
+        for each in words
+    ]
+
+
+def test_own_text_is_prepared_learned_and_continued(walk, capsys):
     for name, length in (('novel.txt', 9000), ('more/other.txt', 9000), ('prompt.txt', 40)):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(' '.join(WORDS * 150)[:length], encoding='utf-8')
     Path('prompts.jsonl').write_text('{"prompt": "the cat"}\n{"prompt": "a", "top_k": 1}\n')
     page = ROOT / 'docs' / 'text.md'
-    few = '--max_iters=2 --eval_iters=1 --eval_interval=2 --n_embd=48 --batch_size=2'
+    few = (
+        '--max_iters=2 --eval_iters=1 --eval_interval=2 --log_interval=1 --n_embd=48 --batch_size=2'
+    )
     walk(shell(read(page).partition('\n## ')[0]), few)
+    printed = capsys.readouterr().out
+    for line in expected_output():
+        assert re.search(f'^{line}$', printed, re.M), line
     walk(shell(section(page, 'The run directory')))
     walk(shell(section(page, 'Sample')))
     assert len(Path('answers.jsonl').read_text().splitlines()) == 2
