@@ -17,11 +17,8 @@ import configurator
 from configurator import configure
 from flatgpt.benchmarks import validate as bench_rules
 from flatgpt.checkpoint import __main__ as checkpoint_command
-from flatgpt.data.dataset import folder_of, recipe_of
-from flatgpt.data.mixture import names_in
 from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.training.validate import validate
-from sample import sampling_of
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 SCRIPTS = ('train.py', 'sample.py', 'bench.py', 'api.py')
@@ -137,7 +134,12 @@ def test_every_message_explained_is_one_that_is_printed():
 
 
 def commands(page):
-    """[(line, words of a command)] of the shell blocks and the prose of a page, in order."""
+    """[(line, words of a command)] of the shell blocks and the prose of a page, or of the comments
+    of a config, in order."""
+    if page.suffix == '.py':
+        for line in re.findall(r'^#? ?\$ (.*)$', read(page), re.M):
+            yield from ((line, words) for words in split(line))
+        return
     for block, inline in re.findall(r'^```sh\n(.*?)^```|`([^`\n]+)`', read(page), re.M | re.S):
         for line in re.sub(r"<<'END'\n.*?^END$", '', block, flags=re.M | re.S).splitlines():
             for words in split(line):
@@ -183,14 +185,6 @@ def settings_of(script, argv):
     return configure(scope, argv, positional='start' if script == 'sample.py' else None)
 
 
-def check_train(settings):
-    validate(settings)
-
-
-def check_sample(settings):
-    sampling_of(settings)
-
-
 def check_bench(settings):
     bench_rules.check_modes(settings)
     if not (settings['compare'] or settings['task']):
@@ -199,17 +193,19 @@ def check_bench(settings):
         bench_rules.check_values(settings)
 
 
-CHECKS = {'train.py': check_train, 'sample.py': check_sample, 'bench.py': check_bench}
+CHECKS = {'train.py': validate, 'bench.py': check_bench}  # of the values together
 
 
 def check_command(words, prepared):
-    """Fail for a command that its script would refuse. prepared: datasets that earlier lines made,
-    to which its own is added. -> whether the command is one of ours"""
+    """Fail for a command that its script would refuse.
+
+    prepared: datasets that earlier lines made; one that this command makes is added.
+    """
     at = next((i for i, word in enumerate(words) if word.endswith(('.py', '.sh'))), None)
     if words[:3] == ['python', '-m', 'flatgpt.checkpoint']:
         arguments_of(checkpoint_command.main, words[3:])
     elif at is None or words[1:3] == ['-m', 'pytest']:
-        return False
+        pass  # not ours
     elif words[at + 1 :] == ['--help']:
         assert (ROOT / words[at]).is_file()
     elif words[at].endswith('/prepare.py'):
@@ -225,15 +221,18 @@ def check_command(words, prepared):
         CHECKS.get(script, lambda settings: None)(settings)
         if script == 'train.py':
             check_dataset(settings['dataset'], prepared)
-    return True
 
 
 def check_dataset(setting, prepared):
-    for name in names_in(setting) if '://' not in setting else ():
-        assert name in prepared or recipe_of(folder_of(name)[0]), f'{name} is not prepared before'
+    if '://' in setting:
+        return
+    books = runpy.run_path(str(ROOT / 'data/gutenberg/prepare.py'))['SETS']
+    for name in re.sub(r':[\d.]+', '', setting).split(','):
+        script = ROOT / 'data' / name / 'prepare.py'
+        assert name in prepared or name in books or script.exists(), f'{name} is not prepared'
 
 
-@pytest.mark.parametrize('page', PAGES, ids=named)
+@pytest.mark.parametrize('page', [*PAGES, *sorted((ROOT / 'config').glob('*.py'))], ids=named)
 def test_every_command_is_accepted_by_its_script(page):
     prepared = set()
     for line, words in commands(page):
