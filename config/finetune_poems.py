@@ -1,4 +1,4 @@
-# GPT-2 on six books of poems; the first start fetches the books.
+# GPT-2 on six books of poems. The first start downloads the books.
 # $ python train.py config/finetune_poems.py
 
 dataset = 'poems'
@@ -15,9 +15,9 @@ learning_rate = 3e-5
 decay_lr = False
 
 eval_interval = 10
-eval_iters = None  # the whole validation split, the end of each book
+eval_iters = None  # the whole validation split: the end of each book
 eval_train = False
 eval_sample_tokens = 100
 log_interval = 1
 always_save_checkpoint = False  # the best and the last two
-patience = 5  # stop after 5 evaluations * 10 steps without a new best
+patience = 5  # evaluations without a new best: 5 * 10 steps

@@ -1,4 +1,5 @@
-# Teach a base model to answer. Prepare the conversations with its tokenizer, then tune it on them:
+# Supervised fine-tuning on conversations. Prepare them with the tokenizer of the base model,
+# then train:
 # $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
 # $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 
@@ -6,14 +7,14 @@ objective = 'sft'
 dataset = 'talks'  # the --name of data/chat/prepare.py
 init_from = 'gpt2'
 
-# 8 rows * 2 = 16 per step; a row holds several conversations
+# 8 rows * 2 micro-batches = 16 rows per step; a row holds several conversations
 gradient_accumulation_steps = 2
 batch_size = 8
-epochs = 3  # more are learned by heart
-mask_documents = True  # those of a row know nothing of one another
-block_size = 1024  # the base keeps its own, if that is shorter
+epochs = 3  # more would memorize the data
+mask_documents = True  # no attention between the conversations of a row
+block_size = 1024  # if the base's context is shorter, that is used
 
-# a twelfth of what GPT-2 is pretrained with; a model of a few million parameters bears 3e-4
+# a twelfth of GPT-2's pretraining rate; models of a few million parameters can use 3e-4
 learning_rate = 5e-5
 min_lr = 0.0
 lr_schedule = 'linear'

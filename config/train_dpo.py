@@ -1,4 +1,4 @@
-# Teach a model that answers which of two answers is better, with pairs of them:
+# Direct preference optimization of a chat model, on pairs of a better and a worse answer:
 # $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 # $ python train.py train_dpo --dataset=pairs --init_from=out/chat --out_dir=out/preferred
 
@@ -7,13 +7,13 @@ dataset = 'pairs'  # the --name of data/chat/prepare.py
 init_from = 'out/chat'
 dpo_beta = 0.1
 
-# 4 pairs * 8 = 32 per step
+# 4 pairs * 8 micro-batches = 32 pairs per step
 gradient_accumulation_steps = 8
 batch_size = 4
 epochs = 1
-block_size = 1024  # the model keeps its own, if that is shorter
+block_size = 1024  # if the model's context is shorter, that is used
 
-# the paper's rate (Rafailov et al. 2023, appendix B): more soon ruins what was learned before
+# from the paper (Rafailov et al. 2023, appendix B); a higher rate soon ruins the model
 learning_rate = 1e-6
 min_lr = 0.0
 lr_schedule = 'constant'

@@ -3,7 +3,7 @@
 # $ torchrun --standalone --nproc_per_node=8 train.py train_gpt2
 
 dataset = 'openwebtext'
-wandb_log = False  # --wandb_log follows the run in a browser
+wandb_log = False  # --wandb_log shows the run in a browser
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
@@ -12,13 +12,13 @@ batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8  # 5 on each of 8 GPUs
 
-# 600,000 steps * 491,520 tokens = 295 billion tokens: 33 passes over 9 billion
+# 600,000 steps * 491,520 tokens = 295 billion tokens: 33 epochs of 9 billion
 max_iters = 600000
-lr_decay_iters = None  # until the last step
+lr_decay_iters = None  # the last step
 warmup_iters = 2000
 
-eval_interval = 1000  # and a checkpoint: at nanoGPT's pace a power cut costs at most 12 minutes
-eval_iters = 200  # 200 * 12 sequences = 2.5 million tokens: the loss is good to about 0.01
+eval_interval = 1000  # saves, too: at nanoGPT's speed a power cut loses at most 12 minutes
+eval_iters = 200  # 200 * 12 sequences = 2.5 million tokens: the error of the loss is about 0.01
 log_interval = 10
 always_save_checkpoint = False  # 600 checkpoints of 1.5 GB would be too many
 

@@ -1,23 +1,23 @@
 # A template for your own text. Prepare it, then train on it:
 # $ python data/text/prepare.py novel.txt more/ --name=mine --tokenizer=byte
 # $ python train.py train_text --dataset=mine
-# This size suits one to twenty million bytes on a CPU. With more text or a GPU, raise n_embd,
-# n_layer and max_iters together; with --tokenizer=gpt2, a token is about four bytes.
+# The size is meant for one to twenty million bytes of text on a CPU. With more text or a GPU, raise
+# n_embd, n_layer and max_iters together. With --tokenizer=gpt2, a token is about four bytes.
 
 dataset = 'mine'  # the --name of data/text/prepare.py
 
 # 16 sequences * 256 tokens = 4,096 per step; * 2,000 steps = 8 million tokens
 gradient_accumulation_steps = 1
-batch_size = 16  # halve it if memory runs out, and double gradient_accumulation_steps
-block_size = 256  # how far back the model looks
+batch_size = 16  # out of memory? halve it, and double gradient_accumulation_steps
+block_size = 256  # context: how many tokens back the model looks
 max_iters = 2000
-lr_decay_iters = None  # until the last step
+lr_decay_iters = None  # the last step
 
 # 12 * n_layer * n_embd^2 = 1.8M parameters in the blocks
 n_layer = 4
 n_head = 6
 n_embd = 192
-dropout = 0.1  # 0.0 if the text is longer than what you train on, 0.2 if you pass over it ten times
+dropout = 0.1  # 0.0 for less than one epoch, 0.2 for ten
 
 learning_rate = 2e-3
 min_lr = 0.0
@@ -29,4 +29,4 @@ eval_interval = 250
 eval_iters = 20
 log_interval = 10
 always_save_checkpoint = False  # the best and the last two
-patience = 4  # stop when the validation loss has not fallen for 1,000 steps
+patience = 4  # evaluations without a new best: 4 * 250 steps

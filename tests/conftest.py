@@ -39,7 +39,7 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).resolve().parent.parent
 # Test files of what a machine that trains may lack: torch, transformers and pytest bring the rest
 NEEDED = {
-    'flask': ['serving', 'compat', 'launch/test_launch.py', 'scripts/test_readme.py'],
+    'flask': ['serving', 'compat', 'launch/test_launch.py', 'scripts/test_serving_docs.py'],
     'bs4': ['data/test_corpora.py'],
     'requests': ['data/test_cache.py', 'data/test_dataset.py', 'data/test_tokenizer.py'],
     'tiktoken': ['data/test_prepare.py'],

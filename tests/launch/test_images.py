@@ -92,9 +92,9 @@ def test_the_user_is_not_root_once_all_is_installed():
     assert int(user) > 0
 
 
-def test_the_readme_starts_what_is_no_server_without_the_health_check():
-    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-    started = re.findall(r'docker run (.*?) flatgpt (\w+\.py)', readme)
+def test_the_docs_start_other_scripts_than_the_server_without_the_health_check():
+    page = (ROOT / 'docs' / 'launching.md').read_text(encoding='utf-8')
+    started = re.findall(r'docker run (.*?) flatgpt (\w+\.py)', page)
     assert started
     for flags, script in started:
         assert script == 'api.py' or '--no-healthcheck' in flags.split()

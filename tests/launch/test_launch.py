@@ -234,4 +234,4 @@ def test_when_all_are_gone_the_client_is_told_in_json_to_come_again(cluster):
     status, headers, body = cluster.ask()
     assert status == 503
     assert headers['Retry-After'] == '5'
-    assert json.loads(body)['error']['message'] == 'no server is there; try again'
+    assert json.loads(body)['error']['message'] == 'no server is available; try again'

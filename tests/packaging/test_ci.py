@@ -1,4 +1,4 @@
-"""What CI makes of warnings: changes that packages announce stop nothing, others do."""
+"""CI reports warnings as errors, except those that announce changes in packages."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ PACKAGE = """
 import warnings
 
 def announce(category, stacklevel=1):
-    warnings.warn('will be gone', category, stacklevel=stacklevel)
+    warnings.warn('will be removed', category, stacklevel=stacklevel)
 """
 SAMPLE = """
 import package
@@ -30,7 +30,7 @@ def test_a_package_announces_a_change(category):
     package.announce(category)
 
 @pytest.mark.parametrize('category', CHANGES)
-def test_our_code_asks_for_what_will_change(category):
+def test_our_code_uses_what_will_change(category):
     sample.call(category)
 
 @pytest.mark.parametrize('category', [UserWarning, ResourceWarning])

@@ -1,4 +1,4 @@
-"""demo.ipynb, executed from its first cell to its last, on a smaller scale still."""
+"""demo.ipynb, executed from the first to the last cell with fewer steps."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ pytest.importorskip('ipykernel')
 pytest.importorskip('transformers')
 
 NOTEBOOK = ROOT / 'demo.ipynb'
-# In a process of its own: what its libraries warn of is theirs
+# In a separate process, so that the warnings of its libraries are not ours
 EXECUTE = """
 import sys
 import nbclient, nbformat
@@ -33,7 +33,7 @@ def files_of_checkout():
 
 @pytest.fixture(scope='module')
 def executed(tmp_path_factory, environment):
-    """The notebook's cells with what they put out, and the folder that they wrote to."""
+    """The notebook's cells with their outputs, and the folder that they wrote to."""
     folder = tmp_path_factory.mktemp('demo')
     settings = {
         'FLATGPT_DEMO': str(folder / 'work'),

@@ -1,4 +1,4 @@
-"""What the README tells people to type against a server, typed."""
+"""The examples of docs/serving.md, run against a server."""
 
 import contextlib
 import io
@@ -18,12 +18,8 @@ from server import (
 from flatgpt.data.tokenizer import byte_tokenizer
 
 pytest_plugins = ['server']
-SECTION = re.search(
-    r'^\*\*Serve it\.\*\*(.*?)^\*\*Scale',
-    (ROOT / 'README.md').read_text(encoding='utf-8'),
-    re.M | re.S,
-)[1]
-EXAMPLES = re.findall(r'^curl .*$', SECTION, re.M)
+PAGE = (ROOT / 'docs' / 'serving.md').read_text(encoding='utf-8')
+EXAMPLES = re.findall(r'^curl .*$', PAGE, re.M)
 
 
 @pytest.fixture
@@ -33,9 +29,9 @@ def port(make_app):
         yield port
 
 
-def typed(line, port):
-    """What a shell prints for a line of the README, after the one that sets its variables."""
-    setting = re.search(r'^URL=.*$', SECTION, re.M)[0].replace(':8000', f':{port}')
+def run_in_shell(line, port):
+    """What a shell prints for a line of the page, after the line that sets its variables."""
+    setting = re.search(r'^URL=.*$', PAGE, re.M)[0].replace(':8000', f':{port}')
     environment = {name: value for name, value in os.environ.items() if 'proxy' not in name.lower()}
     done = subprocess.run(
         ['sh', '-c', f'{setting}\n{line}'], capture_output=True, text=True, env=environment
@@ -46,8 +42,8 @@ def typed(line, port):
 
 @pytest.mark.skipif(not (shutil.which('curl') and shutil.which('sh')), reason='needs curl')
 @pytest.mark.parametrize('line', EXAMPLES)
-def test_every_example_for_curl_is_answered(line, port):
-    printed = typed(line, port)
+def test_every_curl_example_works(line, port):
+    printed = run_in_shell(line, port)
     if '/metrics' in line:
         assert 'flatgpt_requests_running' in printed
     elif '"stream"' in line:
@@ -60,14 +56,14 @@ def test_every_example_for_curl_is_answered(line, port):
 
 def test_every_path_has_an_example():
     shown = {re.search(r'\$URL(\S+)', line)[1] for line in EXAMPLES}
-    there = {path for path in documented_paths() if not path.endswith('{model}')}
-    there.remove('/v1/chat/completions')  # which needs a model with a chat template
-    assert shown - {'/openapi.json'} == there
+    documented = {path for path in documented_paths() if not path.endswith('{model}')}
+    documented.remove('/v1/chat/completions')  # needs a model with a chat template
+    assert shown - {'/openapi.json'} == documented
 
 
-def test_the_example_for_openais_client_is_answered(port):
+def test_the_example_for_the_openai_client_works(port):
     pytest.importorskip('openai')
-    code = re.search(r'```python\n(.*?)```', SECTION, re.S)[1].replace(':8000', f':{port}')
+    code = re.search(r'```python\n(.*?)```', PAGE, re.S)[1].replace(':8000', f':{port}')
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code, {})
