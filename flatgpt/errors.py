@@ -4,7 +4,7 @@ Errors that are the user's to fix, and how a program ends with one line of them.
     one_line_errors()                                  # at the start of a script
     raise UserError('novel.txt: is empty; give a file with text')
     explain_errors(lambda error: UserError('...') if isinstance(error, MemoryError) else None)
-    with optional('no picture', print): ...            # a warning, if it fails
+    with warn_on_failure('no picture', print): ...            # a warning, if it fails
 """
 
 import difflib
@@ -106,7 +106,7 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def optional(what: str, report: Callable[[str], object]) -> Iterator[None]:
+def warn_on_failure(what: str, report: Callable[[str], object]) -> Iterator[None]:
     """Report as a warning what fails in the `with`: a run can do without it.
 
     what: begins the line, such as 'no sample'.

@@ -14,7 +14,7 @@ from flatgpt.errors import CheckpointError, UserError
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path) -> Iterator[Path]:
     """The path to write a file under, which gets its own name when the `with` ends well.
 
     By then the disk has all of it. After an error nothing of it is left, and what had that name
@@ -24,7 +24,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f'{path.name}.part')
     try:
         yield part
-        flush(part)
+        fsync(part)
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):
@@ -33,7 +33,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name when the `with` ends: all of it or nothing."""
     if os.path.lexists(folder):
         raise UserError(f'{folder} is there already; name a new folder')
@@ -49,7 +49,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have the disk hold a file, or a folder's list of names, before anything relies on it."""
     if path.is_dir() and os.name == 'nt':
         return  # Windows does not open folders, and writes their names through
@@ -60,9 +60,9 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def flush_all(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     for path in [*folder.rglob('*'), folder]:
-        flush(path)
+        fsync(path)
 
 
 def as_json(value) -> bytes:
@@ -106,12 +106,12 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def is_same(a: str | Path, b: str | Path) -> bool:
+def is_same_path(a: str | Path, b: str | Path) -> bool:
     """Whether two paths mean one file or folder."""
     return Path(a).resolve() == Path(b).resolve()
 
 
-def is_utf8(path: str | Path) -> bool:
+def is_utf8_path(path: str | Path) -> bool:
     """Whether the name of a file or a folder is text: safetensors opens no other."""
     try:
         return bool(str(path).encode())
@@ -119,18 +119,18 @@ def is_utf8(path: str | Path) -> bool:
         return False
 
 
-def existing(path: str | Path) -> Path:
+def nearest_existing(path: str | Path) -> Path:
     """The folder itself, or the nearest above it that is there."""
     path = Path(path).absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 
-def free_on(path: str | Path) -> int:
+def free_bytes(path: str | Path) -> int:
     """Bytes that are free on the disk where a folder is, or will be."""
-    return shutil.disk_usage(existing(path)).free
+    return shutil.disk_usage(nearest_existing(path)).free
 
 
-def check_space(folder: Path, need: int) -> None:
+def check_free_space(folder: Path, need: int) -> None:
     """Raise OSError unless `need` bytes are free there."""
     free = shutil.disk_usage(folder).free
     if free < need:

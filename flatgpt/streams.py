@@ -2,7 +2,7 @@
 The streams a program prints to: nothing that happens to them ends its work.
 
     prepare_streams()           # every script, by one_line_errors()
-    make_output_optional()      # train.py: a closed pipe or a full disk behind them is no matter
+    ignore_output_errors()      # train.py: a closed pipe or a full disk behind them is no matter
 """
 
 import os
@@ -54,7 +54,7 @@ def silence(stream: TextIO) -> None:
         _point_nowhere(stream.fileno())
 
 
-class OptionalStream:
+class BestEffortStream:
     """A stream for which no error is raised where its reader has gone or its disk is full."""
 
     def __init__(self, stream: TextIO):
@@ -79,8 +79,8 @@ class OptionalStream:
             pass
 
 
-def make_output_optional() -> None:
+def ignore_output_errors() -> None:
     """From now on the program does its work whatever becomes of its standard output and error."""
     for name in ('stdout', 'stderr'):
-        if not isinstance(getattr(sys, name), OptionalStream):
-            setattr(sys, name, OptionalStream(getattr(sys, name)))
+        if not isinstance(getattr(sys, name), BestEffortStream):
+            setattr(sys, name, BestEffortStream(getattr(sys, name)))

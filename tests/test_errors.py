@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from flatgpt.errors import UserError, as_user_error, optional, reason_of
+from flatgpt.errors import UserError, as_user_error, reason_of, warn_on_failure
 
 PRINTS = """
 import sys
@@ -55,11 +55,11 @@ def test_without_streams_printing_is_silence(tmp_path, prints, script):
 
 def test_what_fails_is_a_warning_where_a_run_can_do_without_it():
     lines = []
-    with optional('no picture', lines.append):
+    with warn_on_failure('no picture', lines.append):
         raise ValueError('one\ntwo')
     assert lines == ['warning: no picture: ValueError: one two']
     for not_an_error in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(not_an_error), optional('no picture', lines.append):
+        with pytest.raises(not_an_error), warn_on_failure('no picture', lines.append):
             raise not_an_error
 
 
