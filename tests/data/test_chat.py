@@ -228,22 +228,22 @@ def test_an_answer_that_is_marked_so_is_read_and_not_learned(tmp_path, mark):
 @pytest.mark.parametrize(
     ('row', 'why'),
     [
-        ({'prompt': 'a', 'completion': 'b', 'label': False}, 'marked as not to be learned'),
-        ({'messages': [ASK, TELL], 'weight': 0}, 'marked as not to be learned'),
-        ({'messages': [ASK, TELL | {'weight': 0}]}, 'marked as not to be learned'),
-        ({'messages': [ASK, TELL | {'content': None}]}, 'with an empty text'),
-        ({'messages': [ASK | {'content': ' '}, TELL]}, 'with an empty text'),
-        ({'instruction': 'a', 'input': '', 'output': ''}, 'with an empty text'),
-        ({'prompt': None, 'completion': 'b'}, 'with an empty text'),
-        ({'conversations': [{'from': 'human', 'value': None}, TELL]}, 'with an empty text'),
+        ({'prompt': 'a', 'completion': 'b', 'label': False}, 'marked as excluded from training'),
+        ({'messages': [ASK, TELL], 'weight': 0}, 'marked as excluded from training'),
+        ({'messages': [ASK, TELL | {'weight': 0}]}, 'marked as excluded from training'),
+        ({'messages': [ASK, TELL | {'content': None}]}, 'with empty text'),
+        ({'messages': [ASK | {'content': ' '}, TELL]}, 'with empty text'),
+        ({'instruction': 'a', 'input': '', 'output': ''}, 'with empty text'),
+        ({'prompt': None, 'completion': 'b'}, 'with empty text'),
+        ({'conversations': [{'from': 'human', 'value': None}, TELL]}, 'with empty text'),
     ],
 )
 def test_a_row_with_nothing_to_learn_is_left_out_and_counted(tmp_path, capsys, row, why):
     data = prepared(tmp_path, [row, [ASK, TELL], row])
     assert len(packed(data)) == 1
-    assert f'left out: 4 {why}' in capsys.readouterr().out.splitlines()  # of both splits
+    assert f'skipped: 4 {why}' in capsys.readouterr().out.splitlines()  # of both splits
     message = refused(prepared, tmp_path, [row])
-    assert f'no conversation is left to train on; 2 were left out: 2 {why}' in message
+    assert f'no samples for train: skipped 1 {why}; ' in message
 
 
 def test_a_field_that_is_to_be_ignored_is_left_out_of_rows_and_messages(tmp_path):
@@ -257,10 +257,10 @@ def test_rows_that_cannot_be_used_are_left_out_if_asked_for(tmp_path, capsys):
     data = prepared(tmp_path, [bad, [ASK, TELL], {'prompt': 'a'}, 7], '--bad=drop')
     assert len(packed(data)) == 1
     out = capsys.readouterr().out
-    assert 'left out: 6 that cannot be used' in out
-    assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: not understood' in out
+    assert 'skipped: 6 invalid' in out.splitlines()
+    assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: has unknown fields' in out
     message = refused(prepared, tmp_path, [bad], '--bad=drop')
-    assert '2 that cannot be used (' in message
+    assert 'skipped 1 invalid (' in message
     assert 'tool_calls' in message
 
 
@@ -291,20 +291,29 @@ def test_blank_lines_are_passed_over(tmp_path):
     prepare.main([str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte'])
     source.write_text('\n \n')
     message = refused(prepare.main, [str(source), f'--out_dir={tmp_path}', '--tokenizer=byte'])
-    assert 'no conversation is left to train on; the files have no rows' in message
+    assert 'no samples for train: the files have no rows' in message
 
 
 @pytest.mark.parametrize(
     ('content', 'problem'),
     [
-        ('[{"prompt": "a", "completion": "b"} {}]', "not JSON: Expecting ',' delimiter: line 1"),
-        ('[{"prompt": "a", "completion": "b"}, 7]', 'row 2: is no object with "messages", but 7'),
-        ('[{"prompt": "a", "completion": "b"}', "not JSON: Expecting ',' delimiter: line 1"),
-        ('[{"prompt": "a", "completion": "b"},]', 'not JSON: Expecting value: line 1'),
-        ('[{"prompt": "a", "completion": "b"}] 7', 'not JSON: Extra data: line 1 column 38'),
-        ('[', 'not JSON: Expecting value'),
+        (
+            '[{"prompt": "a", "completion": "b"} {}]',
+            "invalid JSON: Expecting ',' delimiter: line 1",
+        ),
+        (
+            '[{"prompt": "a", "completion": "b"}, 7]',
+            'row 2: must be an object with "messages", not 7',
+        ),
+        ('[{"prompt": "a", "completion": "b"}', "invalid JSON: Expecting ',' delimiter: line 1"),
+        ('[{"prompt": "a", "completion": "b"},]', 'invalid JSON: Expecting value: line 1'),
+        ('[{"prompt": "a", "completion": "b"}] 7', 'invalid JSON: Extra data: line 1 column 38'),
+        ('[', 'invalid JSON: Expecting value'),
         ('[]', 'the files have no rows'),
-        ('{"data": [\n]}', "row 1: no 'messages', no 'conversations', no 'prompt'; it has data"),
+        (
+            '{"data": [\n]}',
+            "row 1: no 'messages', 'conversations' or 'prompt'; its fields are data",
+        ),
     ],
 )
 def test_a_json_array_that_cannot_be_read_is_named(tmp_path, content, problem):
@@ -333,16 +342,16 @@ def test_conversations_are_packed_whole_and_each_once(tmp_path, seed):
 def test_it_is_said_what_was_packed(tmp_path, capsys):
     prepared(tmp_path, [talk('Hi', 'Yo'), talk('Hi', 'x' * 100)], size=64)
     out = capsys.readouterr().out
-    assert '2 conversations in 2 rows of 64' in out  # one, in both splits
-    assert f'{1 - 23 / 64:.1%} of them padding; 6 tokens to learn' in out
-    assert '0 cut, 2 left out' in out
+    assert '2 conversations in 2 rows of 64 tokens' in out  # one, in both splits
+    assert f'{1 - 23 / 64:.1%} padding; 6 tokens to train on' in out
+    assert '0 truncated, 2 skipped' in out
     assert out.splitlines()[-1].startswith('Train on it: python train.py train_chat --dataset=')
 
 
 def test_of_a_longer_conversation_the_beginning_is_kept_if_asked_for(tmp_path, capsys):
     talks = [talk('Hi', 'Yo'), talk('Hi', 'abc' * 30), talk('x' * 90, 'never reached')]
     data = prepared(tmp_path, talks, '--long=cut')
-    assert '2 cut, 2 left out' in capsys.readouterr().out
+    assert '2 truncated, 2 skipped' in capsys.readouterr().out
     assert [f'Yo{EOT}'] in learned(data)
     assert [('abc' * 30)[: 64 - 20]] in learned(data)
     assert data.n_windows == 2
@@ -379,7 +388,7 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
     assert learned(data) == [['hello\n\n']]
     blank = [talk('hello', 'hel\n\nlo')]
     message = refused(prepared, tmp_path, blank, tokenizer=tmp_path / 'letters.json')
-    assert "source.jsonl, line 1: messages[1]: the answer has '\\n\\n' in it" in message
+    assert "source.jsonl, line 1: messages[1]: the answer contains '\\n\\n', which ends" in message
 
 
 @pytest.mark.parametrize(
@@ -388,8 +397,8 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
         ('{', 'Expecting property name'),
         ('{"user": ["a", "b"]}', 'has no assistant'),
         ('{"assistant": ["a"]}', 'two texts'),
-        ('{"assistant": ["a", ""]}', 'nothing that ends'),
-        ('{}', 'nothing that ends'),
+        ('{"assistant": ["a", ""]}', 'it has no text after'),
+        ('{}', 'it has no text after'),
         ('[]', 'not a chat template'),
         ('{"assistant": ["a", 1]}', 'two texts'),
     ],
@@ -527,7 +536,7 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
     alike = {'prompt': 'Hi', 'chosen': 'x' * 60 + 'a', 'rejected': 'x' * 60 + 'b'}
     pair = {'prompt': 'Hi', 'chosen': 'a' * 60, 'rejected': 'b'}
     data = prepared(tmp_path, [alike, pair], '--long=cut', objective='dpo')
-    assert '2 cut, 2 left out' in capsys.readouterr().out
+    assert '2 truncated, 2 skipped' in capsys.readouterr().out
     assert learned(data) == [['a' * (64 - 20)], [f'b{EOT}']]
 
 
@@ -538,33 +547,36 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('line', 'problem'),
     [
-        ('{"messages": ', 'not JSON'),
-        ('[' * 100000, 'not JSON'),
+        ('{"messages": ', 'invalid JSON'),
+        ('[' * 100000, 'invalid JSON'),
         (b'\xff', 'not UTF-8'),
-        ('"Hi"', 'is no object with "messages"'),
-        ('{}', "no 'prompt'; it has no fields"),
-        ('{"text": "Hi"}', "no 'prompt'; it has text"),
-        ('{"messages": 1}', 'neither a text nor a list of messages'),
-        ('{"messages": [1]}', "messages[0]: has no text as its 'role'"),
-        ('{"messages": [{"role": "user"}]}', "messages[0]: has no text as its 'content'"),
-        ('[{"role": "user", "content": "Hi"}]', 'the assistant says nothing'),
-        ('[{"messages": []}, {"messages": []}]', 'an array of records'),
-        ('[{"role": "tool", "content": "1"}]', "messages[0]: no role 'tool'; there are system"),
-        ('{"instruction": 1, "output": "a"}', 'not both text'),
-        ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; it has prompt, chosen"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', 'are the same answer'),
-        ('{"chosen": "b", "rejected": "c"}', 'no two answers of the assistant to one prompt'),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'prepare two'),
-        ('{"prompt": "a", "rejected": "b", "x": "chosen"}', "no 'chosen'; it has prompt"),
-        ('{"prompt": "a"}', "'prompt' has no 'completion' or 'response'; it has prompt"),
+        ('"Hi"', 'must be an object with "messages"'),
+        ('{}', "or 'prompt'; its fields are none;"),
+        ('{"text": "Hi"}', "or 'prompt'; its fields are text;"),
+        ('{"messages": 1}', 'must be a string or a list of messages'),
+        ('{"messages": [1]}', "messages[0]: has no 'role'"),
+        ('{"messages": [{"role": "user"}]}', "messages[0]: has no 'content'"),
+        ('[{"role": "user", "content": "Hi"}]', 'no message of the assistant'),
+        ('[{"messages": []}, {"messages": []}]', 'an array of rows'),
+        (
+            '[{"role": "tool", "content": "1"}]',
+            "messages[0]: unknown role 'tool'; use one of system",
+        ),
+        ('{"instruction": 1, "output": "a"}', "'instruction' is 1"),
+        ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; a preference pair needs"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', 'are the same'),
+        ('{"chosen": "b", "rejected": "c"}', 'are not two replies of the assistant to one prompt'),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'prepare a dataset of each'),
+        ('{"prompt": "a", "rejected": "b", "x": "chosen"}', "no 'chosen'; a preference pair needs"),
+        ('{"prompt": "a"}', "'prompt' has no 'completion' or 'response'; its fields are prompt;"),
         ('{"prompt": "a\\ud83d", "output": "b"}', 'half a surrogate pair'),
-        ('{"prompt": "a", "prompt": "c", "output": "b"}', "'prompt' stands twice"),
-        ('[', 'if the file is one array, call it .json'),
+        ('{"prompt": "a", "prompt": "c", "output": "b"}', "duplicate key 'prompt'"),
+        ('[', 'or one array into a .json file'),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(tmp_path, line, problem):
     good = json.dumps(talk('Hi', 'Yo'))
-    if 'chosen' in str(line) and problem != 'prepare two':
+    if 'chosen' in str(line) and problem != 'prepare a dataset of each':
         good = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / 'talks.jsonl').write_bytes(good.encode() + b'\n' + line + b'\n')
@@ -588,54 +600,58 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
             for name, value, problem in [
                 ('weight', 0.5, "'weight' is 0.5"),
                 ('weight', '0', "'weight' is '0'"),
-                ('weight', float('nan'), 'NaN is no JSON'),
+                ('weight', float('nan'), 'NaN is not valid JSON'),
                 ('train', 'no', "'train' is 'no'"),
                 ('loss_mask', [1, 0], "'loss_mask' is [1, 0]"),
                 ('content', 4, 'the content is 4'),
-                ('content', ['Hi'], "a part of the content is 'Hi'"),
+                ('content', ['Hi'], "a content part is 'Hi'"),
                 ('content', [{'type': 'image_url', 'image_url': {}}], "has type 'image_url'"),
-                ('content', [{'type': 'text', 'text': 4}], 'the text of a part is 4'),
-                ('content', [{'type': 'text', 'text': 'a', 'thought': 1}], "has 'thought'"),
-                ('value', 'Six.', "two formats, by 'content', 'value'"),
-                ('from', 'gpt', "two formats, by 'role', 'from'"),
-                ('role', 'ipython', "no role 'ipython'"),
-                ('role', 'function_call', "no role 'function_call'"),
-                ('role', None, 'no role None'),
+                ('content', [{'type': 'text', 'text': 4}], 'the text of a content part is 4'),
+                (
+                    'content',
+                    [{'type': 'text', 'text': 'a', 'thought': 1}],
+                    "has unknown fields: 'thought'",
+                ),
+                ('value', 'Six.', "has both 'content' and 'value'"),
+                ('from', 'gpt', "has both 'role' and 'from'"),
+                ('role', 'ipython', "unknown role 'ipython'"),
+                ('role', 'function_call', "unknown role 'function_call'"),
+                ('role', None, 'unknown role None'),
             ]
         ),
         *(
             (
                 {'messages': [ASK, {'role': 'assistant', name: 'x'}]},
-                f'messages[1]: not understood, and might change what is to be learned: {name!r}',
+                f'messages[1]: has unknown fields that might affect training: {name!r}',
             )
             for name in ('tool_calls', 'function_call', 'reasoning_content', 'thinking', 'audio')
         ),
         *(
-            ({'messages': [ASK, TELL | {name: True}]}, f'{name!r}; if not, --ignore={name} ')
+            ({'messages': [ASK, TELL | {name: True}]}, f'{name!r}; if not, add --ignore={name}')
             for name in ('masked', 'mask', 'train_on_turn', 'name', 'tool_call_id', 'end_turn')
         ),
         *(
-            (GOOD | {name: 4}, f'learned: {name!r}; if not, --ignore={name} ')
+            (GOOD | {name: 4}, f'training: {name!r}; if not, add --ignore={name}')
             for name in ('score', 'rating', 'tools', 'train_on_input', 'text', 'functions')
         ),
-        ({'messages': [ASK | {'train': True}, TELL]}, "'train' is set for a message of 'user'"),
+        ({'messages': [ASK | {'train': True}, TELL]}, "'train' is set on a message of 'user'"),
         ({'messages': [ASK, TELL | {'train': True, 'weight': 0}]}, "'weight', 'train' contradict"),
         (GOOD | {'weight': 0.5}, "'weight' is 0.5"),
         (GOOD | {'loss_mask': [0, 1]}, "'loss_mask' is [0, 1]"),
-        (GOOD | {'label': 1}, "'label' is 1; only true or false"),
+        (GOOD | {'label': 1}, "'label' is 1; it must be true or false"),
         (GOOD | {'system': 4}, "'system' is 4"),
-        (GOOD | {'completion': 'a'}, "that of 'messages' and that of 'completion'"),
-        (GOOD | {'prompt': 'Who?'}, "that of 'messages' and that of 'prompt'"),
-        (GOOD | {'history': [['a', 'b']]}, "that of 'messages' and that of 'history'"),
-        (GOOD | {'conversations': [ASK, TELL]}, "that of 'messages' and that of 'conversations'"),
-        ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "that of 'prompt' and that of 'answer'"),
-        (GOOD | {'context': 'c'}, "that of 'messages' and that of 'context'"),
+        (GOOD | {'completion': 'a'}, "two formats, 'messages' and 'completion'"),
+        (GOOD | {'prompt': 'Who?'}, "two formats, 'messages' and 'prompt'"),
+        (GOOD | {'history': [['a', 'b']]}, "two formats, 'messages' and 'history'"),
+        (GOOD | {'conversations': [ASK, TELL]}, "two formats, 'messages' and 'conversations'"),
+        ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "two formats, 'prompt' and 'answer'"),
+        (GOOD | {'context': 'c'}, "two formats, 'messages' and 'context'"),
         ({'prompt': 'a', 'answer': 'b', 'history': 'c'}, "'history' is 'c'"),
-        ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: is no [question'),
-        (CHOICE | {'response': 'b'}, "that of 'chosen' and that of 'response'"),
-        (CHOICE | {'label': True}, "learned: 'label'"),
+        ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: must be a [question'),
+        (CHOICE | {'response': 'b'}, "two formats, 'chosen' and 'response'"),
+        (CHOICE | {'label': True}, "training: 'label'"),
         (CHOICE | {'score_chosen': 1, 'score_rejected': 2}, "below 'score_rejected' (1 < 2)"),
-        (CHOICE | {'messages': [ASK]}, "that of 'chosen' and that of 'messages'"),
+        (CHOICE | {'messages': [ASK]}, "two formats, 'chosen' and 'messages'"),
     ],
 )
 def test_what_might_change_the_meaning_is_refused_by_name(tmp_path, row, names):
@@ -673,18 +689,18 @@ def test_an_answer_may_spell_a_mark_that_is_a_token_of_its_own(tmp_path):
 )
 def test_two_system_texts_are_refused(tmp_path, row):
     message = refused(prepared, tmp_path, [{'system': 'Be.'} | row])
-    assert "fits two system texts, 'Be.' of 'system' and 'Do.' of the first message" in message
-    assert '--ignore=system leaves' in message
+    assert "has two system prompts, 'Be.' in 'system' and 'Do.' in the first message" in message
+    assert '--ignore=system uses' in message
 
 
 def test_a_context_is_no_turn_of_a_dialogue(tmp_path):
     row = {'prompt': '\n\nHuman: Hi\n\nAssistant:', 'context': 'Six.', 'output': 'Hello'}
-    assert "'prompt' and 'context' are not both text" in refused(prepared, tmp_path, [row])
+    assert "'prompt' and 'context' must both be plain strings" in refused(prepared, tmp_path, [row])
 
 
 def test_a_conversation_without_messages_is_left_out_as_empty(tmp_path, capsys):
     prepared(tmp_path, [[ASK, TELL], {'messages': []}])
-    assert 'left out: 2 with an empty text' in capsys.readouterr().out
+    assert 'skipped: 2 with empty text' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -700,7 +716,7 @@ def test_a_bad_row_of_a_json_file_is_dropped_alone(tmp_path, capsys, layout, bad
     prepare.main([*command, '--bad=drop', '--val_fraction=0.5'])
     out = capsys.readouterr().out
     assert '2 conversations' in out
-    assert 'left out: 1 that cannot be used' in out
+    assert 'skipped: 1 invalid' in out.splitlines()
 
 
 MEGABYTE = 2**20
@@ -747,19 +763,19 @@ def test_time_grows_as_the_data_does(tmp_path, kind):
 
 def test_a_conversation_that_is_too_long_is_named_if_asked_for(tmp_path):
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)], '--long=error')
-    assert 'line 1: 120 tokens, and a row holds 64' in message
+    assert 'line 1: 120 tokens, but a row holds 64' in message
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)])
-    assert 'no conversation is left to train on; 2 were left out' in message
+    assert 'no samples for train: skipped 1 longer than --block_size=64' in message
 
 
 @pytest.mark.parametrize(
     ('flags', 'problem'),
     [
         ((), 'FILES --name='),
-        (('s.jsonl', '--name=a/b'), 'say what to call it'),
+        (('s.jsonl', '--name=a/b'), 'needs a --name'),
         (('s.jsonl', '--name=text'), 'comes with flatGPT'),
         (('s.jsonl', '--name=a', '--val_fraction=2'), 'above 0'),
-        (('s.jsonl', '--name=a', '--block_size=1'), 'at least 2'),
+        (('s.jsonl', '--name=a', '--block_size=1'), 'must be between 2'),
         (('missing.jsonl', '--name=a', '--tokenizer=byte'), 'no such file'),
         (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has none'),
     ],
