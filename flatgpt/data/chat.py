@@ -135,7 +135,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add('--val', action='append', default=[], help='files for validation')
     add('--val_fraction', type=float, default=0.1, help='validation fraction, default %(default)s')
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # files may also follow flags
     if not args.files:
         raise UserError(f'no FILES; run {COMMAND} FILES --name=talks (see --help)')
     check_fraction(args)
@@ -422,11 +422,6 @@ def empty_split_error(
 ) -> UserError:
     if samples.count == 1:
         return UserError('a single sample cannot be split; give validation files with --val=FILE')
-    if samples.count:
-        return UserError(
-            f'--val_fraction={args.val_fraction}: leaves none of {samples.count} samples for '
-            'training; use a smaller fraction'
-        )
     reasons = samples.all_skipped()
     if samples.too_long:
         reason = f'longer than --block_size={args.block_size} (--long=cut truncates them)'
