@@ -19,14 +19,14 @@ A string can also be a list of messages, whose content can be a list of text par
 or a dialogue, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". "system" and "history", a list of
 [question, answer] pairs, come first. A row that mixes two formats is an error.
 
-The loss covers the assistant's messages and the mark that ends each. It does not cover the prompt
-of a preference pair, or a message with "weight": 0, "train": false or "loss_mask": 0. Rows marked
-this way, with "label": false, or with an empty prompt or answer are skipped and counted. Any other
-field is an error, because it might affect training: --ignore ignores it. --bad=drop skips and
+The loss covers the assistant's messages and the delimiter that ends each. It does not cover the
+prompt of a preference pair, or a message with "weight": 0, "train": false or "loss_mask": 0. Rows
+marked this way, with "label": false, or with an empty prompt or answer are skipped and counted. Any
+other field is an error, because it might affect training: --ignore ignores it. --bad=drop skips and
 counts invalid rows.
 
-Conversations are packed whole into rows of --block_size tokens; a preference pair is two rows. By
-default the marks around messages are plain text and the end-of-text token, so that the vocabulary
+Conversations are packed whole into rows of --block_size tokens; a preference pair is two rows. The
+default delimiters around messages are plain text and the end-of-text token, so that the vocabulary
 stays the base model's; --template sets others.
 """
 
@@ -53,7 +53,7 @@ from flatgpt.errors import UserError
 from flatgpt.files import strict_json
 
 COMMAND = 'python data/chat/prepare.py'
-# Each mark is encoded by itself. With exactly one newline on either side of a message, GPT-2's
+# Each delimiter is encoded by itself. With exactly one newline on either side of a message, GPT-2's
 # tokenizer gives the same ids as for the whole text at once, which a base model was trained on.
 TEMPLATE = {
     'system': ['System:\n', '\n'],

@@ -61,7 +61,7 @@ def part(**fields):
         case('that might affect', GOOD | {'a,b': 3}, GOOD, 'Seven.'),
         case('the content is {}', reply(content=7), GOOD, 'Seven.'),
         case('the content is {}', reply(content=7), part(), 'Seven.'),
-        case('a content part is {}; it must be', reply(content=['Seven.']), part(), 'Seven.'),
+        case('it must be an object like', reply(content=['Seven.']), part(), 'Seven.'),
         case('a content part has type', part(type='audio'), part(), 'Seven.'),
         case('a content part has unknown', part(thought='6 + 1'), part(), 'Seven.'),
         case('the text of a content part', part(text=7), part(), 'Seven.'),
@@ -368,7 +368,7 @@ def test_a_role_that_the_line_lists_is_taken():
         assert template_role(role, template) == role
 
 
-@error_line('a content part is {}; it must be')
+@error_line('it must be an object like')
 def test_the_part_in_an_error_line_is_taken():
     message = refused(content_text, ['Hi'])
     assert content_text([json.loads(message.partition('like ')[2])]) == 'Hi'
