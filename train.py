@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import configure
 from flatgpt.parallel import apply_fsdp, compile_blocks, settle, sync_gradients, whole
 from flatgpt.runtime import StopSignal, on_out_of_memory, start
-from flatgpt.streams import make_output_optional
+from flatgpt.streams import ignore_output_errors
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish
@@ -124,7 +124,7 @@ if saved := saved_settings(config):  # of the run to resume: they come first, th
     config = configure({**globals(), **saved}, sys.argv[1:])
 validate(config)
 globals().update(config)
-make_output_optional()  # no pipe that closes, no full disk behind a log file ends the training
+ignore_output_errors()  # no pipe that closes, no full disk behind a log file ends the training
 
 # -----------------------------------------------------------------------------
 # set-up: until run.open() nothing changes on the disk, so that a mistake costs nothing

@@ -1,10 +1,10 @@
 """
-Errors that are the user's to fix, and how a program ends with one line of them.
+Errors that the user can fix, reported in one line.
 
     one_line_errors()                                  # at the start of a script
-    raise UserError('novel.txt: is empty; give a file with text')
+    raise UserError('novel.txt: is empty; choose a file with text')
     explain_errors(lambda error: UserError('...') if isinstance(error, MemoryError) else None)
-    with optional('no picture', print): ...            # a warning, if it fails
+    with warn_on_failure('no picture', print): ...     # prints a warning if it fails
 """
 
 import difflib
@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 
 from flatgpt.streams import prepare_streams, silence
 
-DISK_TROUBLE = {errno.ENOSPC, errno.EROFS, getattr(errno, 'EDQUOT', errno.ENOSPC)}
-PACKAGES = {  # module -> what pip calls it; of no other name is it said what to install
+DISK_ERRORS = {errno.ENOSPC, errno.EROFS, getattr(errno, 'EDQUOT', errno.ENOSPC)}
+PIP_NAMES = {  # module -> its name on PyPI; no other missing module gets a pip command
     name.replace('-', '_'): name
     for name in """torch numpy safetensors filelock tqdm matplotlib tiktoken regex tokenizers
     requests huggingface-hub flask waitress pydantic spectree prometheus-client
@@ -28,20 +28,20 @@ PACKAGES = {  # module -> what pip calls it; of no other name is it said what to
 
 
 class UserError(Exception):
-    """A mistake the user can fix: its text says where it came from, what is wrong and the fix."""
+    """A mistake the user can fix. The text has its source, the problem and the fix."""
 
 
 class ConfigError(UserError):
-    """A setting, a flag or a config file that cannot be used."""
+    """An invalid setting, flag or config file."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint, ours or of others, that is missing, damaged, or does not fit."""
+    """A checkpoint, ours or third-party, that is missing, damaged or incompatible."""
 
 
 @contextmanager
 def as_config_error() -> Iterator[None]:
-    """Turn a ValueError, which model.py raises for a shape it cannot have, into a ConfigError."""
+    """Turn a ValueError, which model.py raises for an invalid shape, into a ConfigError."""
     try:
         yield
     except ValueError as error:
@@ -49,37 +49,37 @@ def as_config_error() -> Iterator[None]:
 
 
 # -----------------------------------------------------------------------------
-# the end of a program
+# reporting
 
 _explainers: list[Callable[[BaseException], UserError | None]] = []
 
 
 def one_line_errors() -> None:
-    """Let a UserError end the program with one line on standard error and status 2.
+    """Make a UserError print one line on standard error and exit with status 2.
 
-    Ctrl-C and a closed pipe end it without a traceback, with the status a shell reports for them.
-    What a program prints never ends it, see prepare_streams().
+    Ctrl-C and a closed pipe exit without a traceback, with the status a shell reports for them.
+    Also makes the standard streams safe, see prepare_streams().
     """
     prepare_streams()
     _explainers.clear()
-    sys.excepthook = _report
+    sys.excepthook = _excepthook
 
 
 def explain_errors(explain: Callable[[BaseException], UserError | None]) -> None:
-    """Have `explain` look at what ends the program, before those asked to earlier.
+    """Register `explain` for uncaught errors; the last one registered is called first.
 
-    It returns the UserError to report in its place, or None where it knows nothing better.
+    It returns the UserError to report instead, or None for an error that it does not explain.
     """
     _explainers.insert(0, explain)
 
 
 def as_user_error(error: BaseException) -> UserError | None:
-    """The line for an error of the machine that every user can fix, None for any other."""
+    """The UserError for a missing package, a full disk or a denied permission; else None."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
-    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return UserError(f'{error.filename or "output"}: {error.strerror}')
     if isinstance(error, PermissionError) and error.filename:
         return UserError(f'{error.filename}: {error.strerror}')
@@ -87,18 +87,18 @@ def as_user_error(error: BaseException) -> UserError | None:
 
 
 def missing_package(error: ModuleNotFoundError) -> UserError | None:
-    """The line for a package that is not installed, None for any other module."""
+    """The UserError for a package that is not installed, None for any other module."""
     name = (error.name or '').partition('.')[0]
-    if name not in PACKAGES or sys.modules.get(name):
+    if name not in PIP_NAMES or sys.modules.get(name):
         return None
     return UserError(
-        f'this needs the package {name}: pip install {PACKAGES[name]} '
+        f'this needs the package {name}: pip install {PIP_NAMES[name]} '
         '(all packages: pip install -e .)'
     )
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one short line."""
+    """An error as one short line."""
     if known := as_user_error(error):
         return str(known)
     text = ' '.join(str(error).split())[:200]
@@ -106,10 +106,10 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
-def optional(what: str, report: Callable[[str], object]) -> Iterator[None]:
-    """Report as a warning what fails in the `with`: a run can do without it.
+def warn_on_failure(what: str, report: Callable[[str], object]) -> Iterator[None]:
+    """Report an error in the `with` as a warning, for work that a run does not depend on.
 
-    what: begins the line, such as 'no sample'.
+    what: the beginning of the warning, such as 'no sample'.
     """
     try:
         yield
@@ -117,47 +117,47 @@ def optional(what: str, report: Callable[[str], object]) -> Iterator[None]:
         report(f'warning: {what}: {reason_of(error)}')
 
 
-def _report(kind, error, trace) -> None:
+def _excepthook(kind, error, trace) -> None:
     error = next(filter(None, (explain(error) for explain in _explainers)), error)
     if known := as_user_error(error):
-        _end_with(known)
+        _exit_with(known)
     if isinstance(error, KeyboardInterrupt):
-        _print_last('interrupted')
+        _print_and_flush('interrupted')
         raise SystemExit(130)  # what a shell reports for Ctrl-C
-    if isinstance(error, BrokenPipeError):  # piped into `head`, which has seen enough
+    if isinstance(error, BrokenPipeError):  # for example piped into `head`
         silence(sys.stdout)
-        raise SystemExit(141)  # and what it reports for that
+        raise SystemExit(141)  # what a shell reports for SIGPIPE
     sys.__excepthook__(kind, error, trace)
 
 
-def _end_with(error: UserError) -> None:
-    """Print the line and end with status 2, since 1 is for crashes; a hook may end the program."""
+def _exit_with(error: UserError) -> None:
+    """Print the line and exit with status 2; status 1 is for crashes."""
     rank = os.environ.get('RANK', '0')
-    _print_last(f'error{"" if rank == "0" else f" (rank {rank})"}: {error}')
-    if 'RANK' in os.environ:  # gloo's threads can abort a process that ends as usual
-        if rank == '0':  # which may keep the store, and the others come to report the same
+    _print_and_flush(f'error{"" if rank == "0" else f" (rank {rank})"}: {error}')
+    if 'RANK' in os.environ:  # gloo's threads can abort a process that exits normally
+        if rank == '0':  # it may host the store: give the other ranks time to report
             time.sleep(1)
         os._exit(2)
     raise SystemExit(2)
 
 
-def _print_last(line: str) -> None:
-    with suppress(OSError, ValueError):  # the status tells it where the stream is gone, too
-        # not sys.stderr: torch.distributed holds it back while a hook runs, and would lose it
+def _print_and_flush(line: str) -> None:
+    with suppress(OSError, ValueError):  # a closed stream: the exit status still reports it
+        # not sys.stderr: torch.distributed replaces it while a hook runs, and loses the text
         print(line, file=sys.__stderr__, flush=True)
     for stream in (sys.stdout, sys.__stderr__):
         try:
             stream.flush()
-        except (OSError, ValueError):  # which would change the status when Python tries it at last
+        except (OSError, ValueError):  # else Python flushes at exit, fails and changes the status
             silence(stream)
 
 
 # -----------------------------------------------------------------------------
-# checks of settings
+# checking settings
 
 
 class Mistakes:
-    """Collects the ConfigErrors of several checks, to report them together, a line each."""
+    """Collects the ConfigErrors of several checks and reports them together, one per line."""
 
     def __init__(self):
         self.lines: list[str] = []
@@ -184,12 +184,14 @@ def within(low: float, high: float | None, settings: dict, *names: str) -> None:
 
 
 def one_of(choices: tuple, settings: dict, name: str) -> None:
-    """Raise ConfigError for a setting that is none of the choices."""
+    """Raise ConfigError for a setting that is not one of the choices."""
     if settings[name] not in choices:
-        raise ConfigError(f'{name}={settings[name]!r}: give {", ".join(map(repr, choices))}')
+        raise ConfigError(
+            f'{name}={settings[name]!r}: must be one of {", ".join(map(repr, choices))}'
+        )
 
 
 def did_you_mean(word: str, names) -> str:
-    """'did you mean train? ' for the name nearest to `word`, '' where none is near."""
+    """'did you mean train? ' for the name closest to `word`, '' if none is close."""
     near = difflib.get_close_matches(word, names, 1)
     return f'did you mean {near[0]}? ' if near else ''

@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, flushed, hashed; and how much room there is."""
+"""Files on disk: atomic writes, fsync, JSON, sha256, free space."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from flatgpt.errors import CheckpointError, UserError
 
 
 @contextmanager
-def new_file(path: str | Path) -> Iterator[Path]:
-    """The path to write a file under, which gets its own name when the `with` ends well.
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Write a file atomically: yields a temporary path, which is renamed when the `with` ends.
 
-    By then the disk has all of it. After an error nothing of it is left, and what had that name
-    before is still there.
+    The file is synced to disk first. After an error the temporary file is deleted, and a file that
+    already had this name is unchanged.
     """
     path = Path(path)
     part = path.with_name(f'{path.name}.part')
     try:
         yield part
-        flush(part)
+        fsync(part)
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):
@@ -33,10 +33,10 @@ def new_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when the `with` ends: all of it or nothing."""
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Write a new folder atomically: yields a temporary one, renamed when the `with` ends."""
     if os.path.lexists(folder):
-        raise UserError(f'{folder} is there already; name a new folder')
+        raise UserError(f'{folder}: already exists; choose a new folder')
     part = folder.with_name(f'.{folder.name}.part')
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -44,15 +44,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         yield part
         part.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise UserError(f'{folder}: cannot be written: {error}') from error
+        raise UserError(f'{folder}: cannot be written: {error}; choose another folder') from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def flush(path: Path) -> None:
-    """Have the disk hold a file, or a folder's list of names, before anything relies on it."""
+def fsync(path: Path) -> None:
+    """Sync a file, or a folder's list of names, to disk."""
     if path.is_dir() and os.name == 'nt':
-        return  # Windows does not open folders, and writes their names through
+        return  # Windows cannot open folders; it writes their names at once
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -60,9 +60,9 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def flush_all(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     for path in [*folder.rglob('*'), folder]:
-        flush(path)
+        fsync(path)
 
 
 def as_json(value) -> bytes:
@@ -70,28 +70,30 @@ def as_json(value) -> bytes:
 
 
 def read_json(path: Path, name: str) -> dict:
-    """The object in a JSON file. CheckpointError that begins with `name`, what the file is of."""
+    """The object in a JSON file. CheckpointError that begins with `name`, the source of it."""
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
         if not isinstance(content, dict):
-            raise ValueError('it is no object')
+            raise ValueError('it must be a JSON object')
         return content
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f'{name}: {path.name} cannot be read: {error}') from error
+        raise CheckpointError(
+            f'{name}: {path.name} cannot be read: {error}; provide a valid file'
+        ) from error
 
 
 def strict_json(text: str | bytes):
-    """The value of a JSON text. ValueError for what Python would read and JSON has not, such as
-    NaN, and for a name that stands twice in an object, of which Python would drop the first."""
+    """Parse JSON. ValueError for NaN and Infinity, which Python accepts, and for a duplicate key,
+    of which Python keeps only the last."""
 
     def refuse(constant: str):
-        raise ValueError(f'{constant} is no JSON')
+        raise ValueError(f'{constant} is not valid JSON')
 
     def unique(pairs: list[tuple]) -> dict:
         found = {}
         for name, value in pairs:
             if name in found:
-                raise ValueError(f'{name[:40]!r} stands twice in one object')
+                raise ValueError(f'duplicate key {name[:40]!r}')
             found[name] = value
         return found
 
@@ -106,32 +108,32 @@ def sha256(path: Path) -> str:
         return digest.hexdigest()
 
 
-def is_same(a: str | Path, b: str | Path) -> bool:
-    """Whether two paths mean one file or folder."""
+def is_same_path(a: str | Path, b: str | Path) -> bool:
+    """Whether two paths are the same file or folder."""
     return Path(a).resolve() == Path(b).resolve()
 
 
-def is_utf8(path: str | Path) -> bool:
-    """Whether the name of a file or a folder is text: safetensors opens no other."""
+def is_utf8_path(path: str | Path) -> bool:
+    """Whether a path can be encoded as UTF-8, which safetensors requires."""
     try:
         return bool(str(path).encode())
     except UnicodeEncodeError:
         return False
 
 
-def existing(path: str | Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+def nearest_existing(path: str | Path) -> Path:
+    """The path itself, or its nearest parent that exists."""
     path = Path(path).absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 
 
-def free_on(path: str | Path) -> int:
-    """Bytes that are free on the disk where a folder is, or will be."""
-    return shutil.disk_usage(existing(path)).free
+def free_bytes(path: str | Path) -> int:
+    """Free bytes on the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(nearest_existing(path)).free
 
 
-def check_space(folder: Path, need: int) -> None:
-    """Raise OSError unless `need` bytes are free there."""
+def check_free_space(folder: Path, need: int) -> None:
+    """Raise OSError unless `need` bytes are free."""
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(f'needs {need / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free')
+        raise OSError(f'needs {need / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free')

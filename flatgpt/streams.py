@@ -1,8 +1,8 @@
 """
-The streams a program prints to: nothing that happens to them ends its work.
+Standard streams that cannot fail: closed streams, missing characters, closed pipes, full disks.
 
-    prepare_streams()           # every script, by one_line_errors()
-    make_output_optional()      # train.py: a closed pipe or a full disk behind them is no matter
+    prepare_streams()           # called by one_line_errors() in every script
+    ignore_output_errors()      # train.py: training survives a closed pipe or a full disk
 """
 
 import os
@@ -13,10 +13,10 @@ from typing import TextIO
 
 
 def prepare_streams() -> None:
-    """Let no script fail for want of a stream or of a character.
+    """Make the standard streams safe to use.
 
-    A stream that is closed, or None as under pythonw, becomes silence. Text is UTF-8 whatever the
-    locale says, unless PYTHONIOENCODING asks for another encoding; a character that it lacks
+    A stream that is closed, or None as under pythonw, is replaced by os.devnull. Text is UTF-8
+    whatever the locale, unless PYTHONIOENCODING sets another encoding; a character that it lacks
     becomes a question mark.
     """
     encoding = None if os.environ.get('PYTHONIOENCODING') else 'utf-8'
@@ -26,36 +26,36 @@ def prepare_streams() -> None:
             if getattr(sys, each) is None:
                 setattr(sys, each, open(os.devnull, mode, encoding='utf-8', errors='replace'))
         errors = 'backslashreplace' if name == 'stderr' else 'replace'
-        with suppress(AttributeError, OSError, ValueError):  # a notebook's, one in use
+        with suppress(AttributeError, OSError, ValueError):  # a notebook's stream, or one in use
             getattr(sys, name).reconfigure(encoding=encoding, errors=errors)
 
 
 def _open_if_closed(number: int) -> None:
-    """Point a closed file descriptor nowhere: else the next file opened would get its number, and
-    with it what libraries print."""
+    """Redirect a closed file descriptor to os.devnull. Otherwise the next file opened would get its
+    number, and libraries would print into that file."""
     try:
         os.fstat(number)
     except OSError:
-        _point_nowhere(number)
+        _redirect_to_devnull(number)
 
 
-def _point_nowhere(number: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, number)  # which the programs that are started inherit
-    if nowhere != number:
-        os.close(nowhere)
+def _redirect_to_devnull(number: int) -> None:
+    devnull = os.open(os.devnull, os.O_RDWR)
+    os.dup2(devnull, number)  # inherited by child processes
+    if devnull != number:
+        os.close(devnull)
     else:
         os.set_inheritable(number, True)
 
 
 def silence(stream: TextIO) -> None:
-    """Send what a stream still holds, and what is written to it from now on, nowhere."""
+    """Discard what a stream has buffered and everything written to it from now on."""
     with suppress(AttributeError, OSError, ValueError):
-        _point_nowhere(stream.fileno())
+        _redirect_to_devnull(stream.fileno())
 
 
-class OptionalStream:
-    """A stream for which no error is raised where its reader has gone or its disk is full."""
+class BestEffortStream:
+    """A stream that ignores a closed pipe and a full disk."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -73,14 +73,14 @@ class OptionalStream:
     def _try(self, do: Callable, *arguments) -> None:
         try:
             do(*arguments)
-        except BrokenPipeError:  # nobody will read it any more
+        except BrokenPipeError:  # the reader has exited
             silence(self._stream)
         except (OSError, ValueError):  # a full disk may have room again
             pass
 
 
-def make_output_optional() -> None:
-    """From now on the program does its work whatever becomes of its standard output and error."""
+def ignore_output_errors() -> None:
+    """Ignore write errors on standard output and standard error from now on."""
     for name in ('stdout', 'stderr'):
-        if not isinstance(getattr(sys, name), OptionalStream):
-            setattr(sys, name, OptionalStream(getattr(sys, name)))
+        if not isinstance(getattr(sys, name), BestEffortStream):
+            setattr(sys, name, BestEffortStream(getattr(sys, name)))

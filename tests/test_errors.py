@@ -1,12 +1,16 @@
-"""What ends a program, with what line and status, and what does not."""
+"""What a program prints and exits with after an error, and which errors do not end it."""
 
 import errno
+import re
 import sys
+from importlib import metadata
 
 import pytest
 from conftest import ROOT
+from error_lines import case, error_line
 
-from flatgpt.errors import UserError, as_user_error, optional, reason_of
+from flatgpt import errors
+from flatgpt.errors import ConfigError, UserError, as_user_error, reason_of, warn_on_failure
 
 PRINTS = """
 import sys
@@ -34,18 +38,18 @@ def prints(tmp_path):
         ({'PYTHONIOENCODING': 'ascii:strict'}, 'na?ve ? ?'),
     ],
 )
-def test_a_character_that_cannot_be_shown_is_replaced(script, prints, env, line):
+def test_a_character_that_cannot_be_encoded_is_replaced(script, prints, env, line):
     done = script(prints, env=env)
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.splitlines()[0] == line
 
 
-def test_text_that_comes_in_is_utf8_whatever_the_locale(script, prints):
+def test_standard_input_is_utf8_whatever_the_locale(script, prints):
     env = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
     assert script(prints, 'x', env=env, input='café').stdout.splitlines()[1] == 'café'
 
 
-def test_without_streams_printing_is_silence(tmp_path, prints, script):
+def test_printing_without_streams_does_nothing(tmp_path, prints, script):
     text = 'import sys\nsys.stdin = sys.stdout = sys.stderr = None\n'
     text += 'sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None\n'  # as under pythonw
     prints.write_text(text + prints.read_text(encoding='utf-8'), encoding='utf-8')
@@ -53,13 +57,13 @@ def test_without_streams_printing_is_silence(tmp_path, prints, script):
     assert (done.returncode, done.stdout, done.stderr) == (0, '', '')
 
 
-def test_what_fails_is_a_warning_where_a_run_can_do_without_it():
+def test_a_failure_that_a_run_does_not_depend_on_is_a_warning():
     lines = []
-    with optional('no picture', lines.append):
+    with warn_on_failure('no picture', lines.append):
         raise ValueError('one\ntwo')
     assert lines == ['warning: no picture: ValueError: one two']
     for not_an_error in (KeyboardInterrupt, SystemExit):
-        with pytest.raises(not_an_error), optional('no picture', lines.append):
+        with pytest.raises(not_an_error), warn_on_failure('no picture', lines.append):
             raise not_an_error
 
 
@@ -74,14 +78,43 @@ def test_what_fails_is_a_warning_where_a_run_can_do_without_it():
 )
 def test_an_error_of_the_machine_is_one_line(error, line, monkeypatch):
     for name in ('bs4', 'gguf'):
-        monkeypatch.delitem(sys.modules, name, raising=False)  # what is there is not missing
+        monkeypatch.delitem(sys.modules, name, raising=False)  # an imported module is not missing
     assert line in reason_of(error)
     assert isinstance(as_user_error(error), UserError)
 
 
-def test_a_fault_of_the_code_keeps_its_traceback():
-    for name in ('flatgpt.nothing', 'model', 'a_typing_mistake'):  # pip may have strangers' of it
+def test_a_bug_keeps_its_traceback():
+    for name in ('flatgpt.nothing', 'model', 'a_typing_mistake'):  # PyPI may have an unrelated one
         assert as_user_error(ModuleNotFoundError('x', name=name)) is None
     assert as_user_error(ModuleNotFoundError('x', name='json.nothing')) is None
     assert as_user_error(KeyError('x')) is None
     assert 'flatgpt' in sys.modules
+
+
+@error_line('this needs the package')
+def test_the_package_to_install_provides_the_module(monkeypatch):
+    providers = metadata.packages_distributions()
+    installed = [name for name in errors.PIP_NAMES if name in providers]
+    assert len(installed) > 10
+    for name in installed:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        line = reason_of(ModuleNotFoundError('x', name=name))
+        advised = re.search('pip install (.*) [(]all', line)[1]
+        assert advised.lower() in [each.lower().replace('_', '-') for each in providers[name]] + [
+            each.lower() for each in providers[name]
+        ]
+
+
+@pytest.mark.parametrize(
+    ('check', 'setting', 'advice'),
+    [
+        case('{}={}: must be {}', lambda s: errors.within(1, None, s, 'n'), 0, 'at least 1'),
+        case('{}={}: must be {}', lambda s: errors.within(0, 9, s, 'n'), 10, 'between 0 and 9'),
+        case('must be one of {}', lambda s: errors.one_of((0, 'auto'), s, 'n'), 2, "0, 'auto'"),
+    ],
+)
+def test_a_setting_that_the_line_asks_for_is_accepted(check, setting, advice):
+    with pytest.raises(ConfigError, match=f'^n={setting}: must be .*{advice}$'):
+        check({'n': setting})
+    for value in re.findall(r'\d+', advice):
+        check({'n': int(value)})

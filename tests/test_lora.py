@@ -616,7 +616,7 @@ def test_inspect_names_the_base_and_only_adapters_are_exported(base, tuned, tmp_
     said = refused(main, ['export', str(base), str(tmp_path / 'x'), '--format=peft'])
     assert said == f'{base} has no adapter, which a run with --lora_rank makes'
     said = refused(main, ['export', str(tuned), str(tmp_path), '--format=peft'])
-    assert said == f'{tmp_path} is there already; name a new folder'
+    assert said == f'{tmp_path}: already exists; choose a new folder'
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,5 @@
 """
-Prepare conversations or preference pairs, a line of JSON each.
+Prepare conversations or preference pairs from JSON Lines files.
 
 $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat

@@ -31,7 +31,7 @@ from flatgpt.checkpoint.weights import outline
 from flatgpt.data.hf_tokenizer import MARKS
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import CheckpointError, UserError, one_line_errors
-from flatgpt.files import as_json, new_folder
+from flatgpt.files import as_json, atomic_folder
 from model import GPTConfig
 
 LOSSES = ('train_loss', 'val_loss')  # that an evaluation can have measured
@@ -90,7 +90,7 @@ def export_adapter(where: str, which: str, to: Path) -> None:
             'the export has all of them merged'
         )
     tokenizer = tokenizer_in(path)
-    with new_folder(to) as part:
+    with atomic_folder(to) as part:
         shutil.copytree(path / ADAPTER, part, dirs_exist_ok=True)
         if tokenizer and tokenizer.chat_template:
             (part / MARKS).write_bytes(as_json(tokenizer.chat_template))

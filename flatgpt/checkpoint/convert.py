@@ -30,7 +30,7 @@ from flatgpt.data.hf_tokenizer import (
 )
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import CheckpointError, did_you_mean
-from flatgpt.files import new_folder, read_json
+from flatgpt.files import atomic_folder, read_json
 from model import GPT, TRANSPOSED
 
 RELEASED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
@@ -346,7 +346,7 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
         }
         if tokenizer.chat_template:  # as it is, too: its Jinja is not read back
             files[MARKS] = tokenizer.chat_template
-    with new_folder(folder) as part:
+    with atomic_folder(folder) as part:
         save_file(transformers_tensors(model), part / WEIGHTS, metadata={'format': 'pt'})
         for name, content in files.items():
             text = json.dumps(content, indent=1, ensure_ascii=False)

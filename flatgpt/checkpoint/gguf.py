@@ -10,7 +10,7 @@ from flatgpt.data.hf_options import GPT2_WORDS
 from flatgpt.data.hf_tokenizer import chat_jinja, letters_and_merges
 from flatgpt.data.tokenizer import Tokenizer, byte_letters
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 from model import GPT, GPTConfig
 
 
@@ -33,7 +33,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
         raise UserError(f'{path} is there already; name a new file')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as part:
+        with atomic_file(path) as part:
             writer = gguf.GGUFWriter(part, 'gpt2')
             writer.add_name(str(state.get('config', {}).get('dataset', path.stem)))
             add_gguf_shape(writer, gguf, c)

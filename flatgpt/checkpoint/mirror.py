@@ -17,7 +17,7 @@ import filelock
 from flatgpt.checkpoint.load import MANIFEST, listed, read_state, step_of, verify
 from flatgpt.checkpoint.save import clear, hidden, prune, set_aside
 from flatgpt.errors import CheckpointError, ConfigError, UserError
-from flatgpt.files import flush, flush_all, is_same, sha256
+from flatgpt.files import fsync, fsync_tree, is_same_path, sha256
 
 # what a run goes on with, besides its checkpoints
 BESIDE_CHECKPOINTS = ('config.py', 'metrics.jsonl', 'reference.safetensors')
@@ -102,7 +102,7 @@ def check_mirror(mirror: str, out_dir: str | Path | None) -> None:
         raise ConfigError(
             f'checkpoint_mirror={mirror!r}: mount the bucket, and give the folder it is mounted at'
         )
-    if out_dir and is_same(mirror, out_dir):
+    if out_dir and is_same_path(mirror, out_dir):
         raise ConfigError(f'checkpoint_mirror={mirror!r} is the out_dir: give a second folder')
 
 
@@ -168,7 +168,7 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
             clear(final, sum(file.stat().st_size for file in path.iterdir()))
             shutil.copytree(path, hidden(final), dirs_exist_ok=True)
             verify(hidden(final))
-            flush_all(hidden(final))
+            fsync_tree(hidden(final))
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
             return False
@@ -178,5 +178,5 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
             if beside.exists():
                 beside.replace(out_dir / beside.name)
         hidden(final).rename(final)
-        flush(final.parent)
+        fsync(final.parent)
         return True

@@ -45,7 +45,7 @@ from flatgpt.checkpoint.load import (
 from flatgpt.checkpoint.peft import adapter_files
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
-from flatgpt.files import as_json, check_space, flush, flush_all, sha256
+from flatgpt.files import as_json, check_free_space, fsync, fsync_tree, sha256
 from flatgpt.lora import adapted
 from flatgpt.parallel import local, settle
 from flatgpt.runtime import Runtime
@@ -142,7 +142,7 @@ def clear(final: Path, need: int) -> None:
     Refused before anything is written: a half-written file helps nobody.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    check_space(final.parent, need)
+    check_free_space(final.parent, need)
     for leftover in final.parent.glob('.*'):  # of a save or a removal that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     hidden(final).mkdir()
@@ -177,7 +177,7 @@ def write(
         for other in range(1, ranks):
             hashes |= hashes_of_part(parts, other)
         (parts / MANIFEST).write_bytes(as_json(hashes))
-        flush_all(parts)
+        fsync_tree(parts)
     except BaseException as error:
         shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
         if isinstance(error, SafetensorError):  # its word for an OSError
@@ -207,7 +207,7 @@ def write_part(parts: Path, tensors: dict, rank: int, ranks: int) -> None:
     try:
         report = write_tensors(parts, tensors, rank, ranks)
         for name in report:
-            flush(parts / name)
+            fsync(parts / name)
     except (OSError, SafetensorError) as error:
         for name in tensors:  # a full disk needs room for what rank 0 waits for
             (parts / part_name(name, rank, ranks)).unlink(missing_ok=True)
@@ -235,7 +235,7 @@ def hashes_of_part(parts: Path, rank: int) -> dict[str, str]:
 def publish(final: Path, keep_evaluated: bool) -> None:
     """Let a checkpoint that is whole count, and drop what is no longer needed."""
     hidden(final).rename(final)
-    flush(final.parent)
+    fsync(final.parent)
     try:
         prune(final.parent, keep_evaluated)
     except OSError as error:

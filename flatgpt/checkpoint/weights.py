@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from flatgpt.errors import CheckpointError
-from flatgpt.files import is_utf8
+from flatgpt.files import is_utf8_path
 from model import GPT, GPTConfig
 
 RANDOM = (
@@ -99,7 +99,7 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 
 @contextmanager
 def open_weights(path: Path):
-    if not is_utf8(path):
+    if not is_utf8_path(path):
         raise CheckpointError(f'{path}: is no UTF-8, and cannot be read; rename the folder')
     try:
         with safe_open(path, framework='pt') as file:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from flatgpt.data.dataset import SPLITS, check_files, mask_file, read_meta
 from flatgpt.data.download import HEADERS, with_patience
 from flatgpt.errors import UserError
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 
 AT_ONCE = 8  # files
 PIECE = 2**22  # bytes read at a time
@@ -126,7 +126,7 @@ def copy(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
         ('tokenizer.json', fetched(source, 'tokenizer.json')),
         ('meta.json', raw),
     ):
-        with new_file(folder / name) as part:
+        with atomic_file(folder / name) as part:
             part.write_bytes(content)
 
 

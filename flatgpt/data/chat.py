@@ -1,34 +1,33 @@
 """
-Prepare conversations or preference pairs: rows of one context each, of which the assistant's words
-are learned.
+Prepare conversations or preference pairs, of which only the assistant's messages are trained on.
 
 $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 
-Each line is a conversation or, in files of their own, a preference pair; a .json file can be one
-array of them. These are read as they are:
+Each line of a file is one conversation or one preference pair; a dataset has only one kind. A .json
+file can be one array of them. These formats are supported:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
     {"prompt": "Hi", "completion": "Hello!"}      # or question, query; response, output, answer
-    {"instruction": "Add", "input": "1 2", "output": "3"}      # or context; input may be lacking
+    {"instruction": "Add", "input": "1 2", "output": "3"}      # or context; input is optional
     {"question": "Who?", "context": "Ada wrote", "answer": "Ada"}
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}  # or whole conversations in both
 
-A text can be a list of messages instead, their content a list of text parts (a line each), and a
-dialogue one text, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". First come a "system" text and a
-"history", a list of [question, answer]. A row that fits two formats is refused.
+A string can also be a list of messages, whose content can be a list of text parts (one per line),
+or a dialogue, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". "system" and "history", a list of
+[question, answer] pairs, come first. A row that mixes two formats is an error.
 
-What the assistant says is learned, and the mark that ends its turn: not what others say, of a pair
-not what was asked, and no message with "weight": 0, "train": false or "loss_mask": 0. A row marked
-so, or "label": false, or with an empty question or answer is left out and counted. Any other field
-of a row or a message is refused by name, because it might change what is to be learned: --ignore
-leaves it out, and --bad=drop leaves out, and counts, rows that cannot be used.
+The loss covers the assistant's messages and the delimiter that ends each. It does not cover the
+prompt of a preference pair, or a message with "weight": 0, "train": false or "loss_mask": 0. Rows
+marked this way, with "label": false, or with an empty prompt or answer are skipped and counted. Any
+other field is an error, because it might affect training: --ignore ignores it. --bad=drop skips and
+counts invalid rows.
 
-A conversation lies whole in a row, beside others that still fit; a pair is two rows of its own. The
-marks around the messages are plain text, and the end of text after an answer, so that the
-vocabulary stays the base's; --template takes others.
+Conversations are packed whole into rows of --block_size tokens; a preference pair is two rows. The
+default delimiters around messages are plain text and the end-of-text token, so that the vocabulary
+stays the base model's; --template sets others.
 """
 
 import argparse
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.messages import HARMLESS, LeftOut, Message, RowReader, short
+from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
 from flatgpt.data.sources import bytes_of, find_files, identity, without_bom
 from flatgpt.data.text import check_fraction, own_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
@@ -54,17 +53,18 @@ from flatgpt.errors import UserError
 from flatgpt.files import strict_json
 
 COMMAND = 'python data/chat/prepare.py'
-# A mark is encoded by itself. With a line end on either side of a message, and no more than one,
-# GPT-2's tokenizer gives the same ids as for the whole text at once, which a base model knows.
+# Each delimiter is encoded by itself. With exactly one newline on either side of a message, GPT-2's
+# tokenizer gives the same ids as for the whole text at once, which a base model was trained on.
 TEMPLATE = {
     'system': ['System:\n', '\n'],
     'user': ['User:\n', '\n'],
     ASSISTANT: ['Assistant:\n', EOT],
 }
-BAD_SHOWN = 5  # rows that cannot be used, with their reasons
-SPACE = re.compile(r'[ \t\r\n]*')  # of JSON
-BLANK_LINE = '\n\n'  # what ends an answer where the tokenizer has no end of text
-Sequence = tuple[np.ndarray, np.ndarray]  # ids, and whether each is to be learned
+MAX_ERRORS_SHOWN = 5  # of invalid rows
+JSON_SPACE = re.compile(r'[ \t\r\n]*')
+BLANK_LINE = '\n\n'  # ends an answer if the tokenizer has no end of text
+MAX_BLOCK_SIZE = 2**20
+Sequence = tuple[np.ndarray, np.ndarray]  # ids (T,), loss mask (T,)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -73,12 +73,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
         files, val_files = find_files(args.files), find_files(args.val)
-        own = {identity(path) for path in val_files}
-        files = [path for path in files if identity(path) not in own]
+        in_val = {identity(path) for path in val_files}
+        files = [path for path in files if identity(path) not in in_val]
         if not files:
-            raise UserError('nothing is left to train on: all the files are given with --val')
-        sources = {'train': read(files, args, tokenizer), 'val': read(val_files, args, tokenizer)}
-        write(args, folder, tokenizer, sources)
+            raise UserError('all FILES are also given as --val; add other files to train on')
+        train = read_samples(files, args, tokenizer)
+        val = read_samples(val_files, args, tokenizer)
+        write_dataset(args, folder, tokenizer, train, val)
     except OSError as error:
         raise UserError(f'{error.filename or folder}: {error.strerror or error}') from error
 
@@ -90,61 +91,64 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('files', nargs='*', help='JSON-lines files, folders and patterns')
-    add('--name', help='what to call the dataset; it goes to data/NAME')
-    add('--out_dir', type=lambda text: Path(text) if text else None, help='write here instead')
+    add('files', nargs='*', help='JSON Lines files, folders and glob patterns')
+    add('--name', help='name of the dataset, written to data/NAME')
+    add(
+        '--out_dir',
+        type=lambda text: Path(text) if text else None,
+        help='write to this folder instead',
+    )
     add(
         '--tokenizer',
         default='gpt2',
-        help='that of the model to tune: the folder of its run or a tokenizer.json; or gpt2 '
-        '(default), byte, a tiktoken name',
+        help="the base model's: its run directory or a tokenizer.json; or gpt2 (default), byte, a "
+        'tiktoken name',
     )
     add(
         '--template',
         type=Path,
         help='a JSON file {"user": ["before a message", "after it"], "assistant": [...]}; default: '
-        f"the tokenizer's own, or else {json.dumps(TEMPLATE)}",
+        f"the tokenizer's own, otherwise {json.dumps(TEMPLATE)}",
     )
     add('--block_size', type=int, default=1024, help='tokens per row, default %(default)s')
     add(
         '--long',
         choices=('drop', 'cut', 'error'),
         default='drop',
-        help='what to do with a conversation that is longer: leave it out (default), keep its '
-        'beginning, or stop; either is counted',
+        help='longer conversations: skip and count them (default), truncate and count them, or '
+        'stop with an error',
     )
     add(
         '--ignore',
+        action='extend',
         type=lambda text: text.split(','),
         default=[],
         metavar='A,B',
-        help='fields of rows and messages that mean nothing here, besides those that are never '
-        f'asked about: {", ".join(HARMLESS)}',
+        help='fields of rows and messages to ignore, in addition to those that are always ignored: '
+        + ', '.join(METADATA_KEYS),
     )
     add(
         '--bad',
         choices=('error', 'drop'),
         default='error',
-        help='at a row that cannot be used: stop (default), or leave it out; counted, too',
+        help='invalid rows: stop with an error (default), or skip and count them',
     )
-    add('--val', action='append', default=[], help='take these files for validation')
-    add('--val_fraction', type=float, default=0.1, help='part for validation, default %(default)s')
-    args = parser.parse_args(argv)
+    add('--val', action='append', default=[], help='files for validation')
+    add('--val_fraction', type=float, default=0.1, help='validation fraction, default %(default)s')
+    args = parser.parse_intermixed_args(argv)  # files may also follow flags
     if not args.files:
-        raise UserError(f'say which conversations: {COMMAND} FILES --name=talks (see --help)')
+        raise UserError(f'no FILES; run {COMMAND} FILES --name=talks (see --help)')
     check_fraction(args)
-    if args.block_size < 2:
-        raise UserError(f'--block_size={args.block_size}: needs at least 2')
-    if args.block_size > 2**20:
-        raise UserError(f'--block_size={args.block_size}: no model here reads as far')
+    if not 2 <= args.block_size <= MAX_BLOCK_SIZE:
+        raise UserError(f'--block_size={args.block_size}: must be between 2 and {MAX_BLOCK_SIZE}')
     return args
 
 
 def output_folder(args: argparse.Namespace) -> Path:
     if not args.out_dir and not re.fullmatch(r'\w[\w.-]*', args.name or ''):
         raise UserError(
-            f'say what to call it, with letters, digits, _, - and .: {COMMAND} {args.files[0]} '
-            '--name=talks'
+            'the dataset needs a --name of letters, digits, _, - and .: '
+            f'{COMMAND} {args.files[0]} --name=talks'
         )
     return own_folder(args)
 
@@ -153,29 +157,36 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 
 def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
-    """The tokenizer with the template in the file, or with its own, or with TEMPLATE."""
+    """The tokenizer with the template in the file, otherwise its own, otherwise TEMPLATE."""
     template = tokenizer.chat_template or TEMPLATE
     if path:
-        try:
-            template = strict_json(path.read_text(encoding='utf-8'))
-        except (OSError, ValueError) as error:
-            raise UserError(f'{path}: not a chat template: {error}') from error
-        if not isinstance(template, dict):
-            raise UserError(f'{path}: not a chat template, which is {json.dumps(TEMPLATE)} or so')
+        template = read_template(path)
     elif not tokenizer.chat_template and tokenizer.eot is None:
         template = TEMPLATE | {ASSISTANT: [TEMPLATE[ASSISTANT][0], BLANK_LINE]}
     try:
         tokenizer = Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': template})
         if not template or not tokenizer.chat_template[ASSISTANT][1]:
-            raise UserError('it has nothing that ends what the assistant says')
+            raise UserError("it has no text after the assistant's messages, to end them")
         for before, after in tokenizer.chat_template.values():
-            tokenizer.encode_mark(before), tokenizer.encode_mark(after)  # letters may be lacking
+            tokenizer.encode_mark(before), tokenizer.encode_mark(after)  # characters may be missing
     except UserError as error:
         raise UserError(
-            f'{path or f"the chat template for {tokenizer.name}"}: {error}; --template=FILE takes '
-            'another'
+            f'{path or f"the chat template for {tokenizer.name}"}: {error}; choose another with '
+            '--template=FILE'
         ) from error
     return tokenizer
+
+
+def read_template(path: Path) -> dict:
+    try:
+        template = strict_json(path.read_text(encoding='utf-8'))
+        if not isinstance(template, dict):
+            raise ValueError('it must be a JSON object')
+        return template
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f'{path}: not a chat template: {error}; it must look like {json.dumps(TEMPLATE)}'
+        ) from error
 
 
 # --- reading
@@ -183,22 +194,26 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
 
 @dataclass
 class Samples:
-    """What fits into a row, in the order of the files: of pairs the better answer, then the worse.
-    Memory holds all of it."""
+    """All samples of a split, in memory, in the order of the files. A pair is two sequences, the
+    chosen one first."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    pairs: bool | None = None  # not known before the first line
-    cut: int = 0
-    dropped: int = 0  # longer than a row
-    left_out: Counter = field(default_factory=Counter)  # why -> how many
-    bad: list[str] = field(default_factory=list)  # what was wrong with the rows of --bad=drop
+    pairs: bool | None = None  # None before the first row
+    truncated: int = 0
+    too_long: int = 0  # skipped
+    skipped: Counter = field(default_factory=Counter)  # reason -> rows
+    errors: list[str] = field(default_factory=list)  # of the rows that --bad=drop skipped
 
     @property
     def count(self) -> int:
         return len(self.sequences) // (2 if self.pairs else 1)
 
+    def all_skipped(self) -> Counter:
+        """Reason -> rows, except those that were too long."""
+        return self.skipped + Counter({'invalid': len(self.errors)})
 
-def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
+
+def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
     samples, reader = Samples(), RowReader(tokenizer.chat_template, args.ignore)
     with tqdm(
         total=bytes_of(files), unit='B', unit_scale=True, desc='reading', disable=None
@@ -206,13 +221,13 @@ def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> S
         for path in files:
             for where, block, size in read_rows(path):
                 try:
-                    add(samples, reader, parse(block), args, tokenizer)
-                except LeftOut as reason:
-                    samples.left_out[str(reason)] += 1
+                    add_sample(samples, reader, parse_row(block), args, tokenizer)
+                except SkipRow as reason:
+                    samples.skipped[str(reason)] += 1
                 except UserError as error:
                     if args.bad == 'error':
                         raise UserError(f'{where}: {error}') from error
-                    samples.bad.append(f'{where}: {error}')
+                    samples.errors.append(f'{where}: {error}')
                 bar.update(size)
     return samples
 
@@ -221,8 +236,8 @@ def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> S
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """Where each row is, its bytes, and how many were read for it."""
-    if path.suffix.lower() == '.json' and not has_lines(path):
+    """(source, JSON, bytes read) of each row."""
+    if path.suffix.lower() == '.json' and not is_json_lines(path):
         yield from read_document(path)
         return
     with path.open('rb') as file:
@@ -232,136 +247,144 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
                 yield f'{path}, line {number}', block, len(line)
 
 
-def has_lines(path: Path) -> bool:
-    """Whether a .json file has a row on each line after all."""
+def is_json_lines(path: Path) -> bool:
+    """Whether a .json file has one row per line."""
     with path.open('rb') as file:
         lines = (block for line in file if (block := without_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
     try:
-        json.loads(first.decode())  # a whole value, be it a row or not: one document has no second
+        json.loads(
+            first.decode()
+        )  # if the first line is a whole value, a second makes it JSON Lines
     except (ValueError, RecursionError):
         return False
     return bool(second)
 
 
 def read_document(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """The rows of a file that is one array, or one row."""
+    """The rows of a file that is one array or one row, see read_rows()."""
     block = without_bom(path.read_bytes())[0]
     try:
         text = block.decode()
     except UnicodeDecodeError:
-        yield str(path), block, len(block)  # which is refused where it is parsed
+        yield str(path), block, len(block)  # parse_row() reports it
         return
     if not text.lstrip().startswith('['):
         yield f'{path}, row 1', block, len(block)
         return
     try:
         for number, (row, item, size) in enumerate(array_items(text), 1):
-            if number == 1 and is_message(row):  # the whole is one conversation
+            if number == 1 and is_message(row):  # the array is one conversation
                 yield f'{path}, row 1', block, len(block)
                 return
             yield f'{path}, row {number}', item, size
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not JSON: {error}') from error
+        raise UserError(
+            f'{path}: invalid JSON: {error}; write one array, or one row per line'
+        ) from error
 
 
 def array_items(text: str) -> Iterator[tuple[object, bytes, int]]:
-    """The items of a JSON array, one at a time, the bytes of each, and how many were read."""
+    """(item, its JSON, bytes read) of each item of a JSON array."""
     decoder, end = json.JSONDecoder(), text.index('[')
-    at = SPACE.match(text, end + 1).end()
+    at = JSON_SPACE.match(text, end + 1).end()
     more = text[at : at + 1] != ']'
     while more:
         before = end + 1
         item, end = decoder.raw_decode(text, at)
         yield item, text[at:end].encode(), len(text[before:end].encode())
-        end = SPACE.match(text, end).end()
+        end = JSON_SPACE.match(text, end).end()
         if text[end : end + 1] not in (',', ']'):
             raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
         more = text[end] == ','
-        at = SPACE.match(text, end + 1).end() if more else end
+        at = JSON_SPACE.match(text, end + 1).end() if more else end
     if rest := text[at + 1 :].strip():
         raise json.JSONDecodeError('Extra data', text, text.rindex(rest))
 
 
-def parse(block: bytes) -> dict:
-    """A row, from the bytes of its line."""
+def parse_row(block: bytes) -> dict:
     try:
         row = strict_json(block.decode())
     except UnicodeDecodeError as error:
-        raise UserError(
-            'not UTF-8; save the file as UTF-8, and a table or an archive as JSON lines'
-        ) from error
+        raise UserError('not UTF-8; save the file as UTF-8 JSON Lines') from error
     except (json.JSONDecodeError, RecursionError) as error:
-        hint = '; if the file is one array, call it .json' if block[:1] == b'[' else ''
-        raise UserError(f'not JSON, which each line has to be: {error}{hint}') from error
-    except ValueError as error:  # what Python would read and JSON has not
+        raise UserError(
+            f'invalid JSON: {error}; write one row per line, or one array into a .json file'
+        ) from error
+    except ValueError as error:  # NaN or a duplicate key
         raise UserError(str(error)) from error
     if isinstance(row, list):
-        if any(isinstance(part, dict) and not is_message(part) for part in row):
-            raise UserError(
-                'is an array of records; give each a line of its own, or call the file .json'
-            )
+        if any(isinstance(item, dict) and not is_message(item) for item in row):
+            raise UserError('is an array of rows; write one row per line, or name the file .json')
         row = {'messages': row}
     if not isinstance(row, dict):
-        raise UserError(f'is no object with "messages", but {short(row)}')
+        raise UserError(f'must be an object with "messages", not {short_repr(row)}')
     return row
 
 
-def is_message(part: object) -> bool:
-    return isinstance(part, dict) and ('role' in part or 'from' in part)
+def is_message(item: object) -> bool:
+    return isinstance(item, dict) and ('role' in item or 'from' in item)
 
 
 # --- samples
 
 
-def add(
+def add_sample(
     samples: Samples,
     reader: RowReader,
     row: dict,
     args: argparse.Namespace,
     tokenizer: Tokenizer,
 ) -> None:
-    prompt, answers = reader.read(row)
-    pairs = len(answers) > 1
-    if samples.pairs not in (None, pairs):
-        raise UserError('conversations and preference pairs in one dataset; prepare two')
+    prompt, completions = reader.read(row)
+    pairs = len(completions) > 1
+    check_same_kind(samples.pairs, pairs)
     samples.pairs, size = pairs, args.block_size
-    sequences = [sequence(prompt, answer, tokenizer) for answer in answers]
+    sequences = [encode_sample(prompt, completion, tokenizer) for completion in completions]
     longest = max(len(ids) for ids, _ in sequences)
     if longest > size and args.long == 'error':
         raise UserError(
-            f'{longest} tokens, and a row holds {size}; --long=drop leaves such out, --long=cut '
-            'keeps their beginning'
+            f'{longest} tokens, but a row holds {size}; --long=drop skips such rows, --long=cut '
+            'truncates them'
         )
-    cut = [(ids[:size], learned[:size]) for ids, learned in sequences]
-    useless = not all(learned.any() for _, learned in cut)
-    useless = useless or (pairs and np.array_equal(cut[0][0], cut[1][0]))
-    if longest > size and (args.long == 'drop' or useless):  # a cut can leave nothing to learn
-        samples.dropped += 1
+    truncated = [(ids[:size], mask[:size]) for ids, mask in sequences]
+    useless = not all(mask.any() for _, mask in truncated)
+    useless = useless or (pairs and np.array_equal(truncated[0][0], truncated[1][0]))
+    if longest > size and (args.long == 'drop' or useless):
+        samples.too_long += 1
         return
-    samples.cut += longest > size
-    samples.sequences += cut
+    samples.truncated += longest > size
+    samples.sequences += truncated
 
 
-def sequence(prompt: list[Message], answer: list[Message], tokenizer: Tokenizer) -> Sequence:
-    """The ids of a conversation, and what of the answer is to be learned."""
-    ids, learned = [], []
-    for number, message in enumerate(prompt + answer):
-        part, said = render(message, number, tokenizer)
-        ids.append(part)
-        learned.append(said & (message.learned and number >= len(prompt)))
-    learned = np.concatenate(learned)
-    learned[:1] = False  # what stands before it in a row has nothing to do with it
-    return np.concatenate(ids), learned
+def check_same_kind(*pairs: bool | None) -> None:
+    if {True, False} <= {*pairs}:
+        raise UserError(
+            'the files mix conversations and preference pairs; prepare a dataset of each'
+        )
 
 
-def render(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
+def encode_sample(
+    prompt: list[Message], completion: list[Message], tokenizer: Tokenizer
+) -> Sequence:
+    """The ids of a whole sample, and the loss mask, which covers only the completion."""
+    ids, masks = [], []
+    for number, message in enumerate(prompt + completion):
+        message_ids, mask = encode_message(message, number, tokenizer)
+        ids.append(message_ids)
+        masks.append(mask & (message.in_loss and number >= len(prompt)))
+    mask = np.concatenate(masks)
+    mask[:1] = False  # the token before it in a row belongs to another sample
+    return np.concatenate(ids), mask
+
+
+def encode_message(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
     end = tokenizer.chat_template[ASSISTANT][1]
     is_text = tokenizer.mark_id(end) is None
     if is_text and message.role == ASSISTANT and end in message.content:
         raise UserError(
-            f'messages[{number}]: the answer has {end!r} in it, which ends a turn; '
-            '--template=FILE takes another mark'
+            f'messages[{number}]: the answer contains {end!r}, which ends a turn; choose another '
+            'end with --template=FILE'
         )
     return tokenizer.render([{'role': message.role, 'content': message.content}])
 
@@ -369,69 +392,66 @@ def render(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
 # --- writing
 
 
-def write(
-    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, sources: dict[str, Samples]
+def write_dataset(
+    args: argparse.Namespace, folder: Path, tokenizer: Tokenizer, train: Samples, val: Samples
 ) -> None:
-    train, val = sources['train'], sources['val']
-    if val.pairs not in (None, train.pairs):
-        raise UserError('conversations and preference pairs in one dataset; prepare two')
+    check_same_kind(train.pairs, val.pairs)
     splits = {'train': train.sequences, 'val': val.sequences}
     if not args.val:
-        splits = divide(train.sequences, args.val_fraction, 2 if train.pairs else 1)
-    for split, purpose in (('train', 'train'), ('val', 'validate')):
+        splits = split_validation(train.sequences, args.val_fraction, 2 if train.pairs else 1)
+    for split in SPLITS:
         if not splits[split]:
-            if train.count == 1 and not args.val:
-                raise UserError('one sample cannot be divided; --val=FILE takes others')
-            raise nothing_left(folder, purpose, args, train, val)
-    length, learned = args.block_size, 0
-    if train.pairs:  # which are not packed: no row need be longer than the longest, to the next 64
+            raise empty_split_error(folder, split, args, {'train': train, 'val': val}[split])
+    length, targets = args.block_size, 0
+    if train.pairs:  # not packed: the longest pair, rounded up to 64, is enough
         longest = max(len(ids) for ids, _ in train.sequences + val.sequences)
         length = min(length, -(-longest // 64) * 64)
     rows = {'length': length, 'pairs': bool(train.pairs)}
     with Writer(folder, tokenizer, rows=rows) as writer:
         for split in SPLITS:
-            each = [[s] for s in splits[split]] if train.pairs else pack(splits[split], args)
-            for row in each:
-                ids, flags = filled(row, length, tokenizer.eot or 0)
+            packed = [[s] for s in splits[split]] if train.pairs else pack(splits[split], args)
+            for sequences in packed:
+                ids, flags = fill_row(sequences, length, tokenizer.eot or 0)
                 writer.write(split, ids, flags)
-                learned += int((flags & LEARNED > 0).sum())
-    report(args, writer, train, val, learned)
+                targets += int((flags & LEARNED > 0).sum())
+    print_report(args, writer, train, val, targets)
 
 
-def nothing_left(
-    folder: Path, purpose: str, args: argparse.Namespace, train: Samples, val: Samples
+def empty_split_error(
+    folder: Path, split: str, args: argparse.Namespace, samples: Samples
 ) -> UserError:
-    reasons, bad = left_out(train, val), train.bad + val.bad
-    if longer := train.dropped + val.dropped:
-        reasons[f'longer than --block_size={args.block_size} (--long=cut shortens)'] = longer
-    why = '; the files have no rows'
+    if samples.count == 1:
+        return UserError('a single sample cannot be split; give validation files with --val=FILE')
+    reasons = samples.all_skipped()
+    if samples.too_long:
+        reason = f'longer than --block_size={args.block_size} (--long=cut truncates them)'
+        reasons[reason] = samples.too_long
+    why = 'the files have no rows'
     if reasons:
-        each = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
-        why = f'; {reasons.total():,} were left out: {each}' + (f' ({bad[0]})' if bad else '')
-    return UserError(f'{folder}: no conversation is left to {purpose} on{why}')
+        counts = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
+        first = f' ({samples.errors[0]})' if samples.errors else ''
+        why = f'skipped {counts}{first}'
+    option = 'FILES' if split == 'train' else '--val files'
+    return UserError(f'{folder}: no samples for {split}: {why}; add {option} with other rows')
 
 
-def left_out(train: Samples, val: Samples) -> Counter:
-    """Why rows were left out that would have fitted -> how many."""
-    bad = len(train.bad) + len(val.bad)
-    return train.left_out + val.left_out + Counter({'that cannot be used': bad})
-
-
-def divide(sequences: list[Sequence], fraction: float, each: int) -> dict[str, list[Sequence]]:
-    """The first sample for validation, and from there on evenly spaced ones."""
-    parts = {split: [] for split in SPLITS}
-    for number in range(len(sequences) // each):
-        takes_one_more = math.ceil((number + 1) * fraction) > math.ceil(number * fraction)
-        sample = sequences[number * each : (number + 1) * each]
-        parts['val' if takes_one_more else 'train'] += sample
-    return parts
+def split_validation(
+    sequences: list[Sequence], fraction: float, per_sample: int
+) -> dict[str, list[Sequence]]:
+    """Evenly spaced samples for validation, beginning with the first."""
+    splits = {split: [] for split in SPLITS}
+    for number in range(len(sequences) // per_sample):
+        is_val = math.ceil((number + 1) * fraction) > math.ceil(number * fraction)
+        sample = sequences[number * per_sample : (number + 1) * per_sample]
+        splits['val' if is_val else 'train'] += sample
+    return splits
 
 
 def pack(sequences: list[Sequence], args: argparse.Namespace) -> list[list[Sequence]]:
-    """Rows of whole sequences: each goes, the longest first, where the least room is left that
-    holds it (best fit decreasing)."""
+    """Pack whole sequences into rows, by best-fit decreasing: the longest first, each into the row
+    with the least room that holds it."""
     rows: list[list[Sequence]] = []
-    by_room: dict[int, list[int]] = {}  # room left -> numbers of rows
+    by_room: dict[int, list[int]] = {}  # room left -> indices of rows
     rooms: list[int] = []  # the keys of by_room, sorted
     for sequence in sorted(sequences, key=lambda sequence: -len(sequence[0])):
         length = len(sequence[0])
@@ -453,35 +473,35 @@ def pack(sequences: list[Sequence], args: argparse.Namespace) -> list[list[Seque
     return rows
 
 
-def filled(row: list[Sequence], size: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> the ids of a row, and their flags."""
+def fill_row(sequences: list[Sequence], size: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
+    """-> the ids of a padded row (size,), and their flags (size,)."""
     ids, flags = np.full(size, padding), np.full(size, PADDING, np.uint8)
     at = 0
-    for sequence, learned in row:
+    for sequence, mask in sequences:
         end = at + len(sequence)
-        ids[at:end], flags[at:end] = sequence, learned * LEARNED
+        ids[at:end], flags[at:end] = sequence, mask * LEARNED
         flags[at] |= FIRST
         at = end
     flags[at : at + 1] |= FIRST
     return ids, flags
 
 
-def report(
-    args: argparse.Namespace, writer: Writer, train: Samples, val: Samples, learned: int
+def print_report(
+    args: argparse.Namespace, writer: Writer, train: Samples, val: Samples, targets: int
 ) -> None:
     tokens, length = sum(map(writer.tokens, SPLITS)), writer.rows['length']
     used = sum(len(ids) for ids, _ in train.sequences + val.sequences)
-    what = 'preference pairs' if train.pairs else 'conversations'
+    kind = 'preference pairs' if train.pairs else 'conversations'
     print(writer.summary())
     print(
-        f'{train.count + val.count:,} {what} in {tokens // length:,} rows of '
-        f'{length:,}, {1 - used / tokens:.1%} of them padding; {learned:,} tokens to learn'
+        f'{train.count + val.count:,} {kind} in {tokens // length:,} rows of {length:,} tokens, '
+        f'{1 - used / tokens:.1%} padding; {targets:,} tokens to train on'
     )
-    cut, dropped = train.cut + val.cut, train.dropped + val.dropped
-    print(f'longer than a row: {cut:,} cut, {dropped:,} left out')
-    for reason, number in left_out(train, val).items():
-        print(f'left out: {number:,} {reason}')
-    for line in (train.bad + val.bad)[:BAD_SHOWN]:
+    truncated, too_long = train.truncated + val.truncated, train.too_long + val.too_long
+    print(f'longer than a row: {truncated:,} truncated, {too_long:,} skipped')
+    for reason, number in (train.all_skipped() + val.all_skipped()).items():
+        print(f'skipped: {number:,} {reason}')
+    for line in (train.errors + val.errors)[:MAX_ERRORS_SHOWN]:
         print(f'    {line}')
     dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
     config = 'train_dpo' if train.pairs else 'train_chat'

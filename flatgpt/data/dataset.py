@@ -38,7 +38,7 @@ from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import UserError, did_you_mean
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
@@ -194,7 +194,7 @@ class Writer:
             meta['source'] = self.source
         if self.rows:
             meta['rows'] = self.rows
-        with new_file(self.folder / 'meta.json') as part:
+        with atomic_file(self.folder / 'meta.json') as part:
             part.write_text(json.dumps(meta, indent=1), encoding='utf-8')
 
     def _remove_parts(self) -> None:

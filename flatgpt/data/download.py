@@ -15,7 +15,7 @@ from urllib.robotparser import RobotFileParser
 from tqdm import tqdm
 
 from flatgpt.errors import UserError
-from flatgpt.files import existing, new_file
+from flatgpt.files import atomic_file, nearest_existing
 
 ATTEMPTS = 3
 AGENT = 'flatGPT'  # what robots.txt may call us
@@ -27,7 +27,7 @@ LONGEST_WAIT = 120  # seconds, if a server says when to ask again
 def place_to_keep(own: Path, out_dir: Path) -> Path:
     """Where to keep what is fetched: a dataset's own folder, or of a checkout that is only to be
     read, the folder that the dataset is written to."""
-    return own if os.access(existing(own), os.W_OK) else out_dir
+    return own if os.access(nearest_existing(own), os.W_OK) else out_dir
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> None:
@@ -39,7 +39,7 @@ def fetch(url: str, path: str | Path, sha256: str) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as part:
+    with atomic_file(path) as part:
         found = download(url, part)
         if found != sha256:
             raise UserError(
@@ -66,7 +66,7 @@ def fetch_page(
         return page
     path.parent.mkdir(parents=True, exist_ok=True)
     page = with_patience(lambda: get_page(urls, flaw), urls[0], path)
-    with new_file(path) as part:
+    with atomic_file(path) as part:
         part.write_bytes(page)
     return page
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flatgpt.errors import UserError, did_you_mean
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 
 EOT = '<|endoftext|>'
 LONG, BLOCK = 2**18, 2**16  # bytes of a long word, and how many of it are merged at once
@@ -415,7 +415,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write JSON."""
-        with new_file(path) as part:
+        with atomic_file(path) as part:
             part.write_text(json.dumps(self.to_dict()), encoding='utf-8')
 
 

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from flatgpt.checkpoint.load import step_of
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError, optional
+from flatgpt.errors import UserError, warn_on_failure
 from flatgpt.runtime import StopSignal
 from flatgpt.training.metrics import draw_loss, end_line
 from flatgpt.training.run import Run
@@ -42,7 +42,7 @@ def finish(
             if finished:
                 run.mark_done()
             stop.release()  # what is left is for show: a signal cuts it short, and is no failure
-            with optional('no loss curve', run.runtime.print0):
+            with warn_on_failure('no loss curve', run.runtime.print0):
                 run.runtime.print0(f'loss curve: {draw_loss(run.out_dir)}')
             if finished:
                 report_end(run, model, tokenizer, data, peak)

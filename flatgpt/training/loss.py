@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, Dataset
 from flatgpt.errors import UserError
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 from flatgpt.runtime import Runtime
 from model import GPT
 
@@ -138,7 +138,7 @@ def read_reference(path: Path, key: str) -> dict[str, np.ndarray] | None:
 
 def write_reference(path: Path, key: str, logps: dict[str, np.ndarray]) -> None:
     try:
-        with new_file(path) as part:
+        with atomic_file(path) as part:
             save_file(logps, part, metadata={'key': key})
     except (OSError, SafetensorError) as error:
         raise UserError(f'{path}: cannot be written: {error}') from error

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flatgpt.errors import UserError, reason_of
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 from flatgpt.training.state import TrainState
 
 
@@ -146,7 +146,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int):
         kept = [line for line in read_metrics(path.parent) if line['step'] <= step]
-        with new_file(path) as part:
+        with atomic_file(path) as part:
             part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
         self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
         self.cut = False  # whether the last line ends before its time
@@ -276,6 +276,6 @@ def plot(*xlabels: str):
 def write(figure, path: Path) -> Path:
     for text in figure.axes[0].legend(frameon=False).get_texts():
         text.set_parse_math(False)  # a folder may have a $ in its name
-    with new_file(path) as part:
+    with atomic_file(path) as part:
         figure.savefig(part, format=path.suffix[1:])
     return path

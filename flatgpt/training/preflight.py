@@ -39,7 +39,7 @@ from flatgpt.data.dataset import (
 )
 from flatgpt.data.mixture import Mixture, names_in, open_data
 from flatgpt.errors import CheckpointError, UserError, as_config_error
-from flatgpt.files import existing, free_on, read_json
+from flatgpt.files import free_bytes, nearest_existing, read_json
 from flatgpt.runtime import Runtime, room
 from flatgpt.training import run_directory
 from flatgpt.training.loss import loss_of
@@ -249,15 +249,15 @@ class Preflight:
 
         cache = self.config['data_cache']
         copy = place_in(cache, source, fetched(str(source), 'meta.json'))
-        if not os.access(existing(cache), os.W_OK):
+        if not os.access(nearest_existing(cache), os.W_OK):
             raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
         if is_whole(copy):
             data = Dataset(copy, 1, objective=self.config['objective'])
             yield from check_shards(data, self.runtime.live, 'delete this copy')
             return
         size = sum(file.stat().st_size for file in source.rglob('*.bin'))
-        text = f'{copy}: will be {size / 1e9:,.2f} GB, {free_on(cache) / 1e9:,.2f} GB free'
-        yield 'ok' if size < free_on(cache) else 'no', text
+        text = f'{copy}: will be {size / 1e9:,.2f} GB, {free_bytes(cache) / 1e9:,.2f} GB free'
+        yield 'ok' if size < free_bytes(cache) else 'no', text
 
     def tokenizer(self) -> Iterator[tuple[str, str]]:
         if self.data is None:
@@ -304,7 +304,7 @@ class Preflight:
                     filelock.FileLock(lock).acquire(timeout=0).lock.release()
                 except filelock.Timeout:
                     raise UserError(f'{self.out_dir}: another run is writing here') from None
-        if not os.access(existing(self.out_dir), os.W_OK):
+        if not os.access(nearest_existing(self.out_dir), os.W_OK):
             raise UserError(f'{self.out_dir}: cannot be written; give another --out_dir')
         if not self.resuming:
             if not config['overwrite']:
@@ -343,8 +343,8 @@ class Preflight:
             if where is None:
                 continue
             there = len(listed(where))
-            free, need = free_on(where), size * max(2, kept + 1 - there)
-            if not os.access(existing(where), os.W_OK):
+            free, need = free_bytes(where), size * max(2, kept + 1 - there)
+            if not os.access(nearest_existing(where), os.W_OK):
                 yield 'no', f'{where}: cannot be written; give another {name}'
                 continue
             text = f'{where}: {kept} checkpoints of {size / 1e9:,.2f} GB, {free / 1e9:,.1f} GB free'
@@ -478,7 +478,7 @@ def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator
         )
     if lack := host_lack(case):
         yield lack
-    size, free = checkpoint_size(case), free_on(config['out_dir'])
+    size, free = checkpoint_size(case), free_bytes(config['out_dir'])
     if free < 2 * size and not config['eval_only']:
         yield (
             f'two checkpoints take {2 * size / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free in '

@@ -23,7 +23,7 @@ from flatgpt.data.dataset import Dataset
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, as_config_error
-from flatgpt.files import is_same, sha256
+from flatgpt.files import is_same_path, sha256
 from flatgpt.lora import adapted, add_lora
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
@@ -195,7 +195,7 @@ def load_initial_model(
 
 def load_from_elsewhere(config: dict) -> tuple[GPT, Tokenizer | None]:
     where = config['init_from']
-    if config['overwrite'] and is_same(where, config['out_dir']):
+    if config['overwrite'] and is_same_path(where, config['out_dir']):
         raise ConfigError(
             f'init_from={where!r} is the out_dir, which --overwrite would empty; '
             'give another --out_dir'

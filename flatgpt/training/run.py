@@ -14,7 +14,7 @@ from flatgpt.checkpoint.mirror import Mirror, begin_mirror, catch_up, probe_mirr
 from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError, optional
+from flatgpt.errors import UserError, warn_on_failure
 from flatgpt.parallel import are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
@@ -67,7 +67,7 @@ class Run:
 
     def mark_done(self) -> None:
         """Say in its directory that the run is finished, for what starts it again and again."""
-        with optional('the run is finished, but has no DONE file', self.runtime.print0):
+        with warn_on_failure('the run is finished, but has no DONE file', self.runtime.print0):
             (self.out_dir / 'DONE').touch()
 
     def open(self, max_iters: int, reference: dict | None) -> None:
@@ -169,7 +169,7 @@ class Run:
         """Print and log what the model writes now; tokens=0: nothing."""
         if not tokens or tokenizer is None or (self.config['shard'] and not self.saved):
             return
-        with optional('no sample', self.runtime.print0):
+        with warn_on_failure('no sample', self.runtime.print0):
             self._show_sample(model, tokenizer, data, tokens)
         model.train()
 

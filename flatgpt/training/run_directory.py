@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from flatgpt.checkpoint.load import find, listed, read_state, step_of
 from flatgpt.checkpoint.save import set_aside
 from flatgpt.errors import CheckpointError, UserError
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 
 ADJECTIVES = 'able bold brisk calm clear deft eager fair fond glad keen lucid neat quick sunny warm'
 NOUNS = 'badger beaver crane falcon finch heron ibis lark lynx marten otter owl raven robin tern'
@@ -99,5 +99,5 @@ def write_config(out_dir: Path, config: dict, here: dict) -> None:
             continue
         comment = f'  # here {here[name]}' if value == 'auto' and name in here else ''
         lines.append(f'{name} = {value!r}{comment}')
-    with new_file(out_dir / 'config.py') as part:  # a folder's name may be in no encoding
+    with atomic_file(out_dir / 'config.py') as part:  # a folder's name may be in no encoding
         part.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='replace')

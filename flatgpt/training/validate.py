@@ -19,7 +19,7 @@ import torch
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import ConfigError, Mistakes, as_config_error, one_of, within
-from flatgpt.files import is_utf8
+from flatgpt.files import is_utf8_path
 from flatgpt.runtime import Runtime
 from model import GPTConfig
 
@@ -93,7 +93,7 @@ def report_all(rules: list[Callable[[], None]]) -> None:
 def check_names(config: dict) -> None:
     """Refuse folders of which no checkpoint could be loaded again."""
     for name in ('out_dir', 'checkpoint_mirror'):
-        if config[name] and not is_utf8(config[name]):
+        if config[name] and not is_utf8_path(config[name]):
             raise ConfigError(f'{name}={config[name]!r}: is no UTF-8; give another name')
 
 

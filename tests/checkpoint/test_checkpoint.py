@@ -308,12 +308,12 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(put, tmp_path
     verify(listed(tmp_path)[0])
 
 
-@pytest.mark.parametrize('call', ['save_file', 'sha256', 'flush'])
+@pytest.mark.parametrize('call', ['save_file', 'sha256', 'fsync'])
 def test_a_disk_that_fails_midway_leaves_the_old_one_and_no_rubbish(
     put, tmp_path, monkeypatch, call
 ):
     put(1)
-    owner = files if call == 'flush' else save_module
+    owner = files if call == 'fsync' else save_module
     real, calls = getattr(owner, call), []
 
     def fail_the_second_time(*args, **options):

@@ -560,7 +560,7 @@ def test_an_export_never_replaces_or_leaves_anything_half(tmp_path, monkeypatch)
     folder.mkdir()
     monkeypatch.chdir(folder)
     for there in (folder, Path('.'), tmp_path / 'link'):
-        assert 'is there already' in refused(export_transformers, model, None, {}, there)
+        assert 'already exists' in refused(export_transformers, model, None, {}, there)
     (tmp_path / 'link').unlink()
     assert [path.name for path in tmp_path.rglob('*')] == ['out']
 

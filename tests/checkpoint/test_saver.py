@@ -690,7 +690,7 @@ def test_what_cannot_be_brought_back_is_one_line(both, tmp_path, monkeypatch):
     def no_room(folder, need):
         raise OSError('needs 5 MB, and 1 MB are free')
 
-    monkeypatch.setattr(save_module, 'check_space', no_room)
+    monkeypatch.setattr(save_module, 'check_free_space', no_room)
     message = refused(fetch, listed(mirror)[0], tmp_path / 'new')
     assert 'cannot be brought to' in message
     assert 'needs 5 MB' in message

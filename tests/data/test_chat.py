@@ -1,4 +1,4 @@
-"""Conversations and preference pairs: how they are prepared, and models tuned on them."""
+"""Conversations and preference pairs: preparing them, and fine-tuning on them."""
 
 import contextlib
 import functools
@@ -24,11 +24,11 @@ from flatgpt.errors import UserError
 from flatgpt.training import loss as loss_module
 
 LETTERS = char_tokenizer(sorted({*'abcdefghijklmnopqrstuvwxyz .:\n', *'SUA'}), eot=True)
-MARKS = {'user': ['<', '>'], 'assistant': ['[', ']']}
+TEMPLATE = {'user': ['<', '>'], 'assistant': ['[', ']']}
 
 
 def talk(*texts, system=None):
-    """A conversation in which the user and the assistant speak in turn."""
+    """A conversation in which the user and the assistant alternate."""
     messages = [{'role': 'system', 'content': system}] if system else []
     roles = ('user', 'assistant')
     return messages + [{'role': roles[i % 2], 'content': words} for i, words in enumerate(texts)]
@@ -40,14 +40,14 @@ def lines(path, records):
 
 
 def again(path):
-    """A copy to validate on: the same file would not be trained on."""
+    """A copy for validation: a file that is also given as --val is not trained on."""
     copy = path.with_name('again.jsonl')
     copy.write_bytes(path.read_bytes())
     return copy
 
 
 def prepared(tmp_path, records, *flags, objective='sft', tokenizer='byte', size=64):
-    """The dataset made of records, all of them in both splits."""
+    """The dataset of these records, all of them in both splits."""
     source, folder = lines(tmp_path / 'source.jsonl', records), tmp_path / 'data'
     command = (source, f'--val={again(source)}', f'--out_dir={folder}', f'--tokenizer={tokenizer}')
     prepare.main([*map(str, command), f'--block_size={size}', *flags])
@@ -69,7 +69,7 @@ def rows(data, split='val'):
 
 
 def packed(data, split='val'):
-    """The conversations as they lie in the rows, as text."""
+    """The text of each conversation in the rows."""
     found = []
     for ids, flags in rows(data, split):
         starts = [*np.flatnonzero(flags & FIRST), len(ids)]
@@ -80,8 +80,8 @@ def packed(data, split='val'):
     return found
 
 
-def learned(data, split='val'):
-    """What is learned of each row, in the runs in which it lies there."""
+def loss_texts(data, split='val'):
+    """The texts in the loss of each row."""
     runs = []
     for ids, flags in rows(data, split):
         mask = np.concatenate([[0], flags & LEARNED, [0]]).astype(int)
@@ -94,9 +94,9 @@ def learned(data, split='val'):
 # conversations
 
 
-def test_what_the_assistant_says_is_learned_and_what_ends_it(tmp_path):
+def test_the_loss_covers_the_assistants_messages_and_the_end_of_each(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello é', 'Bye', 'See you', system='Be kind')], size=128)
-    assert learned(data) == [[f'Hello é{EOT}', f'See you{EOT}']]
+    assert loss_texts(data) == [[f'Hello é{EOT}', f'See you{EOT}']]
     user, system = prepare.TEMPLATE['user'], prepare.TEMPLATE['system']
     said = f'{system[0]}Be kind{system[1]}'
     for asked, answer in (('Hi', 'Hello é'), ('Bye', 'See you')):
@@ -104,7 +104,7 @@ def test_what_the_assistant_says_is_learned_and_what_ends_it(tmp_path):
     assert packed(data) == [said]
 
 
-def test_a_batch_asks_for_what_is_learned_and_nothing_else(tmp_path):
+def test_the_targets_of_a_batch_are_the_tokens_in_the_loss(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B', 'C', 'D')], size=46)
     for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_windows('val'))):
         assert x.shape == y.shape == (2, 46)
@@ -115,24 +115,24 @@ def test_a_batch_asks_for_what_is_learned_and_nothing_else(tmp_path):
     assert data.targets[data.windows(0, 2)].tolist() == (data.batch(0, 2)[1] >= 0).sum(1).tolist()
 
 
-def test_every_conversation_of_a_row_has_a_number_of_its_own(tmp_path):
+def test_each_conversation_of_a_row_has_its_own_number(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B'), talk('C', 'D')], size=96)
     for (_, flags), numbers in zip(
         rows(data), data.eval_batch('val', data.eval_windows('val'), True)[2], strict=True
     ):
         starts = np.flatnonzero(flags & FIRST)
         assert len(starts) > 2
-        assert numbers[0] == 1  # a row begins with a conversation
+        assert numbers[0] == 1  # a row starts with a conversation
         assert np.flatnonzero(np.diff(numbers)).tolist() == (starts[1:] - 1).tolist()
 
 
-def test_a_mark_that_is_spelled_in_a_message_is_text(tmp_path):
+def test_a_special_token_spelled_in_a_message_is_text(tmp_path):
     data = prepared(tmp_path, [talk(EOT, f'a{EOT}b')], size=64)
     (ids, flags) = rows(data)[0]
     assert list(ids[flags & PADDING == 0]).count(256) == 1
 
 
-def test_other_spellings_of_a_conversation_are_the_same(tmp_path):
+def test_equivalent_formats_of_a_conversation_give_the_same_tokens(tmp_path):
     messages = talk('Add\n\n1 2', '3')
     spellings = [
         {'messages': messages},
@@ -175,7 +175,7 @@ WEIGHED = [
 def test_the_formats_of_public_data_are_read(tmp_path, row):
     data = prepared(tmp_path, [row], tokenizer='byte')
     assert packed(data) == packed(prepared(tmp_path, [[ASK, TELL]]))
-    assert learned(data) == [[f'Seven.{EOT}']]
+    assert loss_texts(data) == [[f'Seven.{EOT}']]
 
 
 @pytest.mark.parametrize(
@@ -208,64 +208,64 @@ def test_the_formats_of_public_data_are_read(tmp_path, row):
         ),
     ],
 )
-def test_what_comes_before_an_answer_is_in_its_place(tmp_path, row, said):
+def test_system_prompt_history_and_context_come_before_the_answer(tmp_path, row, said):
     data = prepared(tmp_path, [row], size=128)
     marks = prepare.TEMPLATE
     text = ''.join(marks[role][0] + text + marks[role][1] for role, text in said)
     assert packed(data) == [f'{text}{marks["assistant"][0]}Seven.{EOT}']
-    assert learned(data)[0][-1] == f'Seven.{EOT}'
+    assert loss_texts(data)[0][-1] == f'Seven.{EOT}'
 
 
 @pytest.mark.parametrize('mark', [{'weight': 0}, {'train': False}, {'loss_mask': 0.0}])
-def test_an_answer_that_is_marked_so_is_read_and_not_learned(tmp_path, mark):
+def test_an_answer_that_is_excluded_is_read_but_not_in_the_loss(tmp_path, mark):
     other = dict.fromkeys(mark, True)
     row = {'messages': [ASK, TELL | {'content': 'Nine.'} | mark, ASK, TELL | other]}
     data = prepared(tmp_path, [row], size=96)
-    assert learned(data) == [[f'Seven.{EOT}']]
+    assert loss_texts(data) == [[f'Seven.{EOT}']]
     assert 'Nine.' in packed(data)[0]
 
 
 @pytest.mark.parametrize(
     ('row', 'why'),
     [
-        ({'prompt': 'a', 'completion': 'b', 'label': False}, 'marked as not to be learned'),
-        ({'messages': [ASK, TELL], 'weight': 0}, 'marked as not to be learned'),
-        ({'messages': [ASK, TELL | {'weight': 0}]}, 'marked as not to be learned'),
-        ({'messages': [ASK, TELL | {'content': None}]}, 'with an empty text'),
-        ({'messages': [ASK | {'content': ' '}, TELL]}, 'with an empty text'),
-        ({'instruction': 'a', 'input': '', 'output': ''}, 'with an empty text'),
-        ({'prompt': None, 'completion': 'b'}, 'with an empty text'),
-        ({'conversations': [{'from': 'human', 'value': None}, TELL]}, 'with an empty text'),
+        ({'prompt': 'a', 'completion': 'b', 'label': False}, 'marked as excluded from training'),
+        ({'messages': [ASK, TELL], 'weight': 0}, 'marked as excluded from training'),
+        ({'messages': [ASK, TELL | {'weight': 0}]}, 'marked as excluded from training'),
+        ({'messages': [ASK, TELL | {'content': None}]}, 'with empty text'),
+        ({'messages': [ASK | {'content': ' '}, TELL]}, 'with empty text'),
+        ({'instruction': 'a', 'input': '', 'output': ''}, 'with empty text'),
+        ({'prompt': None, 'completion': 'b'}, 'with empty text'),
+        ({'conversations': [{'from': 'human', 'value': None}, TELL]}, 'with empty text'),
     ],
 )
-def test_a_row_with_nothing_to_learn_is_left_out_and_counted(tmp_path, capsys, row, why):
+def test_a_row_with_nothing_to_train_on_is_skipped_and_counted(tmp_path, capsys, row, why):
     data = prepared(tmp_path, [row, [ASK, TELL], row])
     assert len(packed(data)) == 1
-    assert f'left out: 4 {why}' in capsys.readouterr().out.splitlines()  # of both splits
+    assert f'skipped: 4 {why}' in capsys.readouterr().out.splitlines()  # of both splits
     message = refused(prepared, tmp_path, [row])
-    assert f'no conversation is left to train on; 2 were left out: 2 {why}' in message
+    assert f'no samples for train: skipped 1 {why}; ' in message
 
 
-def test_a_field_that_is_to_be_ignored_is_left_out_of_rows_and_messages(tmp_path):
+def test_an_ignored_field_is_ignored_in_rows_and_messages(tmp_path):
     row = {'messages': [ASK | {'name': 'Bo'}, TELL | {'weight': 0.5}], 'score': 3, 'text': 'x'}
     data = prepared(tmp_path, [row], '--ignore=name,weight,score,text')
     assert packed(data) == packed(prepared(tmp_path, [[ASK, TELL]]))
 
 
-def test_rows_that_cannot_be_used_are_left_out_if_asked_for(tmp_path, capsys):
+def test_invalid_rows_are_skipped_with_bad_drop(tmp_path, capsys):
     bad = {'messages': [ASK, TELL | {'tool_calls': [{}]}]}
     data = prepared(tmp_path, [bad, [ASK, TELL], {'prompt': 'a'}, 7], '--bad=drop')
     assert len(packed(data)) == 1
     out = capsys.readouterr().out
-    assert 'left out: 6 that cannot be used' in out
-    assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: not understood' in out
+    assert 'skipped: 6 invalid' in out.splitlines()
+    assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: has unknown fields' in out
     message = refused(prepared, tmp_path, [bad], '--bad=drop')
-    assert '2 that cannot be used (' in message
+    assert 'skipped 1 invalid (' in message
     assert 'tool_calls' in message
 
 
 @pytest.mark.parametrize('indent', [None, 1])
-def test_a_json_file_is_one_array_or_one_row_or_has_lines(tmp_path, indent):
+def test_a_json_file_is_one_array_one_row_or_json_lines(tmp_path, indent):
     talks = [{'messages': talk('é', str(number))} for number in range(20)]
     (tmp_path / 'array.json').write_text(json.dumps(talks, indent=indent), encoding='utf-8-sig')
     lines(tmp_path / 'lines.json', talks)
@@ -285,36 +285,45 @@ def test_a_json_file_is_one_array_or_one_row_or_has_lines(tmp_path, indent):
     assert found['bare'][0] in found['array']
 
 
-def test_blank_lines_are_passed_over(tmp_path):
+def test_blank_lines_are_ignored(tmp_path):
     source = tmp_path / 's.jsonl'
     source.write_bytes(f'\r\n{json.dumps([ASK, TELL])}\r\n \n\n{json.dumps([ASK, TELL])}'.encode())
     prepare.main([str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte'])
     source.write_text('\n \n')
     message = refused(prepare.main, [str(source), f'--out_dir={tmp_path}', '--tokenizer=byte'])
-    assert 'no conversation is left to train on; the files have no rows' in message
+    assert 'no samples for train: the files have no rows' in message
 
 
 @pytest.mark.parametrize(
     ('content', 'problem'),
     [
-        ('[{"prompt": "a", "completion": "b"} {}]', "not JSON: Expecting ',' delimiter: line 1"),
-        ('[{"prompt": "a", "completion": "b"}, 7]', 'row 2: is no object with "messages", but 7'),
-        ('[{"prompt": "a", "completion": "b"}', "not JSON: Expecting ',' delimiter: line 1"),
-        ('[{"prompt": "a", "completion": "b"},]', 'not JSON: Expecting value: line 1'),
-        ('[{"prompt": "a", "completion": "b"}] 7', 'not JSON: Extra data: line 1 column 38'),
-        ('[', 'not JSON: Expecting value'),
+        (
+            '[{"prompt": "a", "completion": "b"} {}]',
+            "invalid JSON: Expecting ',' delimiter: line 1",
+        ),
+        (
+            '[{"prompt": "a", "completion": "b"}, 7]',
+            'row 2: must be an object with "messages", not 7',
+        ),
+        ('[{"prompt": "a", "completion": "b"}', "invalid JSON: Expecting ',' delimiter: line 1"),
+        ('[{"prompt": "a", "completion": "b"},]', 'invalid JSON: Expecting value: line 1'),
+        ('[{"prompt": "a", "completion": "b"}] 7', 'invalid JSON: Extra data: line 1 column 38'),
+        ('[', 'invalid JSON: Expecting value'),
         ('[]', 'the files have no rows'),
-        ('{"data": [\n]}', "row 1: no 'messages', no 'conversations', no 'prompt'; it has data"),
+        (
+            '{"data": [\n]}',
+            "row 1: no 'messages', 'conversations' or 'prompt'; its fields are data",
+        ),
     ],
 )
-def test_a_json_array_that_cannot_be_read_is_named(tmp_path, content, problem):
+def test_an_invalid_json_array_is_reported(tmp_path, content, problem):
     (tmp_path / 'a.json').write_text(content)
     command = [str(tmp_path / 'a.json'), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
     assert problem in refused(prepare.main, command)
 
 
 @pytest.mark.parametrize('seed', range(3))
-def test_conversations_are_packed_whole_and_each_once(tmp_path, seed):
+def test_each_conversation_is_packed_whole_and_once(tmp_path, seed):
     random = np.random.default_rng(seed)
     talks = [talk('x' * random.integers(1, 60), str(i)) for i in range(80)]
     data = prepared(tmp_path, talks, size=128)
@@ -325,35 +334,35 @@ def test_conversations_are_packed_whole_and_each_once(tmp_path, seed):
     assert len(found) == len(set(found)) == 80
     assert whole < set(found)
     used = sum(len(one.replace(EOT, '.')) for one in found)
-    assert data.tokens['val'] < 1.12 * used  # best fit; one a row would be twice as much
+    assert data.tokens['val'] < 1.12 * used  # best fit; one per row would take twice as much
     assert alone.n_windows == 1
     assert data.window_tokens == pytest.approx(used / data.n_windows)
 
 
-def test_it_is_said_what_was_packed(tmp_path, capsys):
+def test_the_report_counts_what_was_packed(tmp_path, capsys):
     prepared(tmp_path, [talk('Hi', 'Yo'), talk('Hi', 'x' * 100)], size=64)
     out = capsys.readouterr().out
-    assert '2 conversations in 2 rows of 64' in out  # one, in both splits
-    assert f'{1 - 23 / 64:.1%} of them padding; 6 tokens to learn' in out
-    assert '0 cut, 2 left out' in out
+    assert '2 conversations in 2 rows of 64 tokens' in out  # one, in both splits
+    assert f'{1 - 23 / 64:.1%} padding; 6 tokens to train on' in out
+    assert '0 truncated, 2 skipped' in out
     assert out.splitlines()[-1].startswith('Train on it: python train.py train_chat --dataset=')
 
 
-def test_of_a_longer_conversation_the_beginning_is_kept_if_asked_for(tmp_path, capsys):
+def test_long_conversations_are_truncated_with_long_cut(tmp_path, capsys):
     talks = [talk('Hi', 'Yo'), talk('Hi', 'abc' * 30), talk('x' * 90, 'never reached')]
     data = prepared(tmp_path, talks, '--long=cut')
-    assert '2 cut, 2 left out' in capsys.readouterr().out
-    assert [f'Yo{EOT}'] in learned(data)
-    assert [('abc' * 30)[: 64 - 20]] in learned(data)
+    assert '2 truncated, 2 skipped' in capsys.readouterr().out
+    assert [f'Yo{EOT}'] in loss_texts(data)
+    assert [('abc' * 30)[: 64 - 20]] in loss_texts(data)
     assert data.n_windows == 2
 
 
-def test_a_part_is_taken_for_validation(tmp_path):
+def test_a_fraction_is_used_for_validation(tmp_path):
     source = lines(tmp_path / 's.jsonl', [talk('x' * 30, str(i)) for i in range(20)])
     folder = f'--out_dir={tmp_path / "data"}'
     prepare.main([str(source), folder, '--tokenizer=byte', '--block_size=64', '--val_fraction=0.2'])
     data = Dataset(tmp_path / 'data', 64, objective='sft')
-    answers = {split: {run[0] for run in learned(data, split)} for split in ('train', 'val')}
+    answers = {split: {run[0] for run in loss_texts(data, split)} for split in ('train', 'val')}
     assert answers['val'] == {f'{i}{EOT}' for i in (0, 5, 10, 15)}
     assert len(answers['train']) == 16
 
@@ -362,12 +371,12 @@ def test_a_part_is_taken_for_validation(tmp_path):
 # templates and tokenizers
 
 
-def test_a_template_of_ones_own_is_kept_with_the_tokenizer(tmp_path):
-    (tmp_path / 'marks.json').write_text(json.dumps(MARKS))
+def test_a_custom_template_is_saved_with_the_tokenizer(tmp_path):
+    (tmp_path / 'marks.json').write_text(json.dumps(TEMPLATE))
     data = prepared(tmp_path, [talk('Hi', 'Yo')], f'--template={tmp_path / "marks.json"}')
     assert packed(data) == ['<Hi>[Yo]']
-    assert learned(data) == [['Yo]']]
-    assert load(data.folder / 'tokenizer.json').chat_template == MARKS
+    assert loss_texts(data) == [['Yo]']]
+    assert load(data.folder / 'tokenizer.json').chat_template == TEMPLATE
     again = prepared(tmp_path, [talk('A', 'B')], tokenizer=data.folder)
     assert packed(again) == ['<A>[B]']
 
@@ -376,10 +385,10 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
     letters = char_tokenizer(sorted({*'ystemUrAian:\nhel'} | {'S', 'o'}))
     letters.save(tmp_path / 'letters.json')
     data = prepared(tmp_path, [talk('hello', 'hello')], tokenizer=tmp_path / 'letters.json')
-    assert learned(data) == [['hello\n\n']]
+    assert loss_texts(data) == [['hello\n\n']]
     blank = [talk('hello', 'hel\n\nlo')]
     message = refused(prepared, tmp_path, blank, tokenizer=tmp_path / 'letters.json')
-    assert "source.jsonl, line 1: messages[1]: the answer has '\\n\\n' in it" in message
+    assert "source.jsonl, line 1: messages[1]: the answer contains '\\n\\n', which ends" in message
 
 
 @pytest.mark.parametrize(
@@ -388,20 +397,20 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
         ('{', 'Expecting property name'),
         ('{"user": ["a", "b"]}', 'has no assistant'),
         ('{"assistant": ["a"]}', 'two texts'),
-        ('{"assistant": ["a", ""]}', 'nothing that ends'),
-        ('{}', 'nothing that ends'),
+        ('{"assistant": ["a", ""]}', 'it has no text after'),
+        ('{}', 'it has no text after'),
         ('[]', 'not a chat template'),
         ('{"assistant": ["a", 1]}', 'two texts'),
     ],
 )
-def test_a_template_that_is_none_is_refused(tmp_path, content, problem):
+def test_an_invalid_template_is_refused(tmp_path, content, problem):
     (tmp_path / 'marks.json').write_text(content)
     message = refused(prepared, tmp_path, [], f'--template={tmp_path / "marks.json"}')
     assert message.startswith(str(tmp_path / 'marks.json'))
     assert problem in message
 
 
-def test_letters_that_the_marks_need_are_missed_by_name(tmp_path):
+def test_a_character_of_the_template_that_the_tokenizer_lacks_is_reported(tmp_path):
     char_tokenizer('abc').save(tmp_path / 'abc.json')
     message = refused(prepared, tmp_path, [talk('a', 'b')], tokenizer=tmp_path / 'abc.json')
     assert "character 'S'" in message
@@ -409,7 +418,7 @@ def test_letters_that_the_marks_need_are_missed_by_name(tmp_path):
 
 
 @pytest.mark.parametrize('marks', [None, {'user': ['é"\\ ', '\n'], 'assistant': ['', '\n\n']}])
-def test_an_export_brings_the_template_along(tmp_path, marks):
+def test_an_export_includes_the_template(tmp_path, marks):
     transformers = pytest.importorskip('transformers')
     tokenizer = prepare.with_template(
         train_bpe(['the cat sat. hello, User: no\n\nAssi'], 300), None
@@ -431,7 +440,7 @@ def test_an_export_brings_the_template_along(tmp_path, marks):
         render([{'role': 'user', 'content': [{'type': 'image', 'url': 'a'}]}])
 
 
-def test_a_gguf_brings_the_template_along(tmp_path):
+def test_a_gguf_includes_the_template(tmp_path):
     gguf = pytest.importorskip('gguf', reason='gguf is not installed')
     tokenizer = prepare.with_template(get_tokenizer('byte'), None)
     export_gguf(random_model(257), tokenizer, {}, tmp_path / 'm.gguf')
@@ -442,7 +451,7 @@ def test_a_gguf_brings_the_template_along(tmp_path):
 @pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
 )
-def test_gpt2s_ids_are_those_of_the_whole_text_at_once():
+def test_gpt2_gives_the_ids_of_the_whole_text_at_once():
     tokenizer = prepare.with_template(get_tokenizer('gpt2'), None)
     ids = tokenizer.encode_chat(talk('Hi there', 'Hello.\n\n  x', 'And 2 + 2?', system='Be kind.'))
     text = tokenizer.decode(ids)
@@ -453,17 +462,17 @@ def test_gpt2s_ids_are_those_of_the_whole_text_at_once():
 # pairs
 
 
-def test_of_a_pair_only_the_answers_are_learned_the_better_one_first(tmp_path):
+def test_the_loss_of_a_pair_covers_only_the_answers_the_chosen_one_first(tmp_path):
     pair = {'prompt': 'Hi', 'chosen': 'Hello', 'rejected': 'No'}
     data = prepared(tmp_path, [pair], objective='dpo', size=128)
-    assert learned(data) == [[f'Hello{EOT}'], [f'No{EOT}']]
-    assert data.block_size == 64  # no longer than it has to be
+    assert loss_texts(data) == [[f'Hello{EOT}'], [f'No{EOT}']]
+    assert data.block_size == 64  # the longest pair, rounded up to 64
     x, y = data.batch(7, 3)
     assert x.shape == y.shape == (6, 64)
     assert [len(row[row >= 0]) for row in y] == [6, 3] * 3
 
 
-def test_other_spellings_of_a_pair_are_the_same(tmp_path):
+def test_equivalent_formats_of_a_pair_give_the_same_tokens(tmp_path):
     asked = talk('A', 'B', 'C')
     better, worse = asked + talk('', 'yes')[1:], asked + talk('', 'no')[1:]
     spellings = [
@@ -476,7 +485,7 @@ def test_other_spellings_of_a_pair_are_the_same(tmp_path):
     found = packed(data)
     assert len(found) == 8
     assert len(set(found)) == 2
-    assert learned(data) == [[f'yes{EOT}'], [f'no{EOT}']] * 4  # not B, which both have
+    assert loss_texts(data) == [[f'yes{EOT}'], [f'no{EOT}']] * 4  # not B, which is in both
 
 
 def answers(text):
@@ -519,16 +528,16 @@ def test_the_formats_of_public_preferences_are_read(tmp_path, row, system):
     asked = [SYSTEM, ASK] if system else [ASK]
     plain = {'prompt': asked, 'chosen': 'Seven.', 'rejected': 'Six.'}
     data = prepared(tmp_path, [row], objective='dpo', size=64)
-    assert learned(data) == [[f'Seven.{EOT}'], [f'Six.{EOT}']]
+    assert loss_texts(data) == [[f'Seven.{EOT}'], [f'Six.{EOT}']]
     assert packed(data) == packed(prepared(tmp_path, [plain], objective='dpo', size=64))
 
 
-def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
+def test_a_pair_that_truncation_makes_equal_is_skipped(tmp_path, capsys):
     alike = {'prompt': 'Hi', 'chosen': 'x' * 60 + 'a', 'rejected': 'x' * 60 + 'b'}
     pair = {'prompt': 'Hi', 'chosen': 'a' * 60, 'rejected': 'b'}
     data = prepared(tmp_path, [alike, pair], '--long=cut', objective='dpo')
-    assert '2 cut, 2 left out' in capsys.readouterr().out
-    assert learned(data) == [['a' * (64 - 20)], [f'b{EOT}']]
+    assert '2 truncated, 2 skipped' in capsys.readouterr().out
+    assert loss_texts(data) == [['a' * (64 - 20)], [f'b{EOT}']]
 
 
 # -----------------------------------------------------------------------------
@@ -538,33 +547,36 @@ def test_a_pair_that_a_cut_makes_equal_is_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('line', 'problem'),
     [
-        ('{"messages": ', 'not JSON'),
-        ('[' * 100000, 'not JSON'),
+        ('{"messages": ', 'invalid JSON'),
+        ('[' * 100000, 'invalid JSON'),
         (b'\xff', 'not UTF-8'),
-        ('"Hi"', 'is no object with "messages"'),
-        ('{}', "no 'prompt'; it has no fields"),
-        ('{"text": "Hi"}', "no 'prompt'; it has text"),
-        ('{"messages": 1}', 'neither a text nor a list of messages'),
-        ('{"messages": [1]}', "messages[0]: has no text as its 'role'"),
-        ('{"messages": [{"role": "user"}]}', "messages[0]: has no text as its 'content'"),
-        ('[{"role": "user", "content": "Hi"}]', 'the assistant says nothing'),
-        ('[{"messages": []}, {"messages": []}]', 'an array of records'),
-        ('[{"role": "tool", "content": "1"}]', "messages[0]: no role 'tool'; there are system"),
-        ('{"instruction": 1, "output": "a"}', 'not both text'),
-        ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; it has prompt, chosen"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', 'are the same answer'),
-        ('{"chosen": "b", "rejected": "c"}', 'no two answers of the assistant to one prompt'),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'prepare two'),
-        ('{"prompt": "a", "rejected": "b", "x": "chosen"}', "no 'chosen'; it has prompt"),
-        ('{"prompt": "a"}', "'prompt' has no 'completion' or 'response'; it has prompt"),
+        ('"Hi"', 'must be an object with "messages"'),
+        ('{}', "or 'prompt'; its fields are none;"),
+        ('{"text": "Hi"}', "or 'prompt'; its fields are text;"),
+        ('{"messages": 1}', 'must be a string or a list of messages'),
+        ('{"messages": [1]}', "messages[0]: has no 'role'"),
+        ('{"messages": [{"role": "user"}]}', "messages[0]: has no 'content'"),
+        ('[{"role": "user", "content": "Hi"}]', 'no message of the assistant'),
+        ('[{"messages": []}, {"messages": []}]', 'an array of rows'),
+        (
+            '[{"role": "tool", "content": "1"}]',
+            "messages[0]: unknown role 'tool'; use one of system",
+        ),
+        ('{"instruction": 1, "output": "a"}', "'instruction' is 1"),
+        ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; a preference pair needs"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "b"}', 'are the same'),
+        ('{"chosen": "b", "rejected": "c"}', 'are not two replies of the assistant to one prompt'),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', 'prepare a dataset of each'),
+        ('{"prompt": "a", "rejected": "b", "x": "chosen"}', "no 'chosen'; a preference pair needs"),
+        ('{"prompt": "a"}', "'prompt' has no 'completion' or 'response'; its fields are prompt;"),
         ('{"prompt": "a\\ud83d", "output": "b"}', 'half a surrogate pair'),
-        ('{"prompt": "a", "prompt": "c", "output": "b"}', "'prompt' stands twice"),
-        ('[', 'if the file is one array, call it .json'),
+        ('{"prompt": "a", "prompt": "c", "output": "b"}', "duplicate key 'prompt'"),
+        ('[', 'or one array into a .json file'),
     ],
 )
-def test_a_line_that_cannot_be_used_is_named_and_nothing_is_written(tmp_path, line, problem):
+def test_an_invalid_line_is_reported_and_nothing_is_written(tmp_path, line, problem):
     good = json.dumps(talk('Hi', 'Yo'))
-    if 'chosen' in str(line) and problem != 'prepare two':
+    if 'chosen' in str(line) and problem != 'prepare a dataset of each':
         good = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / 'talks.jsonl').write_bytes(good.encode() + b'\n' + line + b'\n')
@@ -588,57 +600,61 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
             for name, value, problem in [
                 ('weight', 0.5, "'weight' is 0.5"),
                 ('weight', '0', "'weight' is '0'"),
-                ('weight', float('nan'), 'NaN is no JSON'),
+                ('weight', float('nan'), 'NaN is not valid JSON'),
                 ('train', 'no', "'train' is 'no'"),
                 ('loss_mask', [1, 0], "'loss_mask' is [1, 0]"),
                 ('content', 4, 'the content is 4'),
-                ('content', ['Hi'], "a part of the content is 'Hi'"),
+                ('content', ['Hi'], "a content part is 'Hi'"),
                 ('content', [{'type': 'image_url', 'image_url': {}}], "has type 'image_url'"),
-                ('content', [{'type': 'text', 'text': 4}], 'the text of a part is 4'),
-                ('content', [{'type': 'text', 'text': 'a', 'thought': 1}], "has 'thought'"),
-                ('value', 'Six.', "two formats, by 'content', 'value'"),
-                ('from', 'gpt', "two formats, by 'role', 'from'"),
-                ('role', 'ipython', "no role 'ipython'"),
-                ('role', 'function_call', "no role 'function_call'"),
-                ('role', None, 'no role None'),
+                ('content', [{'type': 'text', 'text': 4}], 'the text of a content part is 4'),
+                (
+                    'content',
+                    [{'type': 'text', 'text': 'a', 'thought': 1}],
+                    "has unknown fields: 'thought'",
+                ),
+                ('value', 'Six.', "has both 'content' and 'value'"),
+                ('from', 'gpt', "has both 'role' and 'from'"),
+                ('role', 'ipython', "unknown role 'ipython'"),
+                ('role', 'function_call', "unknown role 'function_call'"),
+                ('role', None, 'unknown role None'),
             ]
         ),
         *(
             (
                 {'messages': [ASK, {'role': 'assistant', name: 'x'}]},
-                f'messages[1]: not understood, and might change what is to be learned: {name!r}',
+                f'messages[1]: has unknown fields that might affect training: {name!r}',
             )
             for name in ('tool_calls', 'function_call', 'reasoning_content', 'thinking', 'audio')
         ),
         *(
-            ({'messages': [ASK, TELL | {name: True}]}, f'{name!r}; if not, --ignore={name} ')
+            ({'messages': [ASK, TELL | {name: True}]}, f'{name!r}; if not, add --ignore={name}')
             for name in ('masked', 'mask', 'train_on_turn', 'name', 'tool_call_id', 'end_turn')
         ),
         *(
-            (GOOD | {name: 4}, f'learned: {name!r}; if not, --ignore={name} ')
+            (GOOD | {name: 4}, f'training: {name!r}; if not, add --ignore={name}')
             for name in ('score', 'rating', 'tools', 'train_on_input', 'text', 'functions')
         ),
-        ({'messages': [ASK | {'train': True}, TELL]}, "'train' is set for a message of 'user'"),
+        ({'messages': [ASK | {'train': True}, TELL]}, "'train' is set on a message of 'user'"),
         ({'messages': [ASK, TELL | {'train': True, 'weight': 0}]}, "'weight', 'train' contradict"),
         (GOOD | {'weight': 0.5}, "'weight' is 0.5"),
         (GOOD | {'loss_mask': [0, 1]}, "'loss_mask' is [0, 1]"),
-        (GOOD | {'label': 1}, "'label' is 1; only true or false"),
+        (GOOD | {'label': 1}, "'label' is 1; it must be true or false"),
         (GOOD | {'system': 4}, "'system' is 4"),
-        (GOOD | {'completion': 'a'}, "that of 'messages' and that of 'completion'"),
-        (GOOD | {'prompt': 'Who?'}, "that of 'messages' and that of 'prompt'"),
-        (GOOD | {'history': [['a', 'b']]}, "that of 'messages' and that of 'history'"),
-        (GOOD | {'conversations': [ASK, TELL]}, "that of 'messages' and that of 'conversations'"),
-        ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "that of 'prompt' and that of 'answer'"),
-        (GOOD | {'context': 'c'}, "that of 'messages' and that of 'context'"),
+        (GOOD | {'completion': 'a'}, "two formats, 'messages' and 'completion'"),
+        (GOOD | {'prompt': 'Who?'}, "two formats, 'messages' and 'prompt'"),
+        (GOOD | {'history': [['a', 'b']]}, "two formats, 'messages' and 'history'"),
+        (GOOD | {'conversations': [ASK, TELL]}, "two formats, 'messages' and 'conversations'"),
+        ({'prompt': 'a', 'output': 'b', 'answer': 'c'}, "two formats, 'prompt' and 'answer'"),
+        (GOOD | {'context': 'c'}, "two formats, 'messages' and 'context'"),
         ({'prompt': 'a', 'answer': 'b', 'history': 'c'}, "'history' is 'c'"),
-        ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: is no [question'),
-        (CHOICE | {'response': 'b'}, "that of 'chosen' and that of 'response'"),
-        (CHOICE | {'label': True}, "learned: 'label'"),
+        ({'prompt': 'a', 'answer': 'b', 'history': [['c']]}, 'history[0]: must be a [question'),
+        (CHOICE | {'response': 'b'}, "two formats, 'chosen' and 'response'"),
+        (CHOICE | {'label': True}, "training: 'label'"),
         (CHOICE | {'score_chosen': 1, 'score_rejected': 2}, "below 'score_rejected' (1 < 2)"),
-        (CHOICE | {'messages': [ASK]}, "that of 'chosen' and that of 'messages'"),
+        (CHOICE | {'messages': [ASK]}, "two formats, 'chosen' and 'messages'"),
     ],
 )
-def test_what_might_change_the_meaning_is_refused_by_name(tmp_path, row, names):
+def test_a_field_that_might_affect_training_is_refused(tmp_path, row, names):
     source = lines(tmp_path / 's.jsonl', [row])
     command = [str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
     message = refused(prepare.main, command)
@@ -646,22 +662,22 @@ def test_what_might_change_the_meaning_is_refused_by_name(tmp_path, row, names):
     assert names in message
 
 
-def test_a_long_name_or_many_are_shortened(tmp_path):
+def test_long_names_and_long_lists_of_names_are_cut(tmp_path):
     row = GOOD | {f'{number}{"x" * 1000}\n': 1 for number in range(1000)}
     message = refused(prepared, tmp_path, [row])
     assert 'and 990 more' in message
     assert len(message) < 2000
 
 
-def test_an_answer_may_spell_a_mark_that_is_a_token_of_its_own(tmp_path):
+def test_an_answer_may_spell_a_special_token(tmp_path):
     fields = train_bpe([WORDS], 260).to_dict()
-    end = fields['special_tokens'][EOT]  # what <|endoftext|> of a template means, whatever its name
+    end = fields['special_tokens'][EOT]  # <|endoftext|> of a template, whatever its name
     added = [{'text': '</s>', 'id': end, 'special': True}]
     fields |= {'special_tokens': {'</s>': end}, 'end_ids': [end], 'added_tokens': added}
     Tokenizer.from_dict(fields).save(tmp_path / 'own.json')
     answer = TELL | {'content': f'a {EOT} b'}
     data = prepared(tmp_path, [[ASK, answer]], tokenizer=tmp_path / 'own.json', size=256)
-    assert learned(data) == [[f'a {EOT} b{EOT}']]  # the end is decoded so, too
+    assert loss_texts(data) == [[f'a {EOT} b{EOT}']]  # the end of text is decoded the same way
 
 
 @pytest.mark.parametrize(
@@ -671,27 +687,27 @@ def test_an_answer_may_spell_a_mark_that_is_a_token_of_its_own(tmp_path):
         {'prompt': [{'role': 'system', 'content': 'Do.'}, ASK], 'chosen': 'a', 'rejected': 'b'},
     ],
 )
-def test_two_system_texts_are_refused(tmp_path, row):
+def test_two_system_prompts_are_refused(tmp_path, row):
     message = refused(prepared, tmp_path, [{'system': 'Be.'} | row])
-    assert "fits two system texts, 'Be.' of 'system' and 'Do.' of the first message" in message
-    assert '--ignore=system leaves' in message
+    assert "has two system prompts, 'Be.' in 'system' and 'Do.' in the first message" in message
+    assert '--ignore=system uses' in message
 
 
-def test_a_context_is_no_turn_of_a_dialogue(tmp_path):
+def test_a_context_beside_a_dialogue_is_refused(tmp_path):
     row = {'prompt': '\n\nHuman: Hi\n\nAssistant:', 'context': 'Six.', 'output': 'Hello'}
-    assert "'prompt' and 'context' are not both text" in refused(prepared, tmp_path, [row])
+    assert "'prompt' and 'context' must both be plain strings" in refused(prepared, tmp_path, [row])
 
 
-def test_a_conversation_without_messages_is_left_out_as_empty(tmp_path, capsys):
+def test_a_conversation_without_messages_is_skipped_as_empty(tmp_path, capsys):
     prepared(tmp_path, [[ASK, TELL], {'messages': []}])
-    assert 'left out: 2 with an empty text' in capsys.readouterr().out
+    assert 'skipped: 2 with empty text' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     'layout', ['{1}\n{0}\n{1}', '{0}\n{1}\n{1}', '[{1}, {0}, {1}]', '[{0},\n{1}, {1}]']
 )
 @pytest.mark.parametrize('bad', ['null', '{"prompt": "a", "prompt": "b"}', '{"id": NaN}'])
-def test_a_bad_row_of_a_json_file_is_dropped_alone(tmp_path, capsys, layout, bad):
+def test_only_the_invalid_row_of_a_json_file_is_skipped(tmp_path, capsys, layout, bad):
     source = tmp_path / 'rows.json'
     source.write_text(layout.format(bad, json.dumps({'prompt': 'Hi', 'output': 'Seven.'})))
     command = [str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
@@ -700,11 +716,11 @@ def test_a_bad_row_of_a_json_file_is_dropped_alone(tmp_path, capsys, layout, bad
     prepare.main([*command, '--bad=drop', '--val_fraction=0.5'])
     out = capsys.readouterr().out
     assert '2 conversations' in out
-    assert 'left out: 1 that cannot be used' in out
+    assert 'skipped: 1 invalid' in out.splitlines()
 
 
 MEGABYTE = 2**20
-LARGE = {  # -> the text of a file of about so many bytes
+LARGE = {  # size in bytes -> the text of a file
     'one huge message': lambda size: json.dumps([ASK, TELL | {'content': 'word ' * (size // 5)}]),
     'many messages': lambda size: json.dumps([ASK, TELL] * (size // 90)),
     'many parts': lambda size: json.dumps(
@@ -729,7 +745,7 @@ LARGE = {  # -> the text of a file of about so many bytes
 
 @pytest.mark.load
 @pytest.mark.parametrize('kind', LARGE)
-def test_time_grows_as_the_data_does(tmp_path, kind):
+def test_time_is_linear_in_the_size_of_the_data(tmp_path, kind):
     path, seconds = tmp_path / ('a.json' if kind == 'an array' else 'a.jsonl'), []
     command = [str(path), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
     for size in (1, 2, 4):
@@ -737,29 +753,29 @@ def test_time_grows_as_the_data_does(tmp_path, kind):
         times = []
         for _ in range(3):
             start = time.process_time()
-            with contextlib.suppress(UserError):  # of a row longer than any
+            with contextlib.suppress(UserError):  # every row may be too long
                 prepare.main(command)
             times.append(time.process_time() - start)
-        seconds.append(max(min(times), 0.3))  # below that, the machine's caches decide
-    # over both doublings, since Python's garbage collector falls into one or the other
+        seconds.append(max(min(times), 0.3))  # shorter times depend on the machine's caches
+    # over both doublings, since Python's garbage collector runs during one of them
     assert seconds[2] / seconds[0] < 2.3**2, seconds
 
 
-def test_a_conversation_that_is_too_long_is_named_if_asked_for(tmp_path):
+def test_a_conversation_that_is_too_long_is_reported_with_long_error(tmp_path):
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)], '--long=error')
-    assert 'line 1: 120 tokens, and a row holds 64' in message
+    assert 'line 1: 120 tokens, but a row holds 64' in message
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)])
-    assert 'no conversation is left to train on; 2 were left out' in message
+    assert 'no samples for train: skipped 1 longer than --block_size=64' in message
 
 
 @pytest.mark.parametrize(
     ('flags', 'problem'),
     [
         ((), 'FILES --name='),
-        (('s.jsonl', '--name=a/b'), 'say what to call it'),
+        (('s.jsonl', '--name=a/b'), 'needs a --name'),
         (('s.jsonl', '--name=text'), 'comes with flatGPT'),
         (('s.jsonl', '--name=a', '--val_fraction=2'), 'above 0'),
-        (('s.jsonl', '--name=a', '--block_size=1'), 'at least 2'),
+        (('s.jsonl', '--name=a', '--block_size=1'), 'must be between 2'),
         (('missing.jsonl', '--name=a', '--tokenizer=byte'), 'no such file'),
         (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has none'),
     ],
@@ -769,7 +785,7 @@ def test_a_mistake_in_the_command_is_one_line(tmp_path, monkeypatch, flags, prob
     assert problem in refused(prepare.main, list(flags))
 
 
-def test_a_missing_or_shortened_mask_is_noticed(tmp_path):
+def test_a_missing_or_truncated_mask_is_detected(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Yo')])
     path = data.folder / 'train.mask.bin'
     path.write_bytes(path.read_bytes()[:-1])
@@ -778,7 +794,7 @@ def test_a_missing_or_shortened_mask_is_noticed(tmp_path):
     assert 'train.mask.bin: is missing' in refused(Dataset, data.folder, 64, objective='sft')
 
 
-def test_text_that_takes_the_place_of_conversations_leaves_no_masks(tmp_path):
+def test_text_that_replaces_conversations_leaves_no_masks(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Yo')])
     (tmp_path / 'a.txt').write_text('word ' * 50)
     text.main([str(tmp_path / 'a.txt'), f'--out_dir={data.folder}', '--tokenizer=byte'])
@@ -793,7 +809,7 @@ SIZES = ('--block_size=96', '--n_layer=2', '--n_embd=32')
 
 
 def tuning(init_from, dataset, objective):
-    """The settings of a run from there on that dataset."""
+    """The flags of a run that fine-tunes this model on that dataset."""
     return (
         f'--init_from={init_from}',
         f'--dataset={dataset}',
@@ -811,7 +827,7 @@ def questions(number):
 
 @pytest.fixture(scope='module')
 def base(run_here, tmp_path_factory):
-    """A base model that was made from text and knows of no template."""
+    """A base model, trained on text, without a chat template."""
     folder = tmp_path_factory.mktemp('base')
     LETTERS.save(folder / 'tokenizer.json')
     from flatgpt.data.dataset import Writer
@@ -825,7 +841,7 @@ def base(run_here, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def talks(base, tmp_path_factory):
-    """Conversations in which the assistant says yes or, of rain, no and why."""
+    """Conversations in which the assistant answers yes, or about rain, no and why."""
     folder = tmp_path_factory.mktemp('talks')
     records = []
     for asked in questions(60):
@@ -845,14 +861,14 @@ def pairs(base, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def chatty(run_here, base, talks, tmp_path_factory):
-    """The base after tuning on the conversations."""
+    """The base model after fine-tuning on the conversations."""
     out_dir = tmp_path_factory.mktemp('chatty') / 'run'
     flags = (*tuning(base, talks, 'sft'), '--max_iters=80')
     run_here(f'--out_dir={out_dir}', *flags, '--eval_interval=40', '--sample_tokens=8')
     return out_dir
 
 
-def test_a_tuned_model_answers_by_the_template(chatty, script):
+def test_a_tuned_model_answers_in_the_template(chatty, script):
     assert metrics(chatty, 'val_loss')[80] < 0.3 * metrics(chatty, 'val_loss')[0]
     model, tokenizer, _ = load_model(chatty)
     assert tokenizer == LETTERS
@@ -873,7 +889,7 @@ def test_the_sample_at_the_end_answers_a_question(run_here, base, talks, tmp_pat
 
 
 def test_the_loss_of_a_step_is_the_mean_over_all_its_targets(run_here, base, talks, tmp_path):
-    """However the rows are divided into micro-batches, which have different numbers of targets."""
+    """For any division into micro-batches, which have different numbers of targets."""
     losses = {}
     for rows, parts in ((8, 1), (1, 8), (2, 4)):
         sizes = (f'--batch_size={rows}', f'--gradient_accumulation_steps={parts}')
@@ -888,7 +904,9 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_targets(run_here, base, tal
 
 
 @pytest.mark.parametrize('objective', ['sft', 'dpo'])
-def test_two_processes_tune_as_one(two_ranks, run_here, base, talks, pairs, tmp_path, objective):
+def test_two_processes_give_the_same_result_as_one(
+    two_ranks, run_here, base, talks, pairs, tmp_path, objective
+):
     dataset = talks if objective == 'sft' else pairs
     flags = tuning(base, dataset, objective)
     run_here(f'--out_dir={tmp_path}/one', *flags)
@@ -900,7 +918,7 @@ def test_two_processes_tune_as_one(two_ranks, run_here, base, talks, pairs, tmp_
         assert list(two.values()) == pytest.approx(list(one.values()), rel=1e-4, abs=1e-5), key
 
 
-def test_preference_tuning_raises_the_margin(run_here, chatty, pairs, tmp_path, script, capsys):
+def test_dpo_raises_the_reward_margin(run_here, chatty, pairs, tmp_path, script, capsys):
     flags = (*tuning(chatty, pairs, 'dpo'), '--max_iters=60')
     run_here(f'--out_dir={tmp_path}/run', *flags, '--eval_interval=30')
     assert 'reward accuracy 1.0000' in capsys.readouterr().out
@@ -919,7 +937,7 @@ def test_a_resumed_run_keeps_the_reference_of_the_first_model(
     fixed = ('--max_iters=6', '--save_interval=3', '--eval_interval=100')
     run_here(f'--out_dir={tmp_path}/whole', *flags, *fixed)
     run_here(f'--out_dir={tmp_path}/parts', *flags, '--max_iters=3', '--eval_interval=100')
-    monkeypatch.setattr(loss_module, 'reference_logps', None)  # asked again, it would fail
+    monkeypatch.setattr(loss_module, 'reference_logps', None)  # a second call would fail
     again = tmp_path / 'parts' / 'config.py'
     run_here('--init_from=resume', '--max_iters=6', config=again)
     assert metrics(tmp_path / 'parts') == metrics(tmp_path / 'whole')
@@ -945,7 +963,7 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
     run_here(
         f'--out_dir={tmp_path}', *flags, '--overwrite', '--checkpoint=last', '--dtype=bfloat16'
     )
-    assert computed == [1]  # in another format, it is another reference
+    assert computed == [1]  # another dtype needs another reference
 
 
 @pytest.mark.parametrize(
@@ -980,21 +998,25 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
         ),
     ],
 )
-def test_a_wrong_combination_is_one_line(run_here, base, talks, pairs, tmp_path, flags, problem):
+def test_an_invalid_combination_of_settings_is_one_line(
+    run_here, base, talks, pairs, tmp_path, flags, problem
+):
     places = {'base': base, 'talks': talks, 'pairs': pairs}
     flags = [*SIZES, *(flag.format(**places) for flag in flags)]
     assert problem in refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_tokenizer_other_than_the_bases_is_refused(run_here, base, tmp_path):
+def test_another_tokenizer_than_the_base_models_is_refused(run_here, base, tmp_path):
     data = prepared(tmp_path, [talk('hi', 'yo')])
     flags = tuning(base, data.folder, 'sft')
     message = refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
     assert f'prepare it with --tokenizer={base}' in message
 
 
-def test_another_template_than_the_bases_is_said(run_here, chatty, talks, tmp_path, capsys):
+def test_another_template_than_the_base_models_is_reported(
+    run_here, chatty, talks, tmp_path, capsys
+):
     (tmp_path / 'marks.json').write_text('{"user": ["a:", ""], "assistant": ["b:", "\\n"]}')
     template = f'--template={tmp_path / "marks.json"}'
     data = prepared(tmp_path, [talk('hi', 'yo')] * 9, template, tokenizer=chatty, size=96)

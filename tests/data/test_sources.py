@@ -371,7 +371,7 @@ def test_what_is_no_json_is_refused_and_never_text(name, layout, wrong):
     write(name, layout.format(f'{{{wrong}}}'))
     message = refused(text.main, [name, '--out_dir=out', '--tokenizer=byte'])
     assert message.startswith(name)
-    assert "'text' stands twice" in message or 'NaN is no JSON' in message
+    assert "duplicate key 'text'" in message or 'NaN is not valid JSON' in message
 
 
 # --- words without an end

@@ -565,9 +565,9 @@ def test_an_accepted_value_stays_what_it_is():
 @pytest.mark.parametrize(
     ('body', 'says'),
     [
-        (b'{"prompt": "a", "seed": 1, "seed": 2}', "'seed' stands twice"),
-        (b'{"prompt": "a", "metadata": {"b": 1, "b": 1}}', "'b' stands twice"),
-        (b'{"prompt": "a", "user": NaN}', 'NaN is no JSON'),
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "duplicate key 'seed'"),
+        (b'{"prompt": "a", "metadata": {"b": 1, "b": 1}}', "duplicate key 'b'"),
+        (b'{"prompt": "a", "user": NaN}', 'NaN is not valid JSON'),
         (b'{"prompt": "a", "logit_bias": {"5": -100, "05": 3}}', 'logit_bias'),
         (b'{"prompt": "a", "logit_bias": {" 5": 3}}', 'logit_bias'),
     ],
@@ -741,7 +741,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
 @pytest.mark.parametrize(
     ('body', 'says'),
     [
-        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: no role 'tool'"),
+        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: unknown role 'tool'"),
         ({'messages': []}, 'messages: '),
         ({'messages': [{'role': 'user'}]}, 'messages[0].content: '),
         ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),

@@ -132,14 +132,14 @@ def test_a_mistake_that_is_in_the_way_of_much_is_told_once(checked):
 
 
 def test_a_disk_that_the_checkpoints_would_fill_is_a_no(checked, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, 'free_on', lambda path: 10_000_000)
+    monkeypatch.setattr(preflight, 'free_bytes', lambda path: 10_000_000)
     status, out = checked(f'--out_dir={tmp_path}/run')
     assert status == 2
     assert re.search(r'^no +disk: .*make room', out, re.M)
 
 
 def test_the_real_run_warns_of_memory_and_disk(run_here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(preflight, 'free_on', lambda path: 10_000)
+    monkeypatch.setattr(preflight, 'free_bytes', lambda path: 10_000)
     monkeypatch.setattr(preflight, 'room', lambda runtime: 1e3)
     assert run_here(f'--out_dir={tmp_path}/run') == 0
     out = capsys.readouterr().out
