@@ -47,8 +47,8 @@ from tqdm import tqdm
 from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import HARMLESS, LeftOut, Message, RowReader, short
-from flatgpt.data.sources import bytes_of, find_files, identity, without_bom
-from flatgpt.data.text import check_fraction, own_folder
+from flatgpt.data.sources import file_id, find_files, strip_bom, total_bytes
+from flatgpt.data.text import check_val_fraction, dataset_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.files import strict_json
@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
         files, val_files = find_files(args.files), find_files(args.val)
-        own = {identity(path) for path in val_files}
-        files = [path for path in files if identity(path) not in own]
+        own = {file_id(path) for path in val_files}
+        files = [path for path in files if file_id(path) not in own]
         if not files:
             raise UserError('nothing is left to train on: all the files are given with --val')
         sources = {'train': read(files, args, tokenizer), 'val': read(val_files, args, tokenizer)}
@@ -132,7 +132,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.files:
         raise UserError(f'say which conversations: {COMMAND} FILES --name=talks (see --help)')
-    check_fraction(args)
+    check_val_fraction(args)
     if args.block_size < 2:
         raise UserError(f'--block_size={args.block_size}: needs at least 2')
     if args.block_size > 2**20:
@@ -146,7 +146,7 @@ def output_folder(args: argparse.Namespace) -> Path:
             f'say what to call it, with letters, digits, _, - and .: {COMMAND} {args.files[0]} '
             '--name=talks'
         )
-    return own_folder(args)
+    return dataset_folder(args)
 
 
 # --- the tokenizer
@@ -169,7 +169,10 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
         if not template or not tokenizer.chat_template[ASSISTANT][1]:
             raise UserError('it has nothing that ends what the assistant says')
         for before, after in tokenizer.chat_template.values():
-            tokenizer.encode_mark(before), tokenizer.encode_mark(after)  # letters may be lacking
+            (
+                tokenizer.encode_delimiter(before),
+                tokenizer.encode_delimiter(after),
+            )  # letters may be lacking
     except UserError as error:
         raise UserError(
             f'{path or f"the chat template for {tokenizer.name}"}: {error}; --template=FILE takes '
@@ -201,7 +204,7 @@ class Samples:
 def read(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
     samples, reader = Samples(), RowReader(tokenizer.chat_template, args.ignore)
     with tqdm(
-        total=bytes_of(files), unit='B', unit_scale=True, desc='reading', disable=None
+        total=total_bytes(files), unit='B', unit_scale=True, desc='reading', disable=None
     ) as bar:
         for path in files:
             for where, block, size in read_rows(path):
@@ -227,7 +230,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
         return
     with path.open('rb') as file:
         for number, line in enumerate(file, 1):
-            block = (without_bom(line)[0] if number == 1 else line).strip()
+            block = (strip_bom(line)[0] if number == 1 else line).strip()
             if block:
                 yield f'{path}, line {number}', block, len(line)
 
@@ -235,7 +238,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
 def has_lines(path: Path) -> bool:
     """Whether a .json file has a row on each line after all."""
     with path.open('rb') as file:
-        lines = (block for line in file if (block := without_bom(line)[0].strip()))
+        lines = (block for line in file if (block := strip_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
     try:
         json.loads(first.decode())  # a whole value, be it a row or not: one document has no second
@@ -246,7 +249,7 @@ def has_lines(path: Path) -> bool:
 
 def read_document(path: Path) -> Iterator[tuple[str, bytes, int]]:
     """The rows of a file that is one array, or one row."""
-    block = without_bom(path.read_bytes())[0]
+    block = strip_bom(path.read_bytes())[0]
     try:
         text = block.decode()
     except UnicodeDecodeError:
@@ -357,7 +360,7 @@ def sequence(prompt: list[Message], answer: list[Message], tokenizer: Tokenizer)
 
 def render(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
     end = tokenizer.chat_template[ASSISTANT][1]
-    is_text = tokenizer.mark_id(end) is None
+    is_text = tokenizer.delimiter_id(end) is None
     if is_text and message.role == ASSISTANT and end in message.content:
         raise UserError(
             f'messages[{number}]: the answer has {end!r} in it, which ends a turn; '

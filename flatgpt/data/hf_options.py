@@ -16,7 +16,7 @@ import regex
 from flatgpt.errors import UserError
 
 # how GPT-2 splits text before merging, https://github.com/openai/gpt-2/blob/master/src/encoder.py
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EMPTY = (None, False, '', [], {})
 # fields and the values that are understood, the usual one first; None: any, as it changes nothing
 MODELS = {
@@ -114,7 +114,7 @@ def pattern_of(split: dict | None) -> str:
     *first, level = (split or {}).get('pretokenizers') or [split or {}]
     if level.get('type') == 'ByteLevel' and level['add_prefix_space'] is False:
         if not first:
-            return GPT2_WORDS if level['use_regex'] else ''
+            return GPT2_PATTERN if level['use_regex'] else ''
         pattern = (first[0].get('pattern') or {}).get('Regex') or ''
         if first == [split_by(pattern)] and not level['use_regex']:
             return understood(pattern)

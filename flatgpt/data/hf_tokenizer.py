@@ -14,7 +14,7 @@ import tokenizers
 
 from flatgpt.data.hf_options import (
     EVERY_CHARACTER,
-    GPT2_WORDS,
+    GPT2_PATTERN,
     pattern_of,
     refuse_model,
     refuse_unknown,
@@ -26,7 +26,7 @@ from flatgpt.data.tokenizer import (
     EOT,
     AddedToken,
     Tokenizer,
-    byte_letters,
+    byte_alphabet,
     byte_tokenizer,
     difficult_text,
     from_nanogpt_meta,
@@ -37,9 +37,11 @@ from flatgpt.data.tokenizer import (
 from flatgpt.errors import UserError
 from flatgpt.files import read_json
 
-LETTERS = byte_letters()
+LETTERS = byte_alphabet()
 ROLES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
-MARKS = 'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
+CHAT_TEMPLATE_FILE = (
+    'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
+)
 
 
 def find_tokenizer(where: str) -> Tokenizer:
@@ -67,9 +69,11 @@ def read_folder(folder: Path) -> Tokenizer:
     inside = [folder / 'meta.pkl', *sorted(folder.glob('checkpoints/step-*/tokenizer.json'))]
     inside = [file for file in [folder / 'tokenizer.json', *inside[::-1]] if file.is_file()]
     if inside:
-        return with_marks(find_tokenizer(str(inside[0])), folder)
+        return with_saved_chat_template(find_tokenizer(str(inside[0])), folder)
     if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
-        return with_marks(read_files(folder / 'vocab.json', folder / 'merges.txt'), folder)
+        return with_saved_chat_template(
+            read_files(folder / 'vocab.json', folder / 'merges.txt'), folder
+        )
     raise UserError(f'--tokenizer={folder}: the folder has none, and no checkpoint with one')
 
 
@@ -178,7 +182,7 @@ def configured_ends(folder: Path, is_known: Callable[[int], bool]) -> list[int]:
     return []
 
 
-def with_configured_ends(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+def with_configured_eos_ids(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer of a folder that has none of its own, with the ends that it names."""
     ids = configured_ends(folder, lambda i: i < tokenizer.vocab_size)
     if ids in ([], [tokenizer.eot]):
@@ -220,7 +224,7 @@ def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
         own.kind, own.name, own.pattern = 'byte', 'byte', ''
     elif not pattern:
         raise UserError('it splits text in a way that is not understood: not at all')
-    elif own.pattern == GPT2_WORDS and size == 50257:
+    elif own.pattern == GPT2_PATTERN and size == 50257:
         own.kind, own.name = 'tiktoken', 'gpt2'
     return own
 
@@ -278,7 +282,7 @@ def as_added(token: dict, ends: Iterable[int], merged: Iterable[str]) -> AddedTo
 # write
 
 # how others have to write what tiktoken writes for itself, by the name of the encoding
-PATTERNS = dict.fromkeys(('gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'), GPT2_WORDS)
+PATTERNS = dict.fromkeys(('gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'), GPT2_PATTERN)
 PATTERNS['cl100k_base'] = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r'|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -299,13 +303,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
     content['decoder'] = level | {'use_regex': True}
     pattern = PATTERNS.get(tokenizer.name, tokenizer.pattern)
-    if pattern == GPT2_WORDS:
+    if pattern == GPT2_PATTERN:
         content['pre_tokenizer'] = level | {'use_regex': True}
     else:
         parts = [split_by(understood(pattern))] if pattern else []
         parts.append(level | {'use_regex': False})
         content['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': parts}
-    vocabulary, merges = letters_and_merges(tokenizer)
+    vocabulary, merges = vocabulary_and_merges(tokenizer)
     # all others, too: the library would count the ids of added tokens on from these
     others = tokenizer.special | {token.text: token.id for token in tokenizer.added or ()}
     content['model'] = {'type': 'BPE', 'vocab': others | vocabulary, 'merges': merges}
@@ -325,9 +329,9 @@ def added_tokens(tokenizer: Tokenizer) -> list[dict]:
     return [{'content': t.text, **{key: getattr(t, key) for key in keys}} for t in ordered]
 
 
-def letters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
+def vocabulary_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
     """Tokens written as letters, and the pair that each is merged from, in the order of the ids."""
-    letter = {byte: character for character, byte in byte_letters().items()}
+    letter = {byte: character for character, byte in byte_alphabet().items()}
 
     def written(token: bytes) -> str:
         return ''.join(letter[byte] for byte in token)
@@ -347,15 +351,15 @@ def letters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[
     return {written(token): i for token, i in ranks.items()}, merges
 
 
-def with_marks(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer | None:
+def with_saved_chat_template(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer | None:
     """The tokenizer with the chat template that an export of ours left in the folder, if it did."""
-    if tokenizer is None or not (folder / MARKS).is_file():
+    if tokenizer is None or not (folder / CHAT_TEMPLATE_FILE).is_file():
         return tokenizer
     try:
-        marks = json.loads((folder / MARKS).read_text(encoding='utf-8'))
+        marks = json.loads((folder / CHAT_TEMPLATE_FILE).read_text(encoding='utf-8'))
         return Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': marks})
     except (OSError, ValueError, UserError) as error:
-        raise UserError(f'{folder / MARKS}: not a chat template: {error}') from error
+        raise UserError(f'{folder / CHAT_TEMPLATE_FILE}: not a chat template: {error}') from error
 
 
 CONTENT = (  # a text, or text parts, a line each: see content_text()

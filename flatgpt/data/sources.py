@@ -87,17 +87,17 @@ def find_files(
             if not path.is_file() or not path.stat().st_size:
                 raise UserError(f'{path}: {"is empty" if path.is_file() else "is not a file"}')
         for path in taken:
-            found.setdefault(identity(path), path)
+            found.setdefault(file_id(path), path)
     return list(found.values())
 
 
-def identity(path: Path) -> tuple:
+def file_id(path: Path) -> tuple:
     """What is the same for every name of a file."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
-def bytes_of(files: list[Path]) -> int:
+def total_bytes(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
@@ -131,11 +131,11 @@ def walk(folder: Path) -> tuple[list[Path], int]:
     paths, seen, again = [], set(), 0
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         hidden = is_hidden(Path(place), folder)  # a visible link may lead there, too
-        if (hidden, identity(Path(place))) in seen:
+        if (hidden, file_id(Path(place))) in seen:
             again += 1
             folders.clear()
             continue
-        seen.add((hidden, identity(Path(place))))
+        seen.add((hidden, file_id(Path(place))))
         folders.sort()
         paths += [Path(place, name) for name in names]
     return sorted(path for path in paths if path.is_file() or path.is_symlink()), again
@@ -172,7 +172,7 @@ def bom_of(head: bytes) -> tuple[bytes, str]:
     return next((bom for bom in BOMS if head.startswith(bom[0])), (b'', ''))
 
 
-def without_bom(block: bytes) -> tuple[bytes, int]:
+def strip_bom(block: bytes) -> tuple[bytes, int]:
     """The beginning of a UTF-8 file without its byte order mark, and the bytes that had."""
     stripped = block.removeprefix(codecs.BOM_UTF8)
     return stripped, len(block) - len(stripped)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from flatgpt.data.dataset import DATA, Writer, recipe_of
 from flatgpt.data.encode import BORDER, Chunk, cut, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.sources import Reader, bytes_of, find_files, identity
+from flatgpt.data.sources import Reader, file_id, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
 
@@ -52,7 +52,7 @@ LONG_WORD = regex.compile(
 )
 PIECES = 2**14  # of all long words together
 # of text that flatGPT has made itself: the options that only data/text/prepare.py has
-OWN_FILES = dict(field=None, errors='strict', encoding=None, plain=True, read_eot=False)
+PLAIN_TEXT_DEFAULTS = dict(field=None, errors='strict', encoding=None, plain=True, read_eot=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,14 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
     try:
         val_files = find_files(args.val, args.encoding)
-        own = {identity(path) for path in val_files}
+        own = {file_id(path) for path in val_files}
         found = find_files(args.files, args.encoding, folder)
         if not found:
             raise UserError(
                 f'nothing to train on: all the files lie in {folder}, where the dataset goes; name '
                 'each that is meant, or choose another folder'
             )
-        files = [path for path in found if identity(path) not in own]
+        files = [path for path in found if file_id(path) not in own]
         if not files:
             raise UserError('nothing is left to train on: all the files are given with --val')
         check_field(args, files + val_files)
@@ -88,7 +88,7 @@ def prepare(
         raise UserError(f'--read_eot: the tokenizer {tokenizer.name} has no end of text')
     start, reader = time.perf_counter(), reader_of(args)
     with Writer(folder, tokenizer) as writer:
-        total = bytes_of(files + val_files)
+        total = total_bytes(files + val_files)
         fitted = Fitted(split_chunks(reader, args, files, val_files), tokenizer, args.read_eot)
         write_chunks(writer, fitted, args.workers, total, args.read_eot)
     for line in [*reader.notes(), *fitted.notes()]:
@@ -197,14 +197,14 @@ def check_options(args: argparse.Namespace) -> None:
             )
     args.val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
     args.split = args.split or 'auto'
-    check_fraction(args)
+    check_val_fraction(args)
     if args.vocab_size is not None and args.tokenizer != 'bpe':
         raise UserError(f'--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own')
     if args.workers is not None and args.workers < 1:
         raise UserError(f'--workers={args.workers}: needs at least 1')
 
 
-def check_fraction(args: argparse.Namespace) -> None:
+def check_val_fraction(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction <= 0.5:
         raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
 
@@ -214,10 +214,10 @@ def output_folder(args: argparse.Namespace) -> Path:
         raise UserError(f'say what to call it: {COMMAND} {args.files[0]} ... --name=mine')
     if not args.out_dir and not re.fullmatch(r'\w[\w.-]*', args.name):
         raise UserError(f'--name={args.name}: needs letters, digits, _, - and . only')
-    return own_folder(args)
+    return dataset_folder(args)
 
 
-def own_folder(args: argparse.Namespace) -> Path:
+def dataset_folder(args: argparse.Namespace) -> Path:
     """The folder of a dataset that is not one of flatGPT's."""
     folder = args.out_dir or DATA / args.name
     if recipe_of(folder):
@@ -382,7 +382,7 @@ def make_tokenizer(args: argparse.Namespace, files: list[Path], val_files: list[
 def collect_characters(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
     seen, marks = np.zeros(0x110000, bool), 0
     chunks = read_chunks(files, reader_of(args))
-    for text in watched(chunks, bytes_of(files), 'characters'):
+    for text in watched(chunks, total_bytes(files), 'characters'):
         marks += args.read_eot and text.count(EOT)
         text = text.replace(EOT, '') if args.read_eot else text
         seen[np.frombuffer(text.encode('utf-32-le'), '<u4')] = True
@@ -391,13 +391,13 @@ def collect_characters(args: argparse.Namespace, files: list[Path]) -> Tokenizer
 
 
 def learn_bpe(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
-    total, stop = bytes_of(files), threading.Event()
+    total, stop = total_bytes(files), threading.Event()
     every = math.ceil(total / BPE_SAMPLE)
     chunks = watched(read_chunks(files, reader_of(args)), total, 'reading for bpe')
     sample = (text for i, text in enumerate(chunks) if i % every == 0)
     if args.read_eot:
         sample = (part for text in sample for part in text.split(EOT))
-    words = ShortWords(itertools.takewhile(lambda _: not stop.is_set(), sample))
+    words = SplitLongWords(itertools.takewhile(lambda _: not stop.is_set(), sample))
     tokenizer = interruptible(stop, train_bpe, words, args.vocab_size or 8192)
     if words.cut:
         print(
@@ -408,7 +408,7 @@ def learn_bpe(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
     return tokenizer
 
 
-class ShortWords:
+class SplitLongWords:
     """Texts to learn words from, divided within words too long for that; how many of those."""
 
     def __init__(self, texts: Iterable[str]):

@@ -254,16 +254,16 @@ class Tokenizer:
         return {token: i for i, token in tokens if token is not None and i not in others}
 
     @functools.cached_property
-    def ends(self) -> frozenset[int]:
+    def stop_ids(self) -> frozenset[int]:
         """The ids that end what a model writes: of the text, and of the assistant's turn."""
-        turn = self.mark_id((self.chat_template or {}).get(ASSISTANT, ['', ''])[1])
+        turn = self.delimiter_id((self.chat_template or {}).get(ASSISTANT, ['', ''])[1])
         ids = [self.eot] if self.end_ids is None else self.end_ids
         return frozenset(i for i in (*ids, turn) if i is not None)
 
     @property
-    def ends_in_order(self) -> list[int]:
+    def ordered_stop_ids(self) -> list[int]:
         """The same, the end of text first."""
-        return sorted(self.ends, key=lambda i: (i != self.eot, i))
+        return sorted(self.stop_ids, key=lambda i: (i != self.eot, i))
 
     @property
     def eot_text(self) -> str | None:
@@ -271,11 +271,11 @@ class Tokenizer:
         return None if self.eot is None else self.token_bytes[self.eot].decode(errors='replace')
 
     @functools.cached_property
-    def writable(self) -> np.ndarray:
+    def generation_mask(self) -> np.ndarray:
         """Whether a model may write an id (vocab_size,): text and what ends it, no other."""
         text = np.array([token is not None for token in self.token_bytes])
         text[list(self.special.values())] = False
-        text[list(self.ends)] = True
+        text[list(self.stop_ids)] = True
         return text
 
     def render(self, messages: Iterable[dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -292,7 +292,7 @@ class Tokenizer:
                 raise UserError(
                     f'messages[{number}]: no role {message["role"]!r}; there are {roles}'
                 )
-            before, after = map(self.encode_mark, self.chat_template[message['role']])
+            before, after = map(self.encode_delimiter, self.chat_template[message['role']])
             said = np.concatenate([self.encode(message['content']), after])
             ids += [before, said]
             mask += [np.zeros(len(before), bool), np.full(len(said), message['role'] == ASSISTANT)]
@@ -300,15 +300,15 @@ class Tokenizer:
 
     def encode_chat(self, messages: Iterable[dict]) -> np.ndarray:
         """The ids of a conversation, as render() has them, up to where the assistant answers."""
-        answer = self.encode_mark(self.chat_template[ASSISTANT][0])
+        answer = self.encode_delimiter(self.chat_template[ASSISTANT][0])
         return np.concatenate([self.render(messages)[0], answer]).astype(self.dtype)
 
-    def encode_mark(self, mark: str) -> np.ndarray:
+    def encode_delimiter(self, mark: str) -> np.ndarray:
         """The ids of what the template puts around a message."""
-        token = self.mark_id(mark)
+        token = self.delimiter_id(mark)
         return self.encode(mark) if token is None else np.array([token])
 
-    def mark_id(self, mark: str) -> int | None:
+    def delimiter_id(self, mark: str) -> int | None:
         """The id of a mark that is a special token; <|endoftext|> is the end, whatever its name."""
         return self.special.get(mark, self.eot if mark == EOT else None)
 
@@ -363,10 +363,10 @@ class Tokenizer:
         if not isinstance(other, Tokenizer):
             return NotImplemented
         alike = self.token_bytes == other.token_bytes and self.special == other.special
-        return alike and self.words == other.words
+        return alike and self.added_words == other.added_words
 
     @property
-    def words(self) -> set[AddedToken]:
+    def added_words(self) -> set[AddedToken]:
         """The added tokens that are none of the special ones."""
         return {token for token in self.added or () if not token.special}
 
@@ -436,7 +436,7 @@ def matches(
     for match in pattern.finditer(text):
         token, (start, end) = tokens[match[0]], match.span()
         beside = text[max(0, start - 1) : start] + text[end : end + 1]
-        if token.special > special or (token.single_word and any(map(is_word, beside))):
+        if token.special > special or (token.single_word and any(map(is_word_character, beside))):
             continue
         while token.lstrip and start > last and text[start - 1] in WHITE_SPACE:
             start -= 1
@@ -446,7 +446,7 @@ def matches(
         last = end
 
 
-def is_word(character: str) -> bool:
+def is_word_character(character: str) -> bool:
     r"""Whether a character is \w for Unicode (UTS 18, annex C), which Python sees otherwise."""
     kind = unicodedata.category(character)
     if kind[0] in 'LM' or kind in ('Nd', 'Nl', 'Pc') or character in '\u200c\u200d':
@@ -534,7 +534,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     to_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_letters])
-    alphabet = byte_letters()
+    alphabet = byte_alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=list(alphabet), show_progress=False
     )
@@ -546,7 +546,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer('bpe', 'bpe', tokens + [EOT.encode()], {EOT: len(tokens)}, WORDS)
 
 
-def byte_letters() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable letter by which byte-level BPE writes each byte (GPT-2, `bytes_to_unicode`)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -14,7 +14,7 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.data import tokenizer as tokenizer_module
-from flatgpt.data.hf_options import GPT2_WORDS, understood
+from flatgpt.data.hf_options import GPT2_PATTERN, understood
 from flatgpt.data.hf_tokenizer import PATTERNS, added_tokens, find_tokenizer, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
@@ -23,7 +23,7 @@ from flatgpt.data.tokenizer import (
     byte_tokenizer,
     char_tokenizer,
     difficult_text,
-    is_word,
+    is_word_character,
     load,
     train_bpe,
 )
@@ -95,14 +95,14 @@ def test_every_id_that_the_folder_names_ends_a_text_the_nearest_file_first(
     files = {'config': config} | ({} if generation is None else {'generation_config': generation})
     saved(tmp_path / 'x', eos, **files)
     tokenizer = find_tokenizer(str(tmp_path / 'x'))
-    assert tokenizer.ends == ends
+    assert tokenizer.stop_ids == ends
     special = {'[start]': 0, '[end]': 1, '[blank]': 2}
     assert tokenizer.special == special
     assert tokenizer.eot == next((i for i in tokenizer.end_ids or [] if i < 3), None)
-    assert set(np.flatnonzero(~tokenizer.writable)) == {0, 1, 2} - ends
+    assert set(np.flatnonzero(~tokenizer.generation_mask)) == {0, 1, 2} - ends
     tokenizer.save(tmp_path / 'own.json')
     again = load(tmp_path / 'own.json')
-    assert (again, again.ends, again.eot) == (tokenizer, ends, tokenizer.eot)
+    assert (again, again.stop_ids, again.eot) == (tokenizer, ends, tokenizer.eot)
 
 
 @pytest.mark.parametrize('name', ['byte', './byte'])
@@ -118,13 +118,13 @@ def test_characters_end_where_the_folder_says_so(tmp_path):
     content = tokenizer_json(char_tokenizer(letters))
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': 0}))
-    assert find_tokenizer(str(tmp_path)).ends == {letters.index('\n')}
+    assert find_tokenizer(str(tmp_path)).stop_ids == {letters.index('\n')}
     content['added_tokens'] = added_tokens(byte_tokenizer())
     content['added_tokens'][0] |= {'content': '[end]', 'id': len(letters)}
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': len(letters)}))
     tokenizer = find_tokenizer(str(tmp_path))
-    assert (tokenizer.ends, tokenizer.eot_text) == ({len(letters)}, '[end]')
+    assert (tokenizer.stop_ids, tokenizer.eot_text) == ({len(letters)}, '[end]')
     assert tokenizer.encode('a[end]b', allow_eot=True).tolist() == [2, 5, 3]
     assert tokenizer_json(tokenizer)['added_tokens'] == content['added_tokens']
 
@@ -165,7 +165,7 @@ def test_a_completion_ends_where_the_model_says_so_here_and_after_an_export(tmp_
     out = written.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert out[0, ids.size(1) :].tolist() == [end]
     model, again, _ = load_model(tmp_path / 'ours')
-    assert (again, again.ends) == (tokenizer, {1, 2})
+    assert (again, again.stop_ids) == (tokenizer, {1, 2})
     assert complete(model, again, ['a hare'], params) == ['']
 
 
@@ -236,7 +236,7 @@ def test_words_can_be_written_and_special_tokens_cannot(tmp_path):
     saved(tmp_path / 'x', words=['zebra'], specials={'pad_token': '[pad]'})
     tokenizer = find_tokenizer(str(tmp_path / 'x'))
     word, pad = tokenizer.encode('zebra[pad]', allow_eot=True)
-    assert tokenizer.writable[[word, pad, 1]].tolist() == [True, False, True]
+    assert tokenizer.generation_mask[[word, pad, 1]].tolist() == [True, False, True]
     assert tokenizer.byte_lengths()[[word, pad, 1]].tolist() == [5, 0, 0]
     assert len(tokenizer.encode('[end]')) > 1
     other = find_tokenizer(str(tmp_path / 'x'))
@@ -251,7 +251,7 @@ def test_a_special_token_that_text_has_too_stays_text(tmp_path):
     ids = ours.encode('a hare!').tolist()
     assert ids == theirs('a hare!')['input_ids']
     assert ours.decode(ids) == 'a hare!'
-    assert ours.writable[ids[-1]]
+    assert ours.generation_mask[ids[-1]]
 
 
 def test_word_characters_and_white_space_are_those_of_tokenizers():
@@ -265,7 +265,7 @@ def test_word_characters_and_white_space_are_those_of_tokenizers():
     for character in map(chr, codes):
         alone = any(t == 'alone' for t in words.encode(f'alone{character}').tokens)
         space = words.encode(f'r{character}').offsets[-1] == (0, 2)
-        if (alone, space) != (not is_word(character), character in WHITE_SPACE):
+        if (alone, space) != (not is_word_character(character), character in WHITE_SPACE):
             wrong.append(character)
     assert len(wrong) < 30, wrong
     assert all(ord(character) > 0x800 for character in wrong), wrong
@@ -294,8 +294,14 @@ def test_vocab_and_merges_with_what_lies_beside_them(tmp_path, way):
     theirs = transformers.GPT2Tokenizer.from_pretrained(folder)
     for text in ('a hare</s><s> zebras <pad>', f'{EOT}a{EOT}', difficult_text(), *SAID):
         assert ours.encode(text, allow_eot=True).tolist() == theirs(text)['input_ids']
-    assert (ours.ends, ours.eot, ours.vocab_size) == ({1}, 1, size + 2)
-    assert ours.writable[[0, 1, 2, size, size + 1]].tolist() == [False, True, False, False, True]
+    assert (ours.stop_ids, ours.eot, ours.vocab_size) == ({1}, 1, size + 2)
+    assert ours.generation_mask[[0, 1, 2, size, size + 1]].tolist() == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_vocabulary_alone_has_special_tokens_that_no_text_makes(tmp_path):
@@ -304,8 +310,8 @@ def test_a_vocabulary_alone_has_special_tokens_that_no_text_makes(tmp_path):
     ours = find_tokenizer(str(tmp_path))
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     assert ours.encode('[end] a', allow_eot=True).tolist() == theirs('[end] a')['input_ids']
-    assert (ours.ends, ours.eot) == ({1}, 1)
-    assert not ours.writable[[0, 2]].any()
+    assert (ours.stop_ids, ours.eot) == ({1}, 1)
+    assert not ours.generation_mask[[0, 2]].any()
 
 
 def test_an_added_token_with_another_id_in_another_file_is_one_line(tmp_path):
@@ -437,7 +443,7 @@ def test_patterns_of_others_are_split_alike():
     """GPT-4's as others write it, and GPT-2's, by both engines, in text made to be difficult."""
     gpt4 = PATTERNS['cl100k_base']
     own = train_bpe([TEXT, difficult_text()], 500)
-    for pattern in (GPT2_WORDS, gpt4, own.pattern):
+    for pattern in (GPT2_PATTERN, gpt4, own.pattern):
         tokenizer = Tokenizer('bpe', 'mine', own.token_bytes, own.special, understood(pattern))
         theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
         for seed in range(5):

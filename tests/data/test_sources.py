@@ -388,7 +388,7 @@ def test_an_own_bpe_learns_from_pieces_of_a_word_without_an_end(capsys, monkeypa
 
 def test_only_long_words_are_divided_to_learn_from():
     long, texts = 'x' * 600, [WORDS, f'{WORDS}{"y" * 256} {"-" * 300}']
-    words = text.ShortWords([*texts, long])
+    words = text.SplitLongWords([*texts, long])
     assert ''.join(words) == ''.join([*texts, long])
     assert words.cut == 2
 

@@ -377,7 +377,7 @@ def test_a_chat_template_is_kept_and_a_broken_one_refused():
     assert again.chat_template == tokenizer.chat_template
     ids = again.encode_chat([{'role': 'user', 'content': 'x<|endoftext|>'}]).tolist()
     assert bytes(ids) == b'u: x<|endoftext|>\na: '
-    assert again.ends == {256}
+    assert again.stop_ids == {256}
     with pytest.raises(
         UserError, match=r"messages\[0\]: no role 'tool'; there are user, assistant"
     ):
