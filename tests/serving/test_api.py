@@ -741,7 +741,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
 @pytest.mark.parametrize(
     ('body', 'says'),
     [
-        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: no role 'tool'"),
+        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: unknown role 'tool'"),
         ({'messages': []}, 'messages: '),
         ({'messages': [{'role': 'user'}]}, 'messages[0].content: '),
         ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
