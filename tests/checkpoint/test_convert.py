@@ -467,12 +467,18 @@ UNIGRAM = {'type': 'Unigram', 'unk_id': 0, 'vocab': [['a', 0.0]], 'byte_fallback
     [
         (lambda c: c.update(model=UNIGRAM), 'Unigram'),
         (lambda c: c['model']['merges'].reverse(), 'order'),
-        (lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}), 'splits text'),
-        (lambda c: first_split(c).update(behavior='Removed'), 'splits text'),
-        (lambda c: c['pre_tokenizer']['pretokenizers'].reverse(), 'splits text'),
+        (
+            lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}),
+            'is not supported; use ByteLevel',
+        ),
+        (lambda c: first_split(c).update(behavior='Removed'), 'is not supported; use ByteLevel'),
+        (
+            lambda c: c['pre_tokenizer']['pretokenizers'].reverse(),
+            'is not supported; use ByteLevel',
+        ),
         (lambda c: first_split(c).update(pattern={'Regex': r'\S+|\s+'}), None),
-        (lambda c: c.update(normalizer={'type': 'Lowercase'}), 'encodes text'),
-        (lambda c: c.update(normalizer={'type': 'NFC'}), 'encodes text'),
+        (lambda c: c.update(normalizer={'type': 'Lowercase'}), 'is not supported; for a new model'),
+        (lambda c: c.update(normalizer={'type': 'NFC'}), 'is not supported; for a new model'),
         (lambda c: c['model'].update(end_of_word_suffix='</w>'), 'tokenizer.json'),
         (lambda c: c['model']['vocab'].pop('\u0120'), 'tokenizer.json'),
         (lambda c: c['model']['vocab'].update(zz=10**9), 'its ids'),

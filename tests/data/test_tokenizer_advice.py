@@ -8,14 +8,22 @@ import pytest
 import requests
 import tiktoken
 import tiktoken.load
+import tokenizers
 from error_lines import case, error_line
 from test_tokenizer import Trap
 
 from flatgpt.data import text
 from flatgpt.data.dataset import Dataset
-from flatgpt.data.hf_tokenizer import find_tokenizer
+from flatgpt.data.hf_options import CHARACTER_SPLIT, regex_split
+from flatgpt.data.hf_tokenizer import (
+    CHAT_TEMPLATE_FILE,
+    find_tokenizer,
+    tokenizer_json,
+    vocabulary_and_merges,
+)
 from flatgpt.data.tokenizer import (
     EOT,
+    Tokenizer,
     byte_tokenizer,
     char_tokenizer,
     from_nanogpt_meta,
@@ -96,7 +104,8 @@ ADDED = {'text': 'cat', 'id': 5}
 @pytest.mark.parametrize(
     ('bad', 'good'),
     [
-        case('special_tokens: an id', {'special_tokens': {EOT: 257}}, {'special_tokens': {EOT: 256}}),
+        case('special_tokens: an id', {'special_tokens': {EOT: 257}},
+             {'special_tokens': {EOT: 256}}),
         case('each role needs two texts', {'chat_template': CHAT | {'user': ['']}},
              {'chat_template': CHAT}),
         case('needs the role assistant', {'chat_template': {'user': ['', '']}},
@@ -185,3 +194,169 @@ def test_a_cache_folder_that_can_be_written_is_used(vocabulary, monkeypatch):
 def test_a_bpe_of_258_tokens_has_one_merge():
     assert '--vocab_size=257' in refused(train_bpe, [WORDS], 257)
     assert train_bpe([WORDS], 258).vocab_size == 258
+
+
+# --- tokenizer.json of `tokenizers`
+
+BYTES = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}
+TEMPLATE = {
+    'type': 'TemplateProcessing',
+    'single': [
+        {'SpecialToken': {'id': EOT, 'type_id': 0}},
+        {'Sequence': {'id': 'A', 'type_id': 0}},
+    ],
+    'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 0}}],
+    'special_tokens': {EOT: {'id': EOT, 'ids': [0], 'tokens': [EOT]}},
+}
+
+
+@pytest.fixture(scope='module')
+def bpe_json():
+    return json.dumps(tokenizer_json(train_bpe([WORDS], 270)))
+
+
+def splits(*parts):
+    return {'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': [*parts, BYTES]}}
+
+
+@error_line('unsupported tokenizer')
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('for a new model, set it to null', {'normalizer': {'type': 'NFC'}},
+             {'normalizer': None}),
+        case('its decoder is', {'decoder': {'type': 'Fuse'}},
+             {'decoder': json.loads(tokenizers.decoders.ByteLevel().__getstate__())}),
+        case('adds tokens to each text', {'post_processor': TEMPLATE}, {'post_processor': None}),
+        case('which is not supported; set it to', {'model': {'dropout': 0.1}},
+             {'model': {'dropout': None}}),
+        case('use ByteLevel without', splits(regex_split(' ') | {'behavior': 'Removed'}),
+             {'pre_tokenizer': BYTES | {'use_regex': True}}),
+        case('use ByteLevel without', splits(regex_split(' ') | {'behavior': 'Removed'}),
+             splits(regex_split(r'\S+|\s'))),
+        case('use one without', splits(regex_split(r'\S++|\s+$')), splits(regex_split(r'\S+|\s'))),
+        case('match all characters', splits(regex_split(r'\p{L}+')),
+             splits(regex_split(r'\p{L}+|\S|\s'))),
+        case('does not split text; set its use_regex', {'pre_tokenizer': BYTES},
+             {'pre_tokenizer': BYTES | {'use_regex': True}}),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_json_with_the_option_of_the_line_is_read(bpe_json, bad, good):
+    content, path = json.loads(bpe_json), Path('tokenizer.json')
+    for change in (bad, good):
+        model = content['model'] | change.get('model', {})
+        path.write_text(json.dumps(content | change | {'model': model}))
+        if change is bad:
+            refused(find_tokenizer, path)
+    assert find_tokenizer(str(path)).decode(find_tokenizer(str(path)).encode(WORDS)) == WORDS
+
+
+def add_token(content, text, i, *merges):
+    content['model']['vocab'][text] = i
+    content['model']['merges'] += merges
+
+
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('its ids are not unique', lambda c: add_token(c, 'ZQ', 10**6),
+             lambda c: add_token(c, 'ZQ', 270)),
+        case('has no merge, which', lambda c: (add_token(c, 'ZQ', 270),
+             c['model'].update(ignore_merges=True)), lambda c: add_token(c, 'ZQ', 270)),
+        case('of the 256 bytes; train it', lambda c: c['model']['vocab'].pop('Z'), lambda c: None),
+        case('are not in the order of its ids', lambda c: c['model']['merges'].reverse(),
+             lambda c: c['model']['merges'].sort(
+                 key=lambda pair: c['model']['vocab'][''.join(pair)])),
+        case('is not what its merges make', lambda c: (
+             add_token(c, 'ZQ', 270, ['Z', 'Q']), add_token(c, 'QX', 271, ['Q', 'X']),
+             add_token(c, 'ZQX', 272, ['Z', 'QX'])), lambda c: (
+             add_token(c, 'ZQ', 270, ['Z', 'Q']), add_token(c, 'QX', 271, ['Q', 'X']))),
+        case('its model has the type', lambda c: c.update(
+             model={'type': 'WordPiece', 'vocab': {'a': 0}}), lambda c: None),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_json_with_the_vocabulary_of_the_line_is_read(bpe_json, bad, good):
+    path = Path('tokenizer.json')
+    for change in (bad, good):
+        content = json.loads(bpe_json)
+        change(content)
+        path.write_text(json.dumps(content))
+        if change is bad:
+            refused(find_tokenizer, path)
+    tokenizer = find_tokenizer(str(path))
+    assert tokenizer.decode(tokenizer.encode(WORDS)) == WORDS
+
+
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('does not split text into', {'pre_tokenizer': regex_split(' ')},
+             {'pre_tokenizer': CHARACTER_SPLIT}),
+        case('its tokens are not all single', {'model': {'vocab': {'a': 0, 'bc': 1}}},
+             {'model': {'vocab': {'a': 0, 'b': 1}}}),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_json_of_characters_as_the_line_says_is_read(bad, good):
+    content, path = tokenizer_json(char_tokenizer('ab')), Path('tokenizer.json')
+    for change in (bad, good):
+        model = content['model'] | change.get('model', {})
+        path.write_text(json.dumps(content | change | {'model': model}))
+        if change is bad:
+            refused(find_tokenizer, path)
+    assert find_tokenizer(str(path)).encode('ba').tolist() == [1, 0]
+
+
+@error_line('no such folder or file; give a path')
+def test_a_path_that_exists_or_a_name_is_found(bpe_json):
+    refused(find_tokenizer, 'run/x.json')
+    assert find_tokenizer('byte') == byte_tokenizer()
+    Path('run').mkdir()
+    Path('run/x.json').write_text(bpe_json)
+    assert find_tokenizer('run/x.json').kind == 'bpe'
+
+
+@error_line('the folder has no tokenizer and no checkpoint')
+def test_a_folder_with_a_tokenizer_json_is_found(bpe_json):
+    Path('run').mkdir()
+    refused(find_tokenizer, 'run')
+    Path('run/tokenizer.json').write_text(bpe_json)
+    assert find_tokenizer('run').kind == 'bpe'
+
+
+@pytest.mark.parametrize(
+    ('name', 'bad', 'good'),
+    [
+        case('give it the same id in both', 'tokenizer_config.json',
+             {'added_tokens_decoder': {'9': {'content': EOT}}},
+             {'added_tokens_decoder': {'269': {'content': EOT}}}),
+        case('give an id or a list of ids', 'config.json', {'eos_token_id': EOT},
+             {'eos_token_id': 269}),
+        case('give an id or a list of ids', 'config.json', {'eos_token_id': EOT},
+             {'eos_token_id': [269]}),
+        case('fix or delete the file', CHAT_TEMPLATE_FILE, {'assistant': 3},
+             {'assistant': ['', '']}),
+    ],
+)  # fmt: skip
+def test_a_file_beside_the_tokenizer_as_the_line_says_is_read(bpe_json, name, bad, good):
+    Path('run').mkdir()
+    Path('run/tokenizer.json').write_text(bpe_json)
+    Path('run', name).write_text(json.dumps(bad))
+    assert name in refused(find_tokenizer, 'run') or 'added token' in refused(find_tokenizer, 'run')
+    Path('run', name).write_text(json.dumps(good))
+    assert find_tokenizer('run').eot == 269
+
+
+@error_line('is also a plain token')
+def test_a_special_token_with_another_name_is_exported():
+    own = byte_tokenizer()
+    own.special = {'a': 256}
+    refused(tokenizer_json, own)
+    own.special = {'[a]': 256}
+    assert tokenizer_json(own)['added_tokens'][0]['content'] == '[a]'
+
+
+@error_line('is not a merge of two earlier')
+def test_another_tokenizer_is_exported():
+    tokens = [*byte_tokenizer().token_bytes[:256], b'the', EOT.encode()]
+    refused(vocabulary_and_merges, Tokenizer('bpe', 'bpe', tokens, {EOT: 257}, r'\S+|\s'))
+    assert vocabulary_and_merges(train_bpe([WORDS], 260))[1]
