@@ -1,7 +1,7 @@
 """
 Byte-pair encoding (BPE) learned from a lot of text.
 
-    tokenizer = learn_bpe(texts, vocab_size=8192)   # Ctrl-C works, long words take no longer
+    tokenizer = learn_bpe(texts, vocab_size=8192)   # Ctrl-C works, and long words are no slower
 """
 
 import itertools

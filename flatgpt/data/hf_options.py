@@ -1,8 +1,8 @@
 r"""
 The supported options of a tokenizer.json, the format of the library `tokenizers`.
 
-    check_options(content, settings)     # UserError for any other option
-    pattern_of(content['pre_tokenizer'])  # r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|..."
+    check_supported(content, settings)     # UserError for any other option
+    split_pattern(content['pre_tokenizer'])  # r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|..."
 
 Options are checked, not only tried on text: an option may change a single character.
 """
@@ -59,7 +59,7 @@ def regex_split(pattern: str) -> dict:
 CHARACTER_SPLIT = regex_split(r'[\s\S]')
 
 
-def check_options(content: dict, settings: dict) -> None:
+def check_supported(content: dict, settings: dict) -> None:
     """UserError for the first option that changes ids or text and is not supported.
 
     content: of tokenizer.json, settings: of tokenizer_config.json. Truncation and padding are
@@ -70,7 +70,7 @@ def check_options(content: dict, settings: dict) -> None:
         text = short_json(content['normalizer'])
         raise UserError(f'normalizer {text} is not supported; for a new model, set it to null')
     if kind == 'BPE':
-        pattern_of(content['pre_tokenizer'])
+        split_pattern(content['pre_tokenizer'])
     elif content['pre_tokenizer'] != CHARACTER_SPLIT:
         raise UserError(
             f'pre_tokenizer {short_json(content["pre_tokenizer"])} does not split text into '
@@ -115,7 +115,7 @@ def check_post_processor(processor: dict | None) -> None:
             )
 
 
-def pattern_of(split: dict | None) -> str:
+def split_pattern(split: dict | None) -> str:
     """The regular expression that a pre-tokenizer splits text with; '' for none."""
     *first, level = (split or {}).get('pretokenizers') or [split or {}]
     if level.get('type') == 'ByteLevel' and level['add_prefix_space'] is False:

@@ -16,10 +16,10 @@ from flatgpt.data.hf_options import (
     CHARACTER_SPLIT,
     GPT2_PATTERN,
     check_model,
-    check_options,
     check_regex,
-    pattern_of,
+    check_supported,
     regex_split,
+    split_pattern,
 )
 from flatgpt.data.tokenizer import (
     ASSISTANT,
@@ -39,9 +39,7 @@ from flatgpt.files import read_json
 
 ALPHABET = byte_alphabet()
 TOKEN_ROLES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
-CHAT_TEMPLATE_FILE = (
-    'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
-)
+CHAT_TEMPLATE_FILE = 'flatgpt_chat_template.json'  # {role: [before, after]}, in our exports
 
 
 def find_tokenizer(where: str) -> Tokenizer:
@@ -101,7 +99,7 @@ def read_files(*paths: str | Path) -> Tokenizer:
         settings = tokenizer_config(Path(paths[0]).parent)
         add_configured_tokens(settings, theirs)
         content = json.loads(theirs.to_str())
-        check_options(content, settings)
+        check_supported(content, settings)
         own = parse_tokenizer(content, find_eos_ids(Path(paths[0]).parent, settings, theirs))
         text = 'x' + difficult_text()
         if own.kind == 'char':
@@ -233,7 +231,7 @@ def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
         )
     special |= {text: ids[text] for text in unmerged}  # no text produces them
     check_merges(model, ids)
-    pattern = pattern_of(content['pre_tokenizer'])
+    pattern = split_pattern(content['pre_tokenizer'])
     added, ends = none_if_default(added, special, ends)
     own = Tokenizer('bpe', 'bpe', tokens, special, pattern, None, added, ends)
     if not model['merges'] and tokens[:256] == byte_tokenizer().token_bytes[:256]:
@@ -309,7 +307,7 @@ def as_added_token(token: dict, ends: Iterable[int], merged: Iterable[str]) -> A
 
 
 # -----------------------------------------------------------------------------
-# write
+# writing
 
 # patterns of tiktoken encodings, in a form that both libraries read
 PATTERNS = dict.fromkeys(('gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'), GPT2_PATTERN)

@@ -9,9 +9,9 @@ A plain-text file is one document. So is each line of a .jsonl or .ndjson file (
 skipped), each record of a .json list and each row of a .csv or .tsv file; --field names the key or
 column that has the text, and --plain reads such files as plain text. A folder stands for all files
 in it and below, including linked ones. Hidden, empty and binary files are skipped and counted.
-Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text is not altered;
-line ends stay. The end-of-text token separates documents; --read_eot also reads it where it is
-written in the text.
+Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line ends
+included, is not altered. The end-of-text token separates documents; --read_eot also reads it where
+the text spells it.
 
 To continue training a model of yours, give its run directory, so that the text gets the same
 tokens:
@@ -41,7 +41,7 @@ from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
 COMMAND = 'python data/text/prepare.py'
-BPE_SAMPLE = 100_000_000  # most bytes of text that a BPE is learned from
+BPE_SAMPLE = 100_000_000  # maximum bytes of text to learn a BPE from
 # the flags that only data/text/prepare.py has, for plain text that flatGPT itself wrote
 PLAIN_TEXT_DEFAULTS = dict(field=None, errors='strict', encoding=None, plain=True, read_eot=False)
 
@@ -102,7 +102,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('files', nargs='*', help='files, folders and patterns such as "corpus/**/*.md"')
+    add('files', nargs='*', help='files, folders and patterns, such as "corpus/**/*.md"')
     add('--name', help='name of the dataset; it is written to data/NAME')
     add(
         '--out_dir',

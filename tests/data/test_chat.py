@@ -386,7 +386,7 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
     ('content', 'problem'),
     [
         ('{', 'Expecting property name'),
-        ('{"user": ["a", "b"]}', 'has no assistant'),
+        ('{"user": ["a", "b"]}', 'needs the role assistant'),
         ('{"assistant": ["a"]}', 'two texts'),
         ('{"assistant": ["a", ""]}', 'nothing that ends'),
         ('{}', 'nothing that ends'),
@@ -761,7 +761,7 @@ def test_a_conversation_that_is_too_long_is_named_if_asked_for(tmp_path):
         (('s.jsonl', '--name=a', '--val_fraction=2'), 'above 0'),
         (('s.jsonl', '--name=a', '--block_size=1'), 'at least 2'),
         (('missing.jsonl', '--name=a', '--tokenizer=byte'), 'no such file'),
-        (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has none'),
+        (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has no tokenizer'),
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(tmp_path, monkeypatch, flags, problem):

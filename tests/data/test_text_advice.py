@@ -76,8 +76,8 @@ def refused(argv: str) -> str:
         case(
             'both set the output folder', 'a.txt --name=x --out_dir=o', 'a.txt --out_dir=o', WORDS
         ),
-        case('no name for the dataset', 'a.txt', 'a.txt --name=mine', WORDS),
-        case('use letters, digits', 'a.txt --name=../x', 'a.txt --name=x_1.2-b', WORDS),
+        case('add one, for example --name=mine', 'a.txt', 'a.txt --name=mine', WORDS),
+        case('. only, the first not', 'a.txt --name=../x', 'a.txt --name=x_1.2-b', WORDS),
         case('comes with flatGPT', 'a.txt --name=poe', 'a.txt --name=mine', WORDS),
         case('comes with flatGPT', 'a.txt --out_dir=data/poe', 'a.txt --out_dir=o', WORDS),
         case('are in the output folder', 'mine --out_dir=mine', 'mine/a.txt --out_dir=mine', WORDS),
@@ -107,7 +107,7 @@ def test_the_advice_about_the_output_works(bad, good, result):
              '1252.txt --encoding=cp1252', 'naïve ' * 50),
         case('is not supported for it', '16.txt --errors=replace', '16.txt', 'naïve ' * 50),
         case('choose another field', 'rows.jsonl', 'rows.jsonl --field=body', 'row 1. '),
-        case('half a surrogate pair', 'half.jsonl', 'half.jsonl --errors=replace', 'b?a?'),
+        case('replace it with ? by', 'half.jsonl', 'half.jsonl --errors=replace', 'b?a?'),
         case('; fix it, or read the file', 'bad.jsonl', 'bad.jsonl --plain', FILES['bad.jsonl']),
         case('; fix it, or read the file', 'bad.jsonl', 'fixed.jsonl', 'db'),
         case('two columns have the same name', 'twice.csv', 'twice.csv --plain', 'text,text\n'),
@@ -161,7 +161,7 @@ def follow(message: str, bad: str, good: str, result: str, given: str = '') -> N
     assert result in prepare(good)
 
 
-@error_line('no files; run')
+@error_line('FILES --name=mine (see --help)')
 def test_the_command_of_the_line_without_files_works():
     command = refused('--name=mine').partition('run ')[2].partition(' (see')[0]
     assert WORDS in prepare(command.replace('FILES', 'a.txt').partition('prepare.py ')[2])

@@ -56,7 +56,7 @@ def test_a_text_with_only_the_characters_of_the_line_is_encoded():
     assert char_tokenizer('abc').encode(known).tolist() == [0, 1, 2]
 
 
-@error_line('unknown role')
+@error_line('messages[{}]: unknown role')
 def test_the_roles_of_the_line_are_rendered():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {'user': ['u', '\n'], 'assistant': ['a', EOT]}
@@ -106,9 +106,9 @@ ADDED = {'text': 'cat', 'id': 5}
     [
         case('special_tokens: an id', {'special_tokens': {EOT: 257}},
              {'special_tokens': {EOT: 256}}),
-        case('each role needs two texts', {'chat_template': CHAT | {'user': ['']}},
+        case('chat_template: each role', {'chat_template': CHAT | {'user': ['']}},
              {'chat_template': CHAT}),
-        case('needs the role assistant', {'chat_template': {'user': ['', '']}},
+        case('chat_template: needs the', {'chat_template': {'user': ['', '']}},
              {'chat_template': CHAT}),
         case('added_tokens or end_ids', {'end_ids': [257]}, {'end_ids': [256]}),
         case('added_tokens: one has no', {'added_tokens': [ADDED | {'text': ''}]},
@@ -228,7 +228,7 @@ def splits(*parts):
         case('its decoder is', {'decoder': {'type': 'Fuse'}},
              {'decoder': json.loads(tokenizers.decoders.ByteLevel().__getstate__())}),
         case('adds tokens to each text', {'post_processor': TEMPLATE}, {'post_processor': None}),
-        case('which is not supported; set it to', {'model': {'dropout': 0.1}},
+        case('={}, which is not supported; set it', {'model': {'dropout': 0.1}},
              {'model': {'dropout': None}}),
         case('use ByteLevel without', splits(regex_split(' ') | {'behavior': 'Removed'}),
              {'pre_tokenizer': BYTES | {'use_regex': True}}),
@@ -333,7 +333,7 @@ def test_a_folder_with_a_tokenizer_json_is_found(bpe_json):
              {'eos_token_id': 269}),
         case('give an id or a list of ids', 'config.json', {'eos_token_id': EOT},
              {'eos_token_id': [269]}),
-        case('fix or delete the file', CHAT_TEMPLATE_FILE, {'assistant': 3},
+        case('invalid chat template: {}; fix or', CHAT_TEMPLATE_FILE, {'assistant': 3},
              {'assistant': ['', '']}),
     ],
 )  # fmt: skip
