@@ -91,21 +91,21 @@ def read_files(*paths: str | Path) -> Tokenizer:
     try:
         if len(paths) == 1:
             check_model(read_json(Path(paths[0]), 'tokenizer').get('model') or {})
-        theirs = (
+        hf = (
             tokenizers.Tokenizer.from_file(str(paths[0])) if len(paths) == 1 else gpt2_style(*paths)
         )
-        theirs.no_truncation()
-        theirs.no_padding()
+        hf.no_truncation()
+        hf.no_padding()
         settings = tokenizer_config(Path(paths[0]).parent)
-        add_configured_tokens(settings, theirs)
-        content = json.loads(theirs.to_str())
+        add_configured_tokens(settings, hf)
+        content = json.loads(hf.to_str())
         check_supported(content, settings)
-        own = parse_tokenizer(content, find_eos_ids(Path(paths[0]).parent, settings, theirs))
+        own = parse_tokenizer(content, find_eos_ids(Path(paths[0]).parent, settings, hf))
         text = 'x' + difficult_text()
         if own.kind == 'char':
             text = ''.join(map(bytes.decode, own.token_bytes[: own.vocab_size - len(own.special)]))
         ids = own.encode(text, allow_eot=True).tolist()
-        if theirs.encode(text, add_special_tokens=False).ids != ids:
+        if hf.encode(text, add_special_tokens=False).ids != ids:
             raise UserError('it encodes text differently than flatGPT does; use another tokenizer')
         return own
     except Exception as error:  # the library raises plain Exceptions
@@ -116,11 +116,11 @@ def read_files(*paths: str | Path) -> Tokenizer:
 
 def gpt2_style(vocabulary: str | Path, merges: str | Path) -> tokenizers.Tokenizer:
     """GPT-2's tokenizer with another vocabulary, as `transformers` creates it."""
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.decoder = tokenizers.decoders.ByteLevel()
-    theirs.add_special_tokens([EOT] if theirs.token_to_id(EOT) is not None else [])
-    return theirs
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    hf.add_special_tokens([EOT] if hf.token_to_id(EOT) is not None else [])
+    return hf
 
 
 # --- other files in the folder of a tokenizer.json
@@ -140,7 +140,7 @@ def tokenizer_config(folder: Path) -> dict:
     return settings
 
 
-def add_configured_tokens(settings: dict, theirs: tokenizers.Tokenizer) -> None:
+def add_configured_tokens(settings: dict, hf: tokenizers.Tokenizer) -> None:
     """Add the tokens that `transformers` adds to the tokenizer, in the same order."""
     named = [settings.get(f'{role}_token') for role in TOKEN_ROLES]
     for key in ('additional_special_tokens', 'extra_special_tokens'):
@@ -149,29 +149,29 @@ def add_configured_tokens(settings: dict, theirs: tokenizers.Tokenizer) -> None:
     named = [token if isinstance(token, dict) else {'content': token} for token in named if token]
     special = {token['content'] for token in named}
     decoder = {int(i): token for i, token in settings['added_tokens_decoder'].items()}
-    known = {token.content for token in theirs.get_added_tokens_decoder().values()}
+    known = {token.content for token in hf.get_added_tokens_decoder().values()}
     for token in [decoder[i] for i in sorted(decoder)] + named:
         if (text := token['content']) not in known:
             known.add(text)
             is_special = bool(token.get('special')) or text in special
             flags = {key: bool(token.get(key)) for key in ('lstrip', 'rstrip', 'single_word')}
             flags |= {'normalized': token.get('normalized', not is_special), 'special': is_special}
-            theirs.add_tokens([tokenizers.AddedToken(text, **flags)])
+            hf.add_tokens([tokenizers.AddedToken(text, **flags)])
     for i, token in decoder.items():
-        if (found := theirs.token_to_id(token['content'])) != i:
+        if (found := hf.token_to_id(token['content'])) != i:
             raise UserError(
                 f'added token {token["content"]!r} has the id {i} in one file and {found} in '
                 'another; give it the same id in both'
             )
 
 
-def find_eos_ids(folder: Path, settings: dict, theirs: tokenizers.Tokenizer) -> list[int] | None:
+def find_eos_ids(folder: Path, settings: dict, hf: tokenizers.Tokenizer) -> list[int] | None:
     """The ids that end a completion: eos_token_id, else eos_token; None without either."""
-    if ids := configured_eos_ids(folder, lambda i: theirs.id_to_token(i) is not None):
+    if ids := configured_eos_ids(folder, lambda i: hf.id_to_token(i) is not None):
         return ids
     token = settings.get('eos_token')
     token = token.get('content') if isinstance(token, dict) else token
-    found = theirs.token_to_id(token) if token else None
+    found = hf.token_to_id(token) if token else None
     return None if found is None else [found]
 
 
@@ -341,8 +341,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
     # with the added tokens: otherwise the library gives them the ids after these
     others = tokenizer.special | {token.text: token.id for token in tokenizer.added or ()}
     content['model'] = {'type': 'BPE', 'vocab': others | vocabulary, 'merges': merges}
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    if moved := [text for text, i in others.items() if theirs.token_to_id(text) != i]:
+    hf = tokenizers.Tokenizer.from_str(json.dumps(content))
+    if moved := [text for text, i in others.items() if hf.token_to_id(text) != i]:
         raise UserError(
             f'tokenizer {tokenizer.name}: special token {moved[0]!r} is also a plain token; '
             'rename it'
