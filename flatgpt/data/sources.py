@@ -318,11 +318,18 @@ class Reader:
             return decoder.decode(block, final=not block)
         except UnicodeError as error:
             at = position - pending + getattr(error, 'start', 0)
-            other = '' if self.encoding else 'give its encoding, such as --encoding=cp1252, or '
             raise UserError(
-                f'{path}: not {encoding.upper()} at byte {at}; {other}replace invalid bytes with '
-                '--errors=replace'
+                f'{path}: not {encoding.upper()} at byte {at}; {self._fix_encoding(path)}'
             ) from error
+
+    def _fix_encoding(self, path: Path) -> str:
+        """How to read a file with invalid bytes."""
+        bom_encoding = find_bom(read_head(path))[1]
+        if bom_encoding not in ('', 'utf-8'):
+            return 'save the file again as UTF-8'
+        known = self.encoding or bom_encoding
+        other = '' if known else 'give its encoding, such as --encoding=cp1252, or '
+        return f'{other}replace invalid bytes with --errors=replace'
 
     def _check_encoding(self, path: Path, bom_encoding: str) -> None:
         if bom_encoding and self.encoding and not self.encoding.startswith(bom_encoding):
