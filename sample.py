@@ -249,7 +249,7 @@ class Console:
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
-            if end and self.tokenizer.mark_id(end) is None:
+            if end and self.tokenizer.delimiter_id(end) is None:
                 sampling = replace(sampling, stop=(*sampling.stop, end))
         else:
             ids = self.encode((self.newline if self.ids else '') + line)
@@ -271,12 +271,14 @@ class Console:
                     write(output.text)
                     if output.finish != 'stop':
                         self.ids.append(output.token)
-                    elif output.token not in self.tokenizer.ends:  # some of what came is not shown
+                    elif (
+                        output.token not in self.tokenizer.stop_ids
+                    ):  # some of what came is not shown
                         self.ids[before:] = self.encode(shown)
         finally:
             request.cancel()
             if template:
-                self.ids += self.tokenizer.encode_mark(end).tolist()
+                self.ids += self.tokenizer.encode_delimiter(end).tolist()
         write('\n')
 
 

@@ -42,7 +42,11 @@ NEEDED = {
     'flask': ['serving', 'compat', 'launch/test_launch.py', 'scripts/test_serving_docs.py'],
     'bs4': ['data/test_corpora.py'],
     'requests': ['data/test_cache.py', 'data/test_dataset.py', 'data/test_tokenizer.py'],
-    'tiktoken': ['data/test_prepare.py'],
+    'tiktoken': [
+        'data/test_prepare.py',
+        'data/test_text_advice.py',
+        'data/test_tokenizer_advice.py',
+    ],
     'lm_eval': ['benchmarks/test_lm_eval.py'],
     'psutil': ['scripts/test_demo.py'],
 }

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument('--out_dir', type=Path, default=FOLDER, help='default: %(default)s')
     text.add_options(parser)
-    parser.set_defaults(**text.OWN_FILES)
+    parser.set_defaults(**text.PLAIN_TEXT_DEFAULTS)
     args = parser.parse_args(argv)
     text.check_options(args)
     try:

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from flatgpt import ROOT
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS, filled, open_weights, read_tensor
 from flatgpt.data.hf_tokenizer import (
-    MARKS,
+    CHAT_TEMPLATE_FILE,
     chat_jinja,
     read_files,
     tokenizer_json,
-    with_configured_ends,
-    with_marks,
+    with_configured_eos_ids,
+    with_saved_chat_template,
 )
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import CheckpointError, did_you_mean
@@ -317,13 +317,13 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
     for files in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
         paths = [folder / file for file in files]
         if all(path.is_file() for path in paths):
-            return with_marks(read_files(*paths), folder)
+            return with_saved_chat_template(read_files(*paths), folder)
     if vocab_size not in GPT2_VOCABULARIES:
         return None
     if os.environ.get('RANK', '0') == '0':
         line = f"{name} has no tokenizer files; by its {vocab_size} ids it is taken for GPT-2's"
         print(line, file=sys.stderr)
-    return with_configured_ends(get_tokenizer('gpt2'), folder)
+    return with_configured_eos_ids(get_tokenizer('gpt2'), folder)
 
 
 # -----------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
     files = {'config.json': config_json(model, tokenizer)}
     files[GENERATION] = end_settings(tokenizer)
     if tokenizer is not None:
-        end = tokenizer.eot_text if tokenizer.eot in tokenizer.ends else None
+        end = tokenizer.eot_text if tokenizer.eot in tokenizer.stop_ids else None
         files['tokenizer.json'] = tokenizer_json(tokenizer)
         files['tokenizer_config.json'] = {
             'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -370,7 +370,7 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 def end_settings(tokenizer: Tokenizer | None) -> dict:
     """What begins a text and what ends it: an id, or a list where several do."""
-    ends = [] if tokenizer is None else tokenizer.ends_in_order
+    ends = [] if tokenizer is None else tokenizer.ordered_stop_ids
     end = ends if len(ends) > 1 else next(iter(ends), None)
     return {'bos_token_id': None if tokenizer is None else tokenizer.eot, 'eos_token_id': end}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from flatgpt.data.hf_options import GPT2_WORDS
-from flatgpt.data.hf_tokenizer import chat_jinja, letters_and_merges
-from flatgpt.data.tokenizer import Tokenizer, byte_letters
+from flatgpt.data.hf_options import GPT2_PATTERN
+from flatgpt.data.hf_tokenizer import chat_jinja, vocabulary_and_merges
+from flatgpt.data.tokenizer import Tokenizer, byte_alphabet
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.files import atomic_file
 from model import GPT, GPTConfig
@@ -52,7 +52,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
 
 def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
     """UserError for what llama.cpp would encode, or end, in another way."""
-    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_WORDS:
+    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_PATTERN:
         raise UserError(
             f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do; without "
             '--format=gguf it is exported'
@@ -63,8 +63,8 @@ def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
                 f'added token {token.text!r}: has single_word, lstrip or rstrip, which a GGUF file '
                 'cannot say; without --format=gguf it is exported'
             )
-    if len(tokenizer.ends) > 3:
-        raise UserError(f'{len(tokenizer.ends)} ids end a text; a GGUF file has room for three')
+    if len(tokenizer.stop_ids) > 3:
+        raise UserError(f'{len(tokenizer.stop_ids)} ids end a text; a GGUF file has room for three')
 
 
 def add_gguf_shape(writer, gguf, c: GPTConfig) -> None:
@@ -78,27 +78,27 @@ def add_gguf_shape(writer, gguf, c: GPTConfig) -> None:
 
 
 def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> None:
-    vocabulary, merges = letters_and_merges(tokenizer)
+    vocabulary, merges = vocabulary_and_merges(tokenizer)
     words = [f'[unused{i}]' for i in range(vocab_size)]
     kinds = [gguf.TokenType.UNUSED] * vocab_size
     for word, i in vocabulary.items():
         words[i], kinds[i] = word, gguf.TokenType.NORMAL
     for word, i in tokenizer.special.items():
         words[i], kinds[i] = word, gguf.TokenType.CONTROL
-    for token in tokenizer.words:
+    for token in tokenizer.added_words:
         words[token.id], kinds[token.id] = token.text, gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model('gpt2')
     writer.add_tokenizer_pre('gpt-2')
     writer.add_token_list(words)
     writer.add_token_types(kinds)
     # llama.cpp insists on a merge; the byte 255 is in no text, let alone twice
-    never = [next(letter for letter, byte in byte_letters().items() if byte == 255)] * 2
+    never = [next(letter for letter, byte in byte_alphabet().items() if byte == 255)] * 2
     writer.add_token_merges([' '.join(pair) for pair in merges or [never]])
     if tokenizer.eot is not None:
         writer.add_bos_token_id(tokenizer.eot)
     # all of them end a completion there; only their names differ
     ways = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for add, i in zip(ways, tokenizer.ends_in_order, strict=False):
+    for add, i in zip(ways, tokenizer.ordered_stop_ids, strict=False):
         add(i)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:

@@ -20,7 +20,7 @@ import torch
 from flatgpt.checkpoint.convert import RELEASED, is_foreign, load_foreign
 from flatgpt.checkpoint.peft import base_of, is_adapter, read_adapter
 from flatgpt.checkpoint.weights import filled, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import find_tokenizer, with_marks
+from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
@@ -222,7 +222,7 @@ def load_adapted(
     except CheckpointError as error:
         raise CheckpointError(f'{folder} adapts a model that is not there: {error}') from error
     read_adapter(model, folder, base)
-    return model, with_marks(found, folder), {}
+    return model, with_saved_chat_template(found, folder), {}
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -150,7 +150,7 @@ def output_folder(args: argparse.Namespace) -> Path:
             'the dataset needs a --name of letters, digits, _, - and .: '
             f'{COMMAND} {args.files[0]} --name=talks'
         )
-    return own_folder(args)
+    return dataset_folder(args)
 
 
 # --- the tokenizer
@@ -216,7 +216,7 @@ class Samples:
 def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
     samples, reader = Samples(), RowReader(tokenizer.chat_template, args.ignore)
     with tqdm(
-        total=bytes_of(files), unit='B', unit_scale=True, desc='reading', disable=None
+        total=total_bytes(files), unit='B', unit_scale=True, desc='reading', disable=None
     ) as bar:
         for path in files:
             for where, block, size in read_rows(path):
@@ -242,7 +242,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
         return
     with path.open('rb') as file:
         for number, line in enumerate(file, 1):
-            block = (without_bom(line)[0] if number == 1 else line).strip()
+            block = (strip_bom(line)[0] if number == 1 else line).strip()
             if block:
                 yield f'{path}, line {number}', block, len(line)
 
@@ -250,7 +250,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
 def is_json_lines(path: Path) -> bool:
     """Whether a .json file has one row per line."""
     with path.open('rb') as file:
-        lines = (block for line in file if (block := without_bom(line)[0].strip()))
+        lines = (block for line in file if (block := strip_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
     try:
         json.loads(
@@ -380,7 +380,7 @@ def encode_sample(
 
 def encode_message(message: Message, number: int, tokenizer: Tokenizer) -> Sequence:
     end = tokenizer.chat_template[ASSISTANT][1]
-    is_text = tokenizer.mark_id(end) is None
+    is_text = tokenizer.delimiter_id(end) is None
     if is_text and message.role == ASSISTANT and end in message.content:
         raise UserError(
             f'messages[{number}]: the answer contains {end!r}, which ends a turn; choose another '

@@ -57,7 +57,7 @@ def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
     add('--out_dir', type=Path, help='write here instead')
     add('--site', default=SITE, help='where the books are, default %(default)s')
     text.add_options(parser)
-    parser.set_defaults(**text.OWN_FILES)
+    parser.set_defaults(**text.PLAIN_TEXT_DEFAULTS)
     args = parser.parse_args(argv)
     text.check_options(args)
     try:

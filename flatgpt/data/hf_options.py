@@ -1,10 +1,10 @@
 r"""
-All that is understood of a tokenizer.json, the format of the library `tokenizers`.
+The supported options of a tokenizer.json, the format of the library `tokenizers`.
 
-    refuse_unknown(content, settings)     # UserError for anything else, by its name
-    pattern_of(content['pre_tokenizer'])  # r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|..."
+    check_supported(content, settings)     # UserError for any other option
+    split_pattern(content['pre_tokenizer'])  # r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|..."
 
-A trial on example text would not show the rest: an option may act on a single character.
+Options are checked, not only tried on text: an option may change a single character.
 """
 
 import functools
@@ -16,29 +16,29 @@ import regex
 from flatgpt.errors import UserError
 
 # how GPT-2 splits text before merging, https://github.com/openai/gpt-2/blob/master/src/encoder.py
-GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EMPTY = (None, False, '', [], {})
-# fields and the values that are understood, the usual one first; None: any, as it changes nothing
+# supported values of each field, the default first; None: any value, since it has no effect
 MODELS = {
     'BPE': {
         'dropout': (None, 0.0),
         'continuing_subword_prefix': (None, ''),
         'end_of_word_suffix': (None, ''),
-        # what becomes of a letter without a token; all 256 have one
+        # for characters without a token; all 256 have one
         **dict.fromkeys(('unk_token', 'fuse_unk', 'byte_fallback')),
-        # whether the token of a whole word comes first; merging gives it too, see parse_tokenizer()
+        # looks up whole words first; merging gives the same tokens, see parse_tokenizer()
         'ignore_merges': None,
         **dict.fromkeys(('type', 'vocab', 'merges')),
     },
     'WordLevel': dict.fromkeys(('type', 'vocab', 'unk_token')),
 }
 DECODERS = {'BPE': 'ByteLevel', 'WordLevel': 'Fuse'}
-# of tokenizer_config.json, what `transformers` gives to the tokenizer; the rest is for other uses
+# the fields of tokenizer_config.json that change ids
 SETTINGS = dict.fromkeys(('add_prefix_space', 'add_bos_token', 'add_eos_token'), (False, None))
-# Of a regular expression, what the engines of both libraries take alike: no ^ and $, which are the
-# ends of a line for one of them, no {1,3}+, which is possessive for the other, no \w, no classes in
-# brackets but by category, and nothing without regard to case but what GPT-4 has.
-ALIKE = re.compile(
+# The syntax of regular expressions that the engines of both libraries read alike: no ^ and $ (ends
+# of lines in one of them), no {1,3}+ (possessive in the other), no \w, no classes but by category,
+# no case-insensitive groups but GPT-4's.
+PORTABLE_REGEX = re.compile(
     r"""(?: \\p\{[LMNPSZC][a-z]?\} | \\[sSrnt'/.()?*+|\[\]-] | [\ \w'/,_"!:;<>=@%#-]
     | \[\^?(?!:) | \] | \| | \) | \((?!\?) | \(\?[:=!] | [?*+][?+]? | \{\d+(?:,\d*)?\}(?![?+])
     | \(\?i:(?:'s\|'t\|'re\|'ve\|'m\|'ll\|'d|\[sdmt\]\|ll\|ve\|re)\) )*""",
@@ -46,8 +46,8 @@ ALIKE = re.compile(
 )
 
 
-def split_by(pattern: str) -> dict:
-    """The pre-tokenizer that makes each match a word, and what lies between, too."""
+def regex_split(pattern: str) -> dict:
+    """The pre-tokenizer that makes a word of each match, and of the text between matches."""
     return {
         'type': 'Split',
         'pattern': {'Regex': pattern},
@@ -56,87 +56,99 @@ def split_by(pattern: str) -> dict:
     }
 
 
-EVERY_CHARACTER = split_by(r'[\s\S]')
+CHARACTER_SPLIT = regex_split(r'[\s\S]')
 
 
-def refuse_unknown(content: dict, settings: dict) -> None:
-    """UserError for the first thing that would change ids or text and is not understood.
+def check_supported(content: dict, settings: dict) -> None:
+    """UserError for the first option that changes ids or text and is not supported.
 
-    content: of tokenizer.json, settings: of tokenizer_config.json. Truncation and padding are for
-    who asks for them, in `transformers` too.
+    content: of tokenizer.json, settings: of tokenizer_config.json. Truncation and padding are
+    ignored: in `transformers`, too, they are off by default.
     """
     kind, decoder = content['model']['type'], content['decoder']
     if content['normalizer']:
-        text = short(content['normalizer'])
-        raise UserError(f'it encodes text in a way that we do not: normalizer {text}; null is read')
+        text = short_json(content['normalizer'])
+        raise UserError(f'normalizer {text} is not supported; for a new model, set it to null')
     if kind == 'BPE':
-        pattern_of(content['pre_tokenizer'])
-    elif content['pre_tokenizer'] != EVERY_CHARACTER:
-        raise UserError(f'its pre_tokenizer {short(content["pre_tokenizer"])} makes no characters')
+        split_pattern(content['pre_tokenizer'])
+    elif content['pre_tokenizer'] != CHARACTER_SPLIT:
+        raise UserError(
+            f'pre_tokenizer {short_json(content["pre_tokenizer"])} does not split text into '
+            f'characters; set it to {short_json(CHARACTER_SPLIT)}'
+        )
     known = {key: value for key, value in settings.items() if key in SETTINGS}
-    refuse_fields('its tokenizer_config.json has', SETTINGS, known)
+    check_fields('its tokenizer_config.json has', SETTINGS, known)
     if (decoder or {}).get('type') != DECODERS[kind]:
         raise UserError(
-            f'its decoder is {short(decoder)}; only {DECODERS[kind]} is read, which '
-            f'tokenizers.decoders.{DECODERS[kind]}() makes'
+            f'its decoder is {short_json(decoder)}; set it to that of '
+            f'tokenizers.decoders.{DECODERS[kind]}()'
         )
-    refuse_added(content['post_processor'])
+    check_post_processor(content['post_processor'])
 
 
-def refuse_model(model: dict) -> None:
-    """UserError for a model that is not understood; the library itself panics at some of them."""
+def check_model(model: dict) -> None:
+    """UserError for an unsupported model; the library itself panics at some of them."""
     kind = model.get('type', 'BPE' if 'merges' in model else None)  # older files have none
     if kind not in MODELS:
-        raise UserError(f'it is of type {kind}; byte-level BPE is read')
-    refuse_fields('its model has', MODELS[kind], model)
+        raise UserError(f'its model has the type {kind}; use a tokenizer with byte-level BPE')
+    check_fields('its model has', MODELS[kind], model)
 
 
-def refuse_fields(where: str, known: dict, fields: dict) -> None:
+def check_fields(where: str, known: dict, fields: dict) -> None:
     for key, value in fields.items():
         values = known.get(key, EMPTY)
         if values is not None and value not in values:
-            raise UserError(f'{where} {key}={short(value)}; only {short(values[0])} is read')
+            raise UserError(
+                f'{where} {key}={short_json(value)}, which is not supported; set it to '
+                f'{short_json(values[0])}'
+            )
 
 
-def refuse_added(processor: dict | None) -> None:
-    """UserError for a post-processor that adds tokens; ByteLevel's says where in a text one is."""
+def check_post_processor(processor: dict | None) -> None:
+    """UserError for a post-processor that adds tokens; ByteLevel's changes offsets only."""
     for part in (processor or {}).get('processors', [processor] if processor else []):
         template = part.get('single') if part['type'] == 'TemplateProcessing' else []
         if part['type'] != 'ByteLevel' and [list(piece) for piece in template] != [['Sequence']]:
             raise UserError(
-                f'its post_processor {short(part)} adds tokens to each text; set it to null, and '
-                'write them where they are meant'
+                f'its post_processor {short_json(part)} adds tokens to each text; set it to null, '
+                'and write the tokens in the text'
             )
 
 
-def pattern_of(split: dict | None) -> str:
-    """The regular expression by which a pre-tokenizer splits text; '' if it does not."""
+def split_pattern(split: dict | None) -> str:
+    """The regular expression that a pre-tokenizer splits text with; '' for none."""
     *first, level = (split or {}).get('pretokenizers') or [split or {}]
     if level.get('type') == 'ByteLevel' and level['add_prefix_space'] is False:
         if not first:
-            return GPT2_WORDS if level['use_regex'] else ''
+            return GPT2_PATTERN if level['use_regex'] else ''
         pattern = (first[0].get('pattern') or {}).get('Regex') or ''
-        if first == [split_by(pattern)] and not level['use_regex']:
-            return understood(pattern)
+        if first == [regex_split(pattern)] and not level['use_regex']:
+            return check_regex(pattern)
     raise UserError(
-        f'it splits text in a way that is not understood: pre_tokenizer {short(split)}; ByteLevel '
-        'without add_prefix_space is read, alone or after a Split that isolates what a regular '
-        'expression matches'
+        f'pre_tokenizer {short_json(split)} is not supported; use ByteLevel without '
+        'add_prefix_space, alone or, without use_regex, after a Split of a regular expression with '
+        'the behavior Isolated'
     )
 
 
 @functools.cache
-def understood(pattern: str) -> str:
-    """The regular expression, if it leaves out no character, and both libraries read it alike."""
-    if not ALIKE.fullmatch(pattern) or '--' in pattern:
-        raise UserError(f'the regular expression {short(pattern)} is not understood')
+def check_regex(pattern: str) -> str:
+    """The same regular expression; UserError unless it matches all characters and is portable."""
+    if not PORTABLE_REGEX.fullmatch(pattern) or '--' in pattern:
+        raise UserError(
+            f'the regular expression {short_json(pattern)} is not supported; use one without ^, $, '
+            '\\w, possessive quantifiers and case-insensitive groups'
+        )
     every = ''.join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
     if left := regex.sub(pattern, '', every):
-        raise UserError(f'the regular expression {short(pattern)} leaves out {left[0]!r}')
+        raise UserError(
+            f'the regular expression {short_json(pattern)} does not match {left[0]!r}; match all '
+            r'characters, for example with |\S|\s at its end'
+        )
     return pattern
 
 
-def short(value) -> str:
-    """JSON of at most 100 characters, for an error."""
+def short_json(value) -> str:
+    """JSON of at most 100 characters, for an error line."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) < 100 else text[:97] + '...'

@@ -1,5 +1,5 @@
 """
-A tokenizer as the library `tokenizers` and with it `transformers` write it, in both directions.
+Read and write tokenizers in the format of `tokenizers` and `transformers`.
 
     tokenizer = read_files('tokenizer.json')     # or 'vocab.json', 'merges.txt'
     content = tokenizer_json(tokenizer)          # AutoTokenizer reads it
@@ -13,20 +13,20 @@ from pathlib import Path
 import tokenizers
 
 from flatgpt.data.hf_options import (
-    EVERY_CHARACTER,
-    GPT2_WORDS,
-    pattern_of,
-    refuse_model,
-    refuse_unknown,
-    split_by,
-    understood,
+    CHARACTER_SPLIT,
+    GPT2_PATTERN,
+    check_model,
+    check_regex,
+    check_supported,
+    regex_split,
+    split_pattern,
 )
 from flatgpt.data.tokenizer import (
     ASSISTANT,
     EOT,
     AddedToken,
     Tokenizer,
-    byte_letters,
+    byte_alphabet,
     byte_tokenizer,
     difficult_text,
     from_nanogpt_meta,
@@ -37,16 +37,16 @@ from flatgpt.data.tokenizer import (
 from flatgpt.errors import UserError
 from flatgpt.files import read_json
 
-LETTERS = byte_letters()
-ROLES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
-MARKS = 'flatgpt_chat_template.json'  # {role: [before, after]}, in a folder that we export
+ALPHABET = byte_alphabet()
+TOKEN_ROLES = ('bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask')
+CHAT_TEMPLATE_FILE = 'flatgpt_chat_template.json'  # {role: [before, after]}, in our exports
 
 
 def find_tokenizer(where: str) -> Tokenizer:
-    """The tokenizer of a run (its newest checkpoint), of a checkpoint, of prepared data, in a file,
-    or with that name. Folders and files are ours, nanoGPT's (meta.pkl) or of `transformers`.
+    """The tokenizer with this name, or of a run (its newest checkpoint), a checkpoint, a dataset or
+    a file. Folders and files are ours, nanoGPT's (meta.pkl) or those of `transformers`.
 
-    A name comes first, whatever folder lies there: ./gpt2 is the folder.
+    A name has precedence over a folder: use ./gpt2 for a folder named gpt2.
     """
     path = Path(where)
     if where in tokenizer_names():
@@ -55,7 +55,10 @@ def find_tokenizer(where: str) -> Tokenizer:
         return read_folder(path)
     if not path.is_file():
         if not where or len(path.parts) > 1 or path.suffix in ('.json', '.pkl'):
-            raise UserError(f'--tokenizer={where}: no such folder or file')
+            raise UserError(
+                f'--tokenizer={where}: no such folder or file; give a path that exists, or a name '
+                'such as gpt2 or byte'
+            )
         return get_tokenizer(where)
     if path.suffix == '.pkl':
         return from_nanogpt_meta(path)
@@ -63,222 +66,251 @@ def find_tokenizer(where: str) -> Tokenizer:
 
 
 def read_folder(folder: Path) -> Tokenizer:
-    """What a folder has for a tokenizer; UserError if that is nothing."""
+    """The tokenizer of a folder; UserError if it has none."""
     inside = [folder / 'meta.pkl', *sorted(folder.glob('checkpoints/step-*/tokenizer.json'))]
     inside = [file for file in [folder / 'tokenizer.json', *inside[::-1]] if file.is_file()]
     if inside:
-        return with_marks(find_tokenizer(str(inside[0])), folder)
+        return with_saved_chat_template(find_tokenizer(str(inside[0])), folder)
     if (folder / 'vocab.json').is_file() and (folder / 'merges.txt').is_file():
-        return with_marks(read_files(folder / 'vocab.json', folder / 'merges.txt'), folder)
-    raise UserError(f'--tokenizer={folder}: the folder has none, and no checkpoint with one')
+        return with_saved_chat_template(
+            read_files(folder / 'vocab.json', folder / 'merges.txt'), folder
+        )
+    raise UserError(
+        f'--tokenizer={folder}: the folder has no tokenizer and no checkpoint; give that of a run '
+        'or one that has a tokenizer.json'
+    )
 
 
 def read_files(*paths: str | Path) -> Tokenizer:
-    """A tokenizer.json of `tokenizers`, or vocab.json and merges.txt, as one of ours.
+    """A tokenizer.json of `tokenizers`, or vocab.json and merges.txt, as one of our tokenizers.
 
-    What lies beside them says which tokens are special, and which end a text. UserError unless both
-    encode alike: each option is one of those understood, and the merges are those that the tokens
-    have. (A trial on text made to be difficult comes last, for what nobody thought of.)
+    Other files in the folder have the special tokens and eos_token_id. UserError unless both encode
+    alike: all options must be supported, and the merges must follow from the tokens. Last, both
+    encode difficult_text(), in case of differences that no option shows.
     """
     try:
         if len(paths) == 1:
-            refuse_model(read_json(Path(paths[0]), 'tokenizer').get('model') or {})
-        theirs = tokenizers.Tokenizer.from_file(str(paths[0])) if len(paths) == 1 else bpe(*paths)
-        theirs.no_truncation()
-        theirs.no_padding()
+            check_model(read_json(Path(paths[0]), 'tokenizer').get('model') or {})
+        hf = (
+            tokenizers.Tokenizer.from_file(str(paths[0])) if len(paths) == 1 else gpt2_style(*paths)
+        )
+        hf.no_truncation()
+        hf.no_padding()
         settings = tokenizer_config(Path(paths[0]).parent)
-        add_named_tokens(settings, theirs)
-        content = json.loads(theirs.to_str())
-        refuse_unknown(content, settings)
-        own = parse_tokenizer(content, end_ids(Path(paths[0]).parent, settings, theirs))
+        add_configured_tokens(settings, hf)
+        content = json.loads(hf.to_str())
+        check_supported(content, settings)
+        own = parse_tokenizer(content, find_eos_ids(Path(paths[0]).parent, settings, hf))
         text = 'x' + difficult_text()
         if own.kind == 'char':
             text = ''.join(map(bytes.decode, own.token_bytes[: own.vocab_size - len(own.special)]))
         ids = own.encode(text, allow_eot=True).tolist()
-        if theirs.encode(text, add_special_tokens=False).ids != ids:
-            raise UserError('it encodes text in a way that we do not')
+        if hf.encode(text, add_special_tokens=False).ids != ids:
+            raise UserError('it encodes text differently than flatGPT does; use another tokenizer')
         return own
-    except Exception as error:  # those of the library have no class of their own
+    except Exception as error:  # the library raises plain Exceptions
         plain = isinstance(error, UserError) or type(error) is Exception
         reason = str(error) if plain else repr(error)
-        raise UserError(f'{paths[0]}: cannot be used: {reason}') from error
+        raise UserError(f'{paths[0]}: unsupported tokenizer: {reason}') from error
 
 
-def bpe(vocabulary: str | Path, merges: str | Path) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer with another vocabulary, as `transformers` makes it."""
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.decoder = tokenizers.decoders.ByteLevel()
-    theirs.add_special_tokens([EOT] if theirs.token_to_id(EOT) is not None else [])
-    return theirs
+def gpt2_style(vocabulary: str | Path, merges: str | Path) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer with another vocabulary, as `transformers` creates it."""
+    hf = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocabulary), str(merges)))
+    hf.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = tokenizers.decoders.ByteLevel()
+    hf.add_special_tokens([EOT] if hf.token_to_id(EOT) is not None else [])
+    return hf
 
 
-# --- what lies beside a tokenizer.json
+# --- other files in the folder of a tokenizer.json
 
 
-def json_beside(folder: Path, name: str) -> dict:
+def read_optional_json(folder: Path, name: str) -> dict:
     return read_json(folder / name, str(folder)) if (folder / name).is_file() else {}
 
 
 def tokenizer_config(folder: Path) -> dict:
-    """What tokenizer_config.json says, and the two files that came before it."""
-    settings = json_beside(folder, 'tokenizer_config.json')
+    """The settings in tokenizer_config.json and in the two files that preceded it."""
+    settings = read_optional_json(folder, 'tokenizer_config.json')
     if 'added_tokens_decoder' not in settings:
-        settings |= json_beside(folder, 'special_tokens_map.json')
-        words = json_beside(folder, 'added_tokens.json')
+        settings |= read_optional_json(folder, 'special_tokens_map.json')
+        words = read_optional_json(folder, 'added_tokens.json')
         settings['added_tokens_decoder'] = {i: {'content': word} for word, i in words.items()}
     return settings
 
 
-def add_named_tokens(settings: dict, theirs: tokenizers.Tokenizer) -> None:
-    """Add the tokens that `transformers` adds to those of the tokenizer's file, in its order."""
-    named = [settings.get(f'{role}_token') for role in ROLES]
+def add_configured_tokens(settings: dict, hf: tokenizers.Tokenizer) -> None:
+    """Add the tokens that `transformers` adds to the tokenizer, in the same order."""
+    named = [settings.get(f'{role}_token') for role in TOKEN_ROLES]
     for key in ('additional_special_tokens', 'extra_special_tokens'):
         more = settings.get(key) or []
         named += more.values() if isinstance(more, dict) else more
     named = [token if isinstance(token, dict) else {'content': token} for token in named if token]
     special = {token['content'] for token in named}
     decoder = {int(i): token for i, token in settings['added_tokens_decoder'].items()}
-    known = {token.content for token in theirs.get_added_tokens_decoder().values()}
+    known = {token.content for token in hf.get_added_tokens_decoder().values()}
     for token in [decoder[i] for i in sorted(decoder)] + named:
         if (text := token['content']) not in known:
             known.add(text)
             is_special = bool(token.get('special')) or text in special
             flags = {key: bool(token.get(key)) for key in ('lstrip', 'rstrip', 'single_word')}
             flags |= {'normalized': token.get('normalized', not is_special), 'special': is_special}
-            theirs.add_tokens([tokenizers.AddedToken(text, **flags)])
+            hf.add_tokens([tokenizers.AddedToken(text, **flags)])
     for i, token in decoder.items():
-        if (found := theirs.token_to_id(token['content'])) != i:
-            what = f'added token {token["content"]!r}'
-            raise UserError(f'{what} is {i} in one file and {found} by another')
+        if (found := hf.token_to_id(token['content'])) != i:
+            raise UserError(
+                f'added token {token["content"]!r} has the id {i} in one file and {found} in '
+                'another; give it the same id in both'
+            )
 
 
-def end_ids(folder: Path, settings: dict, theirs: tokenizers.Tokenizer) -> list[int] | None:
-    """The ids that end a completion, None where nothing says which; the tokenizer is asked last."""
-    if ids := configured_ends(folder, lambda i: theirs.id_to_token(i) is not None):
+def find_eos_ids(folder: Path, settings: dict, hf: tokenizers.Tokenizer) -> list[int] | None:
+    """The ids that end a completion: eos_token_id, else eos_token; None without either."""
+    if ids := configured_eos_ids(folder, lambda i: hf.id_to_token(i) is not None):
         return ids
     token = settings.get('eos_token')
     token = token.get('content') if isinstance(token, dict) else token
-    found = theirs.token_to_id(token) if token else None
+    found = hf.token_to_id(token) if token else None
     return None if found is None else [found]
 
 
-def configured_ends(folder: Path, is_known: Callable[[int], bool]) -> list[int]:
-    """What eos_token_id is, an id or a list; of the two files the one that `transformers` prefers.
+def configured_eos_ids(folder: Path, is_known: Callable[[int], bool]) -> list[int]:
+    """The ids in eos_token_id, from the file that `transformers` prefers; [] without any.
 
-    An id that the vocabulary does not have says nothing.
+    Ids that the vocabulary does not have are ignored.
     """
     for name in ('generation_config.json', 'config.json'):
-        value = json_beside(folder, name).get('eos_token_id')
+        value = read_optional_json(folder, name).get('eos_token_id')
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(i) is int for i in ids):
-            raise UserError(f'{name} has eos_token_id={value!r}, neither an id nor a list of ids')
+            raise UserError(f'{name} has eos_token_id={value!r}; give an id or a list of ids')
         if ids := [i for i in dict.fromkeys(ids) if i >= 0 and is_known(i)]:
             return ids
     return []
 
 
-def with_configured_ends(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer of a folder that has none of its own, with the ends that it names."""
-    ids = configured_ends(folder, lambda i: i < tokenizer.vocab_size)
+def with_configured_eos_ids(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer, with the eos_token_id of the folder of a model without its own tokenizer."""
+    ids = configured_eos_ids(folder, lambda i: i < tokenizer.vocab_size)
     if ids in ([], [tokenizer.eot]):
         return tokenizer
     return Tokenizer.from_dict(tokenizer.to_dict() | {'end_ids': ids})
 
 
-# --- what a tokenizer.json says
+# --- parsing
 
 
 def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
-    """What a tokenizer.json says, if that is byte-level BPE, or our characters."""
+    """The tokenizer of a tokenizer.json of byte-level BPE, or of single characters."""
     model, added = content['model'], content['added_tokens']
     ids = model['vocab'] | {token['content']: token['id'] for token in added}
     size = max(ids.values()) + 1
     if len({*ids.values()}) < len(ids) or size > 2 * len(ids):
-        raise UserError('its ids are not 0, 1, 2 and so on')
+        raise UserError('its ids are not unique, or mostly unused; use the ids 0, 1, 2 and so on')
     if model['type'] == 'WordLevel':
-        return parse_characters(ids, added, ends)
-    if lacking := LETTERS.keys() - model['vocab'].keys():
-        raise UserError(f'it has no token for {len(lacking)} of the 256 bytes')
-    merged = {a + b for a, b in model['merges']} | LETTERS.keys()
-    added = [as_added(token, ends or (), merged) for token in added]
-    apart = {token.text for token in added}
+        return parse_char_tokenizer(ids, added, ends)
+    if missing := ALPHABET.keys() - model['vocab'].keys():
+        raise UserError(
+            f'it has no token for {len(missing)} of the 256 bytes; train it with '
+            'initial_alphabet=ByteLevel.alphabet()'
+        )
+    merged = {a + b for a, b in model['merges']} | ALPHABET.keys()
+    added = [as_added_token(token, ends or (), merged) for token in added]
+    added_texts = {token.text for token in added}
     tokens: list[bytes | None] = [None] * size
     for text, i in ids.items():
-        is_letters = text in merged or (text not in apart and LETTERS.keys() >= {*text})
-        tokens[i] = bytes(LETTERS[c] for c in text) if is_letters else text.encode()
+        is_bytes = text in merged or (text not in added_texts and ALPHABET.keys() >= {*text})
+        tokens[i] = bytes(ALPHABET[c] for c in text) if is_bytes else text.encode()
     special = {token.text: token.id for token in added if token.special and not token.merged}
-    lonely = [text for text in model['vocab'] if text not in merged and text not in apart]
-    if lonely and model.get('ignore_merges'):
-        raise UserError(f'its token {lonely[0]!r} comes of no merge, and ignore_merges is set')
-    special |= {text: ids[text] for text in lonely}  # no text produces them
+    unmerged = [text for text in model['vocab'] if text not in merged | added_texts]
+    if unmerged and model.get('ignore_merges'):
+        raise UserError(
+            f'its token {unmerged[0]!r} has no merge, which ignore_merges=true does not allow; set '
+            'ignore_merges to false'
+        )
+    special |= {text: ids[text] for text in unmerged}  # no text produces them
     check_merges(model, ids)
-    pattern = pattern_of(content['pre_tokenizer'])
-    added, ends = unless_usual(added, special, ends)
+    pattern = split_pattern(content['pre_tokenizer'])
+    added, ends = none_if_default(added, special, ends)
     own = Tokenizer('bpe', 'bpe', tokens, special, pattern, None, added, ends)
     if not model['merges'] and tokens[:256] == byte_tokenizer().token_bytes[:256]:
         own.kind, own.name, own.pattern = 'byte', 'byte', ''
     elif not pattern:
-        raise UserError('it splits text in a way that is not understood: not at all')
-    elif own.pattern == GPT2_WORDS and size == 50257:
+        raise UserError('its pre_tokenizer does not split text; set its use_regex to true')
+    elif own.pattern == GPT2_PATTERN and size == 50257:
         own.kind, own.name = 'tiktoken', 'gpt2'
     return own
 
 
 def check_merges(model: dict, ids: dict[str, int]) -> None:
-    """UserError unless merging by pairs, as `tokenizers` does, is merging by what comes of them.
+    """UserError unless merging by pairs (`tokenizers`) equals merging by token rank (tiktoken).
 
-    It is if the merges are in the order of the ids, and each token's own letters become it: what
-    they have become before its merge does not depend on what is around them, so that no other pair
-    that would make the same token ever stands in a text.
+    It does if the merges are in the order of the ids and each token is what its own bytes merge
+    to: their merges do not depend on the surrounding text, so that no other pair that would make
+    the same token occurs.
     """
     merged = [a + b for a, b in model['merges']]
     order = [ids[text] for text in merged]
     if order != sorted({*order}):
-        raise UserError('its merges are not in the order of its ids')
+        raise UserError(
+            'its merges are not in the order of its ids; sort them by the id of the merged token'
+        )
     pairs = [tuple(pair) for pair in model['merges']]
     alone = tokenizers.Tokenizer(tokenizers.models.BPE(model['vocab'], pairs))
     for text, encoded in zip(merged, alone.encode_batch(merged), strict=True):
         if encoded.ids != [ids[text]]:
-            raise UserError(f'its token {text!r} is not what its merges make of its letters')
+            raise UserError(
+                f'its token {text!r} is not what its merges make of these bytes; remove the token '
+                'and its merge'
+            )
 
 
-def parse_characters(ids: dict[str, int], added: list[dict], ends: list[int] | None) -> Tokenizer:
-    """A vocabulary of single characters, after which there may be special tokens."""
+def parse_char_tokenizer(
+    ids: dict[str, int], added: list[dict], ends: list[int] | None
+) -> Tokenizer:
+    """A vocabulary of single characters, which may end with special tokens."""
     special = {token['content']: token['id'] for token in added if token['special']}
-    letters = sorted(ids.keys() - special.keys(), key=ids.get)
-    if any(len(text) != 1 for text in letters) or sorted(special.values()) != [
-        *range(len(letters), len(ids))
+    characters = sorted(ids.keys() - special.keys(), key=ids.get)
+    if any(len(text) != 1 for text in characters) or sorted(special.values()) != [
+        *range(len(characters), len(ids))
     ]:
-        raise UserError('its words are not single characters, and special tokens after them')
+        raise UserError(
+            'its tokens are not all single characters; use those as the first ids, and special '
+            'tokens after them'
+        )
     tokens = [text.encode() for text in sorted(ids, key=ids.get)]
-    added = [as_added(token, ends or (), set()) for token in added]
-    return Tokenizer('char', 'char', tokens, special, '', None, *unless_usual(added, special, ends))
+    added = [as_added_token(token, ends or (), set()) for token in added]
+    return Tokenizer(
+        'char', 'char', tokens, special, '', None, *none_if_default(added, special, ends)
+    )
 
 
-def unless_usual(added: list[AddedToken], special: dict[str, int], ends: list[int] | None) -> tuple:
-    """The added tokens and the ends; None for what a tokenizer of ours has by itself."""
+def none_if_default(
+    added: list[AddedToken], special: dict[str, int], ends: list[int] | None
+) -> tuple:
+    """(added tokens, end ids), None for those that our tokenizers have by default."""
     usual = [AddedToken(EOT, special[EOT], special=True)] if EOT in special else []
     if added == usual and len(special) == len(usual):
         return None, None if ends == [token.id for token in usual] else ends
     return added, ends
 
 
-def as_added(token: dict, ends: Iterable[int], merged: Iterable[str]) -> AddedToken:
-    """One of added_tokens; those that end a text are special, unless merging gives them too."""
+def as_added_token(token: dict, ends: Iterable[int], merged: Iterable[str]) -> AddedToken:
+    """An entry of added_tokens; eos tokens are special, unless merging gives them, too."""
     text, is_merged = token['content'], token['content'] in merged
     special = token['special'] or (token['id'] in ends and not is_merged)
     flags = {key: token[key] for key in ('single_word', 'lstrip', 'rstrip')}
-    # without a normalizer it is a matter of order: special ones, alone, have none
+    # without a normalizer it only changes the order, and special tokens come first
     flags['normalized'] = token['normalized'] and not token['special']
     return AddedToken(text, token['id'], special, **flags, merged=is_merged)
 
 
 # -----------------------------------------------------------------------------
-# write
+# writing
 
-# how others have to write what tiktoken writes for itself, by the name of the encoding
-PATTERNS = dict.fromkeys(('gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'), GPT2_WORDS)
+# patterns of tiktoken encodings, in a form that both libraries read
+PATTERNS = dict.fromkeys(('gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'), GPT2_PATTERN)
 PATTERNS['cl100k_base'] = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r'|\s*[\r\n]+|\s+(?!\S)|\s+'
@@ -286,37 +318,40 @@ PATTERNS['cl100k_base'] = (
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
-    """The same in the format of `tokenizers`, which AutoTokenizer reads."""
+    """A tokenizer in the format of `tokenizers`, which AutoTokenizer reads."""
     content = {'version': '1.0', 'truncation': None, 'padding': None}
     content |= {'added_tokens': added_tokens(tokenizer)}
     content |= {'normalizer': None, 'post_processor': None}
     if tokenizer.kind == 'char':
-        letters = {token.decode(): i for i, token in enumerate(tokenizer.token_bytes)}
-        content['pre_tokenizer'] = EVERY_CHARACTER
+        characters = {token.decode(): i for i, token in enumerate(tokenizer.token_bytes)}
+        content['pre_tokenizer'] = CHARACTER_SPLIT
         content['decoder'] = {'type': 'Fuse'}
-        content['model'] = {'type': 'WordLevel', 'vocab': letters, 'unk_token': '<unk>'}
+        content['model'] = {'type': 'WordLevel', 'vocab': characters, 'unk_token': '<unk>'}
         return content
     level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True}
     content['decoder'] = level | {'use_regex': True}
     pattern = PATTERNS.get(tokenizer.name, tokenizer.pattern)
-    if pattern == GPT2_WORDS:
+    if pattern == GPT2_PATTERN:
         content['pre_tokenizer'] = level | {'use_regex': True}
     else:
-        parts = [split_by(understood(pattern))] if pattern else []
+        parts = [regex_split(check_regex(pattern))] if pattern else []
         parts.append(level | {'use_regex': False})
         content['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': parts}
-    vocabulary, merges = letters_and_merges(tokenizer)
-    # all others, too: the library would count the ids of added tokens on from these
+    vocabulary, merges = vocabulary_and_merges(tokenizer)
+    # with the added tokens: otherwise the library gives them the ids after these
     others = tokenizer.special | {token.text: token.id for token in tokenizer.added or ()}
     content['model'] = {'type': 'BPE', 'vocab': others | vocabulary, 'merges': merges}
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    if moved := [text for text, i in others.items() if theirs.token_to_id(text) != i]:
-        raise UserError(f'tokenizer {tokenizer.name}: {moved[0]!r} cannot keep its id')
+    hf = tokenizers.Tokenizer.from_str(json.dumps(content))
+    if moved := [text for text, i in others.items() if hf.token_to_id(text) != i]:
+        raise UserError(
+            f'tokenizer {tokenizer.name}: special token {moved[0]!r} is also a plain token; '
+            'rename it'
+        )
     return content
 
 
 def added_tokens(tokenizer: Tokenizer) -> list[dict]:
-    """What is matched before merging: of ours, the special tokens."""
+    """The added tokens, or by default the special ones, in the format of `tokenizers`."""
     added = tokenizer.added
     if added is None:
         added = [AddedToken(text, i, special=True) for text, i in tokenizer.special.items()]
@@ -325,40 +360,45 @@ def added_tokens(tokenizer: Tokenizer) -> list[dict]:
     return [{'content': t.text, **{key: getattr(t, key) for key in keys}} for t in ordered]
 
 
-def letters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
-    """Tokens written as letters, and the pair that each is merged from, in the order of the ids."""
-    letter = {byte: character for character, byte in byte_letters().items()}
+def vocabulary_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
+    """{token: id} and the pair that each token is merged from, in the byte-level alphabet."""
+    alphabet = {byte: character for character, byte in ALPHABET.items()}
 
     def written(token: bytes) -> str:
-        return ''.join(letter[byte] for byte in token)
+        return ''.join(alphabet[byte] for byte in token)
 
     ranks = tokenizer.ranks
     merges = []
     for token, rank in ranks.items():
         if len(token) > 1:
             parts = [token[i : i + 1] for i in range(len(token))]
-            while len(parts) > 2:  # as encoding goes, up to the last merge
+            while len(parts) > 2:  # merge as encoding does, up to the last pair
                 joined = [ranks.get(a + b, rank) for a, b in itertools.pairwise(parts)]
                 if (lowest := min(joined)) >= rank:
-                    raise UserError(f'token {rank} cannot be had by merging two that come before')
+                    raise UserError(
+                        f'tokenizer {tokenizer.name}: token {rank} is not a merge of two earlier '
+                        'tokens; use another tokenizer'
+                    )
                 at = joined.index(lowest)
                 parts[at : at + 2] = [parts[at] + parts[at + 1]]
             merges.append([written(part) for part in parts])
     return {written(token): i for token, i in ranks.items()}, merges
 
 
-def with_marks(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer | None:
-    """The tokenizer with the chat template that an export of ours left in the folder, if it did."""
-    if tokenizer is None or not (folder / MARKS).is_file():
+def with_saved_chat_template(tokenizer: Tokenizer | None, folder: Path) -> Tokenizer | None:
+    """The tokenizer, with the chat template that our export saved in the folder, if any."""
+    if tokenizer is None or not (folder / CHAT_TEMPLATE_FILE).is_file():
         return tokenizer
     try:
-        marks = json.loads((folder / MARKS).read_text(encoding='utf-8'))
-        return Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': marks})
+        template = json.loads((folder / CHAT_TEMPLATE_FILE).read_text(encoding='utf-8'))
+        return Tokenizer.from_dict(tokenizer.to_dict() | {'chat_template': template})
     except (OSError, ValueError, UserError) as error:
-        raise UserError(f'{folder / MARKS}: not a chat template: {error}') from error
+        raise UserError(
+            f'{folder / CHAT_TEMPLATE_FILE}: invalid chat template: {error}; fix or delete the file'
+        ) from error
 
 
-CONTENT = (  # a text, or text parts, a line each: see content_text()
+CONTENT_JINJA = (  # a text, or a list of text parts, joined by line feeds: see content_text()
     "{% set content = message['content'] %}{% if content is not string %}"
     "{% if content | rejectattr('type', 'equalto', 'text') | list %}"
     "{{ raise_exception('only text parts are read') }}{% endif %}"
@@ -367,23 +407,23 @@ CONTENT = (  # a text, or text parts, a line each: see content_text()
 
 
 def chat_jinja(tokenizer: Tokenizer) -> str:
-    """The chat template in the language that `transformers` and llama.cpp have for it."""
+    """The chat template in Jinja, as `transformers` and llama.cpp read it."""
 
-    def said(text: str) -> str:
+    def literal(text: str) -> str:
         return '{{ ' + json.dumps(text, ensure_ascii=False) + ' }}'
 
     turns = ''.join(
         f"{{% elif message['role'] == {json.dumps(role, ensure_ascii=False)} %}}"
-        f'{said(before)}{{{{ content }}}}{said(after)}'
+        f'{literal(before)}{{{{ content }}}}{literal(after)}'
         for role, (before, after) in tokenizer.chat_template.items()
     )
     return (
         '{% for message in messages %}'
-        + CONTENT
+        + CONTENT_JINJA
         + '{% '
         + turns.removeprefix('{% el')
         + "{% else %}{{ raise_exception('no role ' + message['role']) }}{% endif %}{% endfor %}"
         + '{% if add_generation_prompt %}'
-        + said(tokenizer.chat_template[ASSISTANT][0])
+        + literal(tokenizer.chat_template[ASSISTANT][0])
         + '{% endif %}'
     )

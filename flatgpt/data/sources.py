@@ -1,12 +1,12 @@
 """
-Which files a command means, what they are, and the documents in them.
+Find the text files that a command names, detect their format, and read their documents.
 
     files = find_files(['novel.txt', 'more/', 'corpus/**/*.md'])
     for document in Reader(field='body').documents(files[0]): ...
 
-A file is one document of plain text. Each line of a .jsonl or .ndjson file is one, each record of a
-.json file that is a list of records, and each row of a .csv or .tsv file. What is no text, such as
-a PDF or a compressed file, is refused by its name; in a folder it is left out and counted.
+A plain-text file is one document. So is each line of a .jsonl or .ndjson file, each record of a
+.json file that is a list of records, and each row of a .csv or .tsv file. A file that is not text,
+such as a PDF or a compressed file, is an error; in a folder it is skipped and counted.
 """
 
 import codecs
@@ -24,38 +24,38 @@ from flatgpt.errors import UserError
 from flatgpt.files import strict_json
 
 BLOCK = 2**20  # bytes read at a time
-HEAD = 8192  # bytes that show what a file is
+HEAD = 8192  # bytes read to detect the format of a file
 JSON_LINES = ('.jsonl', '.ndjson')
 TABLES = {'.csv': ',', '.tsv': '\t'}
-BOMS = (  # those of UTF-32 first: one begins as one of UTF-16 does
+BOMS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, 'utf-32'),
     (codecs.BOM_UTF32_BE, 'utf-32'),
     (codecs.BOM_UTF16_LE, 'utf-16'),
     (codecs.BOM_UTF16_BE, 'utf-16'),
     (codecs.BOM_UTF8, 'utf-8'),
 )
-SIGNATURES = (  # how files begin that are no text, what they are, and what to do
+SIGNATURES = (  # first bytes of files that are not text, their format, and how to get text
     (b'\x1f\x8b', 'compressed by gzip', 'unpack it first: gunzip -k {}'),
     (b'BZh', 'compressed by bzip2', 'unpack it first: bunzip2 -k {}'),
     (b'\xfd7zXZ\0', 'compressed by xz', 'unpack it first: unxz -k {}'),
     (b'\x28\xb5\x2f\xfd', 'compressed by Zstandard', 'unpack it first: unzstd {}'),
     (b'%PDF-', 'a PDF', 'give its text: pdftotext {}'),
     (b'{\\rtf', 'a document in RTF', 'save it as plain text'),
-    (b'PK\x03\x04', 'a zip archive, or a .docx, .xlsx, .odt or .epub', 'give the text in it'),
+    (b'PK\x03\x04', 'a zip archive, or a .docx, .xlsx, .odt or .epub', 'give a text file from it'),
     (b'\xd0\xcf\x11\xe0', 'an old .doc, .xls or .ppt', 'save it as plain text'),
-    (b"7z\xbc\xaf'\x1c", 'a 7-Zip archive', 'give the text in it'),
-    (b'Rar!', 'a RAR archive', 'give the text in it'),
+    (b"7z\xbc\xaf'\x1c", 'a 7-Zip archive', 'give a text file from it'),
+    (b'Rar!', 'a RAR archive', 'give a text file from it'),
     (
         b'PAR1',
         'a parquet file',
-        'python data/openwebtext/prepare.py --source=FOLDER --out_dir=OTHER reads a folder of such',
+        'read its folder: python data/openwebtext/prepare.py --source=FOLDER --out_dir=OTHER',
     ),
     (b'SQLite format 3\0', 'a SQLite database', 'export its text as JSON lines'),
-    (b'\x89PNG', 'a picture', 'give text'),
-    (b'\xff\xd8\xff', 'a picture', 'give text'),
-    (b'GIF8', 'a picture', 'give text'),
+    (b'\x89PNG', 'an image', 'give a text file'),
+    (b'\xff\xd8\xff', 'an image', 'give a text file'),
+    (b'GIF8', 'an image', 'give a text file'),
 )
-BROKEN = 'broken links'
+BROKEN_LINK = 'broken links'
 CHAT_FIELDS = {'messages', 'conversations', 'instruction', 'prompt', 'chosen'}
 
 
@@ -65,9 +65,9 @@ CHAT_FIELDS = {'messages', 'conversations', 'instruction', 'prompt', 'chosen'}
 def find_files(
     patterns: list[str], encoding: str | None = None, output: Path | None = None
 ) -> list[Path]:
-    """The files that the arguments mean, each once, in the order of the arguments.
+    """The files that the arguments stand for, each once, in the order of the arguments.
 
-    What lies in the output's folder, as an earlier run's dataset does, has to be named itself.
+    Files in the output folder, such as an earlier dataset, must be given by their names.
     """
     found = {}
     for pattern in patterns:
@@ -76,135 +76,139 @@ def find_files(
         taken = [
             p
             for match in matches
-            for p in (files_in(match, encoding) if match.is_dir() else [match])
+            for p in (text_files_in(match, encoding) if match.is_dir() else [match])
         ]
         if not taken:
-            what = 'has no text files' if path.is_dir() else 'no such file, and nothing matches it'
-            raise UserError(f'{pattern}: {what}')
+            what = 'has no text files' if path.is_dir() else 'no such file or match'
+            raise UserError(f'{pattern}: {what}; give files, folders or patterns that have text')
         if output and not path.is_file():
-            taken = [each for each in taken if not lies_in(each, output)]
+            taken = [each for each in taken if not is_inside(each, output)]
         for path in taken:
             if not path.is_file() or not path.stat().st_size:
-                raise UserError(f'{path}: {"is empty" if path.is_file() else "is not a file"}')
+                what = 'is empty' if path.is_file() else 'is not a file'
+                raise UserError(f'{path}: {what}; give a file with text')
         for path in taken:
-            found.setdefault(identity(path), path)
+            found.setdefault(file_id(path), path)
     return list(found.values())
 
 
-def identity(path: Path) -> tuple:
-    """What is the same for every name of a file."""
+def file_id(path: Path) -> tuple:
+    """The same for all links to a file: device and inode."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
-def bytes_of(files: list[Path]) -> int:
+def total_bytes(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def lies_in(path: Path, folder: Path) -> bool:
-    """Whether a file is of the dataset that an earlier run wrote below its own source."""
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file is in a folder or below it."""
     return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
-def files_in(folder: Path, encoding: str | None = None) -> list[Path]:
-    """The text files in a folder and those below it, linked ones too."""
-    paths, skipped = walk(folder)
-    reasons = {path: why_not_taken(path, folder, encoding) for path in paths}
+def text_files_in(folder: Path, encoding: str | None = None) -> list[Path]:
+    """The text files in a folder and below it, including linked ones; prints what it skips."""
+    paths, skipped = list_files(folder)
+    reasons = {path: skip_reason(path, folder, encoding) for path in paths}
     taken = [path for path, reason in reasons.items() if reason is None]
     others = Counter(reason for reason in reasons.values() if reason is not None)
-    broken = others.pop(BROKEN, 0)
-    print(f'{folder}: {len(taken)} files taken, {others.total()} hidden, empty or binary', end='')
+    broken = others.pop(BROKEN_LINK, 0)
+    print(
+        f'{folder}: using {len(taken)} files, skipping {others.total()} hidden, empty or binary',
+        end='',
+    )
     kinds = ', '.join(f'{kind}: {count}' for kind, count in sorted(others.items()) if kind)
     print(f' ({kinds})' if kinds else '', end='')
-    again = 'linked folders that lead back to one of these'
-    links = ((BROKEN, broken), (again, skipped))
+    loops = 'links to folders already read'
+    links = ((BROKEN_LINK, broken), (loops, skipped))
     print(''.join(f'; {what}: {count}' for what, count in links if count))
     return taken
 
 
-def walk(folder: Path) -> tuple[list[Path], int]:
-    """All files in a folder and below, also behind links, and how many folders come again."""
+def list_files(folder: Path) -> tuple[list[Path], int]:
+    """All files in a folder and below, following links; and how many folders were met again."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    paths, seen, again = [], set(), 0
+    paths, seen, repeated = [], set(), 0
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        hidden = is_hidden(Path(place), folder)  # a visible link may lead there, too
-        if (hidden, identity(Path(place))) in seen:
-            again += 1
+        hidden = is_hidden(Path(place), folder)  # a visible link may lead to the same folder
+        if (hidden, file_id(Path(place))) in seen:
+            repeated += 1
             folders.clear()
             continue
-        seen.add((hidden, identity(Path(place))))
+        seen.add((hidden, file_id(Path(place))))
         folders.sort()
         paths += [Path(place, name) for name in names]
-    return sorted(path for path in paths if path.is_file() or path.is_symlink()), again
+    return sorted(path for path in paths if path.is_file() or path.is_symlink()), repeated
 
 
 def is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith('.') for part in path.relative_to(folder).parts)
 
 
-def why_not_taken(path: Path, folder: Path, encoding: str | None) -> str | None:
-    """None for a text file; '' where it needs no mention; else what it is."""
+def skip_reason(path: Path, folder: Path, encoding: str | None) -> str | None:
+    """Why a file is skipped: None for a text file, '' where no reason is printed."""
     if is_hidden(path, folder):
         return ''
     if not path.is_file():
-        return BROKEN
-    head = head_of(path)
+        return BROKEN_LINK
+    head = read_head(path)
     if not head:
         return ''
-    if what := what_if_no_text(head, encoding):
+    if what := non_text_format(head, encoding):
         return '' if what[0] == 'binary' else what[0]
     return None
 
 
-# --- what they are
+# --- formats
 
 
-def head_of(path: Path) -> bytes:
+def read_head(path: Path) -> bytes:
     with path.open('rb') as file:
         return file.read(HEAD)
 
 
-def bom_of(head: bytes) -> tuple[bytes, str]:
-    """A byte order mark at the beginning, and the encoding it stands for; b'', '' without one."""
+def find_bom(head: bytes) -> tuple[bytes, str]:
+    """The byte order mark and its encoding; (b'', '') without one."""
     return next((bom for bom in BOMS if head.startswith(bom[0])), (b'', ''))
 
 
-def without_bom(block: bytes) -> tuple[bytes, int]:
-    """The beginning of a UTF-8 file without its byte order mark, and the bytes that had."""
+def strip_bom(block: bytes) -> tuple[bytes, int]:
+    """The beginning of a UTF-8 file without its byte order mark, and the length of the mark."""
     stripped = block.removeprefix(codecs.BOM_UTF8)
     return stripped, len(block) - len(stripped)
 
 
-def what_if_no_text(head: bytes, encoding: str | None) -> tuple[str, str] | None:
-    """What a file is that begins so, and what to do about it; None for text."""
-    if bom_of(head)[0]:
+def non_text_format(head: bytes, encoding: str | None) -> tuple[str, str] | None:
+    """(format, how to get text) of a file that is not text, by its first bytes; None for text."""
+    if find_bom(head)[0]:
         return None
     known = next((each for each in SIGNATURES if head.startswith(each[0])), None)
     if known and (not is_utf8(head) or known[0] in (b'%PDF-', b'{\\rtf')):
         return known[1:]
     if encoding and encoding.startswith(('utf-16', 'utf-32')):
         return None
-    if wide := wide_encoding(head):
+    if wide := guess_wide_encoding(head):
         name = wide.upper().removesuffix('-LE').removesuffix('-BE')
-        return f'{name} without a byte order mark', f'--encoding={wide} reads it'
+        return f'{name} without a byte order mark', f'add --encoding={wide}'
     if b'\0' in head:
-        return 'binary', 'it has zero bytes; give text'
+        return 'binary', 'it has zero bytes; give a text file'
     return None
 
 
 def is_utf8(head: bytes) -> bool:
     try:
-        codecs.getincrementaldecoder('utf-8')().decode(head)  # whose end may cut a character
+        codecs.getincrementaldecoder('utf-8')().decode(head)  # may end inside a character
     except UnicodeDecodeError:
         return False
     return b'\0' not in head
 
 
-def wide_encoding(head: bytes) -> str | None:
-    """UTF-16 or UTF-32 that bytes look like, by where the zeros of plain letters lie."""
+def guess_wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, guessed from the positions of zero bytes; None for neither."""
     quarter, zeros = len(head) // 4, [head[i::4].count(0) for i in range(4)]
     if quarter and min(zeros[2:]) > 0.9 * quarter > 9 * zeros[0]:
         return 'utf-32-le'
@@ -224,16 +228,16 @@ def wide_encoding(head: bytes) -> str | None:
 class Document(NamedTuple):
     blocks: Iterable[str]
     length: int  # bytes of the text in UTF-8
-    size: int | None  # bytes of its file that were read for it; None: those of its text
+    size: int | None  # bytes of the file read for it; None: as many as the text has
 
 
 class Reader:
-    """Reads the documents of files, and counts what it leaves out.
+    """Reads the documents of files, and counts what it skips.
 
     field: key or column of the text in JSON lines and tables, None for 'text'.
-    errors: 'replace' puts U+FFFD in place of bytes that are not of the encoding.
+    errors: 'strict', or 'replace' to replace invalid bytes with U+FFFD.
     encoding: of files without a byte order mark; None is UTF-8.
-    plain: takes JSON lines, JSON and tables as the text that they are, too.
+    plain: reads JSON lines, JSON and tables as plain text, too.
     """
 
     def __init__(
@@ -250,14 +254,14 @@ class Reader:
         self.unused: dict[str, None] = {}  # fields of rows, in the order met
 
     def documents(self, path: Path) -> Iterator[Document]:
-        head = head_of(path)
-        if what := what_if_no_text(head, self.encoding):
+        head = read_head(path)
+        if what := non_text_format(head, self.encoding):
             raise UserError(f'{path}: is {what[0]}; {what[1].format(path)}')
-        self._check_encoding(path, bom_of(head)[1])
+        self._check_encoding(path, find_bom(head)[1])
         layout = self.layout(path)
         if layout == 'text':
             self.json_as_text += path.suffix.lower() == '.json' and not self.plain
-            yield Document(self.text(path), self._length(path, bom_of(head)[1]), None)
+            yield Document(self.text(path), self._length(path, find_bom(head)[1]), None)
             return
         rows = {'lines': self._json_lines, 'records': self._json_records, 'table': self._table}
         for where, record, size in rows[layout](path):
@@ -265,7 +269,7 @@ class Reader:
                 yield Document([text], len(text.encode()), size)
 
     def layout(self, path: Path) -> str:
-        """'text', or in what its documents lie: 'lines' of JSON, 'records' or a 'table'."""
+        """The layout of a file: 'text', 'lines' of JSON, JSON 'records' or a 'table'."""
         suffix = path.suffix.lower()
         if self.plain or suffix not in (*JSON_LINES, '.json', *TABLES):
             return 'text'
@@ -278,28 +282,26 @@ class Reader:
         return 'records' if self._has_records(path) else 'text'
 
     def notes(self) -> list[str]:
-        """What to tell of the rows."""
+        """Lines to print about the rows."""
         lines = []
         if self.without_text:
-            lines.append(
-                f'{self.without_text:,} rows left out: their {self.field} is null or empty'
-            )
+            lines.append(f'skipped {self.without_text:,} rows whose {self.field} is null or empty')
         if self.unused:
             names = list(self.unused)
             more = f' and {len(names) - 20} more' if len(names) > 20 else ''
-            lines.append(f'of each row {self.field} was taken, not {", ".join(names[:20])}{more}')
+            lines.append(f'used {self.field} of each row, not {", ".join(names[:20])}{more}')
         if self.json_as_text:
             lines.append(
-                f'{self.json_as_text:,} .json files are no records with a field {self.field}, and '
-                'were taken as the text that they are'
+                f'read {self.json_as_text:,} .json files as plain text, since they are no records '
+                f'with a field {self.field}'
             )
         return lines
 
     def text(self, path: Path) -> Iterator[str]:
         """The text of a file, block by block, without its byte order mark."""
-        mark, encoding = bom_of(head_of(path))
+        mark, encoding = find_bom(read_head(path))
         if encoding != 'utf-8' and mark:
-            mark = b''  # which the decoder takes off, having learned the order from it
+            mark = b''  # the decoder needs the mark, and removes it
         encoding = encoding or self.encoding or 'utf-8'
         decoder = codecs.getincrementaldecoder(encoding)(self.errors)
         position = len(mark)
@@ -310,42 +312,49 @@ class Reader:
                 position += len(block)
 
     def _decode(self, decoder, block: bytes, path: Path, position: int, encoding: str) -> str:
-        """The text of a block that begins at byte `position`; an empty one ends the file."""
-        pending = len(decoder.getstate()[0])  # bytes of a character that began in the block before
+        """The text of a block that begins at byte `position`; an empty block ends the file."""
+        pending = len(decoder.getstate()[0])  # bytes of a character begun in the block before
         try:
             return decoder.decode(block, final=not block)
         except UnicodeError as error:
             at = position - pending + getattr(error, 'start', 0)
-            other = '' if self.encoding else 'give the encoding it has, such as --encoding=cp1252; '
             raise UserError(
-                f'{path}: not {encoding.upper()} at byte {at}; {other}--errors=replace puts U+FFFD '
-                'in place of such bytes'
+                f'{path}: not {encoding.upper()} at byte {at}; {self._fix_encoding(path)}'
             ) from error
 
-    def _check_encoding(self, path: Path, marked: str) -> None:
-        if marked and self.encoding and not self.encoding.startswith(marked):
+    def _fix_encoding(self, path: Path) -> str:
+        """How to read a file with invalid bytes."""
+        bom_encoding = find_bom(read_head(path))[1]
+        if bom_encoding not in ('', 'utf-8'):
+            return 'save the file again as UTF-8'
+        known = self.encoding or bom_encoding
+        other = '' if known else 'give its encoding, such as --encoding=cp1252, or '
+        return f'{other}replace invalid bytes with --errors=replace'
+
+    def _check_encoding(self, path: Path, bom_encoding: str) -> None:
+        if bom_encoding and self.encoding and not self.encoding.startswith(bom_encoding):
             raise UserError(
-                f'{path}: is {marked.upper()}, by its byte order mark, and not {self.encoding}; '
-                'prepare it without --encoding, or save it as that'
+                f'{path}: its byte order mark says {bom_encoding.upper()}, not {self.encoding}; '
+                'leave out --encoding, or convert the file'
             )
-        if marked not in ('', 'utf-8') and self.errors == 'replace':
+        if bom_encoding not in ('', 'utf-8') and self.errors == 'replace':
             raise UserError(
-                f'{path}: is {marked.upper()}, by its byte order mark, and is read as that; leave '
-                'out --errors=replace, which is for damaged text'
+                f'{path}: is {bom_encoding.upper()} with a byte order mark, and --errors=replace '
+                'is not supported for it; leave out --errors=replace'
             )
 
-    def _length(self, path: Path, marked: str) -> int:
-        """Bytes that the text of a file has in UTF-8."""
-        if (marked or self.encoding or 'utf-8') == 'utf-8':
+    def _length(self, path: Path, bom_encoding: str) -> int:
+        """Bytes of the text of a file in UTF-8."""
+        if (bom_encoding or self.encoding or 'utf-8') == 'utf-8':
             return path.stat().st_size
         return sum(len(block.encode()) for block in self.text(path))
 
     # --- rows
 
     def _has_records(self, path: Path) -> bool:
-        """Whether a .json file is a list of records, or one: an object with the field.
+        """Whether a .json file is a list of objects, or one object that has the field.
 
-        A list of other things, or settings such as package.json, have none.
+        Settings such as package.json, and lists of other values, are plain text.
         """
         try:
             content = json.loads(''.join(self.text(path)))
@@ -357,7 +366,7 @@ class Reader:
         return is_list and all(isinstance(each, dict) for each in content)
 
     def _is_json_lines(self, path: Path) -> bool:
-        """Whether a .json file has a record on its first line and begins another on the next."""
+        """Whether the first line of a .json file is an object, and the next begins another one."""
         lines = filter(None, map(str.strip, lines_of(self.text(path))))
         first, second = next(lines, ''), next(lines, '')
         try:
@@ -378,7 +387,7 @@ class Reader:
             yield f'{path}, record {number}', record, size if number == 1 else 0
 
     def _table(self, path: Path) -> Iterator[tuple]:
-        csv.field_size_limit(2**31 - 1)  # a cell may be a whole text
+        csv.field_size_limit(2**31 - 1)  # a cell may be a whole document
         lines = lines_of(self.text(path))
         header = next(lines, '')
         delimiter = TABLES[path.suffix.lower()]
@@ -388,22 +397,26 @@ class Reader:
         try:
             names = next(rows, [])
             if len(set(names)) < len(names):
-                raise UserError(f'{path}: two of its columns have one name: {", ".join(names)}')
+                raise UserError(
+                    f'{path}: two columns have the same name: {", ".join(names)}; rename one, or '
+                    'read the file as plain text with --plain'
+                )
             for row in filter(None, rows):
                 where = f'{path}, line {rows.line_num}'
                 if len(row) != len(names):
                     raise UserError(
-                        f'{where}: {len(row)} cells, and the first line has {len(names)}; '
-                        '--plain takes the file as it is'
+                        f'{where}: {len(row)} cells, but the first line has {len(names)}; fix the '
+                        'line, or read the file as plain text with --plain'
                     )
                 yield where, dict(zip(names, row, strict=True)), sum(map(len, row)) + len(row)
         except csv.Error as error:
             raise UserError(
-                f'{path}, line {rows.line_num}: not a table ({error}); --plain takes it as it is'
+                f'{path}, line {rows.line_num}: invalid table ({error}); fix the line, or read the '
+                'file as plain text with --plain'
             ) from error
 
     def _text_of(self, record, where: str) -> str:
-        """The text of a row; '' where it has none, which is counted."""
+        """The text of a row; '' where it has none (counted)."""
         if not isinstance(record, dict) or self.field not in record:
             raise UserError(f'{where}: {self._no_field(record)}')
         self.unused |= dict.fromkeys(name for name in record if name != self.field)
@@ -414,33 +427,33 @@ class Reader:
         if not isinstance(text, str):
             raise UserError(
                 f'{where}: field {self.field!r} is {type(text).__name__}, not text; choose another '
-                'with --field='
+                'field with --field='
             )
         try:
             return text.encode(errors=self.errors).decode()
         except UnicodeEncodeError as error:
             raise UserError(
-                f'{where}: half a surrogate pair; --errors=replace puts ? there'
+                f'{where}: has half a surrogate pair; replace it with ? by --errors=replace'
             ) from error
 
     def _no_field(self, record) -> str:
         keys = ', '.join(record) if isinstance(record, dict) else f'no keys: {str(record)[:40]}'
-        hint = 'choose with --field=, or take the file as plain text with --plain'
+        hint = 'choose one with --field=, or read the file as plain text with --plain'
         if isinstance(record, dict) and CHAT_FIELDS & record.keys():
-            hint += '; conversations are prepared by data/chat/prepare.py'
+            hint += '; for conversations, run data/chat/prepare.py'
         return f'no field {self.field!r}; it has {keys}; {hint}'
 
 
 def lines_of(blocks: Iterable[str]) -> Iterator[str]:
-    """Lines with their ends, of which \\n alone is one, in time that grows with their length."""
-    begun: list[str] = []
+    """Lines with their \\n, which alone ends a line; linear in the length of the text."""
+    parts: list[str] = []
     for block in blocks:
         *whole, rest = block.split('\n')
         for line in whole:
-            yield ''.join([*begun, line, '\n'])
-            begun = []
-        begun.append(rest)
-    if last := ''.join(begun):
+            yield ''.join([*parts, line, '\n'])
+            parts = []
+        parts.append(rest)
+    if last := ''.join(parts):
         yield last
 
 
@@ -448,4 +461,6 @@ def parse_json(text: str, where: str):
     try:
         return strict_json(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: not JSON: {error}') from error
+        raise UserError(
+            f'{where}: invalid JSON: {error}; fix it, or read the file as plain text with --plain'
+        ) from error

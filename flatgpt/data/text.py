@@ -5,14 +5,16 @@ $ python data/text/prepare.py novel.txt more/ 'corpus/*.txt' --name=mine --token
 $ python data/text/prepare.py posts.jsonl --field=body --name=posts --tokenizer=bpe
 $ python train.py config/train_text.py --dataset=mine
 
-A file is one document; in a .jsonl or .ndjson file each line is one, and a blank line none, in a
-.json file each record of its list, in a .csv or .tsv file each row: --field says where its text is,
---plain takes such files as they are. Of a folder every file is taken, in folders below it too,
-linked ones as well, except hidden, empty and binary ones, which are counted. The text is UTF-8 or
-has a byte order mark (--encoding for others), and stays as it is, line ends included. Between two
-documents comes the end of text; where the text spells it, --read_eot takes that for it as well.
+A plain-text file is one document. So is each line of a .jsonl or .ndjson file (blank lines are
+skipped), each record of a .json list and each row of a .csv or .tsv file; --field names the key or
+column that has the text, and --plain reads such files as plain text. A folder stands for all files
+in it and below, including linked ones. Hidden, empty and binary files are skipped and counted.
+Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line ends
+included, is not altered. The end-of-text token separates documents; --read_eot also reads it where
+the text spells it.
 
-To go on with a model of your own, give its run, so that the text gets the same tokens:
+To continue training a model of yours, give its run directory, so that the text gets the same
+tokens:
 
 $ python data/text/prepare.py more.txt --name=more --tokenizer=out/mine
 """
@@ -22,37 +24,26 @@ import codecs
 import itertools
 import math
 import re
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import regex
 from tqdm import tqdm
 
+from flatgpt.data.bpe import learn_bpe
 from flatgpt.data.dataset import DATA, Writer, recipe_of
 from flatgpt.data.encode import BORDER, Chunk, cut, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.sources import Reader, bytes_of, find_files, identity
-from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.sources import Reader, file_id, find_files, total_bytes
+from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
 COMMAND = 'python data/text/prepare.py'
-BPE_SAMPLE = 100_000_000  # bytes of text that an own BPE is learned from, at most
-# Learning takes time with the square of a word's length: of longer ones pieces are learned from.
-LONGEST_WORD = 256
-LONG_WORD = regex.compile(
-    '|'.join(
-        rf'{kind}{{{LONGEST_WORD + 1},}}+'
-        for kind in (r'[\p{L}\p{M}]', r'[^\s\p{L}\p{M}\p{N}]', r'\s')
-    )
-)
-PIECES = 2**14  # of all long words together
-# of text that flatGPT has made itself: the options that only data/text/prepare.py has
-OWN_FILES = dict(field=None, errors='strict', encoding=None, plain=True, read_eot=False)
+BPE_SAMPLE = 100_000_000  # maximum bytes of text to learn a BPE from
+# the flags that only data/text/prepare.py has, for plain text that flatGPT itself wrote
+PLAIN_TEXT_DEFAULTS = dict(field=None, errors='strict', encoding=None, plain=True, read_eot=False)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,16 +51,16 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
     try:
         val_files = find_files(args.val, args.encoding)
-        own = {identity(path) for path in val_files}
+        val_ids = {file_id(path) for path in val_files}
         found = find_files(args.files, args.encoding, folder)
         if not found:
             raise UserError(
-                f'nothing to train on: all the files lie in {folder}, where the dataset goes; name '
-                'each that is meant, or choose another folder'
+                f'{folder}: the text files are in the output folder; give each file by its name, '
+                f'or choose another {output_flag(args)}'
             )
-        files = [path for path in found if identity(path) not in own]
+        files = [path for path in found if file_id(path) not in val_ids]
         if not files:
-            raise UserError('nothing is left to train on: all the files are given with --val')
+            raise UserError('--val includes all files; add files to train on')
         check_field(args, files + val_files)
         prepare(args, folder, files, val_files)
     except OSError as error:
@@ -85,13 +76,17 @@ def prepare(
 ) -> None:
     tokenizer = make_tokenizer(args, files, val_files)
     if args.read_eot and tokenizer.eot is None:
-        raise UserError(f'--read_eot: the tokenizer {tokenizer.name} has no end of text')
-    start, reader = time.perf_counter(), reader_of(args)
+        raise UserError(
+            f'--read_eot: the tokenizer {tokenizer.name} has no end-of-text token; leave out '
+            '--read_eot, or use --tokenizer=byte, for example'
+        )
+    start, reader = time.perf_counter(), make_reader(args)
     with Writer(folder, tokenizer) as writer:
-        total = bytes_of(files + val_files)
-        fitted = Fitted(split_chunks(reader, args, files, val_files), tokenizer, args.read_eot)
-        write_chunks(writer, fitted, args.workers, total, args.read_eot)
-    for line in [*reader.notes(), *fitted.notes()]:
+        total = total_bytes(files + val_files)
+        chunks = split_chunks(reader, args, files, val_files)
+        kept = DropUnknownCharacters(chunks, tokenizer, args.read_eot)
+        write_chunks(writer, kept, args.workers, total, args.read_eot)
+    for line in [*reader.notes(), *kept.notes()]:
         print(line)
     print(writer.summary())
     speed = sum(map(writer.tokens, ('train', 'val'))) / (time.perf_counter() - start)
@@ -107,133 +102,150 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('files', nargs='*', help='files, folders and patterns such as "corpus/**/*.md"')
-    add('--name', help='what to call the dataset; it goes to data/NAME')
-    add('--out_dir', type=lambda text: Path(text) if text else None, help='write here instead')
+    add('files', nargs='*', help='files, folders and patterns, such as "corpus/**/*.md"')
+    add('--name', help='name of the dataset; it is written to data/NAME')
+    add(
+        '--out_dir',
+        type=lambda text: Path(text) if text else None,
+        help='write the dataset to this folder instead',
+    )
     add(
         '--val',
         action='append',
         default=[],
-        help='take these files for validation; may be repeated',
+        help='use these files for validation; may be repeated',
     )
-    add('--field', help='key of the text in JSON lines, column of it in tables; default text')
-    add('--plain', action='store_true', help='take JSON lines, JSON and tables as they are')
+    add('--field', help='key or column that has the text in JSON and tables; default text')
+    add('--plain', action='store_true', help='read JSON lines, JSON and tables as plain text')
     add(
         '--errors',
         choices=('strict', 'replace'),
         default='strict',
-        help='at bytes that are not UTF-8: stop (default), or put U+FFFD in their place',
+        help='invalid bytes: stop (default), or replace them with U+FFFD',
     )
-    add('--encoding', help='of files that are not UTF-8, such as cp1252, latin-1, utf-16-le')
+    add('--encoding', help='encoding of files that are not UTF-8: cp1252, latin-1, utf-16-le ...')
     add(
         '--read_eot',
         action='store_true',
-        help=f'take a written {EOT} for the end of text; without it, it is text as any other',
+        help=f'read a written {EOT} as the end-of-text token; by default it is plain text',
     )
     add_options(parser)
     args = parser.parse_args(argv)
     if not args.files:
-        raise UserError(f'say which text: {COMMAND} FILES --name=mine (see --help)')
+        raise UserError(f'no files; run {COMMAND} FILES --name=mine (see --help)')
     check_options(args)
     if args.name and args.out_dir:
         raise UserError(
-            f'--name={args.name} and --out_dir={args.out_dir} both say where to write; give one'
+            f'--name={args.name} and --out_dir={args.out_dir} both set the output folder; give one'
         )
-    args.encoding = encoding_named(args.encoding) if args.encoding is not None else None
+    args.encoding = normalize_encoding(args.encoding) if args.encoding is not None else None
     return args
 
 
-def encoding_named(name: str) -> str:
-    """Python's own name of a text encoding."""
+def normalize_encoding(name: str) -> str:
+    """Python's name for a text encoding."""
     with suppress(LookupError):
         with suppress(UnicodeError):
-            b'text'.decode(name)  # refuses those that are not of text
+            b'text'.decode(name)  # LookupError for codecs that do not decode to text, such as rot13
         codecs.getincrementaldecoder(name)
         return codecs.lookup(name).name
     raise UserError(
-        f'--encoding={name}: no such encoding; there are cp1252, latin-1, utf-16-le ...'
+        f'--encoding={name}: unknown; use an encoding that Python has, such as cp1252, latin-1 or '
+        'utf-16-le'
     )
 
 
 def check_field(args: argparse.Namespace, files: list[Path]) -> None:
-    """Refuse a --field that nothing has."""
-    reader = reader_of(args)
+    """UserError for a --field when all files are plain text."""
+    reader = make_reader(args)
     if args.field is not None and all(reader.layout(path) == 'text' for path in files):
         raise UserError(
-            f'--field={args.field}: all the files are plain text, and have no fields; leave it out'
+            f'--field={args.field}: all files are plain text, without fields; leave out --field'
         )
 
 
-def reader_of(args: argparse.Namespace) -> Reader:
+def make_reader(args: argparse.Namespace) -> Reader:
     return Reader(args.field, args.errors, args.encoding, args.plain)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What every preparation of text can be asked for."""
+    """Add the flags that all commands which prepare text share."""
     add = parser.add_argument
     add(
         '--tokenizer',
         default='gpt2',
-        help='gpt2 (default), byte, char, bpe or a tiktoken name; or that of a model: the folder '
-        'of its run or of a checkpoint, or a tokenizer.json',
+        help='gpt2 (default), byte, char, bpe, a tiktoken name, or the path of a run, a checkpoint '
+        'or a tokenizer.json',
     )
-    add('--vocab_size', type=int, help='ids of an own bpe, learned from the text; default 8192')
-    add('--val_fraction', type=float, help='part for validation, default 0.1')
+    add('--vocab_size', type=int, help='vocabulary size for --tokenizer=bpe; default 8192')
+    add('--val_fraction', type=float, help='fraction used for validation; default 0.1')
     add(
         '--split',
         choices=('auto', 'document', 'fraction'),
-        help='validate on whole documents, evenly spaced, or on the last part of each; '
-        'auto: on whole ones if there are enough for val_fraction',
+        help='validate on whole documents, evenly spaced, or on the last fraction of each; '
+        'auto (default): whole documents if there are enough for val_fraction',
     )
-    add('--workers', type=int, help='processes; default: one, or one for each core if that pays')
+    add('--workers', type=int, help='processes; default: one, or one per core where that is faster')
 
 
 def check_options(args: argparse.Namespace) -> None:
     for option, value in (('val_fraction', args.val_fraction), ('split', args.split)):
         if value is not None and getattr(args, 'val', None):
             raise UserError(
-                f'--{option}={value} divides the files, and --val has said which validate; give '
-                'one of the two'
+                f'--{option}={value}: --val has already chosen the validation files; leave out '
+                f'--{option} or --val'
             )
     args.val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
     args.split = args.split or 'auto'
-    check_fraction(args)
+    check_val_fraction(args)
     if args.vocab_size is not None and args.tokenizer != 'bpe':
-        raise UserError(f'--vocab_size is for --tokenizer=bpe; {args.tokenizer} has its own')
+        raise UserError(
+            f'--vocab_size={args.vocab_size}: needs --tokenizer=bpe, not {args.tokenizer}; leave '
+            'out --vocab_size, or use --tokenizer=bpe'
+        )
+    if args.vocab_size is None:
+        args.vocab_size = 8192
     if args.workers is not None and args.workers < 1:
-        raise UserError(f'--workers={args.workers}: needs at least 1')
+        raise UserError(f'--workers={args.workers}: give 1 or more processes')
 
 
-def check_fraction(args: argparse.Namespace) -> None:
+def check_val_fraction(args: argparse.Namespace) -> None:
     if not 0 < args.val_fraction <= 0.5:
-        raise UserError(f'--val_fraction={args.val_fraction}: needs a number above 0, at most 0.5')
+        raise UserError(f'--val_fraction={args.val_fraction}: give a number above 0 and up to 0.5')
 
 
 def output_folder(args: argparse.Namespace) -> Path:
     if not args.out_dir and not args.name:
-        raise UserError(f'say what to call it: {COMMAND} {args.files[0]} ... --name=mine')
+        raise UserError('no name for the dataset; add one, for example --name=mine')
     if not args.out_dir and not re.fullmatch(r'\w[\w.-]*', args.name):
-        raise UserError(f'--name={args.name}: needs letters, digits, _, - and . only')
-    return own_folder(args)
+        raise UserError(
+            f'--name={args.name}: use letters, digits, _, - and . only, the first not - or .'
+        )
+    return dataset_folder(args)
 
 
-def own_folder(args: argparse.Namespace) -> Path:
-    """The folder of a dataset that is not one of flatGPT's."""
+def dataset_folder(args: argparse.Namespace) -> Path:
+    """The output folder; UserError for that of a dataset that comes with flatGPT."""
     folder = args.out_dir or DATA / args.name
     if recipe_of(folder):
         raise UserError(
-            f'{folder.name} is a dataset that comes with flatGPT; choose another --name'
+            f'{folder.name} is a dataset that comes with flatGPT; choose another '
+            f'{output_flag(args)}'
         )
     return folder
 
 
-# --- dividing
+def output_flag(args: argparse.Namespace) -> str:
+    return '--out_dir' if args.out_dir else '--name'
+
+
+# --- splitting
 
 
 def split_chunks(
     reader: Reader, args: argparse.Namespace, files: list[Path], val_files: list[Path]
 ) -> Iterator[Chunk]:
-    """All chunks with the split that each belongs to."""
+    """All chunks, each with its split."""
     if val_files:
         for split, paths in (('train', files), ('val', val_files)):
             for number, _, text, size in read_chunks(paths, reader):
@@ -243,13 +255,14 @@ def split_chunks(
     enough = math.ceil(1 / fraction)
     by_document = args.split == 'document'
     if args.split == 'auto':
-        by_document = count_documents(files, reader_of(args), enough) >= enough
+        by_document = count_documents(files, make_reader(args), enough) >= enough
     chunks = read_chunks(files, reader)
-    yield from by_whole_document(chunks, fraction) if by_document else by_part(chunks, fraction)
+    split = split_by_document if by_document else split_by_fraction
+    yield from split(chunks, fraction)
 
 
 def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
-    """All text: (number of its document, bytes of that document, text, bytes read for it)."""
+    """Chunks of text: (document number, bytes of the document, text, bytes read for the chunk)."""
     documents = itertools.chain.from_iterable(map(reader.documents, files))
     for number, (blocks, length, size) in enumerate(documents):
         for text in cut(blocks):
@@ -258,20 +271,20 @@ def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
 
 
 def count_documents(files: list[Path], reader: Reader, limit: int) -> int:
-    """How many documents there are, or `limit` if it is at least that many."""
+    """The number of documents, at most `limit`."""
     documents = itertools.chain.from_iterable(map(reader.documents, files))
     return sum(1 for _ in itertools.islice(documents, limit))
 
 
-def by_whole_document(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
-    """The first document for validation, and from there on evenly spaced ones."""
+def split_by_document(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
+    """The first document and, evenly spaced, later ones are for validation."""
     for number, _, text, size in chunks:
-        takes_one_more = math.ceil((number + 1) * fraction) > math.ceil(number * fraction)
-        yield number, 'val' if takes_one_more else 'train', text, size
+        is_val = math.ceil((number + 1) * fraction) > math.ceil(number * fraction)
+        yield number, 'val' if is_val else 'train', text, size
 
 
-def by_part(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
-    """The last part of each document for validation, from a border between words on."""
+def split_by_fraction(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
+    """The last fraction of each document, from a word boundary on, is for validation."""
     current, position = None, 0
     for number, length, text, size in chunks:
         if number != current:
@@ -282,83 +295,83 @@ def by_part(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
         if position <= int(length * (1 - fraction)):
             yield number, 'train', text, size
             continue
-        at = border_near(text, len(raw[:room].decode(errors='ignore'))) if room else 0
+        at = boundary_near(text, len(raw[:room].decode(errors='ignore'))) if room else 0
         if at:
             yield number, 'train', text[:at], size
         yield number, 'val', text[at:], 0 if at else size
 
 
-def border_near(text: str, at: int) -> int:
-    """The first place from `at` on where `text` can be cut, or else the last one before."""
+def boundary_near(text: str, at: int) -> int:
+    """The first place at or after `at` where `text` can be cut, else the last one before."""
     after = BORDER.search(text, max(0, at - 1))
     if after:
         return after.end()
     return max((border.end() for border in BORDER.finditer(text)), default=at)
 
 
-# --- fitting the text to the tokenizer
+# --- characters that the tokenizer does not have
 
 
-class Fitted:
-    """Chunks without the characters that the tokenizer lacks, which are counted."""
+class DropUnknownCharacters:
+    """Chunks without the characters that the tokenizer does not have; these are counted."""
 
     def __init__(self, chunks: Iterable[Chunk], tokenizer: Tokenizer, read_eot: bool):
         self.chunks, self.tokenizer, self.read_eot = chunks, tokenizer, read_eot
         self.known = known_characters(tokenizer)
-        self.missing = np.zeros(0x110000, np.int64)  # times that each was left out
-        self.characters, self.documents, self.marks = 0, 0, 0
+        self.dropped = np.zeros(0x110000, np.int64)  # how often, by code point
+        self.characters, self.documents, self.written_eots = 0, 0, 0
 
     def __iter__(self) -> Iterator[Chunk]:
         for number, split, text, size in self.chunks:
             self.documents = max(self.documents, number + 1)
-            self.marks += text.count(EOT)
+            self.written_eots += text.count(EOT)
             parts = text.split(EOT) if self.read_eot else [text]
-            yield number, split, EOT.join(map(self._fit, parts)), size
-        lacking = int(self.missing.sum())
-        if lacking > self.characters / 2:
+            yield number, split, EOT.join(map(self._drop, parts)), size
+        dropped = int(self.dropped.sum())
+        if dropped > self.characters / 2:
             raise UserError(
-                f'{lacking / self.characters:.0%} of the text are characters that the tokenizer '
-                f'lacks, such as {self._examples()}: prepare it with another tokenizer, for a new '
-                'model'
+                f'the tokenizer does not have {dropped / self.characters:.0%} of the characters in '
+                f'the text, such as {self._examples()}; use another one for a new model, for '
+                'example --tokenizer=byte'
             )
 
-    def _fit(self, text: str) -> str:
+    def _drop(self, text: str) -> str:
         if self.known is None:
             return text
         codes = np.frombuffer(text.encode('utf-32-le'), '<u4')
         self.characters += len(codes)
-        lacks = ~self.known[codes]
-        if not lacks.any():
+        known = self.known[codes]
+        if known.all():
             return text
-        which, counts = np.unique(codes[lacks], return_counts=True)
-        self.missing[which] += counts
-        return codes[~lacks].tobytes().decode('utf-32-le')
+        unknown, counts = np.unique(codes[~known], return_counts=True)
+        self.dropped[unknown] += counts
+        return codes[known].tobytes().decode('utf-32-le')
 
     def _examples(self) -> str:
-        most = np.argsort(-self.missing, kind='stable')[:10]
-        return ', '.join(repr(chr(code)) for code in most if self.missing[code])
+        most = np.argsort(-self.dropped, kind='stable')[:10]
+        return ', '.join(repr(chr(code)) for code in most if self.dropped[code])
 
     def notes(self) -> list[str]:
-        """What to tell of how the text was fitted."""
+        """Lines to print about the text."""
         lines = []
-        if self.missing.any():
-            lacking = int(self.missing.sum())
+        if self.dropped.any():
+            dropped = int(self.dropped.sum())
             lines.append(
-                f'warning: {lacking:,} characters ({lacking / self.characters:.1%}) were left out, '
-                f'since the tokenizer lacks them: {self._examples()}'
+                f'warning: dropped {dropped:,} characters ({dropped / self.characters:.1%}) that '
+                f'the tokenizer does not have: {self._examples()}'
             )
-        if self.marks and not self.read_eot:
+        if self.written_eots and not self.read_eot:
             lines.append(
-                f'{EOT} is written {self.marks:,} times in the text, and was taken for text as any '
-                'other; --read_eot takes it for the end of text'
+                f'{EOT} occurs {self.written_eots:,} times in the text and was read as plain text; '
+                '--read_eot reads it as the end-of-text token'
             )
         if self.documents > 1 and self.tokenizer.eot is None:
-            lines.append('nothing marks where a document ends: the tokenizer has no end of text')
+            lines.append('nothing separates documents: the tokenizer has no end-of-text token')
         return lines
 
 
 def known_characters(tokenizer: Tokenizer) -> np.ndarray | None:
-    """Whether a tokenizer of characters has each one; None for others, which have all."""
+    """Whether a char tokenizer has each code point (0x110000,); None for others, which have all."""
     if tokenizer.kind != 'char':
         return None
     known = np.zeros(0x110000, bool)
@@ -373,93 +386,35 @@ def known_characters(tokenizer: Tokenizer) -> np.ndarray | None:
 
 def make_tokenizer(args: argparse.Namespace, files: list[Path], val_files: list[Path]) -> Tokenizer:
     if args.tokenizer == 'bpe':
-        return learn_bpe(args, files)
+        return learn_bpe(sample_for_bpe(args, files), args.vocab_size)
     if args.tokenizer == 'char':
         return collect_characters(args, files + val_files)
     return find_tokenizer(args.tokenizer)
 
 
 def collect_characters(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
-    seen, marks = np.zeros(0x110000, bool), 0
-    chunks = read_chunks(files, reader_of(args))
-    for text in watched(chunks, bytes_of(files), 'characters'):
-        marks += args.read_eot and text.count(EOT)
+    seen, written_eots = np.zeros(0x110000, bool), 0
+    chunks = read_chunks(files, make_reader(args))
+    for text in with_progress(chunks, total_bytes(files), 'characters'):
+        written_eots += args.read_eot and text.count(EOT)
         text = text.replace(EOT, '') if args.read_eot else text
         seen[np.frombuffer(text.encode('utf-32-le'), '<u4')] = True
-    several = marks or count_documents(files, reader_of(args), 2) > 1
-    return char_tokenizer(map(chr, np.flatnonzero(seen)), eot=bool(several))
+    has_eot = written_eots or count_documents(files, make_reader(args), 2) > 1
+    return char_tokenizer(map(chr, np.flatnonzero(seen)), eot=bool(has_eot))
 
 
-def learn_bpe(args: argparse.Namespace, files: list[Path]) -> Tokenizer:
-    total, stop = bytes_of(files), threading.Event()
+def sample_for_bpe(args: argparse.Namespace, files: list[Path]) -> Iterator[str]:
+    """At most BPE_SAMPLE bytes of the text, in evenly spaced chunks."""
+    total = total_bytes(files)
     every = math.ceil(total / BPE_SAMPLE)
-    chunks = watched(read_chunks(files, reader_of(args)), total, 'reading for bpe')
+    chunks = with_progress(read_chunks(files, make_reader(args)), total, 'reading for bpe')
     sample = (text for i, text in enumerate(chunks) if i % every == 0)
     if args.read_eot:
         sample = (part for text in sample for part in text.split(EOT))
-    words = ShortWords(itertools.takewhile(lambda _: not stop.is_set(), sample))
-    tokenizer = interruptible(stop, train_bpe, words, args.vocab_size or 8192)
-    if words.cut:
-        print(
-            f'bpe: {words.cut:,} runs of more than {LONGEST_WORD} letters, signs or blanks without '
-            f'a border were learned from in {words.pieces:,} pieces'
-            + (f', and {words.left_out:,} more pieces were not' if words.left_out else '')
-        )
-    return tokenizer
+    return sample
 
 
-class ShortWords:
-    """Texts to learn words from, divided within words too long for that; how many of those."""
-
-    def __init__(self, texts: Iterable[str]):
-        self.texts, self.cut, self.pieces, self.left_out = texts, 0, 0, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            end = 0
-            for word in LONG_WORD.finditer(text):
-                yield text[end : word.start()]
-                yield from self._pieces(word[0])
-                end = word.end()
-            if end < len(text):
-                yield text[end:]
-
-    def _pieces(self, word: str) -> Iterator[str]:
-        self.cut += 1
-        for start in range(0, len(word), LONGEST_WORD):
-            if self.pieces < PIECES:
-                self.pieces += 1
-                yield word[start : start + LONGEST_WORD]
-            else:
-                self.left_out += 1
-
-
-def interruptible(stop: threading.Event, function: Callable, *args):
-    """function(*args), which a library computes without looking for Ctrl-C: that ends it here.
-
-    stop: set then, for what `function` reads to end.
-    """
-    done = Future()
-
-    def work() -> None:
-        try:
-            done.set_result(function(*args))
-        except BaseException as error:
-            done.set_exception(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while not wait([done], 0.2).done:
-            pass
-    except KeyboardInterrupt:
-        stop.set()
-        thread.join(0.5)  # a thread that Python is asked for at the end of the program aborts it
-        raise
-    return done.result()
-
-
-def watched(chunks: Iterable[tuple], total: int, what: str) -> Iterator[str]:
+def with_progress(chunks: Iterable[tuple], total: int, what: str) -> Iterator[str]:
     """The text of each chunk, with a progress bar."""
     with tqdm(total=total, unit='B', unit_scale=True, desc=what, disable=None) as bar:
         for _, _, text, size in chunks:

@@ -158,7 +158,7 @@ class Request:
             return TokenOutput(self.row, None, '', 'error')
         self.written.append(token)
         self.counts[token] += 1
-        last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.ends
+        last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.stop_ids
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
         finish = 'stop' if end or stopped else 'length' if last else None
         return TokenOutput(self.row, token, text, finish, logprob, top)

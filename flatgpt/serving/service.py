@@ -125,7 +125,7 @@ class Service:
         if not ids:
             raise APIError(400, 'messages: there is no text in them', 'messages')
         end = tokenizer.chat_template['assistant'][1]
-        return ids, '' if tokenizer.mark_id(end) is not None else end
+        return ids, '' if tokenizer.delimiter_id(end) is not None else end
 
     def room(self, ids: list[int]) -> int:
         """How many tokens may come after a prompt."""

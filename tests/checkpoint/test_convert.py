@@ -21,8 +21,8 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
 from flatgpt.data.dataset import Writer
-from flatgpt.data.hf_options import GPT2_WORDS
-from flatgpt.data.hf_tokenizer import letters_and_merges, tokenizer_json
+from flatgpt.data.hf_options import GPT2_PATTERN
+from flatgpt.data.hf_tokenizer import tokenizer_json, vocabulary_and_merges
 from flatgpt.data.tokenizer import (
     EOT,
     byte_tokenizer,
@@ -309,7 +309,7 @@ def test_an_unknown_name_gets_the_nearest(tmp_path, monkeypatch, name, near):
 @needs_gpt2
 def test_a_folder_without_a_tokenizer_has_its_ends_all_the_same(tmp_path):
     gpt2(tmp_path, vocab_size=50257, n_embd=8, eos_token_id=[198, 50256])
-    assert load_model(tmp_path)[1].ends == {198, 50256}
+    assert load_model(tmp_path)[1].stop_ids == {198, 50256}
 
 
 def test_a_model_of_others_has_no_checkpoints_to_choose_from(tmp_path):
@@ -437,14 +437,14 @@ def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path):
 
 
 def test_vocab_json_and_merges_txt_are_read(tmp_path, bpe):
-    vocabulary, merges = letters_and_merges(bpe)
+    vocabulary, merges = vocabulary_and_merges(bpe)
     (tmp_path / 'vocab.json').write_text(json.dumps(vocabulary | bpe.special))
     lines = ['#version: 0.2', *(' '.join(pair) for pair in merges)]
     (tmp_path / 'merges.txt').write_text('\n'.join(lines) + '\n')
     back = read_tokenizer(tmp_path, 'x', 600)
     assert back.token_bytes == bpe.token_bytes
     assert back.eot == bpe.eot
-    assert back.pattern == GPT2_WORDS
+    assert back.pattern == GPT2_PATTERN
 
 
 @needs_gpt2
@@ -467,12 +467,18 @@ UNIGRAM = {'type': 'Unigram', 'unk_id': 0, 'vocab': [['a', 0.0]], 'byte_fallback
     [
         (lambda c: c.update(model=UNIGRAM), 'Unigram'),
         (lambda c: c['model']['merges'].reverse(), 'order'),
-        (lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}), 'splits text'),
-        (lambda c: first_split(c).update(behavior='Removed'), 'splits text'),
-        (lambda c: c['pre_tokenizer']['pretokenizers'].reverse(), 'splits text'),
+        (
+            lambda c: c.update(pre_tokenizer={'type': 'Whitespace'}),
+            'is not supported; use ByteLevel',
+        ),
+        (lambda c: first_split(c).update(behavior='Removed'), 'is not supported; use ByteLevel'),
+        (
+            lambda c: c['pre_tokenizer']['pretokenizers'].reverse(),
+            'is not supported; use ByteLevel',
+        ),
         (lambda c: first_split(c).update(pattern={'Regex': r'\S+|\s+'}), None),
-        (lambda c: c.update(normalizer={'type': 'Lowercase'}), 'encodes text'),
-        (lambda c: c.update(normalizer={'type': 'NFC'}), 'encodes text'),
+        (lambda c: c.update(normalizer={'type': 'Lowercase'}), 'is not supported; for a new model'),
+        (lambda c: c.update(normalizer={'type': 'NFC'}), 'is not supported; for a new model'),
         (lambda c: c['model'].update(end_of_word_suffix='</w>'), 'tokenizer.json'),
         (lambda c: c['model']['vocab'].pop('\u0120'), 'tokenizer.json'),
         (lambda c: c['model']['vocab'].update(zz=10**9), 'its ids'),

@@ -395,7 +395,7 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
     ('content', 'problem'),
     [
         ('{', 'Expecting property name'),
-        ('{"user": ["a", "b"]}', 'has no assistant'),
+        ('{"user": ["a", "b"]}', 'needs the role assistant'),
         ('{"assistant": ["a"]}', 'two texts'),
         ('{"assistant": ["a", ""]}', 'it has no text after'),
         ('{}', 'it has no text after'),
@@ -777,7 +777,7 @@ def test_a_conversation_that_is_too_long_is_reported_with_long_error(tmp_path):
         (('s.jsonl', '--name=a', '--val_fraction=2'), 'above 0'),
         (('s.jsonl', '--name=a', '--block_size=1'), 'must be between 2'),
         (('missing.jsonl', '--name=a', '--tokenizer=byte'), 'no such file'),
-        (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has none'),
+        (('s.jsonl', '--name=a', '--tokenizer=.'), 'the folder has no tokenizer'),
     ],
 )
 def test_a_mistake_in_the_command_is_one_line(tmp_path, monkeypatch, flags, problem):

@@ -329,7 +329,7 @@ def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
         (['poe', '7'], 'say what to call it: python data/gutenberg/prepare.py poe ...'),
         (['po', '--name=x'], 'po: is neither the number of a book nor a set: poe, poems'),
         (['7', '--name=poe'], 'poe is a dataset that comes with flatGPT'),
-        (['7', '--name=x', '--val_fraction=2'], '--val_fraction=2.0: needs'),
+        (['7', '--name=x', '--val_fraction=2'], '--val_fraction=2.0: give'),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_fetched(site, argv, message):

@@ -1,4 +1,4 @@
-"""Tokenizers of `transformers`: its ids, its ends, and a line for each option that is not had."""
+"""Tokenizers of `transformers`: ids, stop ids, and a line for each unsupported option."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.data import tokenizer as tokenizer_module
-from flatgpt.data.hf_options import GPT2_WORDS, understood
+from flatgpt.data.hf_options import GPT2_PATTERN, check_regex
 from flatgpt.data.hf_tokenizer import PATTERNS, added_tokens, find_tokenizer, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
@@ -23,7 +23,7 @@ from flatgpt.data.tokenizer import (
     byte_tokenizer,
     char_tokenizer,
     difficult_text,
-    is_word,
+    is_word_character,
     load,
     train_bpe,
 )
@@ -73,7 +73,7 @@ def rewrite(path, change):
 
 
 # -----------------------------------------------------------------------------
-# what ends a text
+# stop ids
 
 
 @pytest.mark.parametrize(
@@ -89,48 +89,48 @@ def rewrite(path, change):
         ('[end]', {'eos_token_id': 50256}, {'eos_token_id': 50256}, {1}),  # GPT2Config's own
     ],
 )
-def test_every_id_that_the_folder_names_ends_a_text_the_nearest_file_first(
+def test_every_eos_token_id_is_a_stop_id_and_generation_config_has_precedence(
     tmp_path, eos, config, generation, ends
 ):
     files = {'config': config} | ({} if generation is None else {'generation_config': generation})
     saved(tmp_path / 'x', eos, **files)
     tokenizer = find_tokenizer(str(tmp_path / 'x'))
-    assert tokenizer.ends == ends
+    assert tokenizer.stop_ids == ends
     special = {'[start]': 0, '[end]': 1, '[blank]': 2}
     assert tokenizer.special == special
     assert tokenizer.eot == next((i for i in tokenizer.end_ids or [] if i < 3), None)
-    assert set(np.flatnonzero(~tokenizer.writable)) == {0, 1, 2} - ends
+    assert set(np.flatnonzero(~tokenizer.generation_mask)) == {0, 1, 2} - ends
     tokenizer.save(tmp_path / 'own.json')
     again = load(tmp_path / 'own.json')
-    assert (again, again.ends, again.eot) == (tokenizer, ends, tokenizer.eot)
+    assert (again, again.stop_ids, again.eot) == (tokenizer, ends, tokenizer.eot)
 
 
 @pytest.mark.parametrize('name', ['byte', './byte'])
-def test_a_folder_does_not_take_the_name_of_a_tokenizer(tmp_path, monkeypatch, name):
+def test_a_tokenizer_name_has_precedence_over_a_folder(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / 'byte', '[end]')
     assert (find_tokenizer(name) == byte_tokenizer()) == (name == 'byte')
 
 
-def test_characters_end_where_the_folder_says_so(tmp_path):
+def test_the_eos_token_id_of_a_char_tokenizer_is_read(tmp_path):
     """A line feed, or a special token after the letters."""
     letters = sorted('\nabc ')
     content = tokenizer_json(char_tokenizer(letters))
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': 0}))
-    assert find_tokenizer(str(tmp_path)).ends == {letters.index('\n')}
+    assert find_tokenizer(str(tmp_path)).stop_ids == {letters.index('\n')}
     content['added_tokens'] = added_tokens(byte_tokenizer())
     content['added_tokens'][0] |= {'content': '[end]', 'id': len(letters)}
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
     (tmp_path / 'config.json').write_text(json.dumps({'eos_token_id': len(letters)}))
     tokenizer = find_tokenizer(str(tmp_path))
-    assert (tokenizer.ends, tokenizer.eot_text) == ({len(letters)}, '[end]')
+    assert (tokenizer.stop_ids, tokenizer.eot_text) == ({len(letters)}, '[end]')
     assert tokenizer.encode('a[end]b', allow_eot=True).tolist() == [2, 5, 3]
     assert tokenizer_json(tokenizer)['added_tokens'] == content['added_tokens']
 
 
 @pytest.mark.parametrize('value', ['[end]', True, [1, None], {'id': 1}, 1.0])
-def test_an_end_that_is_no_id_is_one_line(tmp_path, value):
+def test_an_eos_token_id_that_is_not_an_id_is_one_line(tmp_path, value):
     saved(tmp_path / 'x', config={'eos_token_id': value})
     assert f'config.json has eos_token_id={value!r}' in refused(find_tokenizer, tmp_path / 'x')
 
@@ -151,7 +151,7 @@ def ending_model(folder, end: int):
 
 
 @pytest.mark.parametrize('end', [1, 2])
-def test_a_completion_ends_where_the_model_says_so_here_and_after_an_export(tmp_path, end):
+def test_a_completion_stops_at_each_eos_token_here_and_after_an_export(tmp_path, end):
     saved(tmp_path / 'theirs')
     ending_model(tmp_path / 'theirs', end)
     model, tokenizer, _ = load_model(tmp_path / 'theirs')
@@ -165,11 +165,11 @@ def test_a_completion_ends_where_the_model_says_so_here_and_after_an_export(tmp_
     out = written.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=0)
     assert out[0, ids.size(1) :].tolist() == [end]
     model, again, _ = load_model(tmp_path / 'ours')
-    assert (again, again.ends) == (tokenizer, {1, 2})
+    assert (again, again.stop_ids) == (tokenizer, {1, 2})
     assert complete(model, again, ['a hare'], params) == ['']
 
 
-def test_a_gguf_file_has_every_end_and_the_words(tmp_path):
+def test_a_gguf_file_has_all_stop_ids_and_added_words(tmp_path):
     gguf = pytest.importorskip('gguf', reason='gguf is not installed')
     saved(tmp_path / 'x', words=['zebra'], generation_config={'eos_token_id': [1, 40, 2]})
     tokenizer = find_tokenizer(str(tmp_path / 'x'))
@@ -232,11 +232,11 @@ def test_words_and_special_tokens_have_the_ids_of_transformers(tmp_path, special
         assert ours.decode(ids).translate(gone) == text.translate(gone)
 
 
-def test_words_can_be_written_and_special_tokens_cannot(tmp_path):
+def test_added_words_can_be_generated_and_special_tokens_cannot(tmp_path):
     saved(tmp_path / 'x', words=['zebra'], specials={'pad_token': '[pad]'})
     tokenizer = find_tokenizer(str(tmp_path / 'x'))
     word, pad = tokenizer.encode('zebra[pad]', allow_eot=True)
-    assert tokenizer.writable[[word, pad, 1]].tolist() == [True, False, True]
+    assert tokenizer.generation_mask[[word, pad, 1]].tolist() == [True, False, True]
     assert tokenizer.byte_lengths()[[word, pad, 1]].tolist() == [5, 0, 0]
     assert len(tokenizer.encode('[end]')) > 1
     other = find_tokenizer(str(tmp_path / 'x'))
@@ -244,14 +244,14 @@ def test_words_can_be_written_and_special_tokens_cannot(tmp_path):
     assert other != tokenizer
 
 
-def test_a_special_token_that_text_has_too_stays_text(tmp_path):
+def test_a_special_token_that_is_also_plain_text_stays_text(tmp_path):
     """GPT-2's users take '!' for padding."""
     theirs = saved(tmp_path / 'x', specials={'pad_token': '!'})
     ours = find_tokenizer(str(tmp_path / 'x'))
     ids = ours.encode('a hare!').tolist()
     assert ids == theirs('a hare!')['input_ids']
     assert ours.decode(ids) == 'a hare!'
-    assert ours.writable[ids[-1]]
+    assert ours.generation_mask[ids[-1]]
 
 
 def test_word_characters_and_white_space_are_those_of_tokenizers():
@@ -265,14 +265,14 @@ def test_word_characters_and_white_space_are_those_of_tokenizers():
     for character in map(chr, codes):
         alone = any(t == 'alone' for t in words.encode(f'alone{character}').tokens)
         space = words.encode(f'r{character}').offsets[-1] == (0, 2)
-        if (alone, space) != (not is_word(character), character in WHITE_SPACE):
+        if (alone, space) != (not is_word_character(character), character in WHITE_SPACE):
             wrong.append(character)
     assert len(wrong) < 30, wrong
     assert all(ord(character) > 0x800 for character in wrong), wrong
 
 
 @pytest.mark.parametrize('way', ['map', 'config', 'decoder'])
-def test_vocab_and_merges_with_what_lies_beside_them(tmp_path, way):
+def test_vocab_and_merges_with_other_files_in_the_folder(tmp_path, way):
     """As save_model() writes it: the special tokens are in the vocabulary, and nothing says so."""
     folder = tmp_path / 'x'
     folder.mkdir()
@@ -294,8 +294,14 @@ def test_vocab_and_merges_with_what_lies_beside_them(tmp_path, way):
     theirs = transformers.GPT2Tokenizer.from_pretrained(folder)
     for text in ('a hare</s><s> zebras <pad>', f'{EOT}a{EOT}', difficult_text(), *SAID):
         assert ours.encode(text, allow_eot=True).tolist() == theirs(text)['input_ids']
-    assert (ours.ends, ours.eot, ours.vocab_size) == ({1}, 1, size + 2)
-    assert ours.writable[[0, 1, 2, size, size + 1]].tolist() == [False, True, False, False, True]
+    assert (ours.stop_ids, ours.eot, ours.vocab_size) == ({1}, 1, size + 2)
+    assert ours.generation_mask[[0, 1, 2, size, size + 1]].tolist() == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_vocabulary_alone_has_special_tokens_that_no_text_makes(tmp_path):
@@ -304,15 +310,15 @@ def test_a_vocabulary_alone_has_special_tokens_that_no_text_makes(tmp_path):
     ours = find_tokenizer(str(tmp_path))
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     assert ours.encode('[end] a', allow_eot=True).tolist() == theirs('[end] a')['input_ids']
-    assert (ours.ends, ours.eot) == ({1}, 1)
-    assert not ours.writable[[0, 2]].any()
+    assert (ours.stop_ids, ours.eot) == ({1}, 1)
+    assert not ours.generation_mask[[0, 2]].any()
 
 
 def test_an_added_token_with_another_id_in_another_file_is_one_line(tmp_path):
     saved(tmp_path / 'x')
     decoder = {999: {'content': 'zebra'}}
     rewrite(tmp_path / 'x/tokenizer_config.json', lambda c: c.update(added_tokens_decoder=decoder))
-    assert "added token 'zebra' is 999" in refused(find_tokenizer, tmp_path / 'x')
+    assert "added token 'zebra' has the id 999" in refused(find_tokenizer, tmp_path / 'x')
 
 
 # -----------------------------------------------------------------------------
@@ -344,14 +350,14 @@ def two(split):
         ({'pre_tokenizer': METASPACE, 'decoder': METASPACE}, 'pre_tokenizer {"type": "Metaspace"'),
         ({'pre_tokenizer': None}, 'pre_tokenizer null'),
         ({'pre_tokenizer': BYTES | {'add_prefix_space': True}}, 'without add_prefix_space'),
-        ({'pre_tokenizer': BYTES}, 'splits text'),
-        ({'pre_tokenizer': two(SPLIT | {'behavior': 'MergedWithNext'})}, 'splits text'),
-        ({'pre_tokenizer': two(SPLIT | {'pattern': {'String': ' '}})}, 'splits text'),
+        ({'pre_tokenizer': BYTES}, 'does not split text'),
+        ({'pre_tokenizer': two(SPLIT | {'behavior': 'MergedWithNext'})}, 'use ByteLevel'),
+        ({'pre_tokenizer': two(SPLIT | {'pattern': {'String': ' '}})}, 'use ByteLevel'),
         ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\w+|\W'}})}, r'"\\w+|\\W"'),
-        ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\S+|\s+$'}})}, 'not understood'),
-        ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\S{1,3}+|\s'}})}, 'not understood'),
-        ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\S+'}})}, 'leaves out'),
-        ({'decoder': None}, 'decoder is null; only ByteLevel'),
+        ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\S+|\s+$'}})}, 'is not supported'),
+        ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\S{1,3}+|\s'}})}, 'not supported'),
+        ({'pre_tokenizer': two(SPLIT | {'pattern': {'Regex': r'\S+'}})}, 'does not match'),
+        ({'decoder': None}, 'decoder is null; set it to'),
         ({'decoder': {'type': 'Fuse'}}, 'decoder is {"type": "Fuse"}'),
         ({'post_processor': TEMPLATE}, 'post_processor {"type": "TemplateProcessing"'),
         ({'post_processor': {'type': 'Sequence', 'processors': [BYTES, TEMPLATE]}}, 'adds tokens'),
@@ -367,7 +373,7 @@ def two(split):
     ],
     ids=lambda value: None if value is None else str(value)[:60],
 )  # fmt: skip
-def test_an_option_is_honoured_or_refused_by_name(tmp_path, change, line):
+def test_an_option_is_supported_or_refused_by_name(tmp_path, change, line):
     theirs = saved(tmp_path / 'x')
     path = tmp_path / 'x/tokenizer.json'
 
@@ -377,9 +383,9 @@ def test_an_option_is_honoured_or_refused_by_name(tmp_path, change, line):
 
     rewrite(path, apply)
     if line:
-        said = refused(find_tokenizer, tmp_path / 'x')
-        assert str(path) in said
-        assert line in said
+        message = refused(find_tokenizer, tmp_path / 'x')
+        assert str(path) in message
+        assert line in message
         return
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'x')
     for text in (TEXT, difficult_text(3)):
@@ -395,7 +401,7 @@ def test_a_post_processor_is_set_to_null_as_the_line_says(tmp_path):
 
 
 @pytest.mark.parametrize('key', ['add_prefix_space', 'add_bos_token', 'add_eos_token'])
-def test_what_a_tokenizer_config_adds_to_text_is_refused(tmp_path, key):
+def test_an_option_of_tokenizer_config_that_adds_to_text_is_refused(tmp_path, key):
     saved(tmp_path / 'x')
     rewrite(tmp_path / 'x/tokenizer_config.json', lambda c: c.update({key: True}))
     assert f'tokenizer_config.json has {key}=true' in refused(find_tokenizer, tmp_path / 'x')
@@ -415,30 +421,30 @@ def test_another_kind_of_tokenizer_is_one_line(tmp_path, model):
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     theirs.decoder = tokenizers.decoders.Metaspace()
     theirs.save(str(tmp_path / 'tokenizer.json'))
-    said = refused(find_tokenizer, tmp_path / 'tokenizer.json')
-    assert 'it is of type' in said or 'pre_tokenizer {"type": "Metaspace"' in said
+    message = refused(find_tokenizer, tmp_path / 'tokenizer.json')
+    assert 'model has the type' in message or 'pre_tokenizer {"type": "Metaspace"' in message
 
 
-def test_merges_that_a_trial_on_text_does_not_tell_apart_are_refused(tmp_path):
-    """'xy' comes of q+... in the file, and of no letters: another pair would be merged here."""
+def test_merges_that_differ_from_merging_by_rank_are_refused(tmp_path):
+    """ZQX is merged from Z and QX, but Z Q X becomes ZQ X first."""
     saved(tmp_path / 'x')
 
     def change(content):
         vocab, merges = content['model']['vocab'], content['model']['merges']
         size = max(vocab.values()) + 1
         vocab |= {'ZQ': size, 'QX': size + 1, 'ZQX': size + 2}
-        merges += [['Z', 'Q'], ['Q', 'X'], ['Z', 'QX']]  # Z Q X becomes ZQ X, for ever
+        merges += [['Z', 'Q'], ['Q', 'X'], ['Z', 'QX']]
 
     rewrite(tmp_path / 'x/tokenizer.json', change)
     assert "its token 'ZQX' is not what its merges make" in refused(find_tokenizer, tmp_path / 'x')
 
 
-def test_patterns_of_others_are_split_alike():
-    """GPT-4's as others write it, and GPT-2's, by both engines, in text made to be difficult."""
+def test_both_engines_split_text_alike():
+    """By the patterns of GPT-4, GPT-2 and our own BPE, in difficult text."""
     gpt4 = PATTERNS['cl100k_base']
     own = train_bpe([TEXT, difficult_text()], 500)
-    for pattern in (GPT2_WORDS, gpt4, own.pattern):
-        tokenizer = Tokenizer('bpe', 'mine', own.token_bytes, own.special, understood(pattern))
+    for pattern in (GPT2_PATTERN, gpt4, own.pattern):
+        tokenizer = Tokenizer('bpe', 'mine', own.token_bytes, own.special, check_regex(pattern))
         theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
         for seed in range(5):
             text = difficult_text(seed) + "I'\u017f we'LL'\u017ft'K x\x85\x0b"
@@ -446,8 +452,8 @@ def test_patterns_of_others_are_split_alike():
             assert ids == tokenizer.encode(text, allow_eot=True).tolist()
 
 
-def test_an_encoding_of_tiktoken_is_written_as_others_read_it():
-    """Its own regular expressions have what means something else to them."""
+def test_an_encoding_of_tiktoken_is_written_with_a_portable_pattern():
+    """Its own regular expressions have syntax with another meaning for `tokenizers`."""
     import tiktoken_ext.openai_public as public
 
     own = train_bpe([TEXT, difficult_text()], 500)
@@ -463,7 +469,7 @@ def test_an_encoding_of_tiktoken_is_written_as_others_read_it():
     assert theirs.token_to_id('<|fim|>') == special['<|fim|>']
     assert public.r50k_pat_str not in PATTERNS.values()
     unknown = Tokenizer('tiktoken', 'of_next_year', tokens, special, pattern)
-    assert 'not understood' in refused(tokenizer_json, unknown)
+    assert 'is not supported' in refused(tokenizer_json, unknown)
 
 
 # -----------------------------------------------------------------------------
@@ -487,9 +493,9 @@ def test_a_word_of_a_million_letters_is_encoded_in_a_time_like_its_length(tmp_pa
 
 
 def timed(tokenizer, text) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer.encode(text)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize('letters', [' ', 'a', 'ab', 'ACGT', 'the hare slept', 'é字'], ids=repr)

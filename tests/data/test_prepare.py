@@ -18,8 +18,8 @@ from conftest import ROOT
 from tiktoken_ext import openai_public as public
 
 from data.pydocs import prepare as pydocs
+from flatgpt.data import bpe, encode, sources, text
 from flatgpt.data import dataset as dataset_module
-from flatgpt.data import encode, sources, text
 from flatgpt.data import shakespeare as shakespeare_char
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.download import fetch
@@ -99,7 +99,7 @@ def test_a_script_run_from_elsewhere_ends_a_mistake_with_one_line():
     done = run_script()
     assert done.returncode == 2
     assert done.stderr == (
-        'error: say which text: python data/text/prepare.py FILES --name=mine (see --help)\n'
+        'error: no files; run python data/text/prepare.py FILES --name=mine (see --help)\n'
     )
 
 
@@ -309,7 +309,7 @@ def test_shakespeare_in_gpt2_tokens_has_nanogpts_counts(folders, monkeypatch):
     assert Dataset('out', 1).tokens == {'train': 301966, 'val': 36059}
 
 
-# --- own text: what is taken
+# --- own text: files and splits
 
 
 def test_a_novel_is_split_into_its_beginning_and_its_end():
@@ -328,7 +328,7 @@ def test_many_documents_are_split_by_document_evenly():
     assert text_of('train').split(EOT) == [f'document {i:02d}' for i in range(40) if i % 10]
 
 
-def test_few_documents_each_give_their_end():
+def test_of_few_documents_each_gives_its_end_for_validation():
     write('a.txt', WORDS * 20)
     write('b.txt', WORDS.upper() * 20)
     prepare_text('a.txt', 'b.txt', '--tokenizer=byte')
@@ -339,14 +339,14 @@ def test_few_documents_each_give_their_end():
         assert second == second.upper()
 
 
-def test_the_kind_of_split_can_be_chosen():
+def test_the_kind_of_split_can_be_set():
     write('a.txt', WORDS)
     write('b.txt', WORDS.upper())
     prepare_text('a.txt', 'b.txt', '--tokenizer=byte', '--split=document')
     assert (text_of('train'), text_of('val')) == (WORDS.upper(), WORDS)
 
 
-def test_other_files_can_be_for_validation_and_are_not_trained_on():
+def test_files_for_validation_are_not_trained_on():
     write('more/a.txt', 'train this')
     write('more/b.txt', 'validate this')
     write('c.txt', 'and this')
@@ -355,18 +355,18 @@ def test_other_files_can_be_for_validation_and_are_not_trained_on():
     assert text_of('val') == f'validate this{EOT}and this'
 
 
-def test_only_validation_files_is_one_line():
+def test_files_for_validation_only_are_one_line():
     write('a.txt', WORDS)
-    assert 'nothing is left to train on' in refused(prepare_text, 'a.txt', '--val=a.txt')
+    assert '--val includes all files' in refused(prepare_text, 'a.txt', '--val=a.txt')
 
 
-def test_a_file_given_twice_is_taken_once():
+def test_a_file_given_twice_is_read_once():
     write('more/a.txt', WORDS)
     prepare_text('more/a.txt', 'more', 'more/*.txt', '--tokenizer=byte')
     assert text_of('train') + text_of('val') == WORDS
 
 
-def test_of_a_folder_all_but_hidden_empty_and_binary_files_are_taken(capsys):
+def test_hidden_empty_and_binary_files_of_a_folder_are_skipped(capsys):
     write('more/deep/er/b.md', 'text b')
     write('more/a', 'text a')
     write('more/.hidden', 'x')
@@ -375,7 +375,7 @@ def test_of_a_folder_all_but_hidden_empty_and_binary_files_are_taken(capsys):
     write('more/picture.png', b'\x89PNG\0\0')
     prepare_text('more', '--val=more/a', '--tokenizer=byte')
     assert (text_of('train'), text_of('val')) == ('text b', 'text a')
-    assert 'more: 2 files taken, 4 hidden, empty or binary' in capsys.readouterr().out
+    assert 'more: using 2 files, skipping 4 hidden, empty or binary' in capsys.readouterr().out
 
 
 def test_a_pattern_finds_files_in_folders_below():
@@ -386,7 +386,7 @@ def test_a_pattern_finds_files_in_folders_below():
     assert text_of('train') == f'a{EOT}b'
 
 
-def test_the_line_printed_at_the_end_is_the_next_command(capsys, monkeypatch, tmp_path):
+def test_the_last_line_printed_is_the_next_command(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(text, 'DATA', tmp_path / 'data')
     write('novel.txt', WORDS * 100)
     text.main(['novel.txt', '--name=mine', '--tokenizer=byte'])
@@ -406,14 +406,14 @@ def test_a_char_tokenizer_has_the_texts_characters_in_order():
     assert text_of('train') + text_of('val') == 'héllo wörld ' * 50
 
 
-def test_a_char_tokenizer_marks_the_end_of_text_only_between_documents():
+def test_a_char_tokenizer_has_an_end_of_text_token_only_for_several_documents():
     write('a.txt', 'abc ' * 50)
     write('val.txt', 'xyz')
     dataset = prepare_text('a.txt', 'a.txt', '--val=val.txt', '--tokenizer=char')
     assert dataset.tokenizer == char_tokenizer(sorted('abcxyz '), eot=True)
 
 
-def test_an_own_bpe_is_learned_at_the_size_asked_for():
+def test_a_bpe_is_learned_with_the_requested_vocabulary_size():
     write('novel.txt', WORDS * 500)
     dataset = prepare_text('novel.txt', '--tokenizer=bpe', '--vocab_size=280')
     assert dataset.vocab_size == 280
@@ -421,12 +421,12 @@ def test_an_own_bpe_is_learned_at_the_size_asked_for():
     assert dataset.tokens['train'] < len(WORDS) * 450 / 1.5
 
 
-def test_an_own_bpe_learns_from_a_bounded_even_sample(monkeypatch):
+def test_a_bpe_is_learned_from_a_bounded_even_sample(monkeypatch):
     taken = []
     small_chunks(monkeypatch, 1000)
     monkeypatch.setattr(text, 'BPE_SAMPLE', 10_000)
     monkeypatch.setattr(
-        text, 'train_bpe', lambda texts, size: taken.extend(texts) or byte_tokenizer()
+        bpe, 'train_bpe', lambda texts, size: taken.extend(texts) or byte_tokenizer()
     )
     write('novel.txt', ''.join(f'{i:06d} ' for i in range(20_000)))
     prepare_text('novel.txt', '--tokenizer=bpe')
@@ -481,7 +481,7 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
     assert chunks > 3000
 
 
-def test_text_without_a_border_is_cut_all_the_same(monkeypatch):
+def test_text_without_a_word_boundary_is_cut_anyway(monkeypatch):
     small_chunks(monkeypatch, 10)
     monkeypatch.setattr('flatgpt.data.encode.LONGEST', 100)
     pieces = list(encode.cut('-' * 37 for _ in range(30)))
@@ -554,7 +554,7 @@ def test_line_ends_and_odd_characters_are_not_altered():
     assert text_of('train') + text_of('val') == content
 
 
-def test_a_byte_order_mark_is_no_text():
+def test_a_byte_order_mark_is_not_part_of_the_text():
     write('a.txt', b'\xef\xbb\xbfabc' + WORDS.encode())
     write('b.jsonl', b'\xef\xbb\xbf{"text": "xyz"}\n')
     prepare_text('a.txt', '--val=b.jsonl', '--tokenizer=byte')
@@ -563,7 +563,7 @@ def test_a_byte_order_mark_is_no_text():
 
 @pytest.mark.parametrize('offset', [0, 4, 99, 100, 101, 199, 350])
 @pytest.mark.parametrize('bad', [b'\xff', b'\xe5\xad.', b'\xc3'])
-def test_an_undecodable_byte_is_named_by_file_and_offset(monkeypatch, offset, bad):
+def test_an_undecodable_byte_is_reported_with_file_and_offset(monkeypatch, offset, bad):
     small_chunks(monkeypatch, 100)
     content = bytearray(('é' * 200).encode())
     content[offset // 2 * 2 : offset // 2 * 2] = bad
@@ -605,21 +605,21 @@ def test_a_long_json_document_is_cut_into_chunks(monkeypatch):
 @pytest.mark.parametrize(
     ('line', 'problem'),
     [
-        (b'{"text": ', 'not JSON'),
-        (b'{"body": "x", "id": 1}', "no field 'text'; it has body, id; choose with --field="),
+        (b'{"text": ', 'invalid JSON'),
+        (b'{"body": "x", "id": 1}', "no field 'text'; it has body, id; choose one with --field="),
         (b'["x"]', "no field 'text'"),
         (b'{"text": 3}', "field 'text' is int, not text"),
         (b'{"text": "\\ud83d"}', 'surrogate'),
     ],
 )
-def test_a_wrong_json_line_is_named_by_file_and_line(line, problem):
+def test_an_invalid_json_line_is_reported_with_file_and_line(line, problem):
     write('a.jsonl', b'{"text": "fine"}\n\n' + line + b'\n')
     message = refused(prepare_text, 'a.jsonl', '--tokenizer=byte')
     assert 'a.jsonl, line 3: ' in message
     assert problem in message
 
 
-def test_an_undecodable_byte_in_a_json_line_is_named_by_offset():
+def test_an_undecodable_byte_in_a_json_line_is_reported_with_its_offset():
     write('a.jsonl', b'{"text": "fine"}\n{"text": "b\xffd"}\n')
     message = refused(prepare_text, 'a.jsonl', '--tokenizer=byte')
     assert 'a.jsonl: not UTF-8 at byte 28;' in message
@@ -633,16 +633,16 @@ def test_an_undecodable_byte_in_a_json_line_is_named_by_offset():
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        (['absent.txt'], 'absent.txt: no such file, and nothing matches it'),
-        (['*.none'], r'nothing matches it'),
+        (['absent.txt'], 'absent.txt: no such file or match'),
+        (['*.none'], 'no such file or match'),
         (['empty.txt'], 'empty.txt: is empty'),
         (['bare'], 'bare: has no text files'),
         (['a.txt', '--val=absent.txt'], 'absent.txt: no such file'),
         (['a.txt', '--tokenizer=gtp2'], r'did you mean gpt2\?'),
-        (['a.txt', '--tokenizer=byte', '--vocab_size=300'], '--vocab_size is for'),
-        (['a.txt', '--tokenizer=bpe', '--vocab_size=100'], 'vocab_size 100'),
-        (['a.txt', '--val_fraction=0.9'], '--val_fraction=0.9: needs'),
-        (['a.txt', '--workers=0'], '--workers=0: needs'),
+        (['a.txt', '--tokenizer=byte', '--vocab_size=300'], '--vocab_size=300: needs'),
+        (['a.txt', '--tokenizer=bpe', '--vocab_size=100'], '--vocab_size=100: must'),
+        (['a.txt', '--val_fraction=0.9'], '--val_fraction=0.9: give'),
+        (['a.txt', '--workers=0'], '--workers=0: give'),
         (['one.txt', '--tokenizer=byte'], 'nothing was left for the'),
     ],
 )
@@ -666,15 +666,8 @@ def test_an_unreadable_file_is_one_line(monkeypatch):
     assert 'a.txt: Permission denied' in refused(prepare_text, 'a.txt', '--tokenizer=byte')
 
 
-def test_no_name_is_one_line_with_the_command():
-    write('a.txt', WORDS)
-    assert refused(text.main, ['a.txt']).endswith(
-        'python data/text/prepare.py a.txt ... --name=mine'
-    )
-
-
 @pytest.mark.parametrize('name', ['../x', '.x', 'a b', '-x', ''])
-def test_a_name_that_is_no_folder_name_is_refused(name):
+def test_an_invalid_name_is_refused(name):
     write('a.txt', WORDS)
     refused(text.main, ['a.txt', f'--name={name}'])
 
@@ -688,7 +681,7 @@ def test_the_datasets_that_come_with_flatgpt_are_not_overwritten(name):
     assert 'comes with flatGPT' in message
 
 
-def test_the_dataset_below_its_source_is_not_taken_for_text():
+def test_a_dataset_inside_its_source_folder_is_not_read_as_text():
     write('src/a.txt', 'one text\n' * 50)
     write('src/b.txt', 'another text\n' * 50)
     sizes = []
@@ -700,4 +693,4 @@ def test_the_dataset_below_its_source_is_not_taken_for_text():
 
 def test_an_empty_out_dir_is_refused():
     write('a.txt', 'one text\n')
-    assert 'say what to call it' in refused(text.main, ['a.txt', '--out_dir='])
+    assert 'no name for the dataset' in refused(text.main, ['a.txt', '--out_dir='])

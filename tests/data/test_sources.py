@@ -1,4 +1,4 @@
-"""What files are, which are taken, and the documents in them; and that no input takes for ever."""
+"""File formats, which files are read, and their documents; and that no input takes forever."""
 
 import bz2
 import contextlib
@@ -28,7 +28,7 @@ from test_prepare import (
 )
 
 from data.sre import prepare as sre
-from flatgpt.data import download, gutenberg, shakespeare, sources, text
+from flatgpt.data import bpe, download, gutenberg, shakespeare, sources, text
 from flatgpt.data.dataset import Writer, find_dataset
 from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
@@ -38,7 +38,7 @@ def both(folder='out'):
     return text_of('train', folder) + text_of('val', folder)
 
 
-# --- what is no text
+# --- files that are not text
 
 
 @pytest.mark.parametrize('extra', [[], ['--errors=replace'], ['--encoding=latin-1']])
@@ -55,16 +55,16 @@ def both(folder='out'):
         ('a.docx', b'PK\x03\x04\x14\0\xff' * 50, 'a zip archive'),
         ('a.parquet', b'PAR1\x15\0\xff' * 50, 'parquet'),
         ('a.sqlite', b'SQLite format 3\0' * 50, 'SQLite'),
-        ('a.jpg', b'\xff\xd8\xff\xe0' * 50, 'a picture'),
+        ('a.jpg', b'\xff\xd8\xff\xe0' * 50, 'an image'),
         ('a.bin', bytes(range(256)) * 8, 'binary'),
         ('16.txt', (WORDS * 9).encode('utf-16-le'), 'UTF-16 without a byte order mark'),
-        ('16be.txt', (WORDS * 9).encode('utf-16-be'), '--encoding=utf-16-be reads it'),
-        ('32.txt', (WORDS * 9).encode('utf-32-le'), '--encoding=utf-32-le reads it'),
-        ('32be.txt', (WORDS * 9).encode('utf-32-be'), '--encoding=utf-32-be reads it'),
-        ('ru.txt', ('Привет, мир. ' * 20).encode('utf-16-le'), '--encoding=utf-16-le reads it'),
+        ('16be.txt', (WORDS * 9).encode('utf-16-be'), 'add --encoding=utf-16-be'),
+        ('32.txt', (WORDS * 9).encode('utf-32-le'), 'add --encoding=utf-32-le'),
+        ('32be.txt', (WORDS * 9).encode('utf-32-be'), 'add --encoding=utf-32-be'),
+        ('ru.txt', ('Привет, мир. ' * 20).encode('utf-16-le'), 'add --encoding=utf-16-le'),
     ],
 )
-def test_what_is_no_text_is_refused_by_what_it_is(name, content, what, extra):
+def test_a_file_that_is_not_text_is_refused_with_its_format(name, content, what, extra):
     write(name, content)
     message = refused(prepare_text, name, '--tokenizer=byte', *extra)
     assert message.startswith(f'{name}: is ')
@@ -80,20 +80,20 @@ def test_plain_text_that_begins_as_a_format_does_is_text(head):
 
 
 @pytest.mark.parametrize('encoding', ['utf-16', 'utf-32'])
-def test_a_byte_order_mark_says_the_encoding(encoding, monkeypatch):
+def test_a_byte_order_mark_sets_the_encoding(encoding, monkeypatch):
     small_chunks(monkeypatch, 101)
     write('a.txt', ('Zoë, Привет. ' * 50).encode(encoding))
     prepare_text('a.txt', '--tokenizer=byte')
     assert both() == 'Zoë, Привет. ' * 50
     message = refused(prepare_text, 'a.txt', '--tokenizer=byte', '--errors=replace')
-    assert f'is {encoding.upper()}, by its byte order mark' in message
-    assert 'prepare it without --encoding' in refused(
+    assert f'is {encoding.upper()} with a byte order mark' in message
+    assert 'leave out --encoding' in refused(
         prepare_text, 'a.txt', '--tokenizer=byte', '--encoding=cp1252'
     )
 
 
 @pytest.mark.parametrize('encoding', ['cp1252', 'latin-1', 'utf-16-le', 'utf-32-be', 'shift_jis'])
-def test_another_encoding_is_read_where_it_is_named(encoding):
+def test_another_encoding_is_read_with_the_encoding_flag(encoding):
     words = 'これは本です。' if encoding == 'shift_jis' else 'Zoë is not naïve. '
     write('a.txt', (words * 50).encode(encoding))
     write('b.jsonl', (json.dumps({'text': words}, ensure_ascii=False) + '\n').encode(encoding))
@@ -104,19 +104,19 @@ def test_another_encoding_is_read_where_it_is_named(encoding):
     assert text_of('val') == words
 
 
-def test_bytes_that_are_not_utf8_lead_to_the_two_ways_out():
+def test_the_line_for_bytes_that_are_not_utf8_has_both_flags():
     write('a.txt', 'naïve '.encode('cp1252') * 50)
     message = refused(prepare_text, 'a.txt', '--tokenizer=byte')
     assert '--encoding=cp1252' in message
     assert '--errors=replace' in message
     for name in ('cp1252x', 'rot13', ''):
-        assert 'no such encoding' in refused(prepare_text, 'a.txt', f'--encoding={name}')
+        assert 'unknown; use an encoding' in refused(prepare_text, 'a.txt', f'--encoding={name}')
 
 
 # --- folders
 
 
-def test_linked_folders_are_followed_and_loops_noticed(capsys):
+def test_linked_folders_are_followed_and_loops_are_counted(capsys):
     write('disk/b.txt', 'text b')
     write('more/a.txt', 'text a')
     os.symlink('../disk', 'more/linked')
@@ -126,11 +126,11 @@ def test_linked_folders_are_followed_and_loops_noticed(capsys):
     prepare_text('more', '--val=disk/b.txt', '--tokenizer=byte')
     assert (text_of('train'), text_of('val')) == ('text a', 'text b')
     out = capsys.readouterr().out
-    assert 'files taken, 0 hidden, empty or binary; broken links: 1' in out
-    assert 'linked folders that lead back to one of these: ' in out
+    assert 'files, skipping 0 hidden, empty or binary; broken links: 1' in out
+    assert 'links to folders already read: ' in out
 
 
-def test_what_a_folder_has_that_is_no_text_is_named_and_counted(capsys):
+def test_files_of_a_folder_that_are_not_text_are_counted_by_format(capsys):
     for i in range(3):
         write(f'more/{i}.txt', WORDS)
     write('more/a.gz', gzip.compress(WORDS.encode(), mtime=0))
@@ -138,12 +138,12 @@ def test_what_a_folder_has_that_is_no_text_is_named_and_counted(capsys):
     write('more/c.txt', (WORDS * 9).encode('utf-16-le'))
     prepare_text('more', '--tokenizer=byte')
     out = capsys.readouterr().out
-    assert 'more: 3 files taken, 3 hidden, empty or binary (' in out
+    assert 'more: using 3 files, skipping 3 hidden, empty or binary (' in out
     for part in ('a PDF: 1', 'compressed by gzip: 1', 'UTF-16 without a byte order mark: 1'):
         assert part in out
 
 
-def test_the_dataset_below_a_linked_source_is_not_taken_for_text():
+def test_a_dataset_inside_a_linked_source_folder_is_not_read_as_text():
     write('disk/a.txt', WORDS * 20)
     write('disk/b.txt', WORDS * 20)
     os.symlink('disk', 'linked')
@@ -157,14 +157,14 @@ def test_the_dataset_below_a_linked_source_is_not_taken_for_text():
 # --- rows
 
 
-def test_rows_without_text_are_left_out_and_counted_and_other_fields_listed(capsys):
+def test_rows_without_text_are_skipped_and_counted_and_other_fields_listed(capsys):
     rows = [{'text': None if i % 3 == 0 else f'row {i}', 'url': 'x', 'n': i} for i in range(30)]
     write('a.jsonl', '\n'.join(map(json.dumps, rows)) + '\n\n\n')
     prepare_text('a.jsonl', '--tokenizer=byte')
     assert both().count('row') == 20
     out = capsys.readouterr().out
-    assert '10 rows left out: their text is null or empty' in out
-    assert 'of each row text was taken, not url, n' in out
+    assert 'skipped 10 rows whose text is null or empty' in out
+    assert 'used text of each row, not url, n' in out
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_records_and_tables_are_read_by_their_field(name, content):
     assert text_of('train').split(EOT) == [f'row {i}' for i in range(30) if i % 10]
     message = refused(prepare_text, name, '--tokenizer=byte')
     assert "no field 'text'; it has " in message
-    assert 'choose with --field=' in message
+    assert 'choose one with --field=' in message
     prepare_text(name, '--tokenizer=byte', '--plain')
     assert both() == content
 
@@ -198,12 +198,12 @@ def test_a_cell_of_a_table_may_have_commas_quotes_and_lines():
 @pytest.mark.parametrize(
     ('content', 'problem'),
     [
-        ('text,id\na,b,c\n', 'line 2: 3 cells, and the first line has 2'),
-        ('text,text\na,b\n', 'two of its columns have one name'),
-        ('text,id\n"a,b\n', 'not a table'),
+        ('text,id\na,b,c\n', 'line 2: 3 cells, but the first line has 2'),
+        ('text,text\na,b\n', 'two columns have the same name'),
+        ('text,id\n"a,b\n', 'invalid table'),
     ],
 )
-def test_a_damaged_table_is_refused_and_read_as_it_is_with_plain(content, problem):
+def test_an_invalid_table_is_refused_and_read_as_text_with_plain(content, problem):
     write('a.csv', content)
     message = refused(prepare_text, 'a.csv', '--tokenizer=byte')
     assert problem in message
@@ -212,40 +212,46 @@ def test_a_damaged_table_is_refused_and_read_as_it_is_with_plain(content, proble
     assert byte_tokenizer().decode(ids) == content
 
 
-def test_json_that_is_no_list_of_records_is_text_and_counted(capsys):
+def test_json_that_is_not_a_list_of_records_is_text_and_counted(capsys):
     for i in range(5):
         write(f'more/{i}.json', json.dumps({'name': i, 'list': [1, 2]}, indent=1))
     write('more/words.json', json.dumps(['a', 'b']))
     prepare_text('more', '--tokenizer=byte', '--split=fraction')
-    assert '6 .json files are no records with a field text' in capsys.readouterr().out
+    assert (
+        'read 6 .json files as plain text, since they are no records with a field text'
+        in capsys.readouterr().out
+    )
     write('one.json', json.dumps({'text': WORDS * 20}, indent=1))
     prepare_text('one.json', '--tokenizer=byte')
     assert both() == WORDS * 20
 
 
-def test_conversations_are_led_to_the_command_that_prepares_them():
+def test_the_line_for_conversations_has_the_command_that_prepares_them():
     write('a.jsonl', json.dumps({'messages': []}))
     message = refused(prepare_text, 'a.jsonl', '--tokenizer=byte')
-    assert 'conversations are prepared by data/chat/prepare.py' in message
+    assert 'for conversations, run data/chat/prepare.py' in message
 
 
 def test_json_hundreds_of_levels_deep_is_one_line():
     write('a.jsonl', '{"text": "a", "x": ' + '[' * 100_000)
-    assert 'a.jsonl, line 1: not JSON' in refused(prepare_text, 'a.jsonl', '--tokenizer=byte')
+    assert 'a.jsonl, line 1: invalid JSON' in refused(prepare_text, 'a.jsonl', '--tokenizer=byte')
 
 
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--field=body'], '--field=body: all the files are plain text'),
-        (['--val=b.txt', '--val_fraction=0.2'], '--val_fraction=0.2 divides the files'),
-        (['--val=b.txt', '--split=document'], '--split=document divides the files'),
-        (['--name=mine'], 'both say where to write'),
-        (['--tokenizer=byte', '--vocab_size=0'], '--vocab_size is for'),
-        (['--tokenizer=char', '--read_eot'], '--read_eot: the tokenizer char has no end of text'),
+        (['--field=body'], '--field=body: all files are plain text'),
+        (['--val=b.txt', '--val_fraction=0.2'], '--val_fraction=0.2: --val has already'),
+        (['--val=b.txt', '--split=document'], '--split=document: --val has already'),
+        (['--name=mine'], 'both set the output folder'),
+        (['--tokenizer=byte', '--vocab_size=0'], '--vocab_size=0: needs'),
+        (
+            ['--tokenizer=char', '--read_eot'],
+            '--read_eot: the tokenizer char has no end-of-text token',
+        ),
     ],
 )
-def test_an_option_that_would_do_nothing_is_refused(flags, message):
+def test_an_option_without_effect_is_refused(flags, message):
     write('a.txt', WORDS * 20)
     write('b.txt', WORDS)
     assert message in refused(prepare_text, 'a.txt', *flags)
@@ -258,11 +264,9 @@ def test_an_option_that_would_do_nothing_is_refused(flags, message):
 def test_a_written_end_of_text_is_counted_or_read(kind, capsys):
     write('a.txt', EOT.join([WORDS * 20] * 4))
     prepare_text('a.txt', f'--tokenizer={kind}')
-    assert (
-        f'{EOT} is written 3 times in the text, and was taken for text' in capsys.readouterr().out
-    )
+    assert f'{EOT} occurs 3 times in the text and was read as plain text' in capsys.readouterr().out
     tokenizer = prepare_text('a.txt', f'--tokenizer={kind}', '--read_eot').tokenizer
-    assert 'is written' not in capsys.readouterr().out
+    assert 'occurs' not in capsys.readouterr().out
     assert sum((ids_of(split) == tokenizer.eot).sum() for split in ('train', 'val')) == 3
     assert both() == EOT.join([WORDS * 20] * 4)
     assert kind != 'char' or b'|' not in tokenizer.token_bytes
@@ -281,29 +285,26 @@ def test_text_gets_the_tokens_of_a_run_a_checkpoint_and_a_file():
         assert both() == WORDS.upper() * 40
 
 
-def test_characters_that_a_model_lacks_are_left_out_and_counted(capsys):
+def test_characters_that_the_tokenizer_does_not_have_are_dropped_and_counted(capsys):
     char_tokenizer(sorted(set(WORDS))).save('tokenizer.json')
     write('b.txt', WORDS.replace('cat', 'Zoë') * 40)
     prepare_text('b.txt', '--tokenizer=tokenizer.json')
     assert both() == WORDS.replace('cat', 'o') * 40
     out = capsys.readouterr().out
-    assert (
-        "warning: 80 characters (4.4%) were left out, since the tokenizer lacks them: 'Z', 'ë'"
-        in out
-    )
+    assert "warning: dropped 80 characters (4.4%) that the tokenizer does not have: 'Z', 'ë'" in out
     write('c.txt', 'Привет, мир. ' * 40)
-    assert 'lacks, such as' in refused(prepare_text, 'c.txt', '--tokenizer=tokenizer.json')
+    assert 'in the text, such as' in refused(prepare_text, 'c.txt', '--tokenizer=tokenizer.json')
 
 
-def test_documents_that_nothing_divides_are_reported(capsys):
+def test_documents_that_nothing_separates_are_reported(capsys):
     char_tokenizer(sorted(set(WORDS))).save('tokenizer.json')
     write('a.txt', WORDS * 20)
     write('b.txt', WORDS * 30)
     prepare_text('a.txt', 'b.txt', '--tokenizer=tokenizer.json')
-    assert 'nothing marks where a document ends' in capsys.readouterr().out
+    assert 'nothing separates documents' in capsys.readouterr().out
 
 
-# --- a checkout that is only to be read
+# --- a read-only checkout
 
 
 def denied(*_, **__):
@@ -337,25 +338,25 @@ def test_what_is_fetched_is_kept_beside_the_dataset_where_the_checkout_is_read_o
     assert (out / 'input.txt').exists()
 
 
-def test_a_source_in_the_output_folder_is_taken_where_it_is_named():
+def test_a_source_in_the_output_folder_is_read_if_given_by_name():
     write('mine/input.txt', WORDS)
     for _ in range(2):  # the second time the dataset lies there, too
         text.main(['mine/input.txt', '--out_dir=mine', '--tokenizer=byte'])
         assert both('mine') == WORDS
     for pattern in ('mine', 'mine/*.txt'):
-        assert 'lie in mine, where the dataset goes' in refused(
+        assert 'mine: the text files are in the output folder' in refused(
             text.main, [pattern, '--out_dir=mine', '--tokenizer=byte']
         )
 
 
 @pytest.mark.parametrize('zeros', [1, 3])
-def test_a_few_zero_bytes_make_no_utf_16(zeros):
+def test_a_few_zero_bytes_are_not_utf_16(zeros):
     write('a.txt', 'ab' * 200 + '\0b' * zeros + 'ab' * 200)
     assert 'is binary; it has zero bytes' in refused(text.main, ['a.txt', '--out_dir=out'])
 
 
 @pytest.mark.parametrize('between', ['\n', '\r\n\n'])
-def test_a_first_record_longer_than_a_block_is_a_record(monkeypatch, between):
+def test_a_first_record_may_be_longer_than_a_block(monkeypatch, between):
     monkeypatch.setattr(sources, 'BLOCK', 50)
     write('a.json', between.join(json.dumps({'text': WORDS * 3}) for _ in range(2)))
     prepare_text('a.json', '--tokenizer=byte', '--split=document', '--val_fraction=0.5')
@@ -367,34 +368,34 @@ def test_a_first_record_longer_than_a_block_is_a_record(monkeypatch, between):
     ('name', 'layout'),
     [('a.jsonl', '{}'), ('a.json', '{}'), ('a.json', '[{}]'), ('a.json', '{}\n{{"text": "c"}}')],
 )
-def test_what_is_no_json_is_refused_and_never_text(name, layout, wrong):
+def test_invalid_json_is_refused_and_never_read_as_text(name, layout, wrong):
     write(name, layout.format(f'{{{wrong}}}'))
     message = refused(text.main, [name, '--out_dir=out', '--tokenizer=byte'])
     assert message.startswith(name)
-    assert "duplicate key 'text'" in message or 'NaN is not valid JSON' in message
+    assert 'invalid JSON: ' in message
 
 
-# --- words without an end
+# --- very long words
 
 
-def test_an_own_bpe_learns_from_pieces_of_a_word_without_an_end(capsys, monkeypatch):
-    monkeypatch.setattr(text, 'PIECES', 8)
+def test_a_bpe_is_learned_from_pieces_of_a_very_long_word(capsys, monkeypatch):
+    monkeypatch.setattr(bpe, 'MAX_PIECES', 8)
     run = ''.join(random.Random(0).choices('ACGT', k=10_000))
     write('a.txt', WORDS * 20 + run + ' ' * 5000 + WORDS * 20)
     prepare_text('a.txt', '--tokenizer=bpe', '--vocab_size=300')
     assert both() == WORDS * 20 + run + ' ' * 5000 + WORDS * 20
-    assert 'bpe: 2 runs of more than 256 letters, signs or blanks' in capsys.readouterr().out
+    assert 'bpe: split 2 runs of more than 256 letters, signs or spaces' in capsys.readouterr().out
 
 
-def test_only_long_words_are_divided_to_learn_from():
+def test_only_long_words_are_split_for_training():
     long, texts = 'x' * 600, [WORDS, f'{WORDS}{"y" * 256} {"-" * 300}']
-    words = text.ShortWords([*texts, long])
+    words = bpe.SplitLongWords([*texts, long])
     assert ''.join(words) == ''.join([*texts, long])
-    assert words.cut == 2
+    assert words.split == 2
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
-def test_ctrl_c_ends_the_learning_of_a_bpe():
+def test_ctrl_c_ends_the_training_of_a_bpe():
     write('a.txt', ' '.join(f'{random.getrandbits(64):x}' for _ in range(1_000_000)))
     process = start_script('a.txt', '--tokenizer=bpe', '--out_dir=out', '--vocab_size=60000')
     wait_for(lambda: process.poll() is not None or threads_of(process.pid) > 3)
@@ -409,7 +410,7 @@ def threads_of(pid: int) -> int:
     return len(list(Path(f'/proc/{pid}/task').glob('*'))) if Path('/proc').exists() else 9
 
 
-# --- the worst that a few megabytes can be
+# --- the worst input of a few megabytes
 
 
 def nested(unit: str):
@@ -470,13 +471,13 @@ def test_time_grows_with_the_length_of_the_worst_input(name):
     """1, 2 and 4 MB (pages a fifth of that): at most 2.3 times as long for twice as much, over both
     doublings, without Python's garbage collector.
 
-    In the time of this process: other programs do not count."""
+    Process time is measured, which other programs do not change."""
     seconds = []
     for megabytes in (1, 2, 4):
         best = float('inf')
         for _ in range(3):
             gc.collect()
-            gc.disable()  # it comes when it likes, and looks through all there is
+            gc.disable()  # a collection could fall into any one of the sizes
             start = time.process_time()
             try:
                 WORST[name](megabytes * 1_000_000)
@@ -488,7 +489,7 @@ def test_time_grows_with_the_length_of_the_worst_input(name):
 
 
 @pytest.mark.load
-def test_an_own_bpe_of_a_long_run_takes_seconds():
+def test_learning_a_bpe_from_a_long_run_takes_seconds():
     for number, run in enumerate((''.join(random.choices('ACGT', k=4_000_000)), ' ' * 4_000_000)):
         write(f'{number}.txt', WORDS * 100 + run + WORDS * 100)
         start = time.perf_counter()

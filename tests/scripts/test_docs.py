@@ -166,11 +166,16 @@ class Parsed(Exception):
 def arguments_of(main, argv):
     """What argparse makes of the arguments of a program that does nothing else here."""
 
-    def parse_args(self, args=None, *rest, parse=argparse.ArgumentParser.parse_args):
-        raise Parsed(parse(self, args, *rest))
+    def parser(parse):
+        def parse_and_stop(self, args=None, *rest):
+            raise Parsed(parse(self, args, *rest))
+
+        return parse_and_stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+        for name in ('parse_args', 'parse_intermixed_args'):
+            parse = getattr(argparse.ArgumentParser, name)
+            patch.setattr(argparse.ArgumentParser, name, parser(parse))
         with pytest.raises(Parsed) as parsed:
             main(argv)
     return parsed.value.args[0]
