@@ -28,22 +28,22 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, check_files, mask_file, read_meta
-from flatgpt.data.download import HEADERS, with_patience
+from flatgpt.data.download import HEADERS, with_retries
 from flatgpt.errors import UserError
 from flatgpt.files import new_file
 
-AT_ONCE = 8  # files
-PIECE = 2**22  # bytes read at a time
-SILENCE = 30  # seconds between lines of progress where nobody watches a terminal
+PARALLEL_COPIES = 8  # files
+CHUNK_BYTES = 2**22  # bytes read at a time
+LOG_INTERVAL = 30  # seconds between lines of progress where nobody watches a terminal
 
 
-class File(NamedTuple):
+class FileEntry(NamedTuple):
     name: str
     size: int  # bytes
     sha256: str
 
 
-class Count:
+class Progress:
     """Bytes that the threads have copied, or found to be there; and whether they should stop."""
 
     def __init__(self):
@@ -58,7 +58,7 @@ def is_url(name: str) -> bool:
     return name.startswith(('http://', 'https://'))
 
 
-def copied(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
+def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
     """
     The folder on this machine's disk that has all of the dataset at `source`, a URL or a folder.
     Of several processes one copies, and the others wait for it.
@@ -72,9 +72,9 @@ def copied(source: str | Path, cache: str | Path, alive: Callable = lambda: None
     folder = place_in(cache, source, raw)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with turn(folder, alive):
+        with lock_folder(folder, alive):
             if not is_whole(folder):
-                copy(source, folder, raw, alive)
+                copy_dataset(source, folder, raw, alive)
     except OSError as error:
         raise UserError(f'{folder}: cannot be written: {error.strerror or error}') from error
     return folder
@@ -82,23 +82,23 @@ def copied(source: str | Path, cache: str | Path, alive: Callable = lambda: None
 
 def place_in(cache: str | Path, source: str | Path, raw: bytes) -> Path:
     """Where the copy is of the dataset at `source` whose meta.json is `raw`."""
-    return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / name_of(str(source))
+    return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / safe_name(str(source))
 
 
-def name_of(source: str) -> str:
+def safe_name(source: str) -> str:
     path = unquote(urlsplit(source).path) if is_url(source) else str(Path(source).resolve())
     name = re.sub(r'[^\w.-]', '_', PurePath(path).name)
     return name if name.strip('.') else 'dataset'
 
 
-def place_of(source: str, name: str) -> str:
+def location(source: str, name: str) -> str:
     if not is_url(source):
         return str(Path(source) / name)
     url = urlsplit(source)
     return url._replace(path=f'{url.path.rstrip("/")}/{name}').geturl()
 
 
-def turn(folder: Path, alive: Callable):
+def lock_folder(folder: Path, alive: Callable):
     """What holds the folder in a `with`, once no other process of this machine copies to it."""
     lock = filelock.FileLock(folder / '.copy.lock')
     while True:
@@ -118,8 +118,8 @@ def is_whole(folder: Path) -> bool:
     return False
 
 
-def copy(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
-    files = files_of(source, raw)
+def copy_dataset(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
+    files = listed_files(source, raw)
     (folder / 'meta.json').unlink(missing_ok=True)
     copy_files(source, folder, files, alive)
     for name, content in (
@@ -130,29 +130,29 @@ def copy(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
             part.write_bytes(content)
 
 
-def files_of(source: str, raw: bytes) -> list[File]:
+def listed_files(source: str, raw: bytes) -> list[FileEntry]:
     """The files that a meta.json lists, none of which may lie outside its folder."""
     files = []
     try:
         meta = json.loads(raw)
         width = np.dtype(meta['dtype']).itemsize
         for shard in (shard for split in SPLITS for shard in meta['splits'][split]['shards']):
-            files.append(File(shard['file'], shard['tokens'] * width, shard['sha256']))
+            files.append(FileEntry(shard['file'], shard['tokens'] * width, shard['sha256']))
             if meta.get('rows'):
                 mask = mask_file(shard['file'])
-                files.append(File(mask, shard['tokens'], shard['mask_sha256']))
+                files.append(FileEntry(mask, shard['tokens'], shard['mask_sha256']))
         for file in files:
             if not re.fullmatch(r'([\w-][\w.-]*/)*[\w-][\w.-]*', file.name):
                 raise ValueError(f'a file called {file.name!r}')
         return files
     except (ValueError, KeyError, TypeError) as error:
-        place = place_of(source, 'meta.json')
+        place = location(source, 'meta.json')
         raise UserError(f'{place}: not the meta.json of a dataset: {error!r}') from error
 
 
-def copy_files(source: str, folder: Path, files: list[File], alive: Callable) -> None:
+def copy_files(source: str, folder: Path, files: list[FileEntry], alive: Callable) -> None:
     """Copy what is not there yet, several at a time. The first error ends all."""
-    missing = sum(file.size for file in files if size_of(folder / file.name) != file.size)
+    missing = sum(file.size for file in files if file_size(folder / file.name) != file.size)
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
@@ -160,9 +160,9 @@ def copy_files(source: str, folder: Path, files: list[File], alive: Callable) ->
             f'{free / 1e9:.2f} GB are free there; make room, or give another --data_cache'
         )
     print(f'{source}: copying {missing / 1e9:.2f} GB to {folder}', flush=True)
-    count = Count()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = {pool.submit(bring, source, folder, file, count) for file in files}
+    count = Progress()
+    with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
+        jobs = {pool.submit(copy_file, source, folder, file, count) for file in files}
         try:
             show_progress(jobs, count, sum(file.size for file in files), alive)
         finally:
@@ -170,9 +170,9 @@ def copy_files(source: str, folder: Path, files: list[File], alive: Callable) ->
             pool.shutdown(cancel_futures=True)
 
 
-def show_progress(jobs: set, count: Count, total: int, alive: Callable) -> None:
+def show_progress(jobs: set, count: Progress, total: int, alive: Callable) -> None:
     """Show how far the jobs are until all are done. Raises the error of one that fails."""
-    began, line_at = time.monotonic(), time.monotonic() + SILENCE
+    began, line_at = time.monotonic(), time.monotonic() + LOG_INTERVAL
     with tqdm(total=total, unit='B', unit_scale=True, desc='copying', disable=None) as bar:
         shown = 0
         while jobs:
@@ -187,21 +187,26 @@ def show_progress(jobs: set, count: Count, total: int, alive: Callable) -> None:
             if bar.disable and time.monotonic() > line_at:
                 left = (time.monotonic() - began) * (total / max(1, now) - 1)
                 print(f'copying: {now / total:.0%}, ETA {tqdm.format_interval(left)}', flush=True)
-                line_at = time.monotonic() + SILENCE
+                line_at = time.monotonic() + LOG_INTERVAL
 
 
-def bring(source: str, folder: Path, file: File, count: Count) -> None:
+def copy_file(source: str, folder: Path, file: FileEntry, count: Progress) -> None:
     """One file, unless it is there and right."""
-    path, place = folder / file.name, place_of(source, file.name)
-    if size_of(path) == file.size and hashed(pieces_of(path), None, count) == file.sha256:
+    path, place = folder / file.name, location(source, file.name)
+    if (
+        file_size(path) == file.size
+        and write_and_hash(file_chunks(path), None, count) == file.sha256
+    ):
         return
     part = Path(f'{path}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_url(source):
-            found = with_patience(lambda: hashed(streamed(place), part, count), place, path)
+            found = with_retries(
+                lambda: write_and_hash(url_chunks(place), part, count), place, path
+            )
         else:
-            found = hashed(pieces_of(Path(place)), part, count)
+            found = write_and_hash(file_chunks(Path(place)), part, count)
         if found != file.sha256:
             raise UserError(
                 f'{place}: has sha256 {found}, and meta.json says {file.sha256}; it is damaged, or '
@@ -215,7 +220,7 @@ def bring(source: str, folder: Path, file: File, count: Count) -> None:
             part.unlink(missing_ok=True)
 
 
-def hashed(pieces: Iterator[bytes], part: Path | None, count: Count) -> str:
+def write_and_hash(pieces: Iterator[bytes], part: Path | None, count: Progress) -> str:
     """The sha256 of the pieces, which are written to `part` if it is given, and counted."""
     digest, added = hashlib.sha256(), 0
     try:
@@ -237,32 +242,32 @@ def hashed(pieces: Iterator[bytes], part: Path | None, count: Count) -> str:
     return digest.hexdigest()
 
 
-def pieces_of(path: Path) -> Iterator[bytes]:
+def file_chunks(path: Path) -> Iterator[bytes]:
     try:
         with path.open('rb') as file:
-            while piece := file.read(PIECE):
+            while piece := file.read(CHUNK_BYTES):
                 yield piece
     except OSError as error:
         raise UserError(f'{path}: cannot be read: {error.strerror or error}') from error
 
 
-def streamed(url: str) -> Iterator[bytes]:
+def url_chunks(url: str) -> Iterator[bytes]:
     import requests
 
     with requests.get(url, stream=True, timeout=20, headers=HEADERS) as reply:
         reply.raise_for_status()
-        yield from reply.iter_content(PIECE)
+        yield from reply.iter_content(CHUNK_BYTES)
 
 
 def fetched(source: str, name: str) -> bytes:
     """A small file of the dataset's."""
-    place = place_of(source, name)
+    place = location(source, name)
     if is_url(source):
-        return with_patience(lambda: b''.join(streamed(place)), place)
+        return with_retries(lambda: b''.join(url_chunks(place)), place)
     if not os.path.exists(place):
         raise UserError(f'{place}: is missing, and a copy needs it; leave data_cache at None')
-    return b''.join(pieces_of(Path(place)))
+    return b''.join(file_chunks(Path(place)))
 
 
-def size_of(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None

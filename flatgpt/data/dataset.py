@@ -83,7 +83,7 @@ class Writer:
         except filelock.Timeout:
             raise UserError(f'{self.folder}: another program is writing this dataset now') from None
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self._write_error(error) from error
         self._remove_parts()  # of a run that was killed
         return self
 
@@ -111,7 +111,7 @@ class Writer:
                 if shard['tokens'] == self.shard_tokens:
                     self._close_shard(split)
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self._write_error(error) from error
 
     def include(self, name: str) -> None:
         """Append the shards of a finished part, the folder `name` in this one, where they lie."""
@@ -124,8 +124,8 @@ class Writer:
             for shard in meta['splits'][split]['shards']:
                 self.shards[split].append(shard | {'file': f'{name}/{shard["file"]}'})
 
-    def _cannot_write(self, error: OSError) -> UserError:
-        return cannot_write(self.folder, error)
+    def _write_error(self, error: OSError) -> UserError:
+        return write_error(self.folder, error)
 
     def _open_shard(self, split: str) -> None:
         name = f'{split}-{len(self.shards[split]):05d}.bin'
@@ -147,7 +147,7 @@ class Writer:
             if kind is None:
                 self._publish()
         except OSError as failure:
-            raise self._cannot_write(failure) from failure
+            raise self._write_error(failure) from failure
         finally:
             for file, _ in itertools.chain(*self._files.values()):
                 with contextlib.suppress(OSError):  # a full disk, again
@@ -198,7 +198,7 @@ class Writer:
             part.write_text(json.dumps(meta, indent=1), encoding='utf-8')
 
     def _remove_parts(self) -> None:
-        for part in parts_in(self.folder):
+        for part in temporary_files(self.folder):
             part.unlink()
 
     def tokens(self, split: str) -> int:
@@ -211,7 +211,7 @@ class Writer:
         return f'{self.folder}: {counts} tokens ({name}, {per_token:.2f} bytes of text per token)'
 
 
-def cannot_write(folder: Path, error: OSError) -> UserError:
+def write_error(folder: Path, error: OSError) -> UserError:
     elsewhere = '; --out_dir=FOLDER writes it elsewhere, for --dataset=./FOLDER'
     hint = elsewhere if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ''
     return UserError(f'{folder}: the dataset cannot be written: {error.strerror or error}{hint}')
@@ -227,7 +227,7 @@ def row_unit(rows: dict) -> int:
     return int(rows['length']) * (2 if rows['pairs'] else 1)
 
 
-def parts_in(folder: Path) -> list[Path]:
+def temporary_files(folder: Path) -> list[Path]:
     patterns = ('train-*.bin.part', 'val-*.bin.part', 'meta.json.part', 'tokenizer.json.part')
     return [part for pattern in patterns for part in folder.glob(pattern)]
 
@@ -340,9 +340,9 @@ class Dataset:
         Which windows training samples number first..first+count-1 are, of the endless sequence of
         epochs, each of which has every window once, in an order of its own.
         """
-        return self._draw(first, count)[0]
+        return self._sample_windows(first, count)[0]
 
-    def _draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _sample_windows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The windows of samples, and a key of each one's epoch."""
         sample = np.arange(first, first + count, dtype=np.int64)
         epoch = sample // self.n_windows
@@ -357,7 +357,7 @@ class Dataset:
         documents: numbers of the same shape as well, which tell each document of a row from its
         neighbours: an end of text, or the first token of a conversation, begins the next.
         """
-        window, key = self._draw(first, count)
+        window, key = self._sample_windows(first, count)
         shard = np.searchsorted(self._last_window, window, side='right')
         window -= (self._last_window - self._windows)[shard]
         phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
@@ -406,7 +406,7 @@ class Dataset:
         """block_size + 1 ids from each start, 0 beyond the end of the split."""
         ids = self._read_files(split, starts, self._dtype)
         if ids.max(initial=0) >= self.vocab_size:
-            self._refuse_id(split, ids, starts)
+            self._raise_invalid_id(split, ids, starts)
         return ids
 
     def _read_files(
@@ -421,7 +421,7 @@ class Dataset:
         width = self.block_size + 1
         ids = np.zeros((len(starts), width), dtype)
         size = ids.itemsize
-        rows, shards = self._where(split, starts)
+        rows, shards = self._rows_by_shard(split, starts)
         for shard, group in itertools.groupby(zip(shards, rows, strict=True), itemgetter(0)):
             name, tokens = self._shards[split][shard]
             first = int(self._ends[split][shard]) - tokens
@@ -435,7 +435,7 @@ class Dataset:
                         raise UserError(f'{path}: was cut short; prepare it again')
         return ids
 
-    def _where(self, split: str, starts: np.ndarray) -> tuple[list[int], list[int]]:
+    def _rows_by_shard(self, split: str, starts: np.ndarray) -> tuple[list[int], list[int]]:
         """Every row and a shard that it lies in, a row as often as there are such, by shards."""
         ends, last = self._ends[split], starts + self.block_size
         first, last = (np.searchsorted(ends, at, side='right') for at in (starts, last))
@@ -445,7 +445,7 @@ class Dataset:
         order = np.argsort(shards, kind='stable')
         return rows[order].tolist(), shards[order].tolist()
 
-    def _refuse_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
+    def _raise_invalid_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(ids >= self.vocab_size)[0]
         position = int(starts[row] + column)
         shard = int(np.searchsorted(self._ends[split], position, side='right'))
@@ -569,7 +569,7 @@ def nanogpt_meta(folder: Path) -> dict:
         raise UserError(f'{folder}: its meta.json is missing; prepare the dataset again')
     for split in SPLITS:
         if not (folder / f'{split}.bin').exists():
-            if parts_in(folder) or any(folder.glob('part-*/')):
+            if temporary_files(folder) or any(folder.glob('part-*/')):
                 raise UserError(f'{folder}: its preparation did not finish; prepare it again')
             raise UserError(f'{folder}: no dataset here; it has no meta.json and no {split}.bin')
     pickled = folder / 'meta.pkl'

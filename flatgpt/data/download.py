@@ -18,10 +18,10 @@ from flatgpt.errors import UserError
 from flatgpt.files import existing, new_file
 
 ATTEMPTS = 3
-AGENT = 'flatGPT'  # what robots.txt may call us
+USER_AGENT = 'flatGPT'  # what robots.txt may call us
 HEADERS = {'User-Agent': f'{AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
-PAUSE = 1.0  # seconds before each request for a page, if robots.txt does not ask for more
-LONGEST_WAIT = 120  # seconds, if a server says when to ask again
+REQUEST_DELAY = 1.0  # seconds before each request for a page, if robots.txt does not ask for more
+MAX_RETRY_DELAY = 120  # seconds, if a server says when to ask again
 
 
 def place_to_keep(own: Path, out_dir: Path) -> Path:
@@ -49,7 +49,9 @@ def fetch(url: str, path: str | Path, sha256: str) -> None:
 
 
 def fetch_page(
-    urls: list[str], path: str | Path, flaw: Callable[[bytes], str | None] = lambda page: None
+    urls: list[str],
+    path: str | Path,
+    find_problem: Callable[[bytes], str | None] = lambda page: None,
 ) -> bytes:
     """
     The page at the first of the addresses where there is one. It is fetched once, as the site's
@@ -61,32 +63,32 @@ def fetch_page(
     path = Path(path)
     if path.exists():
         page = path.read_bytes()
-        if wrong := flaw(page):
+        if wrong := find_problem(page):
             raise UserError(f'{path}: {wrong}; delete it, and it is fetched again from {urls[0]}')
         return page
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = with_patience(lambda: get_page(urls, flaw), urls[0], path)
+    page = with_retries(lambda: get_page(urls, find_problem), urls[0], path)
     with new_file(path) as part:
         part.write_bytes(page)
     return page
 
 
-def get_page(urls: list[str], flaw: Callable) -> bytes:
+def get_page(urls: list[str], find_problem: Callable) -> bytes:
     import requests
 
     url, *others = urls
     rules = robots(urljoin(url, '/robots.txt'))
-    if not rules.can_fetch(AGENT, url):
-        raise Refused('robots.txt asks programs not to')
-    time.sleep(max(PAUSE, rules.crawl_delay(AGENT) or 0))
+    if not rules.can_fetch(USER_AGENT, url):
+        raise PermanentError('robots.txt asks programs not to')
+    time.sleep(max(REQUEST_DELAY, rules.crawl_delay(USER_AGENT) or 0))
     with requests.get(url, timeout=20, headers=HEADERS) as reply:
         if reply.status_code == 404 and others:
-            return get_page(others, flaw)
+            return get_page(others, find_problem)
         reply.raise_for_status()
-        if address(reply.url) != address(url):
-            raise Refused(f'it has moved to {reply.url}')
-        if wrong := flaw(reply.content):
-            raise Refused(f'it {wrong}')
+        if normalized_address(reply.url) != normalized_address(url):
+            raise PermanentError(f'it has moved to {reply.url}')
+        if wrong := find_problem(reply.content):
+            raise PermanentError(f'it {wrong}')
         return reply.content
 
 
@@ -96,7 +98,7 @@ def robots(url: str) -> RobotFileParser:
     import requests
 
     rules = RobotFileParser(url)
-    time.sleep(PAUSE)
+    time.sleep(REQUEST_DELAY)
     with requests.get(url, timeout=20, headers=HEADERS) as reply:
         if reply.status_code == 429 or reply.status_code >= 500:
             reply.raise_for_status()
@@ -104,39 +106,39 @@ def robots(url: str) -> RobotFileParser:
     return rules
 
 
-def address(url: str) -> tuple[str, str, str]:
+def normalized_address(url: str) -> tuple[str, str, str]:
     """What stays the same where a server only adds www, https or the last slash."""
     parts = urlsplit(url)
     return parts.netloc.removeprefix('www.'), parts.path.rstrip('/'), parts.query
 
 
-class Refused(Exception):
+class PermanentError(Exception):
     """Why asking again would not help."""
 
 
 def download(url: str, part: Path) -> str:
     """Write what `url` holds to `part` -> its sha256"""
-    return with_patience(lambda: stream(url, part), url, part.with_suffix(''))
+    return with_retries(lambda: stream_to_file(url, part), url, part.with_suffix(''))
 
 
-def with_patience(request: Callable, url: str, path: Path | None = None):
+def with_retries(request: Callable, url: str, path: Path | None = None):
     """What `request` returns, in three attempts. UserError says where else to put the file."""
     import requests  # slow, and on no machine that brings torch and transformers alone
 
     for attempt in range(ATTEMPTS):
         try:
             return request()
-        except (requests.RequestException, Refused) as error:
+        except (requests.RequestException, PermanentError) as error:
             wait = None
-            if not isinstance(error, Refused):
-                wait = seconds_to_wait(error.response, 2**attempt)
+            if not isinstance(error, PermanentError):
+                wait = retry_delay(error.response, 2**attempt)
             if wait is None or attempt == ATTEMPTS - 1:
                 cure = f'; get the file by other means and put it at {path}' if path else ''
                 raise UserError(f'{url} cannot be fetched ({reason(error)}){cure}') from error
         time.sleep(wait)
 
 
-def seconds_to_wait(response, usual: float) -> float | None:
+def retry_delay(response, usual: float) -> float | None:
     """Before asking again; None if that would not help. Retry-After is of RFC 9110, 10.2.3.
 
     response: of requests, None if there was no answer.
@@ -149,11 +151,11 @@ def seconds_to_wait(response, usual: float) -> float | None:
     wait = int(asked) if asked.isdecimal() else usual
     with contextlib.suppress(TypeError, ValueError):
         wait = (parsedate_to_datetime(asked) - datetime.now(timezone.utc)).total_seconds()
-    return max(wait, usual) if wait <= LONGEST_WAIT else None
+    return max(wait, usual) if wait <= MAX_RETRY_DELAY else None
 
 
-def reason(error: Exception) -> str:
-    if isinstance(error, Refused):
+def short_reason(error: Exception) -> str:
+    if isinstance(error, PermanentError):
         return str(error)
     if error.response is None:
         return type(error).__name__
@@ -161,7 +163,7 @@ def reason(error: Exception) -> str:
     return f'HTTP {error.response.status_code}' + (f', to be tried after {asked}' if asked else '')
 
 
-def stream(url: str, part: Path) -> str:
+def stream_to_file(url: str, part: Path) -> str:
     import requests
 
     digest = hashlib.sha256()

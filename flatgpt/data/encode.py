@@ -28,11 +28,15 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
 CHUNK = 2**20  # characters encoded at a time
-LONGEST = CHUNK + CHUNK // 8  # of a chunk without a border to cut at: BPE takes n log n for a word
+MAX_CHUNK = (
+    CHUNK + CHUNK // 8
+)  # of a chunk without a border to cut at: BPE takes n log n for a word
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
 BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
-SMALL = 16_000_000  # bytes of text below which starting processes takes longer than it saves
+MIN_PARALLEL_BYTES = (
+    16_000_000  # bytes of text below which starting processes takes longer than it saves
+)
 
 Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
 
@@ -50,10 +54,10 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
         text += block
         start = 0
         while len(text) - start > CHUNK:
-            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + LONGEST)
-            if not border and len(text) - start < LONGEST:
+            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + MAX_CHUNK)
+            if not border and len(text) - start < MAX_CHUNK:
                 break
-            end = border.end() if border else start + LONGEST
+            end = border.end() if border else start + MAX_CHUNK
             yield text[start:end]
             start = end
         text = text[start:]
@@ -73,7 +77,7 @@ def write_chunks(
     workers: processes, None for as many as pay.
     read_eot: a written end of text is one.
     """
-    tokenizer, small = writer.tokenizer, total is not None and total < SMALL
+    tokenizer, small = writer.tokenizer, total is not None and total < MIN_PARALLEL_BYTES
     if tokenizer.kind == 'tiktoken' and workers in (None, 1):
         why_not = tokenizer.accelerate()
         if why_not and not small:
@@ -83,14 +87,14 @@ def write_chunks(
         workers = 1 if fast or small else cores()
     with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
         encode = functools.partial(encode_job, read_eot=read_eot)
-        encoded = in_processes(encode, jobs(chunks), tokenizer, workers, ahead=workers)
+        encoded = map_in_processes(encode, group_chunks(chunks), tokenizer, workers, ahead=workers)
         for size, ids in encoded:
             for split, part in ids.items():
                 writer.write(split, part)
             bar.update(size)
 
 
-def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
+def group_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
     """Chunks in lists worth a trip to another process, with the bytes read for each list."""
     last: dict[str, int] = {}
     job, characters, read = [], 0, 0
@@ -119,7 +123,7 @@ def encode_job(
     return size, {split: np.concatenate(ids) for split, ids in parts.items()}
 
 
-def in_processes(
+def map_in_processes(
     function: Callable, jobs: Iterable, tokenizer: Tokenizer, workers: int, ahead: int
 ) -> Iterator:
     """
@@ -136,8 +140,8 @@ def in_processes(
     waiting = deque()
     try:
         for job in jobs:
-            with interrupts_held_back():  # submit() is what starts the processes
-                waiting.append(pool.submit(work, function, job))
+            with block_interrupts():  # submit() is what starts the processes
+                waiting.append(pool.submit(run_job, function, job))
             if len(waiting) > workers + ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -154,7 +158,7 @@ def in_processes(
 
 
 @contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
+def block_interrupts() -> Iterator[None]:
     """Ctrl-C reaches every process of a terminal: those started meanwhile never notice it."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
@@ -175,23 +179,23 @@ def start_worker(fields: dict, accelerate: bool, stop: multiprocessing.synchroni
     global _tokenizer, _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     _tokenizer = Tokenizer.from_dict(fields)
     if accelerate:
         _tokenizer.accelerate()
 
 
-def work(function: Callable, job):
+def run_job(function: Callable, job):
     return function(job, _tokenizer)
 
 
-def may_go_on() -> None:
+def check_interrupt() -> None:
     """What a long job asks now and then: raises KeyboardInterrupt after the parent's Ctrl-C."""
     if _stop and _stop.is_set():
         raise KeyboardInterrupt
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """A parent that was killed cannot stop its workers."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -23,25 +23,25 @@ from flatgpt.errors import UserError
 FOLDER = DATA / 'gutenberg'
 SITE = 'https://gutenberg.pglaf.org'  # the mirror that Project Gutenberg runs itself
 # made from the newest version of a book, then the places of its older files; digits is 1/34 of 134
-PLACES = (
+URL_PATHS = (
     'cache/epub/{n}/pg{n}.txt',
     *(f'{{digits}}/{{n}}/{{n}}{end}.txt' for end in ('-0', '-8', '')),
 )
 COMMAND = 'python data/gutenberg/prepare.py'
 # *** START OF THE PROJECT GUTENBERG EBOOK X ***; of THIS in older files; X may take a second line
-MARK = (
+MARKER = (
     r'^[ \t]*\*\*\*[ \t]*%s (?:OF )?TH(?:E|IS) PROJECT GUTENBERG\b'
     r'[^\n]*?(?:\*\*\*|\n[^\n*]+\*\*\*|$)[^\n]*'
 )
-START = re.compile(MARK % 'START', re.M | re.I)
-END = re.compile(MARK % 'END', re.M | re.I)
+START = re.compile(MARKER % 'START', re.M | re.I)
+END = re.compile(MARKER % 'END', re.M | re.I)
 SMALL_PRINT = re.compile(r'^[ \t]*\*END[ *]*THE SMALL PRINT[^\n]*', re.M | re.I)  # before 2003
 OLD_END = re.compile(r"^End of (?:the |this )?Project Gutenberg(?:'s|\b)[^\n]*", re.M | re.I)
 CREDIT = re.compile(r'\s*(?:Produced|E-?text prepared|Transcribed) by\b.*?\n[ \t]*\n', re.S | re.I)
 NUMBER = re.compile(r'\[\s*e(?:book|text)\s*#\s*(\d+)\s*\]', re.I)
 TITLE = re.compile(r'^Title:[ \t]*(.+)$', re.M)
 HTML = re.compile(r'\s*<(?:!doctype|html)\b', re.I)
-HEAD = 10_000  # characters in which a file says what it is
+HEADER_CHARS = 10_000  # characters in which a file says what it is
 
 
 def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
@@ -67,7 +67,7 @@ def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
 
 
 def prepare(args: argparse.Namespace, sets: dict) -> None:
-    folder, recipe = output(args, sets)
+    folder, recipe = output_and_config(args, sets)
     if not args.site.startswith(('http://', 'https://')):
         raise UserError(f'--site={args.site}: begins with neither http:// nor https://')
     numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word, sets))
@@ -77,7 +77,7 @@ def prepare(args: argparse.Namespace, sets: dict) -> None:
     text.prepare(args, folder, files, [], recipe)
 
 
-def output(args: argparse.Namespace, sets: dict) -> tuple[Path, str]:
+def output_and_config(args: argparse.Namespace, sets: dict) -> tuple[Path, str]:
     """Where the dataset goes, and the config that is made for it."""
     if not args.books:
         raise UserError(f'say which books: {COMMAND} 1342 84 --name=novels (see --help)')
@@ -101,11 +101,11 @@ def numbers_of(word: str, sets: dict) -> list[int]:
 def book_file(number: int, site: str, keep: Path) -> Path:
     """The file with the text of a book alone, made from the page that is kept there or fetched."""
     where = {'n': number, 'digits': '/'.join(str(number)[:-1]) or '0'}
-    urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in PLACES]
+    urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in URL_PATHS]
     page = fetch_page(urls, keep / 'pages' / f'pg{number}.txt', lambda page: flaw(page, number))
-    book = decode(page)
-    body = strip(book)
-    title = TITLE.search(book[:HEAD])
+    book = decode_book(page)
+    body = strip_boilerplate(book)
+    title = TITLE.search(book[:HEADER_CHARS])
     print(f'{number}: {title[1].strip() if title else "no title"}, {len(body):,} characters')
     path = keep / 'books' / f'{number}.txt'
     path.parent.mkdir(exist_ok=True)
@@ -115,17 +115,17 @@ def book_file(number: int, site: str, keep: Path) -> Path:
 
 def flaw(page: bytes, number: int) -> str | None:
     """Why a page is not the book of this number, if it is not."""
-    book = decode(page)
-    found = NUMBER.search(book[:HEAD])
+    book = decode_book(page)
+    found = NUMBER.search(book[:HEADER_CHARS])
     if found and int(found[1]) != number:
         return f'is book {found[1]}, not {number}'
-    if strip(book):
+    if strip_boilerplate(book):
         return None
     kind = 'a web page' if HTML.match(book) else 'no book'
     return f'is {kind}: it has no text between the marks of Project Gutenberg'
 
 
-def decode(raw: bytes) -> str:
+def decode_book(raw: bytes) -> str:
     """UTF-8, as the generated files are, or Latin-1, as older ones; line ends become \\n."""
     try:
         book = raw.decode('utf-8-sig')
@@ -134,7 +134,7 @@ def decode(raw: bytes) -> str:
     return book.replace('\r\n', '\n').replace('\r', '\n')
 
 
-def strip(book: str) -> str:
+def strip_boilerplate(book: str) -> str:
     """
     The text between the marks of Project Gutenberg, without the line that says who made the file;
     '' where a mark is missing.

@@ -39,25 +39,25 @@ def open_data(
     cache: a folder to copy what is read to; see data/cache.py, of alive, too.
     """
     if not is_mixture(name):
-        return Dataset(folder_of(name, cache, alive), block_size, seed, objective)
+        return Dataset(local_folder(name, cache, alive), block_size, seed, objective)
     if objective == 'dpo':
         raise UserError(f"dataset={name!r}: objective='dpo' takes one dataset, not a mixture")
-    weights = parse(name)
-    folders = [folder_of(part, cache, alive) for part in weights]
+    weights = parse_weights(name)
+    folders = [local_folder(part, cache, alive) for part in weights]
     parts = [Dataset(folder, block_size, seed, objective) for folder in folders]
     return Mixture(parts, list(weights.values()), seed)
 
 
-def folder_of(name: str, cache: str | None, alive: Callable) -> Path:
+def local_folder(name: str, cache: str | None, alive: Callable) -> Path:
     """Where a dataset is read from."""
     if not cache and '://' not in name:
         return find_dataset(name)
-    from flatgpt.data.cache import copied, is_url  # requests is slow to import
+    from flatgpt.data.cache import copy_to_cache, is_url  # requests is slow to import
 
     if is_url(name) and not cache:
         raise UserError(f'dataset={name!r}: give --data_cache, a folder here to copy it to')
     source = name if is_url(name) else find_dataset(name)
-    return copied(source, cache, alive) if cache else source
+    return copy_to_cache(source, cache, alive) if cache else source
 
 
 def is_mixture(setting: str) -> bool:
@@ -65,10 +65,10 @@ def is_mixture(setting: str) -> bool:
 
 
 def names_in(setting: str) -> list[str]:
-    return list(parse(setting)) if is_mixture(setting) else [setting]
+    return list(parse_weights(setting)) if is_mixture(setting) else [setting]
 
 
-def parse(setting: str) -> dict[str, float]:
+def parse_weights(setting: str) -> dict[str, float]:
     """'a:0.7,b:0.3' -> the weight of each name, in the order given."""
     weights = {}
     for part in setting.split(','):
@@ -98,7 +98,7 @@ def quotas_of(weights: list[float]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def order_of(block: int, quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def block_order(block: int, quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The part that each of a block's samples is from, and its number there, (BLOCK,) each."""
     key = mix(np.full(BLOCK, seed % 2**64, np.uint64), np.full(BLOCK, block, np.uint64))
     parts = np.repeat(np.arange(len(quotas)), quotas)  # each part together
@@ -168,12 +168,12 @@ class Mixture:
 
     @functools.cached_property
     def n_windows(self) -> int:
-        return max(self._end(k, part.n_windows) for k, (_, part) in enumerate(self.parts))
+        return max(self._samples_until(k, part.n_windows) for k, (_, part) in enumerate(self.parts))
 
-    def _end(self, k: int, windows: int) -> int:
+    def _samples_until(self, k: int, windows: int) -> int:
         """Samples until a part has had so many of them."""
         blocks, rest = divmod(windows - 1, self.quotas[k])
-        source, _ = order_of(blocks, self.quotas, self.seed)
+        source, _ = block_order(blocks, self.quotas, self.seed)
         return blocks * BLOCK + int(np.flatnonzero(source == k)[rest]) + 1
 
     def text_bytes(self, split: str) -> int | None:
@@ -187,7 +187,7 @@ class Mixture:
     def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
         """As Dataset.batch(), and as it is there, for count >= 1."""
         batch = None
-        for part, rows, number in self._shared_out(first, count):
+        for part, rows, number in self._samples_by_part(first, count):
             arrays = part.batch(number, len(rows), documents)
             if batch is None:
                 batch = tuple(np.empty((count, self.block_size), np.int64) for _ in arrays)
@@ -196,13 +196,13 @@ class Mixture:
         return batch
 
     def count_targets(self, first: int, count: int) -> int:
-        shared = self._shared_out(first, count)
+        shared = self._samples_by_part(first, count)
         return sum(part.count_targets(number, len(rows)) for part, rows, number in shared)
 
-    def _shared_out(self, first: int, count: int):
+    def _samples_by_part(self, first: int, count: int):
         """Each part that these samples take from; which of them are its, and its first's number."""
         blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
-        orders = [order_of(block, self.quotas, self.seed) for block in blocks]
+        orders = [block_order(block, self.quotas, self.seed) for block in blocks]
         window = slice(first % BLOCK, first % BLOCK + count)
         source, number = (np.concatenate(each)[window] for each in zip(*orders, strict=True))
         for k, (_, part) in enumerate(self.parts):

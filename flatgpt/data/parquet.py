@@ -25,19 +25,27 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
 from flatgpt.data.download import ATTEMPTS
-from flatgpt.data.encode import Chunk, cores, cut, encode_job, in_processes, jobs, may_go_on
+from flatgpt.data.encode import (
+    Chunk,
+    check_interrupt,
+    cores,
+    cut,
+    encode_job,
+    group_chunks,
+    map_in_processes,
+)
 from flatgpt.data.tokenizer import Tokenizer, load
 from flatgpt.errors import UserError
 
 # a dataset's own files, and those into which the hub converts what is not parquet
 REVISIONS = ('main', 'refs/convert/parquet')
 COLUMN = 'text'
-ROWS = 1000  # documents read at a time
+BATCH_ROWS = 1000  # documents read at a time
 BUFFER = 2**20  # bytes read at a time; without it, and with pre_buffer, it is the whole file
-FETCHED = 'fetched'  # the folder in a part's that holds its file while it is read
+DOWNLOAD_FOLDER = 'fetched'  # the folder in a part's that holds its file while it is read
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     name: str
     size: int  # bytes
     get: Callable[[Path], Path]  # where it is, or where it was fetched to: below the given folder
@@ -45,7 +53,7 @@ class File(NamedTuple):
 
 class Part(NamedTuple):
     folder: Path
-    file: File
+    file: SourceFile
     source: dict  # what its meta.json tells, and what must be the same when a run goes on
 
     def is_done(self) -> bool:
@@ -63,14 +71,14 @@ class Part(NamedTuple):
         return False
 
 
-def describe(source: dict | None) -> str:
+def describe_source(source: dict | None) -> str:
     return ', '.join(f'{key} {value}' for key, value in (source or {}).items()) or 'something else'
 
 
 # --- which files
 
 
-def local_files(folder: Path) -> list[File]:
+def local_files(folder: Path) -> list[SourceFile]:
     if not folder.is_dir():
         raise UserError(f'{folder}: no such folder')
     found = [path for path in folder.rglob('*.parquet') if path.is_file()]
@@ -78,16 +86,16 @@ def local_files(folder: Path) -> list[File]:
     if not paths:
         raise UserError(f'{folder}: no .parquet files there')
     return [
-        File(name, path.stat().st_size, functools.partial(here, path))
+        SourceFile(name, path.stat().st_size, functools.partial(local_path, path))
         for name, path in sorted(paths.items())
     ]
 
 
-def here(path: Path, folder: Path) -> Path:
+def local_path(path: Path, folder: Path) -> Path:
     return path
 
 
-def hub_files(repository: str) -> list[File]:
+def hub_files(repository: str) -> list[SourceFile]:
     """The parquet files of a dataset on the hub; without a network those of the hub's cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -101,10 +109,10 @@ def hub_files(repository: str) -> list[File]:
             )
         except Exception as error:  # of an HTTP library that changes from version to version
             return cached_files(repository, error)
-        get = functools.partial(fetch, repository, info.sha)
+        get = functools.partial(fetch_from_hub, repository, info.sha)
         names = {file.rfilename: file.size for file in info.siblings}
         files = [
-            File(name, size, functools.partial(get, name))
+            SourceFile(name, size, functools.partial(get, name))
             for name, size in sorted(names.items())
             if name.endswith('.parquet')
         ]
@@ -113,12 +121,12 @@ def hub_files(repository: str) -> list[File]:
     raise UserError(f'{repository}: the hub has no parquet files of it, or not of all of it')
 
 
-def is_partial(files: list[File]) -> bool:
+def is_partial(files: list[SourceFile]) -> bool:
     """Whether these are only some of a dataset's files: of a large one the hub converts 5 GB."""
     return any('partial-' in file.name for file in files)
 
 
-def cached_files(repository: str, error: Exception) -> list[File]:
+def cached_files(repository: str, error: Exception) -> list[SourceFile]:
     from huggingface_hub import constants, snapshot_download
 
     for revision in REVISIONS:
@@ -138,7 +146,7 @@ def cached_files(repository: str, error: Exception) -> list[File]:
     ) from error
 
 
-def fetch(repository: str, revision: str, name: str, folder: Path) -> Path:
+def fetch_from_hub(repository: str, revision: str, name: str, folder: Path) -> Path:
     """A file of the hub, copied from the hub's cache or else fetched, below `folder`."""
     from huggingface_hub import hf_hub_download
 
@@ -164,7 +172,7 @@ def reason(error: Exception) -> str:
 # --- parts
 
 
-def plan(folder: Path, files: list[File], val_every: int) -> list[Part]:
+def plan_parts(folder: Path, files: list[SourceFile], val_every: int) -> list[Part]:
     """val_every: one document of so many is for validation, the first of each file among them."""
     parts = []
     for number, file in enumerate(files):
@@ -191,8 +199,8 @@ def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = N
     if why_not:
         print(f'encoding with tiktoken: {why_not}', flush=True)
     workers = min(workers or cores(), len(todo))
-    files = ((part, part.file.get(part.folder / FETCHED)) for part in todo)
-    written = in_processes(write_part, files, tokenizer, workers, ahead=1)
+    files = ((part, part.file.get(part.folder / DOWNLOAD_FOLDER)) for part in todo)
+    written = map_in_processes(write_part, files, tokenizer, workers, ahead=1)
     sizes = [part.file.size for part in parts]
     done = show_progress(written, sizes, [part.file.size for part in todo])
     if empty := sum(done):
@@ -228,12 +236,12 @@ def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> tuple[int, int]:
     empty: list[int] = []
     with Writer(part.folder, tokenizer, source=part.source) as writer:
         try:
-            for chunks in jobs(read_chunks(path, part.source['val_every'], empty)):
-                may_go_on()
+            for chunks in group_chunks(read_chunks(path, part.source['val_every'], empty)):
+                check_interrupt()
                 for split, ids in encode_job(chunks, tokenizer)[1].items():
                     writer.write(split, ids)
         finally:  # and not later: nothing clears up after a part that is finished
-            shutil.rmtree(part.folder / FETCHED, ignore_errors=True)
+            shutil.rmtree(part.folder / DOWNLOAD_FOLDER, ignore_errors=True)
         for split in SPLITS:
             if writer.tokens(split):  # and then comes the next part
                 writer.write(split, np.array([tokenizer.eot]))
@@ -261,7 +269,7 @@ def read_documents(path: Path) -> Iterator[str | None]:
                     f'{path}: needs a column {COLUMN} of strings, and its columns are '
                     f'{", ".join(f"{name} ({kind})" for name, kind in columns.items())}'
                 )
-            for batch in file.iter_batches(ROWS, columns=[COLUMN]):
+            for batch in file.iter_batches(BATCH_ROWS, columns=[COLUMN]):
                 yield from batch.column(0).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(

@@ -20,22 +20,22 @@ from pathlib import Path
 
 from flatgpt.errors import UserError
 
-MAY_OPEN = [None] * 256  # one for each more file to keep open: a process has 1,024 as a rule
+OPEN_BUDGET = [None] * 256  # one for each more file to keep open: a process has 1,024 as a rule
 
 
 class ShardFiles:
     def __init__(self, folder: Path, names: list[str]):
         self.folder = folder
-        self._kept: dict[str, FileIO] = {}
+        self._open_files: dict[str, FileIO] = {}
         self._identities: dict[str, tuple] = {}
         self._lock = threading.Lock()  # a file has one position, and two threads may read it
-        weakref.finalize(self, close, self._kept, MAY_OPEN)
+        weakref.finalize(self, close, self._open_files, OPEN_BUDGET)
         for name in names:
             file = open(f'{folder}/{name}', 'rb', buffering=0)
-            self._identities[name] = identity(file)
-            if MAY_OPEN:
-                MAY_OPEN.pop()
-                self._kept[name] = file
+            self._identities[name] = file_identity(file)
+            if OPEN_BUDGET:
+                OPEN_BUDGET.pop()
+                self._open_files[name] = file
             else:
                 file.close()
 
@@ -43,11 +43,11 @@ class ShardFiles:
     def open(self, name: str) -> Iterator[FileIO]:
         """The file, unbuffered, for one thread at a time. UserError if it is another one by now."""
         with self._lock:
-            kept = self._kept.get(name)
+            kept = self._open_files.get(name)
             file = kept or self._open_again(name)
             try:
-                if identity(file) != self._identities[name]:
-                    raise self._lost(name, 'changed')
+                if file_identity(file) != self._identities[name]:
+                    raise self._read_error(name, 'changed')
                 yield file
             finally:
                 if not kept:
@@ -57,14 +57,14 @@ class ShardFiles:
         try:
             return open(f'{self.folder}/{name}', 'rb', buffering=0)
         except FileNotFoundError:
-            raise self._lost(name, 'removed') from None
+            raise self._read_error(name, 'removed') from None
 
-    def _lost(self, name: str, how: str) -> UserError:
+    def _read_error(self, name: str, how: str) -> UserError:
         path = f'{self.folder}/{name}'
         return UserError(f'{path}: was {how} while it was being read; prepare the dataset again')
 
 
-def identity(file: FileIO) -> tuple:
+def file_identity(file: FileIO) -> tuple:
     """What tells a file from one that took its place, and from itself with other content."""
     found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

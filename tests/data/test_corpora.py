@@ -127,7 +127,7 @@ def test_a_page_is_fetched_once_with_our_name_and_after_a_pause(site, naps, tmp_
     fetch_page([f'{site}/b'], tmp_path / 'kept' / 'b')
     assert asked() == ['/robots.txt', '/a', '/b']
     assert all(agent.startswith('flatGPT/') for _, agent in Server.requests)
-    assert naps == [download.PAUSE] * 3  # one before every request
+    assert naps == [download.REQUEST_DELAY] * 3  # one before every request
 
 
 def test_robots_txt_is_obeyed(site, tmp_path):
@@ -173,7 +173,7 @@ def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
         'the page',
     ]
     assert fetch_page([f'{site}/a'], tmp_path / 'a') == b'the page'
-    pauses = [nap for nap in naps if nap != download.PAUSE]
+    pauses = [nap for nap in naps if nap != download.REQUEST_DELAY]
     assert pauses[0] == 7
     assert 40 < pauses[1] <= 50
 
@@ -189,7 +189,7 @@ def test_a_server_that_wants_to_be_left_alone_is(site, naps, tmp_path):
 def test_the_pause_that_robots_txt_asks_for_is_made(site, naps, tmp_path):
     Server.pages = {'/robots.txt': 'User-agent: *\nCrawl-delay: 9', '/a': 'x'}
     fetch_page([f'{site}/a'], tmp_path / 'a')
-    assert naps == [download.PAUSE, 9]
+    assert naps == [download.REQUEST_DELAY, 9]
 
 
 def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_path):
@@ -235,22 +235,22 @@ OLD = 'End of the Project Gutenberg EBook of X, by Y'
     ],
 )
 def test_what_project_gutenberg_puts_around_a_book_is_taken_off(start, end):
-    assert gutenberg.strip(book(start=start, end=end)) == STORY
+    assert gutenberg.strip_boilerplate(book(start=start, end=end)) == STORY
 
 
 def test_stars_and_the_name_of_the_project_within_a_book_stay():
     text = STORY + '\n* * *\n\n*** A note of Project Gutenberg: produced by hand.\n\n' + STORY
-    assert gutenberg.strip(book(text=text)) == text
+    assert gutenberg.strip_boilerplate(book(text=text)) == text
 
 
 @pytest.mark.parametrize('damaged', ['', STORY, book()[:900], book(text=' ')])
 def test_a_book_without_its_marks_gives_nothing(damaged):
-    assert gutenberg.strip(damaged) == ''
+    assert gutenberg.strip_boilerplate(damaged) == ''
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'latin-1'])
 def test_a_book_is_read_in_the_encodings_there_are(encoding):
-    assert gutenberg.decode('Café\r\nnoir\r\n'.encode(encoding)) == 'Café\nnoir\n'
+    assert gutenberg.decode_book('Café\r\nnoir\r\n'.encode(encoding)) == 'Café\nnoir\n'
 
 
 def serve(*numbers):
@@ -303,7 +303,7 @@ def test_an_older_book_is_found_where_it_lies(site):
         (book(8)[:1500], 'it is no book: it has no text between the marks of Project Gutenberg'),
     ],
 )
-def test_what_is_not_the_book_is_refused_and_not_kept(site, page, flaw):
+def test_what_is_not_the_book_is_refused_and_not_kept(site, page, find_problem):
     Server.pages['/cache/epub/8/pg8.txt'] = page
     message = refused(books.main, ['8', '--out_dir=out', f'--site={site}'])
     assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({flaw}')

@@ -576,7 +576,7 @@ def batches_of(dataset):
 @pytest.mark.parametrize('shard_tokens', [2**30, 100])
 @pytest.mark.parametrize('change', ['prepared anew', 'removed', 'moved aside'])
 def test_an_open_dataset_stays_what_it_was(tmp_path, monkeypatch, change, shard_tokens):
-    monkeypatch.setattr(shard_files, 'MAY_OPEN', [None] * 64)  # whatever other tests keep open
+    monkeypatch.setattr(shard_files, 'OPEN_BUDGET', [None] * 64)  # whatever other tests keep open
     dataset, folder = make(tmp_path / 'd', shard_tokens=shard_tokens), tmp_path / 'd'
     before = batches_of(dataset)
     if change == 'prepared anew':
@@ -613,7 +613,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
 def test_of_more_files_than_are_kept_open_one_that_changes_is_noticed(
     tmp_path, monkeypatch, change, found
 ):
-    monkeypatch.setattr(shard_files, 'MAY_OPEN', [None])
+    monkeypatch.setattr(shard_files, 'OPEN_BUDGET', [None])
     dataset, val = make(tmp_path), tmp_path / 'val.bin'
     Path(f'{val}.new').write_bytes(val.read_bytes())
     dataset.eval_batch('val', [0])
@@ -628,7 +628,7 @@ def test_of_more_files_than_are_kept_open_one_that_changes_is_noticed(
 
 def test_a_dataset_that_is_done_with_closes_its_files(tmp_path, monkeypatch):
     more = [None, None]
-    monkeypatch.setattr(shard_files, 'MAY_OPEN', more)
+    monkeypatch.setattr(shard_files, 'OPEN_BUDGET', more)
     dataset = make(tmp_path)
     assert not more
     del dataset

@@ -114,7 +114,7 @@ def test_an_epoch_ends_when_every_part_was_seen_whole(mixture):
         return [n >= part.n_windows for n, (_, part) in zip(each, mixture.parts, strict=True)]
 
     # a window of a later epoch begins elsewhere, so only the slowest part is counted here
-    slowest = max(range(3), key=lambda k: mixture._end(k, mixture.parts[k][1].n_windows))
+    slowest = max(range(3), key=lambda k: mixture._samples_until(k, mixture.parts[k][1].n_windows))
     assert seen(mixture.n_windows)[slowest]
     assert not seen(mixture.n_windows - 1)[slowest]
 

@@ -135,7 +135,7 @@ def test_empty_documents_are_left_out_and_counted_and_a_file_may_have_none(capsy
 
 
 def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
-    monkeypatch.setattr('flatgpt.data.parquet.ROWS', 7)
+    monkeypatch.setattr('flatgpt.data.parquet.BATCH_ROWS', 7)
     monkeypatch.setattr('flatgpt.data.encode.CHUNK', 50)
     documents = stories(0, 100)
     parquet('source/0.parquet', documents, row_group_size=13)

@@ -483,14 +483,14 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
 
 def test_text_without_a_border_is_cut_all_the_same(monkeypatch):
     small_chunks(monkeypatch, 10)
-    monkeypatch.setattr('flatgpt.data.encode.LONGEST', 100)
+    monkeypatch.setattr('flatgpt.data.encode.MAX_CHUNK', 100)
     pieces = list(encode.cut('-' * 37 for _ in range(30)))
     assert ''.join(pieces) == '-' * 37 * 30
     assert max(map(len, pieces)) == 100
 
 
 def test_several_processes_write_the_same_as_one(monkeypatch):
-    monkeypatch.setattr('flatgpt.data.encode.SMALL', 0)
+    monkeypatch.setattr('flatgpt.data.encode.MIN_PARALLEL_BYTES', 0)
     small_chunks(monkeypatch, 3000)
     for i in range(20):
         write(f'more/{i:02d}.txt', f'{i} {WORDS}' * 40)

@@ -439,7 +439,7 @@ PAGES = ['<div>', '<', '<a ', '&amp;', '&a', '<li>x</li>', '<li>x', '<p>x</p>', 
 WORST = {
     **{name: lambda n, case=case: prepare_worst(n, *case) for name, case in TEXTS.items()},
     **{
-        f'a book of {unit!r}': lambda n, unit=unit: gutenberg.flaw(
+        f'a book of {unit!r}': lambda n, unit=unit: gutenberg.find_problem(
             (START + unit * (n // len(unit)) + END).encode(), 7
         )
         for unit in BOOKS
