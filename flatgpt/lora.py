@@ -52,22 +52,22 @@ class LoRALinear(nn.Module):
 # a model
 
 
-def matrices(model: GPT) -> dict[str, nn.Linear]:
+def linear_layers(model: GPT) -> dict[str, nn.Linear]:
     """Those inside the blocks by name, transformer.h.0.attn.c_attn and so on, of a plain model."""
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     return {name: linear for name, linear in named.items() if name != 'lm_head'}
 
 
-def adapted(model: GPT) -> dict[str, LoRALinear]:
+def lora_layers(model: GPT) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def replace(model: GPT, name: str, module: nn.Module) -> None:
+def replace_module(model: GPT, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(owner), leaf, module)
 
 
-def place(name: str) -> tuple[int, str]:
+def block_and_name(name: str) -> tuple[int, str]:
     """'transformer.h.3.attn.c_attn' -> 3, 'attn.c_attn'."""
     _, _, block, inside = name.split('.', 3)
     return int(block), inside
@@ -83,7 +83,11 @@ def add_lora(
     """
     if freeze >= len(model.blocks):
         raise ConfigError(f'freeze={freeze}: leaves none of {len(model.blocks)} blocks to adapt')
-    names = {name: place(name)[1] for name in matrices(model) if place(name)[0] >= freeze}
+    names = {
+        name: block_and_name(name)[1]
+        for name in linear_layers(model)
+        if block_and_name(name)[0] >= freeze
+    }
     inside = list(dict.fromkeys(names.values()))
     chosen = set(inside) if targets == 'all' else set()
     for target in () if targets == 'all' else targets.replace(' ', '').split(','):
@@ -103,7 +107,7 @@ def add_lora(
                 f'lora_rank={rank}: {name} is {tuple(linear.weight.shape)}, and a higher rank than '
                 f'{min(linear.weight.shape)} adds nothing'
             )
-        replace(model, name, LoRALinear(linear, rank, alpha / rank, dropout))
+        replace_module(model, name, LoRALinear(linear, rank, alpha / rank, dropout))
 
 
 def merge_lora(model: GPT) -> GPT:
@@ -111,6 +115,6 @@ def merge_lora(model: GPT) -> GPT:
 
     A model without adapters stays as it is.
     """
-    for name, module in adapted(model).items():
-        replace(model, name, module.merged())
+    for name, module in lora_layers(model).items():
+        replace_module(model, name, module.merged())
     return model.requires_grad_(True)

@@ -58,29 +58,29 @@ def sync_gradients(model, last: bool) -> None:
         model.require_backward_grad_sync = last  # what DDP's no_sync() sets
 
 
-def settle(model) -> None:
+def reshard(model) -> None:
     """Have each rank hold its rows again: after an evaluation the root's are still together."""
     if hasattr(model, 'reshard'):
         model.reshard()
 
 
-def local(tensor):
+def to_local(tensor):
     """This rank's rows of a tensor; all of one that is not sharded."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """All rows of a tensor. Every rank has to ask."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def are_finite(model: GPT, runtime: Runtime) -> bool:
     """Whether no weight, of any rank, is infinite or NaN. Every rank has to ask."""
-    bad = any(not local(p.detach()).isfinite().all() for p in model.parameters())
+    bad = any(not to_local(p.detach()).isfinite().all() for p in model.parameters())
     return runtime.reduce([bad], 'MAX')[0] == 0
 
 
-def cut_like(full, like):
+def shard_like(full, like):
     """`full` in rows as the tensor `like` is, and on the device where those lie; itself where
     `like` is whole. No rank waits."""
     if not hasattr(like, 'device_mesh'):
@@ -89,12 +89,12 @@ def cut_like(full, like):
 
     # cuts on the GPU, also what is then kept on the host
     rows = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return rows.to(local(like).device)
+    return rows.to(to_local(like).device)
 
 
-def computing_device(tensor) -> torch.device:
+def compute_device(tensor) -> torch.device:
     """Where a tensor is computed with: of rows that lie on the host, the GPU of this process."""
     mesh = getattr(tensor, 'device_mesh', None)
-    if mesh is None or mesh.device_type == local(tensor).device.type:
-        return local(tensor).device
+    if mesh is None or mesh.device_type == to_local(tensor).device.type:
+        return to_local(tensor).device
     return torch.device(mesh.device_type)

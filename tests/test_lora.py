@@ -20,7 +20,7 @@ from flatgpt.checkpoint.load import find, load, load_model
 from flatgpt.checkpoint.peft import CONFIG, WEIGHTS
 from flatgpt.errors import UserError
 from flatgpt.inference.quantize import prepare_for_inference
-from flatgpt.lora import LoRALinear, adapted, add_lora, matrices, merge_lora
+from flatgpt.lora import LoRALinear, add_lora, linear_layers, lora_layers, merge_lora
 from flatgpt.training import metrics as metrics_module
 
 SHAPES = {'gpt2': {'bias': True}, 'modern': {'arch': 'modern', 'n_kv_head': 1}}
@@ -31,7 +31,7 @@ FIXED = ('--lr_decay_iters=100', '--dropout=0.2', '--lora_dropout=0.2')
 def adapters_of(model, rank=4, targets='all', dropout=0.0, freeze=0):
     """Adapters that have learned something: at the start they add nothing."""
     add_lora(model, rank, 8, dropout, targets, freeze)
-    for module in adapted(model).values():
+    for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B.weight, std=0.3)
     return model
 
@@ -72,16 +72,16 @@ def tuned(base, run_here, tmp_path_factory):
 def test_an_adapter_begins_as_nothing_and_counts_as_a_product_of_two_matrices(arch):
     model = random_model(50, **SHAPES[arch])
     before = model(text())[0]
-    weights = {name: linear.weight.clone() for name, linear in matrices(model).items()}
+    weights = {name: linear.weight.clone() for name, linear in linear_layers(model).items()}
     add_lora(model, 4, 8, 0.0, 'all')
     torch.testing.assert_close(model(text())[0], before)
     adapters_of(merge_lora(model))
-    for name, module in adapted(model).items():
+    for name, module in lora_layers(model).items():
         x = torch.randn(5, module.weight.size(1))
         low = x @ module.lora_A.weight.T @ module.lora_B.weight.T
         expected = torch.nn.functional.linear(x, weights[name], module.bias) + 8 / 4 * low
         torch.testing.assert_close(module(x), expected)
-    assert set(adapted(model)) == set(weights)
+    assert set(lora_layers(model)) == set(weights)
     assert not torch.allclose(model(text())[0], before, atol=0.1)
 
 
@@ -107,7 +107,7 @@ def test_a_merged_model_can_be_trained_whole():
 @pytest.mark.parametrize('leaf', ['q_proj', 'v_proj'])
 def test_one_of_the_projections_alone_can_be_adapted(leaf):
     model = adapters_of(random_model(50, **SHAPES['modern']), targets=leaf)
-    assert {name.split('.')[-1] for name in adapted(model)} == {leaf}
+    assert {name.split('.')[-1] for name in lora_layers(model)} == {leaf}
     before = model(text())[0]
     torch.testing.assert_close(merge_lora(model)(text())[0], before, rtol=1e-4, atol=1e-4)
 
@@ -129,9 +129,11 @@ def test_targets_are_names_as_peft_takes_them_and_blocks_can_be_left_out():
     }
     for targets, inside in names.items():
         model = adapters_of(random_model(50), targets=targets)
-        assert sorted(adapted(model)) == [f'transformer.h.{i}.{n}' for i in (0, 1) for n in inside]
+        assert sorted(lora_layers(model)) == [
+            f'transformer.h.{i}.{n}' for i in (0, 1) for n in inside
+        ]
     model = adapters_of(random_model(50), freeze=1)
-    assert {name[:15] for name in adapted(model)} == {'transformer.h.1'}
+    assert {name[:15] for name in lora_layers(model)} == {'transformer.h.1'}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +183,7 @@ def test_the_run_s_losses_are_those_of_the_merged_model(tuned, run_here, capsys)
 def test_what_is_loaded_to_write_is_merged_and_what_is_resumed_is_not(tuned):
     apart = load(find(tuned, 'last'))[0].eval()
     merged, tokenizer, state = load_model(tuned, 'last')
-    assert len(adapted(apart)) > 0 == len(adapted(merged))
+    assert len(lora_layers(apart)) > 0 == len(lora_layers(merged))
     ids = text() % merged.config.vocab_size
     torch.testing.assert_close(merged(ids)[0], apart(ids)[0], rtol=1e-4, atol=1e-5)
     assert (tokenizer.kind, state['step']) == ('char', 4)
@@ -466,7 +468,7 @@ def test_an_adapter_that_peft_made_gives_its_logits(peft, tmp_path, arch, change
         logits = expected(text()).logits
         torch.testing.assert_close(model(text())[0], logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(load_model(tmp_path / 'base')[0](text())[0], logits, atol=0.1)
-    assert (state, adapted(model)) == ({}, {})
+    assert (state, lora_layers(model)) == ({}, {})
 
 
 @theirs_to_warn

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from flatgpt.checkpoint.load import MODEL, find, read_tensors
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import cut_like, local, settle, sync_gradients, whole
+from flatgpt.parallel import full_tensor, reshard, shard_like, sync_gradients, to_local
 from flatgpt.runtime import Runtime
 from flatgpt.training.validate import validate_machine
 
@@ -176,8 +176,8 @@ def test_gradients_are_exchanged_once_a_step():
 
 def test_what_is_not_sharded_is_left_as_it_is():
     tensor = torch.ones(3)
-    assert local(tensor) is whole(tensor) is cut_like(tensor, tensor) is tensor
-    settle(torch.nn.Linear(1, 1))
+    assert to_local(tensor) is full_tensor(tensor) is shard_like(tensor, tensor) is tensor
+    reshard(torch.nn.Linear(1, 1))
 
 
 # -----------------------------------------------------------------------------

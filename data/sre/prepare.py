@@ -26,7 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
 
 from flatgpt.data import text
-from flatgpt.data.download import fetch_page, place_to_keep
+from flatgpt.data.download import download_folder, fetch_page
 from flatgpt.errors import UserError, one_line_errors
 
 if __name__ == '__main__':
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     text.check_options(args)
     try:
-        keep = place_to_keep(FOLDER, args.out_dir)
+        keep = download_folder(FOLDER, args.out_dir)
         chapters = read_books(keep)  # all of them, before any is encoded
         recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
         text.prepare(args, args.out_dir, chapters, [], recipe)

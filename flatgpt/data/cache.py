@@ -68,19 +68,19 @@ def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambd
     source = str(source)
     if not is_url(source):
         read_meta(Path(source))  # refuses a preparation that was interrupted
-    raw = fetched(source, 'meta.json')
-    folder = place_in(cache, source, raw)
+    raw = read_small_file(source, 'meta.json')
+    folder = cache_folder(cache, source, raw)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder, alive):
-            if not is_whole(folder):
+            if not is_complete(folder):
                 copy_dataset(source, folder, raw, alive)
     except OSError as error:
         raise UserError(f'{folder}: cannot be written: {error.strerror or error}') from error
     return folder
 
 
-def place_in(cache: str | Path, source: str | Path, raw: bytes) -> Path:
+def cache_folder(cache: str | Path, source: str | Path, raw: bytes) -> Path:
     """Where the copy is of the dataset at `source` whose meta.json is `raw`."""
     return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / safe_name(str(source))
 
@@ -108,7 +108,7 @@ def lock_folder(folder: Path, alive: Callable):
             alive()
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether all is there, by the sizes: each file had been found right when it got its name."""
     if not all((folder / name).exists() for name in ('meta.json', 'tokenizer.json')):
         return False
@@ -123,7 +123,7 @@ def copy_dataset(source: str, folder: Path, raw: bytes, alive: Callable) -> None
     (folder / 'meta.json').unlink(missing_ok=True)
     copy_files(source, folder, files, alive)
     for name, content in (
-        ('tokenizer.json', fetched(source, 'tokenizer.json')),
+        ('tokenizer.json', read_small_file(source, 'tokenizer.json')),
         ('meta.json', raw),
     ):
         with new_file(folder / name) as part:
@@ -259,7 +259,7 @@ def url_chunks(url: str) -> Iterator[bytes]:
         yield from reply.iter_content(CHUNK_BYTES)
 
 
-def fetched(source: str, name: str) -> bytes:
+def read_small_file(source: str, name: str) -> bytes:
     """A small file of the dataset's."""
     place = location(source, name)
     if is_url(source):

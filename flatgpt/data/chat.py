@@ -44,7 +44,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
+from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import HARMLESS, LeftOut, Message, RowReader, short
 from flatgpt.data.sources import bytes_of, find_files, identity, without_bom
@@ -394,7 +394,7 @@ def write(
             for row in each:
                 ids, flags = filled(row, length, tokenizer.eot or 0)
                 writer.write(split, ids, flags)
-                learned += int((flags & LEARNED > 0).sum())
+                learned += int((flags & TARGET > 0).sum())
     report(args, writer, train, val, learned)
 
 
@@ -459,7 +459,7 @@ def filled(row: list[Sequence], size: int, padding: int) -> tuple[np.ndarray, np
     at = 0
     for sequence, learned in row:
         end = at + len(sequence)
-        ids[at:end], flags[at:end] = sequence, learned * LEARNED
+        ids[at:end], flags[at:end] = sequence, learned * TARGET
         flags[at] |= FIRST
         at = end
     flags[at : at + 1] |= FIRST

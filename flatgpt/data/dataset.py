@@ -42,7 +42,7 @@ from flatgpt.files import new_file
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
-LEARNED, FIRST, PADDING = 1, 2, 4  # flags of an id in a row
+TARGET, FIRST, PADDING = 1, 2, 4  # flags of an id in a row
 UNFINISHED = '.unfinished'  # there while finished parts take the place of an older dataset
 QUICKSTART = 'python train.py config/quickstart.py'
 
@@ -312,7 +312,7 @@ class Dataset:
     @functools.cached_property
     def targets(self) -> np.ndarray:
         """How many targets each window of the training split has, (n_windows,)."""
-        return np.concatenate([(flags & LEARNED > 0).sum(1) for flags in self._flags()])
+        return np.concatenate([(flags & TARGET > 0).sum(1) for flags in self._flags()])
 
     def count_targets(self, first: int, count: int) -> int:
         """The targets that training samples number first..first+count-1 have together."""
@@ -375,7 +375,7 @@ class Dataset:
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         if self.rows:
             flags = self._read_files(split, starts, np.dtype(np.uint8), mask_file)
-            y[flags[:, 1:] & LEARNED == 0] = -1
+            y[flags[:, 1:] & TARGET == 0] = -1
         if not documents:
             return x, y
         begins = flags[:, :-1] & FIRST > 0 if self.rows else x == self.tokenizer.eot
@@ -487,10 +487,10 @@ class Dataset:
         for split, tokens in longest.items():
             if tokens < self.block_size + 1:
                 fits = min(longest.values()) - 1
-                cure = f'--block_size={fits} would work' if fits > 0 else 'it needs more text'
+                fix = f'--block_size={fits} would work' if fits > 0 else 'it needs more text'
                 raise UserError(
                     f'{self.folder}: its {split} split has {tokens:,} tokens, too few for '
-                    f'block_size {self.block_size}; {cure}'
+                    f'block_size {self.block_size}; {fix}'
                 )
 
 
@@ -587,16 +587,16 @@ def find_dataset(name: str) -> Path:
     The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
     flatGPT and is not there yet is prepared first, unless it is a large download.
     """
-    folder, is_path = folder_of(name)
+    folder, is_path = resolve_dataset(name)
     if not is_prepared(folder):
-        if not is_path and recipe_of(folder):  # never a stranger's
+        if not is_path and prepare_script(folder):  # never a stranger's
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))
     return folder
 
 
-def folder_of(name: str) -> tuple[Path, bool]:
+def resolve_dataset(name: str) -> tuple[Path, bool]:
     """Where a dataset is or would be, and whether its name is a path."""
     is_path = os.path.basename(name) != name or name in ('', '.', '..')
     return Path(name) if is_path else DATA / name, is_path
@@ -609,10 +609,10 @@ def is_prepared(folder: Path) -> bool:
 
 def prepare(folder: Path) -> None:
     """Run the script that prepares a dataset; of several processes one does, the others wait."""
-    script, arguments = recipe_of(folder)
+    script, arguments = prepare_script(folder)
     if (size := download_gb(folder)) > 1:
         raise UserError(
-            f'dataset {folder.name} is not prepared: `{command_of(folder)}` would '
+            f'dataset {folder.name} is not prepared: `{prepare_command(folder)}` would '
             f'fetch about {size} GB for it; the way to start is `{QUICKSTART}`'
         )
     try:
@@ -620,7 +620,7 @@ def prepare(folder: Path) -> None:
         held = filelock.FileLock(folder / '.prepare.lock').acquire()
     except OSError as error:  # a checkout that is only to be read
         raise UserError(
-            f'{cannot_write(folder, error)}: {command_of(folder)} --out_dir=FOLDER'
+            f'{write_error(folder, error)}: {prepare_command(folder)} --out_dir=FOLDER'
         ) from error
     with held:
         if not is_prepared(folder):
@@ -629,10 +629,10 @@ def prepare(folder: Path) -> None:
 
 def download_gb(folder: Path) -> float:
     """What the script that prepares a dataset of ours fetches, where that is much."""
-    return getattr(import_script(recipe_of(folder)[0]), 'DOWNLOAD_GB', 0)
+    return getattr(import_script(prepare_script(folder)[0]), 'DOWNLOAD_GB', 0)
 
 
-def recipe_of(folder: Path) -> tuple[Path, list[str]] | None:
+def prepare_script(folder: Path) -> tuple[Path, list[str]] | None:
     """The script that prepares a folder's dataset, and its arguments; None if it is none of ours.
 
     Most have a prepare.py of their own; gutenberg's prepares the sets of books it lists.
@@ -649,9 +649,9 @@ def book_sets() -> list[str]:
     return list(import_script(script).SETS) if script.exists() else []
 
 
-def command_of(folder: Path) -> str:
+def prepare_command(folder: Path) -> str:
     """The command that prepares a dataset of ours."""
-    script, arguments = recipe_of(folder)
+    script, arguments = prepare_script(folder)
     return ' '.join([f'python data/{script.parent.name}/prepare.py', *arguments])
 
 

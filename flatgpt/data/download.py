@@ -19,12 +19,12 @@ from flatgpt.files import existing, new_file
 
 ATTEMPTS = 3
 USER_AGENT = 'flatGPT'  # what robots.txt may call us
-HEADERS = {'User-Agent': f'{AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
+HEADERS = {'User-Agent': f'{USER_AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
 REQUEST_DELAY = 1.0  # seconds before each request for a page, if robots.txt does not ask for more
 MAX_RETRY_DELAY = 120  # seconds, if a server says when to ask again
 
 
-def place_to_keep(own: Path, out_dir: Path) -> Path:
+def download_folder(own: Path, out_dir: Path) -> Path:
     """Where to keep what is fetched: a dataset's own folder, or of a checkout that is only to be
     read, the folder that the dataset is written to."""
     return own if os.access(existing(own), os.W_OK) else out_dir
@@ -133,8 +133,8 @@ def with_retries(request: Callable, url: str, path: Path | None = None):
             if not isinstance(error, PermanentError):
                 wait = retry_delay(error.response, 2**attempt)
             if wait is None or attempt == ATTEMPTS - 1:
-                cure = f'; get the file by other means and put it at {path}' if path else ''
-                raise UserError(f'{url} cannot be fetched ({reason(error)}){cure}') from error
+                fix = f'; get the file by other means and put it at {path}' if path else ''
+                raise UserError(f'{url} cannot be fetched ({short_reason(error)}){fix}') from error
         time.sleep(wait)
 
 

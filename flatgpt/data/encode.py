@@ -28,15 +28,12 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
 CHUNK = 2**20  # characters encoded at a time
-MAX_CHUNK = (
-    CHUNK + CHUNK // 8
-)  # of a chunk without a border to cut at: BPE takes n log n for a word
+MAX_CHUNK = CHUNK + CHUNK // 8  # of a chunk without a boundary: BPE takes n log n for a word
 # After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
 # so the chunks of a text give the same ids as all of it at once.
-BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
-MIN_PARALLEL_BYTES = (
-    16_000_000  # bytes of text below which starting processes takes longer than it saves
-)
+# The last three are the Chinese comma, enumeration comma and full stop.
+BOUNDARY = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')
+MIN_PARALLEL_BYTES = 16_000_000  # for less text, starting processes takes longer than it saves
 
 Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
 
@@ -46,7 +43,7 @@ def cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def cut(blocks: Iterable[str]) -> Iterator[str]:
+def split_text(blocks: Iterable[str]) -> Iterator[str]:
     """The same text in chunks that can be encoded one by one."""
     text = ''
     for block in blocks:
@@ -54,7 +51,7 @@ def cut(blocks: Iterable[str]) -> Iterator[str]:
         text += block
         start = 0
         while len(text) - start > CHUNK:
-            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + MAX_CHUNK)
+            border = BOUNDARY.search(text, max(start + CHUNK - 1, searched), start + MAX_CHUNK)
             if not border and len(text) - start < MAX_CHUNK:
                 break
             end = border.end() if border else start + MAX_CHUNK

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flatgpt.data import text
 from flatgpt.data.dataset import DATA
-from flatgpt.data.download import fetch_page, place_to_keep
+from flatgpt.data.download import download_folder, fetch_page
 from flatgpt.errors import UserError
 
 FOLDER = DATA / 'gutenberg'
@@ -71,7 +71,7 @@ def prepare(args: argparse.Namespace, sets: dict) -> None:
     if not args.site.startswith(('http://', 'https://')):
         raise UserError(f'--site={args.site}: begins with neither http:// nor https://')
     numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word, sets))
-    keep = place_to_keep(FOLDER, folder)
+    keep = download_folder(FOLDER, folder)
     # all, before any is encoded
     files = [book_file(number, args.site, keep) for number in numbers]
     text.prepare(args, folder, files, [], recipe)

@@ -64,7 +64,7 @@ def is_mixture(setting: str) -> bool:
     return ',' in setting and not os.path.isdir(setting)
 
 
-def names_in(setting: str) -> list[str]:
+def dataset_names(setting: str) -> list[str]:
     return list(parse_weights(setting)) if is_mixture(setting) else [setting]
 
 

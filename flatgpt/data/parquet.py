@@ -29,10 +29,10 @@ from flatgpt.data.encode import (
     Chunk,
     check_interrupt,
     cores,
-    cut,
     encode_job,
     group_chunks,
     map_in_processes,
+    split_text,
 )
 from flatgpt.data.tokenizer import Tokenizer, load
 from flatgpt.errors import UserError
@@ -62,8 +62,8 @@ class Part(NamedTuple):
         meta = read_meta(self.folder)
         if meta.get('source') != self.source:
             raise UserError(
-                f'{self.folder} was made from {describe(meta.get("source"))}; now that would be '
-                f'{describe(self.source)}: give another --out_dir, or delete the part-* folders'
+                f'{self.folder} was made from {describe_source(meta.get("source"))}; now that would be '
+                f'{describe_source(self.source)}: give another --out_dir, or delete the part-* folders'
             )
         with contextlib.suppress(UserError):
             check_files(self.folder, meta)
@@ -254,7 +254,7 @@ def read_chunks(path: Path, val_every: int, empty: list[int]) -> Iterator[Chunk]
         if not document:
             empty.append(number)
         split = 'train' if number % val_every else 'val'
-        for text in cut([document or '']):
+        for text in split_text([document or '']):
             yield number, split, text, 0
 
 
@@ -288,7 +288,7 @@ def merge(folder: Path) -> str:
         if any(source.get(key) != sources[0].get(key) for key in ('files', 'val_every')):
             raise UserError(
                 f'{folder}: its parts are not of one dataset: one was made from '
-                f'{describe(sources[0])}, another from {describe(source)}'
+                f'{describe_source(sources[0])}, another from {describe_source(source)}'
             )
     names = [part_name(i) for i in range(sources[0].get('files', 0))]
     missing = sorted(set(names) - {path.name for path in done})

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flatgpt.data.dataset import DATA, Writer
-from flatgpt.data.download import fetch, place_to_keep
+from flatgpt.data.download import download_folder, fetch
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
@@ -35,7 +35,7 @@ def prepare(
 
 def read_input(folder: Path, out_dir: Path) -> str:
     """The text of input.txt: this folder's, else the other dataset's, else fetched."""
-    own = place_to_keep(folder, out_dir) / 'input.txt'
+    own = download_folder(folder, out_dir) / 'input.txt'
     others = [DATA / name / 'input.txt' for name in ('shakespeare_char', 'shakespeare')]
     path = next((path for path in (own, folder / 'input.txt', *others) if path.exists()), own)
     fetch(URL, path, SHA256)

@@ -33,8 +33,8 @@ import numpy as np
 import regex
 from tqdm import tqdm
 
-from flatgpt.data.dataset import DATA, Writer, recipe_of
-from flatgpt.data.encode import BORDER, Chunk, cut, write_chunks
+from flatgpt.data.dataset import DATA, Writer, prepare_script
+from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.sources import Reader, bytes_of, find_files, identity
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, train_bpe
@@ -220,7 +220,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 def own_folder(args: argparse.Namespace) -> Path:
     """The folder of a dataset that is not one of flatGPT's."""
     folder = args.out_dir or DATA / args.name
-    if recipe_of(folder):
+    if prepare_script(folder):
         raise UserError(
             f'{folder.name} is a dataset that comes with flatGPT; choose another --name'
         )
@@ -252,7 +252,7 @@ def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
     """All text: (number of its document, bytes of that document, text, bytes read for it)."""
     documents = itertools.chain.from_iterable(map(reader.documents, files))
     for number, (blocks, length, size) in enumerate(documents):
-        for text in cut(blocks):
+        for text in split_text(blocks):
             yield number, length, text, len(text.encode()) if size is None else size
             size = size and 0
 
@@ -290,10 +290,10 @@ def by_part(chunks: Iterable[tuple], fraction: float) -> Iterator[Chunk]:
 
 def border_near(text: str, at: int) -> int:
     """The first place from `at` on where `text` can be cut, or else the last one before."""
-    after = BORDER.search(text, max(0, at - 1))
+    after = BOUNDARY.search(text, max(0, at - 1))
     if after:
         return after.end()
-    return max((border.end() for border in BORDER.finditer(text)), default=at)
+    return max((border.end() for border in BOUNDARY.finditer(text)), default=at)
 
 
 # --- fitting the text to the tokenizer

@@ -24,7 +24,7 @@ from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, as_config_error
 from flatgpt.files import is_same, sha256
-from flatgpt.lora import adapted, add_lora
+from flatgpt.lora import add_lora, lora_layers
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
 from flatgpt.training.preflight import early_warnings
@@ -282,7 +282,7 @@ def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:
 def choose_trained(model: GPT, config: dict, report: Callable) -> None:
     """Give the model its adapters, unless it has them, or freeze what is not to be trained."""
     rank, freeze = config['lora_rank'], config['freeze']
-    if rank and not adapted(model):
+    if rank and not lora_layers(model):
         alpha = config['lora_alpha'] or 2 * rank
         add_lora(model, rank, alpha, config['lora_dropout'], config['lora_targets'], freeze or 0)
     elif freeze is not None and not rank:

@@ -17,7 +17,7 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import listed, load_model
 from flatgpt.data import chat as prepare
 from flatgpt.data import text
-from flatgpt.data.dataset import FIRST, LEARNED, PADDING, Dataset, mask_file
+from flatgpt.data.dataset import FIRST, PADDING, TARGET, Dataset, mask_file
 from flatgpt.data.hf_tokenizer import chat_jinja
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load, train_bpe
 from flatgpt.errors import UserError
@@ -84,7 +84,7 @@ def learned(data, split='val'):
     """What is learned of each row, in the runs in which it lies there."""
     runs = []
     for ids, flags in rows(data, split):
-        mask = np.concatenate([[0], flags & LEARNED, [0]]).astype(int)
+        mask = np.concatenate([[0], flags & TARGET, [0]]).astype(int)
         edges = np.flatnonzero(np.diff(mask)).reshape(-1, 2)
         runs.append([data.tokenizer.decode(ids[start:end]) for start, end in edges])
     return runs

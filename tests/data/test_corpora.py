@@ -295,7 +295,7 @@ def test_an_older_book_is_found_where_it_lies(site):
 
 
 @pytest.mark.parametrize(
-    ('page', 'flaw'),
+    ('page', 'problem'),
     [
         (book(7), 'it is book 7, not 8'),
         ('<!DOCTYPE html><html>please prove that you are human</html>', 'it is a web page'),
@@ -303,10 +303,10 @@ def test_an_older_book_is_found_where_it_lies(site):
         (book(8)[:1500], 'it is no book: it has no text between the marks of Project Gutenberg'),
     ],
 )
-def test_what_is_not_the_book_is_refused_and_not_kept(site, page, find_problem):
+def test_what_is_not_the_book_is_refused_and_not_kept(site, page, problem):
     Server.pages['/cache/epub/8/pg8.txt'] = page
     message = refused(books.main, ['8', '--out_dir=out', f'--site={site}'])
-    assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({flaw}')
+    assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({problem}')
     assert str(gutenberg.FOLDER / 'pages' / 'pg8.txt') in message
     assert not Path('out').exists()
     assert not list((gutenberg.FOLDER / 'pages').iterdir())

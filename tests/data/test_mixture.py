@@ -8,7 +8,7 @@ import torch
 from conftest import hashes, make_dataset, metrics
 
 from flatgpt.checkpoint.load import find, load_model
-from flatgpt.data.dataset import FIRST, LEARNED, Dataset, Writer
+from flatgpt.data.dataset import FIRST, TARGET, Dataset, Writer
 from flatgpt.data.mixture import BLOCK, Mixture, open_data, quotas_of
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
@@ -241,7 +241,7 @@ def rows_of(folder, length, tokenizer=None, pairs=False):
     with Writer(folder, tokenizer or byte_tokenizer(), rows=rows) as writer:
         for split in ('train', 'val'):
             ids = np.arange(length * 4) % 100
-            flags = np.where(np.arange(len(ids)) % length == 0, FIRST, LEARNED)
+            flags = np.where(np.arange(len(ids)) % length == 0, FIRST, TARGET)
             writer.write(split, ids, flags.astype(np.uint8))
     return folder
 

@@ -473,7 +473,7 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
     for _ in range(1500):
         whole = ''.join(rng.choices(alphabet, k=rng.randrange(1, 60)))
         small_chunks(monkeypatch, rng.randrange(1, 12))
-        pieces = list(encode.cut([whole[:9], whole[9:]]))
+        pieces = list(encode.split_text([whole[:9], whole[9:]]))
         chunks += len(pieces)
         assert ''.join(pieces) == whole
         ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
@@ -484,7 +484,7 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
 def test_text_without_a_border_is_cut_all_the_same(monkeypatch):
     small_chunks(monkeypatch, 10)
     monkeypatch.setattr('flatgpt.data.encode.MAX_CHUNK', 100)
-    pieces = list(encode.cut('-' * 37 for _ in range(30)))
+    pieces = list(encode.split_text('-' * 37 for _ in range(30)))
     assert ''.join(pieces) == '-' * 37 * 30
     assert max(map(len, pieces)) == 100
 
