@@ -1,12 +1,12 @@
 """
-A dataset from a slow disk or a web server, copied to this machine's own disk before it is read.
+Copies a dataset from a slow disk or a web server to the local disk before it is read.
 
-    folder = copied('https://example.org/openwebtext', 'scratch/')    # or a folder's path
+    folder = copy_to_cache('https://example.org/openwebtext', 'scratch/')    # or a folder's path
 
-What is copied is what meta.json lists, to <cache>/<first digits of meta.json's sha256>/<name>: one
-that was prepared anew gets a folder of its own, and takes nothing from a run that reads the old.
-Each file has another name until its sha256 is found right, and meta.json comes last. So what a
-stopped copy has left is gone on with, and nothing looks finished that is not.
+The files that meta.json lists are copied to <cache>/<first digits of meta.json's sha256>/<name>. A
+dataset that was prepared again gets a new folder, so runs that read the old copy are not affected.
+Each file has a temporary name until its sha256 is verified, and meta.json is copied last. So an
+interrupted copy can be resumed and never looks finished.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from flatgpt.files import new_file
 
 PARALLEL_COPIES = 8  # files
 CHUNK_BYTES = 2**22  # bytes read at a time
-LOG_INTERVAL = 30  # seconds between lines of progress where nobody watches a terminal
+LOG_INTERVAL = 30  # seconds between progress lines without a terminal
 
 
 class FileEntry(NamedTuple):
@@ -44,7 +44,7 @@ class FileEntry(NamedTuple):
 
 
 class Progress:
-    """Bytes that the threads have copied, or found to be there; and whether they should stop."""
+    """Bytes copied or verified by all threads, and whether they should stop."""
 
     def __init__(self):
         self.bytes, self.lock, self.stop = 0, threading.Lock(), threading.Event()
@@ -60,14 +60,14 @@ def is_url(name: str) -> bool:
 
 def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
     """
-    The folder on this machine's disk that has all of the dataset at `source`, a URL or a folder.
-    Of several processes one copies, and the others wait for it.
+    A complete copy of the dataset at `source`, a URL or a folder -> its folder. One process copies;
+    others on this machine wait for it.
 
     alive: called while bytes arrive, or while another process copies.
     """
     source = str(source)
     if not is_url(source):
-        read_meta(Path(source))  # refuses a preparation that was interrupted
+        read_meta(Path(source))  # raises if its preparation was interrupted
     raw = read_small_file(source, 'meta.json')
     folder = cache_folder(cache, source, raw)
     try:
@@ -76,12 +76,19 @@ def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambd
             if not is_complete(folder):
                 copy_dataset(source, folder, raw, alive)
     except OSError as error:
-        raise UserError(f'{folder}: cannot be written: {error.strerror or error}') from error
+        raise write_error(folder, error) from error
     return folder
 
 
+def write_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f'{path}: cannot write the copy: {error.strerror or error}; free some space and make it '
+        'writable, or choose another --data_cache'
+    )
+
+
 def cache_folder(cache: str | Path, source: str | Path, raw: bytes) -> Path:
-    """Where the copy is of the dataset at `source` whose meta.json is `raw`."""
+    """The folder for a copy of the dataset at `source`, whose meta.json is `raw`."""
     return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / safe_name(str(source))
 
 
@@ -99,7 +106,7 @@ def location(source: str, name: str) -> str:
 
 
 def lock_folder(folder: Path, alive: Callable):
-    """What holds the folder in a `with`, once no other process of this machine copies to it."""
+    """Wait for a lock on the folder -> a context manager that releases it."""
     lock = filelock.FileLock(folder / '.copy.lock')
     while True:
         try:
@@ -109,7 +116,7 @@ def lock_folder(folder: Path, alive: Callable):
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether all is there, by the sizes: each file had been found right when it got its name."""
+    """Whether all files exist with the right sizes; their hashes were verified when copied."""
     if not all((folder / name).exists() for name in ('meta.json', 'tokenizer.json')):
         return False
     with contextlib.suppress(UserError):
@@ -131,7 +138,7 @@ def copy_dataset(source: str, folder: Path, raw: bytes, alive: Callable) -> None
 
 
 def listed_files(source: str, raw: bytes) -> list[FileEntry]:
-    """The files that a meta.json lists, none of which may lie outside its folder."""
+    """The files that a meta.json lists. UserError if any is outside the folder."""
     files = []
     try:
         meta = json.loads(raw)
@@ -143,35 +150,38 @@ def listed_files(source: str, raw: bytes) -> list[FileEntry]:
                 files.append(FileEntry(mask, shard['tokens'], shard['mask_sha256']))
         for file in files:
             if not re.fullmatch(r'([\w-][\w.-]*/)*[\w-][\w.-]*', file.name):
-                raise ValueError(f'a file called {file.name!r}')
+                raise ValueError(f'invalid file name {file.name!r}')
         return files
     except (ValueError, KeyError, TypeError) as error:
         place = location(source, 'meta.json')
-        raise UserError(f'{place}: not the meta.json of a dataset: {error!r}') from error
+        raise UserError(
+            f'{place}: not the meta.json of a dataset: {error!r}; check the address, or prepare '
+            'the dataset again'
+        ) from error
 
 
 def copy_files(source: str, folder: Path, files: list[FileEntry], alive: Callable) -> None:
-    """Copy what is not there yet, several at a time. The first error ends all."""
+    """Copy missing files in parallel. The first error stops all."""
     missing = sum(file.size for file in files if file_size(folder / file.name) != file.size)
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
-            f'{folder}: the copy of {source} takes {missing / 1e9:.2f} GB more, and '
-            f'{free / 1e9:.2f} GB are free there; make room, or give another --data_cache'
+            f'{folder}: copying {source} needs {missing / 1e9:.2f} GB, and {free / 1e9:.2f} GB '
+            'are free; free some space, or choose another --data_cache'
         )
     print(f'{source}: copying {missing / 1e9:.2f} GB to {folder}', flush=True)
-    count = Progress()
+    progress = Progress()
     with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
-        jobs = {pool.submit(copy_file, source, folder, file, count) for file in files}
+        jobs = {pool.submit(copy_file, source, folder, file, progress) for file in files}
         try:
-            show_progress(jobs, count, sum(file.size for file in files), alive)
+            show_progress(jobs, progress, sum(file.size for file in files), alive)
         finally:
-            count.stop.set()
+            progress.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def show_progress(jobs: set, count: Progress, total: int, alive: Callable) -> None:
-    """Show how far the jobs are until all are done. Raises the error of one that fails."""
+def show_progress(jobs: set, progress: Progress, total: int, alive: Callable) -> None:
+    """Show progress until all jobs are done. Raises the error of a failed job."""
     began, line_at = time.monotonic(), time.monotonic() + LOG_INTERVAL
     with tqdm(total=total, unit='B', unit_scale=True, desc='copying', disable=None) as bar:
         shown = 0
@@ -179,7 +189,7 @@ def show_progress(jobs: set, count: Progress, total: int, alive: Callable) -> No
             done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
             for job in done:
                 job.result()
-            now, step = count.bytes, count.bytes - shown
+            now, step = progress.bytes, progress.bytes - shown
             if step:
                 alive()
             bar.update(step)
@@ -190,12 +200,12 @@ def show_progress(jobs: set, count: Progress, total: int, alive: Callable) -> No
                 line_at = time.monotonic() + LOG_INTERVAL
 
 
-def copy_file(source: str, folder: Path, file: FileEntry, count: Progress) -> None:
-    """One file, unless it is there and right."""
+def copy_file(source: str, folder: Path, file: FileEntry, progress: Progress) -> None:
+    """Copy one file, unless it exists with the right content."""
     path, place = folder / file.name, location(source, file.name)
     if (
         file_size(path) == file.size
-        and write_and_hash(file_chunks(path), None, count) == file.sha256
+        and write_and_hash(file_chunks(path), None, progress) == file.sha256
     ):
         return
     part = Path(f'{path}.part')
@@ -203,41 +213,41 @@ def copy_file(source: str, folder: Path, file: FileEntry, count: Progress) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_url(source):
             found = with_retries(
-                lambda: write_and_hash(url_chunks(place), part, count), place, path
+                lambda: write_and_hash(url_chunks(place), part, progress), place, path
             )
         else:
-            found = write_and_hash(file_chunks(Path(place)), part, count)
+            found = write_and_hash(file_chunks(Path(place)), part, progress)
         if found != file.sha256:
             raise UserError(
-                f'{place}: has sha256 {found}, and meta.json says {file.sha256}; it is damaged, or '
-                'the dataset was just prepared anew: prepare it again, or try again'
+                f'{place}: has sha256 {found}, and meta.json lists {file.sha256}; try again if the '
+                'dataset is being prepared now, else prepare it again'
             )
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror or error}') from error
+        raise write_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def write_and_hash(pieces: Iterator[bytes], part: Path | None, count: Progress) -> str:
-    """The sha256 of the pieces, which are written to `part` if it is given, and counted."""
+def write_and_hash(chunks: Iterator[bytes], part: Path | None, progress: Progress) -> str:
+    """The sha256 of the chunks, which are written to `part` if given. Updates `progress`."""
     digest, added = hashlib.sha256(), 0
     try:
         with part.open('wb') if part else contextlib.nullcontext() as file:
-            for piece in pieces:
-                if count.stop.is_set():
-                    raise UserError('another file could not be copied')  # which is what is told
-                digest.update(piece)
+            for chunk in chunks:
+                if progress.stop.is_set():
+                    raise UserError('another file could not be copied')  # that error is reported
+                digest.update(chunk)
                 if part:
-                    file.write(piece)
-                count.add(len(piece))
-                added += len(piece)
+                    file.write(chunk)
+                progress.add(len(chunk))
+                added += len(chunk)
             if part:
                 file.flush()
                 os.fsync(file.fileno())
     except BaseException:
-        count.add(-added)
+        progress.add(-added)
         raise
     return digest.hexdigest()
 
@@ -245,10 +255,13 @@ def write_and_hash(pieces: Iterator[bytes], part: Path | None, count: Progress) 
 def file_chunks(path: Path) -> Iterator[bytes]:
     try:
         with path.open('rb') as file:
-            while piece := file.read(CHUNK_BYTES):
-                yield piece
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror or error}') from error
+        raise UserError(
+            f'{path}: cannot read: {error.strerror or error}; make it readable, or prepare the '
+            'dataset again'
+        ) from error
 
 
 def url_chunks(url: str) -> Iterator[bytes]:
@@ -260,12 +273,12 @@ def url_chunks(url: str) -> Iterator[bytes]:
 
 
 def read_small_file(source: str, name: str) -> bytes:
-    """A small file of the dataset's."""
+    """The content of a small file of the dataset."""
     place = location(source, name)
     if is_url(source):
         return with_retries(lambda: b''.join(url_chunks(place)), place)
     if not os.path.exists(place):
-        raise UserError(f'{place}: is missing, and a copy needs it; leave data_cache at None')
+        raise UserError(f'{place}: is missing, and --data_cache needs it; omit --data_cache')
     return b''.join(file_chunks(Path(place)))
 
 

@@ -1,4 +1,4 @@
-"""Fetching what a dataset is made from: a file once, whole and checked; a site's pages politely."""
+"""Downloads for datasets: files verified by sha256, web pages as robots.txt allows."""
 
 import contextlib
 import functools
@@ -18,22 +18,22 @@ from flatgpt.errors import UserError
 from flatgpt.files import existing, new_file
 
 ATTEMPTS = 3
-USER_AGENT = 'flatGPT'  # what robots.txt may call us
+USER_AGENT = 'flatGPT'  # our name in robots.txt
 HEADERS = {'User-Agent': f'{USER_AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
-REQUEST_DELAY = 1.0  # seconds before each request for a page, if robots.txt does not ask for more
-MAX_RETRY_DELAY = 120  # seconds, if a server says when to ask again
+REQUEST_DELAY = 1.0  # seconds before each request for a page, unless robots.txt asks for more
+MAX_RETRY_DELAY = 120  # seconds; give up if a server asks for more
 
 
 def download_folder(own: Path, out_dir: Path) -> Path:
-    """Where to keep what is fetched: a dataset's own folder, or of a checkout that is only to be
-    read, the folder that the dataset is written to."""
+    """Where to keep downloads: the dataset's own folder, or in a read-only clone the folder that
+    the dataset is written to."""
     return own if os.access(existing(own), os.W_OK) else out_dir
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> None:
     """
-    Download `url` to `path`, under another name until its sha256 is found right. A file already
-    at `path` is left as it is. Without a network: UserError that says where to put the file.
+    Download `url` to `path`, with a temporary name until its sha256 is verified. An existing file
+    is kept. Without a network: UserError that says where to put the file.
     """
     path = Path(path)
     if path.exists():
@@ -43,8 +43,8 @@ def fetch(url: str, path: str | Path, sha256: str) -> None:
         found = download(url, part)
         if found != sha256:
             raise UserError(
-                f'{url}: what was fetched has sha256 {found}, not the expected {sha256}; get the '
-                f'file by other means and put it at {path}'
+                f'{url}: the downloaded file has sha256 {found}, not the expected {sha256}; get '
+                f'it by other means and save it as {path}'
             )
 
 
@@ -54,17 +54,17 @@ def fetch_page(
     find_problem: Callable[[bytes], str | None] = lambda page: None,
 ) -> bytes:
     """
-    The page at the first of the addresses where there is one. It is fetched once, as the site's
-    robots.txt allows, and kept at `path`, where it is looked for first.
+    The page at the first of `urls` that exists. It is fetched once, as the site's robots.txt
+    allows, and kept at `path`; an existing file there is used instead.
 
-    flaw: says what is wrong with a page, if anything is; such a page is not kept. UserError then,
-    and where there is no page, or only one that says where it has moved to.
+    flaw: returns what is wrong with a page, or None. Such a page is not kept. UserError then,
+    or if no page exists, or if it has moved.
     """
     path = Path(path)
     if path.exists():
         page = path.read_bytes()
         if wrong := find_problem(page):
-            raise UserError(f'{path}: {wrong}; delete it, and it is fetched again from {urls[0]}')
+            raise UserError(f'{path}: {wrong}; delete it to fetch it again from {urls[0]}')
         return page
     path.parent.mkdir(parents=True, exist_ok=True)
     page = with_retries(lambda: get_page(urls, find_problem), urls[0], path)
@@ -79,7 +79,7 @@ def get_page(urls: list[str], find_problem: Callable) -> bytes:
     url, *others = urls
     rules = robots(urljoin(url, '/robots.txt'))
     if not rules.can_fetch(USER_AGENT, url):
-        raise PermanentError('robots.txt asks programs not to')
+        raise PermanentError('robots.txt disallows it')
     time.sleep(max(REQUEST_DELAY, rules.crawl_delay(USER_AGENT) or 0))
     with requests.get(url, timeout=20, headers=HEADERS) as reply:
         if reply.status_code == 404 and others:
@@ -94,7 +94,7 @@ def get_page(urls: list[str], find_problem: Callable) -> bytes:
 
 @functools.cache
 def robots(url: str) -> RobotFileParser:
-    """The rules of a site; one without robots.txt allows everything (RFC 9309, 2.3.1.3)."""
+    """The rules of a site; without a robots.txt everything is allowed (RFC 9309, 2.3.1.3)."""
     import requests
 
     rules = RobotFileParser(url)
@@ -107,23 +107,26 @@ def robots(url: str) -> RobotFileParser:
 
 
 def normalized_address(url: str) -> tuple[str, str, str]:
-    """What stays the same where a server only adds www, https or the last slash."""
+    """The address without scheme, www. and trailing slash, which a server may add."""
     parts = urlsplit(url)
     return parts.netloc.removeprefix('www.'), parts.path.rstrip('/'), parts.query
 
 
 class PermanentError(Exception):
-    """Why asking again would not help."""
+    """An error that a retry would not fix."""
 
 
 def download(url: str, part: Path) -> str:
-    """Write what `url` holds to `part` -> its sha256"""
+    """Download `url` to the file `part` -> its sha256"""
     return with_retries(lambda: stream_to_file(url, part), url, part.with_suffix(''))
 
 
 def with_retries(request: Callable, url: str, path: Path | None = None):
-    """What `request` returns, in three attempts. UserError says where else to put the file."""
-    import requests  # slow, and on no machine that brings torch and transformers alone
+    """What `request` returns, with up to three attempts. UserError says how to do without it.
+
+    path: where the user may save the file instead.
+    """
+    import requests  # slow, and not installed with torch and transformers
 
     for attempt in range(ATTEMPTS):
         try:
@@ -133,15 +136,19 @@ def with_retries(request: Callable, url: str, path: Path | None = None):
             if not isinstance(error, PermanentError):
                 wait = retry_delay(error.response, 2**attempt)
             if wait is None or attempt == ATTEMPTS - 1:
-                fix = f'; get the file by other means and put it at {path}' if path else ''
-                raise UserError(f'{url} cannot be fetched ({short_reason(error)}){fix}') from error
+                fix = 'check the address and the network'
+                if path:
+                    fix = f'get the file by other means and save it as {path}'
+                raise UserError(
+                    f'{url} cannot be fetched ({short_reason(error)}); {fix}'
+                ) from error
         time.sleep(wait)
 
 
 def retry_delay(response, usual: float) -> float | None:
-    """Before asking again; None if that would not help. Retry-After is of RFC 9110, 10.2.3.
+    """Seconds before the next attempt; None if a retry would not help. See RFC 9110, 10.2.3.
 
-    response: of requests, None if there was no answer.
+    response: a requests.Response, None without one.
     """
     if response is None:
         return usual
@@ -160,7 +167,7 @@ def short_reason(error: Exception) -> str:
     if error.response is None:
         return type(error).__name__
     asked = error.response.headers.get('Retry-After')
-    return f'HTTP {error.response.status_code}' + (f', to be tried after {asked}' if asked else '')
+    return f'HTTP {error.response.status_code}' + (f', retry after {asked}' if asked else '')
 
 
 def stream_to_file(url: str, part: Path) -> str:
