@@ -141,7 +141,7 @@ def test_targets_are_names_as_peft_takes_them_and_blocks_can_be_left_out():
     [
         ('q_prj', ["'q_prj'", 'did you mean q_proj?', 'self_attn.q_proj, self_attn.k_proj']),
         ('q_proj,', ["''", 'mlp.fc1, mlp.fc2', "'all'"]),
-        ('proj', ["'proj' is no matrix of a block"]),
+        ('proj', ["'proj' is not a linear layer of a block"]),
         ('lm_head', ["'lm_head'"]),
     ],
 )
@@ -151,7 +151,7 @@ def test_targets_that_match_nothing_are_answered_with_the_names_there_are(target
 
 
 def test_no_block_left_to_adapt_is_one_line():
-    assert 'freeze=2: leaves none of 2 blocks' in refused(
+    assert 'freeze=2: all 2 blocks are frozen' in refused(
         add_lora, random_model(50), 4, 8, 0.0, 'all', 2
     )
 

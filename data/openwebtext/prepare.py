@@ -58,13 +58,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add('--out_dir', type=Path, help='default: data/openwebtext, or data/openwebtext_dev')
     add('--source', type=Path, help='a folder with the .parquet files, instead of downloading')
     add('--workers', type=int, help='number of processes; default: one per core')
-    add(
-        '--part',
-        type=share,
-        default=(1, 1),
-        metavar='K/N',
-        help='write only the parts of job K of N',
-    )
+    add('--part', type=share, default=(1, 1), metavar='K/N', help='write only parts of job K of N')
     add('--merge', action='store_true', help='only combine the parts that jobs wrote')
     args = parser.parse_args(argv)
     if args.workers is not None and args.workers < 1:

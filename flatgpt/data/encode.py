@@ -47,9 +47,7 @@ def split_text(blocks: Iterable[str]) -> Iterator[str]:
     """The same text in chunks that can be encoded separately."""
     text = ''
     for block in blocks:
-        searched = (
-            len(text) - 1
-        )  # search again after the last letter: its boundary depends on the next block
+        searched = len(text) - 1  # the next block decides whether the last letter is a boundary
         text += block
         start = 0
         while len(text) - start > CHUNK:

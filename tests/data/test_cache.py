@@ -251,7 +251,7 @@ def test_a_disk_with_too_little_room_is_said_first(source, place, tmp_path, monk
     usage = namedtuple('usage', 'total used free')
     monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage(10**9, 10**9, 1000))
     message = refused(copy_to_cache, place, tmp_path / 'near')
-    assert 'are free there' in message
+    assert 'are free;' in message
     assert not [path for path in (tmp_path / 'near').rglob('*.bin*')]
 
 
@@ -266,7 +266,7 @@ def test_a_disk_that_fills_meanwhile_is_one_line(source, place, tmp_path, monkey
 
 def test_a_place_that_cannot_be_written_is_one_line(source, tmp_path):
     (tmp_path / 'file').touch()
-    assert 'cannot be written' in refused(copy_to_cache, source, tmp_path / 'file' / 'near')
+    assert 'cannot write the copy' in refused(copy_to_cache, source, tmp_path / 'file' / 'near')
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_page_that_is_no_list_is_refused(source, server, tmp_path):
 def test_a_folder_without_a_list_is_read_where_it_is(tmp_path):
     for split in ('train', 'val'):
         np.zeros(100, '<u2').tofile(tmp_path / f'{split}.bin')
-    assert 'leave data_cache at None' in refused(copy_to_cache, tmp_path, tmp_path / 'near')
+    assert 'omit --data_cache' in refused(copy_to_cache, tmp_path, tmp_path / 'near')
     (tmp_path / '.unfinished').touch()
     assert 'was interrupted' in refused(copy_to_cache, tmp_path, tmp_path / 'near')
 

@@ -138,8 +138,8 @@ def test_robots_txt_is_obeyed(site, tmp_path):
     }
     message = refused(fetch_page, [f'{site}/private/a'], tmp_path / 'a')
     assert message == (
-        f'{site}/private/a cannot be fetched (robots.txt asks programs not to); get the file by '
-        f'other means and put it at {tmp_path / "a"}'
+        f'{site}/private/a cannot be fetched (robots.txt disallows it); get the file by '
+        f'other means and save it as {tmp_path / "a"}'
     )
     assert fetch_page([f'{site}/b'], tmp_path / 'b') == b'y'
     assert asked() == ['/robots.txt', '/b']
@@ -181,7 +181,7 @@ def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
 def test_a_server_that_wants_to_be_left_alone_is(site, naps, tmp_path):
     Server.pages['/a'] = (429, '', ('Retry-After', '3600'))
     message = refused(fetch_page, [f'{site}/a'], tmp_path / 'a')
-    assert '(HTTP 429, to be tried after 3600)' in message
+    assert '(HTTP 429, retry after 3600)' in message
     assert asked() == ['/robots.txt', '/a']
     assert sum(naps) < 10
 
@@ -207,7 +207,7 @@ def test_a_page_with_a_flaw_is_not_kept_and_one_that_is_kept_not_deleted(site, t
     assert not list(tmp_path.glob('a*'))
     (tmp_path / 'a').write_text('mine')
     assert refused(fetch_page, *args) == (
-        f'{tmp_path / "a"}: is nothing to read; delete it, and it is fetched again from {site}/a'
+        f'{tmp_path / "a"}: is nothing to read; delete it to fetch it again from {site}/a'
     )
     assert (tmp_path / 'a').read_text() == 'mine'
 
@@ -299,8 +299,8 @@ def test_an_older_book_is_found_where_it_lies(site):
     [
         (book(7), 'it is book 7, not 8'),
         ('<!DOCTYPE html><html>please prove that you are human</html>', 'it is a web page'),
-        ('Books are down for the night', 'it is no book'),
-        (book(8)[:1500], 'it is no book: it has no text between the marks of Project Gutenberg'),
+        ('Books are down for the night', 'it is not a book'),
+        (book(8)[:1500], 'it is not a book: it has no text between the START and END lines of'),
     ],
 )
 def test_what_is_not_the_book_is_refused_and_not_kept(site, page, problem):
@@ -317,17 +317,17 @@ def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
     page.parent.mkdir(parents=True)
     page.write_text('nothing', encoding='utf-8')
     message = refused(books.main, ['8', '--out_dir=out', f'--site={site}'])
-    assert message.startswith(f'{page}: is no book')
-    assert f'delete it, and it is fetched again from {site}/cache/epub/8/pg8.txt' in message
+    assert message.startswith(f'{page}: is not a book')
+    assert f'delete it to fetch it again from {site}/cache/epub/8/pg8.txt' in message
 
 
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ([], 'say which books: python data/gutenberg/prepare.py 1342 84 --name=novels'),
-        (['7'], 'say what to call it: python data/gutenberg/prepare.py 7 ... --name=novels'),
-        (['poe', '7'], 'say what to call it: python data/gutenberg/prepare.py poe ...'),
-        (['po', '--name=x'], 'po: is neither the number of a book nor a set: poe, poems'),
+        ([], 'give book numbers: python data/gutenberg/prepare.py 1342 84 --name=novels'),
+        (['7'], 'give the dataset a name: python data/gutenberg/prepare.py 7 --name=novels'),
+        (['poe', '7'], 'give the dataset a name: python data/gutenberg/prepare.py poe 7 --name='),
+        (['po', '--name=x'], 'po: give the number of a book, or a set: poe, poems'),
         (['7', '--name=poe'], 'poe is a dataset that comes with flatGPT'),
         (['7', '--name=x', '--val_fraction=2'], '--val_fraction=2.0: needs'),
     ],
@@ -519,8 +519,8 @@ def test_a_table_of_contents_without_chapters_is_one_line(site, monkeypatch):
     Server.pages['/sre-book/table-of-contents/'] = PAGE.format(title='', book='/', content='<p>new')
     message = refused(sre.main, ['--out_dir=out', '--tokenizer=byte'])
     assert message.startswith(
-        f'{site}/sre-book/table-of-contents/ cannot be fetched (it lists no chapters; perhaps the '
-        'site has changed)'
+        f'{site}/sre-book/table-of-contents/ cannot be fetched (it lists no chapters; the site '
+        'may have changed)'
     )
     assert str(sre.FOLDER / 'pages' / 'sre-book_table-of-contents.html') in message
     assert not list((sre.FOLDER / 'pages').iterdir())

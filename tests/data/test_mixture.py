@@ -214,11 +214,11 @@ def test_another_weight_in_a_resumed_run_is_noticed(run_here, tmp_path, texts, c
         ('long:0.5,short:nan', "'short:nan' needs"),
         ('long:0.5,short:inf', "'short:inf' needs"),
         ('long:0.5,', "'' needs"),
-        ('long:0.5,long:0.5', 'long is there twice'),
-        ('./nowhere:0.5,./short:1', './nowhere: no such dataset folder'),
+        ('long:0.5,long:0.5', 'long is listed twice'),
+        ('./nowhere:0.5,./short:1', './nowhere: no such folder'),
         ('shakespere_char:0.5,pydocs:1', 'did you mean shakespeare_char'),
-        ('./long:1,./short:0.0001', 'short: its weight is less than one sample of 1,000'),
-        ('./long:1,./sub/long:1', 'another dataset of the mixture is called long, too'),
+        ('./long:1,./short:0.0001', 'short: its weight is below 1/1000'),
+        ('./long:1,./sub/long:1', 'another dataset of the mixture is also called long'),
     ],
 )
 def test_a_mistake_in_a_mixture_is_one_line(folders, monkeypatch, text, problem):
@@ -232,7 +232,7 @@ def test_a_mistake_in_a_mixture_is_one_line(folders, monkeypatch, text, problem)
 
 def test_parts_of_other_tokenizers_are_both_named(folders, texts):
     message = refused(open_data, f'{folders / "long"}:1,{texts / "words"}:1', 8)
-    for text in ('long', 'words', 'tokenizer byte', 'with char'):
+    for text in ('long', 'words', 'uses the tokenizer byte', 'char'):
         assert text in message
 
 
@@ -252,7 +252,9 @@ def test_parts_of_other_kinds_are_refused(tmp_path, texts):
         message = refused(open_data, f'{talks}:1,{text}:1', 16, objective=objective)
         assert f"objective='{objective}' needs" in message
     pairs = rows_of(tmp_path / 'pairs', 16, pairs=True)
-    assert 'takes one dataset' in refused(open_data, f'{pairs}:1,{pairs}:2', 16, objective='dpo')
+    assert 'does not support mixtures' in refused(
+        open_data, f'{pairs}:1,{pairs}:2', 16, objective='dpo'
+    )
 
 
 def test_conversations_mix_if_their_rows_are_alike(tmp_path):

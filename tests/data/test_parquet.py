@@ -131,7 +131,7 @@ def test_empty_documents_are_left_out_and_counted_and_a_file_may_have_none(capsy
     parquet('source/2.parquet', ['three'])
     prepare('--source=source')
     assert (text_of('train'), text_of('val')) == (f'one{EOT}two{EOT}', f'three{EOT}')
-    assert '2 documents left out: their text is null or empty' in capsys.readouterr().out
+    assert '2 documents skipped: their text is null or empty' in capsys.readouterr().out
 
 
 def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
@@ -179,12 +179,12 @@ def test_a_share_that_is_none_is_refused(share):
 
 
 def test_merging_nothing_or_parts_of_different_datasets_is_refused(source):
-    assert 'no part is finished' in refused('--merge')
+    assert 'no finished parts' in refused('--merge')
     prepare(source)
     shutil.rmtree('out/part-00001')
     prepare(source, '--dev', out='dev')
     shutil.copytree('dev/part-00001', 'out/part-00001')
-    assert 'not of one dataset' in refused('--merge')
+    assert 'belong to different datasets' in refused('--merge')
 
 
 def test_a_finished_dataset_is_left_as_it_is(source, monkeypatch):
@@ -318,7 +318,7 @@ def test_another_source_than_before_is_refused_and_the_dataset_stays(source, wha
         os.unlink('source/plain_text/train-2.parquet')
     message = refused(source, *['--dev'] * (what == 'other rule'))
     assert 'was made from file train-' in message
-    assert 'give another --out_dir' in message
+    assert 'choose another --out_dir' in message
     assert content('out') == before
 
 
@@ -367,8 +367,8 @@ def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, 
         }[damage]
     )
     message = refused(source, f'--workers={workers}')
-    assert f'{path} cannot be read as parquet' in message
-    assert 'get it anew' in message
+    assert f'{path}: invalid parquet file' in message
+    assert 'replace it' in message
     assert Path('out/part-00000/meta.json').exists()
     assert not Path('out/meta.json').exists()
     path.write_bytes(whole)
@@ -383,7 +383,7 @@ def test_a_file_without_text_is_named_with_what_it_has(table):
     Path('source').mkdir()
     pyarrow.parquet.write_table(pyarrow.table(table), 'source/0.parquet')
     message = refused('--source=source')
-    assert 'source/0.parquet: needs a column text of strings' in message.replace(os.sep, '/')
+    assert 'source/0.parquet: needs a string column called text' in message.replace(os.sep, '/')
     assert list(table)[-1] in message
 
 
@@ -437,7 +437,7 @@ def test_a_source_that_is_no_folder_of_parquet_files_is_one_line(what):
 
 def test_a_source_too_small_to_divide_is_refused():
     parquet('source/0.parquet', ['one'])
-    assert 'nothing was left for the train split' in refused('--source=source')
+    assert 'the train split would be empty' in refused('--source=source')
 
 
 def test_pyarrow_is_asked_for(source, monkeypatch):
@@ -688,7 +688,7 @@ def test_a_damaged_file_is_not_kept_to_be_read_again(hub):
     name = 'plain_text/train-00001-of-00003.parquet'
     whole = files[name]
     files[name] = bytes(len(whole))
-    assert f'{Path(name).name} cannot be read as parquet' in refused()
+    assert f'{Path(name).name}: invalid parquet file' in refused()
     files[name] = whole
     prepare()
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
@@ -719,7 +719,7 @@ def test_a_part_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(hub, monkey
     for tree in Path('cache').glob('*/trees'):  # which older versions of the hub's client lack
         shutil.rmtree(tree)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert 'neither cached' in refused()
+    assert 'not cached' in refused()
 
 
 @pytest.mark.parametrize('how', ['offline', 'no server', 'no such repository'])
@@ -742,11 +742,11 @@ def test_what_the_hub_converted_of_a_part_is_not_taken_for_all_of_it(hub, monkey
     branches['main'].clear()
     converted = branches['refs/convert/parquet']
     converted['plain_text/partial-train/0000.parquet'] = converted.popitem()[1]
-    assert 'not of all of it' in refused()
+    assert 'no complete set' in refused()
     import huggingface_hub
 
     huggingface_hub.snapshot_download(
         openwebtext.FULL, repo_type='dataset', revision='refs/convert/parquet'
     )
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert 'neither cached' in refused()
+    assert 'not cached' in refused()

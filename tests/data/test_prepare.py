@@ -530,7 +530,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(delay):
     assert process.returncode == 130
     assert err == 'interrupted\n'
     assert [path.name for path in Path('out').iterdir()] == ['.write.lock']
-    assert 'no dataset here' in refused(Dataset, 'out', 8)
+    assert 'not a dataset' in refused(Dataset, 'out', 8)
 
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='children are read from /proc')
@@ -643,7 +643,7 @@ def test_an_undecodable_byte_in_a_json_line_is_named_by_offset():
         (['a.txt', '--tokenizer=bpe', '--vocab_size=100'], 'vocab_size 100'),
         (['a.txt', '--val_fraction=0.9'], '--val_fraction=0.9: needs'),
         (['a.txt', '--workers=0'], '--workers=0: needs'),
-        (['one.txt', '--tokenizer=byte'], 'nothing was left for the'),
+        (['one.txt', '--tokenizer=byte'], 'split would be empty'),
     ],
 )
 def test_a_mistake_is_one_line(argv, message):
