@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, metrics, random_model
+from error_lines import case
 from safetensors.torch import load_file, save_file
 
 import model as model_module
@@ -150,10 +151,23 @@ def test_targets_that_match_nothing_are_answered_with_the_names_there_are(target
     assert all(part in said for part in parts), said
 
 
-def test_no_block_left_to_adapt_is_one_line():
-    assert 'freeze=2: all 2 blocks are frozen' in refused(
-        add_lora, random_model(50), 4, 8, 0.0, 'all', 2
-    )
+@pytest.mark.parametrize(
+    ('name', 'bad', 'advice'),
+    [
+        case('blocks are frozen', 'freeze', 2, r'use --freeze=(\d+)'),
+        case('is not a linear layer', 'targets', 'q_prj', r'did you mean (\w+)\?'),
+        case('is not a linear layer', 'targets', 'lm_head', r'choose from ([\w.]+)'),
+        case('is not a linear layer', 'targets', 'lm_head', r"or '(all)'"),
+        case('adds nothing', 'rank', 500, r'use --lora_rank=(\d+)'),
+    ],
+)
+def test_adapters_are_added_as_the_error_line_says(name, bad, advice):
+    args = {'rank': 4, 'alpha': 8, 'dropout': 0.0, 'targets': 'all'}
+    model = random_model(50, arch='modern', n_kv_head=1, n_head=4)
+    said = refused(add_lora, model, **args | {name: bad})
+    good = re.search(advice, said)[1]
+    add_lora(model, **args | {name: int(good) if good.isdecimal() else good})
+    assert lora_layers(model)
 
 
 # -----------------------------------------------------------------------------

@@ -81,11 +81,11 @@ def describe_source(source: dict | None) -> str:
 
 def local_files(folder: Path) -> list[SourceFile]:
     if not folder.is_dir():
-        raise UserError(f'{folder}: no such folder; give a folder with .parquet files: --source')
+        raise UserError(f'{folder}: no such folder; give one with .parquet files: --source=FOLDER')
     found = [path for path in folder.rglob('*.parquet') if path.is_file()]
     paths = {path.relative_to(folder).as_posix(): path for path in found}
     if not paths:
-        raise UserError(f'{folder}: contains no .parquet files; add some, or change --source')
+        raise UserError(f'{folder}: contains no .parquet files; add some or change --source')
     return [
         SourceFile(name, path.stat().st_size, functools.partial(local_path, path))
         for name, path in sorted(paths.items())
@@ -298,7 +298,7 @@ def merge(folder: Path) -> str:
         some = f'{", ".join(missing[:3])}{" ..." * (len(missing) > 3)}'
         raise UserError(
             f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}; run their jobs '
-            'first, or run without --part and --merge'
+            'first'
         )
     with Writer(folder, load(done[0] / 'tokenizer.json')) as writer:
         for name in names:

@@ -178,7 +178,7 @@ def test_of_several_processes_one_copies(source, tmp_path):
             time.sleep(0.5)
             real(*args)
         cache.copy_files = slow
-        print(cache.copied(sys.argv[1], sys.argv[2]))
+        print(cache.copy_to_cache(sys.argv[1], sys.argv[2]))
         """
     command = [sys.executable, '-c', textwrap.dedent(code), str(source), str(tmp_path / 'near')]
     environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}

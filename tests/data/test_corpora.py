@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, metrics, random_model
+from error_lines import case, error_line
 
 from data.gutenberg import prepare as books
 from data.sre import prepare as sre
@@ -200,9 +201,11 @@ def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_pa
     assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy', urls[1]], tmp_path / 'c')
 
 
-def test_a_page_with_a_flaw_is_not_kept_and_one_that_is_kept_not_deleted(site, tmp_path):
+@error_line('delete it to fetch it again')
+def test_a_page_with_a_problem_is_not_kept_and_one_that_is_kept_not_deleted(site, tmp_path):
     Server.pages = {'/a': 'sign in'}
-    args = ([f'{site}/a'], tmp_path / 'a', lambda page: 'is nothing to read' if page else None)
+    problem = lambda page: 'is nothing to read' if page != b'a page' else None  # noqa: E731
+    args = ([f'{site}/a'], tmp_path / 'a', problem)
     assert f'{site}/a cannot be fetched (it is nothing to read)' in refused(fetch_page, *args)
     assert not list(tmp_path.glob('a*'))
     (tmp_path / 'a').write_text('mine')
@@ -210,6 +213,9 @@ def test_a_page_with_a_flaw_is_not_kept_and_one_that_is_kept_not_deleted(site, t
         f'{tmp_path / "a"}: is nothing to read; delete it to fetch it again from {site}/a'
     )
     assert (tmp_path / 'a').read_text() == 'mine'
+    (tmp_path / 'a').unlink()
+    Server.pages = {'/a': 'a page'}
+    assert fetch_page(*args) == b'a page'
 
 
 # --- books
@@ -335,6 +341,28 @@ def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
 def test_a_mistake_is_one_line_before_anything_is_fetched(site, argv, message):
     assert message in refused(books.main, argv)
     assert not asked()
+
+
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('give book numbers', [], ['1342', '84', '--name=novels']),
+        case('give the dataset a name', ['7', '12'], ['7', '12', '--name=novels']),
+        case('give the number of a book', ['po', '--name=x'], ['7', '--name=x']),
+        case('give the number of a book', ['po', '--name=x'], ['poems', '--name=x']),
+        case('must begin with http', ['7', '--name=x', '--site=here'], ['7', '--name=x']),
+    ],
+)
+def test_books_are_prepared_by_the_command_in_the_line(site, monkeypatch, bad, good):
+    for module in (gutenberg, gutenberg.text):
+        monkeypatch.setattr(module, 'DATA', Path('data'))
+    message = refused(books.main, bad)
+    if 'python' in message:
+        assert f'prepare.py {" ".join(good)}' in message
+    serve(7, 12, 84, 1342, *books.SETS['poems'])
+    books.main([*good, '--tokenizer=byte', f'--site={site}'])
+    name = good[-1].partition('=')[2]
+    assert 'night' in text_of('train', f'data/{name}')
 
 
 @pytest.mark.parametrize('name', books.SETS)

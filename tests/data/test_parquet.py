@@ -17,11 +17,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from conftest import ROOT
+from error_lines import case, error_line
 
 from data.openwebtext import prepare as openwebtext
 from flatgpt.data import parquet as parquet_module
 from flatgpt.data.dataset import Dataset, Writer, read_meta
-from flatgpt.data.tokenizer import EOT, byte_tokenizer, get_tokenizer
+from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, get_tokenizer
 from flatgpt.errors import UserError
 
 pyarrow = pytest.importorskip('pyarrow')
@@ -161,6 +162,7 @@ def test_two_processes_write_the_same_bytes_as_one(source):
     assert content('two') == content('out')
 
 
+@error_line('parts are missing')
 def test_jobs_that_share_the_files_and_are_merged_write_the_same_bytes_as_one(source, capsys):
     prepare(source, out='one')
     for job in ('3/4', '1/4', '4/4'):
@@ -173,18 +175,50 @@ def test_jobs_that_share_the_files_and_are_merged_write_the_same_bytes_as_one(so
     assert content('out') == content('one')
 
 
+@error_line('give the job and the number of jobs')
 @pytest.mark.parametrize('share', ['0/4', '5/4', '3', '/', '-1/4', 'a/b'])
-def test_a_share_that_is_none_is_refused(share):
-    assert '--part=3/64' in refused('--source=source', f'--part={share}')
+def test_an_invalid_share_is_replaced_by_one_like_that_in_the_line(source, capsys, share):
+    message = refused(source, f'--part={share}')
+    openwebtext.main([source, '--out_dir=out', '--workers=1', message.rpartition(' ')[2]])
+    assert 'job 3 of 64 is done' in capsys.readouterr().out
 
 
-def test_merging_nothing_or_parts_of_different_datasets_is_refused(source):
-    assert 'no finished parts' in refused('--merge')
+@error_line('no finished parts', 'belong to different datasets')
+def test_parts_are_prepared_before_they_are_merged_and_again_if_of_different_datasets(source):
+    assert 'run without --merge first' in refused('--merge')
     prepare(source)
+    prepare('--merge')
     shutil.rmtree('out/part-00001')
     prepare(source, '--dev', out='dev')
     shutil.copytree('dev/part-00001', 'out/part-00001')
-    assert 'belong to different datasets' in refused('--merge')
+    assert 'delete the part-* folders' in refused('--merge')
+    delete_parts()
+    assert prepare(source)
+
+
+def delete_parts():
+    for part in Path('out').glob('part-*'):
+        shutil.rmtree(part)
+
+
+@error_line('uses the tokenizer')
+def test_a_part_of_another_tokenizer_is_deleted_and_its_job_run_again(source):
+    prepare(source)
+    part, made_of = Path('out/part-00001'), read_meta(Path('out/part-00001'))['source']
+    with Writer(part, char_tokenizer(list('ab')), source=made_of) as writer:
+        writer.write('train', [0, 1])
+    assert 'delete it and run its job again' in refused('--merge')
+    shutil.rmtree(part)
+    openwebtext.main([source, '--out_dir=out', '--workers=1', '--part=2/3'])
+    assert prepare('--merge')
+
+
+@error_line('--merge only combines')
+def test_merge_goes_without_options_of_writing(source):
+    prepare(source)
+    message = refused(source, '--merge', '--part=1/2')
+    assert message.endswith('omit --source and --part')
+    assert prepare('--merge')
 
 
 def test_a_finished_dataset_is_left_as_it_is(source, monkeypatch):
@@ -304,6 +338,7 @@ def test_a_part_that_was_cut_is_made_again(source):
         assert content('out') == before
 
 
+@error_line('choose another --out_dir, or delete')
 @pytest.mark.parametrize('what', ['other file', 'other size', 'one more', 'one less', 'other rule'])
 def test_another_source_than_before_is_refused_and_the_dataset_stays(source, what):
     prepare(source)
@@ -316,10 +351,13 @@ def test_another_source_than_before_is_refused_and_the_dataset_stays(source, wha
         parquet('source/plain_text/train-3.parquet', stories(0, 9))
     elif what == 'one less':
         os.unlink('source/plain_text/train-2.parquet')
-    message = refused(source, *['--dev'] * (what == 'other rule'))
-    assert 'was made from file train-' in message
-    assert 'choose another --out_dir' in message
+    flags = [source, *['--dev'] * (what == 'other rule')]
+    assert 'was made from file train-' in refused(*flags)
     assert content('out') == before
+    prepare(*flags, out='other')
+    delete_parts()
+    prepare(*flags)
+    assert content('out') == content('other')
 
 
 def test_two_programs_at_the_same_part_are_refused(source):
@@ -350,6 +388,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, monkeypatc
 # --- what is wrong with a file
 
 
+@error_line('invalid parquet file')
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('damage', ['head', 'middle', 'cut', 'none', 'empty'])
 def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, workers):
@@ -376,6 +415,7 @@ def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, 
     assert content('out') == content('whole')
 
 
+@error_line('needs a string column')
 @pytest.mark.parametrize(
     'table', [{'body': ['a']}, {'text': [1]}, {'text': [b'a'], 'id': [1]}, {'text': [['a']]}]
 )
@@ -385,6 +425,8 @@ def test_a_file_without_text_is_named_with_what_it_has(table):
     message = refused('--source=source')
     assert 'source/0.parquet: needs a string column called text' in message.replace(os.sep, '/')
     assert list(table)[-1] in message
+    parquet('source/0.parquet', ['a', 'b'])
+    assert prepare('--source=source')
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc')
@@ -424,15 +466,26 @@ def test_other_columns_are_not_read():
     assert text_of('train') == f'b{EOT}'
 
 
-@pytest.mark.parametrize('what', ['missing', 'without parquet', 'a file'])
-def test_a_source_that_is_no_folder_of_parquet_files_is_one_line(what):
+@pytest.mark.parametrize(
+    ('what', 'problem'),
+    [
+        case('no such folder; give one', 'missing', 'no such folder'),
+        case('contains no .parquet files', 'without parquet', 'no .parquet files'),
+        case('no such folder; give one', 'a file', 'no such folder'),
+    ],
+)
+def test_a_source_without_parquet_files_needs_some(what, problem):
     if what == 'without parquet':
         Path('source').mkdir()
     elif what == 'a file':
         Path('source').touch()
-    message = refused('--source=source')
-    assert message.startswith('source: no ')
+    assert problem in refused('--source=source')
     assert not Path('out').exists()
+    parquet('FOLDER/0.parquet', stories(0, 9))
+    assert prepare('--source=FOLDER')
+    if what == 'without parquet':
+        parquet('source/0.parquet', stories(0, 9))
+        assert prepare('--source=source')
 
 
 def test_a_source_too_small_to_divide_is_refused():
@@ -440,14 +493,19 @@ def test_a_source_too_small_to_divide_is_refused():
     assert 'the train split would be empty' in refused('--source=source')
 
 
-def test_pyarrow_is_asked_for(source, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'pyarrow', None)
-    monkeypatch.delitem(sys.modules, 'pyarrow.parquet')
-    assert 'pip install pyarrow' in refused(source)
+@error_line('parquet files need pyarrow')
+def test_pyarrow_is_required(source, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'pyarrow', None)
+        patch.delitem(sys.modules, 'pyarrow.parquet')
+        assert 'pip install pyarrow' in refused(source)
+    assert prepare(source)  # with pyarrow installed
 
 
-def test_no_processes_are_refused(source):
+@error_line('must be at least 1')
+def test_at_least_one_process_is_needed(source):
     assert '--workers=0' in refused(source, '--workers=0')
+    assert prepare(source, '--workers=1')
 
 
 # --- from the hub
@@ -647,6 +705,7 @@ def test_a_connection_that_is_cut_is_taken_up_where_it_was(hub):
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
+@error_line('cannot be fetched ({}); run')
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_file_that_cannot_be_had_is_named_and_the_same_command_goes_on(hub, workers):
     hub.trouble = {'train-00001-of-00003.parquet': ['fail'] * 100}
@@ -722,8 +781,13 @@ def test_a_part_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(hub, monkey
     assert 'not cached' in refused()
 
 
+@error_line('is not cached and cannot be fetched')
 @pytest.mark.parametrize('how', ['offline', 'no server', 'no such repository'])
-def test_without_hub_and_cache_it_is_said_what_to_put_where(hub, monkeypatch, how):
+def test_without_hub_and_cache_the_files_can_be_downloaded_by_other_means(hub, monkeypatch, how):
+    for file, raw in hub.repositories[openwebtext.FULL]['main'].items():
+        path = Path('FOLDER') / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
     if how == 'offline':
         monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     elif how == 'no server':
@@ -734,15 +798,19 @@ def test_without_hub_and_cache_it_is_said_what_to_put_where(hub, monkeypatch, ho
         message = refused(*flags)
         assert name in message
         assert '--source=FOLDER' in message
-    assert not Path('out').exists()
+        assert not Path('out').exists()
+    assert prepare('--source=FOLDER')
 
 
+@error_line('no complete set')
 def test_what_the_hub_converted_of_a_part_is_not_taken_for_all_of_it(hub, monkeypatch):
     branches = hub.repositories[openwebtext.FULL]
     branches['main'].clear()
     converted = branches['refs/convert/parquet']
     converted['plain_text/partial-train/0000.parquet'] = converted.popitem()[1]
-    assert 'no complete set' in refused()
+    assert '--source=FOLDER' in refused()
+    parquet('FOLDER/0.parquet', stories(0, 9))
+    assert prepare('--source=FOLDER', out='elsewhere')
     import huggingface_hub
 
     huggingface_hub.snapshot_download(
