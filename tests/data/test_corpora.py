@@ -1,4 +1,4 @@
-"""Books of Project Gutenberg and the SRE books, from a server here with pages written here."""
+"""Books of Project Gutenberg and the SRE books, from a local server with made-up pages."""
 
 import http.server
 import os
@@ -55,12 +55,12 @@ def book(number=7, start='*** START OF THE PROJECT GUTENBERG EBOOK A PLAIN NIGHT
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    pages, requests = None, None  # what it has, what it was asked for
+    pages, requests = None, None  # {path: page}, requests received
 
     def do_GET(self):
         Server.requests.append((self.path, self.headers['User-Agent']))
         page = self.pages.get(self.path, (404, ''))
-        if isinstance(page, list):  # what it answers first, second, ...
+        if isinstance(page, list):  # its answers to successive requests
             page = page.pop(0)
         status, content, *headers = (200, page) if isinstance(page, (str, bytes)) else page
         body = content if isinstance(content, bytes) else content.encode()
@@ -79,7 +79,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def naps(monkeypatch):
-    """What was slept, without sleeping."""
+    """Record sleeps instead of sleeping."""
     slept = []
     monkeypatch.setattr(time, 'sleep', slept.append)
     return slept
@@ -87,7 +87,7 @@ def naps(monkeypatch):
 
 @pytest.fixture
 def site(monkeypatch, naps, tmp_path):
-    """The address of a site with Server.pages; what is fetched from it is kept in tmp_path."""
+    """The address of a site with Server.pages; downloads are kept in tmp_path."""
     monkeypatch.setenv('NO_PROXY', '*')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gutenberg, 'FOLDER', tmp_path / 'gutenberg')
@@ -121,7 +121,7 @@ def text_of(split, folder='out'):
     return dataset.tokenizer.decode(ids)
 
 
-def test_a_page_is_fetched_once_with_our_name_and_after_a_pause(site, naps, tmp_path):
+def test_a_page_is_fetched_once_with_our_user_agent_and_after_a_delay(site, naps, tmp_path):
     Server.pages = {'/a': 'text of a', '/b': 'text of b'}
     for _ in range(2):
         assert fetch_page([f'{site}/a'], tmp_path / 'kept' / 'a') == b'text of a'
@@ -146,7 +146,7 @@ def test_robots_txt_is_obeyed(site, tmp_path):
     assert asked() == ['/robots.txt', '/b']
 
 
-def test_a_page_that_moved_is_one_line_with_its_new_address(site, tmp_path):
+def test_a_moved_page_is_one_line_with_its_new_address(site, tmp_path):
     Server.pages = {'/old/': (301, '/new/'), '/new/': 'another page'}
     message = refused(fetch_page, [f'{site}/old/'], tmp_path / 'old')
     assert f'{site}/old/ cannot be fetched (it has moved to {site}/new/)' in message
@@ -154,19 +154,19 @@ def test_a_page_that_moved_is_one_line_with_its_new_address(site, tmp_path):
     assert not list(tmp_path.glob('old*'))
 
 
-def test_a_slash_that_the_server_adds_is_no_move(site, tmp_path):
+def test_a_redirect_that_only_adds_a_slash_is_followed(site, tmp_path):
     Server.pages = {'/a': (301, '/a/'), '/a/': 'the page'}
     assert fetch_page([f'{site}/a'], tmp_path / 'a') == b'the page'
 
 
-def test_a_page_is_tried_again_when_the_server_fails_but_not_when_it_refuses(site, tmp_path):
+def test_server_errors_are_retried_but_client_errors_are_not(site, tmp_path):
     Server.pages = {'/busy': (503, ''), '/gone': (404, '')}
     assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy'], tmp_path / 'busy')
     assert '(HTTP 404)' in refused(fetch_page, [f'{site}/gone'], tmp_path / 'gone')
     assert asked() == ['/robots.txt'] + ['/busy'] * 3 + ['/gone']
 
 
-def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
+def test_retry_after_is_obeyed(site, naps, tmp_path):
     later = datetime.now(timezone.utc) + timedelta(seconds=50)
     Server.pages['/a'] = [
         (429, '', ('Retry-After', '7')),
@@ -179,7 +179,7 @@ def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
     assert 40 < pauses[1] <= 50
 
 
-def test_a_server_that_wants_to_be_left_alone_is(site, naps, tmp_path):
+def test_a_long_retry_after_ends_the_attempts(site, naps, tmp_path):
     Server.pages['/a'] = (429, '', ('Retry-After', '3600'))
     message = refused(fetch_page, [f'{site}/a'], tmp_path / 'a')
     assert '(HTTP 429, retry after 3600)' in message
@@ -187,13 +187,13 @@ def test_a_server_that_wants_to_be_left_alone_is(site, naps, tmp_path):
     assert sum(naps) < 10
 
 
-def test_the_pause_that_robots_txt_asks_for_is_made(site, naps, tmp_path):
+def test_the_crawl_delay_in_robots_txt_is_obeyed(site, naps, tmp_path):
     Server.pages = {'/robots.txt': 'User-agent: *\nCrawl-delay: 9', '/a': 'x'}
     fetch_page([f'{site}/a'], tmp_path / 'a')
     assert naps == [download.REQUEST_DELAY, 9]
 
 
-def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_path):
+def test_the_next_address_is_tried_if_the_first_has_no_page(site, tmp_path):
     Server.pages = {'/b': 'the page', '/busy': (503, '')}
     urls = [f'{site}/{name}' for name in 'abc']
     assert fetch_page(urls, tmp_path / 'b') == b'the page'
@@ -202,7 +202,7 @@ def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_pa
 
 
 @error_line('delete it to fetch it again')
-def test_a_page_with_a_problem_is_not_kept_and_one_that_is_kept_not_deleted(site, tmp_path):
+def test_an_invalid_page_is_not_kept_and_a_kept_one_is_not_deleted(site, tmp_path):
     Server.pages = {'/a': 'sign in'}
     problem = lambda page: 'is nothing to read' if page != b'a page' else None  # noqa: E731
     args = ([f'{site}/a'], tmp_path / 'a', problem)
@@ -240,22 +240,22 @@ OLD = 'End of the Project Gutenberg EBook of X, by Y'
         (f'*END {SMALL_PRINT}', "End of Project Gutenberg's X, by Y"),
     ],
 )
-def test_what_project_gutenberg_puts_around_a_book_is_taken_off(start, end):
+def test_project_gutenberg_s_header_and_footer_are_removed(start, end):
     assert gutenberg.strip_boilerplate(book(start=start, end=end)) == STORY
 
 
-def test_stars_and_the_name_of_the_project_within_a_book_stay():
+def test_asterisks_and_the_project_s_name_within_a_book_are_kept():
     text = STORY + '\n* * *\n\n*** A note of Project Gutenberg: produced by hand.\n\n' + STORY
     assert gutenberg.strip_boilerplate(book(text=text)) == text
 
 
 @pytest.mark.parametrize('damaged', ['', STORY, book()[:900], book(text=' ')])
-def test_a_book_without_its_marks_gives_nothing(damaged):
+def test_a_book_without_start_or_end_line_is_empty(damaged):
     assert gutenberg.strip_boilerplate(damaged) == ''
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'latin-1'])
-def test_a_book_is_read_in_the_encodings_there_are(encoding):
+def test_a_book_is_decoded_from_utf8_or_latin1(encoding):
     assert gutenberg.decode_book('Café\r\nnoir\r\n'.encode(encoding)) == 'Café\nnoir\n'
 
 
@@ -272,7 +272,7 @@ def test_books_are_prepared_by_number(site, capsys):
     books.main(argv)
     assert text_of('train').startswith('A PLAIN NIGHT\n\nIt was a 7 night')
     assert '<|endoftext|>A PLAIN NIGHT\n\nIt was a 12 night' in text_of('train')
-    assert 'a 7 night' in text_of('val')  # each book gives its end
+    assert 'a 7 night' in text_of('val')  # the end of each book
     assert 'a 12 night' in text_of('val')
     assert 'Gutenberg' not in text_of('train') + text_of('val')
     assert '7: A Plain Night, ' in capsys.readouterr().out
@@ -280,7 +280,7 @@ def test_books_are_prepared_by_number(site, capsys):
     assert len(asked()) == 3  # robots.txt and two books: nothing is fetched again
 
 
-def test_a_book_that_is_not_there_leaves_nothing_but_those_fetched(site):
+def test_a_missing_book_is_reported_and_fetched_books_are_kept(site):
     serve(7)
     argv = ['7', '12', '--out_dir=out', '--tokenizer=byte', f'--site={site}/']
     message = refused(books.main, argv)
@@ -292,7 +292,7 @@ def test_a_book_that_is_not_there_leaves_nothing_but_those_fetched(site):
     assert asked().count('/cache/epub/7/pg7.txt') == 1
 
 
-def test_an_older_book_is_found_where_it_lies(site):
+def test_an_older_book_is_found_at_its_old_address(site):
     Server.pages['/1/3/134/134-8.txt'] = book(134).replace('plain', 'plaîn').encode('latin-1')
     Server.pages['/0/7/7.txt'] = book(7)
     books.main(['134', '7', '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
@@ -309,7 +309,7 @@ def test_an_older_book_is_found_where_it_lies(site):
         (book(8)[:1500], 'it is not a book: it has no text between the START and END lines of'),
     ],
 )
-def test_what_is_not_the_book_is_refused_and_not_kept(site, page, problem):
+def test_a_page_that_is_not_the_book_is_refused_and_not_kept(site, page, problem):
     Server.pages['/cache/epub/8/pg8.txt'] = page
     message = refused(books.main, ['8', '--out_dir=out', f'--site={site}'])
     assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({problem}')
@@ -318,7 +318,7 @@ def test_what_is_not_the_book_is_refused_and_not_kept(site, page, problem):
     assert not list((gutenberg.FOLDER / 'pages').iterdir())
 
 
-def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
+def test_a_kept_file_that_is_not_the_book_is_reported(site):
     page = gutenberg.FOLDER / 'pages' / 'pg8.txt'
     page.parent.mkdir(parents=True)
     page.write_text('nothing', encoding='utf-8')
@@ -384,14 +384,14 @@ def test_the_name_of_a_set_is_enough_for_training(site, tmp_path, monkeypatch):
     for module in ('dataset', 'gutenberg'):
         monkeypatch.setattr(f'flatgpt.data.{module}.DATA', tmp_path / 'data')
     monkeypatch.setattr(gutenberg, 'SITE', site)
-    monkeypatch.setitem(sys.modules, 'data.gutenberg.prepare', books)  # and back in the end
+    monkeypatch.setitem(sys.modules, 'data.gutenberg.prepare', books)  # and restored at the end
     serve(*books.SETS['poe'])
     assert open_data('poe', 16).tokenizer.name == 'gpt2'
     message = refused(open_data, 'poee', 16)
     assert 'did you mean poe?' in message
 
 
-def test_a_set_and_a_number_are_books_like_others(site):
+def test_a_set_can_be_combined_with_book_numbers(site):
     serve(*books.SETS['poe'], 7)
     books.main(['poe', '7', '2147', '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
     assert len(list((gutenberg.FOLDER / 'books').iterdir())) == 6
@@ -494,30 +494,30 @@ Figure 1. A thing
     )
 
 
-def test_text_in_no_paragraph_and_tags_left_open_do_no_harm():
+def test_text_outside_paragraphs_and_unclosed_tags_are_parsed():
     assert parsed('loose <b>text</b><p>one<p>two<ul><li>three<li>four</ul></i><p>five') == (
         'loose text\n\none\n\ntwo\n\n- three\n  - four\n\nfive\n'
     )
 
 
-def test_a_page_that_is_none_has_no_text():
+def test_a_page_that_is_not_html_has_no_text():
     assert [sre.markdown(page) for page in (b'', b'index.html', b'<?xml version="1.0"?><a/>')] == [
         ''
     ] * 3
 
 
-def test_a_page_of_endless_depth_is_one_line():
+def test_a_deeply_nested_page_is_one_line():
     assert 'is damaged' in sre.without_text(b'<div role="main">' + b'<p>deeper' * 5000)
 
 
-def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
+def test_both_books_are_read_from_their_tables_of_contents(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     serve_books()
     sre.main(['--out_dir=out', '--tokenizer=byte'])
     pages = [f'{book}{name}/' for book, names in NAMES.items() for name in names]
     tables = [f'{book}table-of-contents/' for book in NAMES]
     assert asked() == ['/robots.txt', *tables, *pages]
-    assert text_of('val').startswith('# Chapter chapter-0 of Plain Things\n\n')  # of ten, one
+    assert text_of('val').startswith('# Chapter chapter-0 of Plain Things\n\n')  # one in ten
     assert text_of('train').startswith('# Chapter chapter-1 of Plain Things\n\n')
     assert text_of('train').count('<|endoftext|># Chapter ') == 8
     for stray in ('Menu', 'Licensed', 'script', 'Next', 'end()'):
@@ -526,7 +526,7 @@ def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
     assert len(asked()) == 13
 
 
-def test_a_chapter_that_moved_is_one_line_and_the_others_are_kept(site, monkeypatch):
+def test_a_moved_chapter_is_one_line_and_the_others_are_kept(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     serve_books()
     Server.pages['/workbook/c/'] = (302, '/books/')
@@ -537,7 +537,7 @@ def test_a_chapter_that_moved_is_one_line_and_the_others_are_kept(site, monkeypa
     assert str(kept) in message
     assert not Path('out').exists()
     before = len(asked())
-    kept.write_text(Server.pages['/workbook/b/'], encoding='utf-8')  # as the line says
+    kept.write_text(Server.pages['/workbook/b/'], encoding='utf-8')  # as the line advises
     sre.main(['--out_dir=out', '--tokenizer=byte'])
     assert asked()[before:] == ['/workbook/d/']
 
@@ -572,7 +572,7 @@ def test_a_chapter_without_text_is_one_line(site, monkeypatch):
 @pytest.mark.parametrize(
     ('argv', 'recipe'), [([], 'finetune_poe'), (['--tokenizer=byte'], 'train_text')]
 )
-def test_the_config_that_fits_is_named(site, argv, recipe, capsys):
+def test_the_matching_config_is_suggested(site, argv, recipe, capsys):
     serve(*books.SETS['poe'])
     books.main(['poe', '--out_dir=out', f'--site={site}', *argv])
     assert f'Train on it: python train.py config/{recipe}.py --dataset=' in capsys.readouterr().out
@@ -585,13 +585,13 @@ def test_the_name_of_the_dataset_is_enough(site, tmp_path, monkeypatch):
     script = Path(sre.__file__).read_text(encoding='utf-8')
     (folder / 'prepare.py').write_text(script.replace(sre.SITE, site), encoding='utf-8')
     monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path / 'data')
-    monkeypatch.setitem(sys.modules, 'data.sre.prepare', sre)  # and back in the end
+    monkeypatch.setitem(sys.modules, 'data.sre.prepare', sre)  # and restored at the end
     serve_books()
     assert open_data('sre', 16).tokenizer.name == 'gpt2'
     assert (folder / 'pages' / 'workbook_intro.html').exists()
 
 
-# --- what they are for
+# --- training on them
 
 SMALLER = ('--batch_size=2', '--gradient_accumulation_steps=1', '--eval_interval=2',
            '--sample_tokens=0', '--eval_sample_tokens=0', '--device=cpu', '--dtype=float32',
@@ -600,7 +600,7 @@ SMALLER = ('--batch_size=2', '--gradient_accumulation_steps=1', '--eval_interval
 
 @pytest.fixture
 def gpt2(tmp_path):
-    """A folder as transformers writes it, with a GPT-2 that is tiny and reads bytes."""
+    """A tiny GPT-2 on bytes, exported for transformers."""
     folder, tokenizer = tmp_path / 'tiny-gpt2', byte_tokenizer()
     model = random_model(tokenizer.vocab_size, 256, n_layer=1, n_head=2, n_embd=16, bias=True)
     export_transformers(model, tokenizer, {}, folder)
@@ -608,7 +608,7 @@ def gpt2(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['sre', 'poe', 'poems'])
-def test_gpt2_is_fine_tuned_on_them_and_its_console_goes_on(
+def test_gpt2_is_fine_tuned_on_them_and_its_console_continues_text(
     name, site, gpt2, run_here, script, monkeypatch
 ):
     monkeypatch.setattr(sre, 'SITE', site)

@@ -1,4 +1,4 @@
-"""Parquet files to parts of a dataset: from folders, and from a hub that answers on 127.0.0.1."""
+"""Datasets from parquet files: from folders, and from a local imitation of the hub."""
 
 import hashlib
 import http.server
@@ -33,7 +33,7 @@ BYTES = byte_tokenizer()
 
 @pytest.fixture(autouse=True)
 def with_bytes(tmp_path, monkeypatch):
-    """An empty folder, and bytes in place of gpt2's tokens, whose vocabulary may not be here."""
+    """Run in an empty folder, with bytes instead of gpt2, whose vocabulary may be unavailable."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(openwebtext, 'get_tokenizer', lambda name: byte_tokenizer())
 
@@ -81,7 +81,7 @@ def content(folder: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def source() -> str:
-    """Three files in two folders, and a dataset made of them in one go."""
+    """Three parquet files -> the flag for their folder."""
     for number in range(3):
         parquet(f'source/plain_text/train-{number}.parquet', stories(60 * number, 60))
     return '--source=source'
@@ -90,7 +90,7 @@ def source() -> str:
 # --- from a folder
 
 
-def test_of_each_file_the_first_document_and_then_evenly_spaced_ones_are_for_validation(
+def test_the_first_document_of_each_file_and_every_nth_after_it_are_for_validation(
     monkeypatch,
 ):
     monkeypatch.setattr(openwebtext, 'VAL_EVERY', 3)
@@ -116,7 +116,7 @@ def test_a_sample_goes_to_a_dataset_of_its_own(tmp_path, monkeypatch):
     assert Dataset(tmp_path / 'openwebtext_dev', 64).n_windows
 
 
-def test_a_folder_with_the_name_of_a_file_is_none():
+def test_a_folder_whose_name_ends_in_parquet_is_not_a_file():
     parquet('source/a.parquet/b.parquet', stories(0, 3))
     assert [file.name for file in parquet_module.local_files(Path('source'))] == [
         'a.parquet/b.parquet'
@@ -126,7 +126,7 @@ def test_a_folder_with_the_name_of_a_file_is_none():
         parquet_module.local_files(Path('empty'))
 
 
-def test_empty_documents_are_left_out_and_counted_and_a_file_may_have_none(capsys):
+def test_empty_documents_are_skipped_and_counted_and_a_file_may_have_no_documents(capsys):
     parquet('source/0.parquet', ['', 'one', None, 'two'])
     parquet('source/1.parquet', pyarrow.array([], pyarrow.string()))
     parquet('source/2.parquet', ['three'])
@@ -135,7 +135,7 @@ def test_empty_documents_are_left_out_and_counted_and_a_file_may_have_none(capsy
     assert '2 documents skipped: their text is null or empty' in capsys.readouterr().out
 
 
-def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
+def test_documents_stay_intact_across_batches_and_chunks(monkeypatch):
     monkeypatch.setattr('flatgpt.data.parquet.BATCH_ROWS', 7)
     monkeypatch.setattr('flatgpt.data.encode.CHUNK', 50)
     documents = stories(0, 100)
@@ -145,7 +145,7 @@ def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
 
 
 @pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='it has the gpt2 vocabulary')
-def test_tokens_are_those_of_gpt2_with_the_end_of_text_after_each_document(monkeypatch):
+def test_tokens_are_gpt2_s_with_an_end_of_text_after_each_document(monkeypatch):
     tokenizer = get_tokenizer('gpt2')
     monkeypatch.setattr(openwebtext, 'get_tokenizer', get_tokenizer)
     documents = stories(0, 50)
@@ -202,7 +202,7 @@ def delete_parts():
 
 
 @error_line('uses the tokenizer')
-def test_a_part_of_another_tokenizer_is_deleted_and_its_job_run_again(source):
+def test_a_part_with_another_tokenizer_is_deleted_and_its_job_run_again(source):
     prepare(source)
     part, made_of = Path('out/part-00001'), read_meta(Path('out/part-00001'))['source']
     with Writer(part, char_tokenizer(list('ab')), source=made_of) as writer:
@@ -214,14 +214,14 @@ def test_a_part_of_another_tokenizer_is_deleted_and_its_job_run_again(source):
 
 
 @error_line('--merge only combines')
-def test_merge_goes_without_options_of_writing(source):
+def test_merge_works_without_the_options_for_writing(source):
     prepare(source)
     message = refused(source, '--merge', '--part=1/2')
     assert message.endswith('omit --source and --part')
     assert prepare('--merge')
 
 
-def test_a_finished_dataset_is_left_as_it_is(source, monkeypatch):
+def test_a_finished_dataset_is_not_changed(source, monkeypatch):
     prepare(source)
     before = content('out')
     monkeypatch.setattr('flatgpt.data.parquet.write_part', None)
@@ -238,7 +238,7 @@ def test_the_result_trains_and_is_evaluated_across_its_parts(source, run_here):
     assert list(Path('run/checkpoints').iterdir())
 
 
-def test_a_log_has_a_line_for_each_file_with_the_time_to_go(source, capsys):
+def test_a_log_has_a_line_for_each_file_with_the_remaining_time(source, capsys):
     openwebtext.main([source, '--out_dir=out', '--workers=1', '--part=2/2'])
     prepare(source)
     lines = [line for line in capsys.readouterr().out.splitlines() if ' to go' in line]
@@ -249,7 +249,7 @@ def test_a_log_has_a_line_for_each_file_with_the_time_to_go(source, capsys):
     assert lines[2] == f'{total:.2f}kB of {total:.2f}kB, 00:00 to go'
 
 
-# --- stopped, and gone on with
+# --- interrupted and resumed
 
 RUN = """
 import os, signal, sys
@@ -276,7 +276,7 @@ if __name__ == '__main__':
 
 
 def start(*argv: str, kill_at: int = 0, **environment: str) -> subprocess.Popen:
-    """A preparation in a process of its own, which is killed at its kill_at-th call to encode."""
+    """Prepare in a subprocess, which is killed at its kill_at-th call to encode."""
     Path('run.py').write_text(RUN, encoding='utf-8')
     kept = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
     return subprocess.Popen(
@@ -291,7 +291,7 @@ def start(*argv: str, kill_at: int = 0, **environment: str) -> subprocess.Popen:
 
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
 @pytest.mark.parametrize(('kill_at', 'finished'), [(2, 0), (6, 1), (7, 1), (11, 2)])
-def test_a_killed_run_goes_on_with_the_file_it_was_at(source, monkeypatch, kill_at, finished):
+def test_a_killed_run_resumes_with_the_file_it_was_reading(source, monkeypatch, kill_at, finished):
     prepare(source, out='whole')
     process = start(source, '--workers=1', kill_at=kill_at)
     _, err = process.communicate(timeout=60)
@@ -312,7 +312,7 @@ def test_a_killed_run_goes_on_with_the_file_it_was_at(source, monkeypatch, kill_
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
-def test_ctrl_c_is_one_line_and_what_is_finished_is_kept(source):
+def test_ctrl_c_is_one_line_and_finished_parts_are_kept(source):
     parquet('source/plain_text/train-1.parquet', stories(0, 400_000))
     process = start(source, '--workers=2')
     begun = Path('out/part-00001')
@@ -321,13 +321,13 @@ def test_ctrl_c_is_one_line_and_what_is_finished_is_kept(source):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    os.killpg(process.pid, signal.SIGINT)  # to every process, as a terminal does
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, 'interrupted\n')
     assert not (begun / 'meta.json').exists()
 
 
-def test_a_part_that_was_cut_is_made_again(source):
+def test_a_truncated_part_is_written_again(source):
     prepare(source)
     before = content('out')
     for damage in (lambda path: os.truncate(path, 10), os.unlink):
@@ -340,7 +340,7 @@ def test_a_part_that_was_cut_is_made_again(source):
 
 @error_line('choose another --out_dir, or delete')
 @pytest.mark.parametrize('what', ['other file', 'other size', 'one more', 'one less', 'other rule'])
-def test_another_source_than_before_is_refused_and_the_dataset_stays(source, what):
+def test_a_changed_source_is_refused_and_the_dataset_is_kept(source, what):
     prepare(source)
     before = content('out')
     if what == 'other file':
@@ -360,13 +360,13 @@ def test_another_source_than_before_is_refused_and_the_dataset_stays(source, wha
     assert content('out') == content('other')
 
 
-def test_two_programs_at_the_same_part_are_refused(source):
+def test_two_programs_cannot_write_the_same_part(source):
     with Writer('out/part-00000', BYTES, source={'file': 'x'}) as writer:
         assert 'another program' in refused(source)
         writer.write('train', [1])
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(source, monkeypatch):
     prepare(source, out='whole')
     synced = []
 
@@ -385,13 +385,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, monkeypatc
     assert content('out') == content('whole')
 
 
-# --- what is wrong with a file
+# --- invalid files
 
 
 @error_line('invalid parquet file')
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('damage', ['head', 'middle', 'cut', 'none', 'empty'])
-def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, workers):
+def test_a_damaged_file_is_reported_and_finished_parts_are_kept(source, damage, workers):
     path = Path('source/plain_text/train-1.parquet')
     whole = parquet(path, stories(60, 60), compression='gzip')
     prepare(source, out='whole')
@@ -419,7 +419,7 @@ def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, 
 @pytest.mark.parametrize(
     'table', [{'body': ['a']}, {'text': [1]}, {'text': [b'a'], 'id': [1]}, {'text': [['a']]}]
 )
-def test_a_file_without_text_is_named_with_what_it_has(table):
+def test_a_file_without_a_text_column_is_reported_with_its_columns(table):
     Path('source').mkdir()
     pyarrow.parquet.write_table(pyarrow.table(table), 'source/0.parquet')
     message = refused('--source=source')
@@ -488,7 +488,7 @@ def test_a_source_without_parquet_files_needs_some(what, problem):
         assert prepare('--source=source')
 
 
-def test_a_source_too_small_to_divide_is_refused():
+def test_a_source_too_small_to_split_is_refused():
     parquet('source/0.parquet', ['one'])
     assert 'the train split would be empty' in refused('--source=source')
 
@@ -512,12 +512,12 @@ def test_at_least_one_process_is_needed(source):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as datasets are read by: what a revision has, and its files."""
+    """The API of the hub for reading datasets: the files of a revision, and their content."""
 
     protocol_version = 'HTTP/1.1'
     repositories: dict[str, dict[str, dict[str, bytes]]]  # name -> revision -> file -> content
-    log: list[str]  # what was fetched, once for each attempt
-    trouble: dict[str, list]  # file -> what happens to the attempts to fetch it
+    log: list[str]  # files fetched, once per attempt
+    trouble: dict[str, list]  # file -> what happens at each attempt to fetch it
 
     def do_HEAD(self):
         self.answer(send_body=False)
@@ -564,7 +564,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.reply(200, {'Content-Type': 'application/json'}, json.dumps(found).encode())
 
     def resolve(self, name: str, revision: str, file: str) -> None:
-        """Large files are elsewhere, and this is where their hash and size are told."""
+        """Redirect to a large file, and report its hash and size."""
         branch = next((b for b in self.repositories[name] if commit(b) == revision), None)
         if branch is None:
             self.reply(404, {'X-Error-Code': 'RevisionNotFound'})
@@ -626,7 +626,7 @@ def commit(revision: str) -> str:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that has the two repositories as the real one: parquet, and a script's conversion."""
+    """A hub with both repositories: one has parquet files, the other a converted revision."""
     constants = pytest.importorskip('huggingface_hub.constants')
     Hub.log, Hub.trouble = [], {}
     full = {
@@ -665,7 +665,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def prepare_locally(hub, name: str, revision: str, *argv: str) -> dict[str, bytes]:
-    """What comes of the same files in a folder."""
+    """The dataset made from the same files in a folder."""
     for file, raw in hub.repositories[name][revision].items():
         if file.endswith('.parquet'):
             path = Path('local') / Path(file).name
@@ -681,7 +681,7 @@ def test_the_full_set_is_read_from_the_files_of_its_main_branch(hub):
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
-def test_the_sample_is_read_from_what_the_hub_converted(hub):
+def test_the_sample_is_read_from_the_hub_s_conversion(hub):
     prepare('--dev')
     expected = prepare_locally(hub, openwebtext.DEV, 'refs/convert/parquet', '--dev')
     assert content('out') == expected
@@ -698,7 +698,7 @@ def test_only_the_dataset_is_left_on_the_disk(hub):
     assert not list(Path('cache').rglob('*.parquet'))
 
 
-def test_a_connection_that_is_cut_is_taken_up_where_it_was(hub):
+def test_an_interrupted_download_is_resumed(hub):
     hub.trouble = {'train-00001-of-00003.parquet': ['cut', 'fail']}
     prepare()
     assert hub.log.count('train-00001-of-00003.parquet') == 3
@@ -707,7 +707,7 @@ def test_a_connection_that_is_cut_is_taken_up_where_it_was(hub):
 
 @error_line('cannot be fetched ({}); run')
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_file_that_cannot_be_had_is_named_and_the_same_command_goes_on(hub, workers):
+def test_a_file_that_cannot_be_fetched_is_reported_and_the_same_command_resumes(hub, workers):
     hub.trouble = {'train-00001-of-00003.parquet': ['fail'] * 100}
     message = refused(f'--workers={workers}')
     assert 'plain_text/train-00001-of-00003.parquet cannot be fetched' in message
@@ -720,7 +720,7 @@ def test_a_file_that_cannot_be_had_is_named_and_the_same_command_goes_on(hub, wo
 
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_run_killed_while_it_fetches_goes_on_with_that_file(hub, workers):
+def test_a_run_killed_while_fetching_resumes_with_that_file(hub, workers):
     last = 'train-00002-of-00003.parquet'
     reached, goes_on = threading.Event(), threading.Event()
     hub.trouble = {last: [lambda: (reached.set(), goes_on.wait(30))]}
@@ -729,7 +729,7 @@ def test_a_run_killed_while_it_fetches_goes_on_with_that_file(hub, workers):
     try:
         assert reached.wait(30), process.communicate()
         deadline = time.monotonic() + 30
-        while len(list(Path('out').glob('part-*/meta.json'))) < 2:  # the workers are at it
+        while len(list(Path('out').glob('part-*/meta.json'))) < 2:  # wait for the workers
             assert time.monotonic() < deadline
             threading.Event().wait(0.01)
     finally:
@@ -742,7 +742,7 @@ def test_a_run_killed_while_it_fetches_goes_on_with_that_file(hub, workers):
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
-def test_a_damaged_file_is_not_kept_to_be_read_again(hub):
+def test_a_damaged_download_is_not_kept(hub):
     files = hub.repositories[openwebtext.FULL]['main']
     name = 'plain_text/train-00001-of-00003.parquet'
     whole = files[name]
@@ -753,7 +753,7 @@ def test_a_damaged_file_is_not_kept_to_be_read_again(hub):
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
-def test_what_is_in_the_hub_s_cache_is_not_fetched_and_serves_offline(hub, monkeypatch):
+def test_files_in_the_hub_s_cache_are_not_fetched_and_work_offline(hub, monkeypatch):
     import huggingface_hub
 
     def download(**options):
@@ -769,13 +769,13 @@ def test_what_is_in_the_hub_s_cache_is_not_fetched_and_serves_offline(hub, monke
     assert len(list(Path(download(local_files_only=True)).rglob('*.parquet'))) == 3
 
 
-def test_a_part_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(hub, monkeypatch):
+def test_an_incomplete_dataset_in_the_cache_is_not_used(hub, monkeypatch):
     import huggingface_hub
 
     huggingface_hub.snapshot_download(
         openwebtext.FULL, repo_type='dataset', allow_patterns='*/train-00001-*'
     )
-    for tree in Path('cache').glob('*/trees'):  # which older versions of the hub's client lack
+    for tree in Path('cache').glob('*/trees'):  # missing in older versions of the hub's client
         shutil.rmtree(tree)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     assert 'not cached' in refused()
@@ -803,7 +803,7 @@ def test_without_hub_and_cache_the_files_can_be_downloaded_by_other_means(hub, m
 
 
 @error_line('no complete set')
-def test_what_the_hub_converted_of_a_part_is_not_taken_for_all_of_it(hub, monkeypatch):
+def test_an_incomplete_conversion_of_the_hub_is_not_used(hub, monkeypatch):
     branches = hub.repositories[openwebtext.FULL]
     branches['main'].clear()
     converted = branches['refs/convert/parquet']
