@@ -144,9 +144,7 @@ def strip_boilerplate(book: str) -> str:
     body = book[start.end() :] if start else ''
     end = END.search(body)
     body = body[: end.start()] if end else body
-    old_end = next(
-        reversed([*OLD_END.finditer(body)]), None
-    )  # above the END line, or instead of it
+    old_end = next(reversed([*OLD_END.finditer(body)]), None)  # above END, or instead of it
     if not (end or old_end):
         return ''
     if old_end and (not end or len(body) - old_end.end() < 200):

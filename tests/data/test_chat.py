@@ -954,15 +954,15 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
 @pytest.mark.parametrize(
     ('flags', 'problem'),
     [
-        (('--objective=sft',), 'holds text, for --objective=lm'),
+        (('--objective=sft',), 'contains text, for --objective=lm'),
         (('--objective=dpo',), 'needs a model that answers: give --init_from'),
         (('--objective=dpo', '--init_from={base}'), 'needs preference pairs'),
-        (('--dataset={talks}',), 'holds conversations, for --objective=sft'),
+        (('--dataset={talks}',), 'contains conversations, for --objective=sft'),
         (
             ('--dataset={pairs}', '--init_from={base}'),
-            'holds preference pairs, for --objective=dpo',
+            'contains preference pairs, for --objective=dpo',
         ),
-        (('--dataset={talks}', '--objective=dpo', '--init_from={base}'), 'holds conversations'),
+        (('--dataset={talks}', '--objective=dpo', '--init_from={base}'), 'contains conversations'),
         (
             ('--dataset={talks}', '--objective=sft', '--block_size=16'),
             'prepare it again with --block_size=16',
