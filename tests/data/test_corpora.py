@@ -201,7 +201,7 @@ def test_the_next_address_is_tried_if_the_first_has_no_page(site, tmp_path):
     assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy', urls[1]], tmp_path / 'c')
 
 
-@error_line('delete it to fetch it again')
+@error_line('delete it to fetch it again from')
 def test_an_invalid_page_is_not_kept_and_a_kept_one_is_not_deleted(site, tmp_path):
     Server.pages = {'/a': 'sign in'}
     problem = lambda page: 'is nothing to read' if page != b'a page' else None  # noqa: E731

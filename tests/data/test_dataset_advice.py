@@ -101,7 +101,7 @@ def begin_to_write(folder):
     'damage',
     [
         case(
-            'is outside the vocabulary',
+            'the file is damaged or uses another',
             lambda folder: np.full(200, 9999, '<u2').tofile(folder / 'train.bin'),
         ),
         case('preparation was interrupted', lambda folder: (folder / '.unfinished').touch()),
@@ -121,7 +121,7 @@ def test_preparing_again_repairs_a_damaged_dataset(damage):
     assert read()
 
 
-@error_line('is outside the vocabulary')
+@error_line('the file is damaged or uses another')
 def test_deleting_a_damaged_copy_repairs_it():
     copy = copy_to_cache(write(), 'near')
     np.full(200, 9999, '<u2').tofile(copy / 'train.bin')

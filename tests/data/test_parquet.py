@@ -201,7 +201,7 @@ def delete_parts():
         shutil.rmtree(part)
 
 
-@error_line('uses the tokenizer')
+@error_line('uses the tokenizer {}, and other')
 def test_a_part_with_another_tokenizer_is_deleted_and_its_job_run_again(source):
     prepare(source)
     part, made_of = Path('out/part-00001'), read_meta(Path('out/part-00001'))['source']
@@ -502,7 +502,7 @@ def test_pyarrow_is_required(source, monkeypatch):
     assert prepare(source)  # with pyarrow installed
 
 
-@error_line('must be at least 1')
+@error_line('--workers={}: must be at least 1')
 def test_at_least_one_process_is_needed(source):
     assert '--workers=0' in refused(source, '--workers=0')
     assert prepare(source, '--workers=1')
