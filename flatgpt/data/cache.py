@@ -76,11 +76,11 @@ def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambd
             if not is_complete(folder):
                 copy_dataset(source, folder, raw, alive)
     except OSError as error:
-        raise write_error(folder, error) from error
+        raise copy_error(folder, error) from error
     return folder
 
 
-def write_error(path: Path, error: OSError) -> UserError:
+def copy_error(path: Path, error: OSError) -> UserError:
     return UserError(
         f'{path}: cannot write the copy: {error.strerror or error}; free some space and make it '
         'writable, or choose another --data_cache'
@@ -224,7 +224,7 @@ def copy_file(source: str, folder: Path, file: FileEntry, progress: Progress) ->
             )
         os.replace(part, path)
     except OSError as error:
-        raise write_error(path, error) from error
+        raise copy_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -19,6 +19,7 @@ A nanoGPT folder with only train.bin, val.bin and perhaps meta.pkl can be read, 
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.util
@@ -87,7 +88,7 @@ class Writer:
                 'finished, or choose another --out_dir'
             ) from None
         except OSError as error:
-            raise self._write_error(error) from error
+            raise write_error(self.folder, error) from error
         self._remove_parts()  # of a killed run
         return self
 
@@ -115,7 +116,7 @@ class Writer:
                 if shard['tokens'] == self.shard_tokens:
                     self._close_shard(split)
         except OSError as error:
-            raise self._write_error(error) from error
+            raise write_error(self.folder, error) from error
 
     def include(self, name: str) -> None:
         """Append the shards of a finished part, the subfolder `name`, without moving them."""
@@ -130,9 +131,6 @@ class Writer:
             self.bytes[split] += meta['splits'][split]['bytes']
             for shard in meta['splits'][split]['shards']:
                 self.shards[split].append(shard | {'file': f'{name}/{shard["file"]}'})
-
-    def _write_error(self, error: OSError) -> UserError:
-        return write_error(self.folder, error)
 
     def _open_shard(self, split: str) -> None:
         name = f'{split}-{len(self.shards[split]):05d}.bin'
@@ -154,7 +152,7 @@ class Writer:
             if kind is None:
                 self._publish()
         except OSError as failure:
-            raise self._write_error(failure) from failure
+            raise write_error(self.folder, failure) from failure
         finally:
             for file, _ in itertools.chain(*self._files.values()):
                 with contextlib.suppress(OSError):  # the disk is still full
@@ -220,7 +218,8 @@ class Writer:
 
 def write_error(folder: Path, error: OSError, command: str = '') -> UserError:
     """The line for a dataset that cannot be written. command: its prepare script, if known."""
-    fix = 'free some space' if error.errno in DISK_TROUBLE else 'make the folder writable'
+    full = error.errno in DISK_TROUBLE - {errno.EROFS}
+    fix = 'free some space' if full else 'make the folder writable'
     return UserError(
         f'{folder}: cannot write the dataset: {error.strerror or error}; {fix}, or write it '
         f'elsewhere: {command}--out_dir=FOLDER, then train with --dataset=./FOLDER'
