@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
-from flatgpt.parallel import apply_fsdp, compile_blocks, settle, sync_gradients, whole
+from flatgpt.parallel import apply_fsdp, compile_blocks, full_tensor, reshard, sync_gradients
 from flatgpt.runtime import StopSignal, on_out_of_memory, start
 from flatgpt.streams import ignore_output_errors
 from flatgpt.training.batches import BatchLoader
@@ -175,7 +175,7 @@ if runtime.world_size > 1 and not shard and not eval_only:
     gpu = [runtime.device] if runtime.device_type == 'cuda' else None
     model = DistributedDataParallel(model, device_ids=gpu)
 
-settle(raw_model)  # the optimizer has to be given each rank's rows, whatever has been computed
+reshard(raw_model)  # the optimizer has to be given each rank's rows, whatever has been computed
 optimizers = build_optimizers(
     optimizer,
     raw_model,
@@ -272,7 +272,9 @@ while True:
     for each in optimizers:
         scaler.unscale_(each)
     watchdog.at(step, 'the update')
-    norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
+    norm = full_tensor(
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    )
     mean_loss, norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
 
     # an update that is not finite is skipped, by all ranks or none; in float16 the scale may just

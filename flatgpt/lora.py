@@ -1,12 +1,10 @@
 """
-Low-rank adaptation (Hu et al. 2021, LoRA): beside a matrix that stays as it is, a thin one learns.
+Low-rank adaptation (LoRA, Hu et al. 2021): train a low-rank update of each frozen weight matrix.
 
-    add_lora(model, rank=8, alpha=16, dropout=0.0, targets='all')   # nothing else is trained now
-    adapter_files(model, base='gpt2')                               # in the format of `peft`
-    read_adapter(model, folder, 'gpt2')                             # one of ours or of `peft`
-    merge_lora(model)                                               # a model like any other again
+    add_lora(model, rank=8, alpha=16, dropout=0.0, targets='all')   # freezes everything else
+    merge_lora(model)                                               # back to a plain model
 
-An adapter is a folder with adapter_config.json and adapter_model.safetensors; ours have base.json.
+checkpoint/peft.py saves and loads adapters in the format of `peft`.
 """
 
 import torch
@@ -18,10 +16,10 @@ from model import GPT, dropout
 
 
 class LoRALinear(nn.Module):
-    """W x + b + alpha / r * B A x: W and b are those of `linear`, A is (r, in) and B (out, r).
+    """W x + b + alpha / r * B A x, with W and b of `linear`, A (r, in) and B (out, r).
 
-    A begins at random, uniform as nn.Linear begins (He et al. 2015), and B at zero, so that at
-    first nothing is added. In training, dropout acts on what A is given.
+    A is initialized like nn.Linear (He et al. 2015) and B to zero, so that the initial update is
+    zero. In training, dropout is applied to the input of A.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, scale: float, dropout: float = 0.0):
@@ -40,7 +38,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """The one matrix that computes the same; it takes the place of W."""
+        """The equivalent nn.Linear; the update is added to W in place."""
         rows, columns = self.weight.shape
         linear = nn.Linear(columns, rows, bias=self.bias is not None, device='meta')
         self.weight += self.lora_B.weight @ self.lora_A.weight * self.scale
@@ -52,22 +50,22 @@ class LoRALinear(nn.Module):
 # a model
 
 
-def matrices(model: GPT) -> dict[str, nn.Linear]:
-    """Those inside the blocks by name, transformer.h.0.attn.c_attn and so on, of a plain model."""
+def linear_layers(model: GPT) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks by name, such as transformer.h.0.attn.c_attn."""
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     return {name: linear for name, linear in named.items() if name != 'lm_head'}
 
 
-def adapted(model: GPT) -> dict[str, LoRALinear]:
+def lora_layers(model: GPT) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
 
 
-def replace(model: GPT, name: str, module: nn.Module) -> None:
+def replace_module(model: GPT, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition('.')
     setattr(model.get_submodule(owner), leaf, module)
 
 
-def place(name: str) -> tuple[int, str]:
+def block_and_name(name: str) -> tuple[int, str]:
     """'transformer.h.3.attn.c_attn' -> 3, 'attn.c_attn'."""
     _, _, block, inside = name.split('.', 3)
     return int(block), inside
@@ -76,14 +74,21 @@ def place(name: str) -> tuple[int, str]:
 def add_lora(
     model: GPT, rank: int, alpha: float, dropout: float, targets: str, freeze: int = 0
 ) -> None:
-    """Freeze a model, and give matrices of its blocks from `freeze` on an adapter that learns.
+    """Freeze a model, and add trainable adapters to linear layers of the blocks from `freeze` on.
 
-    targets: 'all', or names with commas between, each of every matrix that it is or ends, as for
-    peft: c_proj, or mlp.c_proj alone. ConfigError with the names there are, where one matches none.
+    targets: 'all', or comma-separated names or name suffixes, as in peft: c_proj, or only
+    mlp.c_proj. ConfigError lists the valid names if one matches nothing.
     """
     if freeze >= len(model.blocks):
-        raise ConfigError(f'freeze={freeze}: leaves none of {len(model.blocks)} blocks to adapt')
-    names = {name: place(name)[1] for name in matrices(model) if place(name)[0] >= freeze}
+        raise ConfigError(
+            f'freeze={freeze}: all {len(model.blocks)} blocks are frozen, so none can be adapted; '
+            f'use --freeze={len(model.blocks) - 1} or less'
+        )
+    names = {
+        name: block_and_name(name)[1]
+        for name in linear_layers(model)
+        if block_and_name(name)[0] >= freeze
+    }
     inside = list(dict.fromkeys(names.values()))
     chosen = set(inside) if targets == 'all' else set()
     for target in () if targets == 'all' else targets.replace(' ', '').split(','):
@@ -91,26 +96,28 @@ def add_lora(
         if not found:
             hint = did_you_mean(target, [*inside, *(name.split('.')[-1] for name in inside)])
             raise ConfigError(
-                f'lora_targets={targets!r}: {target!r} is no matrix of a block; {hint}there are '
-                f"{', '.join(inside)}, and 'all'"
+                f'lora_targets={targets!r}: {target!r} is not a linear layer of a block; {hint}'
+                f"choose from {', '.join(inside)}, or 'all'"
             )
         chosen |= found
+    adapted = {name: model.get_submodule(name) for name, leaf in names.items() if leaf in chosen}
+    smallest = min(adapted, key=lambda name: min(adapted[name].weight.shape))
+    shape = tuple(adapted[smallest].weight.shape)
+    if rank > min(shape):
+        raise ConfigError(
+            f'lora_rank={rank}: {smallest} has the shape {shape}, so that a higher rank than '
+            f'{min(shape)} adds nothing; use --lora_rank={min(shape)} or less'
+        )
     model.requires_grad_(False)
-    for name in [name for name, leaf in names.items() if leaf in chosen]:
-        linear = model.get_submodule(name)
-        if rank > min(linear.weight.shape):
-            raise ConfigError(
-                f'lora_rank={rank}: {name} is {tuple(linear.weight.shape)}, and a higher rank than '
-                f'{min(linear.weight.shape)} adds nothing'
-            )
-        replace(model, name, LoRALinear(linear, rank, alpha / rank, dropout))
+    for name, linear in adapted.items():
+        replace_module(model, name, LoRALinear(linear, rank, alpha / rank, dropout))
 
 
 def merge_lora(model: GPT) -> GPT:
-    """Add what the adapters learned to their matrices: a plain model, all of which can be trained.
+    """Merge all adapters into their matrices -> a plain model, all of it trainable.
 
-    A model without adapters stays as it is.
+    A model without adapters only becomes trainable.
     """
-    for name, module in adapted(model).items():
-        replace(model, name, module.merged())
+    for name, module in lora_layers(model).items():
+        replace_module(model, name, module.merged())
     return model.requires_grad_(True)

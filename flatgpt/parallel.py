@@ -1,13 +1,12 @@
 """
-One model over several processes, each holding its share of the rows (FSDP2). Where the model is
-whole in each of them, train.py wraps it in DDP.
+One model sharded over several processes (FSDP2). For replicated models train.py uses DDP.
 
     model = apply_fsdp(raw_model, runtime, offload=False)
 
-The parameters of a sharded model, their gradients and the optimizer's state are DTensors: the rows
-are dealt out in equal runs, rounded up, so that the last ranks may have fewer, or none. A block's
-rows are brought together while it is computed, and then dropped. Embeddings, head and last norm
-stay together at the root, where GPT-2's tied matrix is one parameter (Zhao et al. 2023, FSDP).
+The parameters of a sharded model, their gradients and the optimizer state are DTensors, sharded by
+rows in equal chunks, rounded up: the last ranks may have fewer rows, or none. The parameters of a
+block are gathered while it is computed, and then freed. Embeddings, head and last norm are sharded
+together at the root, where GPT-2's tied matrix is one parameter (Zhao et al. 2023, FSDP).
 """
 
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from model import GPT
 
 
 def apply_fsdp(model: GPT, runtime: Runtime, offload: bool = False):
-    """Cut a model in place into rows, to be trained by all processes together.
+    """Shard a model in place over all processes.
 
-    offload: keep the rows, and the optimizer, on the host.
+    offload: keep the shards and the optimizer state in host memory.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -35,15 +34,15 @@ def apply_fsdp(model: GPT, runtime: Runtime, offload: bool = False):
     return fully_shard(model, **how)
 
 
-def compile_blocks(model: GPT, runtime: Runtime, say: Callable) -> bool:
-    """Compile the blocks of a model that is to be cut, in place -> whether that can be done here.
+def compile_blocks(model: GPT, runtime: Runtime, print0: Callable) -> bool:
+    """Compile the blocks of a model in place, before it is sharded -> whether that works here.
 
-    Tried on a small one: where compiling fails, rows that were brought together do not part again.
+    Tests on a small model first: a failure in a sharded model would leave parameters gathered.
     """
     small = GPT(replace(model.config, n_layer=1, vocab_size=64)).to(runtime.device)
     x = torch.zeros(1, model.config.block_size, dtype=torch.long, device=runtime.device)
     _, works = runtime.try_compile(
-        torch.compile, small, [{'x': x, 'y': x}], say, lambda m, x, y: m(x, y)[1]
+        torch.compile, small, [{'x': x, 'y': x}], print0, lambda m, x, y: m(x, y)[1]
     )
     for block in model.blocks if works else ():
         block.compile(dynamic=False)
@@ -51,50 +50,50 @@ def compile_blocks(model: GPT, runtime: Runtime, say: Callable) -> bool:
 
 
 def sync_gradients(model, last: bool) -> None:
-    """Have the ranks exchange gradients after this backward pass only if it is the step's last."""
+    """Synchronize gradients in the next backward pass only if it is the last of the step."""
     if hasattr(model, 'set_requires_gradient_sync'):
         model.set_requires_gradient_sync(last)
     else:
-        model.require_backward_grad_sync = last  # what DDP's no_sync() sets
+        model.require_backward_grad_sync = last  # as DDP's no_sync() does
 
 
-def settle(model) -> None:
-    """Have each rank hold its rows again: after an evaluation the root's are still together."""
+def reshard(model) -> None:
+    """Free gathered parameters: after an evaluation those of the root are still gathered."""
     if hasattr(model, 'reshard'):
         model.reshard()
 
 
-def local(tensor):
-    """This rank's rows of a tensor; all of one that is not sharded."""
+def to_local(tensor):
+    """This rank's rows of a tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, 'to_local') else tensor
 
 
-def whole(tensor):
-    """All rows of a tensor. Every rank has to ask."""
+def full_tensor(tensor):
+    """All rows of a tensor. A collective: every rank must call it."""
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def are_finite(model: GPT, runtime: Runtime) -> bool:
-    """Whether no weight, of any rank, is infinite or NaN. Every rank has to ask."""
-    bad = any(not local(p.detach()).isfinite().all() for p in model.parameters())
+    """Whether all weights of all ranks are finite. A collective: every rank must call it."""
+    bad = any(not to_local(p.detach()).isfinite().all() for p in model.parameters())
     return runtime.reduce([bad], 'MAX')[0] == 0
 
 
-def cut_like(full, like):
-    """`full` in rows as the tensor `like` is, and on the device where those lie; itself where
-    `like` is whole. No rank waits."""
+def shard_like(full, like):
+    """`full`, sharded like the tensor `like` and on its device; unchanged if `like` is not sharded.
+    Not a collective."""
     if not hasattr(like, 'device_mesh'):
         return full
     from torch.distributed.tensor import distribute_tensor
 
-    # cuts on the GPU, also what is then kept on the host
+    # shards on the GPU, even for offloaded tensors
     rows = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return rows.to(local(like).device)
+    return rows.to(to_local(like).device)
 
 
-def computing_device(tensor) -> torch.device:
-    """Where a tensor is computed with: of rows that lie on the host, the GPU of this process."""
+def compute_device(tensor) -> torch.device:
+    """The device to compute with a tensor on: the GPU of this process if it is offloaded."""
     mesh = getattr(tensor, 'device_mesh', None)
-    if mesh is None or mesh.device_type == local(tensor).device.type:
-        return local(tensor).device
+    if mesh is None or mesh.device_type == to_local(tensor).device.type:
+        return to_local(tensor).device
     return torch.device(mesh.device_type)

@@ -1,4 +1,4 @@
-"""Fine-tuning a part of a model: adapters of low rank, frozen blocks, and memory for time."""
+"""Parameter-efficient fine-tuning: LoRA, frozen blocks and gradient checkpointing."""
 
 import json
 import re
@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, metrics, random_model
+from error_lines import case
 from safetensors.torch import load_file, save_file
 
 import model as model_module
@@ -20,7 +21,7 @@ from flatgpt.checkpoint.load import find, load, load_model
 from flatgpt.checkpoint.peft import CONFIG, WEIGHTS
 from flatgpt.errors import UserError
 from flatgpt.inference.quantize import prepare_for_inference
-from flatgpt.lora import LoRALinear, adapted, add_lora, matrices, merge_lora
+from flatgpt.lora import LoRALinear, add_lora, linear_layers, lora_layers, merge_lora
 from flatgpt.training import metrics as metrics_module
 
 SHAPES = {'gpt2': {'bias': True}, 'modern': {'arch': 'modern', 'n_kv_head': 1}}
@@ -29,9 +30,9 @@ FIXED = ('--lr_decay_iters=100', '--dropout=0.2', '--lora_dropout=0.2')
 
 
 def adapters_of(model, rank=4, targets='all', dropout=0.0, freeze=0):
-    """Adapters that have learned something: at the start they add nothing."""
+    """A model with adapters that are not zero."""
     add_lora(model, rank, 8, dropout, targets, freeze)
-    for module in adapted(model).values():
+    for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B.weight, std=0.3)
     return model
 
@@ -49,7 +50,7 @@ def refused(call, *args, **options):
 
 @pytest.fixture(scope='module', params=SHAPES)
 def base(request, run_here, tmp_path_factory):
-    """A run whose model is adapted; no test changes it."""
+    """The run directory of a base model; no test changes it."""
     out_dir = tmp_path_factory.mktemp('base') / request.param
     settings = MODERN if request.param == 'modern' else ('--bias',)
     run_here(f'--out_dir={out_dir}', *settings, '--n_layer=2', '--max_iters=10')
@@ -58,35 +59,35 @@ def base(request, run_here, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def tuned(base, run_here, tmp_path_factory):
-    """Adapters of rank 2 on it."""
+    """The run directory of rank-2 adapters on the base."""
     out_dir = tmp_path_factory.mktemp('tuned') / base.name
     run_here(f'--out_dir={out_dir}', f'--init_from={base}', '--lora_rank=2', *FIXED)
     return out_dir
 
 
 # -----------------------------------------------------------------------------
-# the matrices
+# layers
 
 
 @both
-def test_an_adapter_begins_as_nothing_and_counts_as_a_product_of_two_matrices(arch):
+def test_an_adapter_starts_at_zero_and_is_a_product_of_two_matrices(arch):
     model = random_model(50, **SHAPES[arch])
     before = model(text())[0]
-    weights = {name: linear.weight.clone() for name, linear in matrices(model).items()}
+    weights = {name: linear.weight.clone() for name, linear in linear_layers(model).items()}
     add_lora(model, 4, 8, 0.0, 'all')
     torch.testing.assert_close(model(text())[0], before)
     adapters_of(merge_lora(model))
-    for name, module in adapted(model).items():
+    for name, module in lora_layers(model).items():
         x = torch.randn(5, module.weight.size(1))
         low = x @ module.lora_A.weight.T @ module.lora_B.weight.T
         expected = torch.nn.functional.linear(x, weights[name], module.bias) + 8 / 4 * low
         torch.testing.assert_close(module(x), expected)
-    assert set(adapted(model)) == set(weights)
+    assert set(lora_layers(model)) == set(weights)
     assert not torch.allclose(model(text())[0], before, atol=0.1)
 
 
 @both
-def test_merged_matrices_compute_the_same_and_are_plain_ones_again(arch):
+def test_merging_gives_a_plain_model_with_the_same_outputs(arch):
     model = adapters_of(random_model(50, **SHAPES[arch]))
     with torch.no_grad():
         before = model(text())[0]
@@ -107,12 +108,12 @@ def test_a_merged_model_can_be_trained_whole():
 @pytest.mark.parametrize('leaf', ['q_proj', 'v_proj'])
 def test_one_of_the_projections_alone_can_be_adapted(leaf):
     model = adapters_of(random_model(50, **SHAPES['modern']), targets=leaf)
-    assert {name.split('.')[-1] for name in adapted(model)} == {leaf}
+    assert {name.split('.')[-1] for name in lora_layers(model)} == {leaf}
     before = model(text())[0]
     torch.testing.assert_close(merge_lora(model)(text())[0], before, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_is_for_training_alone():
+def test_dropout_is_only_for_training():
     module = LoRALinear(torch.nn.Linear(64, 8), 4, 1.0, dropout=0.5)
     torch.nn.init.ones_(module.lora_B.weight)
     x = torch.ones(1, 64)
@@ -121,7 +122,7 @@ def test_dropout_is_for_training_alone():
     assert torch.equal(module(x), module(x))
 
 
-def test_targets_are_names_as_peft_takes_them_and_blocks_can_be_left_out():
+def test_targets_are_names_as_in_peft_and_blocks_can_be_excluded():
     names = {
         'all': ['attn.c_attn', 'attn.c_proj', 'mlp.c_fc', 'mlp.c_proj'],
         'c_proj': ['attn.c_proj', 'mlp.c_proj'],
@@ -129,9 +130,11 @@ def test_targets_are_names_as_peft_takes_them_and_blocks_can_be_left_out():
     }
     for targets, inside in names.items():
         model = adapters_of(random_model(50), targets=targets)
-        assert sorted(adapted(model)) == [f'transformer.h.{i}.{n}' for i in (0, 1) for n in inside]
+        assert sorted(lora_layers(model)) == [
+            f'transformer.h.{i}.{n}' for i in (0, 1) for n in inside
+        ]
     model = adapters_of(random_model(50), freeze=1)
-    assert {name[:15] for name in adapted(model)} == {'transformer.h.1'}
+    assert {name[:15] for name in lora_layers(model)} == {'transformer.h.1'}
 
 
 @pytest.mark.parametrize(
@@ -139,58 +142,69 @@ def test_targets_are_names_as_peft_takes_them_and_blocks_can_be_left_out():
     [
         ('q_prj', ["'q_prj'", 'did you mean q_proj?', 'self_attn.q_proj, self_attn.k_proj']),
         ('q_proj,', ["''", 'mlp.fc1, mlp.fc2', "'all'"]),
-        ('proj', ["'proj' is no matrix of a block"]),
+        ('proj', ["'proj' is not a linear layer of a block"]),
         ('lm_head', ["'lm_head'"]),
     ],
 )
-def test_targets_that_match_nothing_are_answered_with_the_names_there_are(targets, parts):
+def test_the_error_for_an_unknown_target_lists_the_valid_names(targets, parts):
     said = refused(add_lora, random_model(50, arch='modern'), 4, 8, 0.0, targets)
     assert all(part in said for part in parts), said
 
 
-def test_no_block_left_to_adapt_is_one_line():
-    assert 'freeze=2: leaves none of 2 blocks' in refused(
-        add_lora, random_model(50), 4, 8, 0.0, 'all', 2
-    )
+@pytest.mark.parametrize(
+    ('name', 'bad', 'advice'),
+    [
+        case('blocks are frozen', 'freeze', 2, r'use --freeze=(\d+)'),
+        case('is not a linear layer', 'targets', 'q_prj', r'did you mean (\w+)\?'),
+        case('is not a linear layer', 'targets', 'lm_head', r'choose from ([\w.]+)'),
+        case('is not a linear layer', 'targets', 'lm_head', r"or '(all)'"),
+        case('adds nothing', 'rank', 500, r'use --lora_rank=(\d+)'),
+    ],
+)
+def test_adapters_are_added_as_the_error_line_says(name, bad, advice):
+    args = {'rank': 4, 'alpha': 8, 'dropout': 0.0, 'targets': 'all'}
+    model = random_model(50, arch='modern', n_kv_head=1, n_head=4)
+    said = refused(add_lora, model, **args | {name: bad})
+    good = re.search(advice, said)[1]
+    add_lora(model, **args | {name: int(good) if good.isdecimal() else good})
+    assert lora_layers(model)
 
 
 # -----------------------------------------------------------------------------
 # what is trained
 
 
-def test_only_the_adapters_learn_and_the_base_lies_beside_them_as_it_was(base, tuned):
+def test_only_the_adapters_are_trained_and_the_base_is_saved_unchanged(base, tuned):
     source, path = find(base), find(tuned, 'last')
     assert hashes(source)[load_module.MODEL] == hashes(path)[load_module.MODEL]
     states = load_file(path / load_module.OPTIMIZER)
     assert states
     assert all('.lora_A.' in key or '.lora_B.' in key for key in states)
     for key, tensor in load_file(path / 'adapter' / WEIGHTS).items():
-        assert tensor.any(), key  # B has left zero
+        assert tensor.any(), key  # B is no longer zero
         assert tensor.size(0 if '.lora_A.' in key else 1) == 2
 
 
-def test_the_run_s_losses_are_those_of_the_merged_model(tuned, run_here, capsys):
+def test_the_run_s_losses_equal_those_of_the_merged_model(tuned, run_here, capsys):
     measured = metrics(tuned, 'val_loss')
-    step = min(measured, key=measured.get)  # the best, which is what everything else takes
+    step = min(measured, key=measured.get)  # the best checkpoint, the default elsewhere
     assert measured[4] < measured[0]
     capsys.readouterr()
     run_here(f'--init_from={tuned}', '--eval_only')
     assert f'val_loss {measured[step]:.4f}' in capsys.readouterr().out
 
 
-def test_what_is_loaded_to_write_is_merged_and_what_is_resumed_is_not(tuned):
+def test_adapters_are_merged_for_inference_but_not_for_resuming(tuned):
     apart = load(find(tuned, 'last'))[0].eval()
     merged, tokenizer, state = load_model(tuned, 'last')
-    assert len(adapted(apart)) > 0 == len(adapted(merged))
+    assert len(lora_layers(apart)) > 0 == len(lora_layers(merged))
     ids = text() % merged.config.vocab_size
     torch.testing.assert_close(merged(ids)[0], apart(ids)[0], rtol=1e-4, atol=1e-5)
     assert (tokenizer.kind, state['step']) == ('char', 4)
 
 
 @pytest.mark.parametrize('settings', [(), ('--optimizer=muon', '--muon_lr=0.002')], ids=str)
-def test_a_stopped_and_resumed_run_equals_one_that_was_not(
-    base, run_here, tmp_path, monkeypatch, settings
-):
+def test_a_resumed_run_equals_an_uninterrupted_one(base, run_here, tmp_path, monkeypatch, settings):
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     args = (f'--init_from={base}', '--lora_rank=2', *FIXED, *settings, '--max_iters=8')
     run_here(f'--out_dir={whole}', *args)
@@ -214,7 +228,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(
     assert metrics(whole, 'val_loss')[8] < metrics(whole, 'val_loss')[0]
 
 
-def test_adapters_go_on_top_of_those_that_were_merged(tuned, run_here, tmp_path, capsys):
+def test_new_adapters_are_added_on_top_of_merged_ones(tuned, run_here, tmp_path, capsys):
     target = 'fc2' if tuned.name == 'modern' else 'mlp.c_proj'
     args = (
         '--lora_rank=3',
@@ -234,7 +248,7 @@ def test_adapters_go_on_top_of_those_that_were_merged(tuned, run_here, tmp_path,
     assert torch.equal(load_model(tmp_path)[0](ids)[0], model(ids)[0])
 
 
-def test_embeddings_and_first_blocks_can_be_kept(base, run_here, tmp_path, capsys):
+def test_embeddings_and_first_blocks_can_be_frozen(base, run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', f'--init_from={base}', '--freeze=1')
     before, after = (load_file(find(path, 'last') / load_module.MODEL) for path in (base, tmp_path))
     best = load_file(find(base) / load_module.MODEL)
@@ -246,7 +260,7 @@ def test_embeddings_and_first_blocks_can_be_kept(base, run_here, tmp_path, capsy
 
 
 @both
-def test_the_work_of_a_step_is_counted_without_what_is_frozen(arch):
+def test_the_flops_of_a_step_exclude_frozen_parameters(arch):
     model, (T, C) = random_model(50, **SHAPES[arch]), (16, 32)
     head = model.lm_head.weight.numel()
     block = sum(p.numel() for p in model.blocks[0].parameters())
@@ -262,7 +276,7 @@ def test_the_work_of_a_step_is_counted_without_what_is_frozen(arch):
 
 
 @pytest.mark.parametrize('part', [(), ('--lora_rank=2', '--lora_dropout=0.2')], ids=['all', 'lora'])
-def test_activations_computed_twice_change_no_digit(base, run_here, tmp_path, monkeypatch, part):
+def test_gradient_checkpointing_changes_no_bit(base, run_here, tmp_path, monkeypatch, part):
     calls = []
     kind = model_module.GPT2Block if base.name == 'gpt2' else model_module.ModernBlock
     forward = kind.forward
@@ -283,8 +297,8 @@ def test_activations_computed_twice_change_no_digit(base, run_here, tmp_path, mo
     assert hashes(one) == hashes(two)
 
 
-def test_a_graph_of_one_block_is_held_at_a_time():
-    """Of a deep model, most bytes that wait for the gradient are gone."""
+def test_gradient_checkpointing_keeps_the_graph_of_one_block_at_a_time():
+    """In a deep model, most saved activations are gone."""
     held = []
     for recompute in (False, True):
         model = random_model(50, n_layer=8).train()
@@ -297,14 +311,16 @@ def test_a_graph_of_one_block_is_held_at_a_time():
     assert held[1] < held[0] / 4
 
 
-def test_without_memory_for_one_sequence_it_is_what_is_proposed(run_here, tmp_path, monkeypatch):
-    cures = []
-    monkeypatch.setattr(runtime, 'on_out_of_memory', lambda device, cure: cures.append(cure()))
+def test_gradient_checkpointing_is_suggested_if_one_sequence_does_not_fit(
+    run_here, tmp_path, monkeypatch
+):
+    fixes = []
+    monkeypatch.setattr(runtime, 'on_out_of_memory', lambda device, fix: fixes.append(fix()))
     args = (f'--out_dir={tmp_path}', '--batch_size=1', '--max_iters=0')
     run_here(*args)
     run_here(*args, '--gradient_checkpointing')
-    assert cures[1] == '--gradient_checkpointing'
-    assert cures[3].startswith('--block_size=8 ')
+    assert fixes[1] == '--gradient_checkpointing'
+    assert fixes[3].startswith('--block_size=8 ')
 
 
 # -----------------------------------------------------------------------------
@@ -322,7 +338,7 @@ def test_two_processes_train_adapters_as_one(base, two_ranks, run_here, tmp_path
     assert re.search(r'^peak memory [1-9][\d,]* MB in each process$', printed, re.M)
 
 
-def test_peak_memory_is_told_at_the_end_and_logged(run_here, tmp_path, capsys):
+def test_peak_memory_is_printed_at_the_end_and_logged(run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}')
     peak = metrics(tmp_path, 'peak_memory')
     assert list(peak) == [0, 2, 4]
@@ -330,7 +346,7 @@ def test_peak_memory_is_told_at_the_end_and_logged(run_here, tmp_path, capsys):
     assert 50e6 < peak[0] <= peak[4] <= int(said.replace(',', '')) * 1e6 + 1e6
 
 
-def test_the_peak_counts_what_was_given_back(tmp_path, script):
+def test_peak_memory_includes_freed_memory(tmp_path, script):
     code = (
         'import torch\nfrom flatgpt.runtime import Runtime\n'
         "machine = Runtime('cpu', torch.float32)\nbefore = machine.peak_memory()\n"
@@ -371,7 +387,7 @@ def peft():
     return pytest.importorskip('peft', reason='peft is not installed')
 
 
-theirs_to_warn = pytest.mark.filterwarnings('ignore')  # it changes with their versions
+theirs_to_warn = pytest.mark.filterwarnings('ignore')  # differs between versions
 
 
 @theirs_to_warn
@@ -396,7 +412,7 @@ def test_peft_loads_a_run_s_adapter_over_the_exported_base(base, tuned, peft, tm
 
 @theirs_to_warn
 @torch.no_grad()
-def test_peft_adapts_the_blocks_and_matrices_that_were_adapted_and_no_others(peft, tmp_path):
+def test_peft_adapts_exactly_the_same_blocks_and_matrices(peft, tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = random_model(50)
@@ -412,7 +428,7 @@ def test_peft_adapts_the_blocks_and_matrices_that_were_adapted_and_no_others(pef
 
 
 def theirs(peft, folder, arch, **changes):
-    """A base in folder/base and an adapter that peft made of it in folder/adapter."""
+    """A base in folder/base and an adapter by peft in folder/adapter."""
     import transformers
 
     if arch == 'gpt2':
@@ -432,7 +448,7 @@ def theirs(peft, folder, arch, **changes):
     settings = {'r': 3, 'lora_alpha': 12, 'target_modules': targets, 'init_lora_weights': False}
     settings = peft.LoraConfig(task_type='CAUSAL_LM', **{**settings, **changes})
     model = peft.get_peft_model(model, settings).eval()
-    for name, parameter in model.named_parameters():  # as training would, whatever it began with
+    for name, parameter in model.named_parameters():  # as if trained
         if '.lora_' in name:
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder / 'adapter')
@@ -456,18 +472,18 @@ def theirs(peft, folder, arch, **changes):
     ids=str,
 )
 @both
-def test_an_adapter_that_peft_made_gives_its_logits(peft, tmp_path, arch, changes):
+def test_an_adapter_made_by_peft_gives_the_same_logits(peft, tmp_path, arch, changes):
     expected = theirs(peft, tmp_path, arch, **changes)
     model, _, state = load_model(tmp_path / 'adapter')
     with torch.no_grad():
         logits = expected(text()).logits
         torch.testing.assert_close(model(text())[0], logits, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(load_model(tmp_path / 'base')[0](text())[0], logits, atol=0.1)
-    assert (state, adapted(model)) == ({}, {})
+    assert (state, lora_layers(model)) == ({}, {})
 
 
 @theirs_to_warn
-def test_an_adapter_that_changed_its_base_is_merged_by_peft_as_the_line_says(peft, tmp_path):
+def test_an_adapter_that_changed_its_base_can_be_merged_by_peft(peft, tmp_path):
     changed = theirs(peft, tmp_path, 'gpt2', init_lora_weights='pissa')
     assert 'merge_and_unload' in refused(load_model, tmp_path / 'adapter')
     changed.merge_and_unload().save_pretrained(tmp_path / 'merged')
@@ -479,7 +495,7 @@ def test_an_adapter_that_changed_its_base_is_merged_by_peft_as_the_line_says(pef
 
 
 @theirs_to_warn
-def test_an_adapter_that_peft_made_is_trained_on(peft, tmp_path, run_here, dataset):
+def test_an_adapter_made_by_peft_can_be_trained_further(peft, tmp_path, run_here, dataset):
     theirs(peft, tmp_path, 'gpt2')
     args = (f'--out_dir={tmp_path}/run', f'--init_from={tmp_path}/adapter', '--lora_rank=2')
     assert run_here(*args, '--max_iters=2') == 0
@@ -504,19 +520,19 @@ def test_an_adapter_that_peft_made_is_trained_on(peft, tmp_path, run_here, datas
     ],
     ids=str,
 )
-def test_what_peft_can_do_and_this_cannot_is_one_line(peft, tmp_path, changes, parts):
+def test_a_peft_feature_that_is_not_supported_is_one_line(peft, tmp_path, changes, parts):
     theirs(peft, tmp_path, 'gpt2', **changes)
     said = refused(load_model, tmp_path / 'adapter')
     assert all(part in said for part in [str(tmp_path / 'adapter'), *parts]), said
 
 
 # -----------------------------------------------------------------------------
-# an adapter and a base that do not fit
+# an adapter and a base that do not match
 
 
 @pytest.fixture
 def apart(base, tuned, tmp_path):
-    """The adapter of a run, alone."""
+    """The adapter of a run, without its base."""
     main(['export', str(tuned), str(tmp_path / 'apart'), '--format=peft'])
     return tmp_path / 'apart'
 
@@ -526,20 +542,20 @@ def rewrite(folder, **changes):
     (folder / CONFIG).write_text(json.dumps(config | changes))
 
 
-def test_an_adapter_alone_finds_its_base_by_name(base, tuned, apart):
+def test_an_adapter_without_its_base_finds_it_by_name(base, tuned, apart):
     assert peft_module.base_of(apart) == str(base)
     ids = text() % load_model(base)[0].config.vocab_size
     assert torch.equal(load_model(apart)[0](ids)[0], load_model(tuned)[0](ids)[0])
 
 
-def test_a_base_that_was_trained_on_is_another(apart, tuned):
+def test_a_base_that_was_trained_further_does_not_match(apart, tuned):
     rewrite(apart, base_model_name_or_path=str(tuned))
     assert refused(load_model, apart) == (
         f'{apart} was made for another base: {tuned} has other weights'
     )
 
 
-def test_a_base_of_another_shape_is_another(apart, base, run_here, tmp_path):
+def test_a_base_of_another_shape_does_not_match(apart, base, run_here, tmp_path):
     wider = [*(MODERN if base.name == 'modern' else ()), '--n_layer=2', '--n_embd=32']
     for name, args in (('wide', wider), ('flat', [*wider[:-2], '--n_embd=16'])):
         run_here(f'--out_dir={tmp_path}/{name}', *args, '--max_iters=1', '--eval_interval=1')
@@ -600,7 +616,7 @@ def test_weights_that_are_missing_or_half_there_are_one_line(apart):
     assert str(apart / WEIGHTS) in refused(load_model, apart)
 
 
-def test_damage_to_an_adapter_is_seen_as_that_to_weights_is(tuned, tmp_path):
+def test_damage_to_an_adapter_is_detected_like_damage_to_weights(tuned, tmp_path):
     path = shutil.copytree(find(tuned, 'last'), tmp_path / 'step-00000004')
     content = bytearray((path / 'adapter' / WEIGHTS).read_bytes())
     content[-1] ^= 1
@@ -610,7 +626,7 @@ def test_damage_to_an_adapter_is_seen_as_that_to_weights_is(tuned, tmp_path):
     assert 'adapter/adapter_config.json is missing' in refused(load_module.verify, path)
 
 
-def test_inspect_names_the_base_and_only_adapters_are_exported(base, tuned, tmp_path, capsys):
+def test_inspect_reports_the_base_and_only_adapters_are_exported(base, tuned, tmp_path, capsys):
     main(['inspect', str(tuned)])
     assert f'LoRA of {base}' in capsys.readouterr().out
     said = refused(main, ['export', str(base), str(tmp_path / 'x'), '--format=peft'])
@@ -660,7 +676,7 @@ def test_a_resumed_run_keeps_its_adapters(tuned, run_here, change):
     assert f'--init_from={tuned} and another --out_dir' in said
 
 
-def test_a_resumed_run_may_thaw_what_was_frozen(base, run_here, tmp_path):
+def test_a_resumed_run_may_unfreeze_blocks(base, run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', f'--init_from={base}', '--freeze=2')
     args = ('--init_from=resume', '--freeze=1', '--max_iters=6')
     assert run_here(*args, config=tmp_path / 'config.py') == 0
@@ -670,7 +686,7 @@ def test_a_resumed_run_may_thaw_what_was_frozen(base, run_here, tmp_path):
     assert not any('.0.' in name for name in changed)
 
 
-def test_settings_of_adapters_without_a_rank_are_noticed(base, run_here, tmp_path, capsys):
+def test_adapter_settings_without_a_rank_are_reported(base, run_here, tmp_path, capsys):
     args = (f'--init_from={base}', '--max_iters=0')
     run_here(f'--out_dir={tmp_path}/a', *args, '--lora_targets=fc1')
     assert 'do nothing without lora_rank' in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""One model over several processes learns what one process would: whole in each, or in rows."""
+"""Several processes learn the same as one, with DDP and with FSDP."""
 
 import os
 import re
@@ -13,24 +13,24 @@ from safetensors import safe_open
 
 from flatgpt.checkpoint.load import MODEL, find, read_tensors
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import cut_like, local, settle, sync_gradients, whole
+from flatgpt.parallel import full_tensor, reshard, shard_like, sync_gradients, to_local
 from flatgpt.runtime import Runtime
 from flatgpt.training.validate import validate_machine
 
-# 24 sequences a step, 4 at a time: every rank accumulates. The validation split has 37 windows,
-# which no number of ranks shares equally. The norm of the gradient is above what it is clipped to.
+# 24 sequences per step in micro-batches of 4: every rank accumulates. The validation split has 37
+# windows, which no number of ranks divides. The gradient norm exceeds grad_clip.
 TWENTY = ('--gradient_accumulation_steps=6', '--max_iters=20', '--grad_clip=0.3')
 TWENTY += ('--eval_iters=None', '--eval_interval=10', '--n_layer=2')
 ADAMW = ('--arch=modern', '--n_kv_head=1')
 MUON = ('--optimizer=muon', '--muon_lr=0.05')
 KINDS = {'gpt2': (), 'modern': ADAMW, 'gpt2-muon': MUON, 'modern-muon': MODERN}
-# Muon iterates in bfloat16, where a last digit of the gradient can turn a rounding
+# Muon iterates in bfloat16: a last-bit difference in the gradient can change a rounding
 TOLERANCE = {'gpt2': 1e-5, 'modern': 1e-5, 'gpt2-muon': 1e-4, 'modern-muon': 1e-4}
 
 
 @pytest.fixture(scope='module')
 def alone(run_here, tmp_path_factory):
-    """The run of one process, of each kind -> its folder."""
+    """Returns the run directory of one process, for each kind."""
     made = {}
 
     def run(kind):
@@ -53,25 +53,25 @@ def trains_as_one(ranks, alone, tmp_path, kind, world, *how):
     crew = ranks(world, f'--out_dir={tmp_path}', *TWENTY, *KINDS[kind], *how)
     assert crew.end() == [0] * world, crew.err
     assert crew.err == ''
-    assert crew.out.count('validation loss') == 1  # one of them prints
+    assert crew.out.count('validation loss') == 1  # only rank 0 prints
     assert (tmp_path / 'DONE').exists()
     agree(alone(kind), tmp_path, TOLERANCE[kind])
     norms = metrics(tmp_path, 'grad_norm')
     assert list(norms.values()) == pytest.approx(
         list(metrics(alone(kind), 'grad_norm').values()), rel=100 * TOLERANCE[kind]
     )
-    assert min(norms.values()) > 0.3  # so that they are clipped
+    assert min(norms.values()) > 0.3  # they are all clipped
 
 
 @pytest.mark.parametrize(('world', 'kind'), [(2, 'gpt2'), (3, 'modern-muon')])
-def test_a_sharded_model_learns_as_a_whole_one(ranks, alone, tmp_path, world, kind):
+def test_a_sharded_model_learns_like_a_model_in_one_process(ranks, alone, tmp_path, world, kind):
     trains_as_one(ranks, alone, tmp_path, kind, world, '--shard')
     assert steps(tmp_path) == [10, 20]
     path = find(tmp_path, 'last')
     parts = sorted(file.name for file in path.glob('model*'))
     assert parts == [f'model-{n:05d}-of-{world:05d}.safetensors' for n in range(1, world + 1)]
     named, expected = (dict(read_tensors(p, MODEL)) for p in (path, find(alone(kind), 'last')))
-    assert ('lm_head.weight' in named) == (kind != 'gpt2')  # GPT-2's is the embedding's, saved once
+    assert ('lm_head.weight' in named) == (kind != 'gpt2')  # GPT-2's is tied and saved once
     assert list(named) == list(expected)
     for name, tensor in expected.items():
         assert named[name].shape == tensor.shape
@@ -83,7 +83,7 @@ CASES = [(world, how) for world in (1, 2, 3, 4) for how in ('ddp', 'shard')]
 
 @pytest.mark.faults
 @pytest.mark.parametrize(('world', 'how'), CASES)
-def test_any_number_of_processes_learns_as_one(ranks, alone, tmp_path, world, how):
+def test_any_number_of_processes_learns_like_one(ranks, alone, tmp_path, world, how):
     kinds = list(KINDS)
     if SHARE < 1:  # one of the four
         kinds = [kinds[CASES.index((world, how)) % 4]]
@@ -92,12 +92,12 @@ def test_any_number_of_processes_learns_as_one(ranks, alone, tmp_path, world, ho
         trains_as_one(ranks, alone, tmp_path / kind, kind, world, *flags)
 
 
-# 5 rows are dealt to 4 ranks as 2, 2, 1 and none
+# 5 rows are sharded over 4 ranks as 2, 2, 1 and 0
 FEW = ('--n_embd=6', '--n_head=1', '--bias', '--max_iters=3', '--gradient_accumulation_steps=6')
 
 
 @pytest.mark.faults
-def test_a_rank_without_rows_trains_and_saves_and_is_read_again(ranks, run_here, tmp_path):
+def test_a_rank_without_rows_trains_saves_and_resumes(ranks, run_here, tmp_path):
     crew = ranks(4, f'--out_dir={tmp_path}/four', *FEW, '--shard', '--save_interval=1')
     assert crew.end() == [0] * 4, crew.err
     path = find(tmp_path / 'four', 'last')
@@ -112,17 +112,17 @@ def test_a_rank_without_rows_trains_and_saves_and_is_read_again(ranks, run_here,
     agree(tmp_path / 'one', tmp_path / 'four', 1e-5)
 
 
-# what a run goes through: how many processes, and whether the model is sharded
+# (number of processes, sharded) of each leg of a run
 LEGS = [(0, False), (2, False), (3, True), (1, True), (2, True), (3, False), (0, False)]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize('kind', ['gpt2', 'modern-muon'])
-def test_a_run_goes_from_one_number_of_processes_to_another(ranks, run_here, tmp_path, kind):
+def test_a_run_resumes_with_another_number_of_processes(ranks, run_here, tmp_path, kind):
     args = ('--gradient_accumulation_steps=6', '--lr_decay_iters=200', '--n_layer=2', *KINDS[kind])
     args += ('--eval_interval=1000', '--eval_iters=None', '--muon_lr=0.02')
     for leg, (world, shard) in enumerate(LEGS):
-        if leg:  # as if nothing had changed, for comparison
+        if leg:  # the reference run
             shutil.copytree(tmp_path / 'many', tmp_path / str(leg))
         flags = (f'--max_iters={10 * leg + 10}', '--auto_resume')
         run_here(f'--out_dir={tmp_path}/{leg}', *args, *flags, '--shard=False')
@@ -149,14 +149,14 @@ def test_a_sharded_model_is_compiled_block_by_block(ranks, alone, tmp_path):
     assert names == [name for name, _ in read_tensors(find(alone('gpt2'), 'last'), MODEL)]
 
 
-def test_sharding_without_other_processes_says_how_to_start_them(run_here, tmp_path):
+def test_sharding_in_one_process_suggests_torchrun(run_here, tmp_path):
     with pytest.raises(ConfigError, match=r'shard=True .*torchrun --standalone') as caught:
         run_here(f'--out_dir={tmp_path}/run', '--shard')
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'run').exists()
 
 
-def test_offloading_from_the_host_to_the_host_is_refused(ranks, tmp_path, monkeypatch):
+def test_offloading_on_cpu_is_refused(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     settings = {'shard': True, 'offload': True}
     with pytest.raises(ConfigError, match='offload=True: cpu is the host'):
@@ -164,7 +164,7 @@ def test_offloading_from_the_host_to_the_host_is_refused(ranks, tmp_path, monkey
     validate_machine(settings, Runtime('cuda:0', torch.float32))
 
 
-def test_gradients_are_exchanged_once_a_step():
+def test_gradients_are_synchronized_once_per_step():
     whole_model, said = SimpleNamespace(), []
     sharded = SimpleNamespace(set_requires_gradient_sync=said.append)
     for last in (False, False, True):
@@ -174,14 +174,14 @@ def test_gradients_are_exchanged_once_a_step():
     assert said == [False, False, True]
 
 
-def test_what_is_not_sharded_is_left_as_it_is():
+def test_an_unsharded_tensor_is_unchanged():
     tensor = torch.ones(3)
-    assert local(tensor) is whole(tensor) is cut_like(tensor, tensor) is tensor
-    settle(torch.nn.Linear(1, 1))
+    assert to_local(tensor) is full_tensor(tensor) is shard_like(tensor, tensor) is tensor
+    reshard(torch.nn.Linear(1, 1))
 
 
 # -----------------------------------------------------------------------------
-# what is refused: in one line that names the rank, by all of them
+# mistakes: each rank reports one line
 
 
 def only(rank, code):
@@ -221,7 +221,7 @@ UNLIKE = [
 
 
 @pytest.mark.parametrize(('args', 'before', 'text'), UNLIKE)
-def test_a_mistake_is_one_line_on_each_rank_and_leaves_no_folder(
+def test_a_mistake_is_one_line_on_each_rank_and_creates_no_folder(
     ranks, tmp_path, args, before, text
 ):
     crew = ranks(2, f'--out_dir={tmp_path}/run', *args, before=before)
@@ -232,9 +232,7 @@ def test_a_mistake_is_one_line_on_each_rank_and_leaves_no_folder(
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_dataset_that_one_rank_lacks_is_named_by_it_and_the_others_leave(
-    ranks, dataset, tmp_path
-):
+def test_a_dataset_missing_on_one_rank_is_reported_and_the_others_exit(ranks, dataset, tmp_path):
     there, elsewhere = tmp_path / 'there', tmp_path / 'elsewhere'
     shutil.copytree(dataset, there / 'letters')
     elsewhere.mkdir()
@@ -250,7 +248,7 @@ def test_a_dataset_that_one_rank_lacks_is_named_by_it_and_the_others_leave(
     assert not (tmp_path / 'run').exists()
 
 
-def test_a_dataset_that_is_another_on_one_rank_is_refused_by_all(ranks, dataset, tmp_path):
+def test_a_dataset_that_differs_on_one_rank_is_refused_by_all(ranks, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / '0' / 'letters')
     make_dataset(tmp_path / '1' / 'letters', seed=1)
     crew = ranks(
@@ -264,7 +262,7 @@ def test_a_dataset_that_is_another_on_one_rank_is_refused_by_all(ranks, dataset,
 
 
 @pytest.mark.faults
-def test_a_rank_that_does_not_come_is_named(ranks, tmp_path):
+def test_a_missing_rank_is_reported(ranks, tmp_path):
     args = (f'--out_dir={tmp_path}/run', '--hang_timeout=1')
     crew = ranks(2, *args, before=only(1, 'raise SystemExit(3)'))
     assert crew.end(30) == [2, 3]
@@ -273,7 +271,7 @@ def test_a_rank_that_does_not_come_is_named(ranks, tmp_path):
     assert 'Traceback' not in crew[0].err
 
 
-def test_a_port_that_is_taken_is_named(ranks, tmp_path):
+def test_a_port_in_use_is_reported(ranks, tmp_path):
     with socket.socket() as taken:
         taken.bind(('127.0.0.1', 0))
         taken.listen()
@@ -294,7 +292,7 @@ socket.gethostname = lambda: 'late.host'
 """
 
 
-def test_clocks_that_differ_are_a_warning(ranks, tmp_path):
+def test_different_clocks_are_a_warning(ranks, tmp_path):
     crew = ranks(2, f'--out_dir={tmp_path}', before=only(1, CLOCK))
     assert crew.end() == [0, 0], crew.err
     assert re.fullmatch(
@@ -305,8 +303,8 @@ def test_clocks_that_differ_are_a_warning(ranks, tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize('shard', [False, True])
-def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, shard):
-    """Two machines that share no disk: each rank has a folder of its own."""
+def test_a_checkpoint_missing_on_one_machine_is_reported(ranks, tmp_path, shard):
+    """Two machines without a shared disk: each rank has its own folder."""
     for name in 'ab':
         (tmp_path / name).mkdir()
     where = lambda rank: (  # noqa: E731
@@ -314,7 +312,7 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, sh
     )
     args = ('--out_dir=run', '--hang_timeout=4', f'--shard={shard}')
     crew = ranks(2, *args, before=where)
-    if shard:  # which is noticed before the first part is written
+    if shard:  # detected before anything is written
         assert crew.end(30) == [2, 2]
         assert crew.err.count('run of rank 0 is not there for rank 1: shard=True needs') == 2
         return
@@ -328,7 +326,7 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_named(ranks, tmp_path, sh
     crew = ranks(2, *args, before=where)
     assert crew.end(30) == [0, 0], crew.err
     assert steps(tmp_path / 'a' / 'run')[-1] == 6
-    # what that machine has is looked at, and brought again if it is not whole
+    # a checkpoint on that machine is verified, and copied again if it is damaged
     last = find(tmp_path / 'a' / 'run', 'last')
     shutil.copytree(last, tmp_path / 'b' / 'run' / 'checkpoints' / last.name)
     (tmp_path / 'b' / 'run' / 'checkpoints' / last.name / 'optimizer.safetensors').write_bytes(b'')

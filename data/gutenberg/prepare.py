@@ -1,5 +1,5 @@
 """
-Prepare books of Project Gutenberg by their numbers, or a set of them: poe, poems.
+Prepare books of Project Gutenberg by number, or a predefined set: poe, poems.
 
 $ python data/gutenberg/prepare.py 1342 84 --name=novels
 $ python data/gutenberg/prepare.py poe
@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's fla
 from flatgpt.data import gutenberg
 from flatgpt.errors import one_line_errors
 
-SETS = {  # books by number; each set is a dataset of that name, with a config finetune_<set>
-    # The Raven Edition alone: the collections of his poems would bring what volume 5 has a second
-    # time, perhaps once to train on and once to validate on.
+SETS = {  # {name: {book number: title}}; each set is a dataset with a config finetune_<set>
+    # Only the Raven Edition: other collections would repeat the poems of volume 5, perhaps in the
+    # other split.
     'poe': {n: f'The Works of Edgar Allan Poe, Volume {n - 2146}' for n in range(2147, 2152)},
     'poems': {
         1041: "Shakespeare's Sonnets",

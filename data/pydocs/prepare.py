@@ -1,10 +1,10 @@
 """
-Prepare the text that ships inside every Python, one byte a token: no download at all.
+Prepare the documentation that ships with Python, one byte per token, without a download.
 
 $ python data/pydocs/prepare.py
 
-The language reference of `help()` and the docstrings of the standard library, about 2 MB. The
-library is parsed, never imported.
+The text is the language reference of `help()` and the docstrings of the standard library, about
+2 MB. The library is parsed, not imported.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
 from flatgpt.errors import UserError, one_line_errors
 
-VAL_EVERY = 10  # of ten documents, one is for validation
+VAL_EVERY = 10  # one in ten documents is for validation
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', '_bundled'}
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -49,12 +49,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def documents(library: Path) -> Iterator[str]:
-    """Each topic of help(), then the docstrings of each module of the library."""
+    """Each topic of help(), then the docstrings of each library module."""
     topics = library / 'pydoc_data' / 'topics.py'
     paths = sorted(library.rglob('*.py'))
     paths = [path for path in paths if not SKIP & set(path.relative_to(library).parts)]
     if not paths:
-        raise UserError(f'{library}: this Python has no readable standard library; use other text')
+        raise UserError(
+            f'{library}: this Python has no standard library source; use another Python, or other '
+            'text: python data/text/prepare.py FILES --name=NAME'
+        )
     tree = parse(topics)
     for node in tree.body if tree else ():
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
@@ -68,7 +71,7 @@ def documents(library: Path) -> Iterator[str]:
 
 
 def parse(path: Path) -> ast.Module | None:
-    """The syntax tree of a source file; None for one that has none, of which a few exist."""
+    """The syntax tree of a source file; None for the few that are invalid."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # invalid escapes in old modules
         try:
@@ -78,7 +81,7 @@ def parse(path: Path) -> ast.Module | None:
 
 
 def docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """The docstrings of a module and all in it, each below its dotted name and signature."""
+    """All docstrings of a module, each below its dotted name and signature."""
     text = ast.get_docstring(node, clean=False)
     if text and text.strip():
         arguments = f'({ast.unparse(node.args)})' if hasattr(node, 'args') else ''

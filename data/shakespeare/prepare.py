@@ -3,7 +3,7 @@ Prepare the works of Shakespeare (1.1 MB) with GPT-2's tokenizer, split as nanoG
 
 $ python data/shakespeare/prepare.py
 
-An input.txt already in this folder, or in data/shakespeare_char, is used as it is.
+An existing input.txt in this folder or in data/shakespeare_char is used unchanged.
 """
 
 import sys

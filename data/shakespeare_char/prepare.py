@@ -3,7 +3,7 @@ Prepare the works of Shakespeare (1.1 MB) one character at a time, split as nano
 
 $ python data/shakespeare_char/prepare.py
 
-An input.txt already in this folder, or in data/shakespeare, is used as it is.
+An existing input.txt in this folder or in data/shakespeare is used unchanged.
 """
 
 import sys

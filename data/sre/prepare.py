@@ -4,12 +4,12 @@ Prepare Google's two books on site reliability engineering, with GPT-2's tokeniz
 $ python data/sre/prepare.py
 $ python train.py config/finetune_sre.py
 
-The tables of contents say which chapters there are. Each is a page that is fetched once, a second
-after the one before, if robots.txt allows it, and kept in data/sre/pages/, so a command that was
-stopped goes on where it was; of its text, in data/sre/chapters/, every tenth is for validation.
+The chapters are read from the tables of contents. Each page is fetched once, one per second, if
+robots.txt allows it, and kept in data/sre/pages/, so an interrupted command can resume. The text is
+written to data/sre/chapters/; every tenth chapter is for validation.
 
-The books are Google's and O'Reilly's, under CC BY-NC-ND 4.0: free to read at https://sre.google/books/,
-not to sell, nor to hand on in another form. Nothing of them comes with flatGPT.
+The books belong to Google and O'Reilly, under CC BY-NC-ND 4.0: free to read at
+https://sre.google/books/, but not to sell or to share in another form. flatGPT contains no part.
 """
 
 import argparse
@@ -26,25 +26,25 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
 
 from flatgpt.data import text
-from flatgpt.data.download import fetch_page, place_to_keep
+from flatgpt.data.download import download_folder, fetch_page
 from flatgpt.errors import UserError, one_line_errors
 
 if __name__ == '__main__':
-    one_line_errors()  # also for a package that is missing, as the next one may be
+    one_line_errors()  # before an import that may fail
 
 from bs4 import BeautifulSoup, NavigableString, Tag
 
 FOLDER = Path(__file__).parent
 SITE = 'https://sre.google'
 CONTENTS = ('/sre-book/table-of-contents/', '/workbook/table-of-contents/')
-NO_CHAPTERS = {'table-of-contents', 'index', 'bibliography'}  # lists of words and titles
+NO_CHAPTERS = {'table-of-contents', 'index', 'bibliography'}  # no prose
 
-# What a page says itself stands in <div role="main">. Within it these are of the site, or no text
+# The text of a page is in <div role="main">. These elements within it are not part of the text
 HIDDEN = (
     'script, style, noscript, template, svg, form, button, nav, footer, .header, .footer, '
     '[data-type=noteref], [data-type=indexterm]'
 )
-OPEN_TAGS = 'is damaged: it has tags that do not end'
+OPEN_TAGS = 'is damaged: it has unclosed tags'
 HEADINGS = ('h1', 'h2', 'h3', 'h4', 'h5', 'h6')
 LISTS = ('ul', 'ol', 'dl')
 BLOCKS = [
@@ -65,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     text.check_options(args)
     try:
-        keep = place_to_keep(FOLDER, args.out_dir)
-        chapters = read_books(keep)  # all of them, before any is encoded
+        keep = download_folder(FOLDER, args.out_dir)
+        chapters = read_books(keep)  # fetch all before encoding any
         recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
         text.prepare(args, args.out_dir, chapters, [], recipe)
     except OSError as error:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_books(keep: Path) -> list[Path]:
-    """The files with the text of every chapter of both books, in their order."""
+    """The files with the text of every chapter of both books, in order."""
     urls = [url for contents in CONTENTS for url in read_contents(SITE + contents, keep)]
     paths = []
     for url in tqdm(urls, desc='sre', unit=' pages', disable=None):
@@ -87,13 +87,13 @@ def read_books(keep: Path) -> list[Path]:
 
 
 def read_contents(url: str, keep: Path) -> list[str]:
-    """The pages that a table of contents lists, each once, in their order."""
+    """The pages that a table of contents lists, each once, in order."""
     page = fetch_page([url], page_of(url, keep), lambda page: without_chapters(page, url))
     return chapters(page, url)
 
 
 def chapters(page: bytes, url: str) -> list[str]:
-    """What a page links to that is right below the address of its book."""
+    """The linked pages directly below the address of the book."""
     book = url.removesuffix('table-of-contents/')
     found = {}
     for link in soup(page).select('a[href]'):
@@ -107,11 +107,11 @@ def chapters(page: bytes, url: str) -> list[str]:
 def without_chapters(page: bytes, url: str) -> str | None:
     if has_open_tags(page):
         return OPEN_TAGS
-    return None if chapters(page, url) else 'lists no chapters; perhaps the site has changed'
+    return None if chapters(page, url) else 'lists no chapters; the site may have changed'
 
 
 def has_open_tags(page: bytes) -> bool:
-    """Whether many tags begin before one ends: html.parser takes minutes for a few kilobytes."""
+    """Whether many tags are unclosed: html.parser takes minutes for a few kilobytes of them."""
     return any(part.count(b'<') > 200 for part in page.split(b'>'))
 
 
@@ -121,8 +121,8 @@ def without_text(page: bytes) -> str | None:
     try:
         found = markdown(page)
     except RecursionError:
-        return 'is damaged: its elements lie in one another hundreds deep'
-    return None if found else 'has no text in its main part; perhaps the site has changed'
+        return 'is damaged: its elements are nested too deeply'
+    return None if found else 'has no text in its main part; the site may have changed'
 
 
 def page_of(url: str, keep: Path) -> Path:
@@ -134,12 +134,12 @@ def page_of(url: str, keep: Path) -> Path:
 
 def soup(page: bytes) -> BeautifulSoup:
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # about pages that are something else
+        warnings.simplefilter('ignore')  # for pages that are not HTML
         return BeautifulSoup(page.decode('utf-8', errors='replace'), 'html.parser')
 
 
 def markdown(page: bytes) -> str:
-    """The main part of a page; '' where it has none."""
+    """The main part of a page as Markdown; '' if it has none."""
     main = soup(page).select_one('[role=main]')
     if main is None:
         return ''
@@ -154,13 +154,13 @@ def markdown(page: bytes) -> str:
 
 
 def blocks(parent: Tag) -> Iterator[str]:
-    """The headings, paragraphs, lists, tables and listings in an element."""
-    loose = ''  # text that stands in none of them
+    """The headings, paragraphs, lists, tables and code blocks in an element."""
+    loose = ''  # text outside of these
     for child in parent.children:
         if isinstance(child, Tag) and (child.name in BLOCKS or child.find(BLOCKS)):
             yield from filter(None, [one_line(loose), *block(child)])
             loose = ''
-        elif isinstance(child, Tag) or type(child) is NavigableString:  # and no comment
+        elif isinstance(child, Tag) or type(child) is NavigableString:  # not a comment
             loose += child.get_text()
     yield from filter(None, [one_line(loose)])
 
@@ -191,7 +191,7 @@ def table(tag: Tag) -> Iterator[str]:
     rows = []
     for row in tag.find_all('tr'):
         if row.find_parent('table') is not tag:
-            continue  # of a table in a cell, which is in the text of that cell
+            continue  # a nested table is part of its cell's text
         inside = row.find_all(['th', 'td'], recursive=False)
         cells = [one_line(cell.get_text(' ')) for cell in inside]
         rows.append(f'| {" | ".join(cells)} |')

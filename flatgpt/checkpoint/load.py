@@ -26,7 +26,7 @@ from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
 from flatgpt.files import sha256
 from flatgpt.lora import merge_lora
-from flatgpt.parallel import cut_like
+from flatgpt.parallel import shard_like
 from model import GPT, GPTConfig
 
 MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
@@ -231,7 +231,7 @@ def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimize
     for key, tensor in read_tensors(path, OPTIMIZER):
         name, _, entry = key.rpartition('.')
         # cloned, or it would be a mapping of the file, which prune() could then not remove
-        tensor = cut_like(tensor, parameters[name]) if tensor.dim() else tensor
+        tensor = shard_like(tensor, parameters[name]) if tensor.dim() else tensor
         states.setdefault(name, {})[entry] = tensor.clone()
     names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:

@@ -19,8 +19,8 @@ from flatgpt.checkpoint.convert import own_name
 from flatgpt.checkpoint.weights import open_weights, read_tensor
 from flatgpt.errors import CheckpointError
 from flatgpt.files import read_json
-from flatgpt.lora import LoRALinear, adapted, matrices, place, replace
-from flatgpt.parallel import whole
+from flatgpt.lora import LoRALinear, block_and_name, linear_layers, lora_layers, replace_module
+from flatgpt.parallel import full_tensor
 from model import GPT
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -65,12 +65,12 @@ def base_of(folder: str | Path) -> str:
 def adapter_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """What the adapters learned, on the host, as peft names it."""
     named = {name: p for name, p in model.named_parameters() if '.lora_' in name}
-    return {PREFIX + name: whole(p.detach()).cpu().contiguous() for name, p in named.items()}
+    return {PREFIX + name: full_tensor(p.detach()).cpu().contiguous() for name, p in named.items()}
 
 
 def landmarks(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """A number of each adapted matrix: in another base of the same shape they are others."""
-    wholes = {name: whole(w.detach()).flatten() for name, w in weights.items()}
+    wholes = {name: full_tensor(w.detach()).flatten() for name, w in weights.items()}
     return {name: w[w.numel() // 2].item() for name, w in wholes.items()}
 
 
@@ -87,9 +87,9 @@ def adapter_files(model: GPT, base: str | None) -> dict[str, bytes]:
 
     Of a sharded model every rank has to ask.
     """
-    modules = adapted(model)
+    modules = lora_layers(model)
     first = next(iter(modules.values()))
-    rank, blocks = first.lora_A.out_features, sorted({place(name)[0] for name in modules})
+    rank, blocks = first.lora_A.out_features, sorted({block_and_name(name)[0] for name in modules})
     config = {
         'peft_type': 'LORA',
         'task_type': 'CAUSAL_LM',
@@ -97,7 +97,7 @@ def adapter_files(model: GPT, base: str | None) -> dict[str, bytes]:
         'r': rank,
         'lora_alpha': round(first.scale * rank),
         'lora_dropout': first.dropout,
-        'target_modules': sorted({place(name)[1] for name in modules}),
+        'target_modules': sorted({block_and_name(name)[1] for name in modules}),
         'layers_to_transform': blocks if len(blocks) < len(model.blocks) else None,
         'fan_in_fan_out': model.config.arch == 'gpt2',  # how transformers holds its matrices
         'bias': 'none',
@@ -119,7 +119,7 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
     with open_weights(folder / WEIGHTS) as file:
         keys = list(file.keys())
     pairs = paired({key: read_tensor(folder / WEIGHTS, key).float() for key in keys}, folder)
-    weights = {name: linear.weight for name, linear in matrices(model).items()}
+    weights = {name: linear.weight for name, linear in linear_layers(model).items()}
     for name, (A, B) in pairs.items():
         shape = (B.size(0), A.size(1))
         if name not in weights or shape != weights[name].shape:
@@ -141,7 +141,7 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
         linear = LoRALinear(model.get_submodule(name), rank, scale, config['lora_dropout'])
         linear.lora_A.weight.data.copy_(A)
         linear.lora_B.weight.data.copy_(B)
-        replace(model, name, linear)
+        replace_module(model, name, linear)
 
 
 def read_config(folder: Path) -> dict:
@@ -190,7 +190,7 @@ def is_target(config: dict, name: str) -> bool:
     if targets in (None, 'all-linear') or isinstance(targets, str):
         return targets in (None, 'all-linear') or names_one(targets, name)
     layers = [layers] if isinstance(layers, int) else layers
-    return names_one(targets, name) and (not layers or place(name)[0] in layers)
+    return names_one(targets, name) and (not layers or block_and_name(name)[0] in layers)
 
 
 def names_one(modules: str | list | None, name: str) -> bool:

@@ -102,14 +102,14 @@ def place(out_dir: str | Path, state: dict) -> Path:
 
 def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
     """What each file will hold; of a sharded model, this rank's rows. Nothing is copied."""
-    settle(model)
+    reshard(model)
     return {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
 
 
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """Parameters by name, without adapters. named_parameters() gives a tied matrix once."""
     named = {name: p for name, p in model.named_parameters() if '.lora_' not in name}
-    return {name: local(p.detach()).contiguous() for name, p in named.items()}
+    return {name: to_local(p.detach()).contiguous() for name, p in named.items()}
 
 
 def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
@@ -117,14 +117,14 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
     named, states = {}, {p: state for each in optimizers for p, state in each.state.items()}
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
-            named[f'{name}.{key}'] = local(torch.as_tensor(value).detach()).contiguous()
+            named[f'{name}.{key}'] = to_local(torch.as_tensor(value).detach()).contiguous()
     return named
 
 
 def documents_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
     """The small files of a checkpoint, by name. Of a sharded model every rank has to ask."""
     base = state.get('config', {}).get('init_from')
-    files = adapter_files(model, base) if adapted(model) else {}
+    files = adapter_files(model, base) if lora_layers(model) else {}
     documents = {f'{ADAPTER}/{name}': content for name, content in files.items()}
     if tokenizer is not None:
         documents[TOKENIZER] = as_json(tokenizer.to_dict())

@@ -1,12 +1,12 @@
 """
-A dataset from a slow disk or a web server, copied to this machine's own disk before it is read.
+Copies a dataset from a slow disk or a web server to the local disk before it is read.
 
-    folder = copied('https://example.org/openwebtext', 'scratch/')    # or a folder's path
+    folder = copy_to_cache('https://example.org/openwebtext', 'scratch/')    # or a folder's path
 
-What is copied is what meta.json lists, to <cache>/<first digits of meta.json's sha256>/<name>: one
-that was prepared anew gets a folder of its own, and takes nothing from a run that reads the old.
-Each file has another name until its sha256 is found right, and meta.json comes last. So what a
-stopped copy has left is gone on with, and nothing looks finished that is not.
+The files that meta.json lists are copied to <cache>/<first digits of meta.json's sha256>/<name>. A
+dataset that was prepared again gets a new folder, so runs that read the old copy are not affected.
+Each file has a temporary name until its sha256 is verified, and meta.json is copied last. So an
+interrupted copy can be resumed and never looks finished.
 """
 
 import contextlib
@@ -28,23 +28,23 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, check_files, mask_file, read_meta
-from flatgpt.data.download import HEADERS, with_patience
+from flatgpt.data.download import HEADERS, with_retries
 from flatgpt.errors import UserError
 from flatgpt.files import atomic_file
 
-AT_ONCE = 8  # files
-PIECE = 2**22  # bytes read at a time
-SILENCE = 30  # seconds between lines of progress where nobody watches a terminal
+PARALLEL_COPIES = 8  # files
+CHUNK_BYTES = 2**22  # bytes read at a time
+LOG_INTERVAL = 30  # seconds between progress lines without a terminal
 
 
-class File(NamedTuple):
+class FileEntry(NamedTuple):
     name: str
     size: int  # bytes
     sha256: str
 
 
-class Count:
-    """Bytes that the threads have copied, or found to be there; and whether they should stop."""
+class Progress:
+    """Bytes copied or verified by all threads, and whether they should stop."""
 
     def __init__(self):
         self.bytes, self.lock, self.stop = 0, threading.Lock(), threading.Event()
@@ -58,48 +58,55 @@ def is_url(name: str) -> bool:
     return name.startswith(('http://', 'https://'))
 
 
-def copied(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
+def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
     """
-    The folder on this machine's disk that has all of the dataset at `source`, a URL or a folder.
-    Of several processes one copies, and the others wait for it.
+    A complete copy of the dataset at `source`, a URL or a folder -> its folder. One process copies;
+    others on this machine wait for it.
 
     alive: called while bytes arrive, or while another process copies.
     """
     source = str(source)
     if not is_url(source):
-        read_meta(Path(source))  # refuses a preparation that was interrupted
-    raw = fetched(source, 'meta.json')
-    folder = place_in(cache, source, raw)
+        read_meta(Path(source))  # raises if its preparation was interrupted
+    raw = read_small_file(source, 'meta.json')
+    folder = cache_folder(cache, source, raw)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with turn(folder, alive):
-            if not is_whole(folder):
-                copy(source, folder, raw, alive)
+        with lock_folder(folder, alive):
+            if not is_complete(folder):
+                copy_dataset(source, folder, raw, alive)
     except OSError as error:
-        raise UserError(f'{folder}: cannot be written: {error.strerror or error}') from error
+        raise copy_error(folder, error) from error
     return folder
 
 
-def place_in(cache: str | Path, source: str | Path, raw: bytes) -> Path:
-    """Where the copy is of the dataset at `source` whose meta.json is `raw`."""
-    return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / name_of(str(source))
+def copy_error(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f'{path}: cannot write the copy: {error.strerror or error}; free some space and make it '
+        'writable, or choose another --data_cache'
+    )
 
 
-def name_of(source: str) -> str:
+def cache_folder(cache: str | Path, source: str | Path, raw: bytes) -> Path:
+    """The folder for a copy of the dataset at `source`, whose meta.json is `raw`."""
+    return Path(cache) / hashlib.sha256(raw).hexdigest()[:12] / safe_name(str(source))
+
+
+def safe_name(source: str) -> str:
     path = unquote(urlsplit(source).path) if is_url(source) else str(Path(source).resolve())
     name = re.sub(r'[^\w.-]', '_', PurePath(path).name)
     return name if name.strip('.') else 'dataset'
 
 
-def place_of(source: str, name: str) -> str:
+def location(source: str, name: str) -> str:
     if not is_url(source):
         return str(Path(source) / name)
     url = urlsplit(source)
     return url._replace(path=f'{url.path.rstrip("/")}/{name}').geturl()
 
 
-def turn(folder: Path, alive: Callable):
-    """What holds the folder in a `with`, once no other process of this machine copies to it."""
+def lock_folder(folder: Path, alive: Callable):
+    """Wait for a lock on the folder -> a context manager that releases it."""
     lock = filelock.FileLock(folder / '.copy.lock')
     while True:
         try:
@@ -108,8 +115,8 @@ def turn(folder: Path, alive: Callable):
             alive()
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether all is there, by the sizes: each file had been found right when it got its name."""
+def is_complete(folder: Path) -> bool:
+    """Whether all files exist with the right sizes; their hashes were verified when copied."""
     if not all((folder / name).exists() for name in ('meta.json', 'tokenizer.json')):
         return False
     with contextlib.suppress(UserError):
@@ -118,68 +125,71 @@ def is_whole(folder: Path) -> bool:
     return False
 
 
-def copy(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
-    files = files_of(source, raw)
+def copy_dataset(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
+    files = listed_files(source, raw)
     (folder / 'meta.json').unlink(missing_ok=True)
     copy_files(source, folder, files, alive)
     for name, content in (
-        ('tokenizer.json', fetched(source, 'tokenizer.json')),
+        ('tokenizer.json', read_small_file(source, 'tokenizer.json')),
         ('meta.json', raw),
     ):
         with atomic_file(folder / name) as part:
             part.write_bytes(content)
 
 
-def files_of(source: str, raw: bytes) -> list[File]:
-    """The files that a meta.json lists, none of which may lie outside its folder."""
+def listed_files(source: str, raw: bytes) -> list[FileEntry]:
+    """The files that a meta.json lists. UserError if any is outside the folder."""
     files = []
     try:
         meta = json.loads(raw)
         width = np.dtype(meta['dtype']).itemsize
         for shard in (shard for split in SPLITS for shard in meta['splits'][split]['shards']):
-            files.append(File(shard['file'], shard['tokens'] * width, shard['sha256']))
+            files.append(FileEntry(shard['file'], shard['tokens'] * width, shard['sha256']))
             if meta.get('rows'):
                 mask = mask_file(shard['file'])
-                files.append(File(mask, shard['tokens'], shard['mask_sha256']))
+                files.append(FileEntry(mask, shard['tokens'], shard['mask_sha256']))
         for file in files:
             if not re.fullmatch(r'([\w-][\w.-]*/)*[\w-][\w.-]*', file.name):
-                raise ValueError(f'a file called {file.name!r}')
+                raise ValueError(f'invalid file name {file.name!r}')
         return files
     except (ValueError, KeyError, TypeError) as error:
-        place = place_of(source, 'meta.json')
-        raise UserError(f'{place}: not the meta.json of a dataset: {error!r}') from error
+        place = location(source, 'meta.json')
+        raise UserError(
+            f'{place}: not the meta.json of a dataset: {error!r}; check the address, or prepare '
+            'the dataset again'
+        ) from error
 
 
-def copy_files(source: str, folder: Path, files: list[File], alive: Callable) -> None:
-    """Copy what is not there yet, several at a time. The first error ends all."""
-    missing = sum(file.size for file in files if size_of(folder / file.name) != file.size)
+def copy_files(source: str, folder: Path, files: list[FileEntry], alive: Callable) -> None:
+    """Copy missing files in parallel. The first error stops all."""
+    missing = sum(file.size for file in files if file_size(folder / file.name) != file.size)
     free = shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
-            f'{folder}: the copy of {source} takes {missing / 1e9:.2f} GB more, and '
-            f'{free / 1e9:.2f} GB are free there; make room, or give another --data_cache'
+            f'{folder}: copying {source} needs {missing / 1e9:.2f} GB, and {free / 1e9:.2f} GB '
+            'are free; free some space, or choose another --data_cache'
         )
     print(f'{source}: copying {missing / 1e9:.2f} GB to {folder}', flush=True)
-    count = Count()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        jobs = {pool.submit(bring, source, folder, file, count) for file in files}
+    progress = Progress()
+    with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
+        jobs = {pool.submit(copy_file, source, folder, file, progress) for file in files}
         try:
-            show_progress(jobs, count, sum(file.size for file in files), alive)
+            show_progress(jobs, progress, sum(file.size for file in files), alive)
         finally:
-            count.stop.set()
+            progress.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def show_progress(jobs: set, count: Count, total: int, alive: Callable) -> None:
-    """Show how far the jobs are until all are done. Raises the error of one that fails."""
-    began, line_at = time.monotonic(), time.monotonic() + SILENCE
+def show_progress(jobs: set, progress: Progress, total: int, alive: Callable) -> None:
+    """Show progress until all jobs are done. Raises the error of a failed job."""
+    began, line_at = time.monotonic(), time.monotonic() + LOG_INTERVAL
     with tqdm(total=total, unit='B', unit_scale=True, desc='copying', disable=None) as bar:
         shown = 0
         while jobs:
             done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
             for job in done:
                 job.result()
-            now, step = count.bytes, count.bytes - shown
+            now, step = progress.bytes, progress.bytes - shown
             if step:
                 alive()
             bar.update(step)
@@ -187,82 +197,90 @@ def show_progress(jobs: set, count: Count, total: int, alive: Callable) -> None:
             if bar.disable and time.monotonic() > line_at:
                 left = (time.monotonic() - began) * (total / max(1, now) - 1)
                 print(f'copying: {now / total:.0%}, ETA {tqdm.format_interval(left)}', flush=True)
-                line_at = time.monotonic() + SILENCE
+                line_at = time.monotonic() + LOG_INTERVAL
 
 
-def bring(source: str, folder: Path, file: File, count: Count) -> None:
-    """One file, unless it is there and right."""
-    path, place = folder / file.name, place_of(source, file.name)
-    if size_of(path) == file.size and hashed(pieces_of(path), None, count) == file.sha256:
+def copy_file(source: str, folder: Path, file: FileEntry, progress: Progress) -> None:
+    """Copy one file, unless it exists with the right content."""
+    path, place = folder / file.name, location(source, file.name)
+    if (
+        file_size(path) == file.size
+        and write_and_hash(file_chunks(path), None, progress) == file.sha256
+    ):
         return
     part = Path(f'{path}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_url(source):
-            found = with_patience(lambda: hashed(streamed(place), part, count), place, path)
+            found = with_retries(
+                lambda: write_and_hash(url_chunks(place), part, progress), place, path
+            )
         else:
-            found = hashed(pieces_of(Path(place)), part, count)
+            found = write_and_hash(file_chunks(Path(place)), part, progress)
         if found != file.sha256:
             raise UserError(
-                f'{place}: has sha256 {found}, and meta.json says {file.sha256}; it is damaged, or '
-                'the dataset was just prepared anew: prepare it again, or try again'
+                f'{place}: has sha256 {found}, and meta.json lists {file.sha256}; try again if the '
+                'dataset is being prepared now, else prepare it again'
             )
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror or error}') from error
+        raise copy_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
 
 
-def hashed(pieces: Iterator[bytes], part: Path | None, count: Count) -> str:
-    """The sha256 of the pieces, which are written to `part` if it is given, and counted."""
+def write_and_hash(chunks: Iterator[bytes], part: Path | None, progress: Progress) -> str:
+    """The sha256 of the chunks, which are written to `part` if given. Updates `progress`."""
     digest, added = hashlib.sha256(), 0
     try:
         with part.open('wb') if part else contextlib.nullcontext() as file:
-            for piece in pieces:
-                if count.stop.is_set():
-                    raise UserError('another file could not be copied')  # which is what is told
-                digest.update(piece)
+            for chunk in chunks:
+                if progress.stop.is_set():
+                    raise UserError('another file could not be copied')  # that error is reported
+                digest.update(chunk)
                 if part:
-                    file.write(piece)
-                count.add(len(piece))
-                added += len(piece)
+                    file.write(chunk)
+                progress.add(len(chunk))
+                added += len(chunk)
             if part:
                 file.flush()
                 os.fsync(file.fileno())
     except BaseException:
-        count.add(-added)
+        progress.add(-added)
         raise
     return digest.hexdigest()
 
 
-def pieces_of(path: Path) -> Iterator[bytes]:
+def file_chunks(path: Path) -> Iterator[bytes]:
     try:
         with path.open('rb') as file:
-            while piece := file.read(PIECE):
-                yield piece
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror or error}') from error
+        raise UserError(
+            f'{path}: cannot read: {error.strerror or error}; make it readable, or prepare the '
+            'dataset again'
+        ) from error
 
 
-def streamed(url: str) -> Iterator[bytes]:
+def url_chunks(url: str) -> Iterator[bytes]:
     import requests
 
     with requests.get(url, stream=True, timeout=20, headers=HEADERS) as reply:
         reply.raise_for_status()
-        yield from reply.iter_content(PIECE)
+        yield from reply.iter_content(CHUNK_BYTES)
 
 
-def fetched(source: str, name: str) -> bytes:
-    """A small file of the dataset's."""
-    place = place_of(source, name)
+def read_small_file(source: str, name: str) -> bytes:
+    """The content of a small file of the dataset."""
+    place = location(source, name)
     if is_url(source):
-        return with_patience(lambda: b''.join(streamed(place)), place)
+        return with_retries(lambda: b''.join(url_chunks(place)), place)
     if not os.path.exists(place):
-        raise UserError(f'{place}: is missing, and a copy needs it; leave data_cache at None')
-    return b''.join(pieces_of(Path(place)))
+        raise UserError(f'{place}: is missing, and --data_cache needs it; omit --data_cache')
+    return b''.join(file_chunks(Path(place)))
 
 
-def size_of(path: Path) -> int | None:
+def file_size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None

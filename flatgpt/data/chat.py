@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import DATA, FIRST, LEARNED, PADDING, SPLITS, Writer
+from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
 from flatgpt.data.sources import bytes_of, find_files, identity, without_bom

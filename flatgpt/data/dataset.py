@@ -1,18 +1,19 @@
 """
-The format on disk, and reading a batch by its number.
+The dataset format on disk, and random access to batches by sample number.
 
-data/<name>/ holds the ids of each split as raw little-endian uint16 or uint32 in train.bin (or
-train-00000.bin, train-00001.bin, ...) and val.bin, the tokenizer.json, and meta.json, written last:
+data/<name>/ holds the token ids of each split as raw little-endian uint16 or uint32 in train.bin
+(or train-00000.bin, train-00001.bin, ...) and val.bin, the tokenizer.json, and meta.json, which is
+written last:
 {"format": "flatgpt", "tokenizer", "vocab_size", "dtype",
  "splits": {"train": {"tokens", "bytes", "shards": [{"file", "tokens", "sha256"}]}, "val": ...}}.
-A large one is made of parts (see data/parquet.py): then the files are in folders below it.
-Conversations (see data/chat/prepare.py) lie in rows of a fixed length: meta.json says "rows":
-{"length", "pairs"}, and beside train.bin is train.mask.bin with a byte of flags for each id:
-LEARNED, FIRST (of a conversation, or of the padding), PADDING. With pairs, a row with the better
-answer comes before one with the worse.
-A folder with only nanoGPT's train.bin, val.bin and perhaps meta.pkl is read as well.
+The shards of a large dataset are in the folders of its parts (see data/parquet.py).
+Conversations (see data/chat/prepare.py) are packed into rows of fixed length: meta.json has "rows":
+{"length", "pairs"}, and train.mask.bin beside train.bin has one byte of flags per id: TARGET, FIRST
+(of a conversation, or of the padding), PADDING. With pairs, the row with the chosen answer comes
+before the row with the rejected one.
+A nanoGPT folder with only train.bin, val.bin and perhaps meta.pkl can be read, too.
 
-    with Writer(folder, tokenizer) as writer:        # nothing is published unless this ends well
+    with Writer(folder, tokenizer) as writer:        # publishes nothing if this raises
         writer.write('train', ids)
     x, y = Dataset(folder, block_size=256).batch(first=step * 64, count=64)
 """
@@ -37,24 +38,25 @@ import numpy as np
 from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
-from flatgpt.errors import UserError, did_you_mean
-from flatgpt.files import atomic_file
+from flatgpt.errors import DISK_TROUBLE, UserError, did_you_mean
+from flatgpt.files import new_file
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
-LEARNED, FIRST, PADDING = 1, 2, 4  # flags of an id in a row
-UNFINISHED = '.unfinished'  # there while finished parts take the place of an older dataset
+TARGET, FIRST, PADDING = 1, 2, 4  # flags of an id in a row
+UNFINISHED = '.unfinished'  # exists while new files replace an older dataset
 QUICKSTART = 'python train.py config/quickstart.py'
+TEXT_COMMAND = 'python data/text/prepare.py FILES'
 
 
 class Writer:
     """
-    Writes a dataset folder, in shards of `shard_tokens`. What is written has other names until the
-    `with` ends without an error, so that a folder never looks finished when it is not.
+    Writes a dataset folder, in shards of `shard_tokens`. The files have temporary names until the
+    `with` ends without an error, so an unfinished folder never looks finished.
 
-    source: what a part of a larger dataset is made from, which its meta.json then tells; a split
-    of a part may be empty.
-    rows: {'length', 'pairs'} of rows that are written with their flags.
+    source: what a part of a larger dataset is made from, recorded in its meta.json; a split of a
+    part may be empty.
+    rows: {'length', 'pairs'} of conversation rows, which are written with their flags.
     """
 
     def __init__(
@@ -67,12 +69,12 @@ class Writer:
     ):
         self.folder, self.tokenizer, self.shard_tokens = Path(folder), tokenizer, shard_tokens
         self.source, self.rows = source, rows
-        if rows:  # none of them, and no pair, in two shards
+        if rows:  # no row or pair may cross shards
             unit = row_unit(rows)
             self.shard_tokens = max(1, shard_tokens // unit) * unit
         self.shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
-        self._files: dict[str, list] = {}  # a split's open shard, and its flags: [(file, sha256)]
+        self._files: dict[str, list] = {}  # split: [(file, sha256)], the open shard and its flags
         self._byte_lengths = tokenizer.byte_lengths()
         self._lock = filelock.FileLock(self.folder / '.write.lock', timeout=0)
 
@@ -81,14 +83,17 @@ class Writer:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except filelock.Timeout:
-            raise UserError(f'{self.folder}: another program is writing this dataset now') from None
+            raise UserError(
+                f'{self.folder}: another program is writing this dataset; wait until it has '
+                'finished, or choose another --out_dir'
+            ) from None
         except OSError as error:
-            raise self._cannot_write(error) from error
-        self._remove_parts()  # of a run that was killed
+            raise write_error(self.folder, error) from error
+        self._remove_parts()  # of a killed run
         return self
 
     def write(self, split: str, ids: np.ndarray, flags: np.ndarray | None = None) -> None:
-        """Append `ids` to a split; rows come with their flags, as many."""
+        """Append `ids` to a split; rows need one flag per id."""
         assert (flags is not None) == bool(self.rows)
         if not len(ids):
             return
@@ -111,21 +116,21 @@ class Writer:
                 if shard['tokens'] == self.shard_tokens:
                     self._close_shard(split)
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise write_error(self.folder, error) from error
 
     def include(self, name: str) -> None:
-        """Append the shards of a finished part, the folder `name` in this one, where they lie."""
+        """Append the shards of a finished part, the subfolder `name`, without moving them."""
         meta = read_meta(self.folder / name)
         check_files(self.folder / name, meta)
         if (meta['tokenizer'], meta['dtype']) != (self.tokenizer.name, self.tokenizer.dtype.name):
-            raise UserError(f'{self.folder / name}: its tokenizer is {meta["tokenizer"]}')
+            raise UserError(
+                f'{self.folder / name}: uses the tokenizer {meta["tokenizer"]}, and other parts '
+                f'{self.tokenizer.name}; delete it and run its job again'
+            )
         for split in SPLITS:
             self.bytes[split] += meta['splits'][split]['bytes']
             for shard in meta['splits'][split]['shards']:
                 self.shards[split].append(shard | {'file': f'{name}/{shard["file"]}'})
-
-    def _cannot_write(self, error: OSError) -> UserError:
-        return cannot_write(self.folder, error)
 
     def _open_shard(self, split: str) -> None:
         name = f'{split}-{len(self.shards[split]):05d}.bin'
@@ -147,10 +152,10 @@ class Writer:
             if kind is None:
                 self._publish()
         except OSError as failure:
-            raise self._cannot_write(failure) from failure
+            raise write_error(self.folder, failure) from failure
         finally:
             for file, _ in itertools.chain(*self._files.values()):
-                with contextlib.suppress(OSError):  # a full disk, again
+                with contextlib.suppress(OSError):  # the disk is still full
                     file.close()
             self._remove_parts()
             self._lock.release()
@@ -160,7 +165,7 @@ class Writer:
             self._close_shard(split)
         for split in SPLITS:
             if not self.shards[split] and not self.source:
-                raise UserError(f'{self.folder}: nothing was left for the {split} split')
+                raise UserError(f'{self.folder}: the {split} split would be empty; add more text')
         (self.folder / UNFINISHED).touch()
         masks = ('train.mask.bin', 'val.mask.bin')
         metas = ('meta.json', 'meta.pkl')
@@ -171,10 +176,10 @@ class Writer:
             for shard in shards:
                 part = self.folder / f'{shard["file"]}.part'
                 if not part.exists():
-                    continue  # of an included part
+                    continue  # it belongs to an included part
                 mask = self.folder / f'{mask_file(shard["file"])}.part'
                 if len(shards) == 1:
-                    shard['file'] = f'{split}.bin'  # what nanoGPT's tools look for
+                    shard['file'] = f'{split}.bin'  # the name that nanoGPT's tools expect
                 os.replace(part, self.folder / shard['file'])
                 if self.rows:
                     os.replace(mask, self.folder / mask_file(shard['file']))
@@ -198,7 +203,7 @@ class Writer:
             part.write_text(json.dumps(meta, indent=1), encoding='utf-8')
 
     def _remove_parts(self) -> None:
-        for part in parts_in(self.folder):
+        for part in temporary_files(self.folder):
             part.unlink()
 
     def tokens(self, split: str) -> int:
@@ -211,42 +216,45 @@ class Writer:
         return f'{self.folder}: {counts} tokens ({name}, {per_token:.2f} bytes of text per token)'
 
 
-def cannot_write(folder: Path, error: OSError) -> UserError:
-    elsewhere = '; --out_dir=FOLDER writes it elsewhere, for --dataset=./FOLDER'
-    hint = elsewhere if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ''
-    return UserError(f'{folder}: the dataset cannot be written: {error.strerror or error}{hint}')
+def write_error(folder: Path, error: OSError, command: str = '') -> UserError:
+    """The line for a dataset that cannot be written. command: its prepare script, if known."""
+    full = error.errno in DISK_TROUBLE - {errno.EROFS}
+    fix = 'free some space' if full else 'make the folder writable'
+    return UserError(
+        f'{folder}: cannot write the dataset: {error.strerror or error}; {fix}, or write it '
+        f'elsewhere: {command}--out_dir=FOLDER, then train with --dataset=./FOLDER'
+    )
 
 
 def mask_file(name: str) -> str:
-    """The file with the flags of a shard's ids."""
+    """The file with the flags of a shard."""
     return f'{name.removesuffix(".bin")}.mask.bin'
 
 
 def row_unit(rows: dict) -> int:
-    """Ids of a row, or of the two rows of a pair."""
+    """Tokens per row, or per pair of rows."""
     return int(rows['length']) * (2 if rows['pairs'] else 1)
 
 
-def parts_in(folder: Path) -> list[Path]:
+def temporary_files(folder: Path) -> list[Path]:
     patterns = ('train-*.bin.part', 'val-*.bin.part', 'meta.json.part', 'tokenizer.json.part')
     return [part for pattern in patterns for part in folder.glob(pattern)]
 
 
 class Dataset:
     """
-    Batches of a prepared folder, as functions of their numbers alone: the same for every world
-    size, in any order of calls, and with nothing to save or restore when training resumes.
+    Batches of a prepared folder. A batch depends only on its sample numbers: it is the same for
+    every world size and order of calls, and resuming needs no saved state.
 
-    objective: 'lm' for text, whose windows are block_size long; 'sft' for rows of conversations,
-    'dpo' for pairs of such, two rows each. Rows keep their length, which becomes block_size, and
-    cannot be longer than that was.
+    objective: 'lm' for text, in windows of block_size; 'sft' for rows of conversations, 'dpo' for
+    pairs of rows. Rows keep their length, which must be at most block_size and replaces it.
     """
 
     def __init__(
         self, folder: str | Path, block_size: int, seed: int = 1337, objective: str = 'lm'
     ):
         self.folder, self.seed = Path(folder), seed
-        self.name, self.parts = self.folder.name, [(1.0, self)]  # a mixture has several
+        self.name, self.parts = self.folder.name, [(1.0, self)]  # as Mixture.parts
         meta = read_meta(self.folder)
         self.rows: dict | None = meta.get('rows')
         self._check_objective(objective)
@@ -268,42 +276,42 @@ class Dataset:
         self._files = ShardFiles(self.folder, names + masks)
         sizes = np.array(lengths['train'])
         self._first_token = self._ends['train'] - sizes
-        # A window and the token after it lie in one shard. Where there are several, one less than
-        # fit, so that their borders can move by up to a window from epoch to epoch.
+        # A window and the token after it are in one shard. If several fit, use one less, so that
+        # the window boundaries can shift by up to a window from epoch to epoch.
         fit = (sizes - 1) // block_size
         self._windows = np.maximum((sizes - block_size) // block_size, np.minimum(fit, 1))
         self._phases = np.minimum(block_size, sizes - self._windows * block_size)
-        if self.rows:  # they begin where they begin, and what follows one is not learned
+        if self.rows:  # fixed boundaries, and no target after the last token
             self._windows, self._phases = sizes // self.stride, np.ones_like(sizes)
         self._last_window = np.cumsum(self._windows)
         self.n_windows = int(self._windows.sum())
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells one preparation from another: the shards' hashes, or else their sizes."""
+        """Identifies the content: a hash of the shards' hashes, or of their sizes (nanoGPT)."""
         made_of = [self._splits, self.rows] if self.rows else self._splits
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the text. nanoGPT folders: meta.pkl's characters, gpt2 without one."""
+        """The dataset's tokenizer; of a nanoGPT folder, meta.pkl's characters or else gpt2."""
         if (self.folder / 'meta.json').exists():
             return load(self.folder / 'tokenizer.json')
         pickled = self.folder / 'meta.pkl'
         return from_nanogpt_meta(pickled) if pickled.exists() else get_tokenizer('gpt2')
 
     def text_bytes(self, split: str) -> int | None:
-        """Bytes of text in a split; counted for nanoGPT's folders, None without their tokenizer.
+        """Bytes of text in a split; for nanoGPT folders counted with their tokenizer.
 
-        None for rows, too: only some of their text is a target.
+        None if that is unavailable, and for rows, since only part of their text is a target.
         """
         if self.rows:
             return None
         if self.bytes[split] is None:
             try:
                 lengths = self.tokenizer.byte_lengths()
-            except UserError:  # asked once: it may have waited for a network
-                self.bytes[split] = 0
+            except UserError:
+                self.bytes[split] = 0  # do not retry: it may have waited for a network
                 return None
             ids = (self._whole_file(name, self._dtype) for name, _ in self._shards[split])
             self.bytes[split] = sum(int(lengths[part[part < len(lengths)]].sum()) for part in ids)
@@ -311,22 +319,22 @@ class Dataset:
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
-        """How many targets each window of the training split has, (n_windows,)."""
-        return np.concatenate([(flags & LEARNED > 0).sum(1) for flags in self._flags()])
+        """The number of targets in each window of the training split, (n_windows,)."""
+        return np.concatenate([(flags & TARGET > 0).sum(1) for flags in self._flags()])
 
     def count_targets(self, first: int, count: int) -> int:
-        """The targets that training samples number first..first+count-1 have together."""
+        """The number of targets in training samples first..first+count-1."""
         return int(self.targets[self.windows(first, count)].sum())
 
     @functools.cached_property
     def window_tokens(self) -> float:
-        """Tokens of a training window on average, padding left out."""
+        """The mean number of tokens in a training window, without padding."""
         if not self.rows:
             return self.block_size
         return sum(int((flags & PADDING == 0).sum()) for flags in self._flags()) / self.n_windows
 
     def _flags(self) -> Iterator[np.ndarray]:
-        """The flags of each shard of the training split, a line for each window."""
+        """The flags of each shard of the training split, (windows, stride)."""
         for name, _ in self._shards['train']:
             yield self._whole_file(mask_file(name), np.uint8).reshape(-1, self.stride)
 
@@ -337,13 +345,13 @@ class Dataset:
 
     def windows(self, first: int, count: int) -> np.ndarray:
         """
-        Which windows training samples number first..first+count-1 are, of the endless sequence of
-        epochs, each of which has every window once, in an order of its own.
+        The window of each of the training samples first..first+count-1. Samples are numbered over
+        an endless sequence of epochs; each epoch has every window once, in a different order.
         """
-        return self._draw(first, count)[0]
+        return self._sample_windows(first, count)[0]
 
-    def _draw(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows of samples, and a key of each one's epoch."""
+    def _sample_windows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The window of each sample, and the random key of its epoch."""
         sample = np.arange(first, first + count, dtype=np.int64)
         epoch = sample // self.n_windows
         key = mix(np.full(count, self.seed % 2**64, np.uint64), epoch.astype(np.uint64))
@@ -351,13 +359,13 @@ class Dataset:
 
     def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
         """
-        The windows(first, count) -> x, y int64, both (count, block_size), of pairs
-        (2 * count, block_size); y is -1 where nothing is to be learned.
+        Training samples first..first+count-1 -> x, y int64, both (count, block_size), for pairs
+        (2 * count, block_size); y is -1 where there is no target.
 
-        documents: numbers of the same shape as well, which tell each document of a row from its
-        neighbours: an end of text, or the first token of a conversation, begins the next.
+        documents: also return document numbers of the same shape. A new document begins at an
+        end-of-text token, or at the first token of a conversation.
         """
-        window, key = self._draw(first, count)
+        window, key = self._sample_windows(first, count)
         shard = np.searchsorted(self._last_window, window, side='right')
         window -= (self._last_window - self._windows)[shard]
         phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
@@ -365,7 +373,7 @@ class Dataset:
         return self._inputs_and_targets('train', self._sequences(starts), documents)
 
     def _sequences(self, starts: np.ndarray) -> np.ndarray:
-        """First positions of all sequences of the windows that begin at `starts`."""
+        """The first positions of all sequences in the windows that begin at `starts`."""
         return (starts[:, None] + np.arange(0, self.stride, self.block_size)).ravel()
 
     def _inputs_and_targets(
@@ -375,7 +383,7 @@ class Dataset:
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
         if self.rows:
             flags = self._read_files(split, starts, np.dtype(np.uint8), mask_file)
-            y[flags[:, 1:] & LEARNED == 0] = -1
+            y[flags[:, 1:] & TARGET == 0] = -1
         if not documents:
             return x, y
         begins = flags[:, :-1] & FIRST > 0 if self.rows else x == self.tokenizer.eot
@@ -383,8 +391,8 @@ class Dataset:
 
     def eval_windows(self, split: str, count: int | None = None) -> np.ndarray:
         """
-        First positions of `count` fixed, evenly spaced windows of a split that do not overlap.
-        None, or more than there are: all, so that every token but the first is once a target.
+        The first positions of `count` fixed, evenly spaced, disjoint windows of a split.
+        None, or more than exist: all, so that every token but the first is a target once.
         """
         last = self.tokens[split] - (0 if self.rows else 1)
         whole = last // self.stride
@@ -395,7 +403,7 @@ class Dataset:
     def eval_batch(
         self, split: str, starts: np.ndarray, documents: bool = False
     ) -> tuple[np.ndarray, ...]:
-        """As batch(); beyond the end of the split x is 0 and y is -1."""
+        """Like batch(); beyond the end of the split x is 0 and y is -1."""
         starts = self._sequences(np.asarray(starts, np.int64))
         x, y, *numbers = self._inputs_and_targets(split, starts, documents)
         beyond = starts[:, None] + np.arange(1, self.block_size + 1) >= self.tokens[split]
@@ -403,25 +411,25 @@ class Dataset:
         return x, y, *numbers
 
     def _read(self, split: str, starts: np.ndarray) -> np.ndarray:
-        """block_size + 1 ids from each start, 0 beyond the end of the split."""
+        """block_size + 1 ids from each start, 0 beyond the end: (len(starts), block_size + 1)."""
         ids = self._read_files(split, starts, self._dtype)
         if ids.max(initial=0) >= self.vocab_size:
-            self._refuse_id(split, ids, starts)
+            self._raise_invalid_id(split, ids, starts)
         return ids
 
     def _read_files(
         self, split: str, starts: np.ndarray, dtype: np.dtype, name_of: Callable = str
     ) -> np.ndarray:
         """
-        The same of the shards, or of what lies beside each under the name that name_of gives it.
+        Like _read(), from the shards or from the file name_of(shard) beside each.
 
-        Read, not mapped: pages seen through a mapping count as this process's memory, up to the
-        size of the file, and each short window drags in 128 KB of read-ahead from a cold disk.
+        Not memory-mapped: mapped pages count as this process's memory, up to the size of the file,
+        and each short window triggers 128 KB of read-ahead from a cold disk.
         """
         width = self.block_size + 1
         ids = np.zeros((len(starts), width), dtype)
         size = ids.itemsize
-        rows, shards = self._where(split, starts)
+        rows, shards = self._rows_by_shard(split, starts)
         for shard, group in itertools.groupby(zip(shards, rows, strict=True), itemgetter(0)):
             name, tokens = self._shards[split][shard]
             first = int(self._ends[split][shard]) - tokens
@@ -432,20 +440,20 @@ class Dataset:
                     file.seek(begin * size)
                     if file.readinto(ids[row, begin - start : end - start]) < (end - begin) * size:
                         path = f'{self.folder}/{name_of(name)}'
-                        raise UserError(f'{path}: was cut short; prepare it again')
+                        raise UserError(f'{path}: was truncated; prepare the dataset again')
         return ids
 
-    def _where(self, split: str, starts: np.ndarray) -> tuple[list[int], list[int]]:
-        """Every row and a shard that it lies in, a row as often as there are such, by shards."""
+    def _rows_by_shard(self, split: str, starts: np.ndarray) -> tuple[list[int], list[int]]:
+        """Pairs of a row and a shard that it overlaps, sorted by shard."""
         ends, last = self._ends[split], starts + self.block_size
         first, last = (np.searchsorted(ends, at, side='right') for at in (starts, last))
-        count = np.minimum(last, len(ends) - 1) - first + 1  # 0 beyond the end
+        count = np.minimum(last, len(ends) - 1) - first + 1  # 0 if beyond the end
         rows = np.repeat(np.arange(len(starts)), count)
         shards = first[rows] + np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
         order = np.argsort(shards, kind='stable')
         return rows[order].tolist(), shards[order].tolist()
 
-    def _refuse_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
+    def _raise_invalid_id(self, split: str, ids: np.ndarray, starts: np.ndarray) -> None:
         row, column = np.argwhere(ids >= self.vocab_size)[0]
         position = int(starts[row] + column)
         shard = int(np.searchsorted(self._ends[split], position, side='right'))
@@ -453,8 +461,8 @@ class Dataset:
         position -= int(self._ends[split][shard]) - tokens
         raise UserError(
             f'{self.folder / name}: token id {ids[row, column]} at byte {position * ids.itemsize} '
-            f'is outside the vocabulary of {self.vocab_size}; the file is damaged or was made with '
-            'another tokenizer: prepare the dataset again (a copy in data_cache: delete it)'
+            f'is outside the vocabulary of {self.vocab_size}; the file is damaged or uses another '
+            'tokenizer: prepare the dataset again (or delete its copy in data_cache)'
         )
 
     def _check_objective(self, objective: str) -> None:
@@ -463,23 +471,23 @@ class Dataset:
         if objective != fits:
             maker = 'text' if objective == 'lm' else 'chat'
             raise UserError(
-                f'{self.folder}: holds {holds[fits]}, for --objective={fits}, and '
-                f'objective={objective!r} needs {holds[objective]}, which data/{maker}/prepare.py '
-                'prepares'
+                f'{self.folder}: contains {holds[fits]}, for --objective={fits}; '
+                f'objective={objective!r} needs {holds[objective]}: prepare them with '
+                f'data/{maker}/prepare.py'
             )
 
     def _check_row(self, block_size: int) -> None:
         if self.rows and self.rows['length'] > block_size:
             raise UserError(
-                f'{self.folder}: has rows of {self.rows["length"]} tokens, more than block_size='
-                f'{block_size}; raise that if the model reads as far, or prepare it again with '
-                f'--block_size={block_size}'
+                f'{self.folder}: its rows of {self.rows["length"]} tokens exceed block_size='
+                f'{block_size}; use --block_size={self.rows["length"]} if the model supports it, '
+                f'or prepare the dataset again with --block_size={block_size}'
             )
 
     def _check_lengths(self) -> None:
         if self.rows:
-            return  # as many as there are
-        # What a window can be cut from: a shard to train on, the whole split to evaluate.
+            return  # rows have a fixed length
+        # A training window must fit in a shard, an evaluation window in the whole split.
         longest = {
             'train': max((tokens for _, tokens in self._shards['train']), default=0),
             'val': self.tokens['val'],
@@ -487,15 +495,15 @@ class Dataset:
         for split, tokens in longest.items():
             if tokens < self.block_size + 1:
                 fits = min(longest.values()) - 1
-                cure = f'--block_size={fits} would work' if fits > 0 else 'it needs more text'
+                fix = f'use --block_size={fits}' if fits > 0 else 'add more text'
                 raise UserError(
                     f'{self.folder}: its {split} split has {tokens:,} tokens, too few for '
-                    f'block_size {self.block_size}; {cure}'
+                    f'block_size {self.block_size}; {fix}'
                 )
 
 
 def mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A well-scattered uint64 from two (the finaliser of SplitMix64, Steele et al. 2014)."""
+    """Hash two uint64 into one (the finalizer of SplitMix64, Steele et al. 2014)."""
     x = (x + (y + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -504,9 +512,9 @@ def mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def permute(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     """
-    A permutation of 0..n-1 for each key, evaluated at `position`, without storing it: a Feistel
-    network of four rounds on the smallest even number of bits, walked along its cycles until it
-    lands below n (Black and Rogaway 2002).
+    The value at `position` of a pseudorandom permutation of 0..n-1 for each key, without storing
+    the permutation: a four-round Feistel network on the smallest even number of bits, with cycle
+    walking until the value is below n (Black and Rogaway 2002).
     """
     half = np.uint64(((n - 1).bit_length() + 1) // 2)
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -522,9 +530,9 @@ def permute(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def read_meta(folder: Path) -> dict:
-    """meta.json of a prepared folder, or one made up for a folder of nanoGPT's."""
+    """The meta.json of a prepared folder, or its equivalent for a nanoGPT folder."""
     if (folder / UNFINISHED).exists():
-        raise UserError(f'{folder}: its preparation was interrupted; prepare the dataset again')
+        raise UserError(f'{folder}: preparation was interrupted; prepare the dataset again')
     path = folder / 'meta.json'
     if not path.exists():
         return nanogpt_meta(folder)
@@ -533,21 +541,23 @@ def read_meta(folder: Path) -> dict:
         for split in SPLITS:
             shards = meta['splits'][split]['shards']
             if meta['splits'][split]['tokens'] != sum(shard['tokens'] for shard in shards):
-                raise ValueError(f'the shards of {split} do not add up')
+                raise ValueError(f'the tokens of the {split} shards do not add up')
         if meta['format'] != 'flatgpt' or meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError('unknown format or dtype')
         if rows := meta.get('rows'):
             shards = [shard for split in SPLITS for shard in meta['splits'][split]['shards']]
             if any(shard['tokens'] % row_unit(rows) for shard in shards):
-                raise ValueError(f'the shards are not in rows of {row_unit(rows)}')
+                raise ValueError(f'a shard is not a multiple of {row_unit(rows)} tokens')
         meta['vocab_size'] = int(meta['vocab_size'])
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path}: not the meta.json of a dataset: {error!r}') from error
+        raise UserError(
+            f'{path}: not the meta.json of a dataset: {error!r}; prepare the dataset again'
+        ) from error
 
 
 def check_files(folder: Path, meta: dict) -> None:
-    """Raise UserError unless every shard has the size that meta.json says."""
+    """Raise UserError unless every shard has the size recorded in meta.json."""
     for split in SPLITS:
         for shard in meta['splits'][split]['shards']:
             check_size(folder / shard['file'], shard['tokens'] * np.dtype(meta['dtype']).itemsize)
@@ -560,18 +570,21 @@ def check_size(path: Path, expected: int) -> None:
     if size != expected:
         found = 'is missing' if size is None else f'has {size:,} bytes'
         raise UserError(
-            f'{path}: {found}, and meta.json says {expected:,}; prepare the dataset again'
+            f'{path}: {found}; meta.json expects {expected:,} bytes: prepare the dataset again'
         )
 
 
 def nanogpt_meta(folder: Path) -> dict:
     if (folder / 'tokenizer.json').exists():
-        raise UserError(f'{folder}: its meta.json is missing; prepare the dataset again')
+        raise UserError(f'{folder}: meta.json is missing; prepare the dataset again')
     for split in SPLITS:
         if not (folder / f'{split}.bin').exists():
-            if parts_in(folder) or any(folder.glob('part-*/')):
-                raise UserError(f'{folder}: its preparation did not finish; prepare it again')
-            raise UserError(f'{folder}: no dataset here; it has no meta.json and no {split}.bin')
+            if temporary_files(folder) or any(folder.glob('part-*/')):
+                raise UserError(f'{folder}: preparation did not finish; prepare the dataset again')
+            raise UserError(
+                f'{folder}: not a dataset: it has neither meta.json nor {split}.bin; prepare your '
+                f'own text: {TEXT_COMMAND} --out_dir={folder}'
+            )
     pickled = folder / 'meta.pkl'
     vocab_size = from_nanogpt_meta(pickled).vocab_size if pickled.exists() else 50257
     splits = {}
@@ -584,20 +597,20 @@ def nanogpt_meta(folder: Path) -> dict:
 
 def find_dataset(name: str) -> Path:
     """
-    The dataset in data/<name>, or in the folder `name` if that is a path. One that comes with
-    flatGPT and is not there yet is prepared first, unless it is a large download.
+    The dataset in data/<name>, or in the folder `name` if that is a path. A dataset that comes
+    with flatGPT is prepared if necessary, unless it is a large download.
     """
-    folder, is_path = folder_of(name)
+    folder, is_path = resolve_dataset(name)
     if not is_prepared(folder):
-        if not is_path and recipe_of(folder):  # never a stranger's
+        if not is_path and prepare_script(folder):  # only our own scripts are run
             prepare(folder)
         elif not folder.is_dir():
             raise UserError(missing_dataset(name, is_path))
     return folder
 
 
-def folder_of(name: str) -> tuple[Path, bool]:
-    """Where a dataset is or would be, and whether its name is a path."""
+def resolve_dataset(name: str) -> tuple[Path, bool]:
+    """The folder of a dataset, which need not exist, and whether its name is a path."""
     is_path = os.path.basename(name) != name or name in ('', '.', '..')
     return Path(name) if is_path else DATA / name, is_path
 
@@ -608,34 +621,32 @@ def is_prepared(folder: Path) -> bool:
 
 
 def prepare(folder: Path) -> None:
-    """Run the script that prepares a dataset; of several processes one does, the others wait."""
-    script, arguments = recipe_of(folder)
+    """Run the script that prepares a dataset, in one process; others wait for it."""
+    script, arguments = prepare_script(folder)
     if (size := download_gb(folder)) > 1:
         raise UserError(
-            f'dataset {folder.name} is not prepared: `{command_of(folder)}` would '
-            f'fetch about {size} GB for it; the way to start is `{QUICKSTART}`'
+            f'dataset {folder.name} is not prepared; run `{prepare_command(folder)}`, which '
+            f'downloads about {size} GB, or start small with `{QUICKSTART}`'
         )
     try:
         folder.mkdir(exist_ok=True)
         held = filelock.FileLock(folder / '.prepare.lock').acquire()
-    except OSError as error:  # a checkout that is only to be read
-        raise UserError(
-            f'{cannot_write(folder, error)}: {command_of(folder)} --out_dir=FOLDER'
-        ) from error
+    except OSError as error:  # a read-only clone
+        raise write_error(folder, error, f'{prepare_command(folder)} ') from error
     with held:
         if not is_prepared(folder):
             import_script(script).main(arguments)
 
 
 def download_gb(folder: Path) -> float:
-    """What the script that prepares a dataset of ours fetches, where that is much."""
-    return getattr(import_script(recipe_of(folder)[0]), 'DOWNLOAD_GB', 0)
+    """The download size of one of our datasets; 0 if small."""
+    return getattr(import_script(prepare_script(folder)[0]), 'DOWNLOAD_GB', 0)
 
 
-def recipe_of(folder: Path) -> tuple[Path, list[str]] | None:
-    """The script that prepares a folder's dataset, and its arguments; None if it is none of ours.
+def prepare_script(folder: Path) -> tuple[Path, list[str]] | None:
+    """The script that prepares one of our datasets, and its arguments; None for other folders.
 
-    Most have a prepare.py of their own; gutenberg's prepares the sets of books it lists.
+    Most have their own prepare.py; that of gutenberg prepares the book sets that it lists.
     """
     if (folder / 'prepare.py').exists():
         return folder / 'prepare.py', []
@@ -649,31 +660,32 @@ def book_sets() -> list[str]:
     return list(import_script(script).SETS) if script.exists() else []
 
 
-def command_of(folder: Path) -> str:
-    """The command that prepares a dataset of ours."""
-    script, arguments = recipe_of(folder)
+def prepare_command(folder: Path) -> str:
+    """The command that prepares one of our datasets."""
+    script, arguments = prepare_script(folder)
     return ' '.join([f'python data/{script.parent.name}/prepare.py', *arguments])
 
 
 def import_script(script: Path) -> ModuleType:
-    """The module data.<name>.prepare, also where <name> is no Python name."""
+    """The module data.<name>.prepare, even if <name> is not a valid identifier."""
     name = f'data.{script.parent.name}.prepare'
     loaded = sys.modules.get(name)
     if loaded and loaded.__file__ == str(script):
         return loaded
     spec = importlib.util.spec_from_file_location(name, script)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where a worker process looks for the module's functions
+    sys.modules[name] = module  # worker processes import functions from here
     spec.loader.exec_module(module)
     return module
 
 
 def missing_dataset(name: str, is_path: bool) -> str:
-    own_text = f'your own text: python data/text/prepare.py FILES --name={Path(name).name}'
     if is_path:
-        return f'{name}: no such dataset folder; {own_text}'
+        return f'{name}: no such folder; prepare your own text: {TEXT_COMMAND} --out_dir={name}'
     folders = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
-    # these three need to be told more
-    names = sorted({*folders, *book_sets()} - {'chat', 'gutenberg', 'text'})
+    names = sorted({*folders, *book_sets()} - {'chat', 'gutenberg', 'text'})  # these need arguments
     hint = did_you_mean(name, names)
-    return f'no dataset is called {name}; {hint}there are {", ".join(names)}; {own_text}'
+    return (
+        f'unknown dataset {name}; {hint}choose one of {", ".join(names)}, or prepare your own '
+        f'text: {TEXT_COMMAND} --name={name}'
+    )

@@ -1,4 +1,4 @@
-"""Fetching what a dataset is made from: a file once, whole and checked; a site's pages politely."""
+"""Downloads for datasets: files verified by sha256, web pages as robots.txt allows."""
 
 import contextlib
 import functools
@@ -18,22 +18,22 @@ from flatgpt.errors import UserError
 from flatgpt.files import atomic_file, nearest_existing
 
 ATTEMPTS = 3
-AGENT = 'flatGPT'  # what robots.txt may call us
-HEADERS = {'User-Agent': f'{AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
-PAUSE = 1.0  # seconds before each request for a page, if robots.txt does not ask for more
-LONGEST_WAIT = 120  # seconds, if a server says when to ask again
+USER_AGENT = 'flatGPT'  # our name in robots.txt
+HEADERS = {'User-Agent': f'{USER_AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
+REQUEST_DELAY = 1.0  # seconds before each request for a page, unless robots.txt asks for more
+MAX_RETRY_DELAY = 120  # seconds; give up if a server asks for more
 
 
-def place_to_keep(own: Path, out_dir: Path) -> Path:
-    """Where to keep what is fetched: a dataset's own folder, or of a checkout that is only to be
-    read, the folder that the dataset is written to."""
-    return own if os.access(nearest_existing(own), os.W_OK) else out_dir
+def download_folder(own: Path, out_dir: Path) -> Path:
+    """Where to keep downloads: the dataset's own folder, or in a read-only clone the folder that
+    the dataset is written to."""
+    return own if os.access(existing(own), os.W_OK) else out_dir
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> None:
     """
-    Download `url` to `path`, under another name until its sha256 is found right. A file already
-    at `path` is left as it is. Without a network: UserError that says where to put the file.
+    Download `url` to `path`, with a temporary name until its sha256 is verified. An existing file
+    is kept. Without a network: UserError that says where to put the file.
     """
     path = Path(path)
     if path.exists():
@@ -43,60 +43,62 @@ def fetch(url: str, path: str | Path, sha256: str) -> None:
         found = download(url, part)
         if found != sha256:
             raise UserError(
-                f'{url}: what was fetched has sha256 {found}, not the expected {sha256}; get the '
-                f'file by other means and put it at {path}'
+                f'{url}: the downloaded file has sha256 {found}, not the expected {sha256}; get '
+                f'it by other means and save it as {path}'
             )
 
 
 def fetch_page(
-    urls: list[str], path: str | Path, flaw: Callable[[bytes], str | None] = lambda page: None
+    urls: list[str],
+    path: str | Path,
+    find_problem: Callable[[bytes], str | None] = lambda page: None,
 ) -> bytes:
     """
-    The page at the first of the addresses where there is one. It is fetched once, as the site's
-    robots.txt allows, and kept at `path`, where it is looked for first.
+    The page at the first of `urls` that exists. It is fetched once, as the site's robots.txt
+    allows, and kept at `path`; an existing file there is used instead.
 
-    flaw: says what is wrong with a page, if anything is; such a page is not kept. UserError then,
-    and where there is no page, or only one that says where it has moved to.
+    flaw: returns what is wrong with a page, or None. Such a page is not kept. UserError then,
+    or if no page exists, or if it has moved.
     """
     path = Path(path)
     if path.exists():
         page = path.read_bytes()
-        if wrong := flaw(page):
-            raise UserError(f'{path}: {wrong}; delete it, and it is fetched again from {urls[0]}')
+        if wrong := find_problem(page):
+            raise UserError(f'{path}: {wrong}; delete it to fetch it again from {urls[0]}')
         return page
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = with_patience(lambda: get_page(urls, flaw), urls[0], path)
-    with atomic_file(path) as part:
+    page = with_retries(lambda: get_page(urls, find_problem), urls[0], path)
+    with new_file(path) as part:
         part.write_bytes(page)
     return page
 
 
-def get_page(urls: list[str], flaw: Callable) -> bytes:
+def get_page(urls: list[str], find_problem: Callable) -> bytes:
     import requests
 
     url, *others = urls
     rules = robots(urljoin(url, '/robots.txt'))
-    if not rules.can_fetch(AGENT, url):
-        raise Refused('robots.txt asks programs not to')
-    time.sleep(max(PAUSE, rules.crawl_delay(AGENT) or 0))
+    if not rules.can_fetch(USER_AGENT, url):
+        raise PermanentError('robots.txt disallows it')
+    time.sleep(max(REQUEST_DELAY, rules.crawl_delay(USER_AGENT) or 0))
     with requests.get(url, timeout=20, headers=HEADERS) as reply:
         if reply.status_code == 404 and others:
-            return get_page(others, flaw)
+            return get_page(others, find_problem)
         reply.raise_for_status()
-        if address(reply.url) != address(url):
-            raise Refused(f'it has moved to {reply.url}')
-        if wrong := flaw(reply.content):
-            raise Refused(f'it {wrong}')
+        if normalized_address(reply.url) != normalized_address(url):
+            raise PermanentError(f'it has moved to {reply.url}')
+        if wrong := find_problem(reply.content):
+            raise PermanentError(f'it {wrong}')
         return reply.content
 
 
 @functools.cache
 def robots(url: str) -> RobotFileParser:
-    """The rules of a site; one without robots.txt allows everything (RFC 9309, 2.3.1.3)."""
+    """The rules of a site; without a robots.txt everything is allowed (RFC 9309, 2.3.1.3)."""
     import requests
 
     rules = RobotFileParser(url)
-    time.sleep(PAUSE)
+    time.sleep(REQUEST_DELAY)
     with requests.get(url, timeout=20, headers=HEADERS) as reply:
         if reply.status_code == 429 or reply.status_code >= 500:
             reply.raise_for_status()
@@ -104,42 +106,49 @@ def robots(url: str) -> RobotFileParser:
     return rules
 
 
-def address(url: str) -> tuple[str, str, str]:
-    """What stays the same where a server only adds www, https or the last slash."""
+def normalized_address(url: str) -> tuple[str, str, str]:
+    """The address without scheme, www. and trailing slash, which a server may add."""
     parts = urlsplit(url)
     return parts.netloc.removeprefix('www.'), parts.path.rstrip('/'), parts.query
 
 
-class Refused(Exception):
-    """Why asking again would not help."""
+class PermanentError(Exception):
+    """An error that a retry would not fix."""
 
 
 def download(url: str, part: Path) -> str:
-    """Write what `url` holds to `part` -> its sha256"""
-    return with_patience(lambda: stream(url, part), url, part.with_suffix(''))
+    """Download `url` to the file `part` -> its sha256"""
+    return with_retries(lambda: stream_to_file(url, part), url, part.with_suffix(''))
 
 
-def with_patience(request: Callable, url: str, path: Path | None = None):
-    """What `request` returns, in three attempts. UserError says where else to put the file."""
-    import requests  # slow, and on no machine that brings torch and transformers alone
+def with_retries(request: Callable, url: str, path: Path | None = None):
+    """What `request` returns, with up to three attempts. UserError says how to do without it.
+
+    path: where the user may save the file instead.
+    """
+    import requests  # slow, and not installed with torch and transformers
 
     for attempt in range(ATTEMPTS):
         try:
             return request()
-        except (requests.RequestException, Refused) as error:
+        except (requests.RequestException, PermanentError) as error:
             wait = None
-            if not isinstance(error, Refused):
-                wait = seconds_to_wait(error.response, 2**attempt)
+            if not isinstance(error, PermanentError):
+                wait = retry_delay(error.response, 2**attempt)
             if wait is None or attempt == ATTEMPTS - 1:
-                cure = f'; get the file by other means and put it at {path}' if path else ''
-                raise UserError(f'{url} cannot be fetched ({reason(error)}){cure}') from error
+                fix = 'check the address and the network'
+                if path:
+                    fix = f'get the file by other means and save it as {path}'
+                raise UserError(
+                    f'{url} cannot be fetched ({short_reason(error)}); {fix}'
+                ) from error
         time.sleep(wait)
 
 
-def seconds_to_wait(response, usual: float) -> float | None:
-    """Before asking again; None if that would not help. Retry-After is of RFC 9110, 10.2.3.
+def retry_delay(response, usual: float) -> float | None:
+    """Seconds before the next attempt; None if a retry would not help. See RFC 9110, 10.2.3.
 
-    response: of requests, None if there was no answer.
+    response: a requests.Response, None without one.
     """
     if response is None:
         return usual
@@ -149,19 +158,19 @@ def seconds_to_wait(response, usual: float) -> float | None:
     wait = int(asked) if asked.isdecimal() else usual
     with contextlib.suppress(TypeError, ValueError):
         wait = (parsedate_to_datetime(asked) - datetime.now(timezone.utc)).total_seconds()
-    return max(wait, usual) if wait <= LONGEST_WAIT else None
+    return max(wait, usual) if wait <= MAX_RETRY_DELAY else None
 
 
-def reason(error: Exception) -> str:
-    if isinstance(error, Refused):
+def short_reason(error: Exception) -> str:
+    if isinstance(error, PermanentError):
         return str(error)
     if error.response is None:
         return type(error).__name__
     asked = error.response.headers.get('Retry-After')
-    return f'HTTP {error.response.status_code}' + (f', to be tried after {asked}' if asked else '')
+    return f'HTTP {error.response.status_code}' + (f', retry after {asked}' if asked else '')
 
 
-def stream(url: str, part: Path) -> str:
+def stream_to_file(url: str, part: Path) -> str:
     import requests
 
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
 """
-Text of any length to ids on disk, on all cores, with a few chunks in memory at a time. Where
-gigatoken is installed and serves, one core is faster than a dozen would be otherwise.
+Tokenizes text of any length to disk on all cores, with a few chunks in memory at a time. With
+gigatoken, one core is faster than a dozen without it.
 
     chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
     with Writer(folder, tokenizer) as writer:
@@ -28,32 +28,33 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
 CHUNK = 2**20  # characters encoded at a time
-LONGEST = CHUNK + CHUNK // 8  # of a chunk without a border to cut at: BPE takes n log n for a word
-# After a letter or digit and before one of these every tokenizer's pre-tokenisation has a border,
-# so the chunks of a text give the same ids as all of it at once.
-BORDER = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')  # the last three are Chinese , and .
-SMALL = 16_000_000  # bytes of text below which starting processes takes longer than it saves
+MAX_CHUNK = CHUNK + CHUNK // 8  # of a chunk without a boundary: BPE takes n log n for a word
+# Every tokenizer's pre-tokenization splits between a letter or digit and one of these characters,
+# so encoding a text in chunks gives the same ids as encoding it at once.
+# The last three are the Chinese comma, enumeration comma and full stop.
+BOUNDARY = re.compile(r'[^\W_](?=[\s,.;:!?\uff0c\u3001\u3002])')
+MIN_PARALLEL_BYTES = 16_000_000  # for less text, starting processes takes longer than it saves
 
-Chunk = tuple[int, str, str, int]  # number of its document, split, text, bytes read for it
+Chunk = tuple[int, str, str, int]  # document number, split, text, bytes read for it
 
 
 def cores() -> int:
-    allowed = getattr(os, 'sched_getaffinity', None)  # what a container or a scheduler grants
+    allowed = getattr(os, 'sched_getaffinity', None)  # respects limits of a container or scheduler
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def cut(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks that can be encoded one by one."""
+def split_text(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text in chunks that can be encoded separately."""
     text = ''
     for block in blocks:
-        searched = len(text) - 1  # from CHUNK on; the last letter's border shows only now
+        searched = len(text) - 1  # the next block decides whether the last letter is a boundary
         text += block
         start = 0
         while len(text) - start > CHUNK:
-            border = BORDER.search(text, max(start + CHUNK - 1, searched), start + LONGEST)
-            if not border and len(text) - start < LONGEST:
+            border = BOUNDARY.search(text, max(start + CHUNK - 1, searched), start + MAX_CHUNK)
+            if not border and len(text) - start < MAX_CHUNK:
                 break
-            end = border.end() if border else start + LONGEST
+            end = border.end() if border else start + MAX_CHUNK
             yield text[start:end]
             start = end
         text = text[start:]
@@ -68,30 +69,30 @@ def write_chunks(
     total: int | None = None,
     read_eot: bool = False,
 ) -> None:
-    """Encode chunks, in their order, and write them; `total` bytes are expected to be read.
+    """Encode chunks and write them in order; `total` bytes are expected.
 
-    workers: processes, None for as many as pay.
-    read_eot: a written end of text is one.
+    workers: number of processes, None for the fastest.
+    read_eot: encode a literal end-of-text marker as that token.
     """
-    tokenizer, small = writer.tokenizer, total is not None and total < SMALL
+    tokenizer, small = writer.tokenizer, total is not None and total < MIN_PARALLEL_BYTES
     if tokenizer.kind == 'tiktoken' and workers in (None, 1):
         why_not = tokenizer.accelerate()
         if why_not and not small:
             print(f'encoding with tiktoken: {why_not}', flush=True)
-    if workers is None:  # one, where it encodes faster than text can be sent to others
+    if workers is None:  # one, if it encodes faster than text can be sent to others
         fast = tokenizer.accelerated or tokenizer.kind in ('char', 'byte')
         workers = 1 if fast or small else cores()
     with tqdm(total=total, unit='B', unit_scale=True, desc='encoding', disable=None) as bar:
         encode = functools.partial(encode_job, read_eot=read_eot)
-        encoded = in_processes(encode, jobs(chunks), tokenizer, workers, ahead=workers)
+        encoded = map_in_processes(encode, group_chunks(chunks), tokenizer, workers, ahead=workers)
         for size, ids in encoded:
             for split, part in ids.items():
                 writer.write(split, part)
             bar.update(size)
 
 
-def jobs(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
-    """Chunks in lists worth a trip to another process, with the bytes read for each list."""
+def group_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
+    """Chunks in lists large enough for another process, with the bytes read for each list."""
     last: dict[str, int] = {}
     job, characters, read = [], 0, 0
     for number, split, text, size in chunks:
@@ -119,12 +120,12 @@ def encode_job(
     return size, {split: np.concatenate(ids) for split, ids in parts.items()}
 
 
-def in_processes(
+def map_in_processes(
     function: Callable, jobs: Iterable, tokenizer: Tokenizer, workers: int, ahead: int
 ) -> Iterator:
     """
-    function(job, tokenizer) of each job, in order. At most `ahead` jobs are taken beyond those that
-    the workers are at; one worker is this process itself.
+    function(job, tokenizer) for each job, in order. At most `ahead` jobs are queued beyond those
+    in progress. With workers=1 this process does the work.
     """
     if workers == 1:
         yield from (function(job, tokenizer) for job in jobs)
@@ -136,26 +137,27 @@ def in_processes(
     waiting = deque()
     try:
         for job in jobs:
-            with interrupts_held_back():  # submit() is what starts the processes
-                waiting.append(pool.submit(work, function, job))
+            with block_interrupts():  # submit() starts the processes
+                waiting.append(pool.submit(run_job, function, job))
             if len(waiting) > workers + ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f'a worker process was killed, perhaps for want of memory; try --workers={workers // 2}'
+            'a worker process was killed, probably because memory ran out; use '
+            f'--workers={workers // 2}'
         ) from error
     except KeyboardInterrupt:
-        stop.set()  # and not terminate(): half a result in a pipe is waited for until it is whole
+        stop.set()  # not terminate(): it hangs on a half-written result
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal: those started meanwhile never notice it."""
+def block_interrupts() -> Iterator[None]:
+    """Block SIGINT: processes that are started within never get a Ctrl-C of the terminal."""
     if not hasattr(signal, 'pthread_sigmask'):
         yield
         return
@@ -166,7 +168,7 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# in a worker process
+# set in each worker process
 _tokenizer: Tokenizer | None = None
 _stop: multiprocessing.synchronize.Event | None = None
 
@@ -174,24 +176,24 @@ _stop: multiprocessing.synchronize.Event | None = None
 def start_worker(fields: dict, accelerate: bool, stop: multiprocessing.synchronize.Event) -> None:
     global _tokenizer, _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     _tokenizer = Tokenizer.from_dict(fields)
     if accelerate:
         _tokenizer.accelerate()
 
 
-def work(function: Callable, job):
+def run_job(function: Callable, job):
     return function(job, _tokenizer)
 
 
-def may_go_on() -> None:
-    """What a long job asks now and then: raises KeyboardInterrupt after the parent's Ctrl-C."""
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt in a worker if the parent got Ctrl-C; long jobs call this."""
     if _stop and _stop.is_set():
         raise KeyboardInterrupt
 
 
-def end_with_parent() -> None:
-    """A parent that was killed cannot stop its workers."""
+def exit_with_parent() -> None:
+    """Exit when the parent does, which cannot stop its workers if it is killed."""
     multiprocessing.parent_process().join()
     os._exit(1)

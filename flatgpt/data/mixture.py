@@ -1,12 +1,12 @@
 """
-Training data by its setting: one dataset, or several mixed by weights.
+Training data from the dataset setting: one dataset, or a weighted mixture.
 
     data = open_data('openwebtext:0.7,text:0.3', block_size=1024)
     x, y = data.batch(first=step * 64, count=64)
 
-Of every 1,000 samples, from the first on, each part has its share, exactly, in an order of their
-own; a part's samples come as they would without the others, epoch after epoch. So a mixture's
-batches, as a dataset's, are functions of their numbers alone.
+Each part has exactly its share of every 1,000 samples, shuffled among them; the samples of a part
+come in the same order as without the others, epoch after epoch. So a mixture's batches, like a
+dataset's, depend only on their sample numbers.
 """
 
 import functools
@@ -22,7 +22,7 @@ import numpy as np
 from flatgpt.data.dataset import SPLITS, Dataset, find_dataset, mix, permute
 from flatgpt.errors import UserError
 
-BLOCK = 1000  # samples in which the shares are exact
+BLOCK = 1000  # the shares are exact in each block of so many samples
 
 
 def open_data(
@@ -34,42 +34,46 @@ def open_data(
     alive: Callable = lambda: None,
 ) -> 'Dataset | Mixture':
     """
-    The dataset of that name, path or URL, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'.
+    The dataset with this name, path or URL, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'.
 
-    cache: a folder to copy what is read to; see data/cache.py, of alive, too.
+    cache: a local folder to copy the data to; for it and `alive` see data/cache.py.
     """
     if not is_mixture(name):
-        return Dataset(folder_of(name, cache, alive), block_size, seed, objective)
+        return Dataset(local_folder(name, cache, alive), block_size, seed, objective)
     if objective == 'dpo':
-        raise UserError(f"dataset={name!r}: objective='dpo' takes one dataset, not a mixture")
-    weights = parse(name)
-    folders = [folder_of(part, cache, alive) for part in weights]
+        raise UserError(
+            f"dataset={name!r}: objective='dpo' does not support mixtures; choose one dataset"
+        )
+    weights = parse_weights(name)
+    folders = [local_folder(part, cache, alive) for part in weights]
     parts = [Dataset(folder, block_size, seed, objective) for folder in folders]
     return Mixture(parts, list(weights.values()), seed)
 
 
-def folder_of(name: str, cache: str | None, alive: Callable) -> Path:
-    """Where a dataset is read from."""
+def local_folder(name: str, cache: str | None, alive: Callable) -> Path:
+    """The folder that a dataset is read from."""
     if not cache and '://' not in name:
         return find_dataset(name)
-    from flatgpt.data.cache import copied, is_url  # requests is slow to import
+    from flatgpt.data.cache import copy_to_cache, is_url  # requests is slow to import
 
     if is_url(name) and not cache:
-        raise UserError(f'dataset={name!r}: give --data_cache, a folder here to copy it to')
+        raise UserError(
+            f'dataset={name!r}: a URL needs --data_cache=FOLDER, a local folder to copy it to'
+        )
     source = name if is_url(name) else find_dataset(name)
-    return copied(source, cache, alive) if cache else source
+    return copy_to_cache(source, cache, alive) if cache else source
 
 
 def is_mixture(setting: str) -> bool:
     return ',' in setting and not os.path.isdir(setting)
 
 
-def names_in(setting: str) -> list[str]:
-    return list(parse(setting)) if is_mixture(setting) else [setting]
+def dataset_names(setting: str) -> list[str]:
+    return list(parse_weights(setting)) if is_mixture(setting) else [setting]
 
 
-def parse(setting: str) -> dict[str, float]:
-    """'a:0.7,b:0.3' -> the weight of each name, in the order given."""
+def parse_weights(setting: str) -> dict[str, float]:
+    """'a:0.7,b:0.3' -> {'a': 0.7, 'b': 0.3}"""
     weights = {}
     for part in setting.split(','):
         name, _, weight = part.strip().rpartition(':')
@@ -83,13 +87,15 @@ def parse(setting: str) -> dict[str, float]:
                 "as in 'openwebtext:0.7,text:0.3'"
             )
         if name in weights:
-            raise UserError(f'dataset={setting!r}: {name} is there twice')
+            raise UserError(
+                f'dataset={setting!r}: {name} is listed twice; list it once, with the total weight'
+            )
         weights[name] = value
     return weights
 
 
 def quotas_of(weights: list[float]) -> list[int]:
-    """How many of BLOCK samples each has: whole numbers, by the largest remainders."""
+    """The number of samples of each part in a block, by the largest remainder method."""
     exact = np.array(weights) / sum(weights) * BLOCK
     quotas = exact.astype(int)
     most = np.argsort(quotas - exact, kind='stable')  # the largest remainder first
@@ -98,24 +104,24 @@ def quotas_of(weights: list[float]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def order_of(block: int, quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part that each of a block's samples is from, and its number there, (BLOCK,) each."""
+def block_order(block: int, quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The part of each sample in a block, and its sample number in that part, (BLOCK,) each."""
     key = mix(np.full(BLOCK, seed % 2**64, np.uint64), np.full(BLOCK, block, np.uint64))
-    parts = np.repeat(np.arange(len(quotas)), quotas)  # each part together
+    parts = np.repeat(np.arange(len(quotas)), quotas)  # sorted by part
     source = parts[permute(np.arange(BLOCK), BLOCK, key)]
     number = np.empty(BLOCK, np.int64)
     begins = np.cumsum(quotas) - quotas
-    # one after the other as they come in the block
+    # number the samples of each part in their order in the block
     number[np.argsort(source, kind='stable')] = np.arange(BLOCK) - begins[parts]
     return source, number + block * np.array(quotas)[source]
 
 
 class Mixture:
     """
-    Several datasets of one tokenizer and one kind, by weights; for the training loop like one.
+    A weighted mixture of datasets with the same tokenizer and objective; used like a Dataset.
 
     parts: [(share of the samples, dataset)]. An epoch, n_windows samples, ends when every part has
-    been seen whole, the others by then perhaps several times.
+    completed an epoch; others may have completed several by then.
     """
 
     def __init__(self, parts: list[Dataset], weights: list[float], seed: int = 1337):
@@ -132,27 +138,30 @@ class Mixture:
         first, names = self.parts[0][1], [part.name for _, part in self.parts]
         for share, part in self.parts:
             if not share:
-                raise UserError(f'{part.folder}: its weight is less than one sample of {BLOCK:,}')
+                raise UserError(
+                    f'{part.folder}: its weight is below 1/{BLOCK} of the total; raise it, or '
+                    'remove the dataset'
+                )
             if names.count(part.name) > 1:
                 raise UserError(
-                    f'{part.folder}: another dataset of the mixture is called {part.name}, too; '
-                    'rename one of the two'
+                    f'{part.folder}: another dataset of the mixture is also called {part.name}; '
+                    'rename one of the folders'
                 )
             if part.tokenizer != first.tokenizer or part.vocab_size != first.vocab_size:
                 raise UserError(
-                    f'{part.folder} was made with the tokenizer {part.tokenizer.name} and '
-                    f'{first.folder} with {first.tokenizer.name}, of other tokens: a mixture needs '
-                    'one; prepare them alike'
+                    f'{part.folder} uses the tokenizer {part.tokenizer.name} and {first.folder} '
+                    f'{first.tokenizer.name}, with other tokens; prepare both with the same '
+                    'tokenizer'
                 )
             if part.tokenizer.chat_template != first.tokenizer.chat_template:
                 raise UserError(
-                    f'{part.folder} and {first.folder} have other chat templates; prepare them '
-                    'alike'
+                    f'{part.folder} and {first.folder} have different chat templates; prepare '
+                    'both with the same one'
                 )
-            if part.block_size != first.block_size:  # which is that of their rows
+            if part.block_size != first.block_size:  # the length of their rows
                 raise UserError(
                     f'{part.folder} has rows of {part.block_size} tokens and {first.folder} of '
-                    f'{first.block_size}; prepare them with one --block_size'
+                    f'{first.block_size}; prepare both with the same --block_size'
                 )
 
     @functools.cached_property
@@ -168,16 +177,16 @@ class Mixture:
 
     @functools.cached_property
     def n_windows(self) -> int:
-        return max(self._end(k, part.n_windows) for k, (_, part) in enumerate(self.parts))
+        return max(self._samples_until(k, part.n_windows) for k, (_, part) in enumerate(self.parts))
 
-    def _end(self, k: int, windows: int) -> int:
-        """Samples until a part has had so many of them."""
+    def _samples_until(self, k: int, windows: int) -> int:
+        """The number of samples of the mixture that contain so many of part k."""
         blocks, rest = divmod(windows - 1, self.quotas[k])
-        source, _ = order_of(blocks, self.quotas, self.seed)
+        source, _ = block_order(blocks, self.quotas, self.seed)
         return blocks * BLOCK + int(np.flatnonzero(source == k)[rest]) + 1
 
     def text_bytes(self, split: str) -> int | None:
-        """As many as its tokens would have in the proportions of the mixture."""
+        """Bytes for as many tokens as the split has, in the proportions of the mixture."""
         sizes = [part.text_bytes(split) for _, part in self.parts]
         if None in sizes:
             return None
@@ -185,9 +194,9 @@ class Mixture:
         return round(self.tokens[split] * sum(s * n / p.tokens[split] for (s, p), n in each))
 
     def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
-        """As Dataset.batch(), and as it is there, for count >= 1."""
+        """Like Dataset.batch(), for count >= 1."""
         batch = None
-        for part, rows, number in self._shared_out(first, count):
+        for part, rows, number in self._samples_by_part(first, count):
             arrays = part.batch(number, len(rows), documents)
             if batch is None:
                 batch = tuple(np.empty((count, self.block_size), np.int64) for _ in arrays)
@@ -196,16 +205,16 @@ class Mixture:
         return batch
 
     def count_targets(self, first: int, count: int) -> int:
-        shared = self._shared_out(first, count)
+        shared = self._samples_by_part(first, count)
         return sum(part.count_targets(number, len(rows)) for part, rows, number in shared)
 
-    def _shared_out(self, first: int, count: int):
-        """Each part that these samples take from; which of them are its, and its first's number."""
+    def _samples_by_part(self, first: int, count: int):
+        """Each part in these samples, its rows, and the number of its first sample there."""
         blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
-        orders = [order_of(block, self.quotas, self.seed) for block in blocks]
+        orders = [block_order(block, self.quotas, self.seed) for block in blocks]
         window = slice(first % BLOCK, first % BLOCK + count)
         source, number = (np.concatenate(each)[window] for each in zip(*orders, strict=True))
         for k, (_, part) in enumerate(self.parts):
             rows = np.flatnonzero(source == k)
-            if len(rows):  # whose numbers follow one another
+            if len(rows):  # their numbers are consecutive
                 yield part, rows, int(number[rows[0]])

@@ -1,13 +1,13 @@
 """
-Parquet files, in a folder or of a dataset on the hub, to ids on disk: a part for each file.
+Tokenizes parquet files, from a folder or the Hugging Face Hub, to one part per file.
 
     files = hub_files('Skylion007/openwebtext')  # or local_files(folder)
-    write_parts(plan(folder, files, val_every=2000), tokenizer)
+    write_parts(plan_parts(folder, files, val_every=2000), tokenizer)
     merge(folder)
 
-part-00000/, part-00001/, ... are datasets, each made from one file and nothing else. So they can be
-written in any order, by any number of processes and machines, and a run that was stopped goes on
-with the first that is missing. Merging writes the meta.json that makes one dataset of them.
+part-00000/, part-00001/, ... are datasets, each made from one file only. So any number of processes
+and machines can write them in any order, and an interrupted run resumes with the first missing
+part. merge() writes the meta.json that combines them into one dataset.
 """
 
 import contextlib
@@ -25,37 +25,46 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
 from flatgpt.data.download import ATTEMPTS
-from flatgpt.data.encode import Chunk, cores, cut, encode_job, in_processes, jobs, may_go_on
+from flatgpt.data.encode import (
+    Chunk,
+    check_interrupt,
+    cores,
+    encode_job,
+    group_chunks,
+    map_in_processes,
+    split_text,
+)
 from flatgpt.data.tokenizer import Tokenizer, load
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 
-# a dataset's own files, and those into which the hub converts what is not parquet
+# the dataset's own files, and the hub's conversion of other formats
 REVISIONS = ('main', 'refs/convert/parquet')
 COLUMN = 'text'
-ROWS = 1000  # documents read at a time
-BUFFER = 2**20  # bytes read at a time; without it, and with pre_buffer, it is the whole file
-FETCHED = 'fetched'  # the folder in a part's that holds its file while it is read
+BATCH_ROWS = 1000  # documents read at a time
+BUFFER = 2**20  # bytes read at a time; the default reads the whole file
+DOWNLOAD_FOLDER = 'fetched'  # the subfolder of a part for its file while it is read
 
 
-class File(NamedTuple):
+class SourceFile(NamedTuple):
     name: str
     size: int  # bytes
-    get: Callable[[Path], Path]  # where it is, or where it was fetched to: below the given folder
+    get: Callable[[Path], Path]  # its path, after fetching it to the given folder if needed
 
 
 class Part(NamedTuple):
     folder: Path
-    file: File
-    source: dict  # what its meta.json tells, and what must be the same when a run goes on
+    file: SourceFile
+    source: dict  # recorded in meta.json; must be the same to resume
 
     def is_done(self) -> bool:
         if not is_prepared(self.folder):
             return False
         meta = read_meta(self.folder)
         if meta.get('source') != self.source:
+            before, now = describe_source(meta.get('source')), describe_source(self.source)
             raise UserError(
-                f'{self.folder} was made from {describe(meta.get("source"))}; now that would be '
-                f'{describe(self.source)}: give another --out_dir, or delete the part-* folders'
+                f'{self.folder} was made from {before}, not from {now}; choose another --out_dir, '
+                'or delete the part-* folders'
             )
         with contextlib.suppress(UserError):
             check_files(self.folder, meta)
@@ -63,62 +72,65 @@ class Part(NamedTuple):
         return False
 
 
-def describe(source: dict | None) -> str:
+def describe_source(source: dict | None) -> str:
     return ', '.join(f'{key} {value}' for key, value in (source or {}).items()) or 'something else'
 
 
 # --- which files
 
 
-def local_files(folder: Path) -> list[File]:
+def local_files(folder: Path) -> list[SourceFile]:
     if not folder.is_dir():
-        raise UserError(f'{folder}: no such folder')
+        raise UserError(f'{folder}: no such folder; give one with .parquet files: --source=FOLDER')
     found = [path for path in folder.rglob('*.parquet') if path.is_file()]
     paths = {path.relative_to(folder).as_posix(): path for path in found}
     if not paths:
-        raise UserError(f'{folder}: no .parquet files there')
+        raise UserError(f'{folder}: contains no .parquet files; add some or change --source')
     return [
-        File(name, path.stat().st_size, functools.partial(here, path))
+        SourceFile(name, path.stat().st_size, functools.partial(local_path, path))
         for name, path in sorted(paths.items())
     ]
 
 
-def here(path: Path, folder: Path) -> Path:
+def local_path(path: Path, folder: Path) -> Path:
     return path
 
 
-def hub_files(repository: str) -> list[File]:
-    """The parquet files of a dataset on the hub; without a network those of the hub's cache."""
+def hub_files(repository: str) -> list[SourceFile]:
+    """The parquet files of a dataset on the hub, or offline those in the hub's cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
-    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it tells of every new attempt
-    disable_progress_bars()  # there is one over all files
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # it reports every retry
+    disable_progress_bars()  # there is one for all files
     for revision in REVISIONS:
         try:
             info = HfApi().dataset_info(
                 repository, revision=revision, files_metadata=True, timeout=20
             )
-        except Exception as error:  # of an HTTP library that changes from version to version
+        except Exception as error:  # the HTTP library depends on the version
             return cached_files(repository, error)
-        get = functools.partial(fetch, repository, info.sha)
+        get = functools.partial(fetch_from_hub, repository, info.sha)
         names = {file.rfilename: file.size for file in info.siblings}
         files = [
-            File(name, size, functools.partial(get, name))
+            SourceFile(name, size, functools.partial(get, name))
             for name, size in sorted(names.items())
             if name.endswith('.parquet')
         ]
         if files and not is_partial(files):
             return files
-    raise UserError(f'{repository}: the hub has no parquet files of it, or not of all of it')
+    raise UserError(
+        f'{repository}: the hub has no complete set of .parquet files; get them elsewhere and use '
+        '--source=FOLDER'
+    )
 
 
-def is_partial(files: list[File]) -> bool:
-    """Whether these are only some of a dataset's files: of a large one the hub converts 5 GB."""
+def is_partial(files: list[SourceFile]) -> bool:
+    """Whether files are missing: the hub converts only the first 5 GB of a large dataset."""
     return any('partial-' in file.name for file in files)
 
 
-def cached_files(repository: str, error: Exception) -> list[File]:
+def cached_files(repository: str, error: Exception) -> list[SourceFile]:
     from huggingface_hub import constants, snapshot_download
 
     for revision in REVISIONS:
@@ -132,14 +144,14 @@ def cached_files(repository: str, error: Exception) -> list[File]:
             if not is_partial(files) and (not count or int(count[1]) == len(files)):
                 return files
     raise UserError(
-        f'{repository} is neither cached nor to be had from {constants.ENDPOINT} '
-        f'({type(error).__name__}); fetch the .parquet files of its revision main, or where that '
-        f'has none, of {REVISIONS[1]}, by other means, and give their folder: --source=FOLDER'
+        f'{repository} is not cached and cannot be fetched from {constants.ENDPOINT} '
+        f'({type(error).__name__}); download its .parquet files by other means, from the revision '
+        f'main or {REVISIONS[1]}, and use --source=FOLDER'
     ) from error
 
 
-def fetch(repository: str, revision: str, name: str, folder: Path) -> Path:
-    """A file of the hub, copied from the hub's cache or else fetched, below `folder`."""
+def fetch_from_hub(repository: str, revision: str, name: str, folder: Path) -> Path:
+    """Fetch a file from the hub, or copy it from the hub's cache, to `folder` -> its path."""
     from huggingface_hub import hf_hub_download
 
     for attempt in range(ATTEMPTS):
@@ -151,21 +163,17 @@ def fetch(repository: str, revision: str, name: str, folder: Path) -> Path:
         except Exception as error:
             if attempt == ATTEMPTS - 1:
                 raise UserError(
-                    f'{repository}: {name} cannot be fetched ({reason(error)}); what is finished '
-                    'is kept, and the same command goes on from there'
+                    f'{repository}: {name} cannot be fetched ({reason_of(error)}); run the same '
+                    'command again to resume'
                 ) from error
         time.sleep(2**attempt)
-
-
-def reason(error: Exception) -> str:
-    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
 
 
 # --- parts
 
 
-def plan(folder: Path, files: list[File], val_every: int) -> list[Part]:
-    """val_every: one document of so many is for validation, the first of each file among them."""
+def plan_parts(folder: Path, files: list[SourceFile], val_every: int) -> list[Part]:
+    """val_every: every val_every-th document is for validation, from the first of each file on."""
     parts = []
     for number, file in enumerate(files):
         name = file.name.rsplit('/', 1)[-1]
@@ -179,32 +187,32 @@ def part_name(number: int) -> str:
 
 
 def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = None) -> None:
-    """Write the parts that are not there yet. workers: processes, None for one on each core."""
+    """Write the missing parts. workers: number of processes, None for one per core."""
     todo = [part for part in parts if not part.is_done()]
     if not todo:
         return
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
-        raise UserError('parquet files are read by pyarrow: pip install pyarrow') from None
+        raise UserError('parquet files need pyarrow: pip install pyarrow') from None
     why_not = tokenizer.kind == 'tiktoken' and tokenizer.accelerate()
     if why_not:
         print(f'encoding with tiktoken: {why_not}', flush=True)
     workers = min(workers or cores(), len(todo))
-    files = ((part, part.file.get(part.folder / FETCHED)) for part in todo)
-    written = in_processes(write_part, files, tokenizer, workers, ahead=1)
+    files = ((part, part.file.get(part.folder / DOWNLOAD_FOLDER)) for part in todo)
+    written = map_in_processes(write_part, files, tokenizer, workers, ahead=1)
     sizes = [part.file.size for part in parts]
     done = show_progress(written, sizes, [part.file.size for part in todo])
     if empty := sum(done):
-        print(f'{empty:,} documents left out: their {COLUMN} is null or empty')
+        print(f'{empty:,} documents skipped: their {COLUMN} is null or empty')
 
 
 def show_progress(
     written: Iterable[tuple[int, int]], sizes: list[int], todo: list[int]
 ) -> Iterator[int]:
-    """A bar over the bytes of all files, earlier runs' included; in a log a line for each file.
+    """Show a progress bar over the bytes of all files, or without a terminal a line per file.
 
-    -> of each file, how many of its documents are empty
+    -> the number of empty documents in each file
     """
     total = sum(sizes)
     before = done = total - sum(todo)
@@ -223,30 +231,30 @@ def show_progress(
 
 
 def write_part(job: tuple[Part, Path], tokenizer: Tokenizer) -> tuple[int, int]:
-    """Encode a file into its part. -> bytes of the file, documents without text"""
+    """Encode a file into its part -> bytes of the file, number of empty documents"""
     part, path = job
     empty: list[int] = []
     with Writer(part.folder, tokenizer, source=part.source) as writer:
         try:
-            for chunks in jobs(read_chunks(path, part.source['val_every'], empty)):
-                may_go_on()
+            for chunks in group_chunks(read_chunks(path, part.source['val_every'], empty)):
+                check_interrupt()
                 for split, ids in encode_job(chunks, tokenizer)[1].items():
                     writer.write(split, ids)
-        finally:  # and not later: nothing clears up after a part that is finished
-            shutil.rmtree(part.folder / FETCHED, ignore_errors=True)
+        finally:  # before the part is published: nothing cleans up afterwards
+            shutil.rmtree(part.folder / DOWNLOAD_FOLDER, ignore_errors=True)
         for split in SPLITS:
-            if writer.tokens(split):  # and then comes the next part
+            if writer.tokens(split):  # separates it from the next part
                 writer.write(split, np.array([tokenizer.eot]))
     return part.file.size, len(empty)
 
 
 def read_chunks(path: Path, val_every: int, empty: list[int]) -> Iterator[Chunk]:
-    """The text of a file; the numbers of its documents without any go to `empty`."""
+    """The chunks of a file; the numbers of its empty documents are added to `empty`."""
     for number, document in enumerate(read_documents(path)):
         if not document:
             empty.append(number)
         split = 'train' if number % val_every else 'val'
-        for text in cut([document or '']):
+        for text in split_text([document or '']):
             yield number, split, text, 0
 
 
@@ -258,35 +266,40 @@ def read_documents(path: Path) -> Iterator[str | None]:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get(COLUMN) not in ('string', 'large_string'):
                 raise UserError(
-                    f'{path}: needs a column {COLUMN} of strings, and its columns are '
-                    f'{", ".join(f"{name} ({kind})" for name, kind in columns.items())}'
+                    f'{path}: needs a string column called {COLUMN}, and has '
+                    f'{", ".join(f"{name} ({kind})" for name, kind in columns.items())}; rename or '
+                    'convert a column'
                 )
-            for batch in file.iter_batches(ROWS, columns=[COLUMN]):
+            for batch in file.iter_batches(BATCH_ROWS, columns=[COLUMN]):
                 yield from batch.column(0).to_pylist()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(
-            f'{path} cannot be read as parquet ({reason(error)}); get it anew and give the same '
-            'command again: what is finished is kept'
+            f'{path}: invalid parquet file ({reason_of(error)}); replace it and run the same '
+            'command again to resume'
         ) from error
 
 
 def merge(folder: Path) -> str:
-    """Make one dataset of the parts in `folder`, which stay where they are. -> its summary"""
+    """Combine the parts in `folder` into one dataset, without moving them -> its summary"""
     done = sorted(path for path in folder.glob('part-*') if is_prepared(path))
     if not done:
-        raise UserError(f'{folder}: no part is finished there')
+        raise UserError(f'{folder}: no finished parts; run without --merge first')
     sources = [read_meta(path).get('source') or {} for path in done]
     for source in sources:
         if any(source.get(key) != sources[0].get(key) for key in ('files', 'val_every')):
             raise UserError(
-                f'{folder}: its parts are not of one dataset: one was made from '
-                f'{describe(sources[0])}, another from {describe(source)}'
+                f'{folder}: its parts belong to different datasets: one was made from '
+                f'{describe_source(sources[0])}, another from {describe_source(source)}; delete '
+                'the part-* folders and prepare the dataset again'
             )
     names = [part_name(i) for i in range(sources[0].get('files', 0))]
     missing = sorted(set(names) - {path.name for path in done})
     if missing:
         some = f'{", ".join(missing[:3])}{" ..." * (len(missing) > 3)}'
-        raise UserError(f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}')
+        raise UserError(
+            f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}; run their jobs '
+            'first'
+        )
     with Writer(folder, load(done[0] / 'tokenizer.json')) as writer:
         for name in names:
             writer.include(name)

@@ -1,11 +1,11 @@
-"""The text that nanoGPT learns from, for data/shakespeare/ and data/shakespeare_char/."""
+"""Prepares nanoGPT's Shakespeare text, for data/shakespeare/ and data/shakespeare_char/."""
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 from flatgpt.data.dataset import DATA, Writer
-from flatgpt.data.download import fetch, place_to_keep
+from flatgpt.data.download import download_folder, fetch
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
@@ -16,7 +16,7 @@ SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
 def prepare(
     argv: list[str] | None, doc: str, folder: Path, make_tokenizer: Callable[[str], Tokenizer]
 ) -> None:
-    """Write Shakespeare's text with the tokenizer that `make_tokenizer` makes for it."""
+    """Write Shakespeare's text with the tokenizer make_tokenizer(text)."""
     parser = argparse.ArgumentParser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -26,7 +26,7 @@ def prepare(
     out_dir = parser.parse_args(argv).out_dir
     text = read_input(folder, out_dir)
     tokenizer = make_tokenizer(text)
-    border = int(len(text) * 0.9)  # nanoGPT's rule, so that losses compare
+    border = int(len(text) * 0.9)  # as nanoGPT, so that losses are comparable
     with Writer(out_dir, tokenizer) as writer:
         writer.write('train', tokenizer.encode(text[:border]))
         writer.write('val', tokenizer.encode(text[border:]))
@@ -34,12 +34,15 @@ def prepare(
 
 
 def read_input(folder: Path, out_dir: Path) -> str:
-    """The text of input.txt: this folder's, else the other dataset's, else fetched."""
-    own = place_to_keep(folder, out_dir) / 'input.txt'
+    """The text of input.txt, from this folder, the other dataset's, or the web."""
+    own = download_folder(folder, out_dir) / 'input.txt'
     others = [DATA / name / 'input.txt' for name in ('shakespeare_char', 'shakespeare')]
     path = next((path for path in (own, folder / 'input.txt', *others) if path.exists()), own)
     fetch(URL, path, SHA256)
     try:
-        return path.read_bytes().decode()  # text mode would change line ends
+        return path.read_bytes().decode()  # text mode changes line ends
     except UnicodeDecodeError as error:
-        raise UserError(f'{path}: not UTF-8 at byte {error.start}') from error
+        raise UserError(
+            f'{path}: invalid UTF-8 at byte {error.start}; save it as UTF-8, or delete it to fetch '
+            'it again'
+        ) from error

@@ -227,7 +227,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 def dataset_folder(args: argparse.Namespace) -> Path:
     """The output folder; UserError for that of a dataset that comes with flatGPT."""
     folder = args.out_dir or DATA / args.name
-    if recipe_of(folder):
+    if prepare_script(folder):
         raise UserError(
             f'{folder.name} is a dataset that comes with flatGPT; choose another '
             f'{output_flag(args)}'
@@ -265,7 +265,7 @@ def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
     """Chunks of text: (document number, bytes of the document, text, bytes read for the chunk)."""
     documents = itertools.chain.from_iterable(map(reader.documents, files))
     for number, (blocks, length, size) in enumerate(documents):
-        for text in cut(blocks):
+        for text in split_text(blocks):
             yield number, length, text, len(text.encode()) if size is None else size
             size = size and 0
 
@@ -306,7 +306,7 @@ def boundary_near(text: str, at: int) -> int:
     after = BORDER.search(text, max(0, at - 1))
     if after:
         return after.end()
-    return max((border.end() for border in BORDER.finditer(text)), default=at)
+    return max((border.end() for border in BOUNDARY.finditer(text)), default=at)
 
 
 # --- characters that the tokenizer does not have

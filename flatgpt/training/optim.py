@@ -16,7 +16,7 @@ from collections import defaultdict
 import torch
 
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import computing_device, cut_like, local, whole
+from flatgpt.parallel import compute_device, full_tensor, shard_like, to_local
 
 
 def orthogonalize(stack, steps: int = 5):
@@ -78,9 +78,9 @@ class Muon(Uncompiled):
                 updates = self.orthogonalize(torch.stack(stack))
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows, columns = parameter.shape
-                    update = cut_like(update.mT if rows > columns else update, parameter)
-                    mine = local(parameter).mul_(1 - lr * decay)
-                    mine.add_(local(update), alpha=-lr * math.sqrt(max(1, rows / columns)))
+                    update = shard_like(update.mT if rows > columns else update, parameter)
+                    mine = to_local(parameter).mul_(1 - lr * decay)
+                    mine.add_(to_local(update), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def nesterov(self, parameter, momentum: float):
         """The gradient's running mean, one step ahead."""
@@ -93,7 +93,7 @@ class Muon(Uncompiled):
 
 def whole_to_compute(matrix):
     """All of a matrix in bfloat16; that of an offloaded model goes to the GPU first."""
-    return whole(matrix.to(computing_device(matrix), torch.bfloat16))
+    return full_tensor(matrix.to(compute_device(matrix), torch.bfloat16))
 
 
 def wide(matrix):

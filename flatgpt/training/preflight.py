@@ -28,16 +28,16 @@ from flatgpt.checkpoint.peft import base_of, is_adapter
 from flatgpt.data.dataset import (
     SPLITS,
     Dataset,
-    command_of,
     download_gb,
-    folder_of,
     is_prepared,
     mask_file,
     missing_dataset,
+    prepare_command,
+    prepare_script,
     read_meta,
-    recipe_of,
+    resolve_dataset,
 )
-from flatgpt.data.mixture import Mixture, names_in, open_data
+from flatgpt.data.mixture import Mixture, dataset_names, open_data
 from flatgpt.errors import CheckpointError, UserError, as_config_error
 from flatgpt.files import free_bytes, nearest_existing, read_json
 from flatgpt.runtime import Runtime, room
@@ -160,7 +160,7 @@ class Preflight:
     def vocab_size(self) -> int:
         """Of a new model for the dataset; GPT-2's where there is none yet."""
         with suppress(UserError):
-            meta = read_meta(folder_of(names_in(self.config['dataset'])[0])[0])
+            meta = read_meta(resolve_dataset(dataset_names(self.config['dataset'])[0])[0])
             return padded_vocab_size(meta['vocab_size'])
         return GPTConfig.vocab_size
 
@@ -188,8 +188,8 @@ class Preflight:
         shape = self.find_shape()
         fresh = self.source() == 'scratch'
         fits, table = verdict(case_of(self.config, shape, self.runtime), self.runtime, fresh)
-        first = names_in(self.config['dataset'])[0]
-        if fresh and not is_prepared(folder_of(first)[0]):
+        first = dataset_names(self.config['dataset'])[0]
+        if fresh and not is_prepared(resolve_dataset(first)[0]):
             table += f'\ndataset {first} is not there: assumed are 50,304 tokens'
         yield 'ok' if fits else 'no', table.replace('\n', '\n  ') if self.config['check'] else table
 
@@ -209,23 +209,23 @@ class Preflight:
     # --- the data
 
     def dataset(self) -> Iterator[tuple[str, str]]:
-        config, names = self.config, names_in(self.config['dataset'])
+        config, names = self.config, dataset_names(self.config['dataset'])
         for name in names:
             if '://' in name:
                 yield 'warning', f'{name} is looked at when the run copies it'
                 return
             yield from self.part(name)
-        if all(is_prepared(folder_of(name)[0]) for name in names):
+        if all(is_prepared(resolve_dataset(name)[0]) for name in names):
             block = self.find_shape().block_size
             where = config['dataset'], block, config['seed'], config['objective']
             self.data = open_data(*where)
 
     def part(self, dataset: str) -> Iterator[tuple[str, str]]:
-        where, is_path = folder_of(dataset)
+        where, is_path = resolve_dataset(dataset)
         if not is_prepared(where):
-            if is_path or not recipe_of(where):
+            if is_path or not prepare_script(where):
                 raise UserError(missing_dataset(dataset, is_path))
-            size, command = download_gb(where), command_of(where)
+            size, command = download_gb(where), prepare_command(where)
             if size > 1:
                 raise UserError(f'{where.name} is not prepared: {command} fetches {size} GB for it')
             yield 'warning', f'{where.name} is not prepared; the run does that first: {command}'
@@ -245,13 +245,17 @@ class Preflight:
             )
 
     def copy_of(self, source: Path) -> Iterator[tuple[str, str]]:
-        from flatgpt.data.cache import fetched, is_whole, place_in  # requests is slow to import
+        from flatgpt.data.cache import (  # requests is slow to import
+            cache_folder,
+            is_complete,
+            read_small_file,
+        )
 
         cache = self.config['data_cache']
         copy = place_in(cache, source, fetched(str(source), 'meta.json'))
         if not os.access(nearest_existing(cache), os.W_OK):
             raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
-        if is_whole(copy):
+        if is_complete(copy):
             data = Dataset(copy, 1, objective=self.config['objective'])
             yield from check_shards(data, self.runtime.live, 'delete this copy')
             return

@@ -282,7 +282,7 @@ def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:
 def choose_trained(model: GPT, config: dict, report: Callable) -> None:
     """Give the model its adapters, unless it has them, or freeze what is not to be trained."""
     rank, freeze = config['lora_rank'], config['freeze']
-    if rank and not adapted(model):
+    if rank and not lora_layers(model):
         alpha = config['lora_alpha'] or 2 * rank
         add_lora(model, rank, alpha, config['lora_dropout'], config['lora_targets'], freeze or 0)
     elif freeze is not None and not rank:

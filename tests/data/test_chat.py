@@ -17,7 +17,7 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import listed, load_model
 from flatgpt.data import chat as prepare
 from flatgpt.data import text
-from flatgpt.data.dataset import FIRST, LEARNED, PADDING, Dataset, mask_file
+from flatgpt.data.dataset import FIRST, PADDING, TARGET, Dataset, mask_file
 from flatgpt.data.hf_tokenizer import chat_jinja
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load, train_bpe
 from flatgpt.errors import UserError
@@ -84,7 +84,7 @@ def loss_texts(data, split='val'):
     """The texts in the loss of each row."""
     runs = []
     for ids, flags in rows(data, split):
-        mask = np.concatenate([[0], flags & LEARNED, [0]]).astype(int)
+        mask = np.concatenate([[0], flags & TARGET, [0]]).astype(int)
         edges = np.flatnonzero(np.diff(mask)).reshape(-1, 2)
         runs.append([data.tokenizer.decode(ids[start:end]) for start, end in edges])
     return runs
@@ -969,18 +969,18 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
 @pytest.mark.parametrize(
     ('flags', 'problem'),
     [
-        (('--objective=sft',), 'holds text, for --objective=lm'),
+        (('--objective=sft',), 'contains text, for --objective=lm'),
         (('--objective=dpo',), 'needs a model that answers: give --init_from'),
         (('--objective=dpo', '--init_from={base}'), 'needs preference pairs'),
-        (('--dataset={talks}',), 'holds conversations, for --objective=sft'),
+        (('--dataset={talks}',), 'contains conversations, for --objective=sft'),
         (
             ('--dataset={pairs}', '--init_from={base}'),
-            'holds preference pairs, for --objective=dpo',
+            'contains preference pairs, for --objective=dpo',
         ),
-        (('--dataset={talks}', '--objective=dpo', '--init_from={base}'), 'holds conversations'),
+        (('--dataset={talks}', '--objective=dpo', '--init_from={base}'), 'contains conversations'),
         (
             ('--dataset={talks}', '--objective=sft', '--block_size=16'),
-            'prepare it again with --block_size=16',
+            'or prepare the dataset again with --block_size=16',
         ),
         (('--objective=ppo',), 'objective'),
         (

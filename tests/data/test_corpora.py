@@ -1,4 +1,4 @@
-"""Books of Project Gutenberg and the SRE books, from a server here with pages written here."""
+"""Books of Project Gutenberg and the SRE books, from a local server with made-up pages."""
 
 import http.server
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, metrics, random_model
+from error_lines import case, error_line
 
 from data.gutenberg import prepare as books
 from data.sre import prepare as sre
@@ -54,12 +55,12 @@ def book(number=7, start='*** START OF THE PROJECT GUTENBERG EBOOK A PLAIN NIGHT
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    pages, requests = None, None  # what it has, what it was asked for
+    pages, requests = None, None  # {path: page}, requests received
 
     def do_GET(self):
         Server.requests.append((self.path, self.headers['User-Agent']))
         page = self.pages.get(self.path, (404, ''))
-        if isinstance(page, list):  # what it answers first, second, ...
+        if isinstance(page, list):  # its answers to successive requests
             page = page.pop(0)
         status, content, *headers = (200, page) if isinstance(page, (str, bytes)) else page
         body = content if isinstance(content, bytes) else content.encode()
@@ -78,7 +79,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def naps(monkeypatch):
-    """What was slept, without sleeping."""
+    """Record sleeps instead of sleeping."""
     slept = []
     monkeypatch.setattr(time, 'sleep', slept.append)
     return slept
@@ -86,7 +87,7 @@ def naps(monkeypatch):
 
 @pytest.fixture
 def site(monkeypatch, naps, tmp_path):
-    """The address of a site with Server.pages; what is fetched from it is kept in tmp_path."""
+    """The address of a site with Server.pages; downloads are kept in tmp_path."""
     monkeypatch.setenv('NO_PROXY', '*')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gutenberg, 'FOLDER', tmp_path / 'gutenberg')
@@ -120,14 +121,14 @@ def text_of(split, folder='out'):
     return dataset.tokenizer.decode(ids)
 
 
-def test_a_page_is_fetched_once_with_our_name_and_after_a_pause(site, naps, tmp_path):
+def test_a_page_is_fetched_once_with_our_user_agent_and_after_a_delay(site, naps, tmp_path):
     Server.pages = {'/a': 'text of a', '/b': 'text of b'}
     for _ in range(2):
         assert fetch_page([f'{site}/a'], tmp_path / 'kept' / 'a') == b'text of a'
     fetch_page([f'{site}/b'], tmp_path / 'kept' / 'b')
     assert asked() == ['/robots.txt', '/a', '/b']
     assert all(agent.startswith('flatGPT/') for _, agent in Server.requests)
-    assert naps == [download.PAUSE] * 3  # one before every request
+    assert naps == [download.REQUEST_DELAY] * 3  # one before every request
 
 
 def test_robots_txt_is_obeyed(site, tmp_path):
@@ -138,14 +139,14 @@ def test_robots_txt_is_obeyed(site, tmp_path):
     }
     message = refused(fetch_page, [f'{site}/private/a'], tmp_path / 'a')
     assert message == (
-        f'{site}/private/a cannot be fetched (robots.txt asks programs not to); get the file by '
-        f'other means and put it at {tmp_path / "a"}'
+        f'{site}/private/a cannot be fetched (robots.txt disallows it); get the file by '
+        f'other means and save it as {tmp_path / "a"}'
     )
     assert fetch_page([f'{site}/b'], tmp_path / 'b') == b'y'
     assert asked() == ['/robots.txt', '/b']
 
 
-def test_a_page_that_moved_is_one_line_with_its_new_address(site, tmp_path):
+def test_a_moved_page_is_one_line_with_its_new_address(site, tmp_path):
     Server.pages = {'/old/': (301, '/new/'), '/new/': 'another page'}
     message = refused(fetch_page, [f'{site}/old/'], tmp_path / 'old')
     assert f'{site}/old/ cannot be fetched (it has moved to {site}/new/)' in message
@@ -153,19 +154,19 @@ def test_a_page_that_moved_is_one_line_with_its_new_address(site, tmp_path):
     assert not list(tmp_path.glob('old*'))
 
 
-def test_a_slash_that_the_server_adds_is_no_move(site, tmp_path):
+def test_a_redirect_that_only_adds_a_slash_is_followed(site, tmp_path):
     Server.pages = {'/a': (301, '/a/'), '/a/': 'the page'}
     assert fetch_page([f'{site}/a'], tmp_path / 'a') == b'the page'
 
 
-def test_a_page_is_tried_again_when_the_server_fails_but_not_when_it_refuses(site, tmp_path):
+def test_server_errors_are_retried_but_client_errors_are_not(site, tmp_path):
     Server.pages = {'/busy': (503, ''), '/gone': (404, '')}
     assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy'], tmp_path / 'busy')
     assert '(HTTP 404)' in refused(fetch_page, [f'{site}/gone'], tmp_path / 'gone')
     assert asked() == ['/robots.txt'] + ['/busy'] * 3 + ['/gone']
 
 
-def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
+def test_retry_after_is_obeyed(site, naps, tmp_path):
     later = datetime.now(timezone.utc) + timedelta(seconds=50)
     Server.pages['/a'] = [
         (429, '', ('Retry-After', '7')),
@@ -173,26 +174,26 @@ def test_a_server_that_says_when_to_come_again_is_obeyed(site, naps, tmp_path):
         'the page',
     ]
     assert fetch_page([f'{site}/a'], tmp_path / 'a') == b'the page'
-    pauses = [nap for nap in naps if nap != download.PAUSE]
+    pauses = [nap for nap in naps if nap != download.REQUEST_DELAY]
     assert pauses[0] == 7
     assert 40 < pauses[1] <= 50
 
 
-def test_a_server_that_wants_to_be_left_alone_is(site, naps, tmp_path):
+def test_a_long_retry_after_ends_the_attempts(site, naps, tmp_path):
     Server.pages['/a'] = (429, '', ('Retry-After', '3600'))
     message = refused(fetch_page, [f'{site}/a'], tmp_path / 'a')
-    assert '(HTTP 429, to be tried after 3600)' in message
+    assert '(HTTP 429, retry after 3600)' in message
     assert asked() == ['/robots.txt', '/a']
     assert sum(naps) < 10
 
 
-def test_the_pause_that_robots_txt_asks_for_is_made(site, naps, tmp_path):
+def test_the_crawl_delay_in_robots_txt_is_obeyed(site, naps, tmp_path):
     Server.pages = {'/robots.txt': 'User-agent: *\nCrawl-delay: 9', '/a': 'x'}
     fetch_page([f'{site}/a'], tmp_path / 'a')
-    assert naps == [download.PAUSE, 9]
+    assert naps == [download.REQUEST_DELAY, 9]
 
 
-def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_path):
+def test_the_next_address_is_tried_if_the_first_has_no_page(site, tmp_path):
     Server.pages = {'/b': 'the page', '/busy': (503, '')}
     urls = [f'{site}/{name}' for name in 'abc']
     assert fetch_page(urls, tmp_path / 'b') == b'the page'
@@ -200,16 +201,21 @@ def test_the_next_address_is_tried_where_a_page_is_not_at_the_first(site, tmp_pa
     assert '(HTTP 503)' in refused(fetch_page, [f'{site}/busy', urls[1]], tmp_path / 'c')
 
 
-def test_a_page_with_a_flaw_is_not_kept_and_one_that_is_kept_not_deleted(site, tmp_path):
+@error_line('delete it to fetch it again from')
+def test_an_invalid_page_is_not_kept_and_a_kept_one_is_not_deleted(site, tmp_path):
     Server.pages = {'/a': 'sign in'}
-    args = ([f'{site}/a'], tmp_path / 'a', lambda page: 'is nothing to read' if page else None)
+    problem = lambda page: 'is nothing to read' if page != b'a page' else None  # noqa: E731
+    args = ([f'{site}/a'], tmp_path / 'a', problem)
     assert f'{site}/a cannot be fetched (it is nothing to read)' in refused(fetch_page, *args)
     assert not list(tmp_path.glob('a*'))
     (tmp_path / 'a').write_text('mine')
     assert refused(fetch_page, *args) == (
-        f'{tmp_path / "a"}: is nothing to read; delete it, and it is fetched again from {site}/a'
+        f'{tmp_path / "a"}: is nothing to read; delete it to fetch it again from {site}/a'
     )
     assert (tmp_path / 'a').read_text() == 'mine'
+    (tmp_path / 'a').unlink()
+    Server.pages = {'/a': 'a page'}
+    assert fetch_page(*args) == b'a page'
 
 
 # --- books
@@ -234,23 +240,23 @@ OLD = 'End of the Project Gutenberg EBook of X, by Y'
         (f'*END {SMALL_PRINT}', "End of Project Gutenberg's X, by Y"),
     ],
 )
-def test_what_project_gutenberg_puts_around_a_book_is_taken_off(start, end):
-    assert gutenberg.strip(book(start=start, end=end)) == STORY
+def test_project_gutenberg_s_header_and_footer_are_removed(start, end):
+    assert gutenberg.strip_boilerplate(book(start=start, end=end)) == STORY
 
 
-def test_stars_and_the_name_of_the_project_within_a_book_stay():
+def test_asterisks_and_the_project_s_name_within_a_book_are_kept():
     text = STORY + '\n* * *\n\n*** A note of Project Gutenberg: produced by hand.\n\n' + STORY
-    assert gutenberg.strip(book(text=text)) == text
+    assert gutenberg.strip_boilerplate(book(text=text)) == text
 
 
 @pytest.mark.parametrize('damaged', ['', STORY, book()[:900], book(text=' ')])
-def test_a_book_without_its_marks_gives_nothing(damaged):
-    assert gutenberg.strip(damaged) == ''
+def test_a_book_without_start_or_end_line_is_empty(damaged):
+    assert gutenberg.strip_boilerplate(damaged) == ''
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig', 'latin-1'])
-def test_a_book_is_read_in_the_encodings_there_are(encoding):
-    assert gutenberg.decode('Café\r\nnoir\r\n'.encode(encoding)) == 'Café\nnoir\n'
+def test_a_book_is_decoded_from_utf8_or_latin1(encoding):
+    assert gutenberg.decode_book('Café\r\nnoir\r\n'.encode(encoding)) == 'Café\nnoir\n'
 
 
 def serve(*numbers):
@@ -266,7 +272,7 @@ def test_books_are_prepared_by_number(site, capsys):
     books.main(argv)
     assert text_of('train').startswith('A PLAIN NIGHT\n\nIt was a 7 night')
     assert '<|endoftext|>A PLAIN NIGHT\n\nIt was a 12 night' in text_of('train')
-    assert 'a 7 night' in text_of('val')  # each book gives its end
+    assert 'a 7 night' in text_of('val')  # the end of each book
     assert 'a 12 night' in text_of('val')
     assert 'Gutenberg' not in text_of('train') + text_of('val')
     assert '7: A Plain Night, ' in capsys.readouterr().out
@@ -274,7 +280,7 @@ def test_books_are_prepared_by_number(site, capsys):
     assert len(asked()) == 3  # robots.txt and two books: nothing is fetched again
 
 
-def test_a_book_that_is_not_there_leaves_nothing_but_those_fetched(site):
+def test_a_missing_book_is_reported_and_fetched_books_are_kept(site):
     serve(7)
     argv = ['7', '12', '--out_dir=out', '--tokenizer=byte', f'--site={site}/']
     message = refused(books.main, argv)
@@ -286,7 +292,7 @@ def test_a_book_that_is_not_there_leaves_nothing_but_those_fetched(site):
     assert asked().count('/cache/epub/7/pg7.txt') == 1
 
 
-def test_an_older_book_is_found_where_it_lies(site):
+def test_an_older_book_is_found_at_its_old_address(site):
     Server.pages['/1/3/134/134-8.txt'] = book(134).replace('plain', 'plaîn').encode('latin-1')
     Server.pages['/0/7/7.txt'] = book(7)
     books.main(['134', '7', '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
@@ -295,39 +301,39 @@ def test_an_older_book_is_found_where_it_lies(site):
 
 
 @pytest.mark.parametrize(
-    ('page', 'flaw'),
+    ('page', 'problem'),
     [
         (book(7), 'it is book 7, not 8'),
         ('<!DOCTYPE html><html>please prove that you are human</html>', 'it is a web page'),
-        ('Books are down for the night', 'it is no book'),
-        (book(8)[:1500], 'it is no book: it has no text between the marks of Project Gutenberg'),
+        ('Books are down for the night', 'it is not a book'),
+        (book(8)[:1500], 'it is not a book: it has no text between the START and END lines of'),
     ],
 )
-def test_what_is_not_the_book_is_refused_and_not_kept(site, page, flaw):
+def test_a_page_that_is_not_the_book_is_refused_and_not_kept(site, page, problem):
     Server.pages['/cache/epub/8/pg8.txt'] = page
     message = refused(books.main, ['8', '--out_dir=out', f'--site={site}'])
-    assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({flaw}')
+    assert message.startswith(f'{site}/cache/epub/8/pg8.txt cannot be fetched ({problem}')
     assert str(gutenberg.FOLDER / 'pages' / 'pg8.txt') in message
     assert not Path('out').exists()
     assert not list((gutenberg.FOLDER / 'pages').iterdir())
 
 
-def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
+def test_a_kept_file_that_is_not_the_book_is_reported(site):
     page = gutenberg.FOLDER / 'pages' / 'pg8.txt'
     page.parent.mkdir(parents=True)
     page.write_text('nothing', encoding='utf-8')
     message = refused(books.main, ['8', '--out_dir=out', f'--site={site}'])
-    assert message.startswith(f'{page}: is no book')
-    assert f'delete it, and it is fetched again from {site}/cache/epub/8/pg8.txt' in message
+    assert message.startswith(f'{page}: is not a book')
+    assert f'delete it to fetch it again from {site}/cache/epub/8/pg8.txt' in message
 
 
 @pytest.mark.parametrize(
     ('argv', 'message'),
     [
-        ([], 'say which books: python data/gutenberg/prepare.py 1342 84 --name=novels'),
-        (['7'], 'say what to call it: python data/gutenberg/prepare.py 7 ... --name=novels'),
-        (['poe', '7'], 'say what to call it: python data/gutenberg/prepare.py poe ...'),
-        (['po', '--name=x'], 'po: is neither the number of a book nor a set: poe, poems'),
+        ([], 'give book numbers: python data/gutenberg/prepare.py 1342 84 --name=novels'),
+        (['7'], 'give the dataset a name: python data/gutenberg/prepare.py 7 --name=novels'),
+        (['poe', '7'], 'give the dataset a name: python data/gutenberg/prepare.py poe 7 --name='),
+        (['po', '--name=x'], 'po: give the number of a book, or a set: poe, poems'),
         (['7', '--name=poe'], 'poe is a dataset that comes with flatGPT'),
         (['7', '--name=x', '--val_fraction=2'], '--val_fraction=2.0: give'),
     ],
@@ -335,6 +341,28 @@ def test_a_file_put_in_the_place_of_a_book_is_named_if_it_is_none(site):
 def test_a_mistake_is_one_line_before_anything_is_fetched(site, argv, message):
     assert message in refused(books.main, argv)
     assert not asked()
+
+
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('give book numbers', [], ['1342', '84', '--name=novels']),
+        case('give the dataset a name', ['7', '12'], ['7', '12', '--name=novels']),
+        case('give the number of a book', ['po', '--name=x'], ['7', '--name=x']),
+        case('give the number of a book', ['po', '--name=x'], ['poems', '--name=x']),
+        case('must begin with http', ['7', '--name=x', '--site=here'], ['7', '--name=x']),
+    ],
+)
+def test_books_are_prepared_by_the_command_in_the_line(site, monkeypatch, bad, good):
+    for module in (gutenberg, gutenberg.text):
+        monkeypatch.setattr(module, 'DATA', Path('data'))
+    message = refused(books.main, bad)
+    if 'python' in message:
+        assert f'prepare.py {" ".join(good)}' in message
+    serve(7, 12, 84, 1342, *books.SETS['poems'])
+    books.main([*good, '--tokenizer=byte', f'--site={site}'])
+    name = good[-1].partition('=')[2]
+    assert 'night' in text_of('train', f'data/{name}')
 
 
 @pytest.mark.parametrize('name', books.SETS)
@@ -356,14 +384,14 @@ def test_the_name_of_a_set_is_enough_for_training(site, tmp_path, monkeypatch):
     for module in ('dataset', 'gutenberg'):
         monkeypatch.setattr(f'flatgpt.data.{module}.DATA', tmp_path / 'data')
     monkeypatch.setattr(gutenberg, 'SITE', site)
-    monkeypatch.setitem(sys.modules, 'data.gutenberg.prepare', books)  # and back in the end
+    monkeypatch.setitem(sys.modules, 'data.gutenberg.prepare', books)  # and restored at the end
     serve(*books.SETS['poe'])
     assert open_data('poe', 16).tokenizer.name == 'gpt2'
     message = refused(open_data, 'poee', 16)
     assert 'did you mean poe?' in message
 
 
-def test_a_set_and_a_number_are_books_like_others(site):
+def test_a_set_can_be_combined_with_book_numbers(site):
     serve(*books.SETS['poe'], 7)
     books.main(['poe', '7', '2147', '--out_dir=out', '--tokenizer=byte', f'--site={site}'])
     assert len(list((gutenberg.FOLDER / 'books').iterdir())) == 6
@@ -466,30 +494,30 @@ Figure 1. A thing
     )
 
 
-def test_text_in_no_paragraph_and_tags_left_open_do_no_harm():
+def test_text_outside_paragraphs_and_unclosed_tags_are_parsed():
     assert parsed('loose <b>text</b><p>one<p>two<ul><li>three<li>four</ul></i><p>five') == (
         'loose text\n\none\n\ntwo\n\n- three\n  - four\n\nfive\n'
     )
 
 
-def test_a_page_that_is_none_has_no_text():
+def test_a_page_that_is_not_html_has_no_text():
     assert [sre.markdown(page) for page in (b'', b'index.html', b'<?xml version="1.0"?><a/>')] == [
         ''
     ] * 3
 
 
-def test_a_page_of_endless_depth_is_one_line():
+def test_a_deeply_nested_page_is_one_line():
     assert 'is damaged' in sre.without_text(b'<div role="main">' + b'<p>deeper' * 5000)
 
 
-def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
+def test_both_books_are_read_from_their_tables_of_contents(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     serve_books()
     sre.main(['--out_dir=out', '--tokenizer=byte'])
     pages = [f'{book}{name}/' for book, names in NAMES.items() for name in names]
     tables = [f'{book}table-of-contents/' for book in NAMES]
     assert asked() == ['/robots.txt', *tables, *pages]
-    assert text_of('val').startswith('# Chapter chapter-0 of Plain Things\n\n')  # of ten, one
+    assert text_of('val').startswith('# Chapter chapter-0 of Plain Things\n\n')  # one in ten
     assert text_of('train').startswith('# Chapter chapter-1 of Plain Things\n\n')
     assert text_of('train').count('<|endoftext|># Chapter ') == 8
     for stray in ('Menu', 'Licensed', 'script', 'Next', 'end()'):
@@ -498,7 +526,7 @@ def test_both_books_are_read_by_their_tables_of_contents(site, monkeypatch):
     assert len(asked()) == 13
 
 
-def test_a_chapter_that_moved_is_one_line_and_the_others_are_kept(site, monkeypatch):
+def test_a_moved_chapter_is_one_line_and_the_others_are_kept(site, monkeypatch):
     monkeypatch.setattr(sre, 'SITE', site)
     serve_books()
     Server.pages['/workbook/c/'] = (302, '/books/')
@@ -509,7 +537,7 @@ def test_a_chapter_that_moved_is_one_line_and_the_others_are_kept(site, monkeypa
     assert str(kept) in message
     assert not Path('out').exists()
     before = len(asked())
-    kept.write_text(Server.pages['/workbook/b/'], encoding='utf-8')  # as the line says
+    kept.write_text(Server.pages['/workbook/b/'], encoding='utf-8')  # as the line advises
     sre.main(['--out_dir=out', '--tokenizer=byte'])
     assert asked()[before:] == ['/workbook/d/']
 
@@ -519,8 +547,8 @@ def test_a_table_of_contents_without_chapters_is_one_line(site, monkeypatch):
     Server.pages['/sre-book/table-of-contents/'] = PAGE.format(title='', book='/', content='<p>new')
     message = refused(sre.main, ['--out_dir=out', '--tokenizer=byte'])
     assert message.startswith(
-        f'{site}/sre-book/table-of-contents/ cannot be fetched (it lists no chapters; perhaps the '
-        'site has changed)'
+        f'{site}/sre-book/table-of-contents/ cannot be fetched (it lists no chapters; the site '
+        'may have changed)'
     )
     assert str(sre.FOLDER / 'pages' / 'sre-book_table-of-contents.html') in message
     assert not list((sre.FOLDER / 'pages').iterdir())
@@ -544,7 +572,7 @@ def test_a_chapter_without_text_is_one_line(site, monkeypatch):
 @pytest.mark.parametrize(
     ('argv', 'recipe'), [([], 'finetune_poe'), (['--tokenizer=byte'], 'train_text')]
 )
-def test_the_config_that_fits_is_named(site, argv, recipe, capsys):
+def test_the_matching_config_is_suggested(site, argv, recipe, capsys):
     serve(*books.SETS['poe'])
     books.main(['poe', '--out_dir=out', f'--site={site}', *argv])
     assert f'Train on it: python train.py config/{recipe}.py --dataset=' in capsys.readouterr().out
@@ -557,13 +585,13 @@ def test_the_name_of_the_dataset_is_enough(site, tmp_path, monkeypatch):
     script = Path(sre.__file__).read_text(encoding='utf-8')
     (folder / 'prepare.py').write_text(script.replace(sre.SITE, site), encoding='utf-8')
     monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path / 'data')
-    monkeypatch.setitem(sys.modules, 'data.sre.prepare', sre)  # and back in the end
+    monkeypatch.setitem(sys.modules, 'data.sre.prepare', sre)  # and restored at the end
     serve_books()
     assert open_data('sre', 16).tokenizer.name == 'gpt2'
     assert (folder / 'pages' / 'workbook_intro.html').exists()
 
 
-# --- what they are for
+# --- training on them
 
 SMALLER = ('--batch_size=2', '--gradient_accumulation_steps=1', '--eval_interval=2',
            '--sample_tokens=0', '--eval_sample_tokens=0', '--device=cpu', '--dtype=float32',
@@ -572,7 +600,7 @@ SMALLER = ('--batch_size=2', '--gradient_accumulation_steps=1', '--eval_interval
 
 @pytest.fixture
 def gpt2(tmp_path):
-    """A folder as transformers writes it, with a GPT-2 that is tiny and reads bytes."""
+    """A tiny GPT-2 on bytes, exported for transformers."""
     folder, tokenizer = tmp_path / 'tiny-gpt2', byte_tokenizer()
     model = random_model(tokenizer.vocab_size, 256, n_layer=1, n_head=2, n_embd=16, bias=True)
     export_transformers(model, tokenizer, {}, folder)
@@ -580,7 +608,7 @@ def gpt2(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['sre', 'poe', 'poems'])
-def test_gpt2_is_fine_tuned_on_them_and_its_console_goes_on(
+def test_gpt2_is_fine_tuned_on_them_and_its_console_continues_text(
     name, site, gpt2, run_here, script, monkeypatch
 ):
     monkeypatch.setattr(sre, 'SITE', site)

@@ -83,7 +83,7 @@ def test_every_window_comes_once_an_epoch(tmp_path, shard_tokens):
     assert orders[0] != sorted(orders[0])
 
 
-def test_window_borders_move_from_epoch_to_epoch(tmp_path):
+def test_window_boundaries_shift_from_epoch_to_epoch(tmp_path):
     dataset = make(tmp_path)
     first = {int(dataset.batch(e * dataset.n_windows, 1)[0][0, 0]) % 8 for e in range(100)}
     assert first == set(range(8))
@@ -134,11 +134,11 @@ def test_the_permutation_visits_every_position_once():
             assert sorted(permute(np.arange(n), n, key)) == list(range(n))
 
 
-def test_the_permutation_scatters_neighbours():
+def test_the_permutation_separates_neighbors():
     n = 10000
     key = mix(np.full(n, 1337, np.uint64), np.zeros(n, np.uint64))
     steps = np.abs(np.diff(permute(np.arange(n), n, key)))
-    assert abs(steps.mean() / n - 1 / 3) < 0.01  # what a uniform shuffle has
+    assert abs(steps.mean() / n - 1 / 3) < 0.01  # as for a uniform shuffle
     assert (steps == 1).mean() < 0.001
 
 
@@ -176,7 +176,9 @@ def test_an_end_of_text_begins_the_document_after_it(tmp_path):
 
 @pytest.mark.parametrize('tokens', [9, 16, 17, 18, 200, 203])
 @pytest.mark.parametrize('shard_tokens', [2**30, 37])
-def test_a_whole_split_has_every_token_but_the_first_as_target_once(tmp_path, tokens, shard_tokens):
+def test_every_token_but_the_first_of_a_whole_split_is_a_target_once(
+    tmp_path, tokens, shard_tokens
+):
     dataset = make(tmp_path, val=tokens, shard_tokens=shard_tokens)
     for count in (None, 10**6):
         x, y = dataset.eval_batch('val', dataset.eval_windows('val', count))
@@ -217,7 +219,7 @@ def test_one_shard_is_train_bin_and_several_are_numbered(tmp_path):
     assert raw == np.arange(1000, dtype='<u2').tobytes()
 
 
-def test_meta_says_what_is_there(tmp_path):
+def test_meta_describes_the_files(tmp_path):
     dataset = make(tmp_path, train=1000, val=100, shard_tokens=400)
     meta = json.loads((tmp_path / 'meta.json').read_text(encoding='utf-8'))
     assert meta['format'] == 'flatgpt'
@@ -253,7 +255,7 @@ def test_writing_again_replaces_what_was_there(tmp_path):
     assert (tmp_path / 'notes.txt').exists()
 
 
-def test_an_error_while_writing_leaves_the_older_dataset(tmp_path):
+def test_an_error_while_writing_keeps_the_older_dataset(tmp_path):
     make(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with contextlib.suppress(ZeroDivisionError), Writer(tmp_path, byte_tokenizer()) as writer:
@@ -266,7 +268,7 @@ def test_an_empty_split_is_not_published(tmp_path):
     with pytest.raises(UserError, match='val split'):
         make(tmp_path, val=0)
     assert [path.name for path in tmp_path.iterdir()] == ['.write.lock']
-    assert 'no dataset here' in refusal(tmp_path)
+    assert 'not a dataset' in refusal(tmp_path)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
@@ -286,7 +288,7 @@ def test_two_writers_in_one_folder_are_refused(tmp_path):
         make(tmp_path)
 
 
-def test_a_writer_killed_midway_leaves_nothing_that_looks_finished(tmp_path):
+def test_the_folder_of_a_killed_writer_does_not_look_finished(tmp_path):
     done = run(
         """
         import os, sys
@@ -307,7 +309,9 @@ def test_a_writer_killed_midway_leaves_nothing_that_looks_finished(tmp_path):
 
 
 @pytest.mark.parametrize('step', range(10))
-def test_a_writer_killed_while_publishing_is_refused_until_it_is_run_again(tmp_path, step):
+def test_a_dataset_whose_writer_was_killed_while_publishing_is_refused_until_it_is_written_again(
+    tmp_path, step
+):
     make(tmp_path, train=500)
     done = run(
         """
@@ -332,7 +336,7 @@ def test_a_writer_killed_while_publishing_is_refused_until_it_is_run_again(tmp_p
         tmp_path,
         step,
     )
-    # Three files to remove, two to rename, the tokenizer, meta.json, and the marker to remove.
+    # Removes three files, renames two, writes the tokenizer and meta.json, removes the marker.
     assert done.returncode == (9 if step < 8 else 0), done.stderr
     if step < 8:
         assert 'interrupted' in refusal(tmp_path)
@@ -340,10 +344,10 @@ def test_a_writer_killed_while_publishing_is_refused_until_it_is_run_again(tmp_p
     assert Dataset(tmp_path, 8).batch(0, 1)
 
 
-# --- what is wrong with a folder
+# --- invalid folders
 
 
-def test_a_short_split_names_the_block_size_that_works(tmp_path):
+def test_the_error_for_a_short_split_suggests_a_block_size_that_works(tmp_path):
     make(tmp_path, train=1000, val=30)
     message = refusal(tmp_path, block_size=64)
     assert 'val split has 30 tokens' in message
@@ -359,15 +363,15 @@ def test_short_shards_count_as_a_short_split(tmp_path):
     assert Dataset(tmp_path, 19).n_windows
 
 
-def test_a_split_too_short_for_any_block_size_says_so(tmp_path):
+def test_a_split_too_short_for_any_block_size_needs_more_text(tmp_path):
     with Writer(tmp_path, CHARS) as writer:
         writer.write('train', [1])
         writer.write('val', [1])
-    assert 'needs more text' in refusal(tmp_path)
+    assert 'add more text' in refusal(tmp_path)
 
 
 @pytest.mark.parametrize('shard_tokens', [2**30, 300])
-def test_an_id_outside_the_vocabulary_is_named_with_file_and_offset(tmp_path, shard_tokens):
+def test_an_id_outside_the_vocabulary_is_reported_with_file_and_offset(tmp_path, shard_tokens):
     make(tmp_path, shard_tokens=shard_tokens)
     path = max(tmp_path.glob('train*.bin'))
     ids = np.fromfile(path, '<u2')
@@ -376,16 +380,16 @@ def test_an_id_outside_the_vocabulary_is_named_with_file_and_offset(tmp_path, sh
     assert f'{path}: token id 20000 at byte 100 ' in refusal(tmp_path)
 
 
-def test_a_file_that_was_cut_is_named(tmp_path):
+def test_a_truncated_or_missing_file_is_reported(tmp_path):
     make(tmp_path)
     os.truncate(tmp_path / 'val.bin', 100)
-    assert 'val.bin: has 100 bytes, and meta.json says 400' in refusal(tmp_path)
+    assert 'val.bin: has 100 bytes; meta.json expects 400' in refusal(tmp_path)
     (tmp_path / 'val.bin').unlink()
     assert 'val.bin: is missing' in refusal(tmp_path)
 
 
 @pytest.mark.parametrize('content', ['', '{}', '[]', '{"format": "flatgpt", "splits": {}}'])
-def test_a_damaged_meta_is_named(tmp_path, content):
+def test_a_damaged_meta_is_reported(tmp_path, content):
     make(tmp_path)
     (tmp_path / 'meta.json').write_text(content)
     assert 'meta.json: not the meta.json of a dataset' in refusal(tmp_path)
@@ -436,7 +440,7 @@ def test_a_nanogpt_pickle_that_would_run_code_is_refused(tmp_path):
     assert 'could run code' in refusal(tmp_path)
 
 
-# --- opening by name
+# --- finding a dataset
 
 
 @pytest.fixture
@@ -457,7 +461,7 @@ def test_an_unknown_name_lists_near_ones_and_how_to_prepare_text(data_folder):
     for name in ('nobels', './nobels'):
         with pytest.raises(UserError) as error:
             open_data(name, 8)
-        assert 'python data/text/prepare.py FILES --name=nobels' in str(error.value)
+        assert 'python data/text/prepare.py FILES --' in str(error.value)
         assert '\n' not in str(error.value)
     with pytest.raises(UserError, match=r'did you mean novels\?'):
         open_data('nobels', 8)
@@ -506,7 +510,7 @@ def test_an_interrupted_preparation_is_run_again(data_folder):
     assert open_data('fresh', 8).tokens['train'] == 256
 
 
-def test_a_large_download_is_not_started_unasked(data_folder):
+def test_a_large_download_is_not_started_automatically(data_folder):
     (data_folder / 'huge').mkdir()
     (data_folder / 'huge' / 'prepare.py').write_text('DOWNLOAD_GB = 54\ndef main(argv): 1 / 0')
     with pytest.raises(UserError) as error:
@@ -518,14 +522,14 @@ def test_a_large_download_is_not_started_unasked(data_folder):
     assert '\n' not in message
 
 
-def test_openwebtext_is_such_a_download():
+def test_openwebtext_is_a_large_download():
     if (ROOT / 'data' / 'openwebtext' / 'meta.json').exists():
         pytest.skip('openwebtext is prepared here')
     with pytest.raises(UserError, match='24 GB'):
         open_data('openwebtext', 1024)
 
 
-def test_the_dataset_called_text_says_which_command_to_give():
+def test_the_name_text_leads_to_the_command_that_prepares_text():
     with pytest.raises(UserError, match=r'python data/text/prepare\.py FILES --name=mine'):
         open_data('text', 8)
 
@@ -559,27 +563,27 @@ def test_memory_stays_flat_on_a_file_of_gigabytes(tmp_path):
     assert float(done.stdout) < 30, f'grew by {done.stdout} MB'
 
 
-def test_a_stranger_s_prepare_script_is_not_run(tmp_path):
+def test_a_prepare_script_outside_this_clone_is_not_run(tmp_path):
     (tmp_path / 'theirs').mkdir()
     (tmp_path / 'theirs' / 'prepare.py').write_text('raise SystemExit("it ran")')
-    with pytest.raises(UserError, match='no dataset here'):
+    with pytest.raises(UserError, match='not a dataset'):
         open_data(str(tmp_path / 'theirs'), 8)
 
 
 def batches_of(dataset):
-    """All that a run reads of it: batches, windows to evaluate on."""
+    """All training and evaluation batches of a run."""
     read = [dataset.batch(0, 40), dataset.eval_batch('val', dataset.eval_windows('val'))]
     return np.concatenate([array.ravel() for arrays in read for array in arrays]).tolist()
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='Windows keeps files that are open')
 @pytest.mark.parametrize('shard_tokens', [2**30, 100])
-@pytest.mark.parametrize('change', ['prepared anew', 'removed', 'moved aside'])
-def test_an_open_dataset_stays_what_it_was(tmp_path, monkeypatch, change, shard_tokens):
-    monkeypatch.setattr(shard_files, 'MAY_OPEN', [None] * 64)  # whatever other tests keep open
+@pytest.mark.parametrize('change', ['prepared again', 'removed', 'moved aside'])
+def test_an_open_dataset_does_not_change(tmp_path, monkeypatch, change, shard_tokens):
+    monkeypatch.setattr(shard_files, 'OPEN_BUDGET', [None] * 64)  # other tests may keep files open
     dataset, folder = make(tmp_path / 'd', shard_tokens=shard_tokens), tmp_path / 'd'
     before = batches_of(dataset)
-    if change == 'prepared anew':
+    if change == 'prepared again':
         with Writer(folder, CHARS, shard_tokens) as writer:
             writer.write('train', np.arange(1000)[::-1])
             writer.write('val', np.arange(200)[::-1])
@@ -592,12 +596,12 @@ def test_an_open_dataset_stays_what_it_was(tmp_path, monkeypatch, change, shard_
     assert batches_of(dataset) == before
 
 
-def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
+def test_a_file_that_is_modified_while_in_use_is_reported(tmp_path):
     dataset = make(tmp_path)
     np.arange(1000, dtype='<u2')[::-1].tofile(tmp_path / 'train.bin')  # as nanoGPT's scripts do
     with pytest.raises(
         UserError,
-        match=r'train\.bin: was changed while it was being read; prepare',
+        match=r'train\.bin: was changed while in use; prepare',
     ):
         dataset.batch(0, 1)
     dataset.eval_batch('val', [0])
@@ -610,10 +614,8 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
         (lambda path: Path(f'{path}.new').rename(path), 'changed'),
     ],
 )
-def test_of_more_files_than_are_kept_open_one_that_changes_is_noticed(
-    tmp_path, monkeypatch, change, found
-):
-    monkeypatch.setattr(shard_files, 'MAY_OPEN', [None])
+def test_a_change_is_detected_in_files_that_are_not_kept_open(tmp_path, monkeypatch, change, found):
+    monkeypatch.setattr(shard_files, 'OPEN_BUDGET', [None])
     dataset, val = make(tmp_path), tmp_path / 'val.bin'
     Path(f'{val}.new').write_bytes(val.read_bytes())
     dataset.eval_batch('val', [0])
@@ -621,14 +623,14 @@ def test_of_more_files_than_are_kept_open_one_that_changes_is_noticed(
     dataset.batch(0, 1)  # the first is kept open
     with pytest.raises(
         UserError,
-        match=rf'val\.bin: was {found} while it was being read; ',
+        match=rf'val\.bin: was {found} while in use; ',
     ):
         dataset.eval_batch('val', [0])
 
 
-def test_a_dataset_that_is_done_with_closes_its_files(tmp_path, monkeypatch):
+def test_an_unused_dataset_closes_its_files(tmp_path, monkeypatch):
     more = [None, None]
-    monkeypatch.setattr(shard_files, 'MAY_OPEN', more)
+    monkeypatch.setattr(shard_files, 'OPEN_BUDGET', more)
     dataset = make(tmp_path)
     assert not more
     del dataset
@@ -638,7 +640,7 @@ def test_a_dataset_that_is_done_with_closes_its_files(tmp_path, monkeypatch):
 
 def test_the_lock_of_a_preparation_is_released(tmp_path, monkeypatch):
     (tmp_path / 'prepare.py').write_text('def main(arguments):\n    pass\n')
-    locks, make = [], filelock.FileLock  # kept: a lock that nobody holds is released, too
+    locks, make = [], filelock.FileLock  # keep a reference: collecting a lock releases it
     monkeypatch.setattr(filelock, 'FileLock', lambda path: locks.append(make(path)) or locks[-1])
     dataset_module.prepare(tmp_path)
     assert [lock.is_locked for lock in locks] == [False]

@@ -8,7 +8,7 @@ import torch
 from conftest import hashes, make_dataset, metrics
 
 from flatgpt.checkpoint.load import find, load_model
-from flatgpt.data.dataset import FIRST, LEARNED, Dataset, Writer
+from flatgpt.data.dataset import FIRST, TARGET, Dataset, Writer
 from flatgpt.data.mixture import BLOCK, Mixture, open_data, quotas_of
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
@@ -20,7 +20,7 @@ WEIGHTS = {'long': 7, 'short': 2.5, 'tiny': 0.5}
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """Datasets whose ids tell which one they are from, and where they lie there."""
+    """Datasets whose ids identify the dataset and the position in it."""
     base = tmp_path_factory.mktemp('parts')
     for name, (begin, end) in SIZES.items():
         with Writer(base / name, CHARS, shard_tokens=300) as writer:
@@ -39,7 +39,7 @@ def mixture(folders):
 
 
 def source_of(x):
-    """The number of the part that each row is from."""
+    """The part that each row comes from."""
     ends = np.array([end for _, end in SIZES.values()])
     return np.searchsorted(ends, x[:, 0], side='right')
 
@@ -55,14 +55,14 @@ def refused(call, *args, **options):
 # batches
 
 
-def test_every_thousand_samples_have_the_shares_exactly(mixture):
+def test_every_thousand_samples_have_exactly_the_shares(mixture):
     for first in (0, BLOCK, 10**9 * BLOCK):
         x, y = mixture.batch(first, BLOCK)
         assert np.bincount(source_of(x)).tolist() == [700, 250, 50]
         assert np.array_equal(y, x + 1)
 
 
-def test_the_parts_lie_scattered_and_otherwise_in_each_thousand(mixture):
+def test_the_parts_are_shuffled_differently_in_each_thousand(mixture):
     orders = [source_of(mixture.batch(n * BLOCK, BLOCK)[0]) for n in range(3)]
     assert not np.array_equal(orders[0], orders[1])
     for order in orders:
@@ -72,13 +72,13 @@ def test_the_parts_lie_scattered_and_otherwise_in_each_thousand(mixture):
 
 
 @pytest.mark.parametrize('weights', [[1, 1, 1], [0.7, 0.3], [1e-3, 1], [3, 3, 1, 1, 1, 1, 1]])
-def test_quotas_are_the_nearest_whole_numbers(weights):
+def test_quotas_are_the_nearest_integers(weights):
     quotas = np.array(quotas_of(weights))
     assert quotas.sum() == BLOCK
     assert (abs(quotas - np.array(weights) / sum(weights) * BLOCK) < 1).all()
 
 
-def test_a_part_s_samples_come_in_its_own_order(mixture, folders):
+def test_the_samples_of_a_part_keep_their_order(mixture, folders):
     x, y = mixture.batch(0, 2500)
     for number, name in enumerate(SIZES):
         rows = source_of(x) == number
@@ -106,7 +106,7 @@ def test_batches_of_a_mixture_do_not_depend_on_earlier_calls(mixture, folders):
         assert np.array_equal(mixture.batch(i, 4)[0], x)
 
 
-def test_an_epoch_ends_when_every_part_was_seen_whole(mixture):
+def test_an_epoch_ends_when_every_part_has_completed_one(mixture):
     def seen(samples):
         x, _ = mixture.batch(0, samples)
         rows = source_of(x)
@@ -114,7 +114,7 @@ def test_an_epoch_ends_when_every_part_was_seen_whole(mixture):
         return [n >= part.n_windows for n, (_, part) in zip(each, mixture.parts, strict=True)]
 
     # a window of a later epoch begins elsewhere, so only the slowest part is counted here
-    slowest = max(range(3), key=lambda k: mixture._end(k, mixture.parts[k][1].n_windows))
+    slowest = max(range(3), key=lambda k: mixture._samples_until(k, mixture.parts[k][1].n_windows))
     assert seen(mixture.n_windows)[slowest]
     assert not seen(mixture.n_windows - 1)[slowest]
 
@@ -190,7 +190,7 @@ def test_a_mixture_is_resumed_where_it_stopped(run_here, tmp_path, texts):
     assert hashes(find(tmp_path / 'whole', 'last')) == hashes(find(tmp_path / 'parts', 'last'))
 
 
-def test_another_weight_in_a_resumed_run_is_noticed(run_here, tmp_path, texts, capsys):
+def test_a_changed_weight_is_reported_when_a_run_is_resumed(run_here, tmp_path, texts, capsys):
     parts = '{0}/words:{1},{0}/other:0.4'
     run_here(f'--out_dir={tmp_path}', f'--dataset={parts.format(texts, 0.6)}')
     again = ('--init_from=resume', f'--dataset={parts.format(texts, 0.7)}', '--max_iters=5')
@@ -214,11 +214,11 @@ def test_another_weight_in_a_resumed_run_is_noticed(run_here, tmp_path, texts, c
         ('long:0.5,short:nan', "'short:nan' needs"),
         ('long:0.5,short:inf', "'short:inf' needs"),
         ('long:0.5,', "'' needs"),
-        ('long:0.5,long:0.5', 'long is there twice'),
-        ('./nowhere:0.5,./short:1', './nowhere: no such dataset folder'),
+        ('long:0.5,long:0.5', 'long is listed twice'),
+        ('./nowhere:0.5,./short:1', './nowhere: no such folder'),
         ('shakespere_char:0.5,pydocs:1', 'did you mean shakespeare_char'),
-        ('./long:1,./short:0.0001', 'short: its weight is less than one sample of 1,000'),
-        ('./long:1,./sub/long:1', 'another dataset of the mixture is called long, too'),
+        ('./long:1,./short:0.0001', 'short: its weight is below 1/1000'),
+        ('./long:1,./sub/long:1', 'another dataset of the mixture is also called long'),
     ],
 )
 def test_a_mistake_in_a_mixture_is_one_line(folders, monkeypatch, text, problem):
@@ -230,9 +230,9 @@ def test_a_mistake_in_a_mixture_is_one_line(folders, monkeypatch, text, problem)
     assert problem in refused(open_data, text, 8)
 
 
-def test_parts_of_other_tokenizers_are_both_named(folders, texts):
+def test_parts_with_different_tokenizers_are_both_reported(folders, texts):
     message = refused(open_data, f'{folders / "long"}:1,{texts / "words"}:1', 8)
-    for text in ('long', 'words', 'tokenizer byte', 'with char'):
+    for text in ('long', 'words', 'uses the tokenizer byte', 'char'):
         assert text in message
 
 
@@ -241,21 +241,23 @@ def rows_of(folder, length, tokenizer=None, pairs=False):
     with Writer(folder, tokenizer or byte_tokenizer(), rows=rows) as writer:
         for split in ('train', 'val'):
             ids = np.arange(length * 4) % 100
-            flags = np.where(np.arange(len(ids)) % length == 0, FIRST, LEARNED)
+            flags = np.where(np.arange(len(ids)) % length == 0, FIRST, TARGET)
             writer.write(split, ids, flags.astype(np.uint8))
     return folder
 
 
-def test_parts_of_other_kinds_are_refused(tmp_path, texts):
+def test_parts_of_another_kind_are_refused(tmp_path, texts):
     talks, text = rows_of(tmp_path / 'talks', 16), texts / 'words'
     for objective in ('lm', 'sft'):
         message = refused(open_data, f'{talks}:1,{text}:1', 16, objective=objective)
         assert f"objective='{objective}' needs" in message
     pairs = rows_of(tmp_path / 'pairs', 16, pairs=True)
-    assert 'takes one dataset' in refused(open_data, f'{pairs}:1,{pairs}:2', 16, objective='dpo')
+    assert 'does not support mixtures' in refused(
+        open_data, f'{pairs}:1,{pairs}:2', 16, objective='dpo'
+    )
 
 
-def test_conversations_mix_if_their_rows_are_alike(tmp_path):
+def test_conversations_can_be_mixed_if_their_rows_have_the_same_length(tmp_path):
     for name, length in (('a', 16), ('b', 16), ('c', 12)):
         rows_of(tmp_path / name, length)
     mixture = open_data(f'{tmp_path}/a:1,{tmp_path}/b:1', 64, objective='sft')
@@ -269,7 +271,7 @@ def test_conversations_mix_if_their_rows_are_alike(tmp_path):
     assert 'of 16' in message
 
 
-def test_chat_templates_that_differ_are_refused(tmp_path):
+def test_different_chat_templates_are_refused(tmp_path):
     for name in 'ab':
         tokenizer = byte_tokenizer()
         tokenizer.chat_template = {'user': [name, ''], 'assistant': ['', '']}
@@ -278,6 +280,6 @@ def test_chat_templates_that_differ_are_refused(tmp_path):
     assert 'chat templates' in message
 
 
-def test_a_comma_in_the_name_of_a_folder_makes_no_mixture(tmp_path):
+def test_a_folder_with_a_comma_in_its_name_is_not_a_mixture(tmp_path):
     make_dataset(tmp_path / 'a,b:1')
     assert isinstance(open_data(str(tmp_path / 'a,b:1'), 8), Dataset)

@@ -1,4 +1,4 @@
-"""Parquet files to parts of a dataset: from folders, and from a hub that answers on 127.0.0.1."""
+"""Datasets from parquet files: from folders, and from a local imitation of the hub."""
 
 import hashlib
 import http.server
@@ -17,11 +17,12 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import pytest
 from conftest import ROOT
+from error_lines import case, error_line
 
 from data.openwebtext import prepare as openwebtext
 from flatgpt.data import parquet as parquet_module
 from flatgpt.data.dataset import Dataset, Writer, read_meta
-from flatgpt.data.tokenizer import EOT, byte_tokenizer, get_tokenizer
+from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, get_tokenizer
 from flatgpt.errors import UserError
 
 pyarrow = pytest.importorskip('pyarrow')
@@ -32,7 +33,7 @@ BYTES = byte_tokenizer()
 
 @pytest.fixture(autouse=True)
 def with_bytes(tmp_path, monkeypatch):
-    """An empty folder, and bytes in place of gpt2's tokens, whose vocabulary may not be here."""
+    """Run in an empty folder, with bytes instead of gpt2, whose vocabulary may be unavailable."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(openwebtext, 'get_tokenizer', lambda name: byte_tokenizer())
 
@@ -80,7 +81,7 @@ def content(folder: str) -> dict[str, bytes]:
 
 @pytest.fixture
 def source() -> str:
-    """Three files in two folders, and a dataset made of them in one go."""
+    """Three parquet files -> the flag for their folder."""
     for number in range(3):
         parquet(f'source/plain_text/train-{number}.parquet', stories(60 * number, 60))
     return '--source=source'
@@ -89,7 +90,7 @@ def source() -> str:
 # --- from a folder
 
 
-def test_of_each_file_the_first_document_and_then_evenly_spaced_ones_are_for_validation(
+def test_the_first_document_of_each_file_and_every_nth_after_it_are_for_validation(
     monkeypatch,
 ):
     monkeypatch.setattr(openwebtext, 'VAL_EVERY', 3)
@@ -115,7 +116,7 @@ def test_a_sample_goes_to_a_dataset_of_its_own(tmp_path, monkeypatch):
     assert Dataset(tmp_path / 'openwebtext_dev', 64).n_windows
 
 
-def test_a_folder_with_the_name_of_a_file_is_none():
+def test_a_folder_whose_name_ends_in_parquet_is_not_a_file():
     parquet('source/a.parquet/b.parquet', stories(0, 3))
     assert [file.name for file in parquet_module.local_files(Path('source'))] == [
         'a.parquet/b.parquet'
@@ -125,17 +126,17 @@ def test_a_folder_with_the_name_of_a_file_is_none():
         parquet_module.local_files(Path('empty'))
 
 
-def test_empty_documents_are_left_out_and_counted_and_a_file_may_have_none(capsys):
+def test_empty_documents_are_skipped_and_counted_and_a_file_may_have_no_documents(capsys):
     parquet('source/0.parquet', ['', 'one', None, 'two'])
     parquet('source/1.parquet', pyarrow.array([], pyarrow.string()))
     parquet('source/2.parquet', ['three'])
     prepare('--source=source')
     assert (text_of('train'), text_of('val')) == (f'one{EOT}two{EOT}', f'three{EOT}')
-    assert '2 documents left out: their text is null or empty' in capsys.readouterr().out
+    assert '2 documents skipped: their text is null or empty' in capsys.readouterr().out
 
 
-def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
-    monkeypatch.setattr('flatgpt.data.parquet.ROWS', 7)
+def test_documents_stay_intact_across_batches_and_chunks(monkeypatch):
+    monkeypatch.setattr('flatgpt.data.parquet.BATCH_ROWS', 7)
     monkeypatch.setattr('flatgpt.data.encode.CHUNK', 50)
     documents = stories(0, 100)
     parquet('source/0.parquet', documents, row_group_size=13)
@@ -144,7 +145,7 @@ def test_documents_are_whole_across_batches_and_chunks(monkeypatch):
 
 
 @pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='it has the gpt2 vocabulary')
-def test_tokens_are_those_of_gpt2_with_the_end_of_text_after_each_document(monkeypatch):
+def test_tokens_are_gpt2_s_with_an_end_of_text_after_each_document(monkeypatch):
     tokenizer = get_tokenizer('gpt2')
     monkeypatch.setattr(openwebtext, 'get_tokenizer', get_tokenizer)
     documents = stories(0, 50)
@@ -161,6 +162,7 @@ def test_two_processes_write_the_same_bytes_as_one(source):
     assert content('two') == content('out')
 
 
+@error_line('parts are missing')
 def test_jobs_that_share_the_files_and_are_merged_write_the_same_bytes_as_one(source, capsys):
     prepare(source, out='one')
     for job in ('3/4', '1/4', '4/4'):
@@ -173,21 +175,53 @@ def test_jobs_that_share_the_files_and_are_merged_write_the_same_bytes_as_one(so
     assert content('out') == content('one')
 
 
+@error_line('give the job and the number of jobs')
 @pytest.mark.parametrize('share', ['0/4', '5/4', '3', '/', '-1/4', 'a/b'])
-def test_a_share_that_is_none_is_refused(share):
-    assert '--part=3/64' in refused('--source=source', f'--part={share}')
+def test_an_invalid_share_is_replaced_by_one_like_that_in_the_line(source, capsys, share):
+    message = refused(source, f'--part={share}')
+    openwebtext.main([source, '--out_dir=out', '--workers=1', message.rpartition(' ')[2]])
+    assert 'job 3 of 64 is done' in capsys.readouterr().out
 
 
-def test_merging_nothing_or_parts_of_different_datasets_is_refused(source):
-    assert 'no part is finished' in refused('--merge')
+@error_line('no finished parts', 'belong to different datasets')
+def test_parts_are_prepared_before_they_are_merged_and_again_if_of_different_datasets(source):
+    assert 'run without --merge first' in refused('--merge')
     prepare(source)
+    prepare('--merge')
     shutil.rmtree('out/part-00001')
     prepare(source, '--dev', out='dev')
     shutil.copytree('dev/part-00001', 'out/part-00001')
-    assert 'not of one dataset' in refused('--merge')
+    assert 'delete the part-* folders' in refused('--merge')
+    delete_parts()
+    assert prepare(source)
 
 
-def test_a_finished_dataset_is_left_as_it_is(source, monkeypatch):
+def delete_parts():
+    for part in Path('out').glob('part-*'):
+        shutil.rmtree(part)
+
+
+@error_line('uses the tokenizer {}, and other')
+def test_a_part_with_another_tokenizer_is_deleted_and_its_job_run_again(source):
+    prepare(source)
+    part, made_of = Path('out/part-00001'), read_meta(Path('out/part-00001'))['source']
+    with Writer(part, char_tokenizer(list('ab')), source=made_of) as writer:
+        writer.write('train', [0, 1])
+    assert 'delete it and run its job again' in refused('--merge')
+    shutil.rmtree(part)
+    openwebtext.main([source, '--out_dir=out', '--workers=1', '--part=2/3'])
+    assert prepare('--merge')
+
+
+@error_line('--merge only combines')
+def test_merge_works_without_the_options_for_writing(source):
+    prepare(source)
+    message = refused(source, '--merge', '--part=1/2')
+    assert message.endswith('omit --source and --part')
+    assert prepare('--merge')
+
+
+def test_a_finished_dataset_is_not_changed(source, monkeypatch):
     prepare(source)
     before = content('out')
     monkeypatch.setattr('flatgpt.data.parquet.write_part', None)
@@ -204,7 +238,7 @@ def test_the_result_trains_and_is_evaluated_across_its_parts(source, run_here):
     assert list(Path('run/checkpoints').iterdir())
 
 
-def test_a_log_has_a_line_for_each_file_with_the_time_to_go(source, capsys):
+def test_a_log_has_a_line_for_each_file_with_the_remaining_time(source, capsys):
     openwebtext.main([source, '--out_dir=out', '--workers=1', '--part=2/2'])
     prepare(source)
     lines = [line for line in capsys.readouterr().out.splitlines() if ' to go' in line]
@@ -215,7 +249,7 @@ def test_a_log_has_a_line_for_each_file_with_the_time_to_go(source, capsys):
     assert lines[2] == f'{total:.2f}kB of {total:.2f}kB, 00:00 to go'
 
 
-# --- stopped, and gone on with
+# --- interrupted and resumed
 
 RUN = """
 import os, signal, sys
@@ -242,7 +276,7 @@ if __name__ == '__main__':
 
 
 def start(*argv: str, kill_at: int = 0, **environment: str) -> subprocess.Popen:
-    """A preparation in a process of its own, which is killed at its kill_at-th call to encode."""
+    """Prepare in a subprocess, which is killed at its kill_at-th call to encode."""
     Path('run.py').write_text(RUN, encoding='utf-8')
     kept = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}
     return subprocess.Popen(
@@ -257,7 +291,7 @@ def start(*argv: str, kill_at: int = 0, **environment: str) -> subprocess.Popen:
 
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
 @pytest.mark.parametrize(('kill_at', 'finished'), [(2, 0), (6, 1), (7, 1), (11, 2)])
-def test_a_killed_run_goes_on_with_the_file_it_was_at(source, monkeypatch, kill_at, finished):
+def test_a_killed_run_resumes_with_the_file_it_was_reading(source, monkeypatch, kill_at, finished):
     prepare(source, out='whole')
     process = start(source, '--workers=1', kill_at=kill_at)
     _, err = process.communicate(timeout=60)
@@ -278,7 +312,7 @@ def test_a_killed_run_goes_on_with_the_file_it_was_at(source, monkeypatch, kill_
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
-def test_ctrl_c_is_one_line_and_what_is_finished_is_kept(source):
+def test_ctrl_c_is_one_line_and_finished_parts_are_kept(source):
     parquet('source/plain_text/train-1.parquet', stories(0, 400_000))
     process = start(source, '--workers=2')
     begun = Path('out/part-00001')
@@ -287,13 +321,13 @@ def test_ctrl_c_is_one_line_and_what_is_finished_is_kept(source):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    os.killpg(process.pid, signal.SIGINT)  # to every process, as a terminal does
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, 'interrupted\n')
     assert not (begun / 'meta.json').exists()
 
 
-def test_a_part_that_was_cut_is_made_again(source):
+def test_a_truncated_part_is_written_again(source):
     prepare(source)
     before = content('out')
     for damage in (lambda path: os.truncate(path, 10), os.unlink):
@@ -304,8 +338,9 @@ def test_a_part_that_was_cut_is_made_again(source):
         assert content('out') == before
 
 
+@error_line('choose another --out_dir, or delete')
 @pytest.mark.parametrize('what', ['other file', 'other size', 'one more', 'one less', 'other rule'])
-def test_another_source_than_before_is_refused_and_the_dataset_stays(source, what):
+def test_a_changed_source_is_refused_and_the_dataset_is_kept(source, what):
     prepare(source)
     before = content('out')
     if what == 'other file':
@@ -316,19 +351,22 @@ def test_another_source_than_before_is_refused_and_the_dataset_stays(source, wha
         parquet('source/plain_text/train-3.parquet', stories(0, 9))
     elif what == 'one less':
         os.unlink('source/plain_text/train-2.parquet')
-    message = refused(source, *['--dev'] * (what == 'other rule'))
-    assert 'was made from file train-' in message
-    assert 'give another --out_dir' in message
+    flags = [source, *['--dev'] * (what == 'other rule')]
+    assert 'was made from file train-' in refused(*flags)
     assert content('out') == before
+    prepare(*flags, out='other')
+    delete_parts()
+    prepare(*flags)
+    assert content('out') == content('other')
 
 
-def test_two_programs_at_the_same_part_are_refused(source):
+def test_two_programs_cannot_write_the_same_part(source):
     with Writer('out/part-00000', BYTES, source={'file': 'x'}) as writer:
         assert 'another program' in refused(source)
         writer.write('train', [1])
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(source, monkeypatch):
     prepare(source, out='whole')
     synced = []
 
@@ -347,12 +385,13 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(source, monkeypatc
     assert content('out') == content('whole')
 
 
-# --- what is wrong with a file
+# --- invalid files
 
 
+@error_line('invalid parquet file')
 @pytest.mark.parametrize('workers', [1, 2])
 @pytest.mark.parametrize('damage', ['head', 'middle', 'cut', 'none', 'empty'])
-def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, workers):
+def test_a_damaged_file_is_reported_and_finished_parts_are_kept(source, damage, workers):
     path = Path('source/plain_text/train-1.parquet')
     whole = parquet(path, stories(60, 60), compression='gzip')
     prepare(source, out='whole')
@@ -367,8 +406,8 @@ def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, 
         }[damage]
     )
     message = refused(source, f'--workers={workers}')
-    assert f'{path} cannot be read as parquet' in message
-    assert 'get it anew' in message
+    assert f'{path}: invalid parquet file' in message
+    assert 'replace it' in message
     assert Path('out/part-00000/meta.json').exists()
     assert not Path('out/meta.json').exists()
     path.write_bytes(whole)
@@ -376,15 +415,18 @@ def test_a_damaged_file_is_named_and_the_finished_ones_are_kept(source, damage, 
     assert content('out') == content('whole')
 
 
+@error_line('needs a string column')
 @pytest.mark.parametrize(
     'table', [{'body': ['a']}, {'text': [1]}, {'text': [b'a'], 'id': [1]}, {'text': [['a']]}]
 )
-def test_a_file_without_text_is_named_with_what_it_has(table):
+def test_a_file_without_a_text_column_is_reported_with_its_columns(table):
     Path('source').mkdir()
     pyarrow.parquet.write_table(pyarrow.table(table), 'source/0.parquet')
     message = refused('--source=source')
-    assert 'source/0.parquet: needs a column text of strings' in message.replace(os.sep, '/')
+    assert 'source/0.parquet: needs a string column called text' in message.replace(os.sep, '/')
     assert list(table)[-1] in message
+    parquet('source/0.parquet', ['a', 'b'])
+    assert prepare('--source=source')
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='memory is read from /proc')
@@ -424,42 +466,58 @@ def test_other_columns_are_not_read():
     assert text_of('train') == f'b{EOT}'
 
 
-@pytest.mark.parametrize('what', ['missing', 'without parquet', 'a file'])
-def test_a_source_that_is_no_folder_of_parquet_files_is_one_line(what):
+@pytest.mark.parametrize(
+    ('what', 'problem'),
+    [
+        case('no such folder; give one', 'missing', 'no such folder'),
+        case('contains no .parquet files', 'without parquet', 'no .parquet files'),
+        case('no such folder; give one', 'a file', 'no such folder'),
+    ],
+)
+def test_a_source_without_parquet_files_needs_some(what, problem):
     if what == 'without parquet':
         Path('source').mkdir()
     elif what == 'a file':
         Path('source').touch()
-    message = refused('--source=source')
-    assert message.startswith('source: no ')
+    assert problem in refused('--source=source')
     assert not Path('out').exists()
+    parquet('FOLDER/0.parquet', stories(0, 9))
+    assert prepare('--source=FOLDER')
+    if what == 'without parquet':
+        parquet('source/0.parquet', stories(0, 9))
+        assert prepare('--source=source')
 
 
-def test_a_source_too_small_to_divide_is_refused():
+def test_a_source_too_small_to_split_is_refused():
     parquet('source/0.parquet', ['one'])
-    assert 'nothing was left for the train split' in refused('--source=source')
+    assert 'the train split would be empty' in refused('--source=source')
 
 
-def test_pyarrow_is_asked_for(source, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'pyarrow', None)
-    monkeypatch.delitem(sys.modules, 'pyarrow.parquet')
-    assert 'pip install pyarrow' in refused(source)
+@error_line('parquet files need pyarrow')
+def test_pyarrow_is_required(source, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'pyarrow', None)
+        patch.delitem(sys.modules, 'pyarrow.parquet')
+        assert 'pip install pyarrow' in refused(source)
+    assert prepare(source)  # with pyarrow installed
 
 
-def test_no_processes_are_refused(source):
+@error_line('--workers={}: must be at least 1')
+def test_at_least_one_process_is_needed(source):
     assert '--workers=0' in refused(source, '--workers=0')
+    assert prepare(source, '--workers=1')
 
 
 # --- from the hub
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as datasets are read by: what a revision has, and its files."""
+    """The API of the hub for reading datasets: the files of a revision, and their content."""
 
     protocol_version = 'HTTP/1.1'
     repositories: dict[str, dict[str, dict[str, bytes]]]  # name -> revision -> file -> content
-    log: list[str]  # what was fetched, once for each attempt
-    trouble: dict[str, list]  # file -> what happens to the attempts to fetch it
+    log: list[str]  # files fetched, once per attempt
+    trouble: dict[str, list]  # file -> what happens at each attempt to fetch it
 
     def do_HEAD(self):
         self.answer(send_body=False)
@@ -506,7 +564,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.reply(200, {'Content-Type': 'application/json'}, json.dumps(found).encode())
 
     def resolve(self, name: str, revision: str, file: str) -> None:
-        """Large files are elsewhere, and this is where their hash and size are told."""
+        """Redirect to a large file, and report its hash and size."""
         branch = next((b for b in self.repositories[name] if commit(b) == revision), None)
         if branch is None:
             self.reply(404, {'X-Error-Code': 'RevisionNotFound'})
@@ -568,7 +626,7 @@ def commit(revision: str) -> str:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub that has the two repositories as the real one: parquet, and a script's conversion."""
+    """A hub with both repositories: one has parquet files, the other a converted revision."""
     constants = pytest.importorskip('huggingface_hub.constants')
     Hub.log, Hub.trouble = [], {}
     full = {
@@ -607,7 +665,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def prepare_locally(hub, name: str, revision: str, *argv: str) -> dict[str, bytes]:
-    """What comes of the same files in a folder."""
+    """The dataset made from the same files in a folder."""
     for file, raw in hub.repositories[name][revision].items():
         if file.endswith('.parquet'):
             path = Path('local') / Path(file).name
@@ -623,7 +681,7 @@ def test_the_full_set_is_read_from_the_files_of_its_main_branch(hub):
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
-def test_the_sample_is_read_from_what_the_hub_converted(hub):
+def test_the_sample_is_read_from_the_hub_s_conversion(hub):
     prepare('--dev')
     expected = prepare_locally(hub, openwebtext.DEV, 'refs/convert/parquet', '--dev')
     assert content('out') == expected
@@ -640,15 +698,16 @@ def test_only_the_dataset_is_left_on_the_disk(hub):
     assert not list(Path('cache').rglob('*.parquet'))
 
 
-def test_a_connection_that_is_cut_is_taken_up_where_it_was(hub):
+def test_an_interrupted_download_is_resumed(hub):
     hub.trouble = {'train-00001-of-00003.parquet': ['cut', 'fail']}
     prepare()
     assert hub.log.count('train-00001-of-00003.parquet') == 3
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
+@error_line('cannot be fetched ({}); run')
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_file_that_cannot_be_had_is_named_and_the_same_command_goes_on(hub, workers):
+def test_a_file_that_cannot_be_fetched_is_reported_and_the_same_command_resumes(hub, workers):
     hub.trouble = {'train-00001-of-00003.parquet': ['fail'] * 100}
     message = refused(f'--workers={workers}')
     assert 'plain_text/train-00001-of-00003.parquet cannot be fetched' in message
@@ -661,7 +720,7 @@ def test_a_file_that_cannot_be_had_is_named_and_the_same_command_goes_on(hub, wo
 
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
 @pytest.mark.parametrize('workers', [1, 2])
-def test_a_run_killed_while_it_fetches_goes_on_with_that_file(hub, workers):
+def test_a_run_killed_while_fetching_resumes_with_that_file(hub, workers):
     last = 'train-00002-of-00003.parquet'
     reached, goes_on = threading.Event(), threading.Event()
     hub.trouble = {last: [lambda: (reached.set(), goes_on.wait(30))]}
@@ -670,7 +729,7 @@ def test_a_run_killed_while_it_fetches_goes_on_with_that_file(hub, workers):
     try:
         assert reached.wait(30), process.communicate()
         deadline = time.monotonic() + 30
-        while len(list(Path('out').glob('part-*/meta.json'))) < 2:  # the workers are at it
+        while len(list(Path('out').glob('part-*/meta.json'))) < 2:  # wait for the workers
             assert time.monotonic() < deadline
             threading.Event().wait(0.01)
     finally:
@@ -683,18 +742,18 @@ def test_a_run_killed_while_it_fetches_goes_on_with_that_file(hub, workers):
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
-def test_a_damaged_file_is_not_kept_to_be_read_again(hub):
+def test_a_damaged_download_is_not_kept(hub):
     files = hub.repositories[openwebtext.FULL]['main']
     name = 'plain_text/train-00001-of-00003.parquet'
     whole = files[name]
     files[name] = bytes(len(whole))
-    assert f'{Path(name).name} cannot be read as parquet' in refused()
+    assert f'{Path(name).name}: invalid parquet file' in refused()
     files[name] = whole
     prepare()
     assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
 
 
-def test_what_is_in_the_hub_s_cache_is_not_fetched_and_serves_offline(hub, monkeypatch):
+def test_files_in_the_hub_s_cache_are_not_fetched_and_work_offline(hub, monkeypatch):
     import huggingface_hub
 
     def download(**options):
@@ -710,20 +769,25 @@ def test_what_is_in_the_hub_s_cache_is_not_fetched_and_serves_offline(hub, monke
     assert len(list(Path(download(local_files_only=True)).rglob('*.parquet'))) == 3
 
 
-def test_a_part_of_a_dataset_in_the_cache_is_not_taken_for_all_of_it(hub, monkeypatch):
+def test_an_incomplete_dataset_in_the_cache_is_not_used(hub, monkeypatch):
     import huggingface_hub
 
     huggingface_hub.snapshot_download(
         openwebtext.FULL, repo_type='dataset', allow_patterns='*/train-00001-*'
     )
-    for tree in Path('cache').glob('*/trees'):  # which older versions of the hub's client lack
+    for tree in Path('cache').glob('*/trees'):  # missing in older versions of the hub's client
         shutil.rmtree(tree)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert 'neither cached' in refused()
+    assert 'not cached' in refused()
 
 
+@error_line('is not cached and cannot be fetched')
 @pytest.mark.parametrize('how', ['offline', 'no server', 'no such repository'])
-def test_without_hub_and_cache_it_is_said_what_to_put_where(hub, monkeypatch, how):
+def test_without_hub_and_cache_the_files_can_be_downloaded_by_other_means(hub, monkeypatch, how):
+    for file, raw in hub.repositories[openwebtext.FULL]['main'].items():
+        path = Path('FOLDER') / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
     if how == 'offline':
         monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     elif how == 'no server':
@@ -734,19 +798,23 @@ def test_without_hub_and_cache_it_is_said_what_to_put_where(hub, monkeypatch, ho
         message = refused(*flags)
         assert name in message
         assert '--source=FOLDER' in message
-    assert not Path('out').exists()
+        assert not Path('out').exists()
+    assert prepare('--source=FOLDER')
 
 
-def test_what_the_hub_converted_of_a_part_is_not_taken_for_all_of_it(hub, monkeypatch):
+@error_line('no complete set')
+def test_an_incomplete_conversion_of_the_hub_is_not_used(hub, monkeypatch):
     branches = hub.repositories[openwebtext.FULL]
     branches['main'].clear()
     converted = branches['refs/convert/parquet']
     converted['plain_text/partial-train/0000.parquet'] = converted.popitem()[1]
-    assert 'not of all of it' in refused()
+    assert '--source=FOLDER' in refused()
+    parquet('FOLDER/0.parquet', stories(0, 9))
+    assert prepare('--source=FOLDER', out='elsewhere')
     import huggingface_hub
 
     huggingface_hub.snapshot_download(
         openwebtext.FULL, repo_type='dataset', revision='refs/convert/parquet'
     )
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    assert 'neither cached' in refused()
+    assert 'not cached' in refused()

@@ -473,7 +473,7 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
     for _ in range(1500):
         whole = ''.join(rng.choices(alphabet, k=rng.randrange(1, 60)))
         small_chunks(monkeypatch, rng.randrange(1, 12))
-        pieces = list(encode.cut([whole[:9], whole[9:]]))
+        pieces = list(encode.split_text([whole[:9], whole[9:]]))
         chunks += len(pieces)
         assert ''.join(pieces) == whole
         ids = np.concatenate([tokenizer.encode(piece) for piece in pieces])
@@ -483,14 +483,14 @@ def test_chunks_give_the_ids_of_the_whole_text(name, monkeypatch):
 
 def test_text_without_a_word_boundary_is_cut_anyway(monkeypatch):
     small_chunks(monkeypatch, 10)
-    monkeypatch.setattr('flatgpt.data.encode.LONGEST', 100)
-    pieces = list(encode.cut('-' * 37 for _ in range(30)))
+    monkeypatch.setattr('flatgpt.data.encode.MAX_CHUNK', 100)
+    pieces = list(encode.split_text('-' * 37 for _ in range(30)))
     assert ''.join(pieces) == '-' * 37 * 30
     assert max(map(len, pieces)) == 100
 
 
 def test_several_processes_write_the_same_as_one(monkeypatch):
-    monkeypatch.setattr('flatgpt.data.encode.SMALL', 0)
+    monkeypatch.setattr('flatgpt.data.encode.MIN_PARALLEL_BYTES', 0)
     small_chunks(monkeypatch, 3000)
     for i in range(20):
         write(f'more/{i:02d}.txt', f'{i} {WORDS}' * 40)
@@ -530,7 +530,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(delay):
     assert process.returncode == 130
     assert err == 'interrupted\n'
     assert [path.name for path in Path('out').iterdir()] == ['.write.lock']
-    assert 'no dataset here' in refused(Dataset, 'out', 8)
+    assert 'not a dataset' in refused(Dataset, 'out', 8)
 
 
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='children are read from /proc')

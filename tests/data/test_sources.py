@@ -330,9 +330,9 @@ def test_a_dataset_of_ours_that_cannot_be_prepared_in_its_place_names_the_comman
 
 def test_what_is_fetched_is_kept_beside_the_dataset_where_the_checkout_is_read_only(monkeypatch):
     own, out = Path('own').absolute(), Path('out').absolute()
-    assert download.place_to_keep(own, out) == own
+    assert download.download_folder(own, out) == own
     monkeypatch.setattr(os, 'access', lambda *_: False)
-    assert download.place_to_keep(own, out) == out
+    assert download.download_folder(own, out) == out
     monkeypatch.setattr(shakespeare, 'fetch', lambda url, path, sha256: write(path, WORDS))
     assert shakespeare.read_input(own, out) == WORDS
     assert (out / 'input.txt').exists()
@@ -440,7 +440,7 @@ PAGES = ['<div>', '<', '<a ', '&amp;', '&a', '<li>x</li>', '<li>x', '<p>x</p>', 
 WORST = {
     **{name: lambda n, case=case: prepare_worst(n, *case) for name, case in TEXTS.items()},
     **{
-        f'a book of {unit!r}': lambda n, unit=unit: gutenberg.flaw(
+        f'a book of {unit!r}': lambda n, unit=unit: gutenberg.find_problem(
             (START + unit * (n // len(unit)) + END).encode(), 7
         )
         for unit in BOOKS

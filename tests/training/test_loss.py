@@ -10,7 +10,7 @@ from conftest import random_model
 
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.data import chat as prepare
-from flatgpt.data.dataset import LEARNED, Dataset, mask_file
+from flatgpt.data.dataset import TARGET, Dataset, mask_file
 from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.training.loss import answer_logps, dpo, loss_of, measure, trim
 
@@ -172,7 +172,7 @@ def trl_loss(kind, folder, models, columns, **settings):
 def test_the_loss_on_conversations_is_that_of_trl(talks, models, tmp_path):
     ids = np.fromfile(talks.folder / 'val.bin', '<u2').reshape(-1, 96)
     flags = np.fromfile(talks.folder / mask_file('val.bin'), np.uint8).reshape(-1, 96)
-    columns = {'input_ids': ids.tolist(), 'completion_mask': (flags & LEARNED).tolist()}
+    columns = {'input_ids': ids.tolist(), 'completion_mask': (flags & TARGET).tolist()}
     measured = trl_loss('SFT', tmp_path, models, columns, completion_only_loss=True)
     x, y = whole_split(talks)
     with torch.no_grad():

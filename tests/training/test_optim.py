@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import cut_like
+from flatgpt.parallel import shard_like
 from flatgpt.training.memory import fake_ranks
 from flatgpt.training.optim import AdamW, Muon, build_optimizers, orthogonalize
 from model import GPT, GPTConfig
@@ -139,7 +139,7 @@ def test_an_offloaded_matrix_is_orthogonalised_on_the_gpu_and_stays_on_the_host(
     (stack,) = stacks
     assert (stack.device.type, tuple(stack.shape)) == ('cuda', (1, 8, 16))
     momentum = optimizer.state[offloaded]['momentum_buffer']
-    for tensor in (offloaded, momentum, cut_like(torch.ones(8, 16), offloaded)):
+    for tensor in (offloaded, momentum, shard_like(torch.ones(8, 16), offloaded)):
         assert tensor.to_local().device.type == 'cpu'
         assert tuple(tensor.to_local().shape) == (4, 16)
 

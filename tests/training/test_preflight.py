@@ -83,7 +83,7 @@ def test_of_a_large_dataset_pieces_are_read_and_that_is_said(checked, tmp_path, 
 def test_a_missing_dataset_is_a_no_and_is_planned_all_the_same(checked, run_here, capsys):
     status, out = checked('--dataset=nowhere')
     assert status == 2
-    assert 'no dataset is called nowhere' in out
+    assert 'unknown dataset nowhere' in out
     capsys.readouterr()
     assert run_here('--plan', '--dataset=nowhere') == 0
     out = capsys.readouterr().out
