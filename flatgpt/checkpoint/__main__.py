@@ -19,7 +19,7 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import (
     ADAPTER,
     find,
-    listed,
+    list_checkpoints,
     load_model,
     read_state,
     shape_in,
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_foreign(args.out_dir):
         model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer)
         return print(f'{describe(model.config, tokenizer)}; read whole, there are no hashes')
-    paths = listed(args.out_dir) or [find(args.out_dir)]  # one, or what says that there is none
+    paths = list_checkpoints(args.out_dir) or [find(args.out_dir)]  # find() reports if none
     if not report(paths) and args.command == 'verify':
         raise CheckpointError(f'{args.out_dir} has damaged checkpoints')
 

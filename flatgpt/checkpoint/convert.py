@@ -147,7 +147,7 @@ def load_foreign(
 
 def load_transformers(folder: Path, name: str, dropout: float) -> GPT:
     """Weights are read from the mapped file one at a time, so that memory holds them once."""
-    shape = shape_of(read_json(folder / 'config.json', name), name)
+    shape = parse_model_config(read_json(folder / 'config.json', name), name)
     if (folder / GENERATION).is_file():
         check_generation(read_json(folder / GENERATION, name), name)
     files = weight_files(folder, name)
@@ -160,7 +160,7 @@ def own_name(key: str) -> str:
     return key if key.startswith(('transformer.', 'model.', 'lm_head.')) else f'transformer.{key}'
 
 
-def shape_of(config: dict, name: str) -> dict:
+def parse_model_config(config: dict, name: str) -> dict:
     """GPTConfig's fields out of a config.json; refused is what model.py would not compute."""
     kind = config.get('model_type')
     if kind not in ('gpt2', 'nanochat'):
@@ -228,7 +228,7 @@ def repository_of(name: str) -> str:
     return f'distilbert/{name}' if name == 'distilgpt2' else f'openai-community/{name}'
 
 
-def is_fetched(name: str) -> bool:
+def is_cached(name: str) -> bool:
     """Whether the weights of a model on the hub are in its cache."""
     from huggingface_hub import try_to_load_from_cache
 

@@ -34,7 +34,7 @@ STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
 STEP = re.compile(r'step-(\d{8,})(\.again)?')
 
 
-def listed(out_dir: str | Path) -> list[Path]:
+def list_checkpoints(out_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first, unverified."""
     paths = [p for p in (Path(out_dir) / 'checkpoints').glob('step-*') if STEP.fullmatch(p.name)]
     return sorted(paths, key=lambda path: (step_of(path), path.name))
@@ -79,7 +79,8 @@ def find(where: str | Path, which: str = 'best') -> Path:
     if (where / MANIFEST).is_file() or STEP.fullmatch(where.name):
         verify(where)
         return where
-    paths = best_first(listed(where)) if which == 'best' else listed(where)[::-1]
+    paths = list_checkpoints(where)
+    paths = best_first(paths) if which == 'best' else paths[::-1]
     for path in sorted(paths, key=lambda path: read_state(path) is not None):  # damage is reported
         try:
             verify(path)

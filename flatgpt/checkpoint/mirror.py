@@ -14,8 +14,8 @@ from pathlib import Path
 
 import filelock
 
-from flatgpt.checkpoint.load import MANIFEST, listed, read_state, step_of, verify
-from flatgpt.checkpoint.save import clear, hidden, prune, set_aside
+from flatgpt.checkpoint.load import MANIFEST, list_checkpoints, read_state, step_of, verify
+from flatgpt.checkpoint.save import make_temp_folder, prune, set_aside, temp_path
 from flatgpt.errors import CheckpointError, ConfigError, UserError
 from flatgpt.files import flush, flush_all, is_same, sha256
 
@@ -44,9 +44,9 @@ def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None)
     run: of whom it has to be, if it is of anybody. OSError where it is not, or cannot be written.
     """
     target = mirror / 'checkpoints' / path.name
-    if run and {run_of(other) for other in listed(mirror)} - {None, run}:
+    if run and {run_of(other) for other in list_checkpoints(mirror)} - {None, run}:
         raise OSError('it has checkpoints of another run: give each a --checkpoint_mirror')
-    for other in listed(mirror):
+    for other in list_checkpoints(mirror):
         if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
             remove(other)
     try:
@@ -80,7 +80,7 @@ def run_of(path: Path) -> str | None:
     return (read_state(path) or {}).get('run')
 
 
-def catch_up(path: Path, mirror: str | Path) -> None:
+def copy_if_missing(path: Path, mirror: str | Path) -> None:
     """Have the mirror hold a checkpoint that a killed run had not copied yet."""
     if not (Path(mirror) / 'checkpoints' / path.name / MANIFEST).is_file():
         try:
@@ -120,17 +120,17 @@ def probe_mirror(mirror: str | Path) -> None:
         ) from error
 
 
-def begin_mirror(mirror: str | Path, step: int) -> None:
+def remove_later(mirror: str | Path, step: int) -> None:
     """Drop the checkpoints past `step`, -1 for a new run, which are now made, or made again."""
-    for path in listed(mirror):
+    for path in list_checkpoints(mirror):
         if step_of(path) > step:
             remove(path)
 
 
 def restore(mirror: str | Path, out_dir: str | Path) -> None:
     """Bring the mirror's newest checkpoint to out_dir, unless one as new is there, and whole."""
-    there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
-    here = next((path for path in reversed(listed(out_dir)) if is_whole(path)), None)
+    there = [path for path in list_checkpoints(mirror) if (path / MANIFEST).is_file()]
+    here = next((path for path in reversed(list_checkpoints(out_dir)) if is_whole(path)), None)
     runs = {run_of(path) for path in [*there, *([here] if here else [])]}
     if len(runs - {None}) > 1:
         raise UserError(
@@ -165,18 +165,18 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
         try:
             if final.exists():
                 set_aside(final)
-            clear(final, sum(file.stat().st_size for file in path.iterdir()))
-            shutil.copytree(path, hidden(final), dirs_exist_ok=True)
-            verify(hidden(final))
-            flush_all(hidden(final))
+            make_temp_folder(final, sum(file.stat().st_size for file in path.iterdir()))
+            shutil.copytree(path, temp_path(final), dirs_exist_ok=True)
+            verify(temp_path(final))
+            flush_all(temp_path(final))
         except CheckpointError as error:
             print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
             return False
         except OSError as error:
             raise UserError(f'{path} cannot be brought to {out_dir}: {error}') from error
-        for beside in (hidden(final) / name for name in BESIDE_CHECKPOINTS):
+        for beside in (temp_path(final) / name for name in BESIDE_CHECKPOINTS):
             if beside.exists():
                 beside.replace(out_dir / beside.name)
-        hidden(final).rename(final)
+        temp_path(final).rename(final)
         flush(final.parent)
         return True

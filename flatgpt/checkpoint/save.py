@@ -5,7 +5,7 @@ Writes checkpoints: at once, or while training goes on and waits only for a copy
 
     saver = Saver(out_dir, runtime, mirror=Mirror(Path('/bucket/my_run')))
     saver.save(model, optimizers, tokenizer, state)
-    for problem in saver.news(): ...
+    for problem in saver.pop_warnings(): ...
     saver.finish()
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a folder
@@ -37,7 +37,7 @@ from flatgpt.checkpoint.load import (
     STATE,
     TOKENIZER,
     best_first,
-    listed,
+    list_checkpoints,
     read_state,
     step_of,
     val_loss,
@@ -78,15 +78,15 @@ def save(
     """
     if path := saved_before(out_dir, state):
         return path
-    final, tensors = place(out_dir, state), tensors_of(model, optimizers)
-    clear(final, size_of(tensors))
-    write(final, tensors, documents_of(model, tokenizer, state), keep_evaluated)
+    final, tensors = checkpoint_path(out_dir, state), tensors_of(model, optimizers)
+    make_temp_folder(final, size_of(tensors))
+    write(final, tensors, small_files_of(model, tokenizer, state), keep_evaluated)
     return final
 
 
 def saved_before(out_dir: str | Path, state: dict) -> Path | None:
     """The checkpoint of this step of this run, if there is one that would be equal."""
-    for path in listed(out_dir):
+    for path in list_checkpoints(out_dir):
         if step_of(path) == state['step']:
             there = read_state(path) or {}
             if there.get('evaluated') == state['evaluated']:
@@ -94,7 +94,7 @@ def saved_before(out_dir: str | Path, state: dict) -> Path | None:
     return None
 
 
-def place(out_dir: str | Path, state: dict) -> Path:
+def checkpoint_path(out_dir: str | Path, state: dict) -> Path:
     """Where the checkpoint of a step will be: beside what is there of it already."""
     path = Path(out_dir) / 'checkpoints' / f'step-{state["step"]:08d}'
     return path.with_name(f'{path.name}.again') if path.exists() else path
@@ -121,7 +121,7 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
     return named
 
 
-def documents_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
+def small_files_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
     """The small files of a checkpoint, by name. Of a sharded model every rank has to ask."""
     base = state.get('config', {}).get('init_from')
     files = adapter_files(model, base) if adapted(model) else {}
@@ -136,7 +136,7 @@ def size_of(tensors: dict) -> int:
     return sum(t.nbytes for named in tensors.values() for t in named.values()) + 2**22
 
 
-def clear(final: Path, need: int) -> None:
+def make_temp_folder(final: Path, need: int) -> None:
     """Make an empty folder for what becomes the checkpoint `final`; OSError without room for it.
 
     Refused before anything is written: a half-written file helps nobody.
@@ -145,10 +145,10 @@ def clear(final: Path, need: int) -> None:
     check_space(final.parent, need)
     for leftover in final.parent.glob('.*'):  # of a save or a removal that was killed
         shutil.rmtree(leftover, ignore_errors=True)
-    hidden(final).mkdir()
+    temp_path(final).mkdir()
 
 
-def hidden(path: Path) -> Path:
+def temp_path(path: Path) -> Path:
     """The name of a checkpoint that does not count: not whole yet, or being removed."""
     return path.with_name(f'.{path.name}')
 
@@ -161,11 +161,11 @@ def write(
     rank: int = 0,
     ranks: int = 1,
 ) -> None:
-    """Write the tensors of one of `ranks` to the folder that clear() made; rank 0 publishes it all.
+    """Write one rank's tensors to the folder that make_temp_folder() made; rank 0 publishes all.
 
     The ranks tell one another by files, not by messages, so that each can do this in a thread.
     """
-    parts = hidden(final)
+    parts = temp_path(final)
     if rank > 0:
         return write_part(parts, tensors, rank, ranks)
     try:
@@ -234,7 +234,7 @@ def hashes_of_part(parts: Path, rank: int) -> dict[str, str]:
 
 def publish(final: Path, keep_evaluated: bool) -> None:
     """Let a checkpoint that is whole count, and drop what is no longer needed."""
-    hidden(final).rename(final)
+    temp_path(final).rename(final)
     flush(final.parent)
     try:
         prune(final.parent, keep_evaluated)
@@ -244,7 +244,7 @@ def publish(final: Path, keep_evaluated: bool) -> None:
 
 def prune(folder: Path, keep_evaluated: bool, remove: Callable | None = None) -> None:
     """Remove all but the last two, the best and, if asked for, the evaluated ones."""
-    paths = listed(folder.parent)
+    paths = list_checkpoints(folder.parent)
     last = list({step_of(path): path for path in paths}.values())  # of each step
     keep = {*last[-2:], *best_first(last)[:1]}
     if keep_evaluated:
@@ -256,8 +256,8 @@ def prune(folder: Path, keep_evaluated: bool, remove: Callable | None = None) ->
 
 def remove_at_once(path: Path) -> None:
     """Remove a checkpoint: the rename is atomic, which the removal is not."""
-    path.rename(hidden(path))
-    shutil.rmtree(hidden(path), ignore_errors=True)
+    path.rename(temp_path(path))
+    shutil.rmtree(temp_path(path), ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
@@ -292,7 +292,7 @@ class Saver:
         self.mirror = mirror if runtime.main else None
         self.failure: str | None = None
         self._times: dict[str, float] = {}
-        self._news: list[str] = []
+        self._warnings: list[str] = []
         self._copies: dict[tuple[str, str], torch.Tensor] = {}  # kept: fresh memory is slow
         self._writer = ThreadPoolExecutor(1, initializer=give_way)
         self._sender = ThreadPoolExecutor(1, initializer=give_way)
@@ -311,7 +311,7 @@ class Saver:
         if final:
             small = size_of(tensors) < SMALL
             tensors = tensors if small else self._copy(tensors)
-            documents = documents_of(model, tokenizer, state)
+            documents = small_files_of(model, tokenizer, state)
             self._writing = self._writer.submit(self._write, started, final, tensors, documents)
             if small:
                 self.wait()
@@ -325,8 +325,8 @@ class Saver:
         try:
             if saved_before(self.out_dir, state):
                 return None
-            final = place(self.out_dir, state)
-            clear(final, need)
+            final = checkpoint_path(self.out_dir, state)
+            make_temp_folder(final, need)
         except OSError as error:
             raise UserError(str(error)) from error
         return final
@@ -359,19 +359,19 @@ class Saver:
         self.failure = (
             f'checkpoint of step {step} not written: {why}; the ones before are untouched'
         )
-        self._news.append(self.failure)
+        self._warnings.append(self.failure)
 
     def _send(self, final: Path) -> None:
         try:
             self.mirror.send(final)
         except Exception as error:  # in a thread, where nobody would hear of it
             if final.exists():  # else it has been pruned meanwhile, and a newer one is next
-                self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
+                self._warnings.append(f'{final.name} is not copied to {self.mirror}: {error}')
 
-    def news(self) -> list[str]:
+    def pop_warnings(self) -> list[str]:
         """What went wrong since this was last asked."""
-        news, self._news = self._news, []
-        return news
+        warnings, self._warnings = self._warnings, []
+        return warnings
 
     def times(self) -> dict[str, float]:
         """Seconds, once each: 'save_pause' that the training waited, 'save_seconds' in all."""

@@ -271,7 +271,7 @@ class Tokenizer:
         return None if self.eot is None else self.token_bytes[self.eot].decode(errors='replace')
 
     @functools.cached_property
-    def writable(self) -> np.ndarray:
+    def samplable(self) -> np.ndarray:
         """Whether a model may write an id (vocab_size,): text and what ends it, no other."""
         text = np.array([token is not None for token in self.token_bytes])
         text[list(self.special.values())] = False

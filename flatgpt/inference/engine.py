@@ -215,7 +215,7 @@ def complete(
     return out
 
 
-def write_page(
+def generate_sample(
     model: GPT, tokenizer: Tokenizer, prompt, tokens: int, seed: int, answer: bool = False
 ) -> str:
     """About `tokens` tokens of text that begin at `prompt`; after a short document, the next.

@@ -78,7 +78,7 @@ class ModelRunner:
         first, request = len(slot.cached_ids) + 1, slot.request
         following = (slot.cached_ids + slot.uncached_ids)[first : first + len(logits)]
         scores = scores_of(logits[: len(following)], following, request.top or 0)
-        request.prompt_scores += scores
+        request.prompt_logprobs += scores
 
     def sample(self, requests: list[Request], logits) -> tuple[list[int], list[tuple]]:
         """Each request's next token from its row of logits (R, V), and (logprob, top) of each."""

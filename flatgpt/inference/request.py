@@ -104,7 +104,7 @@ class Request:
     prompt: token ids, at least one; the last block_size of them count. on_token: is given each
     TokenOutput as it comes, in the thread that runs the engine. seed: of the random numbers, by
     default sampling.seed and row. top: report each token's log-probability, and those of so many
-    likeliest ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
+    likeliest ones; None: no. score_prompt: the prompt's, too, in prompt_logprobs.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class Request:
         self.stream = TextStream(sampling.stop)
         self.written: list[int] = []
         self.counts: Counter[int] = Counter()  # of each token in it: what penalties look at
-        self.prompt_scores: list[tuple] = [(None, ())]  # (logprob, top) of each; none of the first
+        self.prompt_logprobs: list[tuple] = [(None, ())]  # (logprob, top) per token
         self.cancelled = False
         self.finish: str | None = None
-        self.came = time.monotonic()
-        self.began = self.first = self.ended = None  # moments: given a row, first token, last one
+        self.arrival_time = time.monotonic()
+        self.admitted_time = self.first_token_time = self.finish_time = None
 
     @functools.cached_property
     def prompt_tokens(self) -> frozenset[int]:
@@ -148,7 +148,7 @@ class Request:
         """Why no token follows the prompt, if none does."""
         if self.written:
             return None
-        if not all(math.isfinite(score) for score, _ in self.prompt_scores[1:]):
+        if not all(math.isfinite(score) for score, _ in self.prompt_logprobs[1:]):
             return 'error'
         return 'length' if self.sampling.max_new_tokens == 0 else None
 
@@ -165,7 +165,8 @@ class Request:
 
     def send(self, output: TokenOutput) -> None:
         now = time.monotonic()
-        self.first = self.first or now
+        self.first_token_time = self.first_token_time or now
         if output.finish:
-            self.ended, self.finish = now, output.finish  # read by other threads, in this order
+            # other threads read them in this order
+            self.finish_time, self.finish = now, output.finish
         self.on_token(output)

@@ -140,7 +140,7 @@ def apply_penalties(
 def suppressed_ids(tokenizer: Tokenizer, model: GPT):
     """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the ends."""
     suppressed = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
+    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.samplable)
     return suppressed.to(model.embedding.weight.device)
 
 

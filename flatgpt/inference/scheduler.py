@@ -36,7 +36,7 @@ class Slot:
 
     def begin(self, request: Request, block_size: int) -> None:
         self.request, self.uncached_ids, self.fresh = request, request.prompt[-block_size:], True
-        request.began = time.monotonic()
+        request.admitted_time = time.monotonic()
 
     def append(self, token: int, block_size: int) -> None:
         """Take a sampled token into the context, whose keys are all there."""
@@ -140,7 +140,7 @@ class Scheduler:
     def prompts(self) -> list[Slot]:
         """The slots whose prompt is not done, first come first."""
         slots = [slot for slot in self.slots if slot.prefilling]
-        return sorted(slots, key=lambda slot: slot.request.came)
+        return sorted(slots, key=lambda slot: slot.request.arrival_time)
 
     def reuse_prefix(self, slot: Slot) -> None:
         """Begin a prompt with the keys that a slot already holds for its first tokens."""

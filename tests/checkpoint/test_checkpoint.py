@@ -23,7 +23,7 @@ from flatgpt.checkpoint.load import (
     STATE,
     TOKENIZER,
     find,
-    listed,
+    list_checkpoints,
     load,
     load_model,
     load_optimizer,
@@ -70,7 +70,7 @@ def put(pair, tmp_path):
 
 
 def names(out_dir):
-    return [int(path.name[5:]) for path in listed(out_dir)]
+    return [int(path.name[5:]) for path in list_checkpoints(out_dir)]
 
 
 def hidden(out_dir):
@@ -305,7 +305,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(put, tmp_path
         put(2)
     assert names(tmp_path) == [1]
     assert hidden(tmp_path) == []
-    verify(listed(tmp_path)[0])
+    verify(list_checkpoints(tmp_path)[0])
 
 
 @pytest.mark.parametrize('call', ['save_file', 'sha256', 'flush'])

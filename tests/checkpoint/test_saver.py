@@ -23,7 +23,7 @@ from flatgpt.checkpoint.load import (
     MODEL,
     OPTIMIZER,
     find,
-    listed,
+    list_checkpoints,
     load,
     read_tensors,
     verify,
@@ -137,7 +137,7 @@ def test_the_next_save_waits_for_the_one_before_and_takes_nothing_from_it(slow, 
         run.train()
     assert time.perf_counter() - started >= 0.15
     run.saver.finish()
-    for path, tensors in zip(listed(tmp_path), expected, strict=True):
+    for path, tensors in zip(list_checkpoints(tmp_path), expected, strict=True):
         holds(path, tensors)
 
 
@@ -176,11 +176,11 @@ def test_an_error_in_the_background_is_news_and_the_one_before_stays(large, tmp_
         run.train()
         run.save()
         run.saver.wait()
-    (news,) = run.saver.news()
+    (news,) = run.saver.pop_warnings()
     assert news.startswith('checkpoint of step 2 not written: ')
     assert 'No space left' in news
     assert news == run.saver.failure
-    assert run.saver.news() == []
+    assert run.saver.pop_warnings() == []
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000001']
     assert hashes(find(tmp_path, 'last')) == before
     run.train()
@@ -235,7 +235,7 @@ def test_a_run_that_saves_in_the_background_saves_the_same(
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     assert min(meanwhile[:3]) >= 2  # steps that were made while it had not been written
     assert steps(tmp_path) == steps(at_once) == [3, 6, 9, 12]
-    for here, there in zip(listed(tmp_path), listed(at_once), strict=True):
+    for here, there in zip(list_checkpoints(tmp_path), list_checkpoints(at_once), strict=True):
         assert hashes(here) == hashes(there)
     assert len(metrics(tmp_path, 'save_pause')) == 3  # of the last, no step follows
     seconds, pauses = (metrics(tmp_path, f'save_{key}') for key in ('seconds', 'pause'))
@@ -285,7 +285,8 @@ def parts(sharded, tmp_path):
 
 
 def test_the_parts_together_are_what_is_saved_unsharded(sharded):
-    for cut, whole in zip(*(listed(sharded / name) for name in ('parts', 'whole')), strict=True):
+    paths = [list_checkpoints(sharded / name) for name in ('parts', 'whole')]
+    for cut, whole in zip(*paths, strict=True):
         for file in (MODEL, OPTIMIZER):
             named, expected = (dict(read_tensors(path, file)) for path in (cut, whole))
             assert named.keys() == expected.keys()
@@ -321,14 +322,14 @@ PART = [f'{stem}-0000{n}-of-00002.safetensors' for stem in ('model', 'optimizer'
 @pytest.mark.parametrize('name', PART)
 @pytest.mark.parametrize('how', ['missing', 'flipped'])
 def test_a_damaged_part_is_refused_by_name_and_the_one_before_used(parts, capsys, name, how):
-    path = listed(parts)[-1] / name
+    path = list_checkpoints(parts)[-1] / name
     if how == 'missing':
         path.unlink()
     else:
         content = bytearray(path.read_bytes())
         content[-5] ^= 16
         path.write_bytes(content)
-    assert find(parts, 'last') == listed(parts)[0]
+    assert find(parts, 'last') == list_checkpoints(parts)[0]
     error = capsys.readouterr().err
     assert f'{path.parent} is damaged: {name} is ' in error
     assert error.count('\n') == 1
@@ -357,7 +358,8 @@ save.write = late
 def test_parts_are_written_in_the_background_too(ranks, sharded, tmp_path):
     crew = ranks(2, f'--out_dir={tmp_path}', *PARTS, '--shard', before=LATE)
     assert crew.end() == [0, 0], crew.err
-    for here, there in zip(*(listed(path) for path in (tmp_path, sharded / 'parts')), strict=True):
+    paths = [list_checkpoints(path) for path in (tmp_path, sharded / 'parts')]
+    for here, there in zip(*paths, strict=True):
         assert [files.sha256(here / name) for name in PART] == [
             files.sha256(there / name) for name in PART
         ]
@@ -394,7 +396,7 @@ def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
 def test_a_rank_whose_part_never_comes_is_not_waited_for_forever(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, 'PART_SECONDS', 0.1)
     final = tmp_path / 'checkpoints' / 'step-00000001'
-    save_module.clear(final, 0)
+    save_module.make_temp_folder(final, 0)
     with pytest.raises(OSError, match=r'rank 1 did not write its part within 0\.1 s'):
         save_module.write(final, {}, {}, False, 0, 2)
     assert list(final.parent.iterdir()) == []
@@ -428,7 +430,7 @@ def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch)
 
 def mirrored(folder):
     """The steps of a mirror's checkpoints that count, all of them whole."""
-    paths = [path for path in listed(folder) if (path / MANIFEST).exists()]
+    paths = [path for path in list_checkpoints(folder) if (path / MANIFEST).exists()]
     for path in paths:
         verify(path)
     return [load_module.step_of(path) for path in paths]
@@ -455,7 +457,7 @@ def test_a_mirror_has_the_same_checkpoints_and_what_a_run_goes_on_with(pair):
     run, mirror = pair / 'run', pair / 'mirror'
     assert mirrored(mirror) == steps(run)
     assert len(steps(run)) < 4  # by the same rules: the last two and the best
-    for here, there in zip(listed(run), listed(mirror), strict=True):
+    for here, there in zip(list_checkpoints(run), list_checkpoints(mirror), strict=True):
         copies = {f.name: f.read_bytes() for f in there.iterdir()}
         beside = {name: copies.pop(name) for name in ('config.py', 'metrics.jsonl')}
         assert copies == {f.name: f.read_bytes() for f in here.iterdir()}
@@ -504,7 +506,7 @@ def test_what_a_killed_process_left_in_the_mirror_is_no_checkpoint(tmp_path):
         (half / MODEL).write_bytes(b'half')
         run.train()
     assert mirrored(mirror) == [5, 7]
-    assert [load_module.step_of(path) for path in listed(mirror)] == [5, 7, 8]
+    assert [load_module.step_of(path) for path in list_checkpoints(mirror)] == [5, 7, 8]
     restore(mirror, tmp_path / 'new')
     assert steps(tmp_path / 'new') == [7]
     run.saver.finish()
@@ -552,7 +554,7 @@ def damage(path):
 def test_the_newest_of_a_mirror_being_damaged_the_one_before_is_taken(run_here, both, capsys):
     args, run, mirror = both
     shutil.rmtree(run)
-    damage(listed(mirror)[-1])
+    damage(list_checkpoints(mirror)[-1])
     assert run_here(*args, *OFTEN, '--init_from=resume') == 0
     streams = capsys.readouterr()
     assert f'is damaged: {MODEL} is not what was written; trying another one' in streams.err
@@ -562,8 +564,8 @@ def test_the_newest_of_a_mirror_being_damaged_the_one_before_is_taken(run_here, 
 
 def test_a_mirror_mends_what_is_damaged_here(run_here, both, tmp_path, capsys):
     args, run, _ = both
-    expected = hashes(listed(run)[-1])
-    for path in listed(run):
+    expected = hashes(list_checkpoints(run)[-1])
+    for path in list_checkpoints(run):
         damage(path)
     assert run_here(*args, *OFTEN, '--auto_resume') == 0
     assert 'is finished: 12 of 12 steps' in capsys.readouterr().out
@@ -578,7 +580,7 @@ def test_nothing_is_fetched_that_is_here(both, monkeypatch):
 
 def test_a_run_that_goes_back_takes_its_mirror_along(run_here, both):
     args, run, mirror = both
-    first = listed(run)[0]
+    first = list_checkpoints(run)[0]
     step = load_module.step_of(first)
     again = ('--init_from=resume', f'--checkpoint={first}', f'--max_iters={step + 1}')
     assert run_here(*args, *again) == 0
@@ -630,7 +632,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_sent_leaves_nothing_behind(tmp_
     run.train()
     run.save()
     run.saver.finish()
-    assert run.saver.news() == []
+    assert run.saver.pop_warnings() == []
     assert [path.name for path in (tmp_path / 'mirror' / 'checkpoints').iterdir()] == [
         'step-00000002'
     ]
@@ -641,8 +643,8 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
     for each in (one, other):
         each.save(run=each.run)
         each.saver.finish()
-    assert one.saver.news() == []
-    (problem,) = other.saver.news()
+    assert one.saver.pop_warnings() == []
+    (problem,) = other.saver.pop_warnings()
     assert 'it has checkpoints of another run: give each a --checkpoint_mirror' in problem
     assert hashes(find(tmp_path / 'm', 'last')) == hashes(find(tmp_path / 'a', 'last'))
     # nor does the other go on from what is there
@@ -651,7 +653,7 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
     shutil.copytree(own, own.with_name('step-00000002'))
     later = own.with_name('step-00000002')
     assert 'it has checkpoints of another run' in refused(
-        mirror_module.catch_up, later, tmp_path / 'm'
+        mirror_module.copy_if_missing, later, tmp_path / 'm'
     )
 
 
@@ -691,6 +693,6 @@ def test_what_cannot_be_brought_back_is_one_line(both, tmp_path, monkeypatch):
         raise OSError('needs 5 MB, and 1 MB are free')
 
     monkeypatch.setattr(save_module, 'check_space', no_room)
-    message = refused(fetch, listed(mirror)[0], tmp_path / 'new')
+    message = refused(fetch, list_checkpoints(mirror)[0], tmp_path / 'new')
     assert 'cannot be brought to' in message
     assert 'needs 5 MB' in message

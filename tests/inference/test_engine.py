@@ -793,9 +793,9 @@ def test_log_probabilities_are_those_of_the_logits_before_any_rule(model, tokeni
         assert [i for i, _ in piece.top] == ids.tolist()
         assert [value for _, value in piece.top] == pytest.approx(values.tolist(), abs=1e-5)
     scores = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
-    assert request.prompt_scores[0] == (None, ())
-    assert len(request.prompt_scores) == len(prompt)
-    for i, (score, top) in enumerate(request.prompt_scores[1:]):
+    assert request.prompt_logprobs[0] == (None, ())
+    assert len(request.prompt_logprobs) == len(prompt)
+    for i, (score, top) in enumerate(request.prompt_logprobs[1:]):
         assert score == pytest.approx(scores[i, prompt[i + 1]].item(), abs=1e-5)
         assert top[0][0] == scores[i].argmax()
 
@@ -808,7 +808,7 @@ def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
     ]
     finish(Engine(model, tokenizer, 2), *requests)
     assert [(p.row, p.token, p.finish) for p in pieces] == [(i, None, 'length') for i in range(3)]
-    assert all(len(request.prompt_scores) == 3 for request in requests)
+    assert all(len(request.prompt_logprobs) == 3 for request in requests)
 
 
 def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer):
@@ -816,7 +816,7 @@ def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer)
     request = Request([1, 2, 3], sampling, lambda piece: None, 0, top=0, score_prompt=True)
     finish(Engine(model, tokenizer, 1), request)
     assert len(request.written) == 60
-    assert len(request.prompt_scores) == 3
+    assert len(request.prompt_logprobs) == 3
 
 
 def test_penalties_and_biases_are_those_of_the_api_they_come_from():
