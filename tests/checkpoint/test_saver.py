@@ -257,7 +257,7 @@ def test_a_background_error_costs_a_run_that_checkpoint_alone(
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     printed = capsys.readouterr().out
     assert printed.count('warning: checkpoint of step 6 not written: ') == 1
-    assert 'No space left on device; the ones before are untouched; training goes on' in printed
+    assert 'No space left on device; the earlier ones are intact; training goes on' in printed
     assert steps(tmp_path) == [3, 9, 12]
     assert hashes(find(tmp_path, 'last')) == hashes(find(at_once, 'last'))
 
@@ -331,7 +331,7 @@ def test_a_damaged_part_is_refused_by_name_and_the_one_before_used(parts, capsys
         path.write_bytes(content)
     assert find(parts, 'last') == list_checkpoints(parts)[0]
     error = capsys.readouterr().err
-    assert f'{path.parent} is damaged: {name} is ' in error
+    assert f'{path.parent} is damaged: {name} ' in error
     assert error.count('\n') == 1
 
 
@@ -384,7 +384,7 @@ def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
     crew = ranks(2, f'--out_dir={tmp_path}', *PARTS, '--shard', before=before)
     assert crew.end() == [0, 0], crew.err
     why = f'{"rank 1: " if which else ""}[Errno 28] No space left on device'
-    line = f'warning: checkpoint of step 2 not written: {why}; the ones before are untouched'
+    line = f'warning: checkpoint of step 2 not written: {why}; the earlier ones are intact'
     assert crew.out.count(line) == 1
     assert steps(tmp_path) == [4]
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['step-00000004']
@@ -394,7 +394,7 @@ def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
 
 
 def test_a_rank_whose_part_never_comes_is_not_waited_for_forever(tmp_path, monkeypatch):
-    monkeypatch.setattr(save_module, 'PART_SECONDS', 0.1)
+    monkeypatch.setattr(save_module, 'PART_TIMEOUT', 0.1)
     final = tmp_path / 'checkpoints' / 'step-00000001'
     save_module.make_temp_folder(final, 0)
     with pytest.raises(OSError, match=r'rank 1 did not write its part within 0\.1 s'):
@@ -421,7 +421,7 @@ def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch)
         save_module.write_part(parts, {MODEL: {}, OPTIMIZER: {}}, 1, 2)
     assert left == []
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
-        save_module.hashes_of_part(parts, 1)
+        save_module.wait_for_part(parts, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def test_the_newest_of_a_mirror_being_damaged_the_one_before_is_taken(run_here, 
     damage(list_checkpoints(mirror)[-1])
     assert run_here(*args, *OFTEN, '--init_from=resume') == 0
     streams = capsys.readouterr()
-    assert f'is damaged: {MODEL} is not what was written; trying another one' in streams.err
+    assert f'is damaged: {MODEL} does not match its hash; trying another one' in streams.err
     assert list(metrics(run))[-1] == 12
     assert mirrored(mirror)[-1] == steps(run)[-1] == 12
 
@@ -613,7 +613,7 @@ def test_a_mirror_that_fails_is_a_warning_and_the_next_copy_is_tried(
     args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
     assert run_here(*args, *OFTEN) == 0
     printed = capsys.readouterr().out
-    line = f'warning: step-00000006 is not copied to {tmp_path}/mirror: '
+    line = f'warning: step-00000006 not copied to {tmp_path}/mirror: '
     assert re.search(f'{re.escape(line)}.*No space left', printed)
     assert steps(tmp_path / 'run') == [3, 6, 9, 12]
     assert mirrored(tmp_path / 'mirror') == [3, 9, 12]
@@ -645,14 +645,14 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
         each.saver.finish()
     assert one.saver.pop_warnings() == []
     (problem,) = other.saver.pop_warnings()
-    assert 'it has checkpoints of another run: give each a --checkpoint_mirror' in problem
+    assert 'has checkpoints of another run; give each run its own' in problem
     assert hashes(find(tmp_path / 'm', 'last')) == hashes(find(tmp_path / 'a', 'last'))
     # nor does the other go on from what is there
     assert 'has checkpoints of another run' in refused(restore, tmp_path / 'm', tmp_path / 'b')
     own = find(tmp_path / 'b', 'last')
     shutil.copytree(own, own.with_name('step-00000002'))
     later = own.with_name('step-00000002')
-    assert 'it has checkpoints of another run' in refused(
+    assert 'has checkpoints of another run' in refused(
         mirror_module.copy_if_missing, later, tmp_path / 'm'
     )
 
@@ -673,7 +673,7 @@ def test_what_cannot_be_a_second_place_is_refused_also_by_the_check(
 ):
     monkeypatch.chdir(tmp_path)
     for more in ([], ['--check']):
-        with pytest.raises(UserError, match=r'checkpoint_mirror=.*give (a second|the) folder'):
+        with pytest.raises(UserError, match=r'checkpoint_mirror=.*give (another|its) folder'):
             run_here('--out_dir=run', f'--checkpoint_mirror={mirror}', *more)
     assert os.listdir(tmp_path) == []
 
@@ -682,7 +682,7 @@ def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(run_here, tmp_p
     (tmp_path / 'file').touch()
     mirror = tmp_path / 'file' / 'mirror'
     message = refused(run_here, f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={mirror}')
-    assert message.startswith(f'checkpoint_mirror={str(mirror)!r}: cannot be written')
+    assert message.startswith(f'checkpoint_mirror={str(mirror)!r} cannot be written')
     assert not (tmp_path / 'run').exists()
 
 
@@ -694,5 +694,5 @@ def test_what_cannot_be_brought_back_is_one_line(both, tmp_path, monkeypatch):
 
     monkeypatch.setattr(save_module, 'check_space', no_room)
     message = refused(fetch, list_checkpoints(mirror)[0], tmp_path / 'new')
-    assert 'cannot be brought to' in message
+    assert 'cannot be copied to' in message
     assert 'needs 5 MB' in message
