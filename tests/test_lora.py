@@ -8,6 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, metrics, random_model
+from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
 import model as model_module
@@ -469,9 +470,11 @@ def test_an_adapter_that_peft_made_gives_its_logits(peft, tmp_path, arch, change
     assert (state, adapted(model)) == ({}, {})
 
 
+@error_line('has an unsupported {}={}; call merge_and_unload()')
 @theirs_to_warn
-def test_an_adapter_that_changed_its_base_is_merged_by_peft_as_the_line_says(peft, tmp_path):
-    changed = theirs(peft, tmp_path, 'gpt2', init_lora_weights='pissa')
+@pytest.mark.parametrize('changes', [{'init_lora_weights': 'pissa'}, {'use_dora': True}], ids=str)
+def test_an_adapter_that_is_not_supported_is_merged_by_peft(peft, tmp_path, changes):
+    changed = theirs(peft, tmp_path, 'gpt2', **changes)
     assert 'merge_and_unload' in refused(load_model, tmp_path / 'adapter')
     changed.merge_and_unload().save_pretrained(tmp_path / 'merged')
     with torch.no_grad():
@@ -479,6 +482,17 @@ def test_an_adapter_that_changed_its_base_is_merged_by_peft_as_the_line_says(pef
         torch.testing.assert_close(
             load_model(tmp_path / 'merged')[0](text())[0], logits, rtol=1e-4, atol=1e-4
         )
+
+
+@error_line('instead of a lora_A and a lora_B')
+@theirs_to_warn
+def test_an_adapter_of_the_embedding_is_merged_by_peft(peft, tmp_path):
+    adapted = theirs(peft, tmp_path, 'gpt2', target_modules=['wpe'])
+    refused(load_model, tmp_path / 'adapter')
+    adapted.merge_and_unload().save_pretrained(tmp_path / 'merged')
+    with torch.no_grad():
+        logits = load_model(tmp_path / 'merged')[0](text())[0]
+        torch.testing.assert_close(logits, adapted(text()).logits, rtol=1e-4, atol=1e-4)
 
 
 @theirs_to_warn

@@ -113,5 +113,5 @@ def open_weights(path: Path):
         ) from error
     except OSError as error:
         raise CheckpointError(
-            f'{path} cannot be opened: {error}; make it a readable file'
+            f'{path} cannot be opened: {error}; check that it exists and is readable'
         ) from error

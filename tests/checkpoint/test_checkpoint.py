@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
 from flatgpt import files
@@ -207,6 +208,7 @@ def test_steps_are_ordered_as_numbers(put, tmp_path):
     assert find(tmp_path, 'last').name == 'step-100000000'
 
 
+@error_line('no trained model in out/')
 def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'no trained model' in refused(newest_run)
@@ -216,21 +218,29 @@ def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
     put(10, out_dir='out/one')
     assert newest_run() == Path('out/one')
     assert load_model(None)[2]['step'] == 10
+    assert load_model('out/two')[2]['step'] == 1
 
 
-def test_a_folder_without_checkpoints_says_how_to_get_one(tmp_path):
+@error_line(
+    'train until the first', 'give a run directory as --out_dir or', 'no such checkpoint; check'
+)
+def test_a_folder_without_checkpoints_says_how_to_get_one(put, tmp_path):
     for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', '--out_dir')):
         text = refused(find, folder)
         assert text.startswith(str(folder))
         assert need in text
     assert 'no such checkpoint' in refused(find, tmp_path / 'step-00000001')
+    path = put(1)
+    assert find(tmp_path) == find(path) == path
 
 
+@error_line("give 'last', 'best' or the path")
 def test_a_checkpoint_that_is_not_there_is_named(put, tmp_path):
-    put(1)
+    path = put(1)
     text = refused(find, tmp_path, 'lst')
     assert text.startswith('lst')
-    assert "'last'" in text
+    for which in ('last', 'best', str(path)):
+        assert find(tmp_path, which) == path
 
 
 def test_one_set_aside_no_longer_counts_and_its_step_can_be_saved_again(put, tmp_path):
@@ -245,6 +255,7 @@ def test_one_set_aside_no_longer_counts_and_its_step_can_be_saved_again(put, tmp
 # damage
 
 
+@error_line('give another checkpoint')
 @pytest.mark.parametrize('name', FILES)
 @pytest.mark.parametrize('damage', [flip, cut, Path.unlink], ids=['flip', 'cut', 'remove'])
 def test_a_damaged_file_is_refused_by_name_and_the_one_before_used(
@@ -260,7 +271,8 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_used(
         warning = capsys.readouterr().err
         assert warning.startswith(f'warning: {broken} is damaged: {name}')
         assert warning.count('\n') == 1
-    assert name in refused(find, broken)  # asked for by its path, there is no other choice
+    assert name in refused(find, broken)  # given by its path, no other is tried
+    assert find(whole) == whole
 
 
 @pytest.mark.parametrize('place', [0.0, 0.25, 0.75, 1.0])
@@ -278,11 +290,14 @@ def test_a_manifest_that_lists_nothing_vouches_for_nothing(put, text):
     assert str(path) in refused(verify, path)
 
 
+@error_line('start a new run in another --out_dir')
 def test_if_all_are_damaged_one_line_says_so(put, tmp_path, capsys):
     for step in (1, 2):
         flip(put(step, 1.0) / MODEL)
     assert 'every checkpoint is damaged' in refused(find, tmp_path)
     assert capsys.readouterr().err.count('warning') == 2
+    path = put(1, out_dir=tmp_path / 'new')
+    assert find(tmp_path / 'new') == path
 
 
 def test_a_damaged_state_file_does_not_hinder_pruning(put, tmp_path):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
 from flatgpt.checkpoint import __main__, convert, load, save
@@ -259,12 +260,15 @@ def test_weights_of_another_kind_are_refused(tmp_path, change, line):
     assert line in refused(load_model, tmp_path)
 
 
+@error_line('has no map from tensors to files')
 @pytest.mark.parametrize('files', [[], {'a': 1}, 'x', None])
 def test_an_index_that_says_nothing_is_one_line(tmp_path, files):
-    gpt2(tmp_path)
+    theirs = gpt2(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     (tmp_path / INDEX).write_text(json.dumps({'weight_map': files}))
     assert INDEX in refused(load_model, tmp_path)
+    theirs.save_pretrained(tmp_path)
+    load_model(tmp_path)
 
 
 @pytest.mark.parametrize('keep', [0, 4, 100, -8])
@@ -297,10 +301,13 @@ def test_what_forces_or_forbids_tokens_is_refused_by_name(tmp_path, settings, na
         load_model(tmp_path / 'm')
 
 
+@error_line('save the model with save_pretrained()')
 def test_a_missing_weight_file_and_a_broken_config_are_one_line(tmp_path):
-    gpt2(tmp_path)
+    theirs = gpt2(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert 'save_pretrained' in refused(load_model, tmp_path)
+    theirs.save_pretrained(tmp_path)
+    load_model(tmp_path)
     for text in ('', '{"model_type": ', '[]', '[' * 100_000, '\udcff'):
         (tmp_path / 'config.json').write_bytes(text.encode(errors='surrogateescape'))
         assert 'config.json' in refused(load_model, tmp_path)
