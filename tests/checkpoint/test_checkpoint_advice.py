@@ -219,7 +219,7 @@ ARGS = {'block_size': 16, 'vocab_size': 257, 'n_layer': 2, 'n_head': 2, 'n_embd'
 @pytest.mark.parametrize(
     'changes',
     [
-        case('unknown setting', {'model_args': ARGS | {'rope': True}}),
+        case('model_args has an unknown', {'model_args': ARGS | {'rope': True}}),
         case('not a nanoGPT checkpoint', {'model': {'transformer.wte.weight': 3}}),
         case('save only tensors and plain', {'extra': MakesFolder()}),
     ],
@@ -430,7 +430,9 @@ def test_gguf_is_written_once_its_package_is_there(tmp_path, monkeypatch):
     assert (tmp_path / 'm.gguf').read_bytes()[:4] == b'GGUF'
 
 
-@error_line('choose another file', 'choose another path', 'a GGUF file needs a tokenizer')
+@error_line(
+    '{} already exists; choose another file', 'choose another path', 'a GGUF file needs a tokenizer'
+)
 def test_gguf_is_written_to_another_path_and_with_a_tokenizer(run, tmp_path):
     pytest.importorskip('gguf', reason='gguf is not installed')
     where, good = str(run(tokenizer=None)), str(tmp_path / 'm.gguf')

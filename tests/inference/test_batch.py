@@ -50,7 +50,7 @@ def test_a_batch_is_answered_in_order_each_as_if_alone(out_dir, tmp_path):
     prompts = prompt_file(tmp_path / 'prompts.jsonl', 40)
     result, answers = batch(out_dir, tmp_path / 'prompts.jsonl', '--rows=3')
     assert result.returncode == 0, result.stderr
-    assert 'answers.jsonl: 40 answers, 0 of them errors\n' in result.stderr
+    assert 'answers.jsonl: 40 completions, 0 errors\n' in result.stderr
     assert [answer['prompt'] for answer in answers] == prompts
     assert [answer['line'] for answer in answers] == list(range(1, 41))
     model, tokenizer, _ = load.load_model(out_dir)
@@ -84,7 +84,7 @@ def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path
     path.write_bytes('\r\n'.join(lines).encode() + b'\r\n\xff\n')
     result, answers = batch(out_dir, path)
     assert result.returncode == 1, result.stderr
-    assert f'{len(lines) + 1} answers, 13 of them errors' in result.stderr
+    assert f'{len(lines) + 1} completions, 13 errors' in result.stderr
     assert answers[0].items() >= {'id': 'first', 'tokens': 3, 'finish': 'length'}.items()
     assert answers[10]['finish'] in ('stop', 'length')
     causes = ["'z'", 'top_p=7', 'mean temperature?', 'max_new_tokens', 'not a JSON object']
@@ -92,7 +92,7 @@ def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path
         assert cause in answer['error']
         assert '\n' not in answer['error']
     assert all('error' in answer for answer in answers[1:10])
-    assert 'not UTF-8 at byte 0' in answers[14]['error']
+    assert 'invalid UTF-8 at byte 0' in answers[14]['error']
 
 
 def test_a_plain_file_has_a_prompt_a_line(out_dir, tmp_path):
@@ -127,11 +127,11 @@ def test_a_killed_batch_goes_on_where_it_was(out_dir, tmp_path):
     refused, _ = batch(out_dir, killed / 'prompts.jsonl', '--rows=2', '--temperature=0.1')
     assert 'is of another batch, model or settings' in refused.stderr
     result, answers = batch(out_dir, killed / 'prompts.jsonl', '--rows=2')
-    assert re.search(r'goes on after \d+ answers', result.stderr)
+    assert re.search(r'resuming after \d+ completions', result.stderr)
     assert answers == expected
     assert sorted(path.name for path in killed.iterdir()) == ['answers.jsonl', 'prompts.jsonl']
     again, _ = batch(out_dir, killed / 'prompts.jsonl')
-    assert (again.returncode, 'is there already' in again.stderr) == (2, True)
+    assert (again.returncode, 'already exists; choose' in again.stderr) == (2, True)
 
 
 def test_half_a_surrogate_and_a_prompt_too_long_are_answered_and_said(out_dir, tmp_path):
@@ -198,7 +198,7 @@ def test_values_of_json_are_not_read_as_flags_are(out_dir, tmp_path):
         "'seed' stands twice",
         'stop',
         'did you mean max_new_tokens?',
-        "'xyzzy'; there are prompt, id, max_new_tokens",
+        "'xyzzy'; use prompt, id, max_new_tokens",
     ]
     for answer, cause in zip(answers[4:], causes, strict=True):
         assert cause in answer['error']
@@ -235,7 +235,7 @@ def test_a_file_of_another_kind_is_not_taken_for_prompts(out_dir, tmp_path, name
     (tmp_path / name).write_text('[{"prompt": "ab"}]\n')
     result, answers = batch(out_dir, tmp_path / name)
     assert (result.returncode, answers) == (2, [])
-    assert f'{name}: files that end in {(tmp_path / name).suffix} are not read' in result.stderr
+    assert f'{name}: {(tmp_path / name).suffix} files are not supported' in result.stderr
 
 
 def test_two_batches_never_write_one_file(out_dir, tmp_path):
@@ -243,14 +243,14 @@ def test_two_batches_never_write_one_file(out_dir, tmp_path):
     with FileLock(tmp_path / 'answers.jsonl.lock'):
         result, answers = batch(out_dir, tmp_path / 'prompts.jsonl')
     assert (result.returncode, answers) == (2, [])
-    assert 'another batch is writing it now' in result.stderr
+    assert 'another batch is writing it' in result.stderr
 
 
 def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
     here, path = f'--out_dir={out_dir}', tmp_path / 'prompts.txt'
     path.touch()
     out = f'--out={tmp_path}/answers.jsonl'
-    assert 'with --out=' in fails(here, f'--batch={path}')
+    assert 'as --out' in fails(here, f'--batch={path}')
     assert 'is empty' in fails(here, f'--batch={path}', out)
     assert 'cannot be read' in fails(here, f'--batch={tmp_path}/nowhere.txt', out)
     path.write_text('ab\n')
@@ -258,4 +258,4 @@ def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
     assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
     assert '--num_samples' in fails(here, f'--batch={path}', out, '--num_samples=2')
     assert 'for the answers to a --batch' in fails(here, 'ab', out)
-    assert 'there is no folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')
+    assert 'create the folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')

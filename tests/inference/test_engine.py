@@ -155,7 +155,7 @@ def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_overflows_nothing()
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
     model.lm_head.weight.data.fill_(bad)
-    with pytest.raises(UserError, match='no finite logits'):
+    with pytest.raises(UserError, match='logits are not finite'):
         run(model, tokenizer, [[0]], SamplingParams(temperature=temperature))
 
 
@@ -198,7 +198,7 @@ def from_scratch(model, prompt, tokens):
         context.append(token)
 
 
-def watched(monkeypatch):
+def record_logits(monkeypatch):
     """Collects, by request, the logits that its tokens are chosen from."""
     seen, sample_all = {}, ModelRunner.sample_all
 
@@ -223,7 +223,7 @@ def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
     )
     tokenizer.special = {}
     prompts = [[1], [2] * min(5, block_size), [3] * block_size, [2] * min(5, block_size)]
-    seen = watched(monkeypatch)
+    seen = record_logits(monkeypatch)
     pieces = run(model, tokenizer, prompts, SamplingParams(max_new_tokens=60))
     for row, prompt in enumerate(prompts):
         expected = torch.stack([*from_scratch(model, prompt, ids_of(pieces, row))])
@@ -378,7 +378,7 @@ def tensors_in(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def record_on_cpu(step, undo, device):
+def capture_on_cpu(step, undo, device):
     with Recording() as recording:
         result = step()
     undo()
@@ -412,7 +412,7 @@ def logits_of_scene(model, tokenizer, scene, scored, deterministic):
     """Those that each text's tokens are chosen from, and the steps that were recorded."""
     engine, row = Engine(model, tokenizer, 4, chunk=8, deterministic=deterministic), 0
     with pytest.MonkeyPatch.context() as patch:
-        seen = watched(patch)
+        seen = record_logits(patch)
         for prompts in SCENES[scene]:
             requests = []
             for prompt in prompts:
@@ -437,10 +437,10 @@ def test_recorded_steps_compute_what_others_do(
     shape = {name: getattr(model.config, name) for name in ('arch', 'bias', 'n_kv_head')}
     model = random_model(len(LETTERS) + 1, block_size, **shape, n_layer=2, n_head=2, n_embd=32)
     how = model, tokenizer, scene, scored, deterministic
-    monkeypatch.setattr(cuda_graph, 'record', record_on_cpu)
+    monkeypatch.setattr(cuda_graph, 'capture', capture_on_cpu)
     computed, graphs = logits_of_scene(*how)
     assert not graphs
-    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
+    monkeypatch.setattr(model_runner, 'can_capture', lambda given: True)
     recorded, graphs = logits_of_scene(*how)
     assert graphs
     assert list(recorded) == list(computed)
@@ -482,8 +482,8 @@ def test_a_step_waits_once_for_its_tokens(model, tokenizer, monkeypatch):
     for _ in range(3):
         engine.step()
     monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: lists.append(1) or tolist(self))
-    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
-    monkeypatch.setattr(cuda_graph, 'record', record_on_cpu)
+    monkeypatch.setattr(model_runner, 'can_capture', lambda given: True)
+    monkeypatch.setattr(cuda_graph, 'capture', capture_on_cpu)
     with Waits() as waits:
         engine.step()
     assert (waits.names, lists) == ([], [1])
@@ -546,7 +546,7 @@ def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_
     prompts = [letters(draw, 90) for _ in range(12)]
 
     def logits_of(numbers):
-        seen = watched(monkeypatch)
+        seen = record_logits(monkeypatch)
         engine = Engine(model, tokenizer, 4, 8, deterministic=True)
         for slot in engine.slots:  # what a row was left with must not matter
             engine.runner.cache.kv[:, :, slot.row] = 1e4 * draw.random()

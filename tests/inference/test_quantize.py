@@ -61,7 +61,7 @@ def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bia
     step = plain.weight.abs().amax(1, keepdim=True).float() / 127
     back = int8.weight * int8.scale[:, None].float()
     assert ((back - plain.weight.float()).abs() <= 0.505 * step).all()
-    for rows in (1, 5, quantize.MANY, 200):
+    for rows in (1, 5, quantize.DEQUANTIZE_ROWS, 200):
         x = torch.randn(rows, 64).bfloat16()
         exact = x.float() @ back.T + (plain.bias.float() if bias else 0)
         assert (int8(x).float() - exact).abs().max() < 0.02 * exact.abs().max()
@@ -100,6 +100,8 @@ def test_a_gpu_without_bfloat16_is_told_to_leave_int8_out(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: False)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla T4')
-    with pytest.raises(ConfigError, match='Tesla T4 lacks; leave it out, with --dtype=float16'):
+    with pytest.raises(
+        ConfigError, match='Tesla T4 lacks; remove --quantize and use --dtype=float16'
+    ):
         quantize.check_int8_device('cuda:0')
     quantize.check_int8_device('cpu')
