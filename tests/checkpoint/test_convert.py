@@ -126,7 +126,7 @@ def test_each_released_size_gives_the_same_logits(tmp_path, name):
     assert_same_logits(load_model(tmp_path)[0], theirs)
 
 
-def test_what_changes_nothing_is_read(tmp_path):
+def test_config_fields_without_effect_are_ignored(tmp_path):
     """Of OpenAI's own config.json and of what others leave in one."""
     theirs = gpt2(tmp_path, reorder_and_upcast_attn=True, resid_pdrop=0.3)
     more = {'n_ctx': 16, 'task_specific_params': {'text-generation': {'max_length': 50}}}
@@ -135,7 +135,7 @@ def test_what_changes_nothing_is_read(tmp_path):
     assert_same_logits(load_model(tmp_path)[0], theirs)
 
 
-def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
+def test_an_untied_head_is_an_error(tmp_path):
     gpt2(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     for change, line in ((0.0, None), (0.5, 'lm_head.weight differs')):
@@ -147,7 +147,7 @@ def test_a_head_that_is_not_the_embedding_is_refused(tmp_path):
             load_model(tmp_path)
 
 
-def test_weights_in_several_files_are_read_and_a_missing_one_is_named(tmp_path):
+def test_weights_in_several_files_are_read_and_a_missing_one_is_reported(tmp_path):
     theirs = gpt2(tmp_path / 'model')
     theirs.save_pretrained(tmp_path / 'parts', max_shard_size='30KB')
     files = sorted(set(json.loads((tmp_path / 'parts' / INDEX).read_text())['weight_map'].values()))
@@ -166,7 +166,7 @@ def test_the_older_names_without_a_prefix_are_read(tmp_path):
     assert_same_logits(load_model(tmp_path)[0], theirs)
 
 
-def test_a_model_without_its_head_and_what_other_versions_write_is_read(tmp_path):
+def test_a_model_without_a_head_and_other_versions_configs_are_read(tmp_path):
     theirs = gpt2(tmp_path / 'a', n_inner=128)
     theirs.transformer.save_pretrained(tmp_path / 'b')  # a GPT2Model: names without a prefix
     assert_same_logits(load_model(tmp_path / 'b')[0], theirs)
@@ -233,7 +233,7 @@ def test_weights_in_16_bits_become_float32(tmp_path, kind):
         (nanochat, {'num_key_value_heads': '2'}, "n_kv_head='2'"),
     ],
 )
-def test_what_we_would_not_compute_is_refused(tmp_path, write, change, line):
+def test_an_unsupported_config_is_an_error(tmp_path, write, change, line):
     write(tmp_path)
     rewrite(tmp_path / 'config.json', **change)
     text = refused(load_model, tmp_path)
@@ -252,7 +252,7 @@ def test_what_we_would_not_compute_is_refused(tmp_path, write, change, line):
         (lambda t: t.pop('transformer.ln_f.weight'), 'lacks the tensor transformer.ln_f.weight'),
     ],
 )
-def test_weights_of_another_kind_are_refused(tmp_path, change, line):
+def test_unknown_quantized_and_missing_weights_are_errors(tmp_path, change, line):
     gpt2(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     change(tensors)
@@ -262,7 +262,7 @@ def test_weights_of_another_kind_are_refused(tmp_path, change, line):
 
 @error_line('has no map from tensors to files')
 @pytest.mark.parametrize('files', [[], {'a': 1}, 'x', None])
-def test_an_index_that_says_nothing_is_one_line(tmp_path, files):
+def test_an_invalid_index_is_an_error_until_the_model_is_saved_again(tmp_path, files):
     theirs = gpt2(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     (tmp_path / INDEX).write_text(json.dumps({'weight_map': files}))
@@ -272,7 +272,7 @@ def test_an_index_that_says_nothing_is_one_line(tmp_path, files):
 
 
 @pytest.mark.parametrize('keep', [0, 4, 100, -8])
-def test_a_half_fetched_file_is_one_line(tmp_path, keep):
+def test_an_incomplete_file_is_an_error(tmp_path, keep):
     gpt2(tmp_path)
     content = (tmp_path / WEIGHTS).read_bytes()
     (tmp_path / WEIGHTS).write_bytes(content[:keep])
@@ -288,7 +288,7 @@ def test_a_half_fetched_file_is_one_line(tmp_path, keep):
         ({'temperature': 0.5, 'max_length': 50, 'eos_token_id': 1, 'suppress_tokens': None}, None),
     ],
 )
-def test_what_forces_or_forbids_tokens_is_refused_by_name(tmp_path, settings, named):
+def test_forced_and_suppressed_tokens_are_errors(tmp_path, settings, named):
     config = GPTConfig(16, 257, 1, 2, 8, bias=True)
     export_transformers(GPT(config), byte_tokenizer(), {}, tmp_path / 'm')
     (tmp_path / 'm' / 'generation_config.json').write_text(json.dumps(settings), encoding='utf-8')
@@ -302,7 +302,7 @@ def test_what_forces_or_forbids_tokens_is_refused_by_name(tmp_path, settings, na
 
 
 @error_line('save the model with save_pretrained()')
-def test_a_missing_weight_file_and_a_broken_config_are_one_line(tmp_path):
+def test_a_missing_weight_file_and_a_broken_config_are_errors(tmp_path):
     theirs = gpt2(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert 'save_pretrained' in refused(load_model, tmp_path)
@@ -317,25 +317,25 @@ def test_a_missing_weight_file_and_a_broken_config_are_one_line(tmp_path):
     ('name', 'near'),
     [('gpt2-lrage', 'gpt2-large'), ('gtp2', 'gpt2'), ('GPT2-XL', 'gpt2-xl'), ('gpt-2', 'gpt2')],
 )
-def test_an_unknown_name_gets_the_nearest(tmp_path, monkeypatch, name, near):
+def test_an_unknown_model_name_suggests_the_nearest(tmp_path, monkeypatch, name, near):
     monkeypatch.chdir(tmp_path)
     assert f'did you mean {near}?' in refused(load_model, name)
 
 
 @needs_gpt2
-def test_a_folder_without_a_tokenizer_has_its_ends_all_the_same(tmp_path):
+def test_a_folder_without_a_tokenizer_still_has_its_eos_ids(tmp_path):
     gpt2(tmp_path, vocab_size=50257, n_embd=8, eos_token_id=[198, 50256])
     assert load_model(tmp_path)[1].ends == {198, 50256}
 
 
-def test_a_model_of_others_has_no_checkpoints_to_choose_from(tmp_path):
+def test_a_transformers_model_does_not_take_a_checkpoint(tmp_path):
     gpt2(tmp_path)
     assert 'remove --checkpoint' in refused(load_model, tmp_path, 'last')
     assert 'remove --checkpoint' in refused(load.find, 'gpt2', 'last')
 
 
 @pytest.mark.parametrize('name', ['gpt2-xl', 'distilgpt2', 'someone/model'])
-def test_a_name_without_a_network_says_where_to_put_which_files(tmp_path, monkeypatch, name):
+def test_offline_an_error_explains_which_files_to_download(tmp_path, monkeypatch, name):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     text = refused(load_model, name)
@@ -343,7 +343,7 @@ def test_a_name_without_a_network_says_where_to_put_which_files(tmp_path, monkey
     assert WEIGHTS in text
 
 
-def test_the_hub_s_cache_is_read_and_half_of_a_model_in_it_is_none(tmp_path, monkeypatch):
+def test_the_hub_s_cache_is_read_and_an_incomplete_model_in_it_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path / 'hub'))
     theirs = gpt2(tmp_path / 'model')
@@ -370,7 +370,7 @@ def test_the_hub_s_cache_is_read_and_half_of_a_model_in_it_is_none(tmp_path, mon
         ('mine', False),
     ],
 )
-def test_names_are_told_from_folders(tmp_path, monkeypatch, where, foreign):
+def test_names_on_the_hub_are_distinguished_from_folders(tmp_path, monkeypatch, where, foreign):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'out').mkdir()
     assert is_foreign(where) is foreign
@@ -421,7 +421,7 @@ def tokenizers(bpe):
 
 
 @pytest.mark.parametrize('kind', ['bpe', 'byte', 'char', 'char with end'])
-def test_autotokenizer_encodes_as_we_do_and_we_read_it_back(tmp_path, bpe, kind):
+def test_autotokenizer_encodes_an_export_the_same_and_it_can_be_read_back(tmp_path, bpe, kind):
     tokenizer = tokenizers(bpe)[kind]
     model = own(vocab_size=tokenizer.vocab_size)
     export_transformers(model, tokenizer, {}, tmp_path / 'out')
@@ -440,7 +440,7 @@ def test_autotokenizer_encodes_as_we_do_and_we_read_it_back(tmp_path, bpe, kind)
 
 
 @needs_gpt2
-def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path):
+def test_gpt2s_tokenizer_is_exported_and_read_back(tmp_path):
     tokenizer = get_tokenizer('gpt2')
     export_transformers(own(vocab_size=50304), tokenizer, {}, tmp_path / 'out')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
@@ -464,7 +464,7 @@ def test_vocab_json_and_merges_txt_are_read(tmp_path, bpe):
 
 
 @needs_gpt2
-def test_without_tokenizer_files_50257_ids_are_gpt2s_and_it_says_so(tmp_path, capsys):
+def test_without_tokenizer_files_50257_ids_mean_gpt2s_tokenizer_with_a_note(tmp_path, capsys):
     assert read_tokenizer(tmp_path, 'x', 50257) == get_tokenizer('gpt2')
     said = capsys.readouterr()
     assert "GPT-2's is used" in said.err
@@ -496,7 +496,7 @@ UNIGRAM = {'type': 'Unigram', 'unk_id': 0, 'vocab': [['a', 0.0]], 'byte_fallback
         (lambda c: c.pop('model'), 'tokenizer.json'),
     ],
 )
-def test_a_tokenizer_that_would_encode_otherwise_is_refused(tmp_path, bpe, change, line):
+def test_a_tokenizer_that_would_encode_differently_is_an_error(tmp_path, bpe, change, line):
     content = tokenizer_json(bpe)
     change(content)
     (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
@@ -506,7 +506,7 @@ def test_a_tokenizer_that_would_encode_otherwise_is_refused(tmp_path, bpe, chang
         assert line in refused(read_tokenizer, tmp_path, 'x', 600)
 
 
-def test_characters_and_bytes_under_other_ids_are_refused(tmp_path):
+def test_characters_and_bytes_with_other_ids_are_errors(tmp_path):
     letters = char_tokenizer('abcd')
     for tokenizer, change in (
         (letters, {'a': 3, 'd': 0}),
@@ -522,7 +522,7 @@ def test_characters_and_bytes_under_other_ids_are_refused(tmp_path):
             assert 'tokenizer.json' in refused(read_tokenizer, tmp_path, 'x', 600)
 
 
-def test_a_tokenizer_that_was_named_takes_the_place_of_what_comes_with_a_model(tmp_path):
+def test_a_given_tokenizer_replaces_the_model_s_own(tmp_path):
     gpt2(tmp_path / 'folder')
     (tmp_path / 'folder' / 'tokenizer.json').write_text('damaged')
     state = {'step': 1, 'evaluated': False}
@@ -570,7 +570,7 @@ def test_an_export_has_the_same_logits_text_and_weights(tmp_path, changes):
     assert 'poems' in card
 
 
-def test_an_export_never_replaces_or_leaves_anything_half(tmp_path, monkeypatch):
+def test_an_export_never_overwrites_and_is_never_incomplete(tmp_path, monkeypatch):
     model, folder = own(), tmp_path / 'out'
     (tmp_path / 'link').symlink_to('nowhere')
     folder.mkdir()
@@ -588,7 +588,7 @@ def test_an_export_never_replaces_or_leaves_anything_half(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
-def test_the_command_exports_a_run_and_says_where_to(tmp_path, capsys, monkeypatch):
+def test_the_command_exports_a_run(tmp_path, capsys, monkeypatch):
     model, tokenizer = own(vocab_size=257), byte_tokenizer()
     state = {'step': 3, 'evaluated': False, 'config': {}}
     save.save(tmp_path / 'run', model, [], tokenizer, state)
@@ -609,7 +609,7 @@ def test_the_command_exports_a_run_and_says_where_to(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_a_gguf_reads_back_with_llama_cpps_names(tmp_path, bias):
+def test_a_gguf_file_has_llama_cpps_names(tmp_path, bias):
     gguf = pytest.importorskip('gguf', reason='gguf is not installed')
     tokenizer = byte_tokenizer()
     model = own(vocab_size=320, bias=bias)
@@ -632,7 +632,7 @@ def test_a_gguf_reads_back_with_llama_cpps_names(tmp_path, bias):
     np.testing.assert_allclose(up, model.transformer.h[1].mlp.c_fc.weight.detach(), atol=1e-3)
 
 
-def test_what_llama_cpp_does_not_have_is_refused(tmp_path, bpe):
+def test_what_llama_cpp_does_not_support_is_an_error(tmp_path, bpe):
     pytest.importorskip('gguf', reason='gguf is not installed')
     modern = own('modern')
     assert 'modern' in refused(export_gguf, modern, byte_tokenizer(), {}, tmp_path / 'a.gguf')
@@ -681,7 +681,7 @@ def test_nanogpts_checkpoint_gives_its_weights_vocabulary_and_loss(tmp_path, pre
             torch.testing.assert_close(loaded(x, y)[1], model(x, y)[1], rtol=1e-5, atol=1e-5)
 
 
-def test_data_of_another_size_under_the_same_name_is_not_taken_for_its_own(tmp_path):
+def test_data_of_the_same_name_and_another_vocabulary_size_is_not_used(tmp_path):
     model = own(vocab_size=10)
     nanogpt_checkpoint(tmp_path / 'a/b/ckpt.pt', model)
     for root, letters in (('a', 'abc'), ('.', 'abcdefghij')):
@@ -692,7 +692,7 @@ def test_data_of_another_size_under_the_same_name_is_not_taken_for_its_own(tmp_p
     assert load_model(tmp_path / 'a/b')[1] == char_tokenizer('abcdefghij')
 
 
-def test_without_its_data_the_tokenizer_can_be_named(tmp_path):
+def test_without_its_data_the_tokenizer_can_be_given(tmp_path):
     model = own(vocab_size=10)
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', model, dataset='gone')
     assert load_model(tmp_path)[1] is None
@@ -706,7 +706,7 @@ class Malicious:
         return os.mkdir, ('owned',)
 
 
-def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
+def test_a_malicious_pickle_is_an_error_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', own(), extra=Malicious())
     assert 'could run code' in refused(load_model, tmp_path / 'ckpt.pt')
@@ -723,7 +723,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('content', [b'', b'text', pickle.dumps({'a': 1})])
-def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
+def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, content):
     (tmp_path / 'ckpt.pt').write_bytes(content)
     assert 'ckpt.pt' in refused(load_model, tmp_path / 'ckpt.pt')
     assert 'no such checkpoint' in refused(load_model, tmp_path / 'gone.pt')
@@ -731,7 +731,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, content):
 
 @pytest.mark.parametrize('place', [0.3, 0.7, -20])
 @pytest.mark.parametrize('damage', ['cut', 'flipped'])
-def test_a_damaged_or_half_fetched_checkpoint_is_one_line(tmp_path, place, damage):
+def test_a_damaged_or_incomplete_checkpoint_is_an_error(tmp_path, place, damage):
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', own())
     content = bytearray((tmp_path / 'ckpt.pt').read_bytes())
     at = int(place * len(content)) if isinstance(place, float) else place
@@ -752,7 +752,7 @@ def test_a_damaged_or_half_fetched_checkpoint_is_one_line(tmp_path, place, damag
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_checkpoint_whose_parts_are_of_another_kind_is_one_line(tmp_path, change):
+def test_a_checkpoint_with_wrong_types_is_an_error(tmp_path, change):
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', own())
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)
     torch.save(saved | change, tmp_path / 'ckpt.pt')
@@ -774,7 +774,7 @@ def test_a_checkpoint_from_before_biases_were_a_setting_has_them(tmp_path):
     assert 'unknown setting rope=True' in refused(load_model, tmp_path)
 
 
-def test_a_checkpoint_of_other_shapes_is_one_line(tmp_path):
+def test_a_checkpoint_of_other_shapes_is_an_error(tmp_path):
     model = own(vocab_size=10)
     nanogpt_checkpoint(tmp_path / 'ckpt.pt', model)
     saved = torch.load(tmp_path / 'ckpt.pt', weights_only=True)

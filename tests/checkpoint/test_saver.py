@@ -111,7 +111,7 @@ def slow(monkeypatch, large):
 # in the background
 
 
-def test_a_checkpoint_holds_its_step_although_the_weights_move_on(slow, tmp_path):
+def test_a_checkpoint_has_the_weights_of_its_step_while_training_continues(slow, tmp_path):
     run = Run(tmp_path)
     expected = run.now()
     run.save()
@@ -126,7 +126,7 @@ def test_a_checkpoint_holds_its_step_although_the_weights_move_on(slow, tmp_path
             assert not torch.equal(tensor, expected[file][name]), name
 
 
-def test_the_next_save_waits_for_the_one_before_and_takes_nothing_from_it(slow, tmp_path):
+def test_the_next_save_waits_for_the_one_before(slow, tmp_path):
     run, expected = Run(tmp_path), []
     for _ in range(2):
         expected.append(run.now())
@@ -141,14 +141,14 @@ def test_the_next_save_waits_for_the_one_before_and_takes_nothing_from_it(slow, 
         holds(path, tensors)
 
 
-def test_a_small_checkpoint_is_there_at_once(tmp_path):
+def test_a_small_checkpoint_is_written_at_once(tmp_path):
     run = Run(tmp_path)
     run.save()
     assert steps(tmp_path) == [1]
     run.saver.finish()
 
 
-def test_the_pause_and_the_whole_time_are_told_once_each(slow, tmp_path):
+def test_the_pause_and_the_total_time_are_reported_once_each(slow, tmp_path):
     run = Run(tmp_path)
     run.save()
     assert 0 < run.saver.times()['save_pause'] < 1
@@ -162,7 +162,9 @@ def test_the_pause_and_the_whole_time_are_told_once_each(slow, tmp_path):
     run.saver.finish()
 
 
-def test_an_error_in_the_background_is_news_and_the_one_before_stays(large, tmp_path, monkeypatch):
+def test_an_error_in_the_background_is_a_warning_and_the_checkpoint_before_stays(
+    large, tmp_path, monkeypatch
+):
     run = Run(tmp_path)
     run.save()
     run.saver.wait()
@@ -190,7 +192,7 @@ def test_an_error_in_the_background_is_news_and_the_one_before_stays(large, tmp_
     assert steps(tmp_path) == [1, 3]
 
 
-def test_what_is_no_fault_of_the_disk_is_not_hidden(large, tmp_path, monkeypatch):
+def test_an_error_that_is_not_an_oserror_is_raised(large, tmp_path, monkeypatch):
     run = Run(tmp_path)
     monkeypatch.setattr(save_module, 'write', lambda *args: 1 / 0)
     run.save()
@@ -218,7 +220,7 @@ def at_once(run_here, tmp_path_factory):
     return out_dir
 
 
-def test_a_run_that_saves_in_the_background_saves_the_same(
+def test_a_run_that_saves_in_the_background_writes_equal_checkpoints(
     run_here, large, at_once, tmp_path, monkeypatch
 ):
     write, meanwhile = save_module.write, []
@@ -243,7 +245,7 @@ def test_a_run_that_saves_in_the_background_saves_the_same(
     assert all(seconds.values())
 
 
-def test_a_background_error_costs_a_run_that_checkpoint_alone(
+def test_after_a_background_error_only_that_checkpoint_is_missing(
     run_here, large, at_once, tmp_path, monkeypatch, capsys
 ):
     save_file = save_module.save_file
@@ -284,7 +286,7 @@ def parts(sharded, tmp_path):
     return shutil.copytree(sharded / 'parts', tmp_path / 'parts')
 
 
-def test_the_parts_together_are_what_is_saved_unsharded(sharded):
+def test_the_parts_together_equal_an_unsharded_checkpoint(sharded):
     paths = [list_checkpoints(sharded / name) for name in ('parts', 'whole')]
     for cut, whole in zip(*paths, strict=True):
         for file in (MODEL, OPTIMIZER):
@@ -321,7 +323,7 @@ PART = [f'{stem}-0000{n}-of-00002.safetensors' for stem in ('model', 'optimizer'
 
 @pytest.mark.parametrize('name', PART)
 @pytest.mark.parametrize('how', ['missing', 'flipped'])
-def test_a_damaged_part_is_refused_by_name_and_the_one_before_used(parts, capsys, name, how):
+def test_a_damaged_part_is_reported_and_the_checkpoint_before_is_used(parts, capsys, name, how):
     path = list_checkpoints(parts)[-1] / name
     if how == 'missing':
         path.unlink()
@@ -335,7 +337,7 @@ def test_a_damaged_part_is_refused_by_name_and_the_one_before_used(parts, capsys
     assert error.count('\n') == 1
 
 
-def test_one_process_goes_on_from_parts_as_it_does_from_a_whole(sharded, run_here, tmp_path):
+def test_one_process_resumes_equally_from_a_sharded_checkpoint(sharded, run_here, tmp_path):
     for name in ('parts', 'whole'):
         shutil.copytree(sharded / name, tmp_path / name)
         args = (*PARTS, '--init_from=resume', '--max_iters=6', '--shard=False')
@@ -377,7 +379,7 @@ save.save_file = full
 
 
 @pytest.mark.parametrize('which', [0, 1])
-def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
+def test_if_a_rank_cannot_write_its_part_only_that_checkpoint_is_missing(
     ranks, sharded, tmp_path, which
 ):
     before = lambda rank: CANNOT if rank == which else ''  # noqa: E731
@@ -393,7 +395,7 @@ def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
         assert files.sha256(find(tmp_path, 'last') / name) == files.sha256(expected / name)
 
 
-def test_a_rank_whose_part_never_comes_is_not_waited_for_forever(tmp_path, monkeypatch):
+def test_waiting_for_a_rank_s_part_has_a_timeout(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, 'PART_TIMEOUT', 0.1)
     final = tmp_path / 'checkpoints' / 'step-00000001'
     save_module.make_temp_folder(final, 0)
@@ -402,7 +404,7 @@ def test_a_rank_whose_part_never_comes_is_not_waited_for_forever(tmp_path, monke
     assert list(final.parent.iterdir()) == []
 
 
-def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch):
+def test_a_rank_on_a_full_disk_makes_room_to_report_it(tmp_path, monkeypatch):
     parts = tmp_path / 'parts'
     parts.mkdir()
     as_json, left = files.as_json, []
@@ -453,7 +455,7 @@ def both(pair, tmp_path):
     return (f'--out_dir={run}', f'--checkpoint_mirror={mirror}'), run, mirror
 
 
-def test_a_mirror_has_the_same_checkpoints_and_what_a_run_goes_on_with(pair):
+def test_a_mirror_has_the_same_checkpoints_and_what_a_resumed_run_needs(pair):
     run, mirror = pair / 'run', pair / 'mirror'
     assert mirrored(mirror) == steps(run)
     assert len(steps(run)) < 4  # by the same rules: the last two and the best
@@ -468,7 +470,7 @@ def test_a_mirror_has_the_same_checkpoints_and_what_a_run_goes_on_with(pair):
     assert b'max_iters = 12' in beside['config.py']
 
 
-def test_the_manifest_goes_last_and_leaves_first(tmp_path, monkeypatch):
+def test_the_manifest_is_copied_last_and_removed_first(tmp_path, monkeypatch):
     run = Run(tmp_path / 'run')
     run.save()
     path, mirror = find(tmp_path / 'run', 'last'), tmp_path / 'mirror'
@@ -495,7 +497,7 @@ def test_the_manifest_goes_last_and_leaves_first(tmp_path, monkeypatch):
     run.saver.finish()
 
 
-def test_what_a_killed_process_left_in_the_mirror_is_no_checkpoint(tmp_path):
+def test_an_incomplete_copy_in_the_mirror_is_not_a_checkpoint(tmp_path):
     run, mirror = Run(tmp_path / 'run'), tmp_path / 'mirror'
     for _ in range(4):
         run.save()
@@ -513,7 +515,7 @@ def test_what_a_killed_process_left_in_the_mirror_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize('flag', ['--auto_resume', '--init_from=resume'])
-def test_a_run_goes_on_from_its_mirror_on_an_empty_disk(run_here, both, tmp_path, flag):
+def test_a_run_resumes_from_its_mirror_on_an_empty_disk(run_here, both, tmp_path, flag):
     args, run, mirror = both
     shutil.copytree(run, tmp_path / 'kept')
     shutil.rmtree(run)
@@ -534,7 +536,7 @@ def test_the_settings_come_from_the_mirror_too(run_here, both, capsys):
     assert f'{run} is finished: 12 of 12 steps' in capsys.readouterr().out
 
 
-def test_a_checkpoint_with_a_folder_in_it_comes_back_too(run_here, pair, tmp_path):
+def test_a_checkpoint_with_a_subfolder_is_restored_too(run_here, pair, tmp_path):
     """Adapters of low rank lie in a folder of their own."""
     args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
     start = (f'--init_from={pair}/run', '--lora_rank=2', '--max_iters=2')
@@ -551,7 +553,7 @@ def damage(path):
     (path / MODEL).write_bytes(b'damaged')
 
 
-def test_the_newest_of_a_mirror_being_damaged_the_one_before_is_taken(run_here, both, capsys):
+def test_if_the_mirror_s_newest_is_damaged_the_one_before_is_used(run_here, both, capsys):
     args, run, mirror = both
     shutil.rmtree(run)
     damage(list_checkpoints(mirror)[-1])
@@ -562,7 +564,7 @@ def test_the_newest_of_a_mirror_being_damaged_the_one_before_is_taken(run_here, 
     assert mirrored(mirror)[-1] == steps(run)[-1] == 12
 
 
-def test_a_mirror_mends_what_is_damaged_here(run_here, both, tmp_path, capsys):
+def test_a_mirror_replaces_damaged_local_checkpoints(run_here, both, tmp_path, capsys):
     args, run, _ = both
     expected = hashes(list_checkpoints(run)[-1])
     for path in list_checkpoints(run):
@@ -572,13 +574,15 @@ def test_a_mirror_mends_what_is_damaged_here(run_here, both, tmp_path, capsys):
     assert hashes(find(run, 'last')) == expected
 
 
-def test_nothing_is_fetched_that_is_here(both, monkeypatch):
+def test_a_checkpoint_that_exists_locally_is_not_copied(both, monkeypatch):
     _, run, mirror = both
     monkeypatch.setattr(mirror_module, 'fetch', lambda *args: pytest.fail('fetched'))
     restore(mirror, run)
 
 
-def test_a_run_that_goes_back_takes_its_mirror_along(run_here, both):
+def test_a_run_that_resumes_an_earlier_checkpoint_removes_later_ones_from_its_mirror(
+    run_here, both
+):
     args, run, mirror = both
     first = list_checkpoints(run)[0]
     step = load_module.step_of(first)
@@ -590,7 +594,7 @@ def test_a_run_that_goes_back_takes_its_mirror_along(run_here, both):
     assert steps(run) == [step + 1]  # and not what has been left behind
 
 
-def test_the_mirror_of_another_run_is_not_taken(run_here, both, tmp_path):
+def test_the_mirror_of_another_run_is_not_used(run_here, both, tmp_path):
     _, _, mirror = both
     before = mirrored(mirror)
     message = refused(run_here, f'--out_dir={tmp_path}/new', f'--checkpoint_mirror={mirror}')
@@ -657,7 +661,7 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
     )
 
 
-def test_of_two_of_a_step_the_evaluated_one_comes_back(tmp_path):
+def test_of_two_checkpoints_of_a_step_the_evaluated_one_is_restored(tmp_path):
     run = Run(tmp_path / 'run', mirror=tmp_path / 'm')
     run.save()
     shutil.copytree(tmp_path / 'run', tmp_path / 'elsewhere')
@@ -668,7 +672,7 @@ def test_of_two_of_a_step_the_evaluated_one_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize('mirror', ['s3://bucket/mine', 'run', './run/'])
-def test_what_cannot_be_a_second_place_is_refused_also_by_the_check(
+def test_a_mirror_that_is_a_url_or_the_out_dir_is_an_error_also_in_the_check(
     run_here, tmp_path, monkeypatch, mirror
 ):
     monkeypatch.chdir(tmp_path)
@@ -678,7 +682,7 @@ def test_what_cannot_be_a_second_place_is_refused_also_by_the_check(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(run_here, tmp_path):
+def test_a_mirror_that_cannot_be_written_is_an_error_at_the_start(run_here, tmp_path):
     (tmp_path / 'file').touch()
     mirror = tmp_path / 'file' / 'mirror'
     message = refused(run_here, f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={mirror}')
@@ -686,7 +690,7 @@ def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(run_here, tmp_p
     assert not (tmp_path / 'run').exists()
 
 
-def test_what_cannot_be_brought_back_is_one_line(both, tmp_path, monkeypatch):
+def test_a_failed_copy_from_the_mirror_is_one_line(both, tmp_path, monkeypatch):
     _, _, mirror = both
 
     def no_room(folder, need):

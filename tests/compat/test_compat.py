@@ -57,7 +57,7 @@ def check_losses(name, out_dir):
             assert found[int(step)] == pytest.approx(loss, rel=CLOSE), (key, step)
 
 
-def test_what_was_made_is_small_and_whole(made, capsys):
+def test_the_old_folder_is_small_and_intact(made, capsys):
     assert sum(path.stat().st_size for path in made.rglob('*') if path.is_file()) < 300_000
     for name in RUNS:
         look(['verify', f'runs/{name}'])
@@ -65,14 +65,14 @@ def test_what_was_made_is_small_and_whole(made, capsys):
 
 
 @pytest.mark.parametrize('name', RUNS)
-def test_a_run_goes_on_with_the_losses_of_the_old_code(name, made, run_here):
+def test_a_run_resumes_with_the_losses_of_the_old_code(name, made, run_here):
     """By its config.py, which has to be accepted although a setting of then may be gone."""
     assert run_here(*RESUME, config=Path('runs') / name / 'config.py') == 0
     check_losses(f'runs/{name}', made / 'runs' / name)
     assert (made / 'runs' / name / 'DONE').exists()
 
 
-def test_an_old_config_begins_another_run(made, run_here, tmp_path):
+def test_an_old_config_starts_another_run(made, run_here, tmp_path):
     config = made / 'runs/modern/config.py'
     text = config.read_text(encoding='utf-8')
     assert 'published = None' in text
@@ -83,7 +83,7 @@ def test_an_old_config_begins_another_run(made, run_here, tmp_path):
 
 
 @pytest.mark.parametrize('name', NEW_RUNS)
-def test_a_new_run_begins_with_an_old_model_and_dataset(name, made, run_here):
+def test_a_new_run_starts_from_an_old_model_and_dataset(name, made, run_here):
     out_dir = made / 'new' / name
     assert run_here(f'--out_dir={out_dir}', *NEW_RUNS[name], config=made / 'settings.py') == 0
     check_losses(name, out_dir)
@@ -97,12 +97,12 @@ def test_a_model_computes_the_old_logits(name, made):
 
 
 @pytest.mark.parametrize('name', EXPECTED['text'])
-def test_a_model_writes_the_old_text(name, made, sample):
+def test_a_model_generates_the_old_text(name, made, sample):
     flag = '--init_from' if name == 'export' else '--out_dir'
     assert sample(PROMPT, *GREEDY, f'{flag}={name}') == EXPECTED['text'][name]
 
 
-def test_a_model_writes_by_the_config_of_its_run(made, sample):
+def test_a_model_generates_with_the_config_of_its_run(made, sample):
     text = sample('runs/gpt2/config.py', PROMPT, *GREEDY)
     assert text == EXPECTED['text']['runs/gpt2']
 
@@ -119,7 +119,7 @@ def test_a_model_is_served(name, made):
     assert PROMPT + reply.json['choices'][0]['text'] + '\n' == expected
 
 
-def test_a_killed_batch_is_finished(made, sample, monkeypatch):
+def test_a_killed_batch_is_resumed(made, sample, monkeypatch):
     # a batch knows its model by what it computes, bit by bit: of that each processor has its own
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'unlink', lambda path: None)
