@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, refused by name when damaged, never lost to a full disk."""
+"""Checkpoints: complete or absent, checked for damage, never lost to a full disk."""
 
 import ast
 import json
@@ -60,7 +60,7 @@ def pair():
 
 @pytest.fixture
 def put(pair, tmp_path):
-    """Save a checkpoint of a step, evaluated if it is given a validation loss -> its path."""
+    """Save a checkpoint of a step, with a validation loss if it was evaluated -> its path."""
 
     def put(step, val_loss=None, out_dir=tmp_path, keep_evaluated=False):
         state = {'step': step, 'train_loss': 1.0, 'val_loss': val_loss}
@@ -75,7 +75,7 @@ def names(out_dir):
 
 
 def hidden(out_dir):
-    """What a save or a removal has left under a temporary name."""
+    """The temporary folders that a save or a removal has left."""
     return [path.name for path in (Path(out_dir) / 'checkpoints').iterdir() if path.name[0] == '.']
 
 
@@ -153,7 +153,7 @@ def test_a_loaded_model_is_ready_to_evaluate(put, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# which are kept, which is meant
+# pruning and choice
 
 
 def test_the_last_two_and_the_best_are_kept(put, tmp_path):
@@ -309,7 +309,7 @@ def test_a_damaged_state_file_does_not_stop_pruning(put, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# a save that does not end well
+# a save that fails
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(put, tmp_path, monkeypatch):
@@ -375,7 +375,7 @@ def test_the_next_save_removes_the_files_of_a_killed_one(put, tmp_path):
 
 
 def rewrite(path, change_tensors=None, change_shape=None):
-    """Change a checkpoint and its manifest, as another version of the program would write it."""
+    """Change a checkpoint and its manifest, as another version would write it."""
     if change_tensors:
         tensors = load_file(path / MODEL)
         change_tensors(tensors)

@@ -1,4 +1,4 @@
-"""Models of others: read with their numbers, given back with ours."""
+"""Import and export: transformers, nanoGPT and GGUF, with the same logits."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def refused(call, *args, **options) -> str:
 
 
 def shaken(model):
-    """Weights large enough for clear preferences; a zero would hide a mistake."""
+    """Random weights, large enough for clear preferences, and no zeros to hide a mistake."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -127,7 +127,7 @@ def test_each_released_size_gives_the_same_logits(tmp_path, name):
 
 
 def test_config_fields_without_effect_are_ignored(tmp_path):
-    """Of OpenAI's own config.json and of what others leave in one."""
+    """Fields of OpenAI's config.json and of others."""
     theirs = gpt2(tmp_path, reorder_and_upcast_attn=True, resid_pdrop=0.3)
     more = {'n_ctx': 16, 'task_specific_params': {'text-generation': {'max_length': 50}}}
     more |= {'torch_dtype': 'float16', 'gradient_checkpointing': False, 'of_next_year': None}
@@ -393,7 +393,7 @@ print((kilobytes('VmHWM') - before) / weights)
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='Linux measures it so')
 @pytest.mark.parametrize('kind', ['a folder', 'ours'])
 def test_memory_holds_the_weights_about_once(tmp_path, script, kind):
-    """Filled one tensor at a time, from starting values that were never made."""
+    """It is loaded one tensor at a time, without random initialization."""
     model = own(n_embd=384, n_layer=16)
     if kind == 'a folder':
         export_transformers(model, None, {}, tmp_path / 'model')
@@ -646,7 +646,7 @@ def test_what_llama_cpp_does_not_support_is_an_error(tmp_path, bpe):
 
 
 def nanogpt_checkpoint(path, model, prefix='', dataset='letters', **extra):
-    """What nanoGPT's train.py saves: the tied head, and perhaps the prefix of a compiled model."""
+    """Save what nanoGPT's train.py saves. prefix: of a compiled model."""
     c = model.config
     names = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
     saved = {

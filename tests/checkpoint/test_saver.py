@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training goes on, in parts by several ranks, and twice."""
+"""Saver and mirror: checkpoints in the background, in parts by several ranks, and copied."""
 
 import errno
 import os
@@ -53,7 +53,7 @@ def state_of(step, **changes):
 
 
 class Run:
-    """A model that changes at each step, and what saves it."""
+    """A model that changes at each step, and its Saver."""
 
     def __init__(self, out_dir, mirror=None, run=None, **options):
         self.model = random_model(11, n_layer=1, n_embd=16)
@@ -95,7 +95,7 @@ def large(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch, large):
-    """Writing waits until the test says so."""
+    """Writing waits until the test sets the event."""
     go, write = threading.Event(), save_module.write
 
     def wait_and_write(*args):
@@ -214,7 +214,7 @@ def test_the_same_step_is_written_once_unless_it_has_been_evaluated_since(tmp_pa
 
 @pytest.fixture(scope='module')
 def at_once(run_here, tmp_path_factory):
-    """A run whose checkpoints are small, and so written while it waits."""
+    """A run with small checkpoints, which are written at once."""
     out_dir = tmp_path_factory.mktemp('at_once') / 'run'
     assert run_here(f'--out_dir={out_dir}', *OFTEN) == 0
     return out_dir
@@ -273,7 +273,7 @@ PARTS = ('--max_iters=4', '--eval_interval=2', '--n_layer=2')
 
 @pytest.fixture(scope='module')
 def sharded(forks, tiny, tmp_path_factory):
-    """A run of two ranks, sharded, and the same one with the whole model in each."""
+    """A sharded run of two ranks, and the same run unsharded."""
     folder = tmp_path_factory.mktemp('sharded')
     for name, flag in (('parts', '--shard'), ('whole', '--shard=False')):
         crew = forks.start(2, f'--out_dir={folder / name}', *PARTS, flag, config=tiny)
@@ -431,7 +431,7 @@ def test_a_rank_on_a_full_disk_makes_room_to_report_it(tmp_path, monkeypatch):
 
 
 def mirrored(folder):
-    """The steps of a mirror's checkpoints that count, all of them whole."""
+    """The steps of a mirror's complete checkpoints, which are verified."""
     paths = [path for path in list_checkpoints(folder) if (path / MANIFEST).exists()]
     for path in paths:
         verify(path)
@@ -449,7 +449,7 @@ def pair(run_here, tmp_path_factory):
 
 @pytest.fixture
 def both(pair, tmp_path):
-    """A copy of them -> the arguments that name both, the run, its mirror."""
+    """A copy of them -> the arguments for both, the run, its mirror."""
     shutil.copytree(pair, tmp_path / 'both')
     run, mirror = tmp_path / 'both' / 'run', tmp_path / 'both' / 'mirror'
     return (f'--out_dir={run}', f'--checkpoint_mirror={mirror}'), run, mirror
@@ -537,7 +537,7 @@ def test_the_settings_come_from_the_mirror_too(run_here, both, capsys):
 
 
 def test_a_checkpoint_with_a_subfolder_is_restored_too(run_here, pair, tmp_path):
-    """Adapters of low rank lie in a folder of their own."""
+    """LoRA adapters have a folder of their own."""
     args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
     start = (f'--init_from={pair}/run', '--lora_rank=2', '--max_iters=2')
     assert run_here(*args, *start) == 0

@@ -1,9 +1,8 @@
 """
-What the code before the move into flatgpt/ left behind is read as if nothing had happened.
+Compatibility: files written by the code before the move into flatgpt/ still work.
 
-make.py has made the folder made_by_7300f54 with that code, and its expected.json says what that
-code itself went on to compute. A dataset, a run, an export or a killed batch is only opened here by
-the paths and commands that a user of the old version has in his notes.
+make.py made the folder made_by_7300f54 with that code; its expected.json has what that code
+computes from it. The tests use only paths and commands that users of the old version know.
 """
 
 import io
@@ -29,7 +28,7 @@ LAST = 'checkpoints/step-00000020'
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A copy of what was made, as the current folder."""
+    """A copy of the old folder, as the current folder."""
     folder = shutil.copytree(MADE, tmp_path / 'made')
     monkeypatch.chdir(folder)
     return folder
@@ -66,7 +65,7 @@ def test_the_old_folder_is_small_and_intact(made, capsys):
 
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_resumes_with_the_losses_of_the_old_code(name, made, run_here):
-    """By its config.py, which has to be accepted although a setting of then may be gone."""
+    """With its config.py, which must be accepted although a setting may no longer exist."""
     assert run_here(*RESUME, config=Path('runs') / name / 'config.py') == 0
     check_losses(f'runs/{name}', made / 'runs' / name)
     assert (made / 'runs' / name / 'DONE').exists()
@@ -120,7 +119,7 @@ def test_a_model_is_served(name, made):
 
 
 def test_a_killed_batch_is_resumed(made, sample, monkeypatch):
-    # a batch knows its model by what it computes, bit by bit: of that each processor has its own
+    # a batch identifies its model by the bits of its logits, which depend on the processor
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'unlink', lambda path: None)
         sample(*BATCH, *GREEDY, '--out=today.jsonl')

@@ -1,4 +1,4 @@
-"""A file of prompts: answered in order, each as if alone, and resumed after a kill."""
+"""A file of prompts: completed in order, each as if alone, and resumed after a kill."""
 
 import copy
 import json

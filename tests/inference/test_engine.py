@@ -1,4 +1,4 @@
-"""The engine: the choice of tokens, the cache, texts side by side, and what is exact."""
+"""The engine: sampling, the KV cache, continuous batching, determinism."""
 
 import math
 import random
@@ -46,7 +46,7 @@ def ids_of(pieces, row=0):
 
 
 # -----------------------------------------------------------------------------
-# the choice of a token
+# sampling
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -189,7 +189,7 @@ def test_a_sampling_setting_out_of_range_is_one_line_with_its_name(name, value):
 
 @torch.no_grad()
 def from_scratch(model, prompt, tokens):
-    """Logits before each of `tokens`, all of the context computed anew for each, as Slot says."""
+    """Logits before each of `tokens`, without a cache; the context is that of Slot."""
     size, context = model.config.block_size, list(prompt[-model.config.block_size :])
     for token in tokens:
         yield model(torch.tensor([context]))[0][0, -1]
@@ -199,7 +199,7 @@ def from_scratch(model, prompt, tokens):
 
 
 def record_logits(monkeypatch):
-    """Collects, by request, the logits that its tokens are chosen from."""
+    """Record the logits that tokens are sampled from, by request."""
     seen, sample_all = {}, ModelRunner.sample_all
 
     def watch(self, requests, logits):
@@ -266,7 +266,7 @@ def test_only_the_end_of_a_long_prompt_counts(model, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# what is produced and shown
+# ids, ends and text
 
 
 def test_ids_without_text_are_never_sampled():
@@ -344,7 +344,7 @@ def test_complete_returns_a_text_for_each_prompt(model, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# recorded steps
+# captured steps
 
 
 class Recording(TorchDispatchMode):
@@ -409,7 +409,7 @@ SCENES = {  # prompts that come together, round after round
 
 
 def logits_of_scene(model, tokenizer, scene, scored, deterministic):
-    """Those that each text's tokens are chosen from, and the steps that were recorded."""
+    """The logits that each request's tokens are sampled from, and the captured steps."""
     engine, row = Engine(model, tokenizer, 4, chunk=8, deterministic=deterministic), 0
     with pytest.MonkeyPatch.context() as patch:
         seen = record_logits(patch)
@@ -459,7 +459,7 @@ def test_captures_share_a_stream_since_libraries_keep_memory_per_stream(monkeypa
 
 
 class Waits(TorchDispatchMode):
-    """Counts what waits for a GPU, as far as that shows on a CPU."""
+    """Counts operations that would wait for a GPU, as far as a CPU shows them."""
 
     def __init__(self):
         super().__init__()
@@ -777,7 +777,7 @@ def test_an_engine_in_its_own_thread_serves_requests_of_other_threads(model, tok
 
 
 # -----------------------------------------------------------------------------
-# how likely things are
+# log-probabilities and penalties
 
 
 def test_log_probabilities_are_of_the_logits_before_penalties_and_filters(model, tokenizer):

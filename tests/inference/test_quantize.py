@@ -1,4 +1,4 @@
-"""Matrices prepared for inference: the same numbers packed, nearly the same in eight bits."""
+"""Weights for inference: packed with equal numbers, int8 with nearly equal ones."""
 
 import pytest
 import torch
