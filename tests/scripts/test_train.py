@@ -1498,7 +1498,7 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
     shutil.copytree(source, bad)
     text = refused(run_here, f'--out_dir={tmp_path}/run', f'--init_from={bad}')
-    assert 'is no UTF-8, and cannot be read; rename the folder' in text
+    assert 'the path is not valid UTF-8; rename the folder' in text
 
 
 def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
