@@ -357,7 +357,7 @@ def metrics(out_dir, key='loss'):
 
 def steps(out_dir):
     """The steps of a run's checkpoints."""
-    return [load.step_of(path) for path in load.listed(out_dir)]
+    return [load.step_of(path) for path in load.list_checkpoints(out_dir)]
 
 
 def hashes(path):

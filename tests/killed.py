@@ -73,12 +73,13 @@ def write_part(step, rank):
 
     tensors = save_module.tensors_of(model, [optimizer])
     mine = {file: {k: half(t) for k, t in named.items()} for file, named in tensors.items()}
-    documents = save_module.documents_of(model, None, state_of(step))
-    save_module.write(save_module.place(OUT_DIR, state_of(step)), mine, documents, False, rank, 2)
+    documents = save_module.small_files_of(model, None, state_of(step))
+    final = save_module.checkpoint_path(OUT_DIR, state_of(step))
+    save_module.write(final, mine, documents, False, rank, 2)
 
 
 def in_parts(step, at, victim):
-    save_module.clear(save_module.place(OUT_DIR, state_of(step)), 0)
+    save_module.make_temp_folder(save_module.checkpoint_path(OUT_DIR, state_of(step)), 0)
     ranks = [forked(write_part, step, rank, at=at if rank == victim else None) for rank in (0, 1)]
     died = killed(ranks[victim])
     if died and victim == 1:  # torchrun ends the other one
@@ -127,5 +128,5 @@ while died and at < 999:
     reached = last_step(number)
     number += 1
     save(number)
-    left = sorted(path.name for path in load.listed(MIRROR if MIRRORED else OUT_DIR))
+    left = sorted(path.name for path in load.list_checkpoints(MIRROR if MIRRORED else OUT_DIR))
     print(json.dumps([number - 1, reached, left]))

@@ -482,6 +482,7 @@ def test_an_adapter_made_by_peft_gives_the_same_logits(peft, tmp_path, arch, cha
     assert (state, lora_layers(model)) == ({}, {})
 
 
+@error_line('has an unsupported {}={}; call merge_and_unload()')
 @theirs_to_warn
 def test_an_adapter_that_changed_its_base_can_be_merged_by_peft(peft, tmp_path):
     changed = theirs(peft, tmp_path, 'gpt2', init_lora_weights='pissa')
@@ -492,6 +493,17 @@ def test_an_adapter_that_changed_its_base_can_be_merged_by_peft(peft, tmp_path):
         torch.testing.assert_close(
             load_model(tmp_path / 'merged')[0](text())[0], logits, rtol=1e-4, atol=1e-4
         )
+
+
+@error_line('instead of a lora_A and a lora_B')
+@theirs_to_warn
+def test_an_adapter_of_the_embedding_is_merged_by_peft(peft, tmp_path):
+    adapted = theirs(peft, tmp_path, 'gpt2', target_modules=['wpe'])
+    refused(load_model, tmp_path / 'adapter')
+    adapted.merge_and_unload().save_pretrained(tmp_path / 'merged')
+    with torch.no_grad():
+        logits = load_model(tmp_path / 'merged')[0](text())[0]
+        torch.testing.assert_close(logits, adapted(text()).logits, rtol=1e-4, atol=1e-4)
 
 
 @theirs_to_warn
@@ -508,15 +520,15 @@ def test_an_adapter_made_by_peft_can_be_trained_further(peft, tmp_path, run_here
     ('changes', 'parts'),
     [
         ({'use_dora': True}, ['use_dora=True']),
-        ({'bias': 'all'}, ["bias='all'", "'none'"]),
+        ({'bias': 'all'}, ["bias='all'", 'merge_and_unload']),
         ({'init_lora_weights': 'pissa'}, ["init_lora_weights='pissa'", 'merge_and_unload']),
         ({'init_lora_weights': 'olora'}, ["init_lora_weights='olora'"]),
         ({'alora_invocation_tokens': [5, 6]}, ['alora_invocation_tokens=[5, 6]']),
         ({'modules_to_save': ['wte']}, ["modules_to_save=['wte']"]),
         ({'trainable_token_indices': [1]}, ['trainable_token_indices=']),
         ({'lora_bias': True}, ['lora_bias=True']),
-        ({'target_modules': ['wte']}, ['wte', 'no pair lora_A, lora_B']),
-        ({'target_modules': ['lm_head']}, ['lm_head', 'no pair lora_A, lora_B']),
+        ({'target_modules': ['wte']}, ['wte', 'merge_and_unload']),
+        ({'target_modules': ['lm_head']}, ['lm_head', 'merge_and_unload']),
     ],
     ids=str,
 )
@@ -551,7 +563,8 @@ def test_an_adapter_without_its_base_finds_it_by_name(base, tuned, apart):
 def test_a_base_that_was_trained_further_does_not_match(apart, tuned):
     rewrite(apart, base_model_name_or_path=str(tuned))
     assert refused(load_model, apart) == (
-        f'{apart} was made for another base: {tuned} has other weights'
+        f'{apart}: {tuned} is not its base: the weights differ; correct base_model_name_or_path '
+        f'in {CONFIG}'
     )
 
 
@@ -561,33 +574,41 @@ def test_a_base_of_another_shape_does_not_match(apart, base, run_here, tmp_path)
         run_here(f'--out_dir={tmp_path}/{name}', *args, '--max_iters=1', '--eval_interval=1')
         rewrite(apart, base_model_name_or_path=str(tmp_path / name))
         said = refused(load_model, apart)
-        assert said.startswith(f'{apart} adapts ')
-        assert said.endswith(': it was made for another base')
-        assert f'of {tmp_path / name} is ' in said
+        assert said.startswith(f'{apart}: {tmp_path / name} is not its base: ')
+        assert 'the adapter needs (' in said
 
 
 @pytest.mark.parametrize(
     ('changes', 'part'),
     [
-        ({'base_model_name_or_path': None}, 'names no base_model_name_or_path'),
-        ({'base_model_name_or_path': 'nowhere'}, 'adapts a model that is not there: nowhere'),
+        ({'base_model_name_or_path': None}, 'has no base_model_name_or_path; set it'),
+        (
+            {'base_model_name_or_path': 'nowhere'},
+            'in adapter_config.json to its base model: nowhere',
+        ),
         ({'peft_type': 'IA3'}, "peft_type='IA3'"),
         ({'lora_alpha': 'much'}, "lora_alpha='much'"),
-        ({'r': 5}, 'has rank 5 for '),
+        ({'r': 5}, 'the rank 5, its matrices have 2; correct r'),
         ({'layer_replication': [[0, 2]]}, 'layer_replication=[[0, 2]]'),
-        ({'r': 0}, 'adapter_config.json cannot be used: division by zero'),
-        ({'target_modules': ['nothing']}, 'target_modules, exclude_modules and'),
-        ({'layers_to_transform': [7]}, 'layers_to_transform leave out'),
-        ({'exclude_modules': r'.*\.0\..*'}, 'leave out'),
-        ({'alpha_pattern': {'(': 3}}, 'adapter_config.json cannot be used'),
-        ({'rank_pattern': 3}, 'adapter_config.json cannot be used'),
+        ({'r': 0}, 'has an invalid rank or pattern: division by zero'),
+        (
+            {'target_modules': ['nothing']},
+            'which adapter_config.json excludes; correct target_modules',
+        ),
+        ({'layers_to_transform': [7]}, 'or layers_to_transform'),
+        ({'exclude_modules': r'.*\.0\..*'}, 'exclude_modules or'),
+        ({'alpha_pattern': {'(': 3}}, 'has an invalid rank or pattern'),
+        ({'rank_pattern': 3}, 'has an invalid rank or pattern'),
         ({'revision': 'v2'}, "revision='v2'"),
         ({'layers_pattern': 'blocks'}, "layers_pattern='blocks'"),
         ({'use_qalora': True}, 'use_qalora=True'),
         ({'init_lora_weights': 'pissa_niter_16'}, "init_lora_weights='pissa_niter_16'"),
         ({'init_lora_weights': 'lora_ga'}, "init_lora_weights='lora_ga'"),
         ({'target_parameters': ['x']}, "target_parameters=['x']"),
-        ({'of_next_year': {'on': 1}}, "of_next_year={'on': 1}; is not known here"),
+        (
+            {'of_next_year': {'on': 1}},
+            "unsupported of_next_year={'on': 1}; call merge_and_unload()",
+        ),
     ],
     ids=str,
 )
@@ -600,7 +621,7 @@ def test_a_config_that_cannot_be_used_is_one_line(apart, changes, part):
 
 def test_an_adapter_of_an_adapter_and_half_a_pair_are_one_line(apart):
     rewrite(apart, base_model_name_or_path=str(apart))
-    assert refused(load_model, apart) == f'{apart}: its base {apart} is an adapter too'
+    assert refused(load_model, apart).startswith(f'{apart}: its base {apart} is an adapter')
     (apart / WEIGHTS).unlink()
     rewrite(apart, base_model_name_or_path='nowhere')
     assert 'nowhere' in refused(load_model, apart)
@@ -611,7 +632,7 @@ def test_weights_that_are_missing_or_half_there_are_one_line(apart):
     key = next(iter(tensors))
     del tensors[key]
     save_file(tensors, apart / WEIGHTS)
-    assert 'no pair lora_A, lora_B' in refused(load_model, apart)
+    assert 'instead of a lora_A and a lora_B' in refused(load_model, apart)
     (apart / WEIGHTS).unlink()
     assert str(apart / WEIGHTS) in refused(load_model, apart)
 
@@ -621,7 +642,7 @@ def test_damage_to_an_adapter_is_detected_like_damage_to_weights(tuned, tmp_path
     content = bytearray((path / 'adapter' / WEIGHTS).read_bytes())
     content[-1] ^= 1
     (path / 'adapter' / WEIGHTS).write_bytes(content)
-    assert f'adapter/{WEIGHTS} is not what was written' in refused(load_module.verify, path)
+    assert f'adapter/{WEIGHTS} does not match its hash' in refused(load_module.verify, path)
     shutil.rmtree(path / 'adapter')
     assert 'adapter/adapter_config.json is missing' in refused(load_module.verify, path)
 
@@ -630,7 +651,7 @@ def test_inspect_reports_the_base_and_only_adapters_are_exported(base, tuned, tm
     main(['inspect', str(tuned)])
     assert f'LoRA of {base}' in capsys.readouterr().out
     said = refused(main, ['export', str(base), str(tmp_path / 'x'), '--format=peft'])
-    assert said == f'{base} has no adapter, which a run with --lora_rank makes'
+    assert said == f'{base} has no LoRA adapter; export it without --format=peft'
     said = refused(main, ['export', str(tuned), str(tmp_path), '--format=peft'])
     assert said == f'{tmp_path}: already exists; choose a new folder'
     assert list(tmp_path.iterdir()) == []

@@ -214,7 +214,7 @@ UNLIKE = [
         '',
         'batch_size is 3 .*_steps=2$',
     ),
-    (('--checkpoint_mirror=/dev/null/mirror',), '', 'checkpoint_mirror=.*: cannot be written'),
+    (('--checkpoint_mirror=/dev/null/mirror',), '', 'checkpoint_mirror=.* cannot be written'),
     (('--offload', '--shard'), '', 'offload=True: cpu is the host'),
     (('--offload',), '', 'offload=True: .* add --shard'),
 ]

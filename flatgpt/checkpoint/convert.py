@@ -1,10 +1,10 @@
 """
-The models of others: `transformers` folders in both directions, nanoGPT's checkpoints.
+Load models of others (`transformers` folders, nanoGPT's checkpoints); export to `transformers`.
 
     model, tokenizer, state = load_foreign('gpt2')               # or a folder, or path/to/ckpt.pt
     export_transformers(model, tokenizer, state, Path('mine'))   # AutoModelForCausalLM reads it
 
-Nothing is unpickled but tensors and plain values, and no code of a model's folder is run.
+Only tensors and plain values are unpickled, and no code of a model's folder is run.
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import zipfile
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from flatgpt import ROOT
-from flatgpt.checkpoint.weights import INDEX, WEIGHTS, filled, open_weights, read_tensor
+from flatgpt.checkpoint.weights import INDEX, WEIGHTS, model_from_tensors, open_weights, read_tensor
 from flatgpt.data.hf_tokenizer import (
     CHAT_TEMPLATE_FILE,
     chat_jinja,
@@ -34,8 +35,8 @@ from flatgpt.files import atomic_folder, read_json
 from model import GPT, TRANSPOSED
 
 RELEASED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
-# a config.json: what it calls the fields of GPTConfig, and what else model.py computes, and only
-# with these values
+# Of a config.json: its names for the fields of GPTConfig, and the values of other fields that
+# model.py computes
 GPT2_NAMES = {
     'vocab_size': 'vocab_size',
     'n_layer': 'n_layer',
@@ -50,7 +51,7 @@ GPT2_SETTINGS = {
     'scale_attn_by_inverse_layer_idx': (False,),
     'add_cross_attention': (False,),
     'tie_word_embeddings': (True,),
-    'reorder_and_upcast_attn': (False, True),  # the same, rounded less in 16 bits
+    'reorder_and_upcast_attn': (False, True),  # equal but for rounding in 16 bits
     'flatgpt_bias': (True, False),
 }
 NANOCHAT_NAMES = {
@@ -69,9 +70,8 @@ NANOCHAT_SETTINGS = {
     'tie_word_embeddings': (False,),
 }
 ROPE_SETTINGS = {'rope_type': ('default',), 'rope_theta': (10000.0,)}
-# what says nothing about the logits: the origin, dropout, training, heads of other kinds, and
-# which tokens are chosen; any other field must be empty
-HARMLESS = frozenset(
+# Fields that do not affect the logits: origin, dropout, training, other heads, sampling
+IGNORED = frozenset(
     """
     _name_or_path architectures dtype initializer_range model_type name_or_path torch_dtype
     transformers_version use_cache rope_parameters _attn_implementation attn_implementation
@@ -86,7 +86,7 @@ HARMLESS = frozenset(
     diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size early_stopping prefix
     """.split()
 )
-HOW_TO_SAMPLE = frozenset(  # in a generation_config.json, beside those above
+IGNORED_GENERATION = IGNORED | frozenset(  # of a generation_config.json
     """
     max_new_tokens min_p top_h epsilon_cutoff eta_cutoff penalty_alpha max_time
     cache_implementation cache_config return_legacy_cache low_memory output_logits output_scores
@@ -109,14 +109,14 @@ GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
 
 
 def is_foreign(where: str | Path) -> bool:
-    """Whether `where` is a transformers or peft folder, a hub's name, or nanoGPT's checkpoint."""
+    """Whether it is a transformers or peft folder, a name on the hub, or a nanoGPT checkpoint."""
     path = Path(where)
     if path.is_dir():
         files = ('config.json', 'ckpt.pt', 'adapter_config.json')
         return any((path / file).is_file() for file in files)
     if path.suffix == '.pt' or str(where) in RELEASED:
         return True
-    if re.fullmatch(r'(distil)?gpt-?2\S*', str(where), re.IGNORECASE):  # a misspelt size, perhaps
+    if re.fullmatch(r'(distil)?gpt-?2\S*', str(where), re.IGNORECASE):  # probably a typo
         return True
     return re.fullmatch(r'[\w.-]+/[\w.-]+', str(where)) is not None and not path.parent.is_dir()
 
@@ -126,7 +126,7 @@ def load_foreign(
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """A GPT-2 or NanoChat of `transformers`, or a nanoGPT checkpoint -> model, tokenizer, state.
 
-    tokenizer: to be used instead of what comes with the model, which is then not looked at.
+    tokenizer: replaces the model's own, which is then not read.
     """
     path, name, state = Path(where), str(where), {}
     if (path / 'ckpt.pt').is_file():
@@ -134,7 +134,7 @@ def load_foreign(
     if path.suffix == '.pt':
         model, state = load_nanogpt(path, dropout)
         dataset = str(state['config'].get('dataset', ''))
-        tokenizer = tokenizer or nanogpt_tokenizer(path, dataset, model.config.vocab_size)
+        tokenizer = tokenizer or find_nanogpt_tokenizer(path, dataset, model.config.vocab_size)
     else:
         folder = path if path.is_dir() else download(name)
         model = load_transformers(folder, name, dropout)
@@ -146,65 +146,80 @@ def load_foreign(
 
 
 def load_transformers(folder: Path, name: str, dropout: float) -> GPT:
-    """Weights are read from the mapped file one at a time, so that memory holds them once."""
-    shape = shape_of(read_json(folder / 'config.json', name), name)
+    """Reads one tensor at a time from a mapped file, so that memory holds the weights once."""
+    shape = parse_model_config(read_json(folder / 'config.json', name), name)
     if (folder / GENERATION).is_file():
         check_generation(read_json(folder / GENERATION, name), name)
     files = weight_files(folder, name)
-    named = ((own_name(key), read_tensor(path, key)) for key, path in files.items())
-    return filled({**shape, 'dropout': dropout}, named, name, TRANSPOSED)
+    named = ((parameter_name(key), read_tensor(path, key)) for key, path in files.items())
+    return model_from_tensors({**shape, 'dropout': dropout}, named, name, TRANSPOSED)
 
 
-def own_name(key: str) -> str:
-    """OpenAI's own files leave out the first part of a name."""
+def parameter_name(key: str) -> str:
+    """The name of a parameter here; OpenAI's files lack the prefix."""
     return key if key.startswith(('transformer.', 'model.', 'lm_head.')) else f'transformer.{key}'
 
 
-def shape_of(config: dict, name: str) -> dict:
-    """GPTConfig's fields out of a config.json; refused is what model.py would not compute."""
+def parse_model_config(config: dict, name: str) -> dict:
+    """GPTConfig's fields from a config.json. CheckpointError for what model.py does not compute."""
     kind = config.get('model_type')
     if kind not in ('gpt2', 'nanochat'):
-        raise CheckpointError(f'{name} is a {kind} model; GPT-2 and NanoChat are read')
+        raise CheckpointError(f'{name} is a {kind} model; give a GPT-2 or NanoChat model')
     names = GPT2_NAMES if kind == 'gpt2' else NANOCHAT_NAMES
     shape = {ours: config.get(theirs) for ours, theirs in names.items()}
     for ours, theirs in names.items():
         if not isinstance(shape[ours], int) and ours != 'n_kv_head':  # which may be None
-            raise CheckpointError(f'{name}: its config.json has no whole number {theirs!r}')
+            raise CheckpointError(f'{name}: config.json needs an integer {theirs!r}')
     if kind == 'gpt2':
         shape |= {'arch': 'gpt2', 'bias': config.get('flatgpt_bias', True)}
         expected = GPT2_SETTINGS | {'n_inner': (None, 4 * shape['n_embd'])}
-        expected['n_ctx'] = (shape['block_size'],)  # as older versions call it
+        expected['n_ctx'] = (shape['block_size'],)  # its name in older versions
     else:
         shape |= {'arch': 'modern'}
         head = shape['n_embd'] // (shape['n_head'] or 1)
         expected = {'intermediate_size': (4 * shape['n_embd'],), 'head_dim': (head,)}
         expected |= NANOCHAT_SETTINGS | ROPE_SETTINGS
-        rope = config.get('rope_parameters') or {}  # where older versions have the keys outside it
+        rope = config.get('rope_parameters') or {}  # older versions: its keys at top level
         config = config | (rope if isinstance(rope, dict) else {'rope_type': rope})
-    for key, value in config.items():
-        if key in expected and value not in expected[key]:
-            raise CheckpointError(f'{name}: {key}={value!r}; only {expected[key][0]!r} is read')
-        if key not in {*expected, *HARMLESS, *names.values()} and value not in EMPTY:
+    for key, value in unsupported_fields(config, expected, {*IGNORED, *names.values()}):
+        if key in expected:
             raise CheckpointError(
-                f'{name}: {key}={value!r} of its config.json is not known here; remove it if the '
-                'model computes the same without'
+                f'{name}: config.json has {key}={value!r}; give a model with {expected[key][0]!r}'
             )
+        raise CheckpointError(
+            f'{name}: config.json has an unknown field {key}={value!r}; remove it if the logits do '
+            'not depend on it'
+        )
     return shape
 
 
-def check_generation(config: dict, name: str) -> None:
-    """Refuse a generation_config.json that forces or forbids tokens. What else it says of how to
-    sample is for flags to say."""
+def unsupported_fields(
+    config: dict, supported: dict[str, tuple], ignored: Collection[str]
+) -> Iterator[tuple[str, object]]:
+    """The fields of a config that may change the result in a way that is not implemented here.
+
+    supported: the possible values of a field. ignored: fields that may have any value. All others
+    must be empty.
+    """
     for key, value in config.items():
-        if key not in {*HARMLESS, *HOW_TO_SAMPLE} and value not in EMPTY:
-            raise CheckpointError(
-                f'{name}: {key}={value!r} of its {GENERATION} is not done here; remove it there if '
-                'the text may be without it'
-            )
+        if key not in ignored and value not in supported.get(key, EMPTY):
+            yield key, value
+
+
+def check_generation(config: dict, name: str) -> None:
+    """CheckpointError if generation_config.json forces or forbids tokens.
+
+    Its sampling settings are ignored: flags set those.
+    """
+    for key, value in unsupported_fields(config, {}, IGNORED_GENERATION):
+        raise CheckpointError(
+            f'{name}: {GENERATION} has an unsupported field {key}={value!r}; remove it to generate '
+            'without it'
+        )
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
-    """Every tensor's name and the file it lies in."""
+    """{tensor name: its file}"""
     path = folder / WEIGHTS
     if path.is_file():
         with open_weights(path) as file:
@@ -215,10 +230,13 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         )
     files = read_json(folder / INDEX, name).get('weight_map')
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise CheckpointError(f'{name}: {INDEX} does not say which file has which tensor')
+        raise CheckpointError(
+            f'{name}: {INDEX} has no map from tensors to files; save the model again with '
+            'save_pretrained()'
+        )
     for file in sorted(set(files.values())):
         if not (folder / Path(file).name).is_file():
-            raise CheckpointError(f'{name}: {file} is missing; fetch it again')
+            raise CheckpointError(f'{name}: {file} is missing; download it again')
     return {key: folder / Path(file).name for key, file in files.items()}
 
 
@@ -228,8 +246,8 @@ def repository_of(name: str) -> str:
     return f'distilbert/{name}' if name == 'distilgpt2' else f'openai-community/{name}'
 
 
-def is_fetched(name: str) -> bool:
-    """Whether the weights of a model on the hub are in its cache."""
+def is_cached(name: str) -> bool:
+    """Whether the weights of a model on the hub are in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repository_of(name), file) for file in (WEIGHTS, INDEX))
@@ -237,10 +255,10 @@ def is_fetched(name: str) -> bool:
 
 
 def download(name: str) -> Path:
-    """The folder of a model on the hub, from its cache if it is there (HF_HOME, HF_HUB_OFFLINE)."""
+    """The folder of a model on the hub: downloaded, or cached (HF_HOME, HF_HUB_OFFLINE)."""
     if '/' not in name and name not in RELEASED:
         hint = did_you_mean(name.lower(), RELEASED)
-        raise CheckpointError(f'{name}: no such model; {hint}there are {", ".join(RELEASED)}')
+        raise CheckpointError(f'{name}: no such model; {hint}give one of {", ".join(RELEASED)}')
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import HFValidationError
@@ -251,14 +269,14 @@ def download(name: str) -> Path:
     try:
         folder = Path(snapshot_download(repository_of(name), allow_patterns=wanted))
         found = [file for file in ('config.json', WEIGHTS, INDEX) if (folder / file).is_file()]
-        if len(found) < 2:  # what a fetch for another purpose, or a broken one, leaves
-            raise FileNotFoundError(f'of it {found} is there')
+        if len(found) < 2:  # the cache has a part of it, of a broken download or for other use
+            raise FileNotFoundError(f'only {found} in the cache')
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f'{name} is neither a folder, nor whole in the local cache, nor to be had from the hub '
-            f'({type(error).__name__}); put config.json, {WEIGHTS} and tokenizer.json of '
-            f'{repository_of(name)} into a folder and name that'
+            f'{name} is neither a folder, nor complete in the local cache, nor available from the '
+            f'hub ({type(error).__name__}); put config.json, {WEIGHTS} and tokenizer.json of '
+            f'{repository_of(name)} into a folder and give its path'
         ) from error
 
 
@@ -266,46 +284,51 @@ def download(name: str) -> Path:
 
 
 def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, dict]:
-    """A ckpt.pt that nanoGPT's train.py wrote, compiled or not. Only tensors are unpickled."""
+    """A ckpt.pt of nanoGPT's train.py, compiled or not. Only tensors and plain values are
+    unpickled."""
     if not path.is_file():
-        raise CheckpointError(f'{path}: no such checkpoint')
+        raise CheckpointError(f'{path}: no such checkpoint; check the path')
     try:
-        with zipfile.ZipFile(path) as archive:  # with a checksum of each of its files
+        with zipfile.ZipFile(path) as archive:  # it has a checksum per file
             if part := archive.testzip():
-                raise zipfile.BadZipFile(f'{part} is not what was written')
+                raise zipfile.BadZipFile(f'{part} does not match its checksum')
     except zipfile.BadZipFile as error:
         raise CheckpointError(
-            f"{path} is not nanoGPT's, or damaged or half fetched: {error}"
+            f"{path} is not nanoGPT's, or is damaged or incomplete: {error}; copy it again"
         ) from error
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        args = {'bias': True} | saved['model_args']  # without that setting, all had one
+        args = {'bias': True} | saved['model_args']  # before this setting, all had biases
         shape = {key: args[key] for key in NANOGPT_SHAPE}
         for key in sorted(args.keys() - {*NANOGPT_SHAPE, 'dropout'}):
             if args[key] not in EMPTY:
-                raise ValueError(f'{key}={args[key]!r} is not of its model')
+                raise ValueError(f'model_args has an unknown setting {key}={args[key]!r}')
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): t for k, t in saved['model'].items()}
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
-            raise TypeError('its weights are no tensors')
+            raise TypeError('its weights are not tensors')
         state = {'step': int(saved.get('iter_num', 0)), 'config': dict(saved.get('config', {}))}
     except Exception as error:  # a broken pickle can raise nearly anything
         if wants := re.search(r'GLOBAL (\S+)', str(error)):
-            what = f'is refused: it asks for {wants[1]}, which could run code'
-            raise CheckpointError(f'{path} {what}') from error
+            raise CheckpointError(
+                f'{path}: its pickle loads {wants[1]}, which could run code; save only tensors and '
+                'plain values'
+            ) from error
         reason = (str(error).strip().splitlines() or [repr(error)])[0][:150]
-        raise CheckpointError(f'{path}: not a checkpoint of nanoGPT: {reason}') from error
-    return filled({**shape, 'dropout': dropout}, weights.items(), path), state
+        raise CheckpointError(
+            f"{path} is not a nanoGPT checkpoint: {reason}; give one of nanoGPT's train.py"
+        ) from error
+    return model_from_tensors({**shape, 'dropout': dropout}, weights.items(), path), state
 
 
-def nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokenizer | None:
-    """The characters of its dataset's meta.pkl, looked for beside the checkpoint and among ours."""
+def find_nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of its dataset in data/, of a folder above the checkpoint or of this clone."""
     roots = [*path.resolve().parents, ROOT]
     for root in roots if re.fullmatch(r'[\w.-]+', dataset) else ():
         for name, read in (('meta.pkl', from_nanogpt_meta), ('tokenizer.json', load)):
             file = root / 'data' / dataset / name
             if file.is_file() and (found := read(file)).vocab_size == vocab_size:
                 return found
-    # without a meta.pkl, nanoGPT's own sample.py takes GPT-2's tokens too
+    # without a meta.pkl, nanoGPT's sample.py also uses GPT-2's tokenizer
     return get_tokenizer('gpt2') if vocab_size in GPT2_VOCABULARIES else None
 
 
@@ -313,7 +336,7 @@ def nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokenizer | 
 
 
 def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None:
-    """What a transformers folder has for a tokenizer, None if nothing tells."""
+    """The tokenizer of a transformers folder, None if it has none and is not GPT-2."""
     for files in (('tokenizer.json',), ('vocab.json', 'merges.txt')):
         paths = [folder / file for file in files]
         if all(path.is_file() for path in paths):
@@ -321,7 +344,7 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
     if vocab_size not in GPT2_VOCABULARIES:
         return None
     if os.environ.get('RANK', '0') == '0':
-        line = f"{name} has no tokenizer files; by its {vocab_size} ids it is taken for GPT-2's"
+        line = f"{name} has no tokenizer files; for its {vocab_size} ids, GPT-2's is used"
         print(line, file=sys.stderr)
     return with_configured_eos_ids(get_tokenizer('gpt2'), folder)
 
@@ -331,9 +354,9 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
 
 
 def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, folder: Path) -> None:
-    """A folder that AutoModelForCausalLM and AutoTokenizer load; all of it or nothing."""
+    """Write a folder that AutoModelForCausalLM and AutoTokenizer load: all of it or nothing."""
     files = {'config.json': config_json(model, tokenizer)}
-    files[GENERATION] = end_settings(tokenizer)
+    files[GENERATION] = bos_and_eos(tokenizer)
     if tokenizer is not None:
         end = tokenizer.eot_text if tokenizer.eot in tokenizer.stop_ids else None
         files['tokenizer.json'] = tokenizer_json(tokenizer)
@@ -344,7 +367,7 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             **(dict.fromkeys(('bos_token', 'eos_token'), end) if end else {}),
             **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
-        if tokenizer.chat_template:  # as it is, too: its Jinja is not read back
+        if tokenizer.chat_template:  # Jinja cannot be converted back
             files[MARKS] = tokenizer.chat_template
     with atomic_folder(folder) as part:
         save_file(transformers_tensors(model), part / WEIGHTS, metadata={'format': 'pt'})
@@ -355,7 +378,8 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
 
 
 def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters as they are there: GPT-2 always has biases, zero where ours has none."""
+    """Parameters under the names of transformers, whose GPT-2 always has biases: zero if ours
+    has none."""
     tensors = {name: p.detach().cpu() for name, p in model.named_parameters()}
     tensors = {
         name: (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
@@ -368,15 +392,15 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def end_settings(tokenizer: Tokenizer | None) -> dict:
-    """What begins a text and what ends it: an id, or a list where several do."""
-    ends = [] if tokenizer is None else tokenizer.ordered_stop_ids
+def bos_and_eos(tokenizer: Tokenizer | None) -> dict:
+    """bos_token_id and eos_token_id; a list if several ids end a text."""
+    ends = [] if tokenizer is None else tokenizer.ends_in_order
     end = ends if len(ends) > 1 else next(iter(ends), None)
     return {'bos_token_id': None if tokenizer is None else tokenizer.eot, 'eos_token_id': end}
 
 
 def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
-    c, both = model.config, end_settings(tokenizer) | {'dtype': 'float32'}
+    c, both = model.config, bos_and_eos(tokenizer) | {'dtype': 'float32'}
     if c.arch == 'gpt2':
         return {
             'architectures': ['GPT2LMHeadModel'],
@@ -384,7 +408,7 @@ def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
             **{theirs: asdict(c)[ours] for ours, theirs in GPT2_NAMES.items()},
             **{key: values[0] for key, values in GPT2_SETTINGS.items()},
             **dict.fromkeys(('attn_pdrop', 'embd_pdrop', 'resid_pdrop'), c.dropout),
-            'flatgpt_bias': c.bias,  # False: the biases in the file are zero, and none are ours
+            'flatgpt_bias': c.bias,  # False: all biases in the file are zero
             **both,
         }
     return {
@@ -411,7 +435,7 @@ def model_card(model: GPT, tokenizer: Tokenizer | None, state: dict) -> str:
         if tokenizer is None
         else f'{tokenizer.name}, {tokenizer.vocab_size} ids',
         'trained on': settings.get('dataset'),
-        'began from': settings.get('init_from'),
+        'initialized from': settings.get('init_from'),
         'steps': state.get('step'),
         'training loss': state.get('train_loss'),
         'validation loss': state.get('val_loss'),

@@ -1,4 +1,4 @@
-"""GGUF files, for llama.cpp and what is built on it: GPT-2, its matrices in 16 bits."""
+"""Export GPT-2 models to GGUF, the format of llama.cpp."""
 
 import os
 import re
@@ -15,22 +15,24 @@ from model import GPT, GPTConfig
 
 
 def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path) -> None:
-    """A file for llama.cpp and what is built on it: GPT-2, matrices in 16 bits."""
+    """Write a GGUF file with matrices in float16 and the tokenizer. Raises UserError."""
     try:
         import gguf
     except ImportError:
-        raise UserError('writing GGUF needs: pip install gguf') from None
+        raise UserError('GGUF export needs the package gguf: pip install gguf') from None
     c = model.config
     if c.arch != 'gpt2':
-        raise ConfigError(f"arch={c.arch!r}: llama.cpp has no such model; only 'gpt2' goes to GGUF")
+        raise ConfigError(
+            f'arch={c.arch!r}: llama.cpp does not support it; export without --format=gguf'
+        )
     if tokenizer is None:
         raise UserError(
-            'a GGUF file holds the tokenizer, and this model came without; say which it was made '
-            'with --tokenizer='
+            'a GGUF file needs a tokenizer, and this model has none; give the one it was trained '
+            'with as --tokenizer'
         )
     check_gguf_tokenizer(tokenizer)
     if os.path.lexists(path):
-        raise UserError(f'{path} is there already; name a new file')
+        raise UserError(f'{path} already exists; choose another file')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as part:
@@ -47,24 +49,28 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
             writer.write_tensors_to_file()
             writer.close()
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror or error}') from error
+        reason = error.strerror or error
+        raise UserError(f'{path} cannot be written: {reason}; choose another path') from error
 
 
 def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
-    """UserError for what llama.cpp would encode, or end, in another way."""
-    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_PATTERN:
+    """UserError for a tokenizer that llama.cpp cannot reproduce."""
+    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_WORDS:
         raise UserError(
-            f"tokenizer {tokenizer.name}: llama.cpp splits text as 'gpt2' and 'byte' do; without "
-            '--format=gguf it is exported'
+            f"tokenizer {tokenizer.name}: llama.cpp splits text like 'gpt2' or 'byte'; export "
+            'without --format=gguf'
         )
     for token in tokenizer.added or ():
         if token.single_word or token.lstrip or token.rstrip:
             raise UserError(
-                f'added token {token.text!r}: has single_word, lstrip or rstrip, which a GGUF file '
-                'cannot say; without --format=gguf it is exported'
+                f'added token {token.text!r}: a GGUF file has no single_word, lstrip and rstrip; '
+                'export without --format=gguf'
             )
-    if len(tokenizer.stop_ids) > 3:
-        raise UserError(f'{len(tokenizer.stop_ids)} ids end a text; a GGUF file has room for three')
+    if len(tokenizer.ends) > 3:
+        raise UserError(
+            f'{len(tokenizer.ends)} end-of-text tokens: a GGUF file has three at most; export '
+            'without --format=gguf'
+        )
 
 
 def add_gguf_shape(writer, gguf, c: GPTConfig) -> None:
@@ -91,14 +97,14 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
     writer.add_tokenizer_pre('gpt-2')
     writer.add_token_list(words)
     writer.add_token_types(kinds)
-    # llama.cpp insists on a merge; the byte 255 is in no text, let alone twice
-    never = [next(letter for letter, byte in byte_alphabet().items() if byte == 255)] * 2
-    writer.add_token_merges([' '.join(pair) for pair in merges or [never]])
+    # llama.cpp needs at least one merge; the byte 255 is in no UTF-8 text
+    unused_merge = [next(letter for letter, byte in byte_letters().items() if byte == 255)] * 2
+    writer.add_token_merges([' '.join(pair) for pair in merges or [unused_merge]])
     if tokenizer.eot is not None:
         writer.add_bos_token_id(tokenizer.eot)
-    # all of them end a completion there; only their names differ
-    ways = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for add, i in zip(ways, tokenizer.ordered_stop_ids, strict=False):
+    # in llama.cpp each of them ends a completion
+    setters = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, i in zip(setters, tokenizer.ends_in_order, strict=False):
         add(i)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
@@ -119,7 +125,7 @@ GGUF_NAMES = {
 
 
 def gguf_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters under llama.cpp's names; it too wants every bias, and has matrices as ours are."""
+    """Parameters under llama.cpp's names. It needs every bias; its matrices are (out, in)."""
     tensors = {}
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition('.')

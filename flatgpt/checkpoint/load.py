@@ -1,9 +1,9 @@
 """
-Finds, verifies and reads checkpoints.
+Find, verify and read checkpoints.
 
     path = find('out/my_run', 'best')                    # or 'last', or the path of one
     model, tokenizer, state = load(path)
-    model, tokenizer, state = load_model('out/my_run')   # or what others made: 'gpt2', a folder
+    model, tokenizer, state = load_model('out/my_run')   # or 'gpt2', a transformers folder ...
 """
 
 import json
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from flatgpt.checkpoint.convert import RELEASED, is_foreign, load_foreign
-from flatgpt.checkpoint.peft import base_of, is_adapter, read_adapter
-from flatgpt.checkpoint.weights import filled, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
+from flatgpt.checkpoint.peft import CONFIG, base_of, is_adapter, read_adapter
+from flatgpt.checkpoint.weights import model_from_tensors, open_weights, read_tensor
+from flatgpt.data.hf_tokenizer import find_tokenizer, with_marks
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
@@ -34,7 +34,7 @@ STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
 STEP = re.compile(r'step-(\d{8,})(\.again)?')
 
 
-def listed(out_dir: str | Path) -> list[Path]:
+def list_checkpoints(out_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, oldest first, unverified."""
     paths = [p for p in (Path(out_dir) / 'checkpoints').glob('step-*') if STEP.fullmatch(p.name)]
     return sorted(paths, key=lambda path: (step_of(path), path.name))
@@ -45,33 +45,33 @@ def step_of(path: Path) -> int:
 
 
 def best_first(paths: list[Path]) -> list[Path]:
-    """Lowest validation loss first, the later of two equals; those not evaluated come last."""
+    """Sort by validation loss, lowest first, then by step, latest first; without one: last."""
     return sorted(paths, key=lambda path: (val_loss(path), -step_of(path)))
 
 
 def val_loss(path: Path) -> float:
-    """Validation loss measured at a checkpoint's own step, infinite if there was none or NaN."""
+    """Validation loss measured at the checkpoint's own step; infinite if there is none, or NaN."""
     state = read_state(path) or {}
     loss = state.get('val_loss') if state.get('evaluated') else None
     return loss if isinstance(loss, float) and not math.isnan(loss) else math.inf
 
 
 def newest_run() -> Path:
-    """The folder below out/ with the newest checkpoint."""
+    """The run directory in out/ with the newest checkpoint."""
     paths = [p for p in Path('out').glob('*/checkpoints/step-*') if STEP.fullmatch(p.name)]
     if not paths:
         raise CheckpointError(
-            'there is no trained model in out/; train one (python train.py config/quickstart.py) '
-            'or name its folder with --out_dir'
+            'no trained model in out/; train one (python train.py config/quickstart.py) or give a '
+            'run directory as --out_dir'
         )
     return max(paths, key=lambda path: path.stat().st_mtime_ns).parents[1]
 
 
 def find(where: str | Path, which: str = 'best') -> Path:
-    """The verified checkpoint that `which` ('last', 'best', or its path) means in a run's folder.
+    """The verified checkpoint of a run directory: 'last', 'best', or the path of one.
 
-    A damaged one is named on standard error and the next choice is taken: for 'last' the one
-    before, for 'best' the next lowest validation loss. CheckpointError if none is left.
+    If it is damaged, prints a warning and takes the next choice: for 'last' the one before, for
+    'best' the next lowest validation loss. CheckpointError if none is intact.
     """
     where = Path(where)
     if which not in ('last', 'best'):
@@ -79,50 +79,57 @@ def find(where: str | Path, which: str = 'best') -> Path:
     if (where / MANIFEST).is_file() or STEP.fullmatch(where.name):
         verify(where)
         return where
-    paths = best_first(listed(where)) if which == 'best' else listed(where)[::-1]
-    for path in sorted(paths, key=lambda path: read_state(path) is not None):  # damage is reported
-        try:
-            verify(path)
+    paths = list_checkpoints(where)
+    paths = best_first(paths) if which == 'best' else paths[::-1]
+    for path in sorted(paths, key=lambda path: read_state(path) is not None):  # unreadable: warn
+        damage = damage_in(path)
+        if not damage:
             return path
-        except CheckpointError as error:
-            print(f'warning: {error}; trying another one', file=sys.stderr)
+        print(f'warning: {path} is damaged: {damage}; trying another one', file=sys.stderr)
     if paths:
         raise CheckpointError(
-            f'{where}: every checkpoint is damaged; start anew in another --out_dir'
+            f'{where}: every checkpoint is damaged; start a new run in another --out_dir'
         )
     if str(where) == which:
         raise CheckpointError(
             f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
     if is_foreign(where) and (where.exists() or str(where) in RELEASED):
-        raise CheckpointError(f'{where}: is not of a run, so leave out --checkpoint')
+        raise CheckpointError(f'{where} is not a run directory; remove --checkpoint')
     if not where.is_dir():
         hint = did_you_mean(str(where).lower(), RELEASED)
         raise CheckpointError(
-            f'{where}: no such folder; {hint}--out_dir and --init_from take that of a run'
+            f'{where}: no such folder; {hint}give a run directory as --out_dir or --init_from'
         )
     raise CheckpointError(
-        f'{where} has no checkpoint, which training writes first after --eval_interval steps, '
-        'and no config.json of transformers or ckpt.pt of nanoGPT'
+        f'{where} has no checkpoint, no config.json of transformers and no ckpt.pt of nanoGPT; '
+        'train until the first --eval_interval, or give another folder'
     )
 
 
 def verify(path: Path) -> None:
-    """Recompute every hash of a checkpoint; CheckpointError names the first file that differs."""
+    """Recompute every hash of a checkpoint. CheckpointError for the first file that differs."""
     if not path.is_dir():
-        raise CheckpointError(f'{path}: no such checkpoint')
+        raise CheckpointError(f'{path}: no such checkpoint; check the path')
+    if damage := damage_in(path):
+        raise CheckpointError(f'{path} is damaged: {damage}; give another checkpoint')
+
+
+def damage_in(path: Path) -> str | None:
+    """What is damaged in a checkpoint, None if all of its hashes are right."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
         needed = [n for n in (MODEL, OPTIMIZER, STATE) if not parts_of(n, list(manifest))]
         for name, digest in {**dict.fromkeys(needed, ''), **manifest}.items():
             if not (path / name).is_file():
-                raise CheckpointError(f'{path} is damaged: {name} is missing')
+                return f'{name} is missing'
             if sha256(path / name) != digest:
-                raise CheckpointError(f'{path} is damaged: {name} is not what was written')
+                return f'{name} does not match its hash'
     except (FileNotFoundError, ValueError, TypeError) as error:
-        raise CheckpointError(f'{path} is damaged: {MANIFEST}: {error}') from error
-    except OSError as error:  # the disk or the network, not the checkpoint: nobody falls back
+        return f'{MANIFEST}: {error}'
+    except OSError as error:  # of the disk or the network: the checkpoint may be intact
         raise UserError(f'{path} cannot be read: {error.strerror}; try again') from error
+    return None
 
 
 def read_state(path: Path) -> dict | None:
@@ -137,31 +144,31 @@ def read_state(path: Path) -> dict | None:
 def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
     """The model (float32, on the host), tokenizer and state of a verified checkpoint.
 
-    Adapters are in their places; merge_lora() makes the model one like any other.
+    LoRA adapters are in place, not merged.
     """
     named = read_tensors(path, MODEL)
-    model = filled({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
+    model = model_from_tensors({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
     if is_adapter(path / ADAPTER):
         read_adapter(model, path / ADAPTER, path / MODEL)
     return model, tokenizer_in(path), read_state(path)
 
 
 def parts_of(name: str, names: list[str]) -> list[str]:
-    """Those of `names` that hold `name`: the file itself, or the ranks' parts of it in order."""
+    """The files among `names` that hold `name`: the file itself, or the ranks' parts in order."""
     stem, _, suffix = name.partition('.')
     part = re.compile(rf'{stem}-\d+-of-\d+\.{suffix}')
     return sorted(n for n in names if n == name or part.fullmatch(n))
 
 
 def read_tensors(path: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint's file, one after the other; the rows of all ranks together."""
+    """The tensors of a checkpoint's file, one at a time; the rows of all ranks concatenated."""
     files = [path / part for part in parts_of(name, os.listdir(path))]
     with open_weights(files[0]) as file:
         keys = list(file.keys())
     for key in keys:
-        pieces = [read_tensor(file, key) for file in files]
-        one = len(pieces) == 1 or not pieces[0].dim()  # a count of steps has no rows
-        yield key, pieces[0] if one else torch.cat(pieces)
+        parts = [read_tensor(file, key) for file in files]
+        is_whole = len(parts) == 1 or not parts[0].dim()  # a step count is a scalar
+        yield key, parts[0] if is_whole else torch.cat(parts)
 
 
 def shape_in(path: Path) -> dict:
@@ -170,7 +177,8 @@ def shape_in(path: Path) -> dict:
     unknown = set(shape) - {field.name for field in fields(GPTConfig)}
     if unknown:
         raise CheckpointError(
-            f'{path} is of an architecture that this version does not have ({", ".join(unknown)})'
+            f'{path} has unknown model settings ({", ".join(unknown)}); load it with the version '
+            'of flatGPT that wrote it'
         )
     return shape
 
@@ -188,15 +196,15 @@ def load_model(
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
 
-    where: a run's folder, a checkpoint, None for the newest run, or what others made: a
-    `transformers` folder, a hub's name such as 'gpt2', a nanoGPT checkpoint, a folder of `peft`,
-    whose base is found by the name it gives. Adapters are merged. tokenizer: where to find one to
-    use instead of what comes with the model, see find_tokenizer().
+    where: a run directory, a checkpoint, None for the newest run, or a model of others: a
+    `transformers` folder, a name on the hub such as 'gpt2', a nanoGPT checkpoint, a `peft` folder,
+    whose config gives its base. Adapters are merged. tokenizer: replaces the model's own, see
+    find_tokenizer().
     """
     where = newest_run() if where is None else where
     named = find_tokenizer(tokenizer) if tokenizer else None
     if which != 'best' and (is_adapter(where) or is_foreign(where)):
-        raise CheckpointError(f'{where}: is not of a run, so leave out --checkpoint')
+        raise CheckpointError(f'{where} is not a run directory; remove --checkpoint')
     if is_adapter(where):
         model, found, state = load_adapted(Path(where), dropout, tokenizer)
     elif is_foreign(where):
@@ -205,37 +213,44 @@ def load_model(
         model, found, state = load(find(where, which), dropout)
     model, found = merge_lora(model), named or found
     if found and found.vocab_size > model.config.vocab_size:
-        ids = f'{found.vocab_size} ids, and the model {model.config.vocab_size}'
-        raise CheckpointError(f'{where}: its tokenizer has {ids}: one is not made for the other')
+        raise CheckpointError(
+            f'{where}: the tokenizer has {found.vocab_size} ids and the model '
+            f'{model.config.vocab_size}; give the one it was trained with as --tokenizer'
+        )
     return model.to(device).eval(), found, state
 
 
 def load_adapted(
     folder: Path, dropout: float, tokenizer: str | None
 ) -> tuple[GPT, Tokenizer | None, dict]:
-    """The base that a folder of `peft` names, with the folder's adapters in their places."""
+    """The base model of a `peft` folder, with the folder's adapters in place."""
     base = base_of(folder)
     if is_adapter(base):
-        raise CheckpointError(f'{folder}: its base {base} is an adapter too')
+        raise CheckpointError(
+            f'{folder}: its base {base} is an adapter, too; merge it (python -m flatgpt.checkpoint '
+            f'export {base} DIR) and set base_model_name_or_path in {CONFIG} to DIR'
+        )
     try:
         model, found, _ = load_model(base, dropout=dropout, tokenizer=tokenizer)
     except CheckpointError as error:
-        raise CheckpointError(f'{folder} adapts a model that is not there: {error}') from error
+        raise CheckpointError(
+            f'{folder}: set base_model_name_or_path in {CONFIG} to its base model: {error}'
+        ) from error
     read_adapter(model, folder, base)
     return model, with_saved_chat_template(found, folder), {}
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Give the optimizers the state a checkpoint holds for each of the model's parameters."""
+    """Load a checkpoint's optimizer state, stored by parameter, into the optimizers."""
     states, parameters = {}, dict(model.named_parameters())
     for key, tensor in read_tensors(path, OPTIMIZER):
         name, _, entry = key.rpartition('.')
-        # cloned, or it would be a mapping of the file, which prune() could then not remove
-        tensor = shard_like(tensor, parameters[name]) if tensor.dim() else tensor
+        # cloned: a memory-mapped file could not be removed by prune()
+        tensor = cut_like(tensor, parameters[name]) if tensor.dim() else tensor
         states.setdefault(name, {})[entry] = tensor.clone()
     names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:
-        packed = optimizer.state_dict()
+        state = optimizer.state_dict()
         order = [names[p] for group in optimizer.param_groups for p in group['params']]
-        packed['state'] = {i: states[name] for i, name in enumerate(order) if name in states}
-        optimizer.load_state_dict(packed)
+        state['state'] = {i: states[name] for i, name in enumerate(order) if name in states}
+        optimizer.load_state_dict(state)

@@ -1,9 +1,9 @@
 """
-A second place for a run's checkpoints: a folder that may be an object store, such as a mounted
-bucket, which has no renaming and no flushing.
+A second copy of a run's checkpoints, in a folder that may be a mounted bucket of an object store:
+renames are not atomic there, and nothing is flushed.
 
-    send(path, mirror, keep_evaluated=False, run='...')   # its manifest last: without, it is none
-    restore(mirror, out_dir)                              # the newest, back to a disk that is empty
+    send(path, mirror, keep_evaluated=False, run='...')   # manifest last: without it, incomplete
+    restore(mirror, out_dir)                              # copy the newest back to an empty disk
 """
 
 import shutil
@@ -14,21 +14,21 @@ from pathlib import Path
 
 import filelock
 
-from flatgpt.checkpoint.load import MANIFEST, listed, read_state, step_of, verify
-from flatgpt.checkpoint.save import clear, hidden, prune, set_aside
-from flatgpt.errors import CheckpointError, ConfigError, UserError
-from flatgpt.files import fsync, fsync_tree, is_same_path, sha256
+from flatgpt.checkpoint.load import MANIFEST, damage_in, list_checkpoints, read_state, step_of
+from flatgpt.checkpoint.save import make_temp_folder, prune, set_aside, temp_path
+from flatgpt.errors import ConfigError, UserError
+from flatgpt.files import flush, flush_all, is_same, sha256
 
-# what a run goes on with, besides its checkpoints
+# files of a run directory that a resumed run needs, in addition to a checkpoint
 BESIDE_CHECKPOINTS = ('config.py', 'metrics.jsonl', 'reference.safetensors')
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """The mirror of one run. run: as state.json calls it; the mirror of another is left alone."""
+    """The mirror of one run. run: its id in state.json; another run's mirror is not written."""
 
     folder: Path
-    keep_evaluated: bool = False  # every checkpoint that was evaluated, as in the run's own folder
+    keep_evaluated: bool = False  # keep every evaluated checkpoint
     run: str | None = None
 
     def __str__(self) -> str:
@@ -39,31 +39,30 @@ class Mirror:
 
 
 def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None) -> None:
-    """Copy a checkpoint, and what lies beside the checkpoints, to the mirror.
+    """Copy a checkpoint, with BESIDE_CHECKPOINTS, to the mirror, and prune the mirror.
 
-    run: of whom it has to be, if it is of anybody. OSError where it is not, or cannot be written.
+    run: the id of its run. UserError if the mirror is another run's, OSError if it cannot be
+    written.
     """
     target = mirror / 'checkpoints' / path.name
-    if run and {run_of(other) for other in listed(mirror)} - {None, run}:
-        raise OSError('it has checkpoints of another run: give each a --checkpoint_mirror')
-    for other in listed(mirror):
-        if other == target or not (other / MANIFEST).is_file():  # of a process that was killed
+    if run:
+        check_one_run(mirror, {run, *map(run_id, list_checkpoints(mirror))})
+    for other in list_checkpoints(mirror):
+        if other == target or not (other / MANIFEST).is_file():  # incomplete
             remove(other)
     try:
-        fill(target, path)
+        copy_files(target, path)
     except OSError:
-        if not path.exists():  # pruned meanwhile: half of it would never count
+        if not path.exists():  # pruned meanwhile
             remove(target)
         raise
     prune(target.parent, keep_evaluated, remove)
 
 
-def fill(target: Path, path: Path) -> None:
+def copy_files(target: Path, path: Path) -> None:
     """Copy the files of a checkpoint, its manifest last."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (
-        BESIDE_CHECKPOINTS
-    ):  # with each, as of its step: a file that is written anew can be cut short
+    for name in BESIDE_CHECKPOINTS:  # a copy per checkpoint: one file for all could be truncated
         with suppress(FileNotFoundError):
             shutil.copyfile(path.parents[1] / name, target / name)
     files = [file for file in path.rglob('*') if file.is_file()]
@@ -75,39 +74,50 @@ def fill(target: Path, path: Path) -> None:
         shutil.copyfile(file, copy)
 
 
-def run_of(path: Path) -> str | None:
-    """What tells the checkpoints of one run from those of another; of older ones, None."""
+def run_id(path: Path) -> str | None:
+    """The id of the run that wrote a checkpoint, None for older ones."""
     return (read_state(path) or {}).get('run')
 
 
-def catch_up(path: Path, mirror: str | Path) -> None:
-    """Have the mirror hold a checkpoint that a killed run had not copied yet."""
+def check_one_run(mirror: str | Path, runs: set[str | None]) -> None:
+    if len(runs - {None}) > 1:
+        raise UserError(
+            f'checkpoint_mirror={str(mirror)!r} has checkpoints of another run; give each run its '
+            'own --checkpoint_mirror'
+        )
+
+
+def copy_if_missing(path: Path, mirror: str | Path) -> None:
+    """Copy a checkpoint to the mirror, if a killed run had not done so yet."""
     if not (Path(mirror) / 'checkpoints' / path.name / MANIFEST).is_file():
         try:
-            send(path, Path(mirror), keep_evaluated=True, run=run_of(path))
+            send(path, Path(mirror), keep_evaluated=True, run=run_id(path))
         except OSError as error:
-            raise UserError(f'{path} cannot be copied to {mirror}: {error}') from error
+            raise UserError(
+                f'{path} cannot be copied to {mirror}: {error}; make room or give another '
+                '--checkpoint_mirror'
+            ) from error
 
 
 def remove(path: Path) -> None:
-    """Remove a mirrored checkpoint; it stops to count first."""
+    """Remove a mirrored checkpoint; the manifest first, so that it is never half valid."""
     with suppress(OSError):
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
 def check_mirror(mirror: str, out_dir: str | Path | None) -> None:
-    """Refuse what cannot be a second place."""
+    """ConfigError for a mirror that is a URL or the run directory itself."""
     if '://' in mirror:
         raise ConfigError(
-            f'checkpoint_mirror={mirror!r}: mount the bucket, and give the folder it is mounted at'
+            f'checkpoint_mirror={mirror!r} is a URL; mount the bucket and give its folder'
         )
-    if out_dir and is_same_path(mirror, out_dir):
-        raise ConfigError(f'checkpoint_mirror={mirror!r} is the out_dir: give a second folder')
+    if out_dir and is_same(mirror, out_dir):
+        raise ConfigError(f'checkpoint_mirror={mirror!r} is the out_dir; give another folder')
 
 
 def probe_mirror(mirror: str | Path) -> None:
-    """Raise UserError unless the mirror can be written."""
+    """UserError unless the mirror can be written."""
     probe = Path(mirror) / '.write'
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -115,68 +125,62 @@ def probe_mirror(mirror: str | Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(
-            f'checkpoint_mirror={str(mirror)!r}: cannot be written: {error.strerror}; give another '
-            'folder, or leave it out'
+            f'checkpoint_mirror={str(mirror)!r} cannot be written: {error.strerror}; give another '
+            'folder, or remove it'
         ) from error
 
 
-def begin_mirror(mirror: str | Path, step: int) -> None:
-    """Drop the checkpoints past `step`, -1 for a new run, which are now made, or made again."""
-    for path in listed(mirror):
+def remove_later(mirror: str | Path, step: int) -> None:
+    """Remove the checkpoints after `step`, -1 for a new run: they will be written again."""
+    for path in list_checkpoints(mirror):
         if step_of(path) > step:
             remove(path)
 
 
 def restore(mirror: str | Path, out_dir: str | Path) -> None:
-    """Bring the mirror's newest checkpoint to out_dir, unless one as new is there, and whole."""
-    there = [path for path in listed(mirror) if (path / MANIFEST).is_file()]
-    here = next((path for path in reversed(listed(out_dir)) if is_whole(path)), None)
-    runs = {run_of(path) for path in [*there, *([here] if here else [])]}
-    if len(runs - {None}) > 1:
-        raise UserError(
-            f'checkpoint_mirror={str(mirror)!r} has checkpoints of another run than {out_dir}: '
-            'give each a --checkpoint_mirror'
-        )
-    for path in reversed(there):
-        if here and (step_of(path), path.name) <= (step_of(here), here.name):
+    """Copy the mirror's newest checkpoint to out_dir, unless out_dir has an intact one as new."""
+    mirrored = [path for path in list_checkpoints(mirror) if (path / MANIFEST).is_file()]
+    local = next((path for path in reversed(list_checkpoints(out_dir)) if is_intact(path)), None)
+    check_one_run(mirror, {run_id(path) for path in [*mirrored, *([local] if local else [])]})
+    for path in reversed(mirrored):
+        if local and (step_of(path), path.name) <= (step_of(local), local.name):
             return
         if fetch(path, Path(out_dir)):
             return
 
 
-def is_whole(path: Path) -> bool:
-    try:
-        return verify(path) is None
-    except CheckpointError:
-        return False
+def is_intact(path: Path) -> bool:
+    return damage_in(path) is None
 
 
 def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
-    """Copy a checkpoint from the mirror, if it is whole, with what lies beside the checkpoints.
+    """Copy a checkpoint with BESIDE_CHECKPOINTS from the mirror -> whether it is intact.
 
-    manifest: the hash of its manifest. A checkpoint of that name that is here with another one, or
-    is damaged, is set aside.
+    manifest: the hash of its manifest. A local checkpoint of that name is set aside if it has
+    another one or is damaged.
     """
     final = out_dir / 'checkpoints' / path.name
     final.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out_dir / '.fetch.lock'):  # several machines may share the disk
-        if is_whole(final) and manifest in (None, sha256(final / MANIFEST)):
+        if is_intact(final) and manifest in (None, sha256(final / MANIFEST)):
             return True
         try:
             if final.exists():
                 set_aside(final)
-            clear(final, sum(file.stat().st_size for file in path.iterdir()))
-            shutil.copytree(path, hidden(final), dirs_exist_ok=True)
-            verify(hidden(final))
-            fsync_tree(hidden(final))
-        except CheckpointError as error:
-            print(f'warning: {path}: {error}; trying another one', file=sys.stderr)
-            return False
+            make_temp_folder(final, sum(file.stat().st_size for file in path.iterdir()))
+            shutil.copytree(path, temp_path(final), dirs_exist_ok=True)
+            if damage := damage_in(temp_path(final)):
+                print(f'warning: {path} is damaged: {damage}; trying another one', file=sys.stderr)
+                return False
+            flush_all(temp_path(final))
         except OSError as error:
-            raise UserError(f'{path} cannot be brought to {out_dir}: {error}') from error
-        for beside in (hidden(final) / name for name in BESIDE_CHECKPOINTS):
+            raise UserError(
+                f'{path} cannot be copied to {out_dir}: {error}; make room or give another '
+                '--out_dir'
+            ) from error
+        for beside in (temp_path(final) / name for name in BESIDE_CHECKPOINTS):
             if beside.exists():
                 beside.replace(out_dir / beside.name)
-        hidden(final).rename(final)
-        fsync(final.parent)
+        temp_path(final).rename(final)
+        flush(final.parent)
         return True

@@ -1,16 +1,16 @@
 """
-Writes checkpoints: at once, or while training goes on and waits only for a copy of the tensors.
+Write checkpoints at once, or in the background: training then waits only for a copy of the tensors.
 
     path = save(out_dir, model, optimizers, tokenizer, state)
 
     saver = Saver(out_dir, runtime, mirror=Mirror(Path('/bucket/my_run')))
     saver.save(model, optimizers, tokenizer, state)
-    for problem in saver.news(): ...
+    for warning in saver.pop_warnings(): ...
     saver.finish()
 
-A checkpoint is written under a temporary name, flushed to the disk and then renamed, so a folder
-called step-... is whole whenever the power went. None is ever overwritten: one that was saved on
-the way out, and is evaluated only now, becomes step-00002000.again.
+A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a folder
+called step-... is complete even after a power cut. None is overwritten: if a step was saved without
+evaluation and is saved again after it, the second is step-00002000.again.
 """
 
 import json
@@ -37,7 +37,7 @@ from flatgpt.checkpoint.load import (
     STATE,
     TOKENIZER,
     best_first,
-    listed,
+    list_checkpoints,
     read_state,
     step_of,
     val_loss,
@@ -51,8 +51,8 @@ from flatgpt.parallel import local, settle
 from flatgpt.runtime import Runtime
 from model import GPT
 
-PART_SECONDS = 600  # that rank 0 waits for the files of another
-SMALL = 2**26  # bytes that are written at once: in a twentieth of a second, and none is lost to it
+PART_TIMEOUT = 600  # seconds that rank 0 waits for the files of another rank
+SMALL = 2**26  # bytes; smaller checkpoints are written at once, in about 0.05 s
 
 
 # -----------------------------------------------------------------------------
@@ -67,53 +67,52 @@ def save(
     state: dict,
     keep_evaluated: bool = False,
 ) -> Path:
-    """Write checkpoints/step-<state['step']> and drop what is no longer needed -> its path.
+    """Write checkpoints/step-<state['step']> and prune the others -> its path.
 
-    state: plain values for state.json. 'step' names the folder; 'val_loss' (None before the first
-    evaluation) decides which checkpoint is the best; 'evaluated' says whether it is of this step.
-    Kept are the last two, the best, and with keep_evaluated every one that was evaluated.
-    Raises OSError if the disk fails or is full; what was there before is then still there.
+    state: plain values for state.json. 'step' names the folder, the lowest 'val_loss' (None before
+    the first evaluation) is the best, 'evaluated' is whether the loss is of this step.
+    keep_evaluated: see prune(). OSError if the disk fails or is full; the checkpoints before stay.
 
-    By one process, at once; a Saver does the same with several, and in the background.
+    For one process. A Saver works with several, and in the background.
     """
     if path := saved_before(out_dir, state):
         return path
-    final, tensors = place(out_dir, state), tensors_of(model, optimizers)
-    clear(final, size_of(tensors))
-    write(final, tensors, documents_of(model, tokenizer, state), keep_evaluated)
+    final, tensors = checkpoint_path(out_dir, state), tensors_of(model, optimizers)
+    make_temp_folder(final, size_of(tensors))
+    write(final, tensors, small_files_of(model, tokenizer, state), keep_evaluated)
     return final
 
 
 def saved_before(out_dir: str | Path, state: dict) -> Path | None:
-    """The checkpoint of this step of this run, if there is one that would be equal."""
-    for path in listed(out_dir):
+    """The checkpoint of this step, if there is one that would be equal."""
+    for path in list_checkpoints(out_dir):
         if step_of(path) == state['step']:
-            there = read_state(path) or {}
-            if there.get('evaluated') == state['evaluated']:
+            saved = read_state(path) or {}
+            if saved.get('evaluated') == state['evaluated']:
                 return path
     return None
 
 
-def place(out_dir: str | Path, state: dict) -> Path:
-    """Where the checkpoint of a step will be: beside what is there of it already."""
+def checkpoint_path(out_dir: str | Path, state: dict) -> Path:
+    """Where to write the checkpoint of a step, which may have one already."""
     path = Path(out_dir) / 'checkpoints' / f'step-{state["step"]:08d}'
     return path.with_name(f'{path.name}.again') if path.exists() else path
 
 
 def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
-    """What each file will hold; of a sharded model, this rank's rows. Nothing is copied."""
-    reshard(model)
+    """The tensors of each file; of a sharded model, this rank's rows. Nothing is copied."""
+    settle(model)
     return {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
 
 
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
-    """Parameters by name, without adapters. named_parameters() gives a tied matrix once."""
+    """Parameters by name, without adapters and with tied matrices once."""
     named = {name: p for name, p in model.named_parameters() if '.lora_' not in name}
     return {name: to_local(p.detach()).contiguous() for name, p in named.items()}
 
 
 def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
-    """The state of every parameter, which one of the optimizers holds, as <parameter>.<key>."""
+    """The optimizers' state of every parameter, as <parameter>.<key>."""
     named, states = {}, {p: state for each in optimizers for p, state in each.state.items()}
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
@@ -121,14 +120,14 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
     return named
 
 
-def documents_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
-    """The small files of a checkpoint, by name. Of a sharded model every rank has to ask."""
+def small_files_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
+    """{name: content} of a checkpoint's small files. Collective if the model is sharded."""
     base = state.get('config', {}).get('init_from')
-    files = adapter_files(model, base) if lora_layers(model) else {}
-    documents = {f'{ADAPTER}/{name}': content for name, content in files.items()}
+    files = adapter_files(model, base) if adapted(model) else {}
+    small_files = {f'{ADAPTER}/{name}': content for name, content in files.items()}
     if tokenizer is not None:
-        documents[TOKENIZER] = as_json(tokenizer.to_dict())
-    return documents | {STATE: as_json({**state, 'model': asdict(model.config)})}
+        small_files[TOKENIZER] = as_json(tokenizer.to_dict())
+    return small_files | {STATE: as_json({**state, 'model': asdict(model.config)})}
 
 
 def size_of(tensors: dict) -> int:
@@ -136,94 +135,91 @@ def size_of(tensors: dict) -> int:
     return sum(t.nbytes for named in tensors.values() for t in named.values()) + 2**22
 
 
-def clear(final: Path, need: int) -> None:
-    """Make an empty folder for what becomes the checkpoint `final`; OSError without room for it.
-
-    Refused before anything is written: a half-written file helps nobody.
-    """
+def make_temp_folder(final: Path, need: int) -> None:
+    """Make the empty folder that becomes the checkpoint `final`. OSError without room for it."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    check_free_space(final.parent, need)
-    for leftover in final.parent.glob('.*'):  # of a save or a removal that was killed
+    check_space(final.parent, need)
+    for leftover in final.parent.glob('.*'):  # of a killed save or removal
         shutil.rmtree(leftover, ignore_errors=True)
-    hidden(final).mkdir()
+    temp_path(final).mkdir()
 
 
-def hidden(path: Path) -> Path:
-    """The name of a checkpoint that does not count: not whole yet, or being removed."""
+def temp_path(path: Path) -> Path:
+    """The hidden name of a checkpoint that is being written or removed."""
     return path.with_name(f'.{path.name}')
 
 
 def write(
     final: Path,
     tensors: dict[str, dict[str, torch.Tensor]],
-    documents: dict[str, bytes],
+    small_files: dict[str, bytes],
     keep_evaluated: bool,
     rank: int = 0,
     ranks: int = 1,
 ) -> None:
-    """Write the tensors of one of `ranks` to the folder that clear() made; rank 0 publishes it all.
+    """Write one rank's tensors to the folder that make_temp_folder() made; rank 0 publishes all.
 
-    The ranks tell one another by files, not by messages, so that each can do this in a thread.
+    The ranks communicate by files, so that each can call this in a thread.
     """
-    parts = hidden(final)
+    temp = temp_path(final)
     if rank > 0:
-        return write_part(parts, tensors, rank, ranks)
+        return write_part(temp, tensors, rank, ranks)
     try:
-        hashes = write_tensors(parts, tensors, rank, ranks)
-        for name, content in documents.items():
-            (parts / name).parent.mkdir(exist_ok=True)
-            (parts / name).write_bytes(content)
-            hashes[name] = sha256(parts / name)
+        hashes = write_tensors(temp, tensors, rank, ranks)
+        for name, content in small_files.items():
+            (temp / name).parent.mkdir(exist_ok=True)
+            (temp / name).write_bytes(content)
+            hashes[name] = sha256(temp / name)
         for other in range(1, ranks):
-            hashes |= hashes_of_part(parts, other)
-        (parts / MANIFEST).write_bytes(as_json(hashes))
-        fsync_tree(parts)
+            hashes |= wait_for_part(temp, other)
+        (temp / MANIFEST).write_bytes(as_json(hashes))
+        flush_all(temp)
     except BaseException as error:
-        shutil.rmtree(parts, ignore_errors=True)  # a full disk needs its space back
-        if isinstance(error, SafetensorError):  # its word for an OSError
+        shutil.rmtree(temp, ignore_errors=True)  # the disk may be full
+        if isinstance(error, SafetensorError):  # raised by safetensors instead of OSError
             raise OSError(str(error)) from error
         raise
     publish(final, keep_evaluated)
 
 
-def write_tensors(parts: Path, tensors: dict, rank: int, ranks: int) -> dict[str, str]:
-    """Write the files of one rank -> the hash of each."""
+def write_tensors(temp: Path, tensors: dict, rank: int, ranks: int) -> dict[str, str]:
+    """Write the files of one rank -> {name: sha256}"""
     hashes = {}
     for name, named in tensors.items():
         name = part_name(name, rank, ranks)
-        save_file({k: t.cpu() for k, t in named.items()}, parts / name, metadata={'format': 'pt'})
-        hashes[name] = sha256(parts / name)
+        save_file({k: t.cpu() for k, t in named.items()}, temp / name, metadata={'format': 'pt'})
+        hashes[name] = sha256(temp / name)
     return hashes
 
 
 def part_name(name: str, rank: int, ranks: int) -> str:
-    """model.safetensors, or of several ranks model-00001-of-00004.safetensors."""
+    """model.safetensors, or for several ranks model-00001-of-00004.safetensors."""
     stem, suffix = name.split('.')
     return name if ranks == 1 else f'{stem}-{rank + 1:05d}-of-{ranks:05d}.{suffix}'
 
 
-def write_part(parts: Path, tensors: dict, rank: int, ranks: int) -> None:
-    """Write the files of a rank other than 0, then what rank 0 waits for: their hashes."""
+def write_part(temp: Path, tensors: dict, rank: int, ranks: int) -> None:
+    """Write the files of a rank other than 0, then their hashes, which rank 0 waits for."""
     try:
-        report = write_tensors(parts, tensors, rank, ranks)
+        report = write_tensors(temp, tensors, rank, ranks)
         for name in report:
-            fsync(parts / name)
+            flush(temp / name)
     except (OSError, SafetensorError) as error:
-        for name in tensors:  # a full disk needs room for what rank 0 waits for
-            (parts / part_name(name, rank, ranks)).unlink(missing_ok=True)
+        for name in tensors:  # the disk may be full: make room for the report
+            (temp / part_name(name, rank, ranks)).unlink(missing_ok=True)
         report = {'error': f'rank {rank}: {error}'}
-    (parts / f'rank-{rank}.part').write_bytes(as_json(report))
-    (parts / f'rank-{rank}.part').rename(parts / f'rank-{rank}')
+    (temp / f'rank-{rank}.part').write_bytes(as_json(report))
+    (temp / f'rank-{rank}.part').rename(temp / f'rank-{rank}')
     if 'error' in report:
         raise OSError(report['error'])
 
 
-def hashes_of_part(parts: Path, rank: int) -> dict[str, str]:
-    """Wait for what write_part() says, and take it away."""
-    path, deadline = parts / f'rank-{rank}', time.monotonic() + PART_SECONDS
+def wait_for_part(temp: Path, rank: int) -> dict[str, str]:
+    """Wait for the report of write_part(), and remove it -> {name: sha256}"""
+    path, deadline = temp / f'rank-{rank}', time.monotonic() + PART_TIMEOUT
     while not path.exists():
         if time.monotonic() > deadline:
-            raise OSError(f'rank {rank} did not write its part within {PART_SECONDS} s')
+            raise OSError(f'rank {rank} did not write its part within {PART_TIMEOUT} s')
         time.sleep(0.01)
     report = json.loads(path.read_text(encoding='utf-8'))
     path.unlink()
@@ -233,9 +229,9 @@ def hashes_of_part(parts: Path, rank: int) -> dict[str, str]:
 
 
 def publish(final: Path, keep_evaluated: bool) -> None:
-    """Let a checkpoint that is whole count, and drop what is no longer needed."""
-    hidden(final).rename(final)
-    fsync(final.parent)
+    """Rename a complete checkpoint to its final name, and prune the others."""
+    temp_path(final).rename(final)
+    flush(final.parent)
     try:
         prune(final.parent, keep_evaluated)
     except OSError as error:
@@ -243,25 +239,25 @@ def publish(final: Path, keep_evaluated: bool) -> None:
 
 
 def prune(folder: Path, keep_evaluated: bool, remove: Callable | None = None) -> None:
-    """Remove all but the last two, the best and, if asked for, the evaluated ones."""
-    paths = listed(folder.parent)
+    """Remove all but the last two, the best and, with keep_evaluated, the evaluated ones."""
+    paths = list_checkpoints(folder.parent)
     last = list({step_of(path): path for path in paths}.values())  # of each step
     keep = {*last[-2:], *best_first(last)[:1]}
     if keep_evaluated:
         keep |= {path for path in last if val_loss(path) < math.inf}
     for path in paths:
         if path not in keep:
-            (remove or remove_at_once)(path)
+            (remove or remove_atomically)(path)
 
 
-def remove_at_once(path: Path) -> None:
-    """Remove a checkpoint: the rename is atomic, which the removal is not."""
-    path.rename(hidden(path))
-    shutil.rmtree(hidden(path), ignore_errors=True)
+def remove_atomically(path: Path) -> None:
+    """Remove a checkpoint: rename it first, since the removal is not atomic."""
+    path.rename(temp_path(path))
+    shutil.rmtree(temp_path(path), ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint so that it no longer counts and its step can be written again."""
+    """Rename a checkpoint so that it is no longer listed and its step can be written again."""
     number = 1
     while (aside := path.with_name(f'{path.name}.aside{number}')).exists():
         number += 1
@@ -269,14 +265,14 @@ def set_aside(path: Path) -> Path:
 
 
 # -----------------------------------------------------------------------------
-# while training goes on
+# in the background
 
 
 class Saver:
     """Writes the checkpoints of one run in the background, one after the other.
 
-    mirror: a Mirror of mirror.py, which is sent each finished checkpoint. failure: why the last one
-    is missing, None if it is not.
+    mirror: a Mirror of mirror.py, which gets a copy of each. failure: why the last checkpoint could
+    not be written, None if it could.
     """
 
     def __init__(
@@ -292,47 +288,47 @@ class Saver:
         self.mirror = mirror if runtime.main else None
         self.failure: str | None = None
         self._times: dict[str, float] = {}
-        self._news: list[str] = []
-        self._copies: dict[tuple[str, str], torch.Tensor] = {}  # kept: fresh memory is slow
-        self._writer = ThreadPoolExecutor(1, initializer=give_way)
-        self._sender = ThreadPoolExecutor(1, initializer=give_way)
+        self._warnings: list[str] = []
+        self._copies: dict[tuple[str, str], torch.Tensor] = {}  # reused: allocating is slow
+        self._writer = ThreadPoolExecutor(1, initializer=lower_priority)
+        self._sender = ThreadPoolExecutor(1, initializer=lower_priority)
         self._writing: Future | None = None
 
     def save(self, model, optimizers, tokenizer, state: dict) -> None:
-        """Save the run as it stands; see save(). All ranks call it of a sharded model,
-        otherwise rank 0 alone."""
+        """Save a checkpoint of now; see save(). Called by all ranks if the model is sharded,
+        otherwise by rank 0."""
         started = time.perf_counter()
         self.wait()
         tensors = tensors_of(model, optimizers)
         try:
-            final = self._agree(lambda: self._make_room(state, size_of(tensors) * self.ranks))
+            final = self._on_rank0(lambda: self._prepare(state, size_of(tensors) * self.ranks))
         except UserError as error:
             final = self._fail(state['step'], error)
         if final:
             small = size_of(tensors) < SMALL
             tensors = tensors if small else self._copy(tensors)
-            documents = documents_of(model, tokenizer, state)
-            self._writing = self._writer.submit(self._write, started, final, tensors, documents)
+            small_files = small_files_of(model, tokenizer, state)
+            self._writing = self._writer.submit(self._write, started, final, tensors, small_files)
             if small:
                 self.wait()
         self._times['save_pause'] = time.perf_counter() - started
 
-    def _agree(self, decide):
+    def _on_rank0(self, decide):
         return self.runtime.agree(decide) if self.ranks > 1 else decide()
 
-    def _make_room(self, state: dict, need: int) -> Path | None:
-        """Make room -> where the checkpoint goes, None if it is there already."""
+    def _prepare(self, state: dict, need: int) -> Path | None:
+        """Make the temporary folder -> the checkpoint's path, None if it already exists."""
         try:
             if saved_before(self.out_dir, state):
                 return None
-            final = place(self.out_dir, state)
-            clear(final, need)
+            final = checkpoint_path(self.out_dir, state)
+            make_temp_folder(final, need)
         except OSError as error:
             raise UserError(str(error)) from error
         return final
 
     def _copy(self, tensors: dict) -> dict:
-        """The tensors on the host, in memory that no training step touches."""
+        """Copy the tensors to memory of the host that training does not change."""
         copies = {file: {} for file in tensors}
         for file, named in tensors.items():
             for name, tensor in named.items():
@@ -346,9 +342,9 @@ class Saver:
             torch.cuda.synchronize()
         return copies
 
-    def _write(self, started: float, final: Path, tensors, documents) -> None:
+    def _write(self, started: float, final: Path, tensors, small_files) -> None:
         try:
-            write(final, tensors, documents, self.keep_evaluated, self.rank, self.ranks)
+            write(final, tensors, small_files, self.keep_evaluated, self.rank, self.ranks)
         except OSError as error:
             return self._fail(step_of(final), error)
         self.failure, self._times['save_seconds'] = None, time.perf_counter() - started
@@ -356,30 +352,28 @@ class Saver:
             self._sender.submit(self._send, final)
 
     def _fail(self, step: int, why) -> None:
-        self.failure = (
-            f'checkpoint of step {step} not written: {why}; the ones before are untouched'
-        )
-        self._news.append(self.failure)
+        self.failure = f'checkpoint of step {step} not written: {why}; the earlier ones are intact'
+        self._warnings.append(self.failure)
 
     def _send(self, final: Path) -> None:
         try:
             self.mirror.send(final)
-        except Exception as error:  # in a thread, where nobody would hear of it
-            if final.exists():  # else it has been pruned meanwhile, and a newer one is next
-                self._news.append(f'{final.name} is not copied to {self.mirror}: {error}')
+        except Exception as error:  # a thread would swallow it
+            if final.exists():  # else it was pruned meanwhile, and a newer one is next
+                self._warnings.append(f'{final.name} not copied to {self.mirror}: {error}')
 
-    def news(self) -> list[str]:
-        """What went wrong since this was last asked."""
-        news, self._news = self._news, []
-        return news
+    def pop_warnings(self) -> list[str]:
+        """The warnings since the last call."""
+        warnings, self._warnings = self._warnings, []
+        return warnings
 
     def times(self) -> dict[str, float]:
-        """Seconds, once each: 'save_pause' that the training waited, 'save_seconds' in all."""
+        """New timings in seconds: 'save_pause' that training waited, 'save_seconds' in total."""
         times, self._times = self._times, {}
         return times
 
     def wait(self) -> None:
-        """Wait until what was saved is on the disk; the mirror may be behind."""
+        """Wait until the checkpoint is on the disk; the mirror may lag behind."""
         if self._writing:
             self._writing.result()
             self._writing = None
@@ -391,7 +385,7 @@ class Saver:
         self._sender.shutdown()
 
 
-def give_way() -> None:
-    """Let the training have the processor first: its threads wait for the slowest of them."""
-    if sys.platform == 'linux':  # where a thread has a priority of its own
+def lower_priority() -> None:
+    """Give this thread the lowest CPU priority, so that it does not slow down training."""
+    if sys.platform == 'linux':  # where priorities are per thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

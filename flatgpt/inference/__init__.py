@@ -1,1 +1,1 @@
-"""Generation: many texts at once over one KV cache."""
+"""Batched generation over one KV cache."""

@@ -1,4 +1,4 @@
-"""One step of generation as a CUDA graph: its many small kernels are launched at once."""
+"""One decoding step as a CUDA graph: its many small kernels are launched at once."""
 
 import functools
 import threading
@@ -9,59 +9,59 @@ from flatgpt.inference.kv_cache import KVCache
 from model import GPT
 
 
-def is_recorded(given) -> bool:
-    return given.is_cuda
+def can_capture(inputs) -> bool:
+    return inputs.is_cuda
 
 
-def replay(model: GPT, given, cache: KVCache):
-    """model() for one more token a row, as a CUDA graph; given (2, R): the tokens, the lengths.
+def replay(model: GPT, inputs, cache: KVCache):
+    """model() for one more token per row, as a CUDA graph; inputs (2, R): tokens and lengths.
 
-    Launching its hundreds of small kernels one by one takes longer than computing them. There is
-    one graph for each number of rows and of columns, recorded when first needed, which takes as
+    Launching hundreds of small kernels one by one takes longer than computing them. There is one
+    graph for each number of rows and of columns. It is captured when first needed, which takes as
     long as a few steps.
 
-    What Python decides while a step is recorded stays so in every replay. So it is recorded for the
-    longest texts of so many columns, whatever the rows hold by then: then there is a mask, which a
-    cache that is still empty would do without, and its values come from `pos`, on the device.
+    The decisions of Python during the capture hold for every replay. So the step is captured as if
+    the columns were full: then there is a mask, which an empty cache would not need, and its values
+    come from `pos`, on the device.
     """
-    key = _, columns = given.size(1), cache.columns(1)
+    key = _, columns = inputs.size(1), cache.columns(1)
     if key not in cache.graphs:
-        pos, span, held = cache.pos.clone(), cache.span, given.clone()
+        pos, span, static_inputs = cache.pos.clone(), cache.span, inputs.clone()
 
         def step():
             cache.span = columns - 1
-            return model(held[0, :, None], cache=cache, lengths=held[1])[0]
+            return model(static_inputs[0, :, None], cache=cache, lengths=static_inputs[1])[0]
 
         undo = lambda: cache.pos.copy_(pos)  # noqa: E731
-        cache.graphs[key] = held, *record(step, undo, given.device)
+        cache.graphs[key] = static_inputs, *capture(step, undo, inputs.device)
         cache.span = span
-    held, again, logits = cache.graphs[key]
-    held.copy_(given)
-    again()
+    static_inputs, run, logits = cache.graphs[key]
+    static_inputs.copy_(inputs)
+    run()
     return logits
 
 
-RECORDING = threading.Lock()
+CAPTURING = threading.Lock()
 
 
 @functools.cache
 def side_stream(device) -> torch.cuda.Stream:
-    """One for all recordings: cuBLAS has a workspace for each stream, and never gives it back."""
+    """One stream for all captures: cuBLAS has a workspace per stream, and never frees it."""
     return torch.cuda.Stream(device)
 
 
-def record(step, undo, device):
-    """Record what step() does on a GPU -> a function that does it again, and its result.
+def capture(step, undo, device):
+    """Capture step() as a CUDA graph -> a function that replays it, and its result.
 
-    undo(): takes back what step() changed, since libraries must run once to set themselves up.
+    undo(): reverts the changes of a first step(), which is a warm-up for the libraries.
     """
-    with RECORDING, torch.cuda.device(device):
-        graph, aside = torch.cuda.CUDAGraph(), side_stream(device)
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+    with CAPTURING, torch.cuda.device(device):
+        graph, stream = torch.cuda.CUDAGraph(), side_stream(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             step()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         undo()
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode='thread_local'):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode='thread_local'):
             result = step()
         return graph.replay, result

@@ -1,13 +1,12 @@
 """
-Many requests at once: prompts and new tokens are computed together, and each text comes out as
-alone.
+Continuous batching: many requests are computed together, each with the tokens it would get alone.
 
     engine = Engine(model, tokenizer, rows=8)
     engine.submit(Request(tokenizer.encode('To be'), SamplingParams(top_p=0.9), print))
     while engine.step():           # or engine.serve() in a thread of its own
         pass
 
-scheduler.py decides what is computed next, model_runner.py computes it; this file joins them.
+scheduler.py decides what is computed next, and model_runner.py computes it.
 """
 
 import threading
@@ -25,19 +24,19 @@ from flatgpt.inference.scheduler import ScheduledBatch, Scheduler, Slot
 from model import GPT
 
 NOT_FINITE = (
-    'the model gives no finite logits: its weights are broken, or too large for this number '
-    'format; try --dtype=float32 or another --checkpoint'
+    'the logits are not finite: the weights are broken, or too large for this dtype; try '
+    '--dtype=float32 or another --checkpoint'
 )
-MAX_GENERATE_ROWS = 64  # of one generate(): further texts wait for a slot
+MAX_GENERATE_ROWS = 64  # slots of one generate(); further prompts wait
 
 
 class Engine:
-    """Continues the texts of all requests, as many at once as it has slots.
+    """Completes requests, as many at once as it has slots.
 
-    model: in evaluation mode. rows: requests computed together; further ones wait, first come first
-    served. chunk: tokens of prompts between two steps of the texts. length: of the cache, where no
-    context will be as long as block_size. deterministic: a request gives the same logits to the
-    last bit, whatever else is computed: always all rows, every prompt by itself, no keys of others.
+    model: in evaluation mode. rows: slots; further requests wait, first come first served. chunk:
+    prompt tokens between two decoding steps (chunked prefill). length: tokens per row of the cache,
+    by default block_size. deterministic: a request's logits are bit-identical whatever else runs:
+    all rows are always computed, prompts one by one, and no prefix is shared.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Engine:
     ):
         assert not model.training, 'dropout would be on'
         self.model, self.tokenizer = model, tokenizer
-        # first, since it fails at once where memory is too small for so many rows
+        # allocates the cache first, so that too many rows fail at once
         self.runner = ModelRunner(model, tokenizer, rows, length)
         self.scheduler = Scheduler(rows, model.config.block_size, chunk, deterministic)
         self.arrival = threading.Condition()
@@ -73,33 +72,33 @@ class Engine:
     # --- from any thread
 
     def submit(self, request: Request) -> None:
-        """Have a request computed; its on_token is called from step()."""
+        """Add a request to the queue; its on_token is called from step()."""
         with self.arrival:
             if self.error or self.closed:
-                raise self.error or UserError('the engine is closed')
+                raise self.error or UserError('the engine is closed; create another one')
             self.waiting.append(request)
             self.arrival.notify()
 
     def serve(self) -> None:
-        """step() until close(). An exception ends every request, and is kept in `error`."""
+        """Call step() until close(). An exception ends every request, and is stored in `error`."""
         try:
             while not self.closed:
                 if not self.step():
                     with self.arrival:
                         self.arrival.wait_for(lambda: self.waiting or self.closed)
-            self.end_all('cancelled')
+            self.finish_all('cancelled')
         except BaseException as error:
             self.error = error
-            self.end_all('error')
+            self.finish_all('error')
             raise
 
     def close(self) -> None:
-        """Have serve() end what is open, and return."""
+        """Make serve() cancel all requests and return."""
         with self.arrival:
             self.closed = True
             self.arrival.notify()
 
-    def end_all(self, finish: str) -> None:
+    def finish_all(self, finish: str) -> None:
         with self.arrival:
             dropped = self.scheduler.drop_all()
         for request in dropped:
@@ -109,11 +108,11 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """Compute a part of the waiting prompts and a token of every text -> whether any did."""
+        """One prefill batch and one token of every decoding request -> whether there was any."""
         self.drop_cancelled()
         self.scheduler.admit()
-        prompts = self.prefill()
-        return self.decode() or prompts
+        prefilled = self.prefill()
+        return self.decode() or prefilled
 
     def drop_cancelled(self) -> None:
         dropped = []
@@ -121,7 +120,7 @@ class Engine:
             dropped.append(slot.request)
             self.release(slot, forget=not slot.request.written)
         if self.waiting:
-            with self.arrival:  # others append to it at any moment
+            with self.arrival:  # other threads may append to it
                 dropped += self.scheduler.drop_cancelled()
         for request in dropped:
             request.send(TokenOutput(request.row, None, '', 'cancelled'))
@@ -137,11 +136,11 @@ class Engine:
         return batch is not None
 
     def emit_tokens(self, batch: ScheduledBatch, logits) -> None:
-        """Sample the next token of each slot from its row of logits (R, V), and pass it on."""
+        """Sample the next token of each slot from its row of logits (R, V), and emit it."""
         self.scheduler.mark_cached(batch)
         sampled = []
         for i, slot in enumerate(batch.slots):
-            if slot.uncached_ids:  # more of its prompt is to be computed
+            if slot.uncached_ids:  # its prompt is not complete
                 continue
             if finish := slot.request.ended_by_prompt():
                 self.emit(slot, TokenOutput(slot.request.row, None, '', finish))
@@ -156,7 +155,7 @@ class Engine:
             self.emit(slot, slot.request.take(token, self.tokenizer, *score))
 
     def emit(self, slot: Slot, output: TokenOutput) -> None:
-        """Give a request its next token, or its end."""
+        """Send a request its next token, and free its slot if it is the last."""
         request = slot.request
         if output.finish:
             self.release(slot, forget=output.finish == 'error')
@@ -165,7 +164,7 @@ class Engine:
         request.send(output)
 
     def release(self, slot: Slot, forget: bool) -> None:
-        """Free a slot. forget: its keys may not be finite."""
+        """Free a slot. forget: clear its keys, which may not be finite."""
         slot.end()
         if forget:
             slot.cached_ids = []
@@ -173,7 +172,7 @@ class Engine:
 
 
 # -----------------------------------------------------------------------------
-# without an engine at hand
+# without an engine
 
 
 def generate(
@@ -183,11 +182,11 @@ def generate(
     sampling: SamplingParams,
     seeds: list | None = None,
 ) -> Iterator[TokenOutput]:
-    """Continue all prompts side by side, yielding each token as it is chosen.
+    """Complete all prompts in one batch, yielding each token as it is sampled.
 
     prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
-    seeds: what seeds each text's random numbers, by default sampling.seed and its number; a text
-    depends on nothing else, whatever stands in the other rows. Raises UserError for broken weights.
+    seeds: of each completion's random numbers, by default (sampling.seed, its number); completions
+    do not depend on the other rows. Raises UserError for logits that are not finite.
     """
     outputs: deque[TokenOutput] = deque()
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
@@ -207,7 +206,7 @@ def generate(
 def complete(
     model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: SamplingParams
 ) -> list[str]:
-    """What the model writes after each text."""
+    """The completion of each text."""
     prompts = [tokenizer.encode(text, allow_eot=True) for text in texts]
     out = [''] * len(texts)
     for output in generate(model, tokenizer, prompts, sampling):
@@ -215,12 +214,12 @@ def complete(
     return out
 
 
-def write_page(
+def generate_sample(
     model: GPT, tokenizer: Tokenizer, prompt, tokens: int, seed: int, answer: bool = False
 ) -> str:
-    """About `tokens` tokens of text that begin at `prompt`; after a short document, the next.
+    """About `tokens` tokens after `prompt`; if a document ends early, another one follows.
 
-    answer: the prompt is a question, whose one answer comes after it.
+    answer: the prompt is a chat prompt, and one answer follows it.
     """
     texts = []
     while tokens > 0:

@@ -1,8 +1,8 @@
 """
-The forward passes of an engine: the model, its KV cache, the sampling of tokens. No queues here.
+The forward passes and the sampling of an engine.
 
-A pass computes a ScheduledBatch, in which every slot is a row of the cache, and gives a row of
-logits for each slot: those of its next token.
+A pass computes a ScheduledBatch, in which every slot is a row of the KV cache, and returns the
+logits of each slot's next token.
 """
 
 import math
@@ -12,24 +12,24 @@ import numpy as np
 import torch
 
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.inference.cuda_graph import is_recorded, replay
+from flatgpt.inference.cuda_graph import can_capture, replay
 from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.request import Request
-from flatgpt.inference.sampling import apply_penalties, sample_tokens, scores_of, suppressed_ids
+from flatgpt.inference.sampling import apply_penalties, logprobs_of, sample_tokens, suppressed_ids
 from flatgpt.inference.scheduler import ScheduledBatch, Slot
 from flatgpt.runtime import to_device
 from model import GPT
 
 
 class ModelRunner:
-    """Computes batches. rows, length: of the cache; None: length is the model's block_size."""
+    """Computes batches. rows, length: of the KV cache; length None: the model's block_size."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, rows: int, length: int | None):
         self.model, self.cache = model, KVCache(model, rows, length)
         self.suppressed = suppressed_ids(tokenizer, model)
 
     def clear(self, row: int) -> None:
-        """Overwrite a row whose keys may not be finite: no mask hides those from the next."""
+        """Overwrite a row whose keys may not be finite: a mask does not hide NaN."""
         self.cache.kv[:, :, row] = 0
 
     def copy_rows(self, batch: ScheduledBatch) -> None:
@@ -39,7 +39,7 @@ class ModelRunner:
     # --- forward passes
 
     def prefill(self, batch: ScheduledBatch):
-        """Compute tokens of one prompt, or of several that have no keys -> logits (R, V)."""
+        """Compute tokens of one prompt, or of several uncached ones -> logits (R, V)."""
         self.copy_rows(batch)
         slots, scored = batch.slots, batch.slots[0].request.scoring
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
@@ -64,53 +64,53 @@ class ModelRunner:
         return take_rows(logits, rows)
 
     def advance(self, tokens: np.ndarray, lengths: np.ndarray):
-        """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 leaves one."""
-        given = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
-        if is_recorded(given):
-            return replay(self.model, given, self.cache)
-        lengths = None if lengths.all() else given[1]
-        return self.model(given[0, :, None], cache=self.cache, lengths=lengths)[0]
+        """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 skips one."""
+        inputs = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
+        if can_capture(inputs):
+            return replay(self.model, inputs, self.cache)
+        lengths = None if lengths.all() else inputs[1]
+        return self.model(inputs[0, :, None], cache=self.cache, lengths=lengths)[0]
 
-    # --- what the logits say
+    # --- log-probabilities and sampling
 
     def score_prompt(self, slot: Slot, logits) -> None:
-        """Keep how likely the prompt's tokens were that follow the ones logits (T, V) are of."""
+        """Store the log-probabilities of the prompt tokens that logits (T, V) predict."""
         first, request = len(slot.cached_ids) + 1, slot.request
         following = (slot.cached_ids + slot.uncached_ids)[first : first + len(logits)]
-        scores = scores_of(logits[: len(following)], following, request.top or 0)
-        request.prompt_scores += scores
+        scores = logprobs_of(logits[: len(following)], following, request.top or 0)
+        request.prompt_logprobs += scores
 
     def sample(self, requests: list[Request], logits) -> tuple[list[int], list[tuple]]:
         """Each request's next token from its row of logits (R, V), and (logprob, top) of each."""
         tokens = self.sample_all(requests, logits)
-        return tokens, self.scores_asked(requests, tokens, logits)
+        return tokens, self.requested_logprobs(requests, tokens, logits)
 
     def sample_all(self, requests: list[Request], logits) -> list[int]:
-        """A token for each request from its row of logits (R, V); those of one rule at once."""
+        """A token for each request from its row of logits (R, V), batched by equal filters."""
         logits = logits.float().masked_fill(self.suppressed, -math.inf)
-        rules: dict[tuple, list[int]] = {}
+        groups: dict[tuple, list[int]] = {}
         for i, r in enumerate(requests):
-            rules.setdefault(r.sampling.rule, []).append(i)
+            groups.setdefault(r.sampling.filters, []).append(i)
             if r.sampling.has_penalties:
                 apply_penalties(logits[i], r.sampling, r.prompt_tokens, r.counts)
         parts = []
-        for rows in rules.values():
+        for rows in groups.values():
             draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]
             uniforms = to_device(torch.tensor(draws), logits.device)
             sampling = requests[rows[0]].sampling
             parts.append(sample_tokens(take_rows(logits, rows), sampling, uniforms))
-        tokens = torch.cat(parts).tolist()  # the one time that this process waits for a GPU
-        in_order = sorted(zip(chain(*rules.values()), tokens, strict=True))
+        tokens = torch.cat(parts).tolist()  # the only wait for a GPU
+        in_order = sorted(zip(chain(*groups.values()), tokens, strict=True))
         return [token for _, token in in_order]
 
-    def scores_asked(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:
-        """(logprob, top) of each request's token, (None, ()) where nobody asked."""
+    def requested_logprobs(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:
+        """(logprob, top) of each request's token, (None, ()) if not requested."""
         scores: list[tuple] = [(None, ())] * len(requests)
         asked = [i for i, request in enumerate(requests) if request.top is not None]
         asked = [i for i in asked if tokens[i] >= 0]
         if asked:
             most = max(requests[i].top for i in asked)
-            found = scores_of(take_rows(logits, asked), [tokens[i] for i in asked], most)
+            found = logprobs_of(take_rows(logits, asked), [tokens[i] for i in asked], most)
             for i, (logprob, top) in zip(asked, found, strict=True):
                 scores[i] = logprob, top[: requests[i].top]
         return scores
@@ -126,7 +126,7 @@ def pad(parts: list[list[int]], device):
 
 
 def take_rows(tensor, rows: list[int]):
-    """Some rows of a tensor, which is the tensor itself where they are all in their order."""
+    """Some rows of a tensor; the tensor itself if these are all, in order."""
     if rows == [*range(len(tensor))]:
         return tensor
     return tensor[to_device(torch.tensor(rows), tensor.device)]

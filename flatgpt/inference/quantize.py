@@ -1,10 +1,10 @@
 """
-The matrices of a model that only writes: laid out for the processor's caches, or in eight bits.
+Weights for inference: packed for the CPU, or quantized to int8.
 
     prepare_for_inference(model)           # the same numbers, up to three times as fast on a CPU
     prepare_for_inference(model, 'int8')   # half the memory of 16 bits, nearly the same numbers
 
-A model prepared like this can be neither trained nor saved.
+A prepared model can be neither trained nor saved.
 """
 
 import torch
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 from flatgpt.errors import ConfigError
 from model import GPT, ModernAttention
 
-ROWS = 8  # of the products that the layout is made for; it serves any number
-MANY = 64  # rows from which an int8 matrix is turned to 16 bits first
+PACKED_ROWS = 8  # batch size that the packed layout is optimized for
+DEQUANTIZE_ROWS = 64  # batch size from which an int8 matrix is dequantized first
 
 
 class PackedLinear:
-    """x (..., in) -> (..., out) by oneDNN, with the weight in the order it reads it.
+    """x (..., in) -> (..., out) by oneDNN, with the weight in its packed layout.
 
-    torch's own nn.Linear hands oneDNN a plain matrix, to be rearranged at every call, and leaves
-    float32 to a library that is slow on AMD's processors.
+    nn.Linear gives oneDNN a plain matrix, which is packed at every call, and computes float32 with
+    a library that is slow on AMD's processors.
     """
 
     def __init__(self, linear: nn.Linear):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach()
         self.product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -35,22 +35,22 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """x (..., in) -> (..., out) with a weight of int8 and a scale for each output.
+    """x (..., in) -> (..., out) with int8 weights and a scale per output; x is bfloat16.
 
-    Rounding to the nearest of 255 steps, the largest weight of an output at 127. x is bfloat16.
+    Absmax quantization: the largest weight of an output becomes 127.
     """
 
     def __init__(self, linear: nn.Linear):
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
-        self.scale = scale.to(linear.weight.dtype)  # rounded first: what the product will use
+        self.scale = scale.to(linear.weight.dtype)  # rounded as in the product
         weight = (weight / self.scale[:, None].float()).round()
         self.weight = weight.clamp(-127, 127).to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def __call__(self, x):
         flat = x if x.dim() == 2 else x.flatten(0, -2)
-        if flat.size(0) < MANY:
+        if flat.size(0) < DEQUANTIZE_ROWS:
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
             y = F.linear(flat, self.weight.to(x.dtype)) * self.scale
@@ -59,12 +59,12 @@ class Int8Linear:
 
 
 def prepare_for_inference(model: GPT, quantize: str | None = None) -> GPT:
-    """Make a model's matrices ready for generation, in place; quantize: None or 'int8'.
+    """Pack or quantize a model's matrices in place; quantize: None or 'int8'.
 
-    The embeddings stay as they are. ConfigError where this device has no product with int8.
+    The embeddings are unchanged. ConfigError if this device has no int8 product.
     """
     weight = model.embedding.weight
-    assert any(isinstance(module, nn.Linear) for module in model.modules()), 'prepared already'
+    assert any(isinstance(module, nn.Linear) for module in model.modules()), 'already prepared'
     if quantize == 'int8':
         check_int8(weight)
         kind = Int8Linear
@@ -77,14 +77,14 @@ def prepare_for_inference(model: GPT, quantize: str | None = None) -> GPT:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    # a plain function in its place: being a module costs it a tenth of its time
+                    # not a module: calling a module would take a tenth longer
                     delattr(module, name)
                     module.__dict__[name] = kind(child)
     return model.requires_grad_(False)
 
 
 def join_projections(attention: ModernAttention) -> None:
-    """One matrix in place of those of queries, keys and values."""
+    """Fuse the matrices of queries, keys and values into one."""
     joined = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
     attention.qkv_proj = nn.Linear(joined.size(1), joined.size(0), bias=False, device='meta')
     attention.qkv_proj.weight = nn.Parameter(joined.detach())
@@ -92,7 +92,7 @@ def join_projections(attention: ModernAttention) -> None:
 
 
 def can_pack(weight) -> bool:
-    """Whether oneDNN lays out matrices of this kind: on x86, bfloat16 if the processor has it."""
+    """Whether oneDNN packs such matrices: on x86, float32, and bfloat16 if the CPU has it."""
     if weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
         return False
     if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
@@ -103,28 +103,27 @@ def can_pack(weight) -> bool:
 
 
 def check_int8(weight) -> None:
-    """ConfigError unless int8 matrices can be multiplied with vectors of this weight's kind."""
+    """ConfigError unless this weight's device and dtype have an int8 product."""
     check_int8_device(str(weight.device))
     if weight.dtype != torch.bfloat16:
         name = str(weight.dtype).removeprefix('torch.')
         raise ConfigError(
-            f"quantize='int8' with dtype={name!r}: its products are made for bfloat16; "
-            'take --dtype=bfloat16'
+            f"quantize='int8' with dtype={name!r}: int8 needs bfloat16; use --dtype=bfloat16"
         )
 
 
 def check_int8_device(device: str) -> None:
-    """ConfigError for a device without products of int8 matrices and bfloat16 vectors."""
+    """ConfigError for a device without a product of int8 matrices and bfloat16 vectors."""
     kind = device.partition(':')[0]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(
         'aten::_weight_int8pack_mm', {'cpu': 'CPU', 'cuda': 'CUDA', 'mps': 'MPS'}.get(kind, kind)
     ):
         raise ConfigError(
             f"quantize='int8': torch {torch.__version__} has no int8 product on {kind}; "
-            'take --device=cpu, or leave it out'
+            'use --device=cpu, or remove --quantize'
         )
     if kind == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
-            f"quantize='int8': its products are made for bfloat16, which "
-            f'{torch.cuda.get_device_name()} lacks; leave it out, with --dtype=float16'
+            f"quantize='int8' needs bfloat16, which {torch.cuda.get_device_name()} lacks; remove "
+            '--quantize and use --dtype=float16'
         )

@@ -1,4 +1,4 @@
-"""A text to continue: its prompt, how it is asked for, and what has been written of it."""
+"""A request: its prompt, its sampling parameters, and its completion so far."""
 
 import codecs
 import functools
@@ -15,30 +15,28 @@ from flatgpt.inference.sampling import SamplingParams
 
 
 class TokenOutput(NamedTuple):
-    """One more token of one text."""
+    """The next token of a request."""
 
-    row: int  # place of its prompt among those of its caller
-    token: int | None  # its id, that of an end if that ended the text; None: no more came
-    text: str  # what may be shown now: often the token's text, '' while something is held back
+    row: int  # the number of the request among the caller's
+    token: int | None  # its id; None: the request ended without one
+    text: str  # text to show now: often the token's, '' while a possible stop string is held back
     finish: str | None = None  # 'stop' (end of text, stop string), 'length', 'cancelled', 'error'
-    logprob: float | None = None  # of the token, in nats, before any rule; where asked for
-    top: tuple = ()  # the likeliest tokens there, (id, logprob), where asked for
+    logprob: float | None = (
+        None  # of the token, in nats, before penalties and filters; if requested
+    )
+    top: tuple = ()  # the likeliest tokens, (id, logprob), if requested
 
 
 class StopString:
-    """Looks for a string in text that comes piece by piece (Knuth, Morris, Pratt 1977).
-
-    Each character is looked at once, however long the string is: comparing the end of the text
-    with every beginning of the string would take the square of its length.
-    """
+    """Searches streamed text for a string in linear time (Knuth, Morris, Pratt 1977)."""
 
     def __init__(self, text: str):
         self.text, self.borders, self.matched = text, borders(text), 0
 
     def find(self, new: str) -> int | None:
-        """Where the string begins, from the start of `new` (negative: before it), once it is whole.
+        """Where the string begins, relative to `new` (negative: before it); None if not found.
 
-        Afterwards the last `matched` characters are how it begins.
+        Afterwards the last `matched` characters are a prefix of the string.
         """
         if not self.matched and self.text[0] not in new:
             return None
@@ -54,7 +52,7 @@ class StopString:
 
 @functools.lru_cache(1024)
 def borders(text: str) -> list[int]:
-    """For each beginning of a text, how much of it is also its end (but not all of it)."""
+    """For each prefix, the length of its longest proper prefix that is also its suffix."""
     out = [0] * len(text)
     length = 0
     for at in range(1, len(text)):
@@ -66,7 +64,7 @@ def borders(text: str) -> list[int]:
 
 
 class TextStream:
-    """Bytes in, text out: whole characters only, and nothing that may yet become a stop string."""
+    """Bytes in, text out: complete characters, and nothing that may become a stop string."""
 
     def __init__(self, stop: tuple[str, ...]):
         self.stop = [StopString(text) for text in stop]
@@ -75,7 +73,7 @@ class TextStream:
         self.length = 0  # of what is held
 
     def add(self, data: bytes, final: bool) -> tuple[str, bool]:
-        """Text to show now, and whether a stop string ended it. final: nothing follows."""
+        """Text to show now, and whether a stop string ended it. final: no bytes follow."""
         new, before = self.decoder.decode(data, final), self.length
         self.held.append(new)
         self.length += len(new)
@@ -86,7 +84,7 @@ class TextStream:
         return self.release(self.length - kept), False
 
     def release(self, count: int) -> str:
-        """The first characters of what is held."""
+        """The first `count` characters held."""
         parts, self.length = [], self.length - count
         while count:
             part = self.held.popleft()
@@ -99,12 +97,12 @@ class TextStream:
 
 
 class Request:
-    """A text to continue, and what has become of it so far.
+    """A prompt to complete, and its completion so far.
 
-    prompt: token ids, at least one; the last block_size of them count. on_token: is given each
-    TokenOutput as it comes, in the thread that runs the engine. seed: of the random numbers, by
-    default sampling.seed and row. top: report each token's log-probability, and those of so many
-    likeliest ones; None: no. score_prompt: the prompt's, too, in prompt_scores.
+    prompt: token ids, at least one; the last block_size of them count. on_token: called with each
+    TokenOutput, in the thread that runs the engine. seed: of the random numbers, by default
+    (sampling.seed, row). top: return log-probabilities, of each token and of the `top` likeliest;
+    None: neither. score_prompt: compute prompt_logprobs, too.
     """
 
     def __init__(
@@ -118,43 +116,43 @@ class Request:
         score_prompt: bool = False,
     ):
         self.prompt, self.sampling, self.on_token = list(map(int, prompt)), sampling, on_token
-        assert self.prompt, 'there is nothing to continue'
+        assert self.prompt, 'the prompt is empty'
         self.row, self.top, self.score_prompt = row, top, score_prompt
         self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
         self.stream = TextStream(sampling.stop)
         self.written: list[int] = []
-        self.counts: Counter[int] = Counter()  # of each token in it: what penalties look at
-        self.prompt_scores: list[tuple] = [(None, ())]  # (logprob, top) of each; none of the first
+        self.counts: Counter[int] = Counter()  # of the tokens in `written`, for penalties
+        self.prompt_logprobs: list[tuple] = [(None, ())]  # (logprob, top) per token
         self.cancelled = False
         self.finish: str | None = None
-        self.came = time.monotonic()
-        self.began = self.first = self.ended = None  # moments: given a row, first token, last one
+        self.arrival_time = time.monotonic()
+        self.admitted_time = self.first_token_time = self.finish_time = None
 
     @functools.cached_property
     def prompt_tokens(self) -> frozenset[int]:
-        """The tokens that its prompt has, each once."""
+        """The prompt's distinct tokens."""
         return frozenset(self.prompt)
 
     @property
     def scoring(self) -> bool:
-        """Whether log-probabilities of its prompt are to be computed now."""
+        """Whether its prompt's log-probabilities are still to be computed."""
         return self.score_prompt and not self.written
 
     def cancel(self) -> None:
-        """Have the engine drop it before its next step. From any thread, at any time."""
+        """Make the engine drop it before its next step. From any thread, at any time."""
         self.cancelled = True
 
     def ended_by_prompt(self) -> str | None:
-        """Why no token follows the prompt, if none does."""
+        """The reason to finish right after the prompt, None if a token follows."""
         if self.written:
             return None
-        if not all(math.isfinite(score) for score, _ in self.prompt_scores[1:]):
+        if not all(math.isfinite(score) for score, _ in self.prompt_logprobs[1:]):
             return 'error'
         return 'length' if self.sampling.max_new_tokens == 0 else None
 
     def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> TokenOutput:
-        """The output that a sampled token makes."""
-        if token < 0:  # no finite logits, as float16 may have after one prompt and not others
+        """The output for a sampled token."""
+        if token < 0:  # logits that are not finite: in float16 it depends on the prompt
             return TokenOutput(self.row, None, '', 'error')
         self.written.append(token)
         self.counts[token] += 1
@@ -165,7 +163,8 @@ class Request:
 
     def send(self, output: TokenOutput) -> None:
         now = time.monotonic()
-        self.first = self.first or now
+        self.first_token_time = self.first_token_time or now
         if output.finish:
-            self.ended, self.finish = now, output.finish  # read by other threads, in this order
+            # other threads read them in this order
+            self.finish_time, self.finish = now, output.finish
         self.on_token(output)

@@ -1,7 +1,7 @@
 """
-The choice of a token: SamplingParams says how, sample_tokens() draws from logits.
+Sampling: sample_tokens() draws from logits as SamplingParams specify.
 
-Rules and order are those of `transformers`; penalties and biases those of OpenAI's API.
+Filters and their order are those of `transformers`; penalties and biases those of OpenAI's API.
 """
 
 import math
@@ -17,22 +17,22 @@ from flatgpt.errors import ConfigError
 from flatgpt.runtime import to_device
 from model import GPT
 
-HEAD = 1024  # likeliest tokens among which top_p is looked for first
+TOP_P_CANDIDATES = 1024  # likeliest tokens, which are nearly always enough for top_p
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when a text ends, checked. ConfigError names what is wrong."""
+    """How tokens are sampled and when a completion ends. ConfigError for an invalid value."""
 
     max_new_tokens: int = 16
-    temperature: float = 1.0  # 0 takes the likeliest
+    temperature: float = 1.0  # 0: greedy
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0  # of what the prompt or the text has
-    frequency_penalty: float = 0.0  # for each time the text has a token
-    presence_penalty: float = 0.0  # if it has it at all
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    repetition_penalty: float = 1.0  # of tokens in the prompt or the completion
+    frequency_penalty: float = 0.0  # per occurrence of a token in the completion
+    presence_penalty: float = 0.0  # if a token occurs in the completion
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
     stop: tuple[str, ...] = ()
     seed: int = 1337
 
@@ -53,8 +53,8 @@ class SamplingParams:
                 raise ConfigError(f'{name}={getattr(self, name)!r}: must be {need}')
 
     @property
-    def rule(self) -> tuple:
-        """What filter_logits() looks at: texts with the same rule choose their tokens together."""
+    def filters(self) -> tuple:
+        """The settings of filter_logits(): requests with equal ones are sampled together."""
         return self.temperature, self.top_k, self.top_p, self.min_p
 
     @property
@@ -64,11 +64,11 @@ class SamplingParams:
 
 
 def filter_logits(logits, sampling: SamplingParams):
-    """Logits (R, V) -> those over the temperature of K tokens, -inf if left out, and their ids.
+    """Logits (R, V) -> scaled logits of K tokens, -inf if filtered out, and their ids.
 
-    Both (R, K), the likeliest first where top_k or top_p ask for an order. Rules and order are
-    those of `transformers`: temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al.
-    2024). Sums run along a row one by one, so that no row's rounding depends on its neighbours.
+    Both (R, K), sorted by logit if top_k or top_p need it. In the order of `transformers`:
+    temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Sums are
+    cumulative along a row, so that rounding does not depend on the other rows.
     """
     s, size = sampling, logits.size(-1)
     if s.temperature < 1e-6:
@@ -77,23 +77,23 @@ def filter_logits(logits, sampling: SamplingParams):
     if k == size and s.top_p == 1:
         values, ids = logits, torch.arange(size, device=logits.device).expand_as(logits)
     else:
-        # sorting all of a large vocabulary on a CPU takes as long as a small model's step
-        few = min(k, HEAD) if k == size and logits.device.type == 'cpu' else k
+        # on a CPU, sorting a large vocabulary takes as long as a step of a small model
+        few = min(k, TOP_P_CANDIDATES) if k == size and logits.device.type == 'cpu' else k
         values, ids = logits.topk(few)
     top = logits.amax(-1, keepdim=True)  # (R, 1)
-    values = (values - top) / s.temperature  # the likeliest at 0, so that no temperature overflows
-    if s.top_p < 1:  # a token stays if those before it do not yet make up top_p
-        whole = values if values.size(-1) == k else (logits - top) / s.temperature
-        probs = values.exp() / whole.exp().cumsum(-1)[:, -1:]
+    values = (values - top) / s.temperature  # the maximum is 0, so that nothing overflows
+    if s.top_p < 1:  # a token stays if the sum of those before it is below top_p
+        scaled = values if values.size(-1) == k else (logits - top) / s.temperature
+        probs = values.exp() / scaled.exp().cumsum(-1)[:, -1:]
         short = probs.cumsum(-1)[:, -1] < s.top_p
-        if values.size(-1) < k and short.any():  # these rows need all; no row sees another's
+        if values.size(-1) < k and short.any():  # only these rows need all tokens
             rest = size - values.size(-1)
             values, probs = F.pad(values, (0, rest), value=-math.inf), F.pad(probs, (0, rest))
             ids = F.pad(ids, (0, rest))
-            values[short], ids[short] = whole[short].sort(descending=True)
+            values[short], ids[short] = scaled[short].sort(descending=True)
             probs[short] = values[short].softmax(-1)
         beyond = probs.cumsum(-1) - probs >= s.top_p
-        beyond[:, 0] = False  # however little top_p asks for
+        beyond[:, 0] = False  # the likeliest stays for any top_p
         values = values.masked_fill(beyond, -math.inf)
     if s.min_p:
         values = values.masked_fill(values < math.log(s.min_p), -math.inf)
@@ -101,24 +101,24 @@ def filter_logits(logits, sampling: SamplingParams):
 
 
 def sample_tokens(logits, sampling: SamplingParams, uniforms):
-    """Next token of each row (R,) by the inverse CDF of `uniforms` (R, 1); -1 for broken logits."""
+    """Next token of each row (R,), by the inverse CDF at `uniforms` (R, 1); -1 if not finite."""
     values, ids = filter_logits(logits, sampling)
     broken = ~values.amax(-1, keepdim=True).isfinite()
     if ids.size(-1) == 1:
         return ids.masked_fill(broken, -1)[:, 0]
     cdf = values.softmax(-1).cumsum(-1)
-    # the first above a number that lies below cdf's end: never one of probability 0
+    # the first above a number below cdf's end: never a token of probability 0
     at = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
-    ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if the logits are broken
+    ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if not finite
     return ids.masked_fill(broken, -1)[:, 0]
 
 
 def apply_penalties(
     logits, sampling: SamplingParams, prompt: Iterable[int], written: Iterable[int] | Counter[int]
 ) -> None:
-    """Penalties and biases on one row of logits (V,), in place.
+    """Apply penalties and biases to one row of logits (V,), in place.
 
-    prompt, written: token ids; better each once, and counted, where a text is long.
+    prompt, written: token ids; a set and a Counter are faster for long texts.
 
     The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
     logit - count * frequency_penalty - (count > 0) * presence_penalty + bias.
@@ -138,14 +138,14 @@ def apply_penalties(
 
 
 def suppressed_ids(tokenizer: Tokenizer, model: GPT):
-    """Ids that stand for no text (V,): a padded vocabulary's, gaps, special tokens but the ends."""
+    """Mask (V,) of ids never sampled: padding, gaps, special tokens that do not end a text."""
     suppressed = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.generation_mask)
+    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.samplable)
     return suppressed.to(model.embedding.weight.device)
 
 
-def scores_of(logits, tokens: list[int], top: int) -> list[tuple]:
-    """(log-probability of a token in nats, the `top` likeliest with theirs) for logits (T, V)."""
+def logprobs_of(logits, tokens: list[int], top: int) -> list[tuple]:
+    """(logprob of the token in nats, the `top` likeliest as (id, logprob)) per row of (T, V)."""
     scores = logits.float().log_softmax(-1)
     values, ids = scores.topk(min(top, scores.size(-1)))
     own = scores.gather(1, to_device(torch.tensor(tokens), scores.device)[:, None])

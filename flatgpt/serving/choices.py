@@ -28,7 +28,8 @@ class ChoiceBuilder:
         if self.echo:
             text, self.echo = self.tokenizer.decode(r.prompt) + text, False
             if r.score_prompt:
-                scores[:0] = [(i, *each) for i, each in zip(r.prompt, r.prompt_scores, strict=True)]
+                pairs = zip(r.prompt, r.prompt_logprobs, strict=True)
+                scores[:0] = [(i, *each) for i, each in pairs]
         if not (text or finish or r.top is not None):
             return None
         logprobs = None if r.top is None else self.logprobs(scores)

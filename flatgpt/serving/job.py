@@ -108,7 +108,7 @@ class CompletionJob:
 
     def watch(self) -> None:
         """Cancel it if nobody waits for it any more, or it takes too long."""
-        self.late = self.late or time.monotonic() - self.requests[0].came > self.seconds
+        self.late = self.late or time.monotonic() - self.requests[0].arrival_time > self.seconds
         if self.late or self.client_disconnected():
             self.cancel()
 
@@ -169,8 +169,9 @@ class CompletionJob:
     def record(self, with_text: bool) -> dict:
         """What the log says of it."""
         r = self.requests[0]
-        moments = {'queued': r.began, 'first_token': r.first if r.written else None}
-        out = {name: round(at - r.came, 4) for name, at in moments.items() if at}
+        first = r.first_token_time if r.written else None
+        moments = {'queued': r.admitted_time, 'first_token': first}
+        out = {name: round(at - r.arrival_time, 4) for name, at in moments.items() if at}
         out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
         out |= {'code': self.code} if self.code else {}
         if with_text:

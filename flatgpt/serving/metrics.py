@@ -38,17 +38,17 @@ class Metrics:
 
     def count(self, job: CompletionJob) -> None:
         """At any moment: the engine may be writing its texts still."""
-        if any(r.began for r in job.requests):
+        if any(r.admitted_time for r in job.requests):
             self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
             written = len(r.written)
             self.finished.labels(r.finish or 'cancelled').inc()
             self.generation_tokens.inc(written)
-            if r.began:
-                self.queue.observe(r.began - r.came)
-            if r.finish in ('stop', 'length') and r.ended:
-                self.total.observe(r.ended - r.came)
-            if written and r.first:
-                self.first.observe(r.first - r.came)
-            if written > 1 and r.ended:
-                self.inter_token.observe((r.ended - r.first) / (written - 1))
+            if r.admitted_time:
+                self.queue.observe(r.admitted_time - r.arrival_time)
+            if r.finish in ('stop', 'length') and r.finish_time:
+                self.total.observe(r.finish_time - r.arrival_time)
+            if written and r.first_token_time:
+                self.first.observe(r.first_token_time - r.arrival_time)
+            if written > 1 and r.finish_time:
+                self.inter_token.observe((r.finish_time - r.first_token_time) / (written - 1))

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.inference.engine import write_page
+from flatgpt.inference.engine import generate_sample
 from flatgpt.runtime import Runtime, StopSignal
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import MEASURED, measure
@@ -84,4 +84,4 @@ def sample_page(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, se
     prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
     if data.rows:  # up to where the assistant answers
         prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
-    return write_page(model.eval(), tokenizer, prompt, tokens, seed, answer=bool(data.rows))
+    return generate_sample(model.eval(), tokenizer, prompt, tokens, seed, answer=bool(data.rows))

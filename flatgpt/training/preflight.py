@@ -22,8 +22,15 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from flatgpt.checkpoint.convert import RELEASED, is_fetched, is_foreign, shape_of
-from flatgpt.checkpoint.load import find, listed, read_state, shape_in, tokenizer_in, verify
+from flatgpt.checkpoint.convert import RELEASED, is_cached, is_foreign, parse_model_config
+from flatgpt.checkpoint.load import (
+    find,
+    list_checkpoints,
+    read_state,
+    shape_in,
+    tokenizer_in,
+    verify,
+)
 from flatgpt.checkpoint.peft import base_of, is_adapter
 from flatgpt.data.dataset import (
     SPLITS,
@@ -120,7 +127,7 @@ class Preflight:
         check_short_blocks(self.config, shape.block_size)
         yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
         on_hub = source != 'scratch' and not Path(source).exists()
-        if on_hub and not is_fetched(source):
+        if on_hub and not is_cached(source):
             yield 'warning', f'{source} is not here: the run fetches it from the hub first'
 
     def find_shape(self) -> GPTConfig:
@@ -144,7 +151,7 @@ class Preflight:
         where = self.config['init_from']
         if self.resuming:
             mirror = self.config['checkpoint_mirror']
-            paths = listed(self.out_dir) or (listed(mirror) if mirror else [])
+            paths = list_checkpoints(self.out_dir) or (list_checkpoints(mirror) if mirror else [])
             if paths:
                 return paths[-1]
             if where == 'resume':
@@ -155,7 +162,7 @@ class Preflight:
             return base_of(where)
         if read_state(Path(where)):
             return Path(where)
-        return listed(where)[-1] if listed(where) else find(where)
+        return list_checkpoints(where)[-1] if list_checkpoints(where) else find(where)
 
     def vocab_size(self) -> int:
         """Of a new model for the dataset; GPT-2's where there is none yet."""
@@ -313,7 +320,7 @@ class Preflight:
         if not self.resuming:
             if not config['overwrite']:
                 run_directory.check_free(self.out_dir, config['checkpoint_mirror'])
-            gone = len(listed(self.out_dir))
+            gone = len(list_checkpoints(self.out_dir))
             yield (
                 ('warning', f'{gone} checkpoints in it will be deleted') if gone else ('ok', 'free')
             )
@@ -321,12 +328,12 @@ class Preflight:
         yield from self.resumable()
 
     def resumable(self) -> Iterator[tuple[str, str]]:
-        path = (
-            run_directory.resume_point(self.out_dir, self.config) if listed(self.out_dir) else None
-        )
+        path = None
+        if list_checkpoints(self.out_dir):
+            path = run_directory.resume_point(self.out_dir, self.config)
         mirror = self.config['checkpoint_mirror']
-        if path is None and mirror and listed(mirror):
-            path = listed(mirror)[-1]
+        if path is None and mirror and list_checkpoints(mirror):
+            path = list_checkpoints(mirror)[-1]
             verify(path)
         if path is None:
             source = self.source()
@@ -384,7 +391,7 @@ def foreign_shape(where: str) -> dict:
         shape = {'n_layer': n_layer, 'n_head': n_head, 'n_embd': n_embd, 'vocab_size': 50257}
         return {**shape, 'bias': True, 'block_size': 1024}
     if (path / 'config.json').is_file():
-        return shape_of(read_json(path / 'config.json', where), where)
+        return parse_model_config(read_json(path / 'config.json', where), where)
     path = path / 'ckpt.pt' if path.is_dir() else path
     if path.is_file():  # nanoGPT's: only its settings are looked at
         with suppress(Exception):
@@ -394,7 +401,7 @@ def foreign_shape(where: str) -> dict:
 
     cached = try_to_load_from_cache(where, 'config.json')
     if isinstance(cached, str):
-        return shape_of(read_json(Path(cached), where), where)
+        return parse_model_config(read_json(Path(cached), where), where)
     raise CheckpointError(f'{where}: not here yet, so its shape is not known; fetch it first')
 
 

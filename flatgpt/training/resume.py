@@ -16,8 +16,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from flatgpt.checkpoint.load import MANIFEST, find, listed, load, load_model, newest_run, step_of
-from flatgpt.checkpoint.mirror import catch_up, fetch, restore
+from flatgpt.checkpoint.load import (
+    MANIFEST,
+    find,
+    list_checkpoints,
+    load,
+    load_model,
+    newest_run,
+    step_of,
+)
+from flatgpt.checkpoint.mirror import copy_if_missing, fetch, restore
 from flatgpt.checkpoint.save import prune
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.mixture import open_data
@@ -70,7 +78,7 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
     def find_on_rank_0() -> Path | None:
         nonlocal lock
         out_dir = Path(config['out_dir'])
-        if listed(out_dir) and not config['eval_only']:
+        if list_checkpoints(out_dir) and not config['eval_only']:
             lock = run_directory.lock(out_dir)
         if is_resuming(config):
             return find_or_restore(out_dir, config, runtime)
@@ -85,7 +93,7 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
 
 def refuse_used_folders(out_dir: Path, config: dict) -> None:
     """Refuse to begin a new run where there is one."""
-    if config['eval_only'] and listed(out_dir):
+    if config['eval_only'] and list_checkpoints(out_dir):
         raise ConfigError(
             f'eval_only: {out_dir} has a run; --init_from=resume evaluates that, another '
             '--out_dir what init_from names'
@@ -102,7 +110,7 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
     path = run_directory.resume_point(out_dir, config)
     if path and mirror and runtime.world_size > 1 and not config['eval_only']:
         try:
-            catch_up(path, mirror)  # a machine with another disk has it from there
+            copy_if_missing(path, mirror)  # a machine with another disk has it from there
         except UserError as error:  # if there is one, it will say so
             print(f'warning: {error}', file=sys.stderr)
     return path

@@ -9,8 +9,8 @@ A run while train.py is at work on it: its directory, where it stands, its check
 import math
 from pathlib import Path
 
-from flatgpt.checkpoint.load import listed, load_model, load_optimizer, read_state
-from flatgpt.checkpoint.mirror import Mirror, begin_mirror, catch_up, probe_mirror
+from flatgpt.checkpoint.load import list_checkpoints, load_model, load_optimizer, read_state
+from flatgpt.checkpoint.mirror import Mirror, copy_if_missing, probe_mirror, remove_later
 from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ class Run:
             longer += ' (and --lr_decay_iters)'
         if self.runtime.main:  # a run that was killed on its last way out
             if c['checkpoint_mirror']:
-                catch_up(self.resume_from, c['checkpoint_mirror'])
+                copy_if_missing(self.resume_from, c['checkpoint_mirror'])
             if not (self.out_dir / 'DONE').exists():
                 self.mark_done()
         self.runtime.print0(
@@ -93,7 +93,7 @@ class Run:
         self.tracker = Tracker(self.out_dir, c, step, self.runtime.print0)
         run_directory.begin(self.out_dir, step, c['overwrite'])
         if c['checkpoint_mirror']:
-            begin_mirror(c['checkpoint_mirror'], step)
+            remove_later(c['checkpoint_mirror'], step)
         if reference:
             write_reference(self.out_dir / REFERENCE, self.state.reference_key, reference)
         here = {'device': self.runtime.device, 'dtype': self.runtime.dtype_name}
@@ -154,7 +154,7 @@ class Run:
         return not self.state.skipped
 
     def save(self, model: GPT, optimizers: list, tokenizer: Tokenizer | None, scaler) -> None:
-        """Save the run as it stands now; what goes wrong is reported by saver.news()."""
+        """Save the run as it stands now; what goes wrong is reported by saver.pop_warnings()."""
         if not (self.runtime.main or self.config['shard']):
             return
         self.state.tick()
@@ -187,7 +187,7 @@ class Run:
         return load_model(self.out_dir, 'last', self.runtime.device)[0]
 
     def report_problems(self, after: str = '') -> None:
-        for problem in self.saver.news():
+        for problem in self.saver.pop_warnings():
             self.runtime.print0(f'warning: {problem}{after}')
 
     @property
@@ -198,4 +198,4 @@ class Run:
 
     @property
     def saved(self) -> list[Path]:
-        return listed(self.out_dir)
+        return list_checkpoints(self.out_dir)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from flatgpt.checkpoint.load import find, listed, read_state, step_of
+from flatgpt.checkpoint.load import find, list_checkpoints, read_state, step_of
 from flatgpt.checkpoint.save import set_aside
 from flatgpt.errors import CheckpointError, UserError
 from flatgpt.files import atomic_file
@@ -46,7 +46,7 @@ def lock(out_dir: Path) -> FileLock:
 
 def settings_in(out_dir: str | Path | None) -> dict:
     """The settings that the folder's last readable checkpoint was made with, {} without one."""
-    states = (read_state(path) for path in reversed(listed(out_dir) if out_dir else []))
+    states = (read_state(path) for path in reversed(list_checkpoints(out_dir) if out_dir else []))
     return next((state['config'] for state in states if state), {})
 
 
@@ -55,7 +55,7 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
     if config['init_from'] == 'resume':
         return find(out_dir, config['checkpoint'] or 'last')
     try:
-        return find(out_dir, 'last') if listed(out_dir) else None
+        return find(out_dir, 'last') if list_checkpoints(out_dir) else None
     except CheckpointError:
         return None
 
@@ -63,7 +63,7 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
 def check_free(*folders: str | Path | None) -> None:
     """Refuse to begin a run in these, of which None is left out, if one has a run in it."""
     for where in filter(None, folders):
-        if listed(where):
+        if list_checkpoints(where):
             raise UserError(
                 f'{where} has checkpoints already: continue with --init_from=resume, give another '
                 '--out_dir, or delete them with --overwrite'
@@ -74,9 +74,9 @@ def begin(out_dir: Path, step: int, overwrite: bool) -> None:
     """Make room for the steps past `step`, -1 for a new run, which are now made, or made again.
 
     Their checkpoints are set aside under another name; a new run with overwrite deletes them.
-    mirror.begin_mirror() does the same where nothing can be renamed.
+    mirror.remove_later() does the same where nothing can be renamed.
     """
-    for path in listed(out_dir):
+    for path in list_checkpoints(out_dir):
         if overwrite and step < 0:
             shutil.rmtree(path)
         elif step_of(path) > step:

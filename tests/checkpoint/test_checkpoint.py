@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, refused by name when damaged, never lost to a full disk."""
+"""Checkpoints: complete or absent, checked for damage, never lost to a full disk."""
 
 import ast
 import json
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
 from flatgpt import files
@@ -23,7 +24,7 @@ from flatgpt.checkpoint.load import (
     STATE,
     TOKENIZER,
     find,
-    listed,
+    list_checkpoints,
     load,
     load_model,
     load_optimizer,
@@ -59,7 +60,7 @@ def pair():
 
 @pytest.fixture
 def put(pair, tmp_path):
-    """Save a checkpoint of a step, evaluated if it is given a validation loss -> its path."""
+    """Save a checkpoint of a step, with a validation loss if it was evaluated -> its path."""
 
     def put(step, val_loss=None, out_dir=tmp_path, keep_evaluated=False):
         state = {'step': step, 'train_loss': 1.0, 'val_loss': val_loss}
@@ -70,11 +71,11 @@ def put(pair, tmp_path):
 
 
 def names(out_dir):
-    return [int(path.name[5:]) for path in listed(out_dir)]
+    return [int(path.name[5:]) for path in list_checkpoints(out_dir)]
 
 
 def hidden(out_dir):
-    """What a save or a removal has left under a temporary name."""
+    """The temporary folders that a save or a removal has left."""
     return [path.name for path in (Path(out_dir) / 'checkpoints').iterdir() if path.name[0] == '.']
 
 
@@ -99,7 +100,7 @@ def refused(function, *args, **options):
 # round trip
 
 
-def test_what_is_saved_is_what_is_loaded(pair, put):
+def test_a_checkpoint_loads_as_it_was_saved(pair, put):
     model, (optimizer,) = pair
     path = put(7, 2.5)
     loaded, tokenizer, state = load(path, dropout=0.1)
@@ -123,7 +124,7 @@ def test_the_files_are_exactly_those_documented(put):
     assert 'lm_head.weight' not in load_file(put(1) / MODEL)  # it is the embedding's matrix
 
 
-def test_equal_states_are_equal_bytes(put, tmp_path):
+def test_equal_states_give_equal_bytes(put, tmp_path):
     one, two = put(3, 1.5, tmp_path / 'one'), put(3, 1.5, tmp_path / 'two')
     for name in FILES:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
@@ -152,7 +153,7 @@ def test_a_loaded_model_is_ready_to_evaluate(put, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# which are kept, which is meant
+# pruning and choice
 
 
 def test_the_last_two_and_the_best_are_kept(put, tmp_path):
@@ -162,7 +163,7 @@ def test_the_last_two_and_the_best_are_kept(put, tmp_path):
     assert hidden(tmp_path) == []
 
 
-def test_every_evaluated_one_is_kept_if_asked_for(put, tmp_path):
+def test_keep_evaluated_keeps_every_evaluated_checkpoint(put, tmp_path):
     for step in range(1, 8):
         put(step, 3.0 if step % 2 else None, keep_evaluated=True)
     assert names(tmp_path) == [1, 3, 5, 6, 7]
@@ -175,7 +176,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(put, tmp_path):
     assert names(tmp_path) == [3, 5, 6]
 
 
-def test_best_and_last_are_told_apart(put, tmp_path):
+def test_best_and_last_are_different_checkpoints(put, tmp_path):
     put(1, 2.0)
     put(2, 1.0)
     put(3, 1.5)
@@ -188,7 +189,7 @@ def test_best_and_last_are_told_apart(put, tmp_path):
         assert find(tmp_path, str(path)) == path
 
 
-def test_of_two_equals_the_later_is_the_best(put, tmp_path):
+def test_of_two_equal_losses_the_later_is_the_best(put, tmp_path):
     put(1, 2.0)
     put(2, 2.0)
     assert find(tmp_path).name == 'step-00000002'
@@ -207,6 +208,7 @@ def test_steps_are_ordered_as_numbers(put, tmp_path):
     assert find(tmp_path, 'last').name == 'step-100000000'
 
 
+@error_line('no trained model in out/')
 def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'no trained model' in refused(newest_run)
@@ -216,24 +218,32 @@ def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
     put(10, out_dir='out/one')
     assert newest_run() == Path('out/one')
     assert load_model(None)[2]['step'] == 10
+    assert load_model('out/two')[2]['step'] == 1
 
 
-def test_a_folder_without_checkpoints_says_how_to_get_one(tmp_path):
+@error_line(
+    'train until the first', 'give a run directory as --out_dir or', 'no such checkpoint; check'
+)
+def test_a_folder_without_checkpoints_is_an_error_until_one_is_saved(put, tmp_path):
     for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', '--out_dir')):
         text = refused(find, folder)
         assert text.startswith(str(folder))
         assert need in text
     assert 'no such checkpoint' in refused(find, tmp_path / 'step-00000001')
+    path = put(1)
+    assert find(tmp_path) == find(path) == path
 
 
-def test_a_checkpoint_that_is_not_there_is_named(put, tmp_path):
-    put(1)
+@error_line("give 'last', 'best' or the path")
+def test_a_checkpoint_that_does_not_exist_is_an_error_with_the_alternatives(put, tmp_path):
+    path = put(1)
     text = refused(find, tmp_path, 'lst')
     assert text.startswith('lst')
-    assert "'last'" in text
+    for which in ('last', 'best', str(path)):
+        assert find(tmp_path, which) == path
 
 
-def test_one_set_aside_no_longer_counts_and_its_step_can_be_saved_again(put, tmp_path):
+def test_a_checkpoint_set_aside_is_not_listed_and_its_step_can_be_saved_again(put, tmp_path):
     put(1)
     for _ in range(2):
         set_aside(put(2))
@@ -245,9 +255,10 @@ def test_one_set_aside_no_longer_counts_and_its_step_can_be_saved_again(put, tmp
 # damage
 
 
+@error_line('give another checkpoint')
 @pytest.mark.parametrize('name', FILES)
 @pytest.mark.parametrize('damage', [flip, cut, Path.unlink], ids=['flip', 'cut', 'remove'])
-def test_a_damaged_file_is_refused_by_name_and_the_one_before_used(
+def test_a_damaged_file_is_reported_and_the_checkpoint_before_is_used(
     put, tmp_path, capsys, name, damage
 ):
     whole, broken = put(1, 2.0), put(2, 1.0)
@@ -260,32 +271,36 @@ def test_a_damaged_file_is_refused_by_name_and_the_one_before_used(
         warning = capsys.readouterr().err
         assert warning.startswith(f'warning: {broken} is damaged: {name}')
         assert warning.count('\n') == 1
-    assert name in refused(find, broken)  # asked for by its path, there is no other choice
+    assert name in refused(find, broken)  # given by its path, no other is tried
+    assert find(whole) == whole
 
 
 @pytest.mark.parametrize('place', [0.0, 0.25, 0.75, 1.0])
 @pytest.mark.parametrize('name', [MODEL, OPTIMIZER])
-def test_a_flipped_bit_is_seen_wherever_it_is(put, name, place):
+def test_a_flipped_bit_is_detected_anywhere(put, name, place):
     path = put(1)
     flip(path / name, place)
     assert name in refused(verify, path)
 
 
 @pytest.mark.parametrize('text', ['', '{}', '[]', 'null', '3', '{"model.safetensors": 3}', '\0'])
-def test_a_manifest_that_lists_nothing_vouches_for_nothing(put, text):
+def test_a_manifest_without_hashes_is_damage(put, text):
     path = put(1)
     (path / MANIFEST).write_text(text)
     assert str(path) in refused(verify, path)
 
 
-def test_if_all_are_damaged_one_line_says_so(put, tmp_path, capsys):
+@error_line('start a new run in another --out_dir')
+def test_if_all_checkpoints_are_damaged_the_error_is_one_line(put, tmp_path, capsys):
     for step in (1, 2):
         flip(put(step, 1.0) / MODEL)
     assert 'every checkpoint is damaged' in refused(find, tmp_path)
     assert capsys.readouterr().err.count('warning') == 2
+    path = put(1, out_dir=tmp_path / 'new')
+    assert find(tmp_path / 'new') == path
 
 
-def test_a_damaged_state_file_does_not_hinder_pruning(put, tmp_path):
+def test_a_damaged_state_file_does_not_stop_pruning(put, tmp_path):
     put(1, 1.0)
     (put(2, 2.0) / STATE).write_text('{')
     put(3, 3.0)
@@ -294,10 +309,10 @@ def test_a_damaged_state_file_does_not_hinder_pruning(put, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# a save that does not end well
+# a save that fails
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_written(put, tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_written(put, tmp_path, monkeypatch):
     put(1)
     usage = SimpleNamespace(free=1000)
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage)
@@ -305,11 +320,11 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(put, tmp_path
         put(2)
     assert names(tmp_path) == [1]
     assert hidden(tmp_path) == []
-    verify(listed(tmp_path)[0])
+    verify(list_checkpoints(tmp_path)[0])
 
 
-@pytest.mark.parametrize('call', ['save_file', 'sha256', 'fsync'])
-def test_a_disk_that_fails_midway_leaves_the_old_one_and_no_rubbish(
+@pytest.mark.parametrize('call', ['save_file', 'sha256', 'flush'])
+def test_a_disk_error_during_a_save_keeps_the_old_checkpoint_and_leaves_no_files(
     put, tmp_path, monkeypatch, call
 ):
     put(1)
@@ -331,7 +346,7 @@ def test_a_disk_that_fails_midway_leaves_the_old_one_and_no_rubbish(
     assert put(2).is_dir()  # and the next save finds its way free
 
 
-def test_safetensors_own_error_counts_as_the_disk_s(put, tmp_path, monkeypatch):
+def test_an_error_of_safetensors_is_an_oserror(put, tmp_path, monkeypatch):
     from safetensors import SafetensorError
 
     def fail(*args, **options):
@@ -343,7 +358,7 @@ def test_safetensors_own_error_counts_as_the_disk_s(put, tmp_path, monkeypatch):
     assert hidden(tmp_path) == []
 
 
-def test_what_a_killed_save_left_is_cleared_by_the_next(put, tmp_path):
+def test_the_next_save_removes_the_files_of_a_killed_one(put, tmp_path):
     put(1)
     folder = tmp_path / 'checkpoints'
     for name in ('.step-00000002', '.step-00000001'):
@@ -360,7 +375,7 @@ def test_what_a_killed_save_left_is_cleared_by_the_next(put, tmp_path):
 
 
 def rewrite(path, change_tensors=None, change_shape=None):
-    """Change a checkpoint and its manifest, as another version of the program would write it."""
+    """Change a checkpoint and its manifest, as another version would write it."""
     if change_tensors:
         tensors = load_file(path / MODEL)
         change_tensors(tensors)
@@ -390,16 +405,16 @@ def reshape(tensors):
     ('change', 'name'),
     [(drop, 'mlp.c_fc.weight'), (add, 'attn.extra.weight'), (reshape, 'wpe.weight')],
 )
-def test_tensors_of_another_architecture_are_refused_by_name(put, change, name):
+def test_tensors_of_another_architecture_are_errors_with_their_names(put, change, name):
     path = put(1)
     rewrite(path, change)
     text = refused(load, path)
     assert str(path) in text
     assert name in text
-    assert 'architecture' in text
+    assert 'of one model' in text
 
 
-def test_a_shape_this_version_does_not_know_is_refused(put):
+def test_an_unknown_model_setting_is_an_error(put):
     path = put(1)
     rewrite(path, change_shape=lambda shape: shape.update(n_experts=4))
     text = refused(load, path)
@@ -429,11 +444,11 @@ def test_inspect_and_verify_on_the_command_line(put, tmp_path, capsys):
     assert 'no checkpoint' in refused(__main__.main, ['inspect', str(tmp_path / 'checkpoints')])
 
 
-def test_verify_on_a_damaged_run_is_one_line_and_status_2(put, tmp_path, script):
+def test_verify_of_a_damaged_run_prints_one_line_and_exits_with_status_2(put, tmp_path, script):
     flip(put(1) / MODEL)
     done = script('flatgpt.checkpoint', 'verify', tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f'error: {tmp_path} has damaged checkpoints\n'
+    assert done.stderr == f'error: {tmp_path} has damaged checkpoints; delete their folders\n'
 
 
 def imports(path):

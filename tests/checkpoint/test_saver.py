@@ -1,4 +1,4 @@
-"""Checkpoints that are written while the training goes on, in parts by several ranks, and twice."""
+"""Saver and mirror: checkpoints in the background, in parts by several ranks, and copied."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ from flatgpt.checkpoint.load import (
     MODEL,
     OPTIMIZER,
     find,
-    listed,
+    list_checkpoints,
     load,
     read_tensors,
     verify,
@@ -53,7 +53,7 @@ def state_of(step, **changes):
 
 
 class Run:
-    """A model that changes at each step, and what saves it."""
+    """A model that changes at each step, and its Saver."""
 
     def __init__(self, out_dir, mirror=None, run=None, **options):
         self.model = random_model(11, n_layer=1, n_embd=16)
@@ -95,7 +95,7 @@ def large(monkeypatch):
 
 @pytest.fixture
 def slow(monkeypatch, large):
-    """Writing waits until the test says so."""
+    """Writing waits until the test sets the event."""
     go, write = threading.Event(), save_module.write
 
     def wait_and_write(*args):
@@ -111,7 +111,7 @@ def slow(monkeypatch, large):
 # in the background
 
 
-def test_a_checkpoint_holds_its_step_although_the_weights_move_on(slow, tmp_path):
+def test_a_checkpoint_has_the_weights_of_its_step_while_training_continues(slow, tmp_path):
     run = Run(tmp_path)
     expected = run.now()
     run.save()
@@ -126,7 +126,7 @@ def test_a_checkpoint_holds_its_step_although_the_weights_move_on(slow, tmp_path
             assert not torch.equal(tensor, expected[file][name]), name
 
 
-def test_the_next_save_waits_for_the_one_before_and_takes_nothing_from_it(slow, tmp_path):
+def test_the_next_save_waits_for_the_one_before(slow, tmp_path):
     run, expected = Run(tmp_path), []
     for _ in range(2):
         expected.append(run.now())
@@ -137,18 +137,18 @@ def test_the_next_save_waits_for_the_one_before_and_takes_nothing_from_it(slow, 
         run.train()
     assert time.perf_counter() - started >= 0.15
     run.saver.finish()
-    for path, tensors in zip(listed(tmp_path), expected, strict=True):
+    for path, tensors in zip(list_checkpoints(tmp_path), expected, strict=True):
         holds(path, tensors)
 
 
-def test_a_small_checkpoint_is_there_at_once(tmp_path):
+def test_a_small_checkpoint_is_written_at_once(tmp_path):
     run = Run(tmp_path)
     run.save()
     assert steps(tmp_path) == [1]
     run.saver.finish()
 
 
-def test_the_pause_and_the_whole_time_are_told_once_each(slow, tmp_path):
+def test_the_pause_and_the_total_time_are_reported_once_each(slow, tmp_path):
     run = Run(tmp_path)
     run.save()
     assert 0 < run.saver.times()['save_pause'] < 1
@@ -162,7 +162,9 @@ def test_the_pause_and_the_whole_time_are_told_once_each(slow, tmp_path):
     run.saver.finish()
 
 
-def test_an_error_in_the_background_is_news_and_the_one_before_stays(large, tmp_path, monkeypatch):
+def test_an_error_in_the_background_is_a_warning_and_the_checkpoint_before_stays(
+    large, tmp_path, monkeypatch
+):
     run = Run(tmp_path)
     run.save()
     run.saver.wait()
@@ -176,11 +178,11 @@ def test_an_error_in_the_background_is_news_and_the_one_before_stays(large, tmp_
         run.train()
         run.save()
         run.saver.wait()
-    (news,) = run.saver.news()
+    (news,) = run.saver.pop_warnings()
     assert news.startswith('checkpoint of step 2 not written: ')
     assert 'No space left' in news
     assert news == run.saver.failure
-    assert run.saver.news() == []
+    assert run.saver.pop_warnings() == []
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000001']
     assert hashes(find(tmp_path, 'last')) == before
     run.train()
@@ -190,7 +192,7 @@ def test_an_error_in_the_background_is_news_and_the_one_before_stays(large, tmp_
     assert steps(tmp_path) == [1, 3]
 
 
-def test_what_is_no_fault_of_the_disk_is_not_hidden(large, tmp_path, monkeypatch):
+def test_an_error_that_is_not_an_oserror_is_raised(large, tmp_path, monkeypatch):
     run = Run(tmp_path)
     monkeypatch.setattr(save_module, 'write', lambda *args: 1 / 0)
     run.save()
@@ -212,13 +214,13 @@ def test_the_same_step_is_written_once_unless_it_has_been_evaluated_since(tmp_pa
 
 @pytest.fixture(scope='module')
 def at_once(run_here, tmp_path_factory):
-    """A run whose checkpoints are small, and so written while it waits."""
+    """A run with small checkpoints, which are written at once."""
     out_dir = tmp_path_factory.mktemp('at_once') / 'run'
     assert run_here(f'--out_dir={out_dir}', *OFTEN) == 0
     return out_dir
 
 
-def test_a_run_that_saves_in_the_background_saves_the_same(
+def test_a_run_that_saves_in_the_background_writes_equal_checkpoints(
     run_here, large, at_once, tmp_path, monkeypatch
 ):
     write, meanwhile = save_module.write, []
@@ -235,7 +237,7 @@ def test_a_run_that_saves_in_the_background_saves_the_same(
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     assert min(meanwhile[:3]) >= 2  # steps that were made while it had not been written
     assert steps(tmp_path) == steps(at_once) == [3, 6, 9, 12]
-    for here, there in zip(listed(tmp_path), listed(at_once), strict=True):
+    for here, there in zip(list_checkpoints(tmp_path), list_checkpoints(at_once), strict=True):
         assert hashes(here) == hashes(there)
     assert len(metrics(tmp_path, 'save_pause')) == 3  # of the last, no step follows
     seconds, pauses = (metrics(tmp_path, f'save_{key}') for key in ('seconds', 'pause'))
@@ -243,7 +245,7 @@ def test_a_run_that_saves_in_the_background_saves_the_same(
     assert all(seconds.values())
 
 
-def test_a_background_error_costs_a_run_that_checkpoint_alone(
+def test_after_a_background_error_only_that_checkpoint_is_missing(
     run_here, large, at_once, tmp_path, monkeypatch, capsys
 ):
     save_file = save_module.save_file
@@ -257,7 +259,7 @@ def test_a_background_error_costs_a_run_that_checkpoint_alone(
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     printed = capsys.readouterr().out
     assert printed.count('warning: checkpoint of step 6 not written: ') == 1
-    assert 'No space left on device; the ones before are untouched; training goes on' in printed
+    assert 'No space left on device; the earlier ones are intact; training goes on' in printed
     assert steps(tmp_path) == [3, 9, 12]
     assert hashes(find(tmp_path, 'last')) == hashes(find(at_once, 'last'))
 
@@ -271,7 +273,7 @@ PARTS = ('--max_iters=4', '--eval_interval=2', '--n_layer=2')
 
 @pytest.fixture(scope='module')
 def sharded(forks, tiny, tmp_path_factory):
-    """A run of two ranks, sharded, and the same one with the whole model in each."""
+    """A sharded run of two ranks, and the same run unsharded."""
     folder = tmp_path_factory.mktemp('sharded')
     for name, flag in (('parts', '--shard'), ('whole', '--shard=False')):
         crew = forks.start(2, f'--out_dir={folder / name}', *PARTS, flag, config=tiny)
@@ -284,8 +286,9 @@ def parts(sharded, tmp_path):
     return shutil.copytree(sharded / 'parts', tmp_path / 'parts')
 
 
-def test_the_parts_together_are_what_is_saved_unsharded(sharded):
-    for cut, whole in zip(*(listed(sharded / name) for name in ('parts', 'whole')), strict=True):
+def test_the_parts_together_equal_an_unsharded_checkpoint(sharded):
+    paths = [list_checkpoints(sharded / name) for name in ('parts', 'whole')]
+    for cut, whole in zip(*paths, strict=True):
         for file in (MODEL, OPTIMIZER):
             named, expected = (dict(read_tensors(path, file)) for path in (cut, whole))
             assert named.keys() == expected.keys()
@@ -320,21 +323,21 @@ PART = [f'{stem}-0000{n}-of-00002.safetensors' for stem in ('model', 'optimizer'
 
 @pytest.mark.parametrize('name', PART)
 @pytest.mark.parametrize('how', ['missing', 'flipped'])
-def test_a_damaged_part_is_refused_by_name_and_the_one_before_used(parts, capsys, name, how):
-    path = listed(parts)[-1] / name
+def test_a_damaged_part_is_reported_and_the_checkpoint_before_is_used(parts, capsys, name, how):
+    path = list_checkpoints(parts)[-1] / name
     if how == 'missing':
         path.unlink()
     else:
         content = bytearray(path.read_bytes())
         content[-5] ^= 16
         path.write_bytes(content)
-    assert find(parts, 'last') == listed(parts)[0]
+    assert find(parts, 'last') == list_checkpoints(parts)[0]
     error = capsys.readouterr().err
-    assert f'{path.parent} is damaged: {name} is ' in error
+    assert f'{path.parent} is damaged: {name} ' in error
     assert error.count('\n') == 1
 
 
-def test_one_process_goes_on_from_parts_as_it_does_from_a_whole(sharded, run_here, tmp_path):
+def test_one_process_resumes_equally_from_a_sharded_checkpoint(sharded, run_here, tmp_path):
     for name in ('parts', 'whole'):
         shutil.copytree(sharded / name, tmp_path / name)
         args = (*PARTS, '--init_from=resume', '--max_iters=6', '--shard=False')
@@ -357,7 +360,8 @@ save.write = late
 def test_parts_are_written_in_the_background_too(ranks, sharded, tmp_path):
     crew = ranks(2, f'--out_dir={tmp_path}', *PARTS, '--shard', before=LATE)
     assert crew.end() == [0, 0], crew.err
-    for here, there in zip(*(listed(path) for path in (tmp_path, sharded / 'parts')), strict=True):
+    paths = [list_checkpoints(path) for path in (tmp_path, sharded / 'parts')]
+    for here, there in zip(*paths, strict=True):
         assert [files.sha256(here / name) for name in PART] == [
             files.sha256(there / name) for name in PART
         ]
@@ -375,14 +379,14 @@ save.save_file = full
 
 
 @pytest.mark.parametrize('which', [0, 1])
-def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
+def test_if_a_rank_cannot_write_its_part_only_that_checkpoint_is_missing(
     ranks, sharded, tmp_path, which
 ):
     before = lambda rank: CANNOT if rank == which else ''  # noqa: E731
     crew = ranks(2, f'--out_dir={tmp_path}', *PARTS, '--shard', before=before)
     assert crew.end() == [0, 0], crew.err
     why = f'{"rank 1: " if which else ""}[Errno 28] No space left on device'
-    line = f'warning: checkpoint of step 2 not written: {why}; the ones before are untouched'
+    line = f'warning: checkpoint of step 2 not written: {why}; the earlier ones are intact'
     assert crew.out.count(line) == 1
     assert steps(tmp_path) == [4]
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['step-00000004']
@@ -391,16 +395,16 @@ def test_a_rank_that_cannot_write_its_part_costs_that_checkpoint_alone(
         assert files.sha256(find(tmp_path, 'last') / name) == files.sha256(expected / name)
 
 
-def test_a_rank_whose_part_never_comes_is_not_waited_for_forever(tmp_path, monkeypatch):
-    monkeypatch.setattr(save_module, 'PART_SECONDS', 0.1)
+def test_waiting_for_a_rank_s_part_has_a_timeout(tmp_path, monkeypatch):
+    monkeypatch.setattr(save_module, 'PART_TIMEOUT', 0.1)
     final = tmp_path / 'checkpoints' / 'step-00000001'
-    save_module.clear(final, 0)
+    save_module.make_temp_folder(final, 0)
     with pytest.raises(OSError, match=r'rank 1 did not write its part within 0\.1 s'):
         save_module.write(final, {}, {}, False, 0, 2)
     assert list(final.parent.iterdir()) == []
 
 
-def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch):
+def test_a_rank_on_a_full_disk_makes_room_to_report_it(tmp_path, monkeypatch):
     parts = tmp_path / 'parts'
     parts.mkdir()
     as_json, left = files.as_json, []
@@ -419,7 +423,7 @@ def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch)
         save_module.write_part(parts, {MODEL: {}, OPTIMIZER: {}}, 1, 2)
     assert left == []
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
-        save_module.hashes_of_part(parts, 1)
+        save_module.wait_for_part(parts, 1)
 
 
 # -----------------------------------------------------------------------------
@@ -427,8 +431,8 @@ def test_a_rank_that_has_no_room_makes_some_for_saying_so(tmp_path, monkeypatch)
 
 
 def mirrored(folder):
-    """The steps of a mirror's checkpoints that count, all of them whole."""
-    paths = [path for path in listed(folder) if (path / MANIFEST).exists()]
+    """The steps of a mirror's complete checkpoints, which are verified."""
+    paths = [path for path in list_checkpoints(folder) if (path / MANIFEST).exists()]
     for path in paths:
         verify(path)
     return [load_module.step_of(path) for path in paths]
@@ -445,17 +449,17 @@ def pair(run_here, tmp_path_factory):
 
 @pytest.fixture
 def both(pair, tmp_path):
-    """A copy of them -> the arguments that name both, the run, its mirror."""
+    """A copy of them -> the arguments for both, the run, its mirror."""
     shutil.copytree(pair, tmp_path / 'both')
     run, mirror = tmp_path / 'both' / 'run', tmp_path / 'both' / 'mirror'
     return (f'--out_dir={run}', f'--checkpoint_mirror={mirror}'), run, mirror
 
 
-def test_a_mirror_has_the_same_checkpoints_and_what_a_run_goes_on_with(pair):
+def test_a_mirror_has_the_same_checkpoints_and_what_a_resumed_run_needs(pair):
     run, mirror = pair / 'run', pair / 'mirror'
     assert mirrored(mirror) == steps(run)
     assert len(steps(run)) < 4  # by the same rules: the last two and the best
-    for here, there in zip(listed(run), listed(mirror), strict=True):
+    for here, there in zip(list_checkpoints(run), list_checkpoints(mirror), strict=True):
         copies = {f.name: f.read_bytes() for f in there.iterdir()}
         beside = {name: copies.pop(name) for name in ('config.py', 'metrics.jsonl')}
         assert copies == {f.name: f.read_bytes() for f in here.iterdir()}
@@ -466,7 +470,7 @@ def test_a_mirror_has_the_same_checkpoints_and_what_a_run_goes_on_with(pair):
     assert b'max_iters = 12' in beside['config.py']
 
 
-def test_the_manifest_goes_last_and_leaves_first(tmp_path, monkeypatch):
+def test_the_manifest_is_copied_last_and_removed_first(tmp_path, monkeypatch):
     run = Run(tmp_path / 'run')
     run.save()
     path, mirror = find(tmp_path / 'run', 'last'), tmp_path / 'mirror'
@@ -493,7 +497,7 @@ def test_the_manifest_goes_last_and_leaves_first(tmp_path, monkeypatch):
     run.saver.finish()
 
 
-def test_what_a_killed_process_left_in_the_mirror_is_no_checkpoint(tmp_path):
+def test_an_incomplete_copy_in_the_mirror_is_not_a_checkpoint(tmp_path):
     run, mirror = Run(tmp_path / 'run'), tmp_path / 'mirror'
     for _ in range(4):
         run.save()
@@ -504,14 +508,14 @@ def test_what_a_killed_process_left_in_the_mirror_is_no_checkpoint(tmp_path):
         (half / MODEL).write_bytes(b'half')
         run.train()
     assert mirrored(mirror) == [5, 7]
-    assert [load_module.step_of(path) for path in listed(mirror)] == [5, 7, 8]
+    assert [load_module.step_of(path) for path in list_checkpoints(mirror)] == [5, 7, 8]
     restore(mirror, tmp_path / 'new')
     assert steps(tmp_path / 'new') == [7]
     run.saver.finish()
 
 
 @pytest.mark.parametrize('flag', ['--auto_resume', '--init_from=resume'])
-def test_a_run_goes_on_from_its_mirror_on_an_empty_disk(run_here, both, tmp_path, flag):
+def test_a_run_resumes_from_its_mirror_on_an_empty_disk(run_here, both, tmp_path, flag):
     args, run, mirror = both
     shutil.copytree(run, tmp_path / 'kept')
     shutil.rmtree(run)
@@ -532,8 +536,8 @@ def test_the_settings_come_from_the_mirror_too(run_here, both, capsys):
     assert f'{run} is finished: 12 of 12 steps' in capsys.readouterr().out
 
 
-def test_a_checkpoint_with_a_folder_in_it_comes_back_too(run_here, pair, tmp_path):
-    """Adapters of low rank lie in a folder of their own."""
+def test_a_checkpoint_with_a_subfolder_is_restored_too(run_here, pair, tmp_path):
+    """LoRA adapters have a folder of their own."""
     args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
     start = (f'--init_from={pair}/run', '--lora_rank=2', '--max_iters=2')
     assert run_here(*args, *start) == 0
@@ -549,36 +553,38 @@ def damage(path):
     (path / MODEL).write_bytes(b'damaged')
 
 
-def test_the_newest_of_a_mirror_being_damaged_the_one_before_is_taken(run_here, both, capsys):
+def test_if_the_mirror_s_newest_is_damaged_the_one_before_is_used(run_here, both, capsys):
     args, run, mirror = both
     shutil.rmtree(run)
-    damage(listed(mirror)[-1])
+    damage(list_checkpoints(mirror)[-1])
     assert run_here(*args, *OFTEN, '--init_from=resume') == 0
     streams = capsys.readouterr()
-    assert f'is damaged: {MODEL} is not what was written; trying another one' in streams.err
+    assert f'is damaged: {MODEL} does not match its hash; trying another one' in streams.err
     assert list(metrics(run))[-1] == 12
     assert mirrored(mirror)[-1] == steps(run)[-1] == 12
 
 
-def test_a_mirror_mends_what_is_damaged_here(run_here, both, tmp_path, capsys):
+def test_a_mirror_replaces_damaged_local_checkpoints(run_here, both, tmp_path, capsys):
     args, run, _ = both
-    expected = hashes(listed(run)[-1])
-    for path in listed(run):
+    expected = hashes(list_checkpoints(run)[-1])
+    for path in list_checkpoints(run):
         damage(path)
     assert run_here(*args, *OFTEN, '--auto_resume') == 0
     assert 'is finished: 12 of 12 steps' in capsys.readouterr().out
     assert hashes(find(run, 'last')) == expected
 
 
-def test_nothing_is_fetched_that_is_here(both, monkeypatch):
+def test_a_checkpoint_that_exists_locally_is_not_copied(both, monkeypatch):
     _, run, mirror = both
     monkeypatch.setattr(mirror_module, 'fetch', lambda *args: pytest.fail('fetched'))
     restore(mirror, run)
 
 
-def test_a_run_that_goes_back_takes_its_mirror_along(run_here, both):
+def test_a_run_that_resumes_an_earlier_checkpoint_removes_later_ones_from_its_mirror(
+    run_here, both
+):
     args, run, mirror = both
-    first = listed(run)[0]
+    first = list_checkpoints(run)[0]
     step = load_module.step_of(first)
     again = ('--init_from=resume', f'--checkpoint={first}', f'--max_iters={step + 1}')
     assert run_here(*args, *again) == 0
@@ -588,7 +594,7 @@ def test_a_run_that_goes_back_takes_its_mirror_along(run_here, both):
     assert steps(run) == [step + 1]  # and not what has been left behind
 
 
-def test_the_mirror_of_another_run_is_not_taken(run_here, both, tmp_path):
+def test_the_mirror_of_another_run_is_not_used(run_here, both, tmp_path):
     _, _, mirror = both
     before = mirrored(mirror)
     message = refused(run_here, f'--out_dir={tmp_path}/new', f'--checkpoint_mirror={mirror}')
@@ -611,7 +617,7 @@ def test_a_mirror_that_fails_is_a_warning_and_the_next_copy_is_tried(
     args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
     assert run_here(*args, *OFTEN) == 0
     printed = capsys.readouterr().out
-    line = f'warning: step-00000006 is not copied to {tmp_path}/mirror: '
+    line = f'warning: step-00000006 not copied to {tmp_path}/mirror: '
     assert re.search(f'{re.escape(line)}.*No space left', printed)
     assert steps(tmp_path / 'run') == [3, 6, 9, 12]
     assert mirrored(tmp_path / 'mirror') == [3, 9, 12]
@@ -630,7 +636,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_sent_leaves_nothing_behind(tmp_
     run.train()
     run.save()
     run.saver.finish()
-    assert run.saver.news() == []
+    assert run.saver.pop_warnings() == []
     assert [path.name for path in (tmp_path / 'mirror' / 'checkpoints').iterdir()] == [
         'step-00000002'
     ]
@@ -641,21 +647,21 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
     for each in (one, other):
         each.save(run=each.run)
         each.saver.finish()
-    assert one.saver.news() == []
-    (problem,) = other.saver.news()
-    assert 'it has checkpoints of another run: give each a --checkpoint_mirror' in problem
+    assert one.saver.pop_warnings() == []
+    (problem,) = other.saver.pop_warnings()
+    assert 'has checkpoints of another run; give each run its own' in problem
     assert hashes(find(tmp_path / 'm', 'last')) == hashes(find(tmp_path / 'a', 'last'))
     # nor does the other go on from what is there
     assert 'has checkpoints of another run' in refused(restore, tmp_path / 'm', tmp_path / 'b')
     own = find(tmp_path / 'b', 'last')
     shutil.copytree(own, own.with_name('step-00000002'))
     later = own.with_name('step-00000002')
-    assert 'it has checkpoints of another run' in refused(
-        mirror_module.catch_up, later, tmp_path / 'm'
+    assert 'has checkpoints of another run' in refused(
+        mirror_module.copy_if_missing, later, tmp_path / 'm'
     )
 
 
-def test_of_two_of_a_step_the_evaluated_one_comes_back(tmp_path):
+def test_of_two_checkpoints_of_a_step_the_evaluated_one_is_restored(tmp_path):
     run = Run(tmp_path / 'run', mirror=tmp_path / 'm')
     run.save()
     shutil.copytree(tmp_path / 'run', tmp_path / 'elsewhere')
@@ -666,31 +672,31 @@ def test_of_two_of_a_step_the_evaluated_one_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize('mirror', ['s3://bucket/mine', 'run', './run/'])
-def test_what_cannot_be_a_second_place_is_refused_also_by_the_check(
+def test_a_mirror_that_is_a_url_or_the_out_dir_is_an_error_also_in_the_check(
     run_here, tmp_path, monkeypatch, mirror
 ):
     monkeypatch.chdir(tmp_path)
     for more in ([], ['--check']):
-        with pytest.raises(UserError, match=r'checkpoint_mirror=.*give (a second|the) folder'):
+        with pytest.raises(UserError, match=r'checkpoint_mirror=.*give (another|its) folder'):
             run_here('--out_dir=run', f'--checkpoint_mirror={mirror}', *more)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_mirror_that_cannot_be_written_is_refused_at_the_start(run_here, tmp_path):
+def test_a_mirror_that_cannot_be_written_is_an_error_at_the_start(run_here, tmp_path):
     (tmp_path / 'file').touch()
     mirror = tmp_path / 'file' / 'mirror'
     message = refused(run_here, f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={mirror}')
-    assert message.startswith(f'checkpoint_mirror={str(mirror)!r}: cannot be written')
+    assert message.startswith(f'checkpoint_mirror={str(mirror)!r} cannot be written')
     assert not (tmp_path / 'run').exists()
 
 
-def test_what_cannot_be_brought_back_is_one_line(both, tmp_path, monkeypatch):
+def test_a_failed_copy_from_the_mirror_is_one_line(both, tmp_path, monkeypatch):
     _, _, mirror = both
 
     def no_room(folder, need):
         raise OSError('needs 5 MB, and 1 MB are free')
 
-    monkeypatch.setattr(save_module, 'check_free_space', no_room)
-    message = refused(fetch, listed(mirror)[0], tmp_path / 'new')
-    assert 'cannot be brought to' in message
+    monkeypatch.setattr(save_module, 'check_space', no_room)
+    message = refused(fetch, list_checkpoints(mirror)[0], tmp_path / 'new')
+    assert 'cannot be copied to' in message
     assert 'needs 5 MB' in message

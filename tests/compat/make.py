@@ -1,14 +1,14 @@
 """
-Make the folder made_by_7300f54: what the code of that commit writes, and what it does with it.
+Make the folder made_by_7300f54: files written by the code of that commit, and its results.
 
 $ git clone . OLD && git -C OLD checkout 7300f54
 $ python -m venv VENV && VENV/bin/pip install -e OLD
 $ python tests/compat/make.py OLD VENV/bin/python
 
-That commit is the last before the modules moved into flatgpt/. test_compat.py has today's code read
-the folder: two datasets, three runs that were killed on their way, a checkpoint exported for
-transformers and a batch of sample.py that was killed. expected.json has what the old code got from
-them: the losses it goes on with, the texts it writes and the logits it computes.
+That commit is the last before the modules moved into flatgpt/. test_compat.py reads the folder with
+today's code: two datasets, three runs and a batch of sample.py that were killed, and a checkpoint
+exported for transformers. expected.json has the results of the old code: the losses after resuming,
+the generated texts and the logits.
 """
 
 import json
@@ -46,7 +46,7 @@ RUNS = {  # each stops after step 20 of 40
     'lora': ('--dataset=data/letters', '--init_from=runs/gpt2', '--lora_rank=2', '--seed=2'),
 }
 RESUME = ('--init_from=resume', '--max_iters=24')
-NEW_RUNS = {  # started from nothing but the folder
+NEW_RUNS = {  # started from the folder alone
     'init_from': ('--dataset=data/letters', '--init_from=runs/gpt2', '--max_iters=2'),
     'talks': ('--dataset=data/talks', '--init_from=runs/modern', '--max_iters=2'),
 }
@@ -98,7 +98,7 @@ class Old:
         return self.python_with(self.clone / script, *args)
 
     def losses(self, name):
-        """What a run measured after the step it was resumed at, by step."""
+        """The losses of a run, by step."""
         lines = (self.folder / name / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
         found = {'loss': {}, 'val_loss': {}}
         for line in map(json.loads, lines):
@@ -120,7 +120,7 @@ def prepare(old):
 
 
 def kill(run):
-    """Leave of a run what a kill between steps 20 and 40 leaves."""
+    """Make a run look like one that was killed between steps 20 and 40."""
     (run / 'DONE').unlink()
     shutil.rmtree(run / 'checkpoints' / 'step-00000040')
     (run / 'loss.png').unlink()
@@ -141,11 +141,11 @@ def make(old):
     (folder / 'prompts.txt').write_text('the cat\na mat\nthe dog\nrain\nnoon\n', encoding='utf-8')
     old.python_with('-c', KILLED, old.clone / 'sample.py', *BATCH, *GREEDY, status=130)
     with (folder / 'answers.jsonl.part').open('a', encoding='utf-8') as part:
-        part.write('{"line": 4, "prom')  # as where a kill cuts a line off
+        part.write('{"line": 4, "prom')  # a line that a kill cut off
 
 
 def expect(old):
-    """What the old code makes of its own folder; `old` runs in a copy."""
+    """The old code's results from its own folder; `old` runs in a copy."""
     names = [f'runs/{name}' for name in RUNS]
     folders = [*names, 'export']
     lines = old.python_with('-c', LOGITS, *folders).splitlines()

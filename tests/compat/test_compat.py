@@ -1,9 +1,8 @@
 """
-What the code before the move into flatgpt/ left behind is read as if nothing had happened.
+Compatibility: files written by the code before the move into flatgpt/ still work.
 
-make.py has made the folder made_by_7300f54 with that code, and its expected.json says what that
-code itself went on to compute. A dataset, a run, an export or a killed batch is only opened here by
-the paths and commands that a user of the old version has in his notes.
+make.py made the folder made_by_7300f54 with that code; its expected.json has what that code
+computes from it. The tests use only paths and commands that users of the old version know.
 """
 
 import io
@@ -29,7 +28,7 @@ LAST = 'checkpoints/step-00000020'
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A copy of what was made, as the current folder."""
+    """A copy of the old folder, as the current folder."""
     folder = shutil.copytree(MADE, tmp_path / 'made')
     monkeypatch.chdir(folder)
     return folder
@@ -57,7 +56,7 @@ def check_losses(name, out_dir):
             assert found[int(step)] == pytest.approx(loss, rel=CLOSE), (key, step)
 
 
-def test_what_was_made_is_small_and_whole(made, capsys):
+def test_the_old_folder_is_small_and_intact(made, capsys):
     assert sum(path.stat().st_size for path in made.rglob('*') if path.is_file()) < 300_000
     for name in RUNS:
         look(['verify', f'runs/{name}'])
@@ -65,14 +64,14 @@ def test_what_was_made_is_small_and_whole(made, capsys):
 
 
 @pytest.mark.parametrize('name', RUNS)
-def test_a_run_goes_on_with_the_losses_of_the_old_code(name, made, run_here):
-    """By its config.py, which has to be accepted although a setting of then may be gone."""
+def test_a_run_resumes_with_the_losses_of_the_old_code(name, made, run_here):
+    """With its config.py, which must be accepted although a setting may no longer exist."""
     assert run_here(*RESUME, config=Path('runs') / name / 'config.py') == 0
     check_losses(f'runs/{name}', made / 'runs' / name)
     assert (made / 'runs' / name / 'DONE').exists()
 
 
-def test_an_old_config_begins_another_run(made, run_here, tmp_path):
+def test_an_old_config_starts_another_run(made, run_here, tmp_path):
     config = made / 'runs/modern/config.py'
     text = config.read_text(encoding='utf-8')
     assert 'published = None' in text
@@ -83,7 +82,7 @@ def test_an_old_config_begins_another_run(made, run_here, tmp_path):
 
 
 @pytest.mark.parametrize('name', NEW_RUNS)
-def test_a_new_run_begins_with_an_old_model_and_dataset(name, made, run_here):
+def test_a_new_run_starts_from_an_old_model_and_dataset(name, made, run_here):
     out_dir = made / 'new' / name
     assert run_here(f'--out_dir={out_dir}', *NEW_RUNS[name], config=made / 'settings.py') == 0
     check_losses(name, out_dir)
@@ -97,12 +96,12 @@ def test_a_model_computes_the_old_logits(name, made):
 
 
 @pytest.mark.parametrize('name', EXPECTED['text'])
-def test_a_model_writes_the_old_text(name, made, sample):
+def test_a_model_generates_the_old_text(name, made, sample):
     flag = '--init_from' if name == 'export' else '--out_dir'
     assert sample(PROMPT, *GREEDY, f'{flag}={name}') == EXPECTED['text'][name]
 
 
-def test_a_model_writes_by_the_config_of_its_run(made, sample):
+def test_a_model_generates_with_the_config_of_its_run(made, sample):
     text = sample('runs/gpt2/config.py', PROMPT, *GREEDY)
     assert text == EXPECTED['text']['runs/gpt2']
 
@@ -119,8 +118,8 @@ def test_a_model_is_served(name, made):
     assert PROMPT + reply.json['choices'][0]['text'] + '\n' == expected
 
 
-def test_a_killed_batch_is_finished(made, sample, monkeypatch):
-    # a batch knows its model by what it computes, bit by bit: of that each processor has its own
+def test_a_killed_batch_is_resumed(made, sample, monkeypatch):
+    # a batch identifies its model by the bits of its logits, which depend on the processor
     with monkeypatch.context() as patch:
         patch.setattr(Path, 'unlink', lambda path: None)
         sample(*BATCH, *GREEDY, '--out=today.jsonl')

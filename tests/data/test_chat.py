@@ -14,7 +14,7 @@ from conftest import WORDS, metrics, random_model
 
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
-from flatgpt.checkpoint.load import listed, load_model
+from flatgpt.checkpoint.load import list_checkpoints, load_model
 from flatgpt.data import chat as prepare
 from flatgpt.data import text
 from flatgpt.data.dataset import FIRST, PADDING, TARGET, Dataset, mask_file
@@ -951,7 +951,7 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
 ):
     flags = (*tuning(chatty, pairs, 'dpo'), '--max_iters=0')
     run_here(f'--out_dir={tmp_path}', *flags, '--always_save_checkpoint=False')
-    for path in listed(tmp_path):
+    for path in list_checkpoints(tmp_path):
         path.rename(tmp_path / 'gone')
     computed = []
     compute = loss_module.reference_logps

@@ -1,4 +1,4 @@
-"""A file of prompts: answered in order, each as if alone, and resumed after a kill."""
+"""A file of prompts: completed in order, each as if alone, and resumed after a kill."""
 
 import copy
 import json
@@ -46,11 +46,11 @@ def prompt_file(path, count):
     return prompts
 
 
-def test_a_batch_is_answered_in_order_each_as_if_alone(out_dir, tmp_path):
+def test_a_batch_is_completed_in_order_each_prompt_as_if_alone(out_dir, tmp_path):
     prompts = prompt_file(tmp_path / 'prompts.jsonl', 40)
     result, answers = batch(out_dir, tmp_path / 'prompts.jsonl', '--rows=3')
     assert result.returncode == 0, result.stderr
-    assert 'answers.jsonl: 40 answers, 0 of them errors\n' in result.stderr
+    assert 'answers.jsonl: 40 completions, 0 errors\n' in result.stderr
     assert [answer['prompt'] for answer in answers] == prompts
     assert [answer['line'] for answer in answers] == list(range(1, 41))
     model, tokenizer, _ = load.load_model(out_dir)
@@ -84,7 +84,7 @@ def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path
     path.write_bytes('\r\n'.join(lines).encode() + b'\r\n\xff\n')
     result, answers = batch(out_dir, path)
     assert result.returncode == 1, result.stderr
-    assert f'{len(lines) + 1} answers, 13 of them errors' in result.stderr
+    assert f'{len(lines) + 1} completions, 13 errors' in result.stderr
     assert answers[0].items() >= {'id': 'first', 'tokens': 3, 'finish': 'length'}.items()
     assert answers[10]['finish'] in ('stop', 'length')
     causes = ["'z'", 'top_p=7', 'mean temperature?', 'max_new_tokens', 'not a JSON object']
@@ -92,10 +92,10 @@ def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path
         assert cause in answer['error']
         assert '\n' not in answer['error']
     assert all('error' in answer for answer in answers[1:10])
-    assert 'not UTF-8 at byte 0' in answers[14]['error']
+    assert 'invalid UTF-8 at byte 0' in answers[14]['error']
 
 
-def test_a_plain_file_has_a_prompt_a_line(out_dir, tmp_path):
+def test_a_plain_file_has_a_prompt_per_line(out_dir, tmp_path):
     path = tmp_path / 'prompts.txt'
     path.write_text('ab\n"cd\n\n', encoding='utf-8')
     _, answers = batch(out_dir, path)
@@ -103,7 +103,7 @@ def test_a_plain_file_has_a_prompt_a_line(out_dir, tmp_path):
     assert [('error' in answer) for answer in answers] == [False, True, True]
 
 
-def test_a_killed_batch_goes_on_where_it_was(out_dir, tmp_path):
+def test_a_killed_batch_resumes(out_dir, tmp_path):
     whole, killed = tmp_path / 'whole', tmp_path / 'killed'
     for folder in (whole, killed):
         folder.mkdir()
@@ -127,14 +127,14 @@ def test_a_killed_batch_goes_on_where_it_was(out_dir, tmp_path):
     refused, _ = batch(out_dir, killed / 'prompts.jsonl', '--rows=2', '--temperature=0.1')
     assert 'is of another batch, model or settings' in refused.stderr
     result, answers = batch(out_dir, killed / 'prompts.jsonl', '--rows=2')
-    assert re.search(r'goes on after \d+ answers', result.stderr)
+    assert re.search(r'resuming after \d+ completions', result.stderr)
     assert answers == expected
     assert sorted(path.name for path in killed.iterdir()) == ['answers.jsonl', 'prompts.jsonl']
     again, _ = batch(out_dir, killed / 'prompts.jsonl')
-    assert (again.returncode, 'is there already' in again.stderr) == (2, True)
+    assert (again.returncode, 'already exists; choose' in again.stderr) == (2, True)
 
 
-def test_half_a_surrogate_and_a_prompt_too_long_are_answered_and_said(out_dir, tmp_path):
+def test_half_a_surrogate_pair_and_a_prompt_that_is_too_long_are_completed(out_dir, tmp_path):
     path = tmp_path / 'prompts.jsonl'
     path.write_text('{"prompt": "ab", "id": "\\ud800"}\n{"prompt": "%s"}\n' % ('ab' * 20))
     result, answers = batch(out_dir, path)
@@ -143,7 +143,7 @@ def test_half_a_surrogate_and_a_prompt_too_long_are_answered_and_said(out_dir, t
     assert answers[1]['prompt_tokens_left_out'] == 24
 
 
-def test_a_batch_of_another_model_is_known_by_any_of_its_weights():
+def test_the_fingerprint_of_a_model_changes_with_any_weight():
     model = random_model(257, arch='modern')
     before = fingerprint(prepare_for_inference(copy.deepcopy(model)))
     assert fingerprint(prepare_for_inference(copy.deepcopy(model))) == before
@@ -152,7 +152,7 @@ def test_a_batch_of_another_model_is_known_by_any_of_its_weights():
     assert fingerprint(prepare_for_inference(model)) != before
 
 
-def test_no_stop_string_is_none_and_what_is_no_text_is_an_error(out_dir, tmp_path):
+def test_stop_may_be_null_and_must_not_be_a_number(out_dir, tmp_path):
     path = tmp_path / 'prompts.jsonl'
     path.write_text('{"prompt": "ab", "stop": null}\n{"prompt": "ab", "stop": 5}\n')
     _, answers = batch(out_dir, path)
@@ -160,7 +160,7 @@ def test_no_stop_string_is_none_and_what_is_no_text_is_an_error(out_dir, tmp_pat
     assert 'stop: needs a text' in answers[1]['error']
 
 
-def test_values_of_json_are_not_read_as_flags_are(out_dir, tmp_path):
+def test_values_in_json_are_not_parsed_like_flags(out_dir, tmp_path):
     lines = [
         '{"prompt": "ab", "stop": ["\\\\n", "a|b"], "seed": 1}',
         '{"prompt": "ab", "stop": "|", "seed": 1}',
@@ -198,13 +198,13 @@ def test_values_of_json_are_not_read_as_flags_are(out_dir, tmp_path):
         "duplicate key 'seed'",
         'stop',
         'did you mean max_new_tokens?',
-        "'xyzzy'; there are prompt, id, max_new_tokens",
+        "'xyzzy'; use prompt, id, max_new_tokens",
     ]
     for answer, cause in zip(answers[4:], causes, strict=True):
         assert cause in answer['error']
 
 
-def test_a_long_stop_string_looks_at_each_character_once():
+def test_searching_for_a_long_stop_string_takes_linear_time():
     for stop, piece in (('a' * 50_000 + 'b', b'aaaa'), ('ab' * 25_000 + 'c', b'ab')):
         stream, began, shown = TextStream((stop,)), time.monotonic(), ''
         for _ in range(50_000):
@@ -213,7 +213,7 @@ def test_a_long_stop_string_looks_at_each_character_once():
         assert time.monotonic() - began < 10  # the square of its length would take hours
 
 
-def test_a_bar_in_a_stop_of_json_is_a_bar(tmp_path):
+def test_a_bar_in_a_json_stop_string_does_not_separate(tmp_path):
     out_dir = saved(tmp_path / 'run', char_tokenizer('ab|'), block_size=64)
     path = tmp_path / 'prompts.jsonl'
     given = {'prompt': 'ab', 'temperature': 0, 'max_new_tokens': 60}
@@ -231,11 +231,11 @@ def write_lines(path, *records):
 
 
 @pytest.mark.parametrize('name', ['prompts.json', 'prompts.csv', 'prompts.jsonl.gz'])
-def test_a_file_of_another_kind_is_not_taken_for_prompts(out_dir, tmp_path, name):
+def test_a_file_of_another_type_is_an_error(out_dir, tmp_path, name):
     (tmp_path / name).write_text('[{"prompt": "ab"}]\n')
     result, answers = batch(out_dir, tmp_path / name)
     assert (result.returncode, answers) == (2, [])
-    assert f'{name}: files that end in {(tmp_path / name).suffix} are not read' in result.stderr
+    assert f'{name}: {(tmp_path / name).suffix} files are not supported' in result.stderr
 
 
 def test_two_batches_never_write_one_file(out_dir, tmp_path):
@@ -243,14 +243,14 @@ def test_two_batches_never_write_one_file(out_dir, tmp_path):
     with FileLock(tmp_path / 'answers.jsonl.lock'):
         result, answers = batch(out_dir, tmp_path / 'prompts.jsonl')
     assert (result.returncode, answers) == (2, [])
-    assert 'another batch is writing it now' in result.stderr
+    assert 'another batch is writing it' in result.stderr
 
 
-def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
+def test_invalid_batch_settings_are_one_line(out_dir, tmp_path):
     here, path = f'--out_dir={out_dir}', tmp_path / 'prompts.txt'
     path.touch()
     out = f'--out={tmp_path}/answers.jsonl'
-    assert 'with --out=' in fails(here, f'--batch={path}')
+    assert 'as --out' in fails(here, f'--batch={path}')
     assert 'is empty' in fails(here, f'--batch={path}', out)
     assert 'cannot be read' in fails(here, f'--batch={tmp_path}/nowhere.txt', out)
     path.write_text('ab\n')
@@ -258,4 +258,4 @@ def test_a_batch_that_cannot_be_is_one_line(out_dir, tmp_path):
     assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
     assert '--num_samples' in fails(here, f'--batch={path}', out, '--num_samples=2')
     assert 'for the answers to a --batch' in fails(here, 'ab', out)
-    assert 'there is no folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')
+    assert 'create the folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')

@@ -1,4 +1,4 @@
-"""The engine: the choice of tokens, the cache, texts side by side, and what is exact."""
+"""The engine: sampling, the KV cache, continuous batching, determinism."""
 
 import math
 import random
@@ -46,7 +46,7 @@ def ids_of(pieces, row=0):
 
 
 # -----------------------------------------------------------------------------
-# the choice of a token
+# sampling
 
 
 @pytest.mark.parametrize('seed', range(5))
@@ -118,7 +118,7 @@ def test_the_likeliest_token_stays_however_small_top_p_is():
         assert torch.equal(chosen, logits.argmax(-1))
 
 
-def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
+def test_a_row_of_a_large_vocabulary_does_not_depend_on_other_rows():
     generator = torch.Generator().manual_seed(0)
     peaked = (4 * torch.randn(50, 5000, generator=generator)).bfloat16().float()  # many ties
     flat = 0.01 * torch.randn(1, 5000, generator=generator)
@@ -131,14 +131,14 @@ def test_a_row_of_a_large_vocabulary_sees_nothing_of_its_neighbours():
     assert torch.equal(alone, beside[:50])
 
 
-def test_tokens_are_drawn_as_often_as_their_probability_says():
+def test_tokens_are_drawn_with_their_probabilities():
     logits = torch.tensor([[1.0, 0.0, -math.inf, 2.0]]).expand(1000, 4)
     uniforms = (torch.arange(1000)[:, None] + 0.5) / 1000
     counts = sample_tokens(logits, SamplingParams(**ALL), uniforms).bincount(minlength=4)
     assert (counts / 1000 - logits[0].softmax(-1)).abs().max() < 0.002
 
 
-def test_a_token_of_no_probability_is_never_drawn_even_by_extreme_random_numbers():
+def test_a_token_of_probability_zero_is_never_drawn():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf, 1.0, -math.inf]]).expand(3, 5)
     uniforms = torch.tensor([[0.0], [0.5], [1 - 2**-24]])
     assert sample_tokens(logits, SamplingParams(**ALL), uniforms).tolist() == [1, 3, 3]
@@ -155,7 +155,7 @@ def test_temperature_zero_takes_the_likeliest_and_a_tiny_one_overflows_nothing()
 @pytest.mark.parametrize('bad', [math.nan, math.inf])
 def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
     model.lm_head.weight.data.fill_(bad)
-    with pytest.raises(UserError, match='no finite logits'):
+    with pytest.raises(UserError, match='logits are not finite'):
         run(model, tokenizer, [[0]], SamplingParams(temperature=temperature))
 
 
@@ -177,7 +177,7 @@ def test_broken_weights_end_in_one_line(model, tokenizer, temperature, bad):
         ('stop', ('',)),
     ],
 )
-def test_a_sampling_setting_out_of_range_is_one_line_naming_it(name, value):
+def test_a_sampling_setting_out_of_range_is_one_line_with_its_name(name, value):
     with pytest.raises(ConfigError, match=rf'^{name}=.*: must be .+') as error:
         SamplingParams(**{name: value})
     assert '\n' not in str(error.value)
@@ -189,7 +189,7 @@ def test_a_sampling_setting_out_of_range_is_one_line_naming_it(name, value):
 
 @torch.no_grad()
 def from_scratch(model, prompt, tokens):
-    """Logits before each of `tokens`, all of the context computed anew for each, as Slot says."""
+    """Logits before each of `tokens`, without a cache; the context is that of Slot."""
     size, context = model.config.block_size, list(prompt[-model.config.block_size :])
     for token in tokens:
         yield model(torch.tensor([context]))[0][0, -1]
@@ -198,8 +198,8 @@ def from_scratch(model, prompt, tokens):
         context.append(token)
 
 
-def watched(monkeypatch):
-    """Collects, by request, the logits that its tokens are chosen from."""
+def record_logits(monkeypatch):
+    """Record the logits that tokens are sampled from, by request."""
     seen, sample_all = {}, ModelRunner.sample_all
 
     def watch(self, requests, logits):
@@ -223,7 +223,7 @@ def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
     )
     tokenizer.special = {}
     prompts = [[1], [2] * min(5, block_size), [3] * block_size, [2] * min(5, block_size)]
-    seen = watched(monkeypatch)
+    seen = record_logits(monkeypatch)
     pieces = run(model, tokenizer, prompts, SamplingParams(max_new_tokens=60))
     for row, prompt in enumerate(prompts):
         expected = torch.stack([*from_scratch(model, prompt, ids_of(pieces, row))])
@@ -231,7 +231,7 @@ def test_cached_logits_equal_uncached_ones_past_block_size_for_unequal_rows(
         assert (torch.stack(seen[row]) - expected).abs().max() < 1e-5
 
 
-def test_a_full_context_forgets_its_oldest_eighth():
+def test_a_full_context_drops_its_oldest_eighth():
     slot = Slot(0)
     slot.cached_ids = list(range(BLOCK))
     slot.append(40, BLOCK)
@@ -241,7 +241,7 @@ def test_a_full_context_forgets_its_oldest_eighth():
     assert (slot.cached_ids, slot.uncached_ids) == ([1, 2], [41])
 
 
-def test_a_row_depends_on_its_seed_and_not_on_its_neighbours(model, tokenizer):
+def test_a_row_depends_on_its_seed_and_not_on_other_rows(model, tokenizer):
     prompts = [[1, 2, 3], [4], [5, 6], list(range(9)) * 3]
     sampling = SamplingParams(max_new_tokens=3 * BLOCK, **ALL)
     together = run(model, tokenizer, prompts, sampling)
@@ -266,10 +266,10 @@ def test_only_the_end_of_a_long_prompt_counts(model, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# what is produced and shown
+# ids, ends and text
 
 
-def test_ids_that_stand_for_nothing_are_never_produced():
+def test_ids_without_text_are_never_sampled():
     tokenizer = byte_tokenizer()
     tokenizer.token_bytes[100:256] = [None] * 156  # gaps
     tokenizer.special['<|other|>'] = 7  # a special token that no training text has
@@ -344,7 +344,7 @@ def test_complete_returns_a_text_for_each_prompt(model, tokenizer):
 
 
 # -----------------------------------------------------------------------------
-# recorded steps
+# captured steps
 
 
 class Recording(TorchDispatchMode):
@@ -378,14 +378,14 @@ def tensors_in(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def record_on_cpu(step, undo, device):
+def capture_on_cpu(step, undo, device):
     with Recording() as recording:
         result = step()
     undo()
     return recording.replay, result
 
 
-def test_a_recording_keeps_what_python_decided():
+def test_a_capture_keeps_the_decisions_of_python():
     given, held = torch.ones(2), 3
     with Recording() as recording:
         result = given * 2 + held
@@ -409,10 +409,10 @@ SCENES = {  # prompts that come together, round after round
 
 
 def logits_of_scene(model, tokenizer, scene, scored, deterministic):
-    """Those that each text's tokens are chosen from, and the steps that were recorded."""
+    """The logits that each request's tokens are sampled from, and the captured steps."""
     engine, row = Engine(model, tokenizer, 4, chunk=8, deterministic=deterministic), 0
     with pytest.MonkeyPatch.context() as patch:
-        seen = watched(patch)
+        seen = record_logits(patch)
         for prompts in SCENES[scene]:
             requests = []
             for prompt in prompts:
@@ -431,16 +431,16 @@ def logits_of_scene(model, tokenizer, scene, scored, deterministic):
 @pytest.mark.parametrize('scored', [False, True])
 @pytest.mark.parametrize('deterministic', [False, True])
 @pytest.mark.parametrize('block_size', [1, 16, 70])  # contexts are forgotten; columns are crossed
-def test_recorded_steps_compute_what_others_do(
+def test_captured_steps_compute_the_same(
     model, tokenizer, monkeypatch, block_size, deterministic, scored, scene
 ):
     shape = {name: getattr(model.config, name) for name in ('arch', 'bias', 'n_kv_head')}
     model = random_model(len(LETTERS) + 1, block_size, **shape, n_layer=2, n_head=2, n_embd=32)
     how = model, tokenizer, scene, scored, deterministic
-    monkeypatch.setattr(cuda_graph, 'record', record_on_cpu)
+    monkeypatch.setattr(cuda_graph, 'capture', capture_on_cpu)
     computed, graphs = logits_of_scene(*how)
     assert not graphs
-    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
+    monkeypatch.setattr(model_runner, 'can_capture', lambda given: True)
     recorded, graphs = logits_of_scene(*how)
     assert graphs
     assert list(recorded) == list(computed)
@@ -449,7 +449,7 @@ def test_recorded_steps_compute_what_others_do(
         assert (logits - recorded[row]).abs().max() < 1e-5
 
 
-def test_recordings_share_a_stream_since_libraries_keep_memory_for_each(monkeypatch):
+def test_captures_share_a_stream_since_libraries_keep_memory_per_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device: object())
     cuda_graph.side_stream.cache_clear()
     one, two = (cuda_graph.side_stream(torch.device('cuda', i)) for i in range(2))
@@ -459,7 +459,7 @@ def test_recordings_share_a_stream_since_libraries_keep_memory_for_each(monkeypa
 
 
 class Waits(TorchDispatchMode):
-    """Counts what waits for a GPU, as far as that shows on a CPU."""
+    """Counts operations that would wait for a GPU, as far as a CPU shows them."""
 
     def __init__(self):
         super().__init__()
@@ -482,8 +482,8 @@ def test_a_step_waits_once_for_its_tokens(model, tokenizer, monkeypatch):
     for _ in range(3):
         engine.step()
     monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: lists.append(1) or tolist(self))
-    monkeypatch.setattr(model_runner, 'is_recorded', lambda given: True)
-    monkeypatch.setattr(cuda_graph, 'record', record_on_cpu)
+    monkeypatch.setattr(model_runner, 'can_capture', lambda given: True)
+    monkeypatch.setattr(cuda_graph, 'capture', capture_on_cpu)
     with Waits() as waits:
         engine.step()
     assert (waits.names, lists) == ([], [1])
@@ -512,7 +512,7 @@ def as_one_text(request, pieces):
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
-def test_48_staggered_requests_write_what_each_does_alone(model, tokenizer, deterministic):
+def test_48_staggered_requests_get_the_same_completions_as_alone(model, tokenizer, deterministic):
     draw, pieces = random.Random(0), []
     requests = [
         Request(letters(draw), SamplingParams(1 + i % 30, temperature=i % 2), pieces.append, row=i)
@@ -533,7 +533,7 @@ def test_48_staggered_requests_write_what_each_does_alone(model, tokenizer, dete
 @pytest.mark.parametrize(
     'changes', [{}, {'arch': 'modern', 'n_kv_head': 2}], ids=['gpt2', 'modern']
 )
-def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_in_any_slot(
+def test_deterministic_logits_are_bit_identical_alone_in_a_batch_and_in_any_slot(
     kind, changes, monkeypatch
 ):
     model = random_model(len(LETTERS), 100, n_head=4, n_embd=64, n_layer=2, **changes)
@@ -546,7 +546,7 @@ def test_deterministic_logits_are_the_same_to_the_last_bit_alone_in_a_crowd_and_
     prompts = [letters(draw, 90) for _ in range(12)]
 
     def logits_of(numbers):
-        seen = watched(monkeypatch)
+        seen = record_logits(monkeypatch)
         engine = Engine(model, tokenizer, 4, 8, deterministic=True)
         for slot in engine.slots:  # what a row was left with must not matter
             engine.runner.cache.kv[:, :, slot.row] = 1e4 * draw.random()
@@ -578,7 +578,7 @@ def test_what_free_rows_hold_changes_nothing(model, tokenizer):
     assert texts(0.0) == texts(1e20)
 
 
-def test_texts_move_to_the_first_rows_when_few_are_left(model):
+def test_requests_move_to_the_first_rows_when_few_are_left(model):
     tokenizer = char_tokenizer(LETTERS)
     engine, pieces, rows = Engine(model, tokenizer, 4), [], []
     for row, limit in enumerate([2, 2, 2, 60]):
@@ -613,7 +613,7 @@ def finish(engine, *requests):
 
 
 @pytest.mark.parametrize('rows', [1, 3])
-def test_a_prompt_that_begins_like_a_text_before_is_computed_from_where_they_part(rows):
+def test_a_prompt_reuses_the_prefix_it_shares_with_an_earlier_one(rows):
     tokenizer = char_tokenizer(LETTERS)
     model, draw = random_model(len(LETTERS), 100), random.Random(0)
     engine, first = Engine(model, tokenizer, rows), []
@@ -644,7 +644,7 @@ def test_samples_of_one_prompt_share_its_computation():
     assert [ids_of(pieces, row) for row in range(4)] == alone
 
 
-def test_a_prompt_of_any_length_lets_the_texts_beside_it_go_on(model, tokenizer):
+def test_a_long_prompt_does_not_block_other_requests(model, tokenizer):
     model, order = random_model(len(LETTERS) + 1, 100), []
     engine = Engine(model, tokenizer, 2, chunk=8)
     engine.submit(Request([1], SamplingParams(60, logit_bias=((10, -math.inf),)), order.append, 0))
@@ -655,7 +655,7 @@ def test_a_prompt_of_any_length_lets_the_texts_beside_it_go_on(model, tokenizer)
     assert 9 <= len(order) <= 12  # a token of the text for each of ten pieces of the prompt
 
 
-def test_a_cancelled_request_leaves_its_row_before_the_next_step(model, tokenizer):
+def test_a_cancelled_request_frees_its_slot_before_the_next_step(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
     requests = [Request([row], SamplingParams(10**6), pieces.append, row) for row in range(3)]
     for request in requests:
@@ -673,7 +673,7 @@ def test_a_cancelled_request_leaves_its_row_before_the_next_step(model, tokenize
     assert engine.running == len(engine.waiting) == 0
 
 
-def test_requests_may_come_while_the_engine_looks_for_cancelled_ones(model, tokenizer):
+def test_requests_can_be_submitted_while_the_engine_drops_cancelled_ones(model, tokenizer):
     engine, pieces, threads = Engine(model, tokenizer, 1), [], []
 
     class Meddling(Request):
@@ -701,7 +701,7 @@ def test_requests_may_come_while_the_engine_looks_for_cancelled_ones(model, toke
     assert len(pieces) == 2 + len(threads) == 5
 
 
-def test_an_exception_ends_every_request_and_refuses_the_next(model, tokenizer):
+def test_an_exception_ends_every_request_and_is_raised_for_the_next(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
     model.forward = lambda *args, **options: 1 // 0
     for row in range(3):
@@ -713,7 +713,7 @@ def test_an_exception_ends_every_request_and_refuses_the_next(model, tokenizer):
         engine.submit(Request([1], SamplingParams(5), pieces.append))
 
 
-def test_logits_that_are_not_finite_end_their_own_text_only():
+def test_logits_that_are_not_finite_end_only_their_own_request():
     model = random_model(len(LETTERS), arch='modern', n_kv_head=1)
     with torch.no_grad():
         model.embedding.weight[9] = math.inf
@@ -728,7 +728,7 @@ def test_logits_that_are_not_finite_end_their_own_text_only():
     assert len(ids_of(pieces, 1)) == 3
 
 
-def test_a_scored_prompt_that_is_not_finite_ends_in_an_error_and_leaves_nothing_behind():
+def test_a_scored_prompt_that_is_not_finite_is_an_error_and_its_keys_are_cleared():
     model = random_model(len(LETTERS), arch='modern', n_kv_head=1)
     with torch.no_grad():
         model.embedding.weight[9] = math.inf
@@ -746,7 +746,7 @@ def test_a_scored_prompt_that_is_not_finite_ends_in_an_error_and_leaves_nothing_
     assert ids_of(pieces, 3) == ids_of(pieces, 2)
 
 
-def test_an_engine_that_is_closed_ends_what_is_open_and_takes_nothing_more(model, tokenizer):
+def test_a_closed_engine_cancels_its_requests_and_accepts_no_more(model, tokenizer):
     engine, pieces = Engine(model, tokenizer, 1), []
     for row in range(2):
         engine.submit(Request([row], SamplingParams(10**6), pieces.append, row))
@@ -760,7 +760,7 @@ def test_an_engine_that_is_closed_ends_what_is_open_and_takes_nothing_more(model
         engine.submit(Request([1], SamplingParams(5), pieces.append))
 
 
-def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, tokenizer):
+def test_an_engine_in_its_own_thread_serves_requests_of_other_threads(model, tokenizer):
     engine, done = Engine(model, tokenizer, 2), threading.Event()
     thread = threading.Thread(target=engine.serve)
     thread.start()
@@ -777,10 +777,10 @@ def test_an_engine_in_a_thread_of_its_own_serves_what_others_submit(model, token
 
 
 # -----------------------------------------------------------------------------
-# how likely things are
+# log-probabilities and penalties
 
 
-def test_log_probabilities_are_those_of_the_logits_before_any_rule(model, tokenizer):
+def test_log_probabilities_are_of_the_logits_before_penalties_and_filters(model, tokenizer):
     pieces, prompt = [], [1, 2, 3, 4, 5]
     sampling = SamplingParams(8, temperature=3, top_k=3, frequency_penalty=1)
     request = Request(prompt, sampling, pieces.append, top=3, score_prompt=True)
@@ -793,9 +793,9 @@ def test_log_probabilities_are_those_of_the_logits_before_any_rule(model, tokeni
         assert [i for i, _ in piece.top] == ids.tolist()
         assert [value for _, value in piece.top] == pytest.approx(values.tolist(), abs=1e-5)
     scores = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
-    assert request.prompt_scores[0] == (None, ())
-    assert len(request.prompt_scores) == len(prompt)
-    for i, (score, top) in enumerate(request.prompt_scores[1:]):
+    assert request.prompt_logprobs[0] == (None, ())
+    assert len(request.prompt_logprobs) == len(prompt)
+    for i, (score, top) in enumerate(request.prompt_logprobs[1:]):
         assert score == pytest.approx(scores[i, prompt[i + 1]].item(), abs=1e-5)
         assert top[0][0] == scores[i].argmax()
 
@@ -808,7 +808,7 @@ def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
     ]
     finish(Engine(model, tokenizer, 2), *requests)
     assert [(p.row, p.token, p.finish) for p in pieces] == [(i, None, 'length') for i in range(3)]
-    assert all(len(request.prompt_scores) == 3 for request in requests)
+    assert all(len(request.prompt_logprobs) == 3 for request in requests)
 
 
 def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer):
@@ -816,7 +816,7 @@ def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer)
     request = Request([1, 2, 3], sampling, lambda piece: None, 0, top=0, score_prompt=True)
     finish(Engine(model, tokenizer, 1), request)
     assert len(request.written) == 60
-    assert len(request.prompt_scores) == 3
+    assert len(request.prompt_logprobs) == 3
 
 
 def test_penalties_and_biases_are_those_of_the_api_they_come_from():
@@ -826,7 +826,7 @@ def test_penalties_and_biases_are_those_of_the_api_they_come_from():
     assert logits.tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]
 
 
-def test_penalties_take_the_tokens_of_a_text_once_and_counted():
+def test_penalties_take_a_set_and_a_counter_of_tokens():
     sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=1.3)
     prompt, written = [1, 5, 5, 1], [7, 2, 7, 7, 3, 2]
     text = torch.linspace(-2, 2, 9)
@@ -843,7 +843,7 @@ def test_a_request_counts_its_tokens(model, tokenizer):
     assert request.prompt_tokens == {1, 2, 3}
 
 
-def test_a_queue_of_which_nothing_was_cancelled_stays_as_it_is():
+def test_a_queue_without_cancelled_requests_stays_as_it_is():
     scheduler, sampling = Scheduler(1, 16, 8, False), SamplingParams()
     requests = [Request([1], sampling, lambda piece: None, row) for row in range(3)]
     scheduler.waiting.extend(requests)

@@ -1,4 +1,4 @@
-"""Matrices prepared for inference: the same numbers packed, nearly the same in eight bits."""
+"""Weights for inference: packed with equal numbers, int8 with nearly equal ones."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bia
     step = plain.weight.abs().amax(1, keepdim=True).float() / 127
     back = int8.weight * int8.scale[:, None].float()
     assert ((back - plain.weight.float()).abs() <= 0.505 * step).all()
-    for rows in (1, 5, quantize.MANY, 200):
+    for rows in (1, 5, quantize.DEQUANTIZE_ROWS, 200):
         x = torch.randn(rows, 64).bfloat16()
         exact = x.float() @ back.T + (plain.bias.float() if bias else 0)
         assert (int8(x).float() - exact).abs().max() < 0.02 * exact.abs().max()
@@ -70,7 +70,7 @@ def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bia
 
 @pytest.mark.parametrize('changes', ARCHITECTURES, ids=['gpt2', 'modern'])
 @torch.inference_mode()
-def test_int8_barely_changes_what_the_model_expects(changes):
+def test_int8_barely_changes_the_log_probabilities(changes):
     plain, int8 = (
         tiny(torch.bfloat16, **changes),
         prepare_for_inference(tiny(torch.bfloat16, **changes), 'int8'),
@@ -81,12 +81,12 @@ def test_int8_barely_changes_what_the_model_expects(changes):
     assert 0 < (exact - rounded).abs().mean() < 0.03
 
 
-def test_int8_is_refused_where_it_is_not_made_for_the_number_format():
+def test_int8_with_another_dtype_is_an_error():
     with pytest.raises(ConfigError, match=r"'float32'.*--dtype=bfloat16"):
         prepare_for_inference(tiny(), 'int8')
 
 
-def test_int8_is_refused_on_a_device_without_its_product(monkeypatch):
+def test_int8_on_a_device_without_its_product_is_an_error(monkeypatch):
     monkeypatch.setattr(
         torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda operator, key: False
     )
@@ -94,12 +94,14 @@ def test_int8_is_refused_on_a_device_without_its_product(monkeypatch):
         prepare_for_inference(tiny(torch.bfloat16), 'int8')
 
 
-def test_a_gpu_without_bfloat16_is_told_to_leave_int8_out(monkeypatch):
+def test_int8_on_a_gpu_without_bfloat16_is_an_error(monkeypatch):
     monkeypatch.setattr(
         torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda operator, key: True
     )
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda **_: False)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Tesla T4')
-    with pytest.raises(ConfigError, match='Tesla T4 lacks; leave it out, with --dtype=float16'):
+    with pytest.raises(
+        ConfigError, match='Tesla T4 lacks; remove --quantize and use --dtype=float16'
+    ):
         quantize.check_int8_device('cuda:0')
     quantize.check_int8_device('cpu')

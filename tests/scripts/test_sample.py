@@ -166,7 +166,7 @@ def test_a_training_config_means_the_model_it_made(out_dir, tmp_path):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     saved(tmp_path, char_tokenizer(LETTERS), vocab_size=5)
-    assert 'its tokenizer has 10 ids, and the model 5' in fails(f'--out_dir={tmp_path}')
+    assert 'the tokenizer has 10 ids and the model 5; give' in fails(f'--out_dir={tmp_path}')
 
 
 def test_help_lists_the_settings_and_importing_parses_nothing():

@@ -26,7 +26,7 @@ from configurator import configure
 from flatgpt import files, runtime
 from flatgpt.checkpoint import load, save
 from flatgpt.checkpoint.__main__ import report
-from flatgpt.checkpoint.load import find, listed, load_model
+from flatgpt.checkpoint.load import find, list_checkpoints, load_model
 from flatgpt.data.dataset import Dataset, Writer
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
 from flatgpt.errors import UserError
@@ -196,7 +196,7 @@ def test_exactly_max_iters_updates_are_made_then_measured_and_saved(run_here, tm
     assert list(metrics(tmp_path)) == [1, 2, 3, 4, 5]
     assert list(metrics(tmp_path, 'val_loss')) == [0, 5]
     assert steps(tmp_path) == [5]
-    state = json.loads((listed(tmp_path)[0] / 'state.json').read_text())
+    state = json.loads((list_checkpoints(tmp_path)[0] / 'state.json').read_text())
     assert state['val_loss'] == metrics(tmp_path, 'val_loss')[5]
     optimizer = find(tmp_path) / load.OPTIMIZER
     from safetensors.torch import load_file
@@ -306,7 +306,7 @@ def test_no_evaluation_interval_means_only_the_end(run_here, tmp_path):
     assert list(metrics(tmp_path, 'val_loss')) == [4]
     assert metrics(tmp_path, 'train_loss') == {}
     assert (tmp_path / 'loss.png').exists()
-    assert report(listed(tmp_path))
+    assert report(list_checkpoints(tmp_path))
 
 
 def test_evaluation_does_not_change_the_training(run_here, tmp_path):
@@ -551,7 +551,7 @@ def test_what_a_resumed_run_evaluates_first_is_saved_with_its_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(Dataset, 'eval_batch', interrupt)
         run_here(f'--out_dir={tmp_path}')
-    last = load.listed(tmp_path)[-1]
+    last = load.list_checkpoints(tmp_path)[-1]
     assert not load.read_state(last)['evaluated']
     # the step it stopped at stays the best: what follows makes the model worse
     run_here(f'--out_dir={tmp_path}', '--init_from=resume', '--learning_rate=5.0')
@@ -756,7 +756,7 @@ def test_no_stream_that_is_closed_or_full_ends_the_training(environment, tiny, t
 
 def test_a_refused_resume_changes_nothing(copied, run_here):
     before = contents(copied)
-    early = f'--checkpoint={load.listed(copied)[0]}'
+    early = f'--checkpoint={load.list_checkpoints(copied)[0]}'
     refused(run_here, f'--out_dir={copied}', '--init_from=resume', early, '--n_layer=3')
     assert contents(copied) == before
 
@@ -769,7 +769,7 @@ def test_overwrite_deletes_only_when_the_trackers_are_open(copied, run_here, mon
 
 
 def test_a_checkpoint_that_was_set_aside_can_be_resumed(copied, run_here, monkeypatch):
-    aside = save.set_aside(load.listed(copied)[-1])
+    aside = save.set_aside(load.list_checkpoints(copied)[-1])
     run_here(f'--out_dir={copied}', '--init_from=resume', f'--checkpoint={aside}', '--max_iters=21')
     assert steps(copied) == [10, 21]
 
@@ -959,7 +959,7 @@ def test_the_config_of_a_resumed_run_still_tells_how_it_began(run_here, copied):
 
 @pytest.mark.parametrize('which', ['best', 'last', 'path'])
 def test_the_checkpoint_to_resume_from_can_be_chosen(run_here, copied, which):
-    ten, twenty = listed(copied)
+    ten, twenty = list_checkpoints(copied)
     state = json.loads((ten / 'state.json').read_text())
     (twenty / 'state.json').read_text()
     chosen = {'best': find(copied), 'last': twenty, 'path': ten}[which]
@@ -1018,7 +1018,7 @@ def test_auto_resume_serves_the_first_start_and_every_other(
 
 
 def test_auto_resume_starts_anew_if_nothing_can_be_loaded(run_here, copied, capsys):
-    damaged = listed(copied)
+    damaged = list_checkpoints(copied)
     for path in damaged:
         (path / load.MODEL).unlink()
     assert run_here(f'--out_dir={copied}', '--auto_resume', '--max_iters=4', *FIXED) == 0
@@ -1032,7 +1032,8 @@ def test_auto_resume_starts_anew_if_nothing_can_be_loaded(run_here, copied, caps
 def test_auto_resume_does_not_mistake_the_source_of_fine_tuning_for_its_own(
     run_here, source, tmp_path
 ):
-    args = (f'--out_dir={tmp_path}', f'--init_from={source}', f'--checkpoint={listed(source)[0]}')
+    first = list_checkpoints(source)[0]
+    args = (f'--out_dir={tmp_path}', f'--init_from={source}', f'--checkpoint={first}')
     for updates in (4, 6):
         assert run_here(*args, '--auto_resume', f'--max_iters={updates}') == 0
         assert list(metrics(tmp_path))[-1] == updates
@@ -1117,7 +1118,7 @@ def test_fine_tuning_may_take_a_shorter_context(run_here, source, tmp_path):
 
 
 def test_fine_tuning_from_a_chosen_checkpoint_can_be_resumed(run_here, source, tmp_path):
-    ten = listed(source)[0]
+    ten = list_checkpoints(source)[0]
     args = (f'--init_from={source}', f'--checkpoint={ten}', f'--out_dir={tmp_path}')
     assert run_here(*args) == 0
     assert run_here('--init_from=resume', '--max_iters=6', config=tmp_path / 'config.py') == 0
@@ -1199,7 +1200,7 @@ def test_a_gradient_that_overflows_lowers_the_scale_and_leaves_the_update_out(
 
     monkeypatch.setattr(scaler_of, 'unscale_', overflow)
     assert run_here(f'--out_dir={tmp_path}', '--eval_interval=1', *MODERN) == 0
-    one, two, three = (load_model(path)[0] for path in listed(tmp_path)[:3])
+    one, two, three = (load_model(path)[0] for path in list_checkpoints(tmp_path)[:3])
     weights = [[p.detach() for p in model.parameters()] for model in (one, two, three)]
     assert all(map(torch.equal, weights[0], weights[1]))  # neither optimizer made its update
     assert not any(map(torch.equal, weights[1], weights[2]))
@@ -1210,7 +1211,7 @@ def test_one_loss_that_is_not_a_number_costs_one_update(run_here, tmp_path, monk
     broken_forward(monkeypatch, {3})  # the first micro-batch of the second step
     assert run_here(f'--out_dir={tmp_path}', '--eval_interval=1') == 0
     assert 'step 2: loss nan' in capsys.readouterr().out
-    one, two = (load_model(listed(tmp_path)[i])[0].lm_head.weight for i in (0, 1))
+    one, two = (load_model(list_checkpoints(tmp_path)[i])[0].lm_head.weight for i in (0, 1))
     assert torch.equal(one, two)  # nothing was learned in it, and nothing was spoilt
     assert math.isfinite(metrics(tmp_path)[4])
     assert steps(tmp_path)[-1] == 4
@@ -1396,7 +1397,7 @@ def test_resuming_with_nothing_there_says_how_to_begin(run_here, tmp_path, monke
 
 
 def test_resuming_only_damaged_checkpoints_is_refused(run_here, copied, capsys):
-    for path in listed(copied):
+    for path in list_checkpoints(copied):
         (path / load.MANIFEST).unlink()
     text = refused(run_here, f'--out_dir={copied}', '--init_from=resume')
     assert 'every checkpoint is damaged' in text
@@ -1415,7 +1416,7 @@ def test_a_resumed_run_keeps_its_optimizer(run_here, tmp_path, settings):
 
 
 def test_a_run_from_before_there_were_two_architectures_goes_on(run_here, copied):
-    for path in listed(copied):
+    for path in list_checkpoints(copied):
         state = json.loads((path / 'state.json').read_text())
         for name in ('arch', 'n_kv_head'):
             del state['model'][name]
@@ -1497,7 +1498,7 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
     shutil.copytree(source, bad)
     text = refused(run_here, f'--out_dir={tmp_path}/run', f'--init_from={bad}')
-    assert 'is no UTF-8, and cannot be read; rename the folder' in text
+    assert 'the path is not valid UTF-8; rename the folder' in text
 
 
 def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
