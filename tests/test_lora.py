@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, metrics, random_model
-from error_lines import case
+from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
 import model as model_module
@@ -484,8 +484,9 @@ def test_an_adapter_made_by_peft_gives_the_same_logits(peft, tmp_path, arch, cha
 
 @error_line('has an unsupported {}={}; call merge_and_unload()')
 @theirs_to_warn
-def test_an_adapter_that_changed_its_base_can_be_merged_by_peft(peft, tmp_path):
-    changed = theirs(peft, tmp_path, 'gpt2', init_lora_weights='pissa')
+@pytest.mark.parametrize('changes', [{'init_lora_weights': 'pissa'}, {'use_dora': True}], ids=str)
+def test_an_adapter_that_is_not_supported_is_merged_by_peft(peft, tmp_path, changes):
+    changed = theirs(peft, tmp_path, 'gpt2', **changes)
     assert 'merge_and_unload' in refused(load_model, tmp_path / 'adapter')
     changed.merge_and_unload().save_pretrained(tmp_path / 'merged')
     with torch.no_grad():
