@@ -101,7 +101,7 @@ def serving(app):
     """Serve an application on a free port -> the server and the port."""
     service, listener = app.extensions['flatgpt'], listening()
     server = Server(StartupApp(app), listener, 4)
-    server.expect(service.most)
+    server.set_max_completions(service.max_completions)
     try:
         yield server, listener.getsockname()[1]
     finally:

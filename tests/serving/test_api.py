@@ -83,24 +83,24 @@ def ask_texts(client, **body):
 
 
 def stream(client, **body):
-    """The frames of a streamed answer, without the last one, which only ends it."""
+    """The events of a streamed answer, without the last one, which only ends it."""
     with client.post(PATH, json={**body, 'stream': True}, buffered=True) as reply:
         assert reply.status_code == 200, reply.text
-        return frames_of(reply.text)
+        return events_of(reply.text)
 
 
-def frames_of(text):
-    *frames, end, rest = text.split('\n\n')
+def events_of(text):
+    *events, end, rest = text.split('\n\n')
     assert (end, rest) == ('data: [DONE]', '')
-    assert all(frame.startswith('data: ') for frame in frames)
-    return [json.loads(frame.removeprefix('data: ')) for frame in frames]
+    assert all(event.startswith('data: ') for event in events)
+    return [json.loads(event.removeprefix('data: ')) for event in events]
 
 
-def joined(frames):
-    """The choices of a whole answer, put together from those of its frames."""
+def joined(events):
+    """The choices of a whole answer, put together from those of its events."""
     choices = {}
-    for frame in frames:
-        for choice in frame['choices']:
+    for event in events:
+        for choice in event['choices']:
             whole = choices.setdefault(choice['index'], {**choice, 'text': '', 'logprobs': None})
             assert whole['finish_reason'] is None or not whole['text']
             whole['text'] += choice['text']
@@ -291,12 +291,12 @@ def test_stop_strings_end_a_text_across_the_borders_of_tokens(client, stop, text
 def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypatch):
     script = 'é🎉ы中👩‍🚀'.encode()
     write(service_of(client), script)
-    monkeypatch.setattr('flatgpt.serving.job.PACE', 0)
+    monkeypatch.setattr('flatgpt.serving.job.EVENT_INTERVAL', 0)
     engine = service_of(client).engine
     step = engine.step
     engine.step = lambda: (time.sleep(0.002), step())[1]
-    frames = stream(client, prompt='a', max_tokens=len(script))
-    texts = [choice['text'] for frame in frames for choice in frame['choices']]
+    events = stream(client, prompt='a', max_tokens=len(script))
+    texts = [choice['text'] for event in events for choice in event['choices']]
     assert len(texts) > 5
     assert ''.join(texts) == script.decode()
 
@@ -305,7 +305,7 @@ def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypat
 # streams
 
 
-def test_a_stream_has_frames_a_usage_and_an_end(client):
+def test_a_stream_has_events_a_usage_and_an_end(client):
     reply = client.post(
         PATH,
         json={
@@ -320,16 +320,16 @@ def test_a_stream_has_frames_a_usage_and_an_end(client):
     assert reply.headers['Cache-Control'] == 'no-cache'
     assert reply.headers['X-Accel-Buffering'] == 'no'
     assert 'Connection' not in reply.headers
-    *frames, last = frames_of(reply.text)
+    *events, last = events_of(reply.text)
     assert last['choices'] == []
     assert last['usage'] == {'prompt_tokens': 2, 'completion_tokens': 16, 'total_tokens': 18}
-    assert all(frame['usage'] is None for frame in frames)
-    assert [f['choices'][0]['finish_reason'] for f in frames] == [None] * (len(frames) - 1) + [
+    assert all(event['usage'] is None for event in events)
+    assert [f['choices'][0]['finish_reason'] for f in events] == [None] * (len(events) - 1) + [
         'length'
     ]
-    assert len({frame['id'] for frame in [*frames, last]}) == 1
-    for frame in [*frames, last]:
-        schema.CompletionResponse.model_validate(frame)
+    assert len({event['id'] for event in [*events, last]}) == 1
+    for event in [*events, last]:
+        schema.CompletionResponse.model_validate(event)
 
 
 @pytest.mark.parametrize(
@@ -358,9 +358,9 @@ def test_the_first_token_is_sent_at_once_and_others_together(client):
     reply = client.post(PATH, json={**given, 'stream': True})
     first = next(reply.response)  # one step, of the prompt and perhaps of a token after it
     steps.release(1000)
-    frames = frames_of((first + b''.join(reply.response)).decode())
+    events = events_of((first + b''.join(reply.response)).decode())
     reply.close()
-    lengths = [len(frame['choices'][0]['logprobs']['tokens']) for frame in frames]
+    lengths = [len(event['choices'][0]['logprobs']['tokens']) for event in events]
     assert lengths[0] in (1, 2)
     assert sum(lengths) == 60
     assert len(lengths) < 30
@@ -433,7 +433,7 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
     ('body', 'param', 'says'),
     [
         ({}, 'prompt', 'required'),
-        ({'prompt': None}, 'prompt', 'must be a text'),
+        ({'prompt': None}, 'prompt', 'must be a string'),
         ({'prompt': ''}, 'prompt', 'empty'),
         ({'prompt': []}, 'prompt', 'empty'),
         ({'prompt': [[]]}, 'prompt', 'empty'),
@@ -444,7 +444,7 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
         ({'prompt': [1.0]}, 'prompt', 'must be'),
         ({'prompt': [-1]}, 'prompt', 'must be'),
         ({'prompt': {'a': 1}}, 'prompt', 'must be'),
-        ({'prompt': [257]}, 'prompt', '257 is none of the 257 token ids'),
+        ({'prompt': [257]}, 'prompt', '257 is not a token id; use 0 to 256'),
         ({'prompt': [[1], [2**40]]}, 'prompt', 'must be'),
         ({'prompt': 'a' * 60, 'max_tokens': 5}, 'max_tokens', '60 tokens, and max_tokens=5'),
         ({'prompt': 'a' * 60}, 'max_tokens', 'max_tokens=16 make 76'),
@@ -457,8 +457,8 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
         ({'prompt': 'a', 'max_tokens': True}, 'max_tokens', 'integer'),
         ({'prompt': 'a', 'max_tokens': 10**30}, 'max_tokens', 'less'),
         ({'prompt': 'a', 'n': 0}, 'n', 'greater'),
-        ({'prompt': 'a', 'n': 137}, 'n', 'a request may have 136 texts'),
-        ({'prompt': ['a'] * 137}, 'prompt', '136 texts'),
+        ({'prompt': 'a', 'n': 137}, 'n', '136 completions per request'),
+        ({'prompt': ['a'] * 137}, 'prompt', '136 completions'),
         ({'prompt': 'a', 'temperature': -0.1}, 'temperature', 'greater'),
         ({'prompt': 'a', 'temperature': 'hot'}, 'temperature', 'number'),
         ({'prompt': 'a', 'top_p': 0}, 'top_p', 'greater'),
@@ -544,12 +544,12 @@ def test_a_body_that_is_not_the_json_it_should_be_is_400(client, path, body):
     assert reply.json.get('error', {'message': ignored})['message']
 
 
-@pytest.mark.parametrize('name', unsupported.REFUSED)
+@pytest.mark.parametrize('name', unsupported.UNSUPPORTED_FIELDS)
 def test_what_is_not_supported_is_accepted_where_it_asks_for_nothing(chatting, name):
     path, body = (PATH, {'prompt': 'a'}) if name == 'suffix' else (CHAT, {'messages': TALK})
     empty = ([], {}, '')
-    for neutral in (None, *empty, *unsupported.REFUSED[name]):
-        asks = name in unsupported.CONSTRAINTS and neutral in empty  # any JSON, say
+    for neutral in (None, *empty, *unsupported.UNSUPPORTED_FIELDS[name]):
+        asks = name in unsupported.CONSTRAINT_FIELDS and neutral in empty  # any JSON, say
         ask(chatting, 400 if asks else 200, path, max_tokens=1, **body, **{name: neutral})
     error = ask(chatting, 400, path, **body, **{name: {'some': 'thing'}})['error']
     assert error['param'] == name
@@ -666,16 +666,16 @@ def test_a_body_that_is_too_large_is_413(make_app):
     client = make_app(max_body=0.01).test_client()
     assert (
         ask(client, 413, prompt='a' * 20_000)['error']['message']
-        == 'the body has more than 0.01 MiB'
+        == 'the body is larger than 0.01 MiB, the limit of this server; send less'
     )
 
 
 def test_the_limits_of_the_server_are_named(make_app):
     client = make_app(max_prompt_tokens=10, max_new_tokens=20).test_client()
     error = ask(client, 400, prompt='a' * 11)['error']
-    assert error['message'] == 'prompt: 11 tokens; this server takes 10 at most'
+    assert error['message'] == 'prompt: 11 tokens; this server accepts at most 10'
     error = ask(client, 400, prompt='a', max_tokens=21)['error']
-    assert error['message'] == 'max_tokens: 21 tokens; this server takes 20 at most'
+    assert error['message'] == 'max_tokens: 21 tokens; this server accepts at most 20'
     ask(client, prompt='a' * 10, max_tokens=20)
 
 
@@ -709,10 +709,10 @@ def test_a_streamed_chat_says_who_speaks_and_what_a_whole_one_says(chatting):
     given = {'messages': TALK, 'max_tokens': 9, 'seed': 3, 'n': 2}
     whole = ask(chatting, path=CHAT, **given)
     with chatting.post(CHAT, json={**given, 'stream': True}, buffered=True) as reply:
-        frames = frames_of(reply.text)
-    assert {frame['object'] for frame in frames} == {'chat.completion.chunk'}
+        events = events_of(reply.text)
+    assert {event['object'] for event in events} == {'chat.completion.chunk'}
     for index, choice in enumerate(whole['choices']):
-        deltas = [c for frame in frames for c in frame['choices'] if c['index'] == index]
+        deltas = [c for event in events for c in event['choices'] if c['index'] == index]
         assert [delta['delta'].get('role') for delta in deltas[:2]] in (
             ['assistant'],
             ['assistant', None],
@@ -744,7 +744,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: no role 'tool'"),
         ({'messages': []}, 'messages: '),
         ({'messages': [{'role': 'user'}]}, 'messages[0].content: '),
-        ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
+        ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "the model's context holds 64"),
         ({'messages': [TALK[1], 'x']}, 'messages[1]: '),
         ({'messages': [{**TALK[1], 'content': None}]}, 'messages[0].content: '),
         ({'messages': [{**TALK[1], 'content': [{'type': 'image_url'}]}]}, "type 'image_url'"),
@@ -753,7 +753,10 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': [{**TALK[1], 'other': 1}]}, 'messages[0].other: no such field'),
         ({'messages': TALK, 'max_tokens': 0}, 'max_tokens: '),
         ({'messages': TALK, 'max_completion_tokens': 0}, 'max_completion_tokens: '),
-        ({'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2}, 'is another number'),
+        (
+            {'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2},
+            'differs from max_tokens',
+        ),
         ({'messages': TALK, 'top_logprobs': 2}, 'top_logprobs: needs "logprobs": true'),
         ({'messages': TALK, 'n': 2, 'best_of': 3}, 'best_of: '),
         ({'messages': TALK, 'prompt': 'x'}, 'prompt: no such field'),
@@ -783,13 +786,13 @@ def test_without_a_chat_template_chat_is_400(client):
     assert error['error']['code'] == 'no_chat_template'
 
 
-@pytest.mark.parametrize('end', ['\n', 'e' * (schema.LONGEST_STOP + 1)], ids=['short', 'long'])
+@pytest.mark.parametrize('end', ['\n', 'e' * (schema.MAX_STOP_LENGTH + 1)], ids=['short', 'long'])
 def test_a_chat_may_have_as_many_stops_as_are_allowed(make_app, end):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {'user': ['', ''], 'assistant': ['', end]}
     client = make_app(tokenizer, random_model(VOCABULARY, 2048)).test_client()
     write(service_of(client), b'yes' + end.encode() + b'no')
-    stop = [f'stop {i}' for i in range(schema.MOST_STOPS)]
+    stop = [f'stop {i}' for i in range(schema.MAX_STOPS)]
     given = {'path': CHAT, 'messages': TALK[1:], 'max_tokens': 600, 'stop': stop}
     assert ask(client, **given)['choices'][0]['message']['content'] == 'yes'
     empty = [{'role': 'user', 'content': ''}]
@@ -802,7 +805,7 @@ def test_a_turn_ends_at_the_token_that_the_end_of_text_stands_for(make_app):
     tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template, end_ids=[256])
     client = make_app(tokenizer).test_client()
     messages = schema.ChatRequest(messages=TALK[1:]).messages
-    assert service_of(client).conversation(messages)[1] == ''  # no stop string
+    assert service_of(client).encode_messages(messages)[1] == ''  # no stop string
     write(service_of(client), [*b'yes ', *EOT.encode(), 256])  # spelt, which is not the token
     answer = ask(client, path=CHAT, messages=TALK[1:], max_tokens=30)
     assert answer['choices'][0]['message']['content'] == f'yes {EOT}'
@@ -897,7 +900,7 @@ def test_with_a_key_any_page_may_ask_and_reads_every_answer(make_app):
         ('http://rebound.example:8000', False),  # a name that leads here
         ('http://localhost.example:80', False),
         ('http://localhost:80.example', False),
-        ('null', False),  # of a sandboxed frame
+        ('null', False),  # of a sandboxed event
         (None, True),  # no browser's page
     ],
 )
@@ -919,7 +922,7 @@ def test_allow_origins_lists_the_pages(make_app):
     client = make_app(allow_origins=given).test_client()
     for origin in (ELSEWHERE, 'http://10.0.0.1', 'http://10.0.0.1:81', 'null'):
         assert allowed(client.get('/health', headers={'Origin': origin})) == origin
-    for origin in (f'{ELSEWHERE}:81', 'https://other.example', 'http://localhost'):
+    for origin in (f'{ELSEWHERE}:81', 'https://other.example', 'http://localhost:3000'):
         assert client.get('/health', headers={'Origin': origin}).status_code == 403
     client = make_app(allow_origins='', api_key='x').test_client()
     reply = client.get('/health', headers={'Origin': ELSEWHERE})
@@ -969,7 +972,9 @@ def test_a_name_made_to_lead_here_reads_nothing(app):
 
 @pytest.mark.parametrize('wrong', ['app.example', 'https://a/', 'https://*.example', 'https://a/b'])
 def test_what_is_no_origin_is_one_line(make_app, wrong):
-    with pytest.raises(ConfigError, match=r'allow_origins: .* is no origin; give scheme://host'):
+    with pytest.raises(
+        ConfigError, match=r'allow_origins: .* is not an origin; give scheme://host'
+    ):
         make_app(allow_origins=f'https://good.example,{wrong}')
 
 
@@ -1032,10 +1037,12 @@ def test_a_request_that_takes_too_long_is_ended(make_app):
     service.engine.step = lambda: (time.sleep(0.05), step())[1]
     error = ask(client, 504, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
     assert error['code'] == 'timeout'
-    assert error['message'] == 'it took longer than 0.2 seconds, the limit of this server'
-    frames = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
-    assert frames[0]['choices']
-    assert frames[-1] == {'error': error}
+    assert error['message'] == (
+        'the request took longer than 0.2 seconds, the limit of this server; lower max_tokens'
+    )
+    events = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
+    assert events[0]['choices']
+    assert events[-1] == {'error': error}
     wait_until(lambda: not service.engine.running)
 
 
@@ -1059,13 +1066,13 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     for reply in (whole(), *(each() for each in waiting)):
         assert reply.status_code == 500
         assert reply.json['error'] == {
-            'message': 'the engine failed; the log says why',
+            'message': 'the engine failed; see the server log, then restart the server',
             'type': 'server_error',
             'param': None,
             'code': 'engine_stopped',
         }
-    frames = frames_of(streamed().text)
-    assert frames[-1]['error']['code'] == 'engine_stopped'
+    events = events_of(streamed().text)
+    assert events[-1]['error']['code'] == 'engine_stopped'
     assert client.get('/health').status_code == 200
     assert client.get('/ready').status_code == 503
     assert ask(client, 503, prompt='a')['error']['code'] == 'engine_stopped'
@@ -1076,14 +1083,14 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
 
 
-@pytest.mark.parametrize(('rows', 'cure'), [(8, '--max_rows=4'), (1, '--quantize=int8, or ')])
-def test_memory_that_runs_out_while_serving_is_one_line_of_the_log(make_app, caplog, rows, cure):
+@pytest.mark.parametrize(('rows', 'fix'), [(8, '--max_rows=4'), (1, '--quantize=int8, or ')])
+def test_memory_that_runs_out_while_serving_is_one_line_of_the_log(make_app, caplog, rows, fix):
     client = make_app(max_rows=rows).test_client()
     break_engine(service_of(client))
     assert client.post(PATH, json={'prompt': 'a'}).status_code == 500
     wait_until(lambda: 'out of memory' in caplog.text)
     (record,) = (each for each in caplog.records if 'out of memory' in each.getMessage())
-    text = f'out of memory on cpu; try a restart with {cure}'
+    text = f'out of memory on cpu; try a restart with {fix}'
     assert record.getMessage().startswith(text)
     assert record.exc_info is None
 
@@ -1112,12 +1119,12 @@ def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, cap
 def test_a_client_may_leave_between_a_token_and_the_moment_it_is_sent(client):
     service, body = service_of(client), schema.CompletionRequest(prompt='a')
     with held(service):
-        job = service.begin(body, lambda: True)
+        job = service.submit(body, lambda: True)
         (request,) = job.requests
         request.began = request.came
         request.written += [97, 98]  # as take() does, before send() notes when
         service.release(job)
-        assert 'first_token' not in job.record(False)
+        assert 'first_token' not in job.log_fields(False)
     assert figures(client)['flatgpt_generation_tokens_total'] == 2
 
 
@@ -1384,13 +1391,13 @@ def test_every_setting_is_explained(monkeypatch):
         ),
         ({'max_rows': 0}, 'max_rows=0: must be at least 1'),
         ({'max_queue': -1}, 'max_queue=-1'),
-        ({'port': 8000}, 'create_app.port=.: the server that runs it has its own'),
+        ({'port': 8000}, 'create_app.port=.: the WSGI server sets its address'),
         ({'max_seconds': 0.0}, 'max_seconds=0.0'),
         (
             {'max_rows': '4'},
             'create_app.max_rows=.: max_rows needs a whole number or None',
         ),
-        ({'quantize': 'int8'}, 'create_app.quantize=.: the model is given'),
+        ({'quantize': 'int8'}, 'create_app.quantize=.: the model is already loaded'),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(make_app, wrong, says):
@@ -1399,7 +1406,7 @@ def test_settings_that_cannot_be_are_one_line(make_app, wrong, says):
 
 
 def test_more_rows_than_memory_holds_are_one_line(make_app):
-    with pytest.raises(UserError, match='max_rows=1000000000000: so many do not fit'):
+    with pytest.raises(UserError, match='max_rows=1000000000000: the cache does not fit'):
         make_app(max_rows=10**12)
 
 
@@ -1567,14 +1574,14 @@ def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
 
 
 def connect_and_never_read(port, service):
-    """A client whose thread soon waits for it to read: its frames are larger than any buffer."""
+    """A client whose thread soon waits for it to read: its events are larger than any buffer."""
     given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
-    frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
+    events = lambda job, envelope: iter([b'x' * 2**24] * 3)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('flatgpt.serving.job.CompletionJob.frames', frames)
+        patch.setattr('flatgpt.serving.job.CompletionJob.events', events)
         client = connect(port, **given)
         client.recv(1, socket.MSG_PEEK)
-    wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
+    wait_until(lambda: service.jobs and not any(job.unfinished for job in service.jobs))
     return client
 
 
@@ -1584,14 +1591,14 @@ def test_who_does_not_read_takes_no_row_and_is_cut_off_in_the_end(make_app, monk
     with serving(app) as (server, port), connect_and_never_read(port, service):
         assert post(port, prompt='a', n=2)[0] == 200
         assert len(service.jobs) == 1
-        monkeypatch.setattr('flatgpt.serving.http_server.LOOK', 0.05)
-        monkeypatch.setattr('flatgpt.serving.http_server.STALLED', 0.2)
+        monkeypatch.setattr('flatgpt.serving.http_server.STALL_CHECK_INTERVAL', 0.05)
+        monkeypatch.setattr('flatgpt.serving.http_server.STALL_TIMEOUT', 0.2)
         wait_until(lambda: not service.jobs)
         wait_until(lambda: not server.busy())
 
 
 def test_who_does_not_read_is_not_waited_for_without_end(make_app, monkeypatch):
-    monkeypatch.setattr('flatgpt.serving.http_server.FLUSH', 1.0)
+    monkeypatch.setattr('flatgpt.serving.http_server.DRAIN_TIMEOUT', 1.0)
     app = make_app()
     service = app.extensions['flatgpt']
     with serving(app) as (server, port):
@@ -1639,7 +1646,7 @@ def test_what_was_begun_is_read_to_its_end_while_a_server_drains(make_app):
         assert drained.wait(5)
 
 
-def test_frames_arrive_while_the_text_is_written(make_app):
+def test_events_arrive_while_the_completion_runs(make_app):
     app = make_app(model=random_model(VOCABULARY, 2048))
     with (
         served(app) as port,
@@ -1681,11 +1688,11 @@ def test_openai_streams_with_logprobs_and_usage(openai_client, app):
     given = {'prompt': 'one', 'max_tokens': 20, 'seed': 3, 'logprobs': 1, 'logit_bias': GOES_ON}
     body = ask(app.test_client(), **given)
     options = {'stream': True, 'stream_options': {'include_usage': True}}
-    *frames, last = openai_client.completions.create(model='tiny', **given, **options)
-    assert ''.join(frame.choices[0].text for frame in frames) == body['choices'][0]['text']
-    tokens = [token for frame in frames for token in frame.choices[0].logprobs.tokens]
+    *events, last = openai_client.completions.create(model='tiny', **given, **options)
+    assert ''.join(event.choices[0].text for event in events) == body['choices'][0]['text']
+    tokens = [token for event in events for token in event.choices[0].logprobs.tokens]
     assert tokens == body['choices'][0]['logprobs']['tokens']
-    assert frames[-1].choices[0].finish_reason == 'length'
+    assert events[-1].choices[0].finish_reason == 'length'
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
 
 
@@ -1738,10 +1745,10 @@ def test_openai_raises_what_comes_midway_in_a_stream(make_app):
     with served(app) as port:
         base = f'http://127.0.0.1:{port}/v1'
         with openai.OpenAI(base_url=base, api_key='-') as client:
-            frames = client.completions.create(**given, stream=True)
-            assert next(frames).choices
+            events = client.completions.create(**given, stream=True)
+            assert next(events).choices
             with pytest.raises(openai.APIError, match='took longer than'):
-                list(frames)
+                list(events)
             with pytest.raises(openai.InternalServerError, match='took longer than'):
                 client.completions.create(**given)  # which does not try again
     assert figures(app.test_client())['flatgpt_requests_rejected_total{status="504"}'] == 1
@@ -1773,8 +1780,8 @@ def begin_many(port):
 def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment):
     with started(out_dir, environment) as (process, port):
         limits = process.stdout.readline()
-        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
-        assert 'no key' in limits
+        assert '8 slots, queue of 128, context of 4096 tokens' in limits
+        assert 'no API key' in limits
         for host, status in (('evil.example', 403), (f'localhost:{port}', 200)):
             connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
             with contextlib.closing(connection):
@@ -1820,7 +1827,7 @@ def test_either_signal_lets_what_runs_be_answered(serve_here, monkeypatch, capsy
     assert result() == 'answered'
     address, limits, *rest = capsys.readouterr().out.splitlines()
     assert f' at http://127.0.0.1:{port}, ' in address
-    assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+    assert '8 slots, queue of 128, context of 4096 tokens' in limits
     assert not rest
 
 
