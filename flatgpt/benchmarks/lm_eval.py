@@ -1,13 +1,13 @@
 """
-What a model knows, for bench.py: lm-evaluation-harness has the tasks and does the scoring.
+bench.py --task: evaluate a model on tasks of lm-evaluation-harness, which computes the scores.
 
 $ python bench.py --task=lambada,cbt --out_dir=gpt2 --limit=100
 
     task = load_task('lambada', task_index(['lambada']))
     entries = evaluate_task(Scorer(model, tokenizer), 'lambada', task, limit=100)
 
-Item by item the numbers are those of the harness's own `hf` model on the same weights: the same
-tokens, the same windows, the same end of a text.
+The score of every item equals that of the harness's own `hf` model with the same weights: the same
+tokens, windows and end-of-text token.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from flatgpt.inference.model_runner import pad
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
-OURS = Path(__file__).parent / 'tasks'  # what the harness lacks
+OURS = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
 USUAL = ('lambada', 'hellaswag', 'blimp')  # folders of the harness's tasks that are read first
 ALIASES = {'lambada': 'lambada_openai'}  # tasks that have another name there
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
@@ -126,8 +126,8 @@ class Scorer(TemplateLM):
 
     @torch.inference_mode()
     def score(self, pairs: list[tuple]) -> list[tuple[float, bool]]:
-        """(context, continuation) -> log-probability of each continuation, and whether all its
-        tokens are the likeliest."""
+        """(context, continuation) -> log-probability of each continuation, and whether it is greedy,
+        that is, all its tokens are the likeliest."""
         wanted = {}  # input, which several pairs may share -> (pair, tokens to predict) of each
         for number, (context, continuation) in enumerate(pairs):
             for given, targets in windows(context, continuation, self.size):
@@ -173,7 +173,7 @@ class Scorer(TemplateLM):
         return texts
 
     def sampling_params(self, settings: dict) -> SamplingParams:
-        """A task's settings of sampling; UserError for one that is not supported here."""
+        """A task's generation settings; UserError for one that is not supported."""
         params = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
         if not params.pop('do_sample'):
             params['temperature'] = 0.0
@@ -181,14 +181,20 @@ class Scorer(TemplateLM):
         until = tuple(text for text in params.pop('until') if text not in ends)
         params |= {'max_new_tokens': params.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
         if unknown := set(params) - {field.name for field in fields(SamplingParams)}:
-            raise UserError(f'task={self.task}: it asks for {min(unknown)}, which is not had here')
+            raise UserError(
+                f'task={self.task}: the generation setting {min(unknown)!r} is not supported; '
+                'remove it from the task file, or choose another task'
+            )
         return SamplingParams(**params)
 
     def prompt(self, text: str, new_tokens: int) -> list[int]:
-        """The end of the text that leaves room for `new_tokens` after it, if that is possible."""
+        """The end of the text that leaves room for `new_tokens`, if they fit into the context."""
         ids = self.tok_encode(text) or [self.prefix_token_id]
         if ids == [None]:
-            raise UserError(f'task={self.task}: an empty prompt, and no end of text to begin with')
+            raise UserError(
+                f'task={self.task}: has an empty prompt, for which this tokenizer has no '
+                'end-of-text token; use a model whose tokenizer has one'
+            )
         room = self.size - new_tokens if self.size > new_tokens else self.size
         self.cut += len(ids) > room
         return ids[-room:]
@@ -223,20 +229,20 @@ class Scorer(TemplateLM):
 
 
 def set_up_harness() -> None:
-    """Have it run in this process, quietly, and fetch no code."""
+    """Make the harness run in this process, without output and without downloading code."""
     os.environ['DISABLE_MULTIPROC'] = '1'  # or its resampling forks this process, threads and all
-    # some tasks would fetch the code of their metrics from the hub, and run it
+    # or some tasks would download and run the code of their metrics
     os.environ.setdefault('HF_EVALUATE_OFFLINE', '1')
-    for name in ('lm_eval', 'huggingface_hub'):  # what matters of it comes as one line
+    for name in ('lm_eval', 'huggingface_hub'):  # errors are reported in one line
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
 
 def task_index(names: list[str]) -> TaskManager:
-    """The harness's tasks and ours: the usual ones alone if they have all the names, or every one.
+    """The index of the harness's tasks and ours: the usual ones if they have all names, or all.
 
-    There are fifteen thousand files of tasks, and reading all of them takes seconds.
+    Reading all of the fifteen thousand task files takes seconds.
     """
     folders = [str(Path(tasks.__file__).parent / folder) for folder in USUAL]
     usual = TaskManager(include_path=[str(OURS), *folders], include_defaults=False)
@@ -250,12 +256,12 @@ def check_names(names: list[str], manager: TaskManager) -> None:
     for name in names:
         if Path(name).suffix in ('.yaml', '.yml'):
             if not Path(name).is_file():
-                raise UserError(f'task={name}: no such file')
+                raise UserError(f'task={name}: no such task file; check the path')
         elif ALIASES.get(name, name) not in manager.all_tasks:
             hint = did_you_mean(name, [*ALIASES, *manager.all_tasks])
             raise UserError(
                 f'task={name}: lm-evaluation-harness has no such task; {hint}'
-                '`lm_eval ls tasks` lists all, and a path to a task file of your own is one too'
+                '`lm_eval ls tasks` lists all; the path of your own task file works, too'
             )
 
 
@@ -268,14 +274,14 @@ def load_task(name: str, manager: TaskManager) -> dict:
     except Exception as error:  # whatever its code, its data's library or the network raises
         said = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
         raise UserError(
-            f'task={name}: cannot be loaded ({said}); its data is fetched from the hub once, '
-            'and found in HF_HOME from then on'
+            f'task={name}: cannot be loaded ({said}); its data is downloaded once from the '
+            'Hugging Face Hub: connect, or copy HF_HOME from a machine that has it'
         ) from error
     for task in loaded['tasks'].values():
         if getattr(task, 'UNSAFE_CODE', False):
-            raise UserError(f'task={name}: would run what the model writes, which is not done here')
+            raise UserError(f'task={name}: runs code that models write; choose another task')
         if getattr(task, 'MULTIMODAL', False):
-            raise UserError(f'task={name}: is about more than text')
+            raise UserError(f'task={name}: has images or sound; choose a task of text alone')
         if task.get_config('num_fewshot') is None:
             task.set_config('num_fewshot', 0)
         task.set_fewshot_seed(1234)  # the harness's own
@@ -393,8 +399,8 @@ def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
 def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
     """bench.py --task: score each task and print it, adding what was found to `entries`.
 
-    load: makes the model and its tokenizer from the settings. All that can be wrong with the
-    settings, the model and the data is found first.
+    load: loads the model and its tokenizer from the settings. All settings, the model and the data
+    are checked before the first task is scored.
     """
     set_up_harness()
     names = [*dict.fromkeys(settings['task'].split(','))]

@@ -17,12 +17,17 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from flatgpt.data.messages import content_text
 from flatgpt.errors import UserError
 from flatgpt.inference.sampling import SamplingParams
-from flatgpt.serving.unsupported import Body, Unsupported, ignored_field, unsupported_field
+from flatgpt.serving.unsupported import (
+    Body,
+    Unsupported,
+    field_error,
+    ignored_field,
+    unsupported_field,
+)
 
 MAX_STOPS, MAX_STOP_LENGTH = 128, 512  # each is looked for after every token
 MAX_BIASES = 1024
@@ -52,10 +57,6 @@ def bounded(low=None, high=None, above=None, kind: type = float):
 def nullable(text: str):
     """A field that may be omitted or null, which mean the same."""
     return Field(None, description=text)
-
-
-def field_error(message: str) -> PydanticCustomError:
-    return PydanticCustomError('refused', '{text}', {'text': message})
 
 
 def parse_token_ids(biases: object) -> object:

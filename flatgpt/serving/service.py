@@ -145,8 +145,11 @@ class Service:
             raise APIError(400, 'max_tokens: 0 needs "echo": true', 'max_tokens')
         if len(prompts) * (body.n or 1) > self.max_completions:
             field = 'prompt' if len(prompts) > self.max_completions else 'n'
-            message = f'{field}: {self.max_completions} completions per request (prompts * n) '
-            raise APIError(400, message + 'are the limit of this server; send fewer', field)
+            message = (
+                f'{field}: {self.max_completions} completions per request (prompts * n) are the '
+                'limit of this server; send fewer'
+            )
+            raise APIError(400, message, field)
         if (largest := max(body.logit_bias or (0,))) >= vocab_size:
             raise APIError(400, self.no_such_token('logit_bias', largest), 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]

@@ -100,10 +100,14 @@ CONSTRAINT_FIELDS = """response_format text_format guided_json guided_regex guid
 guided_grammar structured_outputs json_schema regex ebnf grammar""".split()
 IGNORED_FIELDS = """user metadata safety_identifier prompt_cache_key prompt_cache_retention
 service_tier parallel_tool_calls include_reasoning request_id session_id priority cache_prompt
-cache_salt id_slot
-keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
+cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
 spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length
 dry_penalty_last_n dry_sequence_breakers dynatemp_exponent smoothing_curve""".split()
+
+
+def field_error(message: str) -> PydanticCustomError:
+    """The error that a validator raises to report this message."""
+    return PydanticCustomError('refused', '{text}', {'text': message})
 
 
 def unsupported_field(*neutral, empty: bool = True):
@@ -115,9 +119,7 @@ def unsupported_field(*neutral, empty: bool = True):
         # 0 == False in Python, but not in JSON
         same = (value == v and isinstance(value, bool) == isinstance(v, bool) for v in allowed)
         if not any(same):
-            raise PydanticCustomError(
-                'unsupported', 'this server does not support it; leave it out{hint}', {'hint': hint}
-            )
+            raise field_error(f'this server does not support it; leave it out{hint}')
         return value
 
     described = {'enum': list(allowed), 'description': 'Not supported.'}
