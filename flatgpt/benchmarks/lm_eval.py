@@ -126,8 +126,8 @@ class Scorer(TemplateLM):
 
     @torch.inference_mode()
     def score(self, pairs: list[tuple]) -> list[tuple[float, bool]]:
-        """(context, continuation) -> log-probability of each continuation, and whether it is greedy,
-        that is, all its tokens are the likeliest."""
+        """(context, continuation) -> log-probability of each continuation, and whether all its
+        tokens are the likeliest."""
         wanted = {}  # input, which several pairs may share -> (pair, tokens to predict) of each
         for number, (context, continuation) in enumerate(pairs):
             for given, targets in windows(context, continuation, self.size):

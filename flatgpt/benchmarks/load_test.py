@@ -321,9 +321,7 @@ def bench_latency(settings: dict, report: Report, server: Server) -> None:
     bodies = request_bodies(settings, 2 * clients, **streamed)
     begin = time.perf_counter()
     completions = closed_loop(server.address, bodies, clients)
-    rate = (
-        0.7 * len(completions) / (time.perf_counter() - begin)
-    )  # requests/s that the server can sustain
+    rate = 0.7 * len(completions) / (time.perf_counter() - begin)  # sustainable
     report_latency(report, f'{clients} streams', completions)
     completions = poisson_arrivals(server.address, bodies, rate)
     report_latency(report, f'Poisson {rate:.1f}/s', completions)

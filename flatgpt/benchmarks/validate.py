@@ -8,7 +8,6 @@ import torch
 
 from flatgpt.benchmarks.baselines import build_model, import_nanogpt
 from flatgpt.benchmarks.decoding import dataset_of
-
 from flatgpt.checkpoint.convert import is_foreign
 from flatgpt.checkpoint.load import find, read_state
 from flatgpt.errors import UserError, one_of, within

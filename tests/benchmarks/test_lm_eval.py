@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benches import refused, settings
+from error_lines import case, error_line
 
 import bench
 from flatgpt.checkpoint import load as load_module
@@ -237,6 +239,7 @@ def test_white_space_for_a_context_is_scored_as_part_of_the_answer():
     assert spaced == plain
 
 
+@error_line('has an empty prompt, for which this')
 @torch.no_grad()
 def test_a_vocabulary_without_an_end_of_text_begins_with_the_first_token():
     tokenizer = char_tokenizer(list('abc'))
@@ -252,6 +255,9 @@ def test_a_vocabulary_without_an_end_of_text_begins_with_the_first_token():
     assert lm.loglikelihood(asked(('', 'cab')))[0][0] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match='empty prompt'):
         lm.generate_until(asked(('', {'until': []})))
+    tokenizer = byte_tokenizer()  # one with an end-of-text token, as the error advises
+    lm = lm_eval.Scorer(own(tokenizer), tokenizer)
+    assert len(lm.generate_until(asked(('', {'until': [], 'max_gen_toks': 2})))) == 1
 
 
 def test_broken_weights_are_one_line():
@@ -283,11 +289,13 @@ def test_a_prompt_gives_way_to_what_is_to_be_written():
     assert lm.prompt('', 12) == [tokenizer.eot]
 
 
-def test_what_a_task_asks_for_and_is_not_had_is_named():
+@error_line('the generation setting {} is not')
+def test_a_task_works_without_a_generation_setting_that_is_not_supported():
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     with pytest.raises(UserError, match='num_beams'):
         lm.generate_until(asked(('a', {'until': ['b'], 'num_beams': 4})))
+    assert len(lm.generate_until(asked(('a', {'until': ['b'], 'max_gen_toks': 2})))) == 1
 
 
 # -----------------------------------------------------------------------------
@@ -470,7 +478,7 @@ def test_progress_is_lines_where_nobody_watches(monkeypatch, capsys):
     [
         (['--task=lamada'], 'no such task; did you mean lambada?'),
         (['--task=lambada,'], 'task=: '),
-        (['--task=nowhere.yaml'], 'nowhere.yaml: no such file'),
+        (['--task=nowhere.yaml'], 'nowhere.yaml: no such task file'),
         (['--task=lambada', '--limit=0'], 'limit=0: must be at least 1'),
         (['--task=lambada', '--only=data'], '--task and --only'),
         (['--task=lambada', '--json=nowhere/x.json'], 'json=nowhere'),
@@ -482,6 +490,22 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, line, run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert line in refused(f'--out_dir={run}', *flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'bad',
+    [
+        case('lm-evaluation-harness has no such task', 'lamada'),
+        case('no such task file; check the path', 'choise.yaml'),
+    ],
+)
+def test_the_advice_for_the_name_of_a_task_is_right(files, every_task, bad):
+    with pytest.raises(UserError) as caught:
+        lm_eval.check_names([bad], every_task)
+    lm_eval.check_names([str(files / 'choice.yaml')], every_task)
+    if bad == 'lamada':
+        (name,) = re.findall(r'did you mean (\w+)\?', str(caught.value))
+        lm_eval.check_names([name], every_task)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path, monkeypatch):
@@ -504,21 +528,34 @@ def test_a_character_the_vocabulary_lacks_is_one_line(tmp_path, hub, capsys):
 @pytest.mark.parametrize(
     ('error', 'line'),
     [
-        (
+        case(
+            'is downloaded once from the',
             ConnectionError('no\nnetwork'),
             r'task=lambada: cannot be loaded \(ConnectionError: no net',
         ),
-        (ModuleNotFoundError("No module named 'x'", name='x'), 'task=lambada: needs pip install x'),
+        case(
+            'task={}: needs pip install {}',
+            ModuleNotFoundError("No module named 'x'", name='x'),
+            'task=lambada: needs pip install x',
+        ),
     ],
 )
-def test_a_task_that_cannot_be_loaded_says_why_in_a_line(error, line):
+def test_a_task_that_cannot_be_loaded_is_loaded_once_what_it_lacks_is_there(files, error, line):
+    loaded = task(files, 'choice')
+
     def load(names):
         assert names == ['lambada_openai']
-        raise error
+        if lacking:
+            raise error
+        return loaded
+
+    lacking = True
 
     with pytest.raises(UserError, match=line) as caught:
         lm_eval.load_task('lambada', SimpleNamespace(load=load))
     assert '\n' not in str(caught.value)
+    lacking = False
+    assert lm_eval.load_task('lambada', SimpleNamespace(load=load)) is loaded
 
 
 def test_data_that_cannot_be_had_offline_ends_the_command_in_a_line(script, run, tmp_path):
@@ -532,12 +569,19 @@ def test_data_that_cannot_be_had_offline_ends_the_command_in_a_line(script, run,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('flag', ['UNSAFE_CODE', 'MULTIMODAL'])
-def test_tasks_that_run_code_or_show_pictures_are_refused(files, flag):
+@pytest.mark.parametrize(
+    'flag',
+    [
+        case('runs code that models write; choose', 'UNSAFE_CODE'),
+        case('choose a task of text alone', 'MULTIMODAL'),
+    ],
+)
+def test_tasks_that_run_code_or_show_pictures_are_refused_and_others_are_not(files, flag):
     loaded = task(files, 'choice')
     setattr(loaded['tasks']['own_choice'], flag, True)
     with pytest.raises(UserError, match='task=x: '):
         lm_eval.load_task('x', SimpleNamespace(load=lambda names: loaded))
+    assert task(files, 'word')['tasks']
 
 
 def test_without_the_harness_a_line_says_what_to_install(monkeypatch, run, tmp_path):

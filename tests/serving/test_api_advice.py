@@ -361,8 +361,6 @@ def test_fewer_slots_fit_into_memory(tmp_path, monkeypatch):
     monkeypatch.undo()
     app = api.create_app(out_dir=str(tmp_path / 'run'), device='cpu', quantize=kind, max_rows=1)
     try:
-        assert json.loads(app.test_client().post(PATH, json={'prompt': 'a', 'max_tokens': 1}).data)[
-            'choices'
-        ]
+        assert send(app.test_client(), {'prompt': 'a', 'max_tokens': 1}).json['choices']
     finally:
         app.extensions['flatgpt'].close()
