@@ -67,7 +67,7 @@ out_dir: str | None = None  # run directory; None: the newest run in out/
 init_from = 'resume'  # without out_dir: a run directory, or gpt2, gpt2-xl ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
 tokenizer: str | None = None  # replaces the model's own: a name, tokenizer.json or meta.pkl
-device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
+device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
 quantize: str | None = None  # 'int8': half the memory of 16 bits; faster on a CPU with few slots
 name: str | None = None  # the model's name for clients; None: the name of its folder
@@ -75,7 +75,7 @@ name: str | None = None  # the model's name for clients; None: the name of its f
 host = '127.0.0.1'  # address to listen at; one that other machines can reach needs an API key
 port = 8000  # 0: any free port
 api_key: str | None = None  # API key that clients must send; None: FLATGPT_API_KEY, if set
-allow_origins: str | None = None  # origins of pages that may use it; None: any with a key, or local
+allow_origins: str | None = None  # allowed origins; None: any with an API key, else local ones
 log_prompts = False  # write prompts and completions to the log
 # limits
 max_rows: int | None = None  # completions that run at once; None: 8 on a CPU, 32 on a GPU

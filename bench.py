@@ -91,7 +91,7 @@ n_embd = 768  # width of the embeddings
 n_kv_head: int | None = None  # heads of keys and values, with arch='modern'; None: n_head
 bias = False  # biases in linear layers and LayerNorm
 # machine
-device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
+device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
 seed = 1337  # seed of weights, batches and prompts
 # -----------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def wait_until(reached, seconds=10):
 
 
 def write(service, text):
-    """Have the engine write a text (bytes), whatever the model says."""
+    """Make the engine generate these bytes, whatever the model predicts."""
     runner = service.engine.runner
     runner.sample_all = lambda requests, logits: [text[len(r.written)] for r in requests]
 

@@ -40,11 +40,11 @@ from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 OURS = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
-USUAL = ('lambada', 'hellaswag', 'blimp')  # folders of the harness's tasks that are read first
-ALIASES = {'lambada': 'lambada_openai'}  # tasks that have another name there
+USUAL = ('lambada', 'hellaswag', 'blimp')  # folders of the harness's tasks that are indexed first
+ALIASES = {'lambada': 'lambada_openai'}  # our name -> the harness's
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
-PUBLISHED = {  # what these sizes reached, by whom SOURCES says
+PUBLISHED = {  # scores of these sizes, from SOURCES
     ('lambada_openai', 'perplexity'): (35.13, 15.60, 10.87, 8.63),
     ('lambada_openai', 'acc'): (0.4599, 0.5548, 0.6012, 0.6324),
     ('cbt_cn', 'acc'): (0.8765, 0.9235, 0.9345, 0.9330),
@@ -68,7 +68,7 @@ PROGRESS_SECONDS = 30  # between lines of progress, where there is no terminal
 
 
 def windows(context: list[int], continuation: list[int], size: int) -> Iterator[tuple]:
-    """(tokens for the model, `size` at most; what its last positions should predict), in order.
+    """(input of at most `size` tokens, the targets of its last positions), in order.
 
     Every token of the continuation is predicted once. Context that does not fit is cut off on the
     left; a longer continuation is split over several windows, each as full as can be.
@@ -89,7 +89,7 @@ def batches(rows: list, length=len) -> Iterator[list]:
 
 
 class Scorer(TemplateLM):
-    """A model and its tokenizer as the harness asks for them."""
+    """A model and its tokenizer, with the interface of the harness."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, seed: int = 1337):
         super().__init__()
@@ -159,7 +159,7 @@ class Scorer(TemplateLM):
             yield owners, chosen - logits.logsumexp(1), logits.argmax(1) == targets
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        groups, texts = {}, [''] * len(requests)  # requests with the same settings of sampling
+        groups, texts = {}, [''] * len(requests)  # requests with the same generation settings
         for number, request in enumerate(requests):
             text, settings = request.args
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((number, text))
@@ -289,7 +289,7 @@ def load_task(name: str, manager: TaskManager) -> dict:
 
 
 def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> list[dict]:
-    """Score a task -> an entry for it, or for each of those it consists of; a group's comes last.
+    """Score a task -> its entry, or those of its subtasks, followed by their group's.
 
     limit: how many of each task's examples, the first ones; None: all.
     """
@@ -299,7 +299,7 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
     with open(os.devnull, 'w') as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    cut, entries = lm.cut, []  # before mistakes are looked into, which counts prompts again
+    cut, entries = lm.cut, []  # before mistakes(), which counts prompts again
     summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
     for task, scores in found['results'].items():
         if 'sample_len' not in scores:  # a group that adds nothing up
@@ -318,7 +318,7 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
 
 
 def metrics_of(task: str, scores: dict, samples: list[dict]) -> dict:
-    """Metric -> its value, its standard error and what GPT-2 of each size reached."""
+    """Metric -> its value, its standard error and the published values of GPT-2."""
     metrics = {}
     for key, value in scores.items():
         metric, comma, filter_name = key.partition(',')
@@ -337,7 +337,7 @@ def ratio_stderr(metric: str, value: float, items: list) -> float | None:
     """Standard error of a perplexity per word or byte, over documents of unequal length.
 
     items: (log-likelihood, words) of each. The ratio of their sums is linearized (Cochran 1977,
-    SamplingParams Techniques, chapter 6).
+    Sampling Techniques, chapter 6).
     """
     if len(items) < 2 or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return None
@@ -371,7 +371,7 @@ def wrong_choice(lm: Scorer, task, sample: dict) -> tuple | None:
     right = gold if isinstance(gold, list) else [gold]
     if likeliest in right or right[0] not in range(len(pairs)):
         return None
-    if task.multiple_input:  # what differs comes first, and the same text follows
+    if task.multiple_input:  # the choices are contexts of the same continuation
         return pairs[likeliest][1], pairs[right[0]][0], pairs[likeliest][0]
     return pairs[0][0], pairs[right[0]][1], pairs[likeliest][1]
 
@@ -397,7 +397,7 @@ def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
 
 
 def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
-    """bench.py --task: score each task and print it, adding what was found to `entries`.
+    """bench.py --task: score each task, print it and add its entries to `entries`.
 
     load: loads the model and its tokenizer from the settings. All settings, the model and the data
     are checked before the first task is scored.
@@ -418,7 +418,7 @@ def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, T
 
 
 def header(loaded: Iterable[dict]) -> str:
-    """The head of the table, with GPT-2's sizes if its figures are known for one of the tasks."""
+    """The head of the table, with GPT-2's sizes if a task has published scores."""
     title = f'{"task":<16} {"metric":<16} {"value":>8}   {"stderr":<8} {"examples":>8}'
     names = {name for task in loaded for name in [*task['tasks'], *task['groups']]}
     if not names & {task for task, _ in PUBLISHED}:

@@ -177,7 +177,7 @@ def test_windows_are_those_of_the_harness():
     assert list(lm_eval.windows([-1], [], 8)) == []
 
 
-def test_context_is_cut_on_the_left_and_a_long_answer_goes_on_in_windows():
+def test_context_is_cut_on_the_left_and_a_long_continuation_spans_windows():
     context, answer = list(range(10)), list(range(100, 103))
     assert list(lm_eval.windows(context, answer, 4)) == [((8, 9, 100, 101), answer)]
     answer = list(range(100, 110))
@@ -187,7 +187,7 @@ def test_context_is_cut_on_the_left_and_a_long_answer_goes_on_in_windows():
 
 
 @torch.no_grad()
-def test_an_answer_longer_than_the_context_is_scored_in_windows():
+def test_a_continuation_longer_than_the_context_is_scored_in_windows():
     tokenizer = byte_tokenizer()
     model = own(tokenizer)
     lm = lm_eval.Scorer(model, tokenizer)
@@ -232,7 +232,7 @@ def test_words_of_one_token_after_the_same_text_are_computed_once(monkeypatch):
     assert len({logprob for logprob, _ in scores}) == 3
 
 
-def test_white_space_for_a_context_is_scored_as_part_of_the_answer():
+def test_a_context_of_spaces_is_scored_as_part_of_the_continuation():
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     spaced, plain = lm.loglikelihood(asked(('  ', 'word'), ('', '  word')))
@@ -280,7 +280,7 @@ def test_sampled_text_depends_on_its_place_and_the_seed_alone(monkeypatch):
     assert lm_eval.Scorer(model, tokenizer, seed=2).generate_until(requests) != texts
 
 
-def test_a_prompt_gives_way_to_what_is_to_be_written():
+def test_a_prompt_is_cut_to_leave_room_for_new_tokens():
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     assert len(lm.prompt('a' * 100, 12)) == SIZE - 12
@@ -584,7 +584,7 @@ def test_tasks_that_run_code_or_show_pictures_are_refused_and_others_are_not(fil
     assert task(files, 'word')['tasks']
 
 
-def test_without_the_harness_a_line_says_what_to_install(monkeypatch, run, tmp_path):
+def test_without_the_harness_a_line_reports_what_to_install(monkeypatch, run, tmp_path):
     monkeypatch.delitem(sys.modules, 'flatgpt.benchmarks.lm_eval')
     monkeypatch.delattr(benchmarks, 'lm_eval')
     monkeypatch.setitem(sys.modules, 'lm_eval', None)

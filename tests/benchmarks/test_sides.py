@@ -31,7 +31,7 @@ class Pipe:
         (RuntimeError('something\nlong'), 'RuntimeError: something'),
     ],
 )
-def test_a_side_that_cannot_be_built_says_why_in_a_line(monkeypatch, error, line):
+def test_a_side_that_cannot_be_built_reports_why_in_a_line(monkeypatch, error, line):
     def build(settings, runtime):
         raise error
 

@@ -236,9 +236,7 @@ FIXED = ('--dropout=0.2', '--lr_decay_iters=1000', '--eval_interval=100000', '--
 
 
 @pytest.mark.faults
-def test_taken_away_and_given_other_machines_the_run_goes_on_from_the_bucket(
-    machines, script, tiny, tmp_path
-):
+def test_on_another_machine_a_run_resumes_from_the_bucket(machines, script, tiny, tmp_path):
     first = machines(tiny, *FIXED, '--max_iters=100000')
     bucket, deadline = tmp_path / 'bucket' / 'mine', time.monotonic() + 60
     while not (bucket / 'checkpoints').is_dir() or not steps(bucket):

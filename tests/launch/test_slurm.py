@@ -129,7 +129,7 @@ def test_a_run_that_ends_on_two_nodes_is_not_queued_again(cluster, tiny, tmp_pat
         (['--out_dir=other', 'mine.py'], 'mine'),
     ],
 )
-def test_a_run_is_finished_when_it_says_so_in_the_folder_that_config_or_flag_names(
+def test_a_run_is_finished_when_its_folder_by_config_or_flag_has_done(
     cluster, tiny, tmp_path, args, out_dir
 ):
     out_dir = out_dir.format(job=cluster['SLURM_JOB_ID'])
@@ -186,7 +186,7 @@ def test_a_run_that_fails_is_not_queued_again(cluster, tiny, tmp_path):
 
 
 @pytest.mark.faults
-def test_the_config_that_a_run_wrote_goes_on_in_its_folder(cluster, run_here, tmp_path):
+def test_the_config_that_a_run_wrote_resumes_in_its_folder(cluster, run_here, tmp_path):
     assert run_here(f'--out_dir={tmp_path}/a') == 0
     cluster = {**cluster, 'SLURM_JOB_NUM_NODES': '1'}
     more = (tmp_path / 'a' / 'config.py', '--init_from=resume', '--max_iters=6')

@@ -97,7 +97,7 @@ def test_four_times_too_many_clients_get_200_or_429_and_nothing_else(make_app):
             assert b'"finish_reason": "' in body or b'"finish_reason":"' in body
 
 
-def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):
+def test_200_clients_that_disconnect_at_any_moment_free_their_slots(make_app):
     app, draw = make_app(max_rows=2, model=random_model(VOCABULARY, 4096)), random.Random(0)
     service = app.extensions['flatgpt']
     with served(app) as port:
@@ -123,7 +123,7 @@ def test_200_clients_that_leave_at_any_moment_leave_no_row_taken(make_app):
     assert seen['flatgpt_requests_finished_total{reason="cancelled"}'] >= times(200)
 
 
-def test_10_000_requests_leave_memory_threads_and_rows_as_they_were(out_dir, environment):
+def test_10_000_requests_do_not_leak_memory_threads_or_slots(out_dir, environment):
     psutil = pytest.importorskip('psutil')
     count = max(3000, times(15_000))
     with started(out_dir, environment) as (process, port):
@@ -210,7 +210,7 @@ def test_sigterm_under_32_streams_loses_none(out_dir, environment):
             assert process.wait(10) == 0
 
 
-def test_many_streams_at_once_leave_health_answering(make_app):
+def test_health_responds_beside_many_streams(make_app):
     app, took = make_app(model=random_model(VOCABULARY, 1024)), []
     with served(app) as port:
         streams = [

@@ -163,7 +163,7 @@ def test_text_comes_as_it_is_written_and_is_what_any_client_gets(visit):
 
 
 @pytest.mark.parametrize('by', ['button', 'key'])
-def test_stopping_midway_frees_the_row_and_keeps_the_text(visit, by):
+def test_stopping_midway_frees_the_slot_and_keeps_the_text(visit, by):
     page = visit(block_size=4096)
     page.begin(max_tokens=4000)
     wait_until(lambda: page.text)
@@ -178,7 +178,7 @@ def test_stopping_midway_frees_the_row_and_keeps_the_text(visit, by):
     assert len(page.text) == 5
 
 
-def test_ctrl_enter_runs_and_continue_goes_on_from_the_text(visit):
+def test_ctrl_enter_runs_and_continue_extends_the_text(visit):
     page = visit()
     page.set(max_tokens=9)
     focused = page.browser.switch_to.active_element  # the prompt, from the start
@@ -396,7 +396,7 @@ def test_all_text_can_be_told_from_its_ground(visit, scheme):
     assert contrast(page.colour('edge'), page.colour('sheet')) >= 3
 
 
-def test_nothing_comes_from_elsewhere(visit):
+def test_nothing_is_loaded_from_other_servers(visit):
     page = visit()
     page.write()
     ours, found = f'http://127.0.0.1:{page.port}', set()
