@@ -39,8 +39,12 @@ from flatgpt.inference.model_runner import pad
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
-OURS = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
-USUAL = ('lambada', 'hellaswag', 'blimp')  # folders of the harness's tasks that are indexed first
+TASKS_DIR = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
+COMMON_TASKS = (
+    'lambada',
+    'hellaswag',
+    'blimp',
+)  # folders that are indexed first
 ALIASES = {'lambada': 'lambada_openai'}  # our name -> the harness's
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
@@ -58,7 +62,7 @@ PUBLISHED = {  # scores of these sizes, from SOURCES
 BATCH_TOKENS = 8192  # at most, padding included, unless a single sequence is longer
 LOGITS_CHUNK = 2048  # predictions whose logits are in memory at once
 BOOTSTRAP = 1000  # resamplings by which the harness estimates the error of a perplexity
-MISTAKES = 3  # examples kept of each task
+MAX_MISTAKES = 3  # examples kept of each task
 PROMPT_END = 200  # characters kept of their prompts
 PROGRESS_SECONDS = 30  # between lines of progress, where there is no terminal
 
@@ -96,7 +100,7 @@ class Scorer(TemplateLM):
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.size, self._device = model.config.block_size, model.embedding.weight.device
         self.task = ''  # its name, for progress and errors
-        self.cut = 0  # prompts so far that were too long and lost their beginning
+        self.truncated = 0  # prompts so far that were too long and lost their beginning
         self.screen = sys.stderr  # for progress: while the harness runs, sys.stderr is hidden
 
     @property
@@ -108,7 +112,7 @@ class Scorer(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
         pairs = [self.with_context(context, continuation) for _, context, continuation in requests]
-        self.cut += sum(len(a) + len(b) > self.size + 1 for a, b in pairs)
+        self.truncated += sum(len(a) + len(b) > self.size + 1 for a, b in pairs)
         return self.score(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -196,7 +200,7 @@ class Scorer(TemplateLM):
                 'end-of-text token; use a model whose tokenizer has one'
             )
         room = self.size - new_tokens if self.size > new_tokens else self.size
-        self.cut += len(ids) > room
+        self.truncated += len(ids) > room
         return ids[-room:]
 
     def complete(self, batch: list[int], prompts: dict, sampling: SamplingParams) -> list[str]:
@@ -244,11 +248,11 @@ def task_index(names: list[str]) -> TaskManager:
 
     Reading all of the fifteen thousand task files takes seconds.
     """
-    folders = [str(Path(tasks.__file__).parent / folder) for folder in USUAL]
-    usual = TaskManager(include_path=[str(OURS), *folders], include_defaults=False)
+    folders = [str(Path(tasks.__file__).parent / folder) for folder in COMMON_TASKS]
+    usual = TaskManager(include_path=[str(TASKS_DIR), *folders], include_defaults=False)
     if all(ALIASES.get(name, name) in usual.all_tasks for name in names):
         return usual
-    return TaskManager(include_path=str(OURS))
+    return TaskManager(include_path=str(TASKS_DIR))
 
 
 def check_names(names: list[str], manager: TaskManager) -> None:
@@ -295,11 +299,11 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
     """
     random.seed(0)  # as the harness does: some tasks draw
     np.random.seed(1234)
-    lm.task, lm.cut = name, 0
+    lm.task, lm.truncated = name, 0
     with open(os.devnull, 'w') as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    cut, entries = lm.cut, []  # before mistakes(), which counts prompts again
+    cut, entries = lm.truncated, []  # before mistakes(), which counts prompts again
     summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
     for task, scores in found['results'].items():
         if 'sample_len' not in scores:  # a group that adds nothing up
@@ -312,7 +316,7 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
         entry = {'task': task, 'version': found['versions'].get(task)}
         entry |= {'examples': scores['sample_len'], 'metrics': metrics_of(task, scores, samples)}
         entry['part'] = summed and task in loaded['tasks']
-        entries.append(entry | {'mistakes': wrong[:MISTAKES]})
+        entries.append(entry | {'mistakes': wrong[:MAX_MISTAKES]})
     entries[-1]['cut'] = cut
     return entries
 
@@ -358,7 +362,7 @@ def mistakes(lm: Scorer, task, samples: list[dict]) -> list[dict]:
     found = (find(lm, task, sample) for sample in samples if find)
     return [
         {'prompt': prompt[-PROMPT_END:], 'right': right, 'chosen': chosen}
-        for prompt, right, chosen in itertools.islice(filter(None, found), MISTAKES)
+        for prompt, right, chosen in itertools.islice(filter(None, found), MAX_MISTAKES)
     ]
 
 

@@ -198,7 +198,7 @@ def test_a_continuation_longer_than_the_context_is_scored_in_windows():
         logprobs = model(torch.tensor([given]))[0][0].log_softmax(-1)
         expected += sum(logprobs[i - len(wanted), w].item() for i, w in enumerate(wanted))
     assert lm.loglikelihood(asked(('So:', ' ' + text)))[0][0] == pytest.approx(expected, abs=1e-4)
-    assert lm.cut == 1
+    assert lm.truncated == 1
 
 
 def test_scores_are_the_same_in_batches_of_any_size_and_again(files, monkeypatch):
@@ -285,7 +285,7 @@ def test_a_prompt_is_cut_to_leave_room_for_new_tokens():
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     assert len(lm.prompt('a' * 100, 12)) == SIZE - 12
     assert len(lm.prompt('a' * 100, 256)) == SIZE  # it slides
-    assert lm.cut == 2
+    assert lm.truncated == 2
     assert lm.prompt('', 12) == [tokenizer.eot]
 
 
@@ -303,7 +303,7 @@ def test_a_task_works_without_a_generation_setting_that_is_not_supported():
 
 
 def test_the_childrens_book_test_puts_each_word_into_the_gap():
-    spec = importlib.util.spec_from_file_location('cbt', lm_eval.OURS / 'cbt.py')
+    spec = importlib.util.spec_from_file_location('cbt', lm_eval.TASKS_DIR / 'cbt.py')
     cbt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cbt)
     doc = {
@@ -423,7 +423,7 @@ def test_mistakes_say_what_was_right_and_what_the_model_chose(files):
     for kind in KINDS:
         entry = lm_eval.evaluate_task(lm, kind, task(files, kind), None)[-1]
         wrong = entry['mistakes']
-        assert len(wrong) == (0 if kind == 'text' else lm_eval.MISTAKES)
+        assert len(wrong) == (0 if kind == 'text' else lm_eval.MAX_MISTAKES)
         if kind == 'choice':
             for example in wrong:
                 doc = next(d for d in DOCS if d['beginning'] == example['prompt'])

@@ -1,4 +1,4 @@
-"""launch/slurm.sh, with small programs in the place of SLURM's: turns, signals, the end."""
+"""launch/slurm.sh, with stubs for SLURM's programs: turns, signals, the end of the run."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ NODES = {'SLURM_JOB_NODELIST': '127.0.0.1,127.0.0.2'}
 
 @pytest.fixture
 def cluster(tmp_path, environment):
-    """The environment of a job's first turn on two nodes; `requeued` tells what it asked for."""
+    """The environment of a job's first turn on two nodes; `requeued` records its requests."""
     programs = tmp_path / 'programs'
     programs.mkdir()
     for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
@@ -70,7 +70,7 @@ def requeued(cluster):
 
 @contextlib.contextmanager
 def turn(cluster, *args, cwd=ROOT):
-    """The script at work, as sbatch starts it: in the folder it was handed in from."""
+    """The script's process, started as by sbatch: in the folder it was submitted from."""
     command = ['bash', str(SCRIPT), *map(str, args)]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
     process = subprocess.Popen(command, cwd=cwd, env=cluster, start_new_session=True, **pipes)
@@ -83,7 +83,7 @@ def turn(cluster, *args, cwd=ROOT):
 
 
 def finish(process):
-    """-> its exit status and all it printed."""
+    """Its exit status and its output."""
     text, _ = process.communicate(timeout=120)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no one is left behind
