@@ -148,11 +148,11 @@ def test_messages_are_completed_once_they_are_as_an_error_asks(chat_client, bad,
     good = dict(bad)
     if 'add some' in error:
         good['content'] = 'abc'
-    elif found := re.search(r'; there are (\w+)', error):
-        good['role'] = found[1]
+    elif 'user' in error:  # among the roles that there are
+        good['role'] = 'user'
     else:
-        (unknown,) = re.findall("'(.)' ", error)
-        good['content'] = bad['content'].replace(unknown, '')
+        assert "'d'" in error
+        good['content'] = bad['content'].replace('d', '')
     assert send(chat_client, {**ABC, 'messages': [good]}, CHAT).json['choices']
 
 
