@@ -1,22 +1,22 @@
 """
-Time this machine and this model beside others that do the same job; print a table, write JSON.
+Benchmark this machine and this model against other implementations; print a table, write JSON.
 
 $ python bench.py                                     # GPT-2 124M: several minutes
-$ python bench.py --quick                             # a minute, of a small model
+$ python bench.py --quick                             # a small model: a minute
 $ python bench.py --only=decode --rows=1,16 --arch=modern
 $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --nanogpt=../nanoGPT
-$ python bench.py --only=quality --out_dir=out/mine   # what 16 and 8 bits do to its perplexity
-$ python bench.py --only=data --text=corpus/          # tokenizers, on your own files; reading
+$ python bench.py --only=quality --out_dir=out/mine   # its perplexity in 32, 16 and 8 bits
+$ python bench.py --only=data --text=corpus/          # tokenizers on your own files, and reading
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
-$ python bench.py --only=saving,processes             # what checkpoints and a second process cost
+$ python bench.py --only=saving,processes             # the cost of checkpoints and of two processes
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
-$ python bench.py --task=lambada,cbt --out_dir=gpt2   # what a model knows, beside GPT-2's figures
-$ python bench.py --compare=out/a,out/b               # the losses of runs in one picture, runs.png
+$ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
+$ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
 
-Sides run in processes of their own, from the same weights, and take turns, so that a machine whose
-speed drifts favours none. Figures are medians over the rounds, with the lowest and the highest. A
-ratio is printed only between sides that did the same amount of work, and came to the same result
-where that can be told: the loss before training, logits of a prompt, and tokens written in float32.
+Each side is a program in its own process, with the same weights. Sides take turns, so that a
+machine's changing speed favors none. Figures are medians over the rounds, with the lowest and the
+highest. A ratio is printed only between sides that did the same amount of work with the same
+result, if there is one: the loss before training, a prompt's logits, tokens in float32.
 """
 
 import importlib.metadata
@@ -46,54 +46,54 @@ from flatgpt.training import metrics
 from sample import load
 
 # -----------------------------------------------------------------------------
-# what is timed
-only = ''  # of training,prefill,decode,quality,data,startup,saving,processes; '': the first six
+# jobs
+only = ''  # training,prefill,decode,quality,data,startup,saving,processes; '': the first six
 quick = False  # fewer rounds and, unless a shape is given, a small model
-rounds = 5  # turns of each side
-nanogpt: str | None = None  # folder of a nanoGPT checkout to time beside
-serve = False  # time api.py under load instead of these jobs
+rounds = 5  # turns per side
+nanogpt: str | None = None  # folder of a nanoGPT checkout to compare with
+serve = False  # load-test api.py instead of these jobs
 profile = False  # run a turn of flatGPT under torch's profiler, and write its trace
-json = 'bench.json'  # the figures, for programs
-compare: str | None = None  # folders of runs, a,b: draw their losses into runs.png instead
+json = 'bench.json'  # output file with all figures
+compare: str | None = None  # run directories, a,b: plot their losses into runs.png instead
 # training
-steps = 3  # updates in a turn
+steps = 3  # training steps per turn
 optimizer = 'adamw'  # or 'muon'
-batch_size = 4  # sequences in a step
-dropout = 0.0  # share of the activations
-compile: bool | str = 'auto'  # 'auto': on CUDA, as for a long run of train.py
+batch_size = 4  # sequences per step
+dropout = 0.0  # probability of dropping an activation
+compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, as in a long run of train.py
 # prefill and decoding
-rows = '1,8,32'  # sequences side by side
-prompt_tokens = 64  # of each sequence
-new_tokens = 64  # after them
-formats = 'float32,bfloat16,int8'  # of the weights
+rows = '1,8,32'  # batch sizes
+prompt_tokens = 64  # tokens in each prompt
+new_tokens = 64  # tokens generated after each prompt
+formats = 'float32,bfloat16,int8'  # number formats of the weights
 # serving
-clients = 16  # each sends its next request when the one before is complete
-serve_format = 'bfloat16'  # of the weights
-# quality, the perplexity of a model in each format; and tasks, which are measured instead
-out_dir: str | None = None  # a run, or gpt2, owner/name, a folder of others
-dataset: str | None = None  # to measure quality on; None: what the run was trained on
+clients = 16  # each sends its next request when the previous one is complete
+serve_format = 'bfloat16'  # number format of the weights
+# quality (perplexity in each format), and tasks (instead of all jobs)
+out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
+dataset: str | None = None  # quality: dataset to evaluate on; None: that of the run
 task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
-limit: int | None = None  # examples of each task, the first ones; None: all
+limit: int | None = None  # tasks: only the first examples of each; None: all
 init_from = 'resume'  # tasks, without out_dir: the newest run, or as out_dir
 checkpoint: str | None = None  # tasks: None or 'best', 'last', or a path
-tokenizer: str | None = None  # tasks: for a model that came without
-quantize: str | None = None  # tasks: 'int8' to see what it costs
+tokenizer: str | None = None  # tasks: tokenizer for a model without one
+quantize: str | None = None  # tasks: 'int8' for the scores of the quantized model
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
-text_bytes = 60_000_000  # of it at most
+text_bytes = 60_000_000  # most bytes of text to use
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern'
-block_size = 256  # tokens of context
-vocab_size = 50304  # tokens there are
-n_layer = 12  # blocks
-n_head = 12  # of attention, in each block
-n_embd = 768  # width
+block_size = 256  # context length in tokens
+vocab_size = 50304  # tokens in the vocabulary
+n_layer = 12  # number of blocks
+n_head = 12  # attention heads per block
+n_embd = 768  # width of the embeddings
 n_kv_head: int | None = None  # heads of keys and values, with arch='modern'; None: n_head
-bias = False  # in linear layers and LayerNorm
+bias = False  # biases in linear layers and LayerNorm
 # machine
-device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
+device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
-seed = 1337  # of weights, batches and prompts
+seed = 1337  # seed of weights, batches and prompts
 # -----------------------------------------------------------------------------
 
 JOBS = {  # in this order
@@ -111,7 +111,7 @@ QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_
 
 
 def bench_jobs(settings: dict) -> None:
-    """The speed of this machine and this model, job by job, or that of api.py under load."""
+    """Run the jobs, or the load test of api.py."""
     jobs = requested_jobs(settings, [*JOBS], EXTRA_JOBS)
     check_used(settings, ['serve'] if settings['serve'] else jobs)
     check_settings(settings, jobs)
@@ -127,12 +127,12 @@ def bench_jobs(settings: dict) -> None:
     try:
         for bench in dict.fromkeys(functions):  # prefill and decoding share theirs
             bench(settings, runtime, report)
-    finally:  # what was measured stays, whatever happened after it
+    finally:  # keep what was measured before an error
         report.write()
 
 
 def bench_tasks(settings: dict) -> None:
-    """What a model knows, by lm-evaluation-harness."""
+    """Score a model on tasks of lm-evaluation-harness."""
     within(1, None, settings, 'limit')
     check_used(settings, ['task'])
     check_writable(settings)
@@ -162,6 +162,6 @@ def main(settings: dict) -> None:
 if __name__ == '__main__':
     defaults = {name: globals()[name] for name in QUICK}
     config = configure(globals(), sys.argv[1:])
-    if config['quick']:  # a shape that a config or a flag gives stays
+    if config['quick']:  # keeps what a config or a flag changed
         config |= {name: QUICK[name] for name in QUICK if config[name] == defaults[name]}
     main(config)

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ERRORS = 'UserError ConfigError CheckpointError APIError ValueError PydanticCustomError'.split()
+ERRORS = 'UserError ConfigError CheckpointError APIError ValueError field_error'.split()
 SOURCES = ('*.py', 'flatgpt/**/*.py', 'data/*/*.py')
 HOLE = '{}'  # stands for what a line is filled with
 # Lines without an example, by a part of each: why no test can follow it
@@ -103,7 +103,7 @@ def _lines_of(tree):
 
 def _texts(error, scope, tree):
     """The texts that an error may be raised with."""
-    first = 1 if _called(error) in ('APIError', 'PydanticCustomError') else 0  # after a status
+    first = 1 if _called(error) == 'APIError' else 0  # after the status
     for argument in error.args[first : first + 1]:
         if text := _text(argument):
             yield text

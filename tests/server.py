@@ -70,7 +70,7 @@ def wait_until(reached, seconds=10):
 
 
 def write(service, text):
-    """Have the engine write a text (bytes), whatever the model says."""
+    """Make the engine generate these bytes, whatever the model predicts."""
     runner = service.engine.runner
     runner.sample_all = lambda requests, logits: [text[len(r.written)] for r in requests]
 
@@ -101,7 +101,7 @@ def serving(app):
     """Serve an application on a free port -> the server and the port."""
     service, listener = app.extensions['flatgpt'], listening()
     server = Server(StartupApp(app), listener, 4)
-    server.expect(service.most)
+    server.set_max_completions(service.max_completions)
     try:
         yield server, listener.getsockname()[1]
     finally:

@@ -1,1 +1,1 @@
-"""What bench.py times, and what it times it beside."""
+"""The jobs of bench.py, and the baselines it compares with."""

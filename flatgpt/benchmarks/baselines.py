@@ -4,9 +4,9 @@ flatGPT, transformers and nanoGPT as bench.py times them, from the same weights.
     program = BUILDERS['transformers'](settings, runtime)
     seconds, work = program.decode(8)
 
-A builder makes what the settings' `job` needs: 'training' has one method, training(); 'generation'
-has prefill(rows), decode(rows) and those that only serving is compared by. Each method is one turn:
-it returns its own seconds, and the work: how many tokens, and a result that sides should share.
+A builder returns an object for the settings' `job`: 'training' has one method, training();
+'generation' has prefill(rows), decode(rows) and the methods for serving. Each method is one turn.
+It returns its seconds and its work: the number of tokens, and a result that all sides should share.
 """
 
 import contextlib
@@ -45,16 +45,16 @@ OPTIMIZER = {  # ours
 
 
 # -----------------------------------------------------------------------------
-# what all of them share
+# shared by all sides
 
 
 def build_model(settings: dict) -> GPT:
-    """The model that all sides take their weights from."""
+    """The model whose weights all sides copy."""
     torch.manual_seed(settings['seed'])
     shape = {name: settings[name] for name in SHAPE}
     with as_config_error():
         model = GPT(GPTConfig(arch=settings['arch'], n_kv_head=settings['n_kv_head'], **shape))
-    if settings['arch'] == 'modern':  # its blocks begin as the identity; have them do something
+    if settings['arch'] == 'modern':  # its blocks are initialized as the identity
         for name, parameter in model.named_parameters():
             if name.endswith(('o_proj.weight', 'fc2.weight', 'lm_head.weight')):
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -68,7 +68,7 @@ def build_outline(settings: dict) -> GPT:
 
 
 def transformers_model(settings: dict):
-    """The same in the class that `transformers` has for it."""
+    """The same model in the class of `transformers`."""
     import transformers
 
     ours = build_model(settings)
@@ -80,10 +80,12 @@ def transformers_model(settings: dict):
 
 
 def import_nanogpt(folder: str):
-    """nanoGPT's model.py as a module, without a place on the import path."""
+    """nanoGPT's model.py as a module, without changing the import path."""
     path = Path(folder) / 'model.py'
     if not path.is_file() or 'class GPTConfig' not in path.read_text(encoding='utf-8'):
-        raise UserError(f'nanogpt={folder}: there is no nanoGPT model.py in that folder')
+        raise UserError(
+            f'nanogpt={folder}: has no model.py of nanoGPT; give the folder of a nanoGPT checkout'
+        )
     spec = importlib.util.spec_from_file_location('nanogpt_model', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -99,24 +101,24 @@ def in_format(model: GPT, kind: str) -> GPT:
 
 
 def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer of as many characters as a model of random weights has ids."""
+    """A tokenizer of one character per id, for a model of random weights."""
     return char_tokenizer([chr(0x10000 + i) for i in range(vocab_size)])
 
 
 def random_prompts(settings: dict, rows: int) -> torch.Tensor:
-    """The prompts that every side gets: (rows, prompt_tokens)."""
+    """The same prompts for every side: (rows, prompt_tokens)."""
     generator = torch.Generator().manual_seed(settings['seed'])
     shape = (rows, settings['prompt_tokens'])
     return torch.randint(settings['vocab_size'], shape, generator=generator)
 
 
 def comparable(tokens: list[int], settings: dict) -> list[int]:
-    """The first tokens, the same in float32 on every side; fewer bits may turn a near tie."""
+    """The first tokens, which sides share in float32 only: fewer bits may flip a near tie."""
     return tokens[:16] if settings['format'] == 'float32' else []
 
 
 class Training:
-    """Updates on one batch; loss_of(x, y) is the side's own way to its loss."""
+    """Training steps on one batch. loss_of(x, y): the side's own forward pass."""
 
     def __init__(self, settings: dict, model, loss_of: Callable, optimizers: list, autocast):
         self.model, self.loss_of, self.optimizers = model, loss_of, optimizers
@@ -195,14 +197,14 @@ class FlatGPTGeneration:
         return seconds, {'tokens': len(pieces) - rows, 'result': result}
 
     def generate(self, rows: int) -> tuple[float, dict]:
-        """Prefill and decoding of prompts that come together."""
+        """Prefill and decoding of one batch."""
         prompts, begin = random_prompts(self.settings, rows).tolist(), time.perf_counter()
         pieces = generate(self.model, self.tokenizer, prompts, self.sampling)
         tokens = sum(1 for _ in pieces)
         return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
 
     def serve(self, clients: int, requests: int) -> tuple[float, dict]:
-        """`clients`, each sending its next request when it has its answer, without HTTP."""
+        """`clients` that each send their next request after a completion, without HTTP."""
         if clients not in self.engines:
             self.engines[clients] = Engine(self.model, self.tokenizer, clients)
         engine, tokens = self.engines[clients], []
@@ -227,7 +229,7 @@ class FlatGPTGeneration:
 
 def transformers(settings: dict, runtime: Runtime):
     if settings['arch'] == 'modern' and settings['dropout']:
-        raise UserError('its NanoChat has no dropout')
+        raise UserError("transformers has no dropout with arch='modern'; use --dropout=0")
     model = transformers_model(settings)
     if settings['job'] != 'training':
         return TransformersGeneration(settings, model)
@@ -236,7 +238,7 @@ def transformers(settings: dict, runtime: Runtime):
         model.parameters(), LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True
     )
 
-    def loss_of(x, y):  # given labels, it would shift them and leave out the last token
+    def loss_of(x, y):  # not by passing labels, which transformers shifts, dropping the last token
         logits = model(x, use_cache=False).logits
         return F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
 
@@ -265,11 +267,11 @@ class TransformersGeneration:
         written = self.generate_batch_at_once(prompts, streamer=clock(moments))
         tokens = rows * (written.size(1) - prompts.size(1) - 1)
         result = comparable(written[0, prompts.size(1) :].tolist(), self.settings)
-        # the prompts are put into the streamer first
+        # the streamer gets the prompts first
         return moments[-1] - moments[1], {'tokens': tokens, 'result': result}
 
     def generate(self, rows: int) -> tuple[float, dict]:
-        """generate() of one static batch: prompts of one length that come together."""
+        """generate() of one static batch: prompts of the same length."""
         prompts = random_prompts(self.settings, rows).to(self.device)
         begin = time.perf_counter()
         written = self.generate_batch_at_once(prompts)
@@ -296,7 +298,7 @@ class TransformersGeneration:
 
 
 def clock(moments: list[float]):
-    """A streamer for generate() that notes the moments at which tokens came."""
+    """A streamer for generate() that records the time of each token."""
     from transformers.generation.streamers import BaseStreamer
 
     class Clock(BaseStreamer):
@@ -314,7 +316,7 @@ def clock(moments: list[float]):
 
 
 def nanogpt(settings: dict, runtime: Runtime) -> Training:
-    """Its training step as its train.py makes it: no autocast on a CPU, its own AdamW."""
+    """The training step of nanoGPT's train.py: no autocast on a CPU, its own AdamW."""
     module = import_nanogpt(settings['nanogpt'])
     shape = {name: settings[name] for name in SHAPE}
     model = module.GPT(module.GPTConfig(**shape)).to(runtime.device)

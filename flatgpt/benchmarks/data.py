@@ -1,8 +1,8 @@
 """
-Data, for bench.py: text to tokens on disk, and batches out of many files.
+bench.py's data job: preparing a dataset from text, and reading batches from many files.
 
 $ python bench.py --only=data                    # on the source of Python's library and packages
-$ python bench.py --only=data --text=corpus/     # on text of your own
+$ python bench.py --only=data --text=corpus/     # on your own text
 """
 
 import contextlib
@@ -34,7 +34,7 @@ BATCHES, ROWS, BLOCK_SIZE = 20, 64, 1024  # of a turn of reading
 
 
 def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
-    """From a folder of files to a finished dataset, and batches out of finished ones."""
+    """Time preparing a dataset from a folder of files, and reading batches of datasets."""
     with tempfile.TemporaryDirectory() as folder:
         texts = copy_texts(settings, Path(folder))
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
@@ -46,7 +46,7 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
                 print_row(f'data {tokenizer}', '', '', reason_of(error))
     for shards in SHARDS[:2] if settings['quick'] else SHARDS:
         with tempfile.TemporaryDirectory() as folder:
-            turns = read_batches(cut_into(Path(folder), shards), settings['rounds'])
+            turns = read_batches(write_shards(Path(folder), shards), settings['rounds'])
         side, note = f'{shards:,} files', 'batches of 64 x 1,024, in time of one core'
         report.compare('data reading', {side: turns}, {side: note}, {})
 
@@ -58,15 +58,15 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
 def bench_preparing(
     tokenizer: str, folder: str, texts: list[str], settings: dict, report: Report
 ) -> None:
-    """Our whole preparation, for GPT-2's tokenizer beside what only turns text into ids."""
-    sides = {'flatGPT': lambda: prepared(tokenizer, folder)}
+    """Time data/text/prepare.py; for GPT-2's tokenizer also baselines that only encode."""
+    sides = {'flatGPT': lambda: time_preparation(tokenizer, folder)}
     notes = {'flatGPT': 'read, split, encoded, written, sealed'}
     if tokenizer == 'gpt2':
         gpt2 = get_tokenizer('gpt2')
         slow = gpt2.accelerate()
         notes['flatGPT'] += ', by ' + (f'tiktoken: {slow}' if slow else 'gigatoken')
         add_baselines(sides, notes, gpt2, texts)
-    turns = {side: [] for side in notes}  # some of which may not be installed
+    turns = {side: [] for side in notes}  # also of a side that is not installed
     for _ in range(min(ROUNDS, settings['rounds'])):
         for side, run in sides.items():
             turns[side].append(Turn(*run()))
@@ -85,12 +85,15 @@ def copy_texts(settings: dict, folder: Path) -> list[str]:
             texts.append(text)
             left -= len(text.encode())
     if len(texts) < 2:
-        raise UserError(f'text={settings["text"]}: needs two files of UTF-8 text at least')
+        raise UserError(
+            f'text={settings["text"]}: needs two files of UTF-8 text within '
+            f'text_bytes={settings["text_bytes"]}; add files, or raise --text_bytes'
+        )
     return texts
 
 
 def text_files(folder: str | None) -> list[Path]:
-    """The files of a folder, by default the source of Python's library and packages."""
+    """The files in a folder, by default the source of Python's library and packages."""
     if folder:
         return sorted(Path(folder).rglob('*'))
     paths = sysconfig.get_paths()
@@ -98,21 +101,21 @@ def text_files(folder: str | None) -> list[Path]:
 
 
 def read_text(path: Path, limit: int) -> str:
-    """At most `limit` bytes of a file's text; '' for what is no text."""
+    """At most `limit` bytes of a file's text; '' for a file that is not text."""
     try:
         if not path.is_file():
             return ''
         with path.open('rb') as file:
             content = file.read(limit)
-        cut = len(content) == limit  # perhaps within a character
+        cut = len(content) == limit  # perhaps inside a character
         text = content.decode('utf-8-sig', 'ignore' if cut else 'strict')
     except (UnicodeDecodeError, OSError):
         return ''
     return '' if '\0' in text else text
 
 
-def prepared(name: str, folder: str) -> tuple[float, dict]:
-    """data/text/prepare.py on the folder, with its output held back."""
+def time_preparation(name: str, folder: str) -> tuple[float, dict]:
+    """Run data/text/prepare.py on the folder, without its output."""
     with tempfile.TemporaryDirectory() as out, open(os.devnull, 'w') as nowhere:
         begin = time.perf_counter()
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -121,12 +124,12 @@ def prepared(name: str, folder: str) -> tuple[float, dict]:
         data = Dataset(out, 1)
         parts = [np.fromfile(Path(out) / f'{split}.bin', data.tokenizer.dtype) for split in SPLITS]
     ids = np.concatenate(parts).astype(np.int64)
-    ids = ids[ids != data.tokenizer.eot]  # between documents, which the others know nothing of
+    ids = ids[ids != data.tokenizer.eot]  # between documents; the baselines add none
     return seconds, {'tokens': len(ids), 'result': [float(ids.sum())]}
 
 
 def add_baselines(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
-    """Add tiktoken's and transformers' own batch calls, with all cores, on text in memory."""
+    """Add the batch encoders of tiktoken and transformers, on all cores and text in memory."""
     import tiktoken
 
     gpt2 = tiktoken.get_encoding('gpt2')
@@ -145,7 +148,7 @@ def add_baselines(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None
 
 
 def transformers_tokenizer(tokenizer):
-    """GPT-2's tokenizer as transformers runs it, made from the same ranks."""
+    """GPT-2's tokenizer in transformers, made from the same ranks."""
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -165,11 +168,11 @@ def timed(encode: Callable[[], list[list[int]]]) -> tuple[float, dict]:
 
 
 # -----------------------------------------------------------------------------
-# batches out of many files
+# batches from many files
 
 
-def cut_into(folder: Path, shards: int) -> Dataset:
-    """Random ids in so many files, without an fsync for each."""
+def write_shards(folder: Path, shards: int) -> Dataset:
+    """A dataset of random ids in `shards` files, written without an fsync for each."""
     ids = np.random.default_rng(0).integers(0, 256, SHARD_TOKENS // shards)
     with Writer(folder, byte_tokenizer()) as writer:
         for split in SPLITS:

@@ -1,5 +1,5 @@
 """
-Generation, for bench.py: its speed, its quality in few bits, and the time to a first token.
+bench.py's generation jobs: speed, perplexity in each number format, and start-up time.
 
 $ python bench.py --only=prefill,decode --rows=1,16      # beside transformers
 $ python bench.py --only=quality --out_dir=out/mine      # perplexity in 32, 16 and 8 bits
@@ -59,7 +59,7 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
                 for side in sides:
                     own = turns[side.label] if side.name == 'flatGPT' else []
                     share = [share_of_limit(settings, report, job, side, rows, own)] if own else []
-                    notes[side.label] = ', '.join(filter(None, [*share, side.trouble]))
+                    notes[side.label] = ', '.join(filter(None, [*share, side.failure]))
                 name = f'{job} {rows} row{"s" * (rows > 1)}'
                 report.compare(name, turns, notes, tolerances_of(formats))
             profile_turn(sides[0], settings, job, row_counts[0])
@@ -76,7 +76,7 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
         for kind in formats
         if kind != 'int8'
     }
-    if {'bfloat16', 'int8'} <= {*formats}:  # it has no int8: ours is compared with its 16 bits
+    if {'bfloat16', 'int8'} <= {*formats}:  # compared with its 16 bits, as it has no int8
         tolerances['transformers bfloat16']['flatGPT int8'] = 0.2
     return tolerances
 
@@ -84,9 +84,9 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
 def share_of_limit(
     settings: dict, report: Report, job: str, side: Side, rows: int, turns: list[Turn]
 ) -> str:
-    """How near a step comes to the time that reading weights and cache, or multiplying, must take.
+    """A step's share of the roofline: the time for reading weights and cache, or for the FLOPs.
 
-    A step computes the whole prompt in prefill, and one token of each row in decoding.
+    A step computes the whole prompt in prefill, and one token per row in decoding.
     """
     machine, prefill = report.machine, job == 'prefill'
     model = build_outline(settings)
@@ -94,7 +94,7 @@ def share_of_limit(
     cache = 0 if prefill else rows * cache_bytes(settings, machine, side.format)
     weights = model.num_params() * WEIGHT_BYTES[side.format]
     reading = (weights + cache) / machine['read_bytes_per_second']
-    head = settings['vocab_size'] * settings['n_embd']  # computes one token of each row
+    head = settings['vocab_size'] * settings['n_embd']  # applied to one token per row
     tokens = settings['prompt_tokens'] if prefill else 1
     flops = 2 * rows * ((model.num_params() - head) * tokens + head)
     dtype = 'bfloat16' if side.format == 'int8' else side.format
@@ -105,7 +105,7 @@ def share_of_limit(
 
 
 def cache_bytes(settings: dict, machine: dict, kind: str) -> float:
-    """Keys and values of one row, half way through its decoding."""
+    """Bytes of one row's keys and values, halfway through its decoding."""
     tokens = settings['prompt_tokens'] + settings['new_tokens'] / 2
     heads = settings['n_kv_head'] or settings['n_head']
     width = settings['n_embd'] // settings['n_head'] * heads
@@ -126,7 +126,10 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
         data = Dataset(dataset_of(state, settings['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
             source = settings['out_dir']
-            raise UserError(f'{data.folder}: was not made with the tokenizer of {source}')
+            raise UserError(
+                f'{data.folder}: was not prepared with the tokenizer of {source}; '
+                'give a dataset that was by --dataset='
+            )
         windows = QUICK_WINDOWS if settings['quick'] else None
         found[kind], tokens = perplexity(model, data, runtime.device, windows)
         change = found[kind] / next(iter(found.values())) - 1
@@ -137,7 +140,7 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def perplexity(model: GPT, data: Dataset, device: str, count: int | None) -> tuple[float, int]:
-    """Of the validation split, or `count` windows of it, and of how many tokens that is."""
+    """The perplexity of the validation split, or `count` windows of it, and its tokens."""
     windows = data.eval_windows('val', count)
     total = tokens = 0
     for part in np.array_split(windows, math.ceil(len(windows) / 8)):
@@ -150,13 +153,15 @@ def perplexity(model: GPT, data: Dataset, device: str, count: int | None) -> tup
 
 
 def dataset_of(state: dict, dataset: str | None) -> Path:
-    """The folder of `dataset`, by default what a checkpoint's state says it was trained on."""
+    """The folder of `dataset`, by default of the checkpoint's training dataset."""
     name = dataset or state.get('config', {}).get('dataset')
     if not name:
-        raise UserError('quality: a model of others is measured on the data that --dataset= names')
+        raise UserError('quality: this model has no record of its dataset; give one by --dataset=')
     folder = Path(name) if Path(name).is_dir() else DATA / name
     if not is_prepared(folder):
-        raise UserError(f'{folder}: the data to measure on is not here; prepare it, or --dataset=')
+        raise UserError(
+            f'{folder}: no prepared dataset; prepare it, or give another one by --dataset='
+        )
     return folder
 
 
@@ -176,7 +181,7 @@ print(chr(0x4E00 + int(written[0, -1])), flush=True)
 
 
 def bench_startup(settings: dict, runtime: Runtime, report: Report) -> None:
-    """From the command to its end, after the first token that a small model writes on the CPU."""
+    """Time commands that generate one token by a small model on the CPU."""
     shape = SMALL | {'vocab_size': 4096, 'block_size': 256, 'dropout': 0.0}
     notes = {
         'flatGPT': 'to the first token: sample.py',
@@ -200,7 +205,7 @@ def bench_startup(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
-    """Save a model for each side -> the command by which it writes one token."""
+    """Save a model for each side -> the commands that generate one token."""
     letters = [chr(0x4E00 + i) for i in range(settings['vocab_size'])]
     run, exported = folder / 'run', folder / 'transformers'
     tokenizer = char_tokenizer(letters)
@@ -219,7 +224,7 @@ def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
 
 
 def first_token(command: list) -> tuple[float, str]:
-    """Run a command -> its seconds, and the character that it wrote."""
+    """Run a command -> its seconds, and the character it printed."""
     begin = time.perf_counter()
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, encoding='utf-8')
     if result.returncode:

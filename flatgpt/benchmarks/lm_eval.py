@@ -1,13 +1,13 @@
 """
-What a model knows, for bench.py: lm-evaluation-harness has the tasks and does the scoring.
+bench.py --task: evaluate a model on tasks of lm-evaluation-harness, which computes the scores.
 
 $ python bench.py --task=lambada,cbt --out_dir=gpt2 --limit=100
 
     task = load_task('lambada', task_index(['lambada']))
     entries = evaluate_task(Scorer(model, tokenizer), 'lambada', task, limit=100)
 
-Item by item the numbers are those of the harness's own `hf` model on the same weights: the same
-tokens, the same windows, the same end of a text.
+The score of every item equals that of the harness's own `hf` model with the same weights: the same
+tokens, windows and end-of-text token.
 """
 
 import contextlib
@@ -39,12 +39,16 @@ from flatgpt.inference.model_runner import pad
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
-OURS = Path(__file__).parent / 'tasks'  # what the harness lacks
-USUAL = ('lambada', 'hellaswag', 'blimp')  # folders of the harness's tasks that are read first
-ALIASES = {'lambada': 'lambada_openai'}  # tasks that have another name there
+TASKS_DIR = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
+COMMON_TASKS = (
+    'lambada',
+    'hellaswag',
+    'blimp',
+)  # folders that are indexed first
+ALIASES = {'lambada': 'lambada_openai'}  # our name -> the harness's
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
-PUBLISHED = {  # what these sizes reached, by whom SOURCES says
+PUBLISHED = {  # scores of these sizes, from SOURCES
     ('lambada_openai', 'perplexity'): (35.13, 15.60, 10.87, 8.63),
     ('lambada_openai', 'acc'): (0.4599, 0.5548, 0.6012, 0.6324),
     ('cbt_cn', 'acc'): (0.8765, 0.9235, 0.9345, 0.9330),
@@ -58,7 +62,7 @@ PUBLISHED = {  # what these sizes reached, by whom SOURCES says
 BATCH_TOKENS = 8192  # at most, padding included, unless a single sequence is longer
 LOGITS_CHUNK = 2048  # predictions whose logits are in memory at once
 BOOTSTRAP = 1000  # resamplings by which the harness estimates the error of a perplexity
-MISTAKES = 3  # examples kept of each task
+MAX_MISTAKES = 3  # examples kept of each task
 PROMPT_END = 200  # characters kept of their prompts
 PROGRESS_SECONDS = 30  # between lines of progress, where there is no terminal
 
@@ -68,7 +72,7 @@ PROGRESS_SECONDS = 30  # between lines of progress, where there is no terminal
 
 
 def windows(context: list[int], continuation: list[int], size: int) -> Iterator[tuple]:
-    """(tokens for the model, `size` at most; what its last positions should predict), in order.
+    """(input of at most `size` tokens, the targets of its last positions), in order.
 
     Every token of the continuation is predicted once. Context that does not fit is cut off on the
     left; a longer continuation is split over several windows, each as full as can be.
@@ -89,14 +93,14 @@ def batches(rows: list, length=len) -> Iterator[list]:
 
 
 class Scorer(TemplateLM):
-    """A model and its tokenizer as the harness asks for them."""
+    """A model and its tokenizer, with the interface of the harness."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, seed: int = 1337):
         super().__init__()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.size, self._device = model.config.block_size, model.embedding.weight.device
         self.task = ''  # its name, for progress and errors
-        self.cut = 0  # prompts so far that were too long and lost their beginning
+        self.truncated = 0  # prompts so far that were too long and lost their beginning
         self.screen = sys.stderr  # for progress: while the harness runs, sys.stderr is hidden
 
     @property
@@ -108,7 +112,7 @@ class Scorer(TemplateLM):
 
     def _loglikelihood_tokens(self, requests, **options) -> list[tuple[float, bool]]:
         pairs = [self.with_context(context, continuation) for _, context, continuation in requests]
-        self.cut += sum(len(a) + len(b) > self.size + 1 for a, b in pairs)
+        self.truncated += sum(len(a) + len(b) > self.size + 1 for a, b in pairs)
         return self.score(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
@@ -159,7 +163,7 @@ class Scorer(TemplateLM):
             yield owners, chosen - logits.logsumexp(1), logits.argmax(1) == targets
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        groups, texts = {}, [''] * len(requests)  # requests with the same settings of sampling
+        groups, texts = {}, [''] * len(requests)  # requests with the same generation settings
         for number, request in enumerate(requests):
             text, settings = request.args
             groups.setdefault(json.dumps(settings, sort_keys=True), []).append((number, text))
@@ -173,7 +177,7 @@ class Scorer(TemplateLM):
         return texts
 
     def sampling_params(self, settings: dict) -> SamplingParams:
-        """A task's settings of sampling; UserError for one that is not supported here."""
+        """A task's generation settings; UserError for one that is not supported."""
         params = {'temperature': 0.0, **normalize_gen_kwargs(settings)}
         if not params.pop('do_sample'):
             params['temperature'] = 0.0
@@ -181,16 +185,22 @@ class Scorer(TemplateLM):
         until = tuple(text for text in params.pop('until') if text not in ends)
         params |= {'max_new_tokens': params.pop('max_gen_toks'), 'stop': until, 'seed': self.seed}
         if unknown := set(params) - {field.name for field in fields(SamplingParams)}:
-            raise UserError(f'task={self.task}: it asks for {min(unknown)}, which is not had here')
+            raise UserError(
+                f'task={self.task}: the generation setting {min(unknown)!r} is not supported; '
+                'remove it from the task file, or choose another task'
+            )
         return SamplingParams(**params)
 
     def prompt(self, text: str, new_tokens: int) -> list[int]:
-        """The end of the text that leaves room for `new_tokens` after it, if that is possible."""
+        """The end of the text that leaves room for `new_tokens`, if they fit into the context."""
         ids = self.tok_encode(text) or [self.prefix_token_id]
         if ids == [None]:
-            raise UserError(f'task={self.task}: an empty prompt, and no end of text to begin with')
+            raise UserError(
+                f'task={self.task}: has an empty prompt, for which this tokenizer has no '
+                'end-of-text token; use a model whose tokenizer has one'
+            )
         room = self.size - new_tokens if self.size > new_tokens else self.size
-        self.cut += len(ids) > room
+        self.truncated += len(ids) > room
         return ids[-room:]
 
     def complete(self, batch: list[int], prompts: dict, sampling: SamplingParams) -> list[str]:
@@ -223,26 +233,26 @@ class Scorer(TemplateLM):
 
 
 def set_up_harness() -> None:
-    """Have it run in this process, quietly, and fetch no code."""
+    """Make the harness run in this process, without output and without downloading code."""
     os.environ['DISABLE_MULTIPROC'] = '1'  # or its resampling forks this process, threads and all
-    # some tasks would fetch the code of their metrics from the hub, and run it
+    # or some tasks would download and run the code of their metrics
     os.environ.setdefault('HF_EVALUATE_OFFLINE', '1')
-    for name in ('lm_eval', 'huggingface_hub'):  # what matters of it comes as one line
+    for name in ('lm_eval', 'huggingface_hub'):  # errors are reported in one line
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
 
 def task_index(names: list[str]) -> TaskManager:
-    """The harness's tasks and ours: the usual ones alone if they have all the names, or every one.
+    """The index of the harness's tasks and ours: the usual ones if they have all names, or all.
 
-    There are fifteen thousand files of tasks, and reading all of them takes seconds.
+    Reading all of the fifteen thousand task files takes seconds.
     """
-    folders = [str(Path(tasks.__file__).parent / folder) for folder in USUAL]
-    usual = TaskManager(include_path=[str(OURS), *folders], include_defaults=False)
+    folders = [str(Path(tasks.__file__).parent / folder) for folder in COMMON_TASKS]
+    usual = TaskManager(include_path=[str(TASKS_DIR), *folders], include_defaults=False)
     if all(ALIASES.get(name, name) in usual.all_tasks for name in names):
         return usual
-    return TaskManager(include_path=str(OURS))
+    return TaskManager(include_path=str(TASKS_DIR))
 
 
 def check_names(names: list[str], manager: TaskManager) -> None:
@@ -250,12 +260,12 @@ def check_names(names: list[str], manager: TaskManager) -> None:
     for name in names:
         if Path(name).suffix in ('.yaml', '.yml'):
             if not Path(name).is_file():
-                raise UserError(f'task={name}: no such file')
+                raise UserError(f'task={name}: no such task file; check the path')
         elif ALIASES.get(name, name) not in manager.all_tasks:
             hint = did_you_mean(name, [*ALIASES, *manager.all_tasks])
             raise UserError(
                 f'task={name}: lm-evaluation-harness has no such task; {hint}'
-                '`lm_eval ls tasks` lists all, and a path to a task file of your own is one too'
+                '`lm_eval ls tasks` lists all; the path of your own task file works, too'
             )
 
 
@@ -268,14 +278,14 @@ def load_task(name: str, manager: TaskManager) -> dict:
     except Exception as error:  # whatever its code, its data's library or the network raises
         said = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
         raise UserError(
-            f'task={name}: cannot be loaded ({said}); its data is fetched from the hub once, '
-            'and found in HF_HOME from then on'
+            f'task={name}: cannot be loaded ({said}); its data is downloaded once from the '
+            'Hugging Face Hub: connect, or copy HF_HOME from a machine that has it'
         ) from error
     for task in loaded['tasks'].values():
         if getattr(task, 'UNSAFE_CODE', False):
-            raise UserError(f'task={name}: would run what the model writes, which is not done here')
+            raise UserError(f'task={name}: runs code that models write; choose another task')
         if getattr(task, 'MULTIMODAL', False):
-            raise UserError(f'task={name}: is about more than text')
+            raise UserError(f'task={name}: has images or sound; choose a task of text alone')
         if task.get_config('num_fewshot') is None:
             task.set_config('num_fewshot', 0)
         task.set_fewshot_seed(1234)  # the harness's own
@@ -283,17 +293,17 @@ def load_task(name: str, manager: TaskManager) -> dict:
 
 
 def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> list[dict]:
-    """Score a task -> an entry for it, or for each of those it consists of; a group's comes last.
+    """Score a task -> its entry, or those of its subtasks, followed by their group's.
 
     limit: how many of each task's examples, the first ones; None: all.
     """
     random.seed(0)  # as the harness does: some tasks draw
     np.random.seed(1234)
-    lm.task, lm.cut = name, 0
+    lm.task, lm.truncated = name, 0
     with open(os.devnull, 'w') as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    cut, entries = lm.cut, []  # before mistakes are looked into, which counts prompts again
+    cut, entries = lm.truncated, []  # before mistakes(), which counts prompts again
     summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
     for task, scores in found['results'].items():
         if 'sample_len' not in scores:  # a group that adds nothing up
@@ -306,13 +316,13 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
         entry = {'task': task, 'version': found['versions'].get(task)}
         entry |= {'examples': scores['sample_len'], 'metrics': metrics_of(task, scores, samples)}
         entry['part'] = summed and task in loaded['tasks']
-        entries.append(entry | {'mistakes': wrong[:MISTAKES]})
+        entries.append(entry | {'mistakes': wrong[:MAX_MISTAKES]})
     entries[-1]['cut'] = cut
     return entries
 
 
 def metrics_of(task: str, scores: dict, samples: list[dict]) -> dict:
-    """Metric -> its value, its standard error and what GPT-2 of each size reached."""
+    """Metric -> its value, its standard error and the published values of GPT-2."""
     metrics = {}
     for key, value in scores.items():
         metric, comma, filter_name = key.partition(',')
@@ -331,7 +341,7 @@ def ratio_stderr(metric: str, value: float, items: list) -> float | None:
     """Standard error of a perplexity per word or byte, over documents of unequal length.
 
     items: (log-likelihood, words) of each. The ratio of their sums is linearized (Cochran 1977,
-    SamplingParams Techniques, chapter 6).
+    Sampling Techniques, chapter 6).
     """
     if len(items) < 2 or not all(isinstance(item, tuple) and len(item) == 2 for item in items):
         return None
@@ -352,7 +362,7 @@ def mistakes(lm: Scorer, task, samples: list[dict]) -> list[dict]:
     found = (find(lm, task, sample) for sample in samples if find)
     return [
         {'prompt': prompt[-PROMPT_END:], 'right': right, 'chosen': chosen}
-        for prompt, right, chosen in itertools.islice(filter(None, found), MISTAKES)
+        for prompt, right, chosen in itertools.islice(filter(None, found), MAX_MISTAKES)
     ]
 
 
@@ -365,7 +375,7 @@ def wrong_choice(lm: Scorer, task, sample: dict) -> tuple | None:
     right = gold if isinstance(gold, list) else [gold]
     if likeliest in right or right[0] not in range(len(pairs)):
         return None
-    if task.multiple_input:  # what differs comes first, and the same text follows
+    if task.multiple_input:  # the choices are contexts of the same continuation
         return pairs[likeliest][1], pairs[right[0]][0], pairs[likeliest][0]
     return pairs[0][0], pairs[right[0]][1], pairs[likeliest][1]
 
@@ -391,10 +401,10 @@ def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
 
 
 def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
-    """bench.py --task: score each task and print it, adding what was found to `entries`.
+    """bench.py --task: score each task, print it and add its entries to `entries`.
 
-    load: makes the model and its tokenizer from the settings. All that can be wrong with the
-    settings, the model and the data is found first.
+    load: loads the model and its tokenizer from the settings. All settings, the model and the data
+    are checked before the first task is scored.
     """
     set_up_harness()
     names = [*dict.fromkeys(settings['task'].split(','))]
@@ -412,7 +422,7 @@ def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, T
 
 
 def header(loaded: Iterable[dict]) -> str:
-    """The head of the table, with GPT-2's sizes if its figures are known for one of the tasks."""
+    """The head of the table, with GPT-2's sizes if a task has published scores."""
     title = f'{"task":<16} {"metric":<16} {"value":>8}   {"stderr":<8} {"examples":>8}'
     names = {name for task in loaded for name in [*task['tasks'], *task['groups']]}
     if not names & {task for task, _ in PUBLISHED}:

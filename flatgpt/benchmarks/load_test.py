@@ -1,5 +1,5 @@
 """
-api.py under load: clients that send requests as people and programs do, and what they wait for.
+Load test of api.py: throughput and latency for many clients.
 
 $ python bench.py --serve --block_size=1024
 
@@ -7,8 +7,8 @@ $ python bench.py --serve --block_size=1024
         completions = closed_loop(server.address, bodies, clients=16)
         print(percentiles([completion.total for completion in completions]))
 
-The server is a process of its own, and all clients are threads of this one: what they cost is part
-of the figures.
+The server is a process of its own, and all clients are threads of this one. Their cost is part of
+the figures.
 """
 
 import http.client
@@ -38,17 +38,17 @@ TIMEOUT = 300  # seconds for a completion
 
 @dataclass
 class Completion:
-    """What one request got; moments are in seconds after it was sent."""
+    """The response to one request; times are in seconds after it was sent."""
 
     status: int = 0  # of HTTP; 0: the connection broke
     tokens: int = 0
-    first: float = 0.0  # to the first frame with text
+    first: float = 0.0  # until the first event with text
     total: float = 0.0
-    gaps: list[float] = field(default_factory=list)  # between frames, which may hold several tokens
+    gaps: list[float] = field(default_factory=list)  # between events, each with one or more tokens
 
 
 class Server:
-    """python api.py on a port of its own choice, ended with the `with`."""
+    """python api.py on a free port, stopped at the end of the `with`."""
 
     def __init__(self, out_dir: Path, **settings):
         flags = [f'--{name}={value}' for name, value in settings.items()]
@@ -66,7 +66,10 @@ class Server:
             if found := re.search(r'http://([\d.]+):(\d+)', text):
                 self.address = found[1], int(found[2])
                 return self
-        raise UserError(f'api.py ended with status {self.process.wait()} before it served')
+        command = ' '.join(self.process.args)
+        raise UserError(
+            f'serving: api.py exited with status {self.process.wait()}; for its error run {command}'
+        )
 
     def __exit__(self, *error) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -97,16 +100,16 @@ def request_completion(connection: http.client.HTTPConnection, body: dict) -> Co
 
 
 def read_stream(reply: http.client.HTTPResponse, completion: Completion, begin: float) -> None:
-    """Read server-sent events; status 0 for a stream with an error, or without its end."""
+    """Read server-sent events; status 0 for a stream that has an error or breaks off."""
     last, done = None, False
     for line in reply:
         now, done = time.perf_counter(), done or line.startswith(b'data: [DONE]')
         if not line.startswith(b'data: {'):
             continue
-        frame = json.loads(line[6:])
-        if frame.get('usage'):
-            completion.tokens = frame['usage']['completion_tokens']
-        elif 'error' in frame:
+        event = json.loads(line[6:])
+        if event.get('usage'):
+            completion.tokens = event['usage']['completion_tokens']
+        elif 'error' in event:
             completion.status = 0
         elif last is None:
             completion.first, last = now - begin, now
@@ -117,7 +120,7 @@ def read_stream(reply: http.client.HTTPResponse, completion: Completion, begin: 
 
 
 def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Completion]:
-    """Each of `clients` sends its next request when the one before is complete."""
+    """`clients` that each send their next request when the previous one is complete."""
     left: queue.SimpleQueue = queue.SimpleQueue()
     for body in bodies:
         left.put(body)
@@ -136,7 +139,7 @@ def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Comple
 
 
 def poisson_arrivals(address: tuple, bodies: list[dict], rate: float) -> list[Completion]:
-    """Requests at random moments, `rate` a second on average, complete those before or not."""
+    """Requests at random moments, `rate` per second on average, whatever is still running."""
     draw, completions, moment = random.Random(0), [], 0.0
     begin, tasks = time.perf_counter(), []
     for body in bodies:
@@ -162,7 +165,7 @@ def run_threads(tasks: list) -> None:
 
 
 class HealthProbe:
-    """Requests /health again and again during the `with`; `seconds` has how long each took."""
+    """Requests /health repeatedly during the `with`; `seconds` has the time of each."""
 
     def __init__(self, address: tuple, pause: float = 0.02):
         self.address, self.pause, self.seconds, self.failed = address, pause, [], 0
@@ -194,18 +197,18 @@ class HealthProbe:
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
-    """The 50th, 90th and 99th, by the nearest rank."""
+    """The 50th, 90th and 99th percentile, by nearest rank."""
     ordered = sorted(values)
     rank = lambda share: ordered[max(0, -(-share * len(ordered) // 100) - 1)]  # noqa: E731
     return {f'p{share}': rank(share) for share in (50, 90, 99)} if ordered else {}
 
 
 # -----------------------------------------------------------------------------
-# what bench.py --serve measures
+# bench.py --serve
 
 
 def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
-    """Clients of api.py beside the engine without HTTP, and beside transformers without either."""
+    """Compare clients of api.py with the engine without HTTP, and with transformers."""
     kind, clients = settings['serve_format'], settings['clients']
     names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
     flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
@@ -226,14 +229,14 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def save_random(folder: Path, settings: dict) -> Path:
-    """A run's folder with the weights that all sides have."""
+    """A run directory with the weights of all sides."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
     save(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
     return folder
 
 
 def request_bodies(settings: dict, count: int, **fields) -> list[dict]:
-    """Requests for greedy completions of the same prompts that the other sides get."""
+    """Requests for greedy completions of the other sides' prompts."""
     prompts = random_prompts(settings, count).tolist()
     common = {'max_tokens': settings['new_tokens'], 'temperature': 0, **fields}
     return [{'prompt': prompt, **common} for prompt in prompts]
@@ -241,7 +244,9 @@ def request_bodies(settings: dict, count: int, **fields) -> list[dict]:
 
 def check_all_complete(completions: list[Completion]) -> None:
     if lost := [each for each in completions if each.status != 200 or not each.tokens]:
-        raise UserError(f'serving: {len(lost)} of {len(completions)} requests failed')
+        raise UserError(
+            f'serving: {len(lost)} of {len(completions)} requests failed; lower --clients'
+        )
 
 
 def timed_loop(server: Server, bodies: list[dict], clients: int) -> Turn:
@@ -256,7 +261,7 @@ def timed_loop(server: Server, bodies: list[dict], clients: int) -> Turn:
 def bench_throughput(
     settings: dict, report: Report, server: Server, ours: Side, theirs: Side
 ) -> None:
-    """Tokens per second over the same requests, for each way to have them answered."""
+    """Tokens per second of the same requests, by each side."""
     clients, count = settings['clients'], 4 * settings['clients']
     http_side, engine_side = f'{clients} clients, HTTP', f'{clients} clients, engine'
     bodies = request_bodies(settings, count)
@@ -274,10 +279,10 @@ def bench_throughput(
                 speeds[side].append(turn.tokens_per_second)
     each = f'{count} prompts of {settings["prompt_tokens"]}, {settings["new_tokens"]} tokens each'
     notes = {
-        http_side: f'api.py: {each}, each asked when its client has the answer before',
-        engine_side: ours.trouble or 'the same without HTTP',
-        'transformers static': theirs.trouble or f'generate() of {clients} prompts at once',
-        'transformers continuous': theirs.trouble
+        http_side: f"api.py: {each}, each sent when the client's previous one is complete",
+        engine_side: ours.failure or 'the same without HTTP',
+        'transformers static': theirs.failure or f'generate() of {clients} prompts at once',
+        'transformers continuous': theirs.failure
         or f'generate_batch() of {clients} prompts at once',
     }
     for side, values in speeds.items():
@@ -293,7 +298,7 @@ def bench_throughput(
 
 
 def bench_lone_client(settings: dict, report: Report, server: Server, ours: Side) -> None:
-    """One client against sample.py's way to generate."""
+    """One client of api.py, compared with generating as sample.py does."""
     shares, speeds = [], []
     for number in range(settings['rounds'] + 1):
         over_http = timed_loop(server, request_bodies(settings, 2), 1)
@@ -301,22 +306,22 @@ def bench_lone_client(settings: dict, report: Report, server: Server, ours: Side
         if number and alone:
             speeds.append(over_http.tokens_per_second)
             shares.append(speeds[-1] / alone.tokens_per_second)
-    if ours.trouble:
-        raise UserError(f'serving: {ours.label}: {ours.trouble}')
-    note = f'{format_spread(shares, ".0%")} of what sample.py writes by itself'
+    if ours.failure:
+        raise UserError(f'serving: {ours.label}: {ours.failure}')
+    note = f'{format_spread(shares, ".0%")} of the speed of sample.py'
     print_row('serving', 'one client, HTTP', format_spread(speeds, ',.0f'), note)
     figures = {'tokens_per_second': summarize(speeds), 'share of sample.py': summarize(shares)}
     report.add('serving', 'one client, HTTP', note, **figures)
 
 
 def bench_latency(settings: dict, report: Report, server: Server) -> None:
-    """What streaming clients wait for: in a closed loop, at random moments, and 64 at once."""
+    """Latency of streams: in a closed loop, at random moments, and 64 at once."""
     clients = settings['clients']
     streamed = {'stream': True, 'stream_options': {'include_usage': True}}
     bodies = request_bodies(settings, 2 * clients, **streamed)
     begin = time.perf_counter()
     completions = closed_loop(server.address, bodies, clients)
-    rate = 0.7 * len(completions) / (time.perf_counter() - begin)  # that the server can sustain
+    rate = 0.7 * len(completions) / (time.perf_counter() - begin)  # sustainable
     report_latency(report, f'{clients} streams', completions)
     completions = poisson_arrivals(server.address, bodies, rate)
     report_latency(report, f'Poisson {rate:.1f}/s', completions)
@@ -333,9 +338,9 @@ def bench_latency(settings: dict, report: Report, server: Server) -> None:
 def report_latency(report: Report, side: str, completions: list[Completion]) -> None:
     check_all_complete(completions)
     waits = {
-        'to the first frame': [each.first for each in completions],
-        'between frames': [gap for each in completions for gap in each.gaps],
-        'between tokens, mean of a text': [
+        'to the first event': [each.first for each in completions],
+        'between events': [gap for each in completions for gap in each.gaps],
+        'between tokens, mean of a completion': [
             (each.total - each.first) / max(1, each.tokens - 1) for each in completions
         ],
         'to the end': [each.total for each in completions],
@@ -351,11 +356,11 @@ def format_milliseconds(found: dict[str, float]) -> str:
 
 
 def bench_overhead(settings: dict, report: Report, server: Server) -> None:
-    """Completions of one token of a tiny model: what is left is the server."""
+    """Completions of one token by a tiny model, whose time is mostly the server's overhead."""
     bodies, rates = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500, []
     for number in range(settings['rounds'] + 1):
         turn = timed_loop(server, bodies, settings['clients'])
         rates += [len(bodies) / turn.seconds] if number else []
     figures = format_spread(rates, ',.0f') + ' requests/s'
-    print_row('serving', 'a tiny model', figures, 'answers of one token')
+    print_row('serving', 'a tiny model', figures, 'completions of one token')
     report.add('serving', 'a tiny model', requests_per_second=summarize(rates))

@@ -1,8 +1,7 @@
-"""The machine that bench.py measures on: its limits, its free memory, its clock."""
+"""The machine that bench.py runs on: its peak speeds, its memory counter, its clock."""
 
 import contextlib
 import importlib.metadata
-import os
 import platform
 import statistics
 import time
@@ -13,13 +12,13 @@ import torch
 
 from flatgpt.runtime import Runtime
 
-# What is read and multiplied to find the limits: large enough to fill the device
+# Sizes of the measurements: large enough to saturate the device
 READ_BYTES = {'cpu': 2**29, 'gpu': 2**32}
 MATRIX_SIZE = {'cpu': 2048, 'gpu': 8192}
 
 
 def measure_machine(runtime: Runtime) -> dict:
-    """What bounds everything else: bytes/s of reading memory, FLOP/s of matrix products."""
+    """The limits of any program: memory bandwidth in bytes/s, matrix products in FLOP/s."""
     device = runtime.device
     found = {'device': device, 'python': platform.python_version(), 'torch': torch.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -74,7 +73,7 @@ def time_repeatedly(run: Callable, device: str, times: int = 9) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     kind = device.partition(':')[0]
     if kind == 'cuda':
         torch.cuda.synchronize(device)
@@ -83,21 +82,8 @@ def synchronize(device: str) -> None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Have Runtime.peak_memory() count from now on, where that can be had."""
+    """Restart the counter of Runtime.peak_memory(), where the system allows it."""
     if device.startswith('cuda'):
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux: the high-water mark begins anew
+    with contextlib.suppress(OSError):  # Linux: resets the high-water mark
         Path('/proc/self/clear_refs').write_text('5')
-
-
-def free_memory(runtime: Runtime) -> int | None:
-    """Bytes that this device has free; None where nobody counts."""
-    if runtime.device_type == 'cuda':
-        return torch.cuda.mem_get_info(runtime.device)[0]
-    with contextlib.suppress(OSError):  # Linux: with what the page cache would give back
-        for line in Path('/proc/meminfo').read_text().splitlines():
-            if line.startswith('MemAvailable'):
-                return int(line.split()[1]) * 1024
-    if hasattr(os, 'sysconf') and 'SC_AVPHYS_PAGES' in os.sysconf_names:
-        return os.sysconf('SC_AVPHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    return None

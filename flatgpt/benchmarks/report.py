@@ -1,4 +1,4 @@
-"""What bench.py prints, and writes as JSON, of each figure: its median, lowest and highest."""
+"""The report of bench.py, printed and as JSON: each figure's median, lowest and highest value."""
 
 import json
 import statistics
@@ -12,7 +12,7 @@ from flatgpt.errors import UserError
 
 
 class Report:
-    """Prints each figure as it comes, and writes all of them as JSON."""
+    """Prints figures as they arrive, and writes all of them as JSON."""
 
     def __init__(self, settings: dict, machine: dict):
         self.path, self.machine, self.entries = settings['json'], machine, []
@@ -23,9 +23,9 @@ class Report:
         self.entries.append({'job': job, 'side': side, 'note': note, **figures})
 
     def compare(self, job: str, turns: dict[str, list[Turn]], notes: dict, tolerances: dict):
-        """Print and keep a job's rows: the speed of each side, and how it compares with others.
+        """Print and store a job's rows: the speed of each side, and its ratios to other sides.
 
-        tolerances: side -> {another side: how far apart, relatively, their results may be}.
+        tolerances: side -> {another side: the relative tolerance of their results}.
         """
         for side, own in turns.items():
             note, figures = notes.get(side) or '', {}
@@ -45,7 +45,8 @@ class Report:
         try:
             Path(self.path).write_text(json.dumps(content, indent=1) + '\n')
         except OSError as error:
-            raise UserError(f'json={self.path}: cannot be written: {error.strerror}') from error
+            text = f'json={self.path}: cannot be written ({error.strerror}); give another --json='
+            raise UserError(text) from error
         print(f'written: {self.path}')
 
 
@@ -60,7 +61,7 @@ def compare_with(other: str, others: list[Turn], own: list[Turn], tolerance: flo
 
 
 def difference(a: dict, b: dict, tolerance: float) -> str:
-    """'' if the work of two turns was the same and had the same result, else what differs."""
+    """What differs between the work of two turns or its results, '' if nothing does."""
     if a['tokens'] != b['tokens']:
         return f'{a["tokens"]:,} against {b["tokens"]:,} tokens'
     if a.get('optimizer') != b.get('optimizer'):

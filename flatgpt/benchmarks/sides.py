@@ -1,12 +1,12 @@
 """
-The programs that bench.py times beside one another, each in a process of its own, in turns.
+The programs that bench.py compares, each in a process of its own, measured in turns.
 
     names = [('flatGPT', 'int8'), ('transformers', 'bfloat16')]
     with open_sides(names, settings, 'generation') as sides:
         turns = take_turns(sides, settings, 'decode', 8)     # {'flatGPT int8': [Turn(...)], ...}
 
-A side measures the seconds of its turn itself, and reports what it did in them, so that only like
-is compared with like. A side that fails is a line of the report; the others go on.
+A side measures its turn's seconds itself and reports the work it did, so that only equal work is
+compared. A side that fails becomes a line of the report; the others continue.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from flatgpt.runtime import Runtime, is_out_of_memory, pick_dtype, start
 class Turn(NamedTuple):
     seconds: float
     work: dict  # tokens; result: numbers to compare between sides; in training also the optimizer
-    memory: int | None = None  # most bytes held at once, where that is measured
+    memory: int | None = None  # peak bytes, where they are measured
 
     @property
     def tokens_per_second(self) -> float:
         return self.work['tokens'] / self.seconds
 
 
-class Trouble(str):
+class SideFailure(str):
     """Why a side cannot take a turn, in one line."""
 
 
@@ -48,12 +48,12 @@ class Side:
         self.format = settings['format'] if settings['job'] != 'training' else ''
         context = multiprocessing.get_context('spawn')
         self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, name, settings), daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        self.process = context.Process(target=run_side, args=(other, name, settings), daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
         self.process.start()
         signal.signal(signal.SIGINT, before)
         other.close()
-        self.trouble: Trouble | None = Trouble('it is not ready')
+        self.failure: SideFailure | None = SideFailure('it is not ready')
 
     @property
     def label(self) -> str:
@@ -61,10 +61,10 @@ class Side:
 
     def wait_until_ready(self) -> None:
         reply = self.receive()
-        self.trouble = reply if isinstance(reply, Trouble) else None
+        self.failure = reply if isinstance(reply, SideFailure) else None
 
     def turn(self, job: str, *arguments) -> Turn | None:
-        """One turn; None where there is trouble."""
+        """One turn; None where there is failure."""
         return self.ask(job, arguments, None)
 
     def profile(self, path: Path, job: str, *arguments) -> str | None:
@@ -72,14 +72,14 @@ class Side:
         return self.ask(job, arguments, str(path))
 
     def ask(self, job: str, arguments: tuple, trace: str | None):
-        """What answer() returns in the side's process; None where there is trouble."""
-        if self.trouble is not None:
+        """What run_turn() returns in the side's process; None where there is failure."""
+        if self.failure is not None:
             return None
         with contextlib.suppress(OSError):  # receive() reports that the process is gone
             self.pipe.send((job, arguments, trace))
         reply = self.receive()
-        if isinstance(reply, Trouble):
-            self.trouble = reply
+        if isinstance(reply, SideFailure):
+            self.failure = reply
             return None
         return reply
 
@@ -87,7 +87,7 @@ class Side:
         try:
             return self.pipe.recv()
         except (EOFError, OSError):
-            return Trouble('its process was killed, perhaps for want of memory')
+            return SideFailure('its process was killed, perhaps because memory ran out')
 
     def dismiss(self) -> None:
         """Have the process end, which close() waits for."""
@@ -101,7 +101,7 @@ class Side:
 
 @contextlib.contextmanager
 def open_sides(names: list[tuple], settings: dict, job: str) -> Iterator[list[Side]]:
-    """Processes of (program, format of the weights), built at the same time, ended afterwards.
+    """Start a process for each (program, format of the weights), and end them afterwards.
 
     job: 'training' or 'generation'.
     """
@@ -120,7 +120,7 @@ def open_sides(names: list[tuple], settings: dict, job: str) -> Iterator[list[Si
 
 
 def take_turns(sides: list[Side], settings: dict, job: str, *arguments) -> dict[str, list[Turn]]:
-    """Every side's turns, alternating, after one each that does not count."""
+    """Every side's turns, alternating, after one warm-up turn each."""
     turns = {side.label: [] for side in sides}
     for number in range(settings['rounds'] + 1):
         for side in sides:
@@ -131,40 +131,40 @@ def take_turns(sides: list[Side], settings: dict, job: str, *arguments) -> dict[
 
 
 def profile_turn(side: Side, settings: dict, job: str, *arguments) -> None:
-    """Print the slowest operators of a turn and write its trace, if the settings ask for it."""
-    if not settings['profile'] or side.trouble is not None:
+    """With --profile, print the slowest operators of a turn and write its trace."""
+    if not settings['profile'] or side.failure is not None:
         return
     path = Path(settings['json']).with_name(f'trace_{job}.json')
     if table := side.profile(path, job, *arguments):
         print(table)
         print(f'written: {path}, for https://ui.perfetto.dev')
     else:
-        print(f'{side.label} could not be profiled: {side.trouble}')
+        print(f'{side.label} could not be profiled: {side.failure}')
 
 
 # -----------------------------------------------------------------------------
 # in the side's own process
 
 
-def serve(pipe, name: str, settings: dict) -> None:
-    """Build a side and send None, then take each turn that is asked for and send it back."""
+def run_side(pipe, name: str, settings: dict) -> None:
+    """Build a side and send None; then run each requested turn and send it back."""
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             runtime = open_runtime(name, settings)
             program = BUILDERS[name](settings, runtime)
             pipe.send(None)
             while (request := pipe.recv()) is not None:
-                pipe.send(answer(program, runtime, *request))
+                pipe.send(run_turn(program, runtime, *request))
         except (EOFError, BrokenPipeError):  # the parent is gone
             return
         except ImportError as error:
-            pipe.send(Trouble(f'{error.name or error} is not installed'))
+            pipe.send(SideFailure(f'{error.name or error} is not installed'))
         except UserError as error:
-            pipe.send(Trouble(error))
+            pipe.send(SideFailure(error))
         except Exception as error:
             text = f'{type(error).__name__}: {error}'
             cause = 'out of memory' if is_out_of_memory(error) else text
-            pipe.send(Trouble(cause.splitlines()[0][:200]))
+            pipe.send(SideFailure(cause.splitlines()[0][:200]))
 
 
 def open_runtime(name: str, settings: dict) -> Runtime:
@@ -174,8 +174,10 @@ def open_runtime(name: str, settings: dict) -> Runtime:
     return Runtime(device, pick_dtype(dtype, device, training=True))
 
 
-def answer(program, runtime: Runtime, job: str, arguments: tuple, trace: str | None) -> Turn | str:
-    """A turn; with `trace`, a path, what the profiler found in it."""
+def run_turn(
+    program, runtime: Runtime, job: str, arguments: tuple, trace: str | None
+) -> Turn | str:
+    """A turn; with `trace`, a path, the profiler's table instead."""
     gc.collect()
     reset_peak_memory(runtime.device)
     run = getattr(program, job)
@@ -192,7 +194,7 @@ def profiled(run: Callable, path: str) -> str:
     with profile() as profiler:
         run()
     profiler.export_chrome_trace(path)
-    if not Path(path).is_file():  # its failure is silent
-        raise UserError(f'{path} cannot be written')
+    if not Path(path).is_file():  # the profiler does not raise
+        raise UserError(f'{path}: cannot be written; give a --json= in a folder that can')
     by = 'self_device_time_total' if torch.cuda.is_available() else 'self_cpu_time_total'
     return profiler.key_averages().table(sort_by=by, row_limit=12, max_name_column_width=48)

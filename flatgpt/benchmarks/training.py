@@ -1,9 +1,9 @@
 """
-Training, for bench.py: the speed of a step, and what checkpoints and a second process cost.
+bench.py's training jobs: the speed of a step, the cost of checkpoints and of a second process.
 
-$ python bench.py --only=training     # beside transformers, and with --nanogpt=PATH nanoGPT
-$ python bench.py --only=saving       # how long a step waits for a checkpoint, of how long it takes
-$ python bench.py --only=processes    # two processes together, beside two that know nothing of it
+$ python bench.py --only=training     # compared with transformers, and nanoGPT by --nanogpt=PATH
+$ python bench.py --only=saving       # how long saving a checkpoint takes and pauses training
+$ python bench.py --only=processes    # two processes of one run, compared with two separate runs
 """
 
 import json
@@ -29,8 +29,8 @@ from flatgpt.training.optim import build_optimizers
 
 PROCESS_ROUNDS = 3  # at most: some six minutes with GPT-2 124M on two cores
 PROCESS_STEPS = 10  # of a run in a round
-WARM_UP_STEPS = 2  # of them, that do not count: the first is slow
-PROCESS_RUN = {  # flags of train.py: steps, and nothing between them
+WARM_UP_STEPS = 2  # of them, not measured: the first is slow
+PROCESS_RUN = {  # flags of train.py: steps without evaluation, samples or checkpoints
     'max_iters': PROCESS_STEPS,
     'log_interval': 1,
     'eval_interval': 'None',
@@ -57,7 +57,7 @@ def bench_training(settings: dict, runtime: Runtime, report: Report) -> None:
         for side in sides:
             own = turns[side.label]
             details = [describe_step(side, own, settings, runtime, report)] if own else []
-            notes[side.label] = ', '.join(filter(None, [*details, side.trouble]))
+            notes[side.label] = ', '.join(filter(None, [*details, side.failure]))
         job = f'training {settings["batch_size"]}x{settings["block_size"]}'
         tolerances = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
         report.compare(job, turns, notes, tolerances)
@@ -75,7 +75,7 @@ def describe_step(
     parts = [f'{turn.seconds / settings["steps"] * 1e3:,.0f} ms a step', f'MFU {mfu:.0%}']
     if turn.memory:
         parts.append(f'{turn.memory / 2**30:.1f} GiB')
-    float32 = side.name == 'nanoGPT' and runtime.device_type == 'cpu'  # where it has no autocast
+    float32 = side.name == 'nanoGPT' and runtime.device_type == 'cpu'  # without autocast
     parts.append('float32' if float32 else runtime.dtype_name)
     if side.name != 'transformers' and runtime.wants_compile(settings['compile']):
         parts.append('compiled')
@@ -87,7 +87,7 @@ def describe_step(
 
 
 def bench_saving(settings: dict, runtime: Runtime, report: Report) -> None:
-    """Checkpoints of a model and its AdamW: the pause, the whole, and the bytes."""
+    """Save checkpoints of a model and its AdamW: the pause, the total time and the bytes."""
     model, optimizers = trained_model(settings, runtime)
     parameters = sum(p.numel() for p in model.parameters())
     with tempfile.TemporaryDirectory(dir='.') as folder:  # on this disk, not in memory
@@ -118,7 +118,7 @@ def trained_model(settings: dict, runtime: Runtime) -> tuple:
 
 
 def time_saving(folder: Path, model, optimizers, runtime: Runtime, rounds: int) -> list[dict]:
-    """The Saver's times of each checkpoint, after a first one that does not count."""
+    """The Saver's times for each checkpoint, after a warm-up."""
     saver, times = Saver(folder, runtime), []
     for step in range(rounds + 1):
         saver.save(model, optimizers, None, {'step': step, 'evaluated': False})
@@ -133,7 +133,7 @@ def time_saving(folder: Path, model, optimizers, runtime: Runtime, rounds: int) 
 
 
 def bench_processes(settings: dict, runtime: Runtime, report: Report) -> None:
-    """Tokens/s of two processes of a thread each, on one model and on one each."""
+    """Tokens/s of two processes of one thread each: of one run, and of two separate runs."""
     shape = ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd', 'batch_size')
     flags = PROCESS_RUN | {name: settings[name] for name in shape} | {'dtype': runtime.dtype_name}
     flags_alone = {'gradient_accumulation_steps': flags['gradient_accumulation_steps'] // 2}
@@ -164,7 +164,7 @@ def write_dataset(folder: Path) -> Path:
 
 
 def start_training(processes: int, flags: dict) -> subprocess.Popen:
-    """Start train.py, on one thread in each process."""
+    """Start train.py, with one thread per process."""
     script = [str(ROOT / 'train.py')]
     if processes > 1:
         launch = ['--standalone', f'--nproc_per_node={processes}']
@@ -183,7 +183,7 @@ def wait_for(started: list[subprocess.Popen]) -> None:
 
 
 def tokens_per_second(out_dir: Path) -> float:
-    """Of the steps of a run after its warm-up, at the median."""
+    """The median of a run's steps after its warm-up."""
     lines = map(json.loads, (out_dir / 'metrics.jsonl').read_text().splitlines())
     speeds = [line['tokens_per_s'] for line in lines if 'tokens_per_s' in line]
     return statistics.median(speeds[WARM_UP_STEPS:])

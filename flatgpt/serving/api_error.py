@@ -1,17 +1,17 @@
-"""What the server answers when it cannot do what it is asked to: bodies as OpenAI has them."""
+"""Errors that clients of the server get, in the format of OpenAI's API."""
 
 ERRORS = {  # status: type, and an example's message, param and code
     400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
-    401: ('authentication_error', 'send the key of this server', None, 'invalid_api_key'),
+    401: ('authentication_error', "send this server's API key", None, 'invalid_api_key'),
     403: ('permission_error', 'pages of X may not use this server', None, 'origin_not_allowed'),
-    404: ('not_found_error', "there is no model 'other'; this is 'mine'", 'model', None),
-    405: ('invalid_request_error', 'this path does not take POST', None, None),
-    413: ('invalid_request_error', 'the body has more than 4 MiB', None, None),
+    404: ('not_found_error', "there is no model 'other'; use 'mine'", 'model', None),
+    405: ('invalid_request_error', '/tokenize does not accept GET; use POST', None, None),
+    413: ('invalid_request_error', 'the body is larger than 4 MiB; send less', None, None),
     415: ('invalid_request_error', 'send JSON, with Content-Type: application/json', None, None),
-    429: ('rate_limit_error', '136 texts are being written or wait', None, 'queue_full'),
-    500: ('server_error', 'the engine failed; the log says why', None, 'engine_stopped'),
+    429: ('rate_limit_error', '136 completions are running or queued', None, 'queue_full'),
+    500: ('server_error', 'the engine failed; see the server log', None, 'engine_stopped'),
     503: ('service_unavailable', 'the server is shutting down', None, 'draining'),
-    504: ('timeout_error', 'it took longer than 600 seconds', None, 'timeout'),
+    504: ('timeout_error', 'the request took longer than 600 seconds', None, 'timeout'),
 }
 
 
@@ -21,7 +21,7 @@ def error_body(status: int, message: str, param=None, code=None) -> dict:
 
 
 class APIError(Exception):
-    """An error as a client gets it."""
+    """An error response: its status, its body and its headers."""
 
     def __init__(self, status: int, message: str, param=None, code=None, headers=()):
         super().__init__(message)

@@ -1,8 +1,8 @@
 """
-What a client reads: the engine's pieces of text as choices of a completion or of a chat.
+The choices of a completion or a chat completion, built from the engine's outputs.
 
     builder = ChoiceBuilder(request, tokenizer, echo=False)
-    choice = builder.choice(pieces)                      # whole, or what is new
+    choice = builder.choice(outputs)                     # all of it, or what a stream adds
 """
 
 import codecs
@@ -10,21 +10,21 @@ import codecs
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.request import Request, TokenOutput
 
-LOWEST = -9999.0  # stands for a log-probability of minus infinity, which JSON has not
+MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot express
 
 
 class ChoiceBuilder:
-    """One text of an answer: all of it, or what a frame has of it."""
+    """One choice of a response, or its part in each event of a stream."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, echo: bool):
         self.request, self.tokenizer, self.echo = request, tokenizer, echo
         self.decoder, self.offset = codecs.getincrementaldecoder('utf-8')('replace'), 0
 
-    def choice(self, pieces: list[TokenOutput]) -> dict | None:
-        """The next pieces as a client reads them; None while there is nothing to read."""
-        r, finish = self.request, pieces[-1].finish
-        text = ''.join(piece.text for piece in pieces)
-        scores = [(p.token, p.logprob, p.top) for p in pieces if p.token is not None]
+    def choice(self, outputs: list[TokenOutput]) -> dict | None:
+        """The choice with the next outputs; None if they add nothing that a client sees."""
+        r, finish = self.request, outputs[-1].finish
+        text = ''.join(output.text for output in outputs)
+        scores = [(o.token, o.logprob, o.top) for o in outputs if o.token is not None]
         if self.echo:
             text, self.echo = self.tokenizer.decode(r.prompt) + text, False
             if r.score_prompt:
@@ -33,10 +33,10 @@ class ChoiceBuilder:
         if not (text or finish or r.top is not None):
             return None
         logprobs = None if r.top is None else self.logprobs(scores)
-        said = self.said(text)
-        return {'index': r.row, **said, 'logprobs': logprobs, 'finish_reason': finish}
+        fields = self.text_fields(text)
+        return {'index': r.row, **fields, 'logprobs': logprobs, 'finish_reason': finish}
 
-    def said(self, text: str) -> dict:
+    def text_fields(self, text: str) -> dict:
         return {'text': text}
 
     def logprobs(self, scores: list[tuple]) -> dict:
@@ -45,26 +45,28 @@ class ChoiceBuilder:
             offsets.append(self.offset)
             self.offset += len(self.decoder.decode(self.tokenizer.token_bytes[token] or b''))
         return {
-            'tokens': [self.text(token) for token, _, _ in scores],
-            'token_logprobs': [None if p is None else max(p, LOWEST) for _, p, _ in scores],
-            'top_logprobs': [None if s[1] is None else self.likeliest(*s) for s in scores],
+            'tokens': [self.token_text(token) for token, _, _ in scores],
+            'token_logprobs': [None if p is None else max(p, MIN_LOGPROB) for _, p, _ in scores],
+            'top_logprobs': [None if s[1] is None else self.top_logprobs(*s) for s in scores],
             'text_offset': offsets,
         }
 
-    def likeliest(self, token: int, logprob: float, top: tuple) -> dict[str, float]:
-        """The likeliest tokens, and the one that was chosen under its text. Others that would read
-        the same have names of their own."""
-        out, own = {}, self.text(token)
+    def top_logprobs(self, token: int, logprob: float, top: tuple) -> dict[str, float]:
+        """The log-probabilities of the likeliest tokens and of the chosen one, by token text.
+
+        Other tokens with the same text get unique keys.
+        """
+        out, chosen = {}, self.token_text(token)
         for i, p in (dict(top) | {token: logprob}).items():
-            name = own if i == token else self.name(i)
-            if i != token and (name in out or name == own):
-                name = f'token_id:{i}'
-            out[name] = max(p, LOWEST)
+            key = chosen if i == token else self.token_key(i)
+            if i != token and (key in out or key == chosen):
+                key = f'token_id:{i}'
+            out[key] = max(p, MIN_LOGPROB)
         return out
 
-    def name(self, token: int) -> str:
-        """A token's text; where its bytes are none by themselves, these, in OpenAI's spelling."""
-        data = self.bytes_of(token)
+    def token_key(self, token: int) -> str:
+        """A token's text; for incomplete UTF-8 its bytes, spelled as OpenAI's API does."""
+        data = self.token_bytes(token)
         if data is None:
             return f'token_id:{token}'
         try:
@@ -72,33 +74,33 @@ class ChoiceBuilder:
         except UnicodeDecodeError:
             return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
 
-    def text(self, token: int) -> str:
-        return (self.bytes_of(token) or b'').decode(errors='replace')
+    def token_text(self, token: int) -> str:
+        return (self.token_bytes(token) or b'').decode(errors='replace')
 
-    def bytes_of(self, token: int) -> bytes | None:
-        """None for a token that stands for nothing, as those that pad a vocabulary."""
-        known = self.tokenizer.token_bytes
-        return known[token] if token < len(known) else None
+    def token_bytes(self, token: int) -> bytes | None:
+        """A token's bytes; None for a token without text, such as one that pads a vocabulary."""
+        table = self.tokenizer.token_bytes
+        return table[token] if token < len(table) else None
 
 
 class ChatBuilder(ChoiceBuilder):
-    """One answer of a chat, with its text as a 'message' or a 'delta'."""
+    """One choice of a chat completion: part is 'message', or 'delta' in a stream."""
 
-    def __init__(self, part: str, *given):
-        super().__init__(*given)
+    def __init__(self, part: str, *args):
+        super().__init__(*args)
         self.part, self.begun = part, False
 
-    def said(self, text: str) -> dict:
-        role = {} if self.begun else {'role': 'assistant'}  # the first frame says who speaks
+    def text_fields(self, text: str) -> dict:
+        role = {} if self.begun else {'role': 'assistant'}  # only in a stream's first event
         self.begun = True
         return {self.part: {**role, 'content': text}}
 
     def logprobs(self, scores: list[tuple]) -> dict:
         def one(token: int, logprob: float) -> dict:
-            data = self.bytes_of(token)
+            data = self.token_bytes(token)
             return {
-                'token': self.text(token),
-                'logprob': max(logprob, LOWEST),
+                'token': self.token_text(token),
+                'logprob': max(logprob, MIN_LOGPROB),
                 'bytes': None if data is None else list(data),
             }
 

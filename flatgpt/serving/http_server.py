@@ -1,9 +1,9 @@
 """
-What stands between api.py and the network: waitress, its threads, the log, signals, the end.
+The HTTP server of api.py: waitress with its threads, the log, signals and shutdown.
 
     server = Server(startup := StartupApp(), listen(settings), max_body=4.0)
-    startup.app = create_app(**settings)                 # until then: 503, it is being loaded
-    wait_until_drained(service, server)                  # after a signal, what has begun is done
+    startup.app = create_app(**settings)                 # until then: 503, the model is loading
+    wait_until_drained(service, server)                  # after a signal: finish what is running
 """
 
 import ipaddress
@@ -28,20 +28,20 @@ from waitress.utilities import RequestEntityTooLarge
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.serving.api_error import APIError, error_body
 from flatgpt.serving.origins import Origins
-from flatgpt.serving.service import LOG, Service, key_of
+from flatgpt.serving.service import LOG, Service, api_key_of
 
-MOST_SURPLUS = 2**28  # bytes of a body that is too large, which are read all the same
+MAX_DISCARDED = 2**28  # bytes of a body over the limit that are read, to be able to respond
 CONNECTIONS = 1000  # at once; idle ones are closed after two minutes
-SPARE = 16  # threads for all that is not a text
-STALLED = 60.0  # seconds in which a client must take some byte of its answer, or is cut off
-LOOK = 1.0  # seconds between two looks for them
-LINGER = 0.5  # seconds in which a server that is done refuses what was on its way to it
-FLUSH = 30.0  # seconds in which the clients of such a server must have read what was begun
-ASKS_METHOD = 'ACCESS_CONTROL_REQUEST_METHOD'  # a header that makes an OPTIONS a preflight
+EXTRA_THREADS = 16  # for requests other than completions
+STALL_TIMEOUT = 60.0  # seconds without a byte read until a client is disconnected
+STALL_CHECK_INTERVAL = 1.0  # seconds
+DRAIN_GRACE = 0.5  # seconds in which a drained server still answers late requests, by 503
+DRAIN_TIMEOUT = 30.0  # seconds in which clients must read the rest of their responses
+PREFLIGHT_HEADER = 'ACCESS_CONTROL_REQUEST_METHOD'  # an OPTIONS request with it is a preflight
 
 
 class JsonLines(logging.Formatter):
-    """A line of the log as a JSON object."""
+    """Formats log records as JSON objects, one a line."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))
@@ -57,7 +57,7 @@ class JsonLines(logging.Formatter):
 
 
 class JsonErrorTask(ErrorTask):
-    """What waitress answers by itself to what is no HTTP, or too much of it."""
+    """The response to malformed or oversized HTTP, which waitress rejects by itself."""
 
     def execute(self):
         error = self.request.error
@@ -65,26 +65,30 @@ class JsonErrorTask(ErrorTask):
         self.status = f'{error.code} {error.reason}'
         self.response_headers.append(('Content-Type', 'application/json'))
         self.response_headers += self.channel.server.startup.headers(self.request.headers)
-        self.channel.server.startup.note(self.channel.addr[0], error.code)
+        self.channel.server.startup.log_rejected(self.channel.addr[0], error.code)
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
 class Parser(HTTPRequestParser):
-    """Reads what is too large to its end, within reason: a client cut off would read no answer."""
+    """Reads and discards the rest of an oversized body.
 
-    surplus = 0  # bytes still to come, and to be thrown away
+    A client that is disconnected while it sends never reads the response.
+    """
+
+    to_discard = 0  # bytes that are still to come
 
     def received(self, data: bytes) -> int:
-        if not self.surplus:
+        if not self.to_discard:
             count = super().received(data)
             if isinstance(self.error, RequestEntityTooLarge):
-                self.surplus = self.content_length if self.content_length < MOST_SURPLUS else 0
+                length = self.content_length
+                self.to_discard = length if length < MAX_DISCARDED else 0
         else:
-            count = min(len(data), self.surplus)
-            self.surplus -= count
-        self.completed = self.completed if not self.error else not self.surplus
+            count = min(len(data), self.to_discard)
+            self.to_discard -= count
+        self.completed = self.completed if not self.error else not self.to_discard
         return count
 
 
@@ -94,24 +98,28 @@ class Channel(HTTPChannel):
 
 
 def listen(settings: dict) -> socket.socket:
-    """A socket at the host and port asked for. UserError if that may not or cannot be."""
-    where, at = settings['host'], settings['port']
+    """A listening socket at the configured host and port.
+
+    UserError if they cannot be used, or if other machines could without an API key.
+    """
+    host, port = settings['host'], settings['port']
     try:
-        family, _, _, _, address = socket.getaddrinfo(where, at, type=socket.SOCK_STREAM)[0]
-        if not (ipaddress.ip_address(address[0]).is_loopback or key_of(settings)):
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not (ipaddress.ip_address(address[0]).is_loopback or api_key_of(settings)):
             raise ConfigError(
-                f'host={where}: others could reach it, so it needs a key that clients must send; '
-                'set FLATGPT_API_KEY, or --api_key='
+                f'host={host}: other machines can reach it, so clients must send an API key; '
+                'set FLATGPT_API_KEY or --api_key=KEY, or use --host=127.0.0.1'
             )
         return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         raise UserError(
-            f'--host={where} --port={at}: {error.strerror or error}; try another'
+            f'--host={host} --port={port}: {error.strerror or error}; use another host or port '
+            '(--port=0: any free one)'
         ) from error
 
 
 class StartupApp:
-    """The application; until it is there, a word that it is being loaded."""
+    """The WSGI application; while the model is loading, it responds with 503."""
 
     def __init__(self, app: flask.Flask | None = None, origins: Origins | None = None):
         self.app, self.origins = app, origins
@@ -119,47 +127,47 @@ class StartupApp:
     def __call__(self, environ: dict, start_response):
         if self.app:
             return self.app(environ, start_response)
-        asked = {name.removeprefix('HTTP_'): value for name, value in environ.items()}
-        status, body = self.while_loading(asked)
-        headers = [('Content-Type', 'application/json'), *self.headers(asked)]
+        request = {name.removeprefix('HTTP_'): value for name, value in environ.items()}
+        status, body = self.while_loading(request)
+        headers = [('Content-Type', 'application/json'), *self.headers(request)]
         headers += [('Retry-After', '5')] if status.startswith('503') else []
         start_response(status, headers)
         return [json.dumps(body).encode()]
 
-    def while_loading(self, asked: dict) -> tuple[str, dict]:
-        """Status and body, by a request's environment."""
+    def while_loading(self, request: dict) -> tuple[str, dict]:
+        """The status and body of the response to a request's headers and environment."""
         try:
             if self.origins:
-                self.origins.check(asked.get('ORIGIN'), asked.get('HOST'))
+                self.origins.check(request.get('ORIGIN'), request.get('HOST'))
         except APIError as error:
             return '403 Forbidden', error.body
-        # after a preflight that fails, a page could not read what the 503 says
-        preflight = asked['REQUEST_METHOD'] == 'OPTIONS' and ASKS_METHOD in asked
-        if preflight or asked['PATH_INFO'] == '/health':
+        # if its preflight failed, a page could not read the 503
+        preflight = request['REQUEST_METHOD'] == 'OPTIONS' and PREFLIGHT_HEADER in request
+        if preflight or request['PATH_INFO'] == '/health':
             return '200 OK', {'status': 'ok'}
         return '503 Service Unavailable', error_body(
-            503, 'the model is being loaded', code='loading'
+            503, 'the model is loading; try again', code='loading'
         )
 
-    def headers(self, asked: dict) -> list[tuple[str, str]]:
-        """What the answer says to a page elsewhere, by the headers that it sent."""
+    def headers(self, request: dict) -> list[tuple[str, str]]:
+        """The CORS headers of the response to a request's headers."""
         origins = self.app.extensions['origins'] if self.app else self.origins
         if origins is None:
             return []
         wanted = None
-        if ASKS_METHOD in asked:
-            wanted = asked.get('ACCESS_CONTROL_REQUEST_HEADERS', '')
-        return list(origins.headers(asked.get('ORIGIN'), wanted).items())
+        if PREFLIGHT_HEADER in request:
+            wanted = request.get('ACCESS_CONTROL_REQUEST_HEADERS', '')
+        return list(origins.headers(request.get('ORIGIN'), wanted).items())
 
-    def note(self, client: str, status: int) -> None:
-        """Log and count what never got here, as it was no HTTP, or too much of it."""
+    def log_rejected(self, client: str, status: int) -> None:
+        """Log and count a request that waitress rejected: malformed or oversized HTTP."""
         LOG.info('request', extra={'fields': {'client': client, 'status': status}})
         if self.app:
             self.app.extensions['flatgpt'].metrics.rejected.labels(status).inc()
 
 
 class Server:
-    """waitress in a thread of its own, from now on."""
+    """waitress, started in a thread of its own."""
 
     def __init__(self, startup: StartupApp, listener: socket.socket, max_body: float):
         self.channels: dict = {}
@@ -167,47 +175,48 @@ class Server:
             startup,
             map=self.channels,
             sockets=[listener],
-            threads=SPARE,
+            threads=EXTRA_THREADS,
             connection_limit=CONNECTIONS,
-            channel_request_lookahead=1,  # without it nobody notices a client that left
+            channel_request_lookahead=1,  # detects clients that disconnect
             max_request_body_size=int(max_body * 2**20),
-            trusted_proxy='127.0.0.1',  # nginx on this machine says whose request it passes on
+            trusted_proxy='127.0.0.1',  # nginx on this machine reports the client's address
             trusted_proxy_headers={'x-forwarded-for'},
             ident='flatgpt',
         )
         self.server.startup = startup
         self.server.channel_class = Channel
-        self.looked, self.closed = time.monotonic(), threading.Event()
+        self.checked_at, self.closed = time.monotonic(), threading.Event()
         self.thread = threading.Thread(target=self.run, name='flatgpt server', daemon=True)
         self.thread.start()
 
     def run(self) -> None:
         while not self.closed.is_set():
             wasyncore.loop(0.5, use_poll=hasattr(select, 'poll'), map=self.channels, count=1)
-            if time.monotonic() - self.looked > LOOK:
-                self.looked = time.monotonic()
-                self.cut_off_stalled()
+            if time.monotonic() - self.checked_at > STALL_CHECK_INTERVAL:
+                self.checked_at = time.monotonic()
+                self.disconnect_stalled()
 
-    def cut_off_stalled(self) -> None:
-        """Hang up on who reads nothing: a thread may wait for them, and a socket does."""
+    def disconnect_stalled(self) -> None:
+        """Disconnect clients that stopped reading: each holds a socket, and perhaps a thread."""
         for channel in self.open_channels():
             if not channel.outbuf_lock.acquire(False):
-                continue  # something is being written
+                continue  # it is being written to
             try:
-                if channel.total_outbufs_len and time.time() - channel.last_activity > STALLED:
+                idle = time.time() - channel.last_activity
+                if channel.total_outbufs_len and idle > STALL_TIMEOUT:
                     channel.handle_close()
             finally:
                 channel.outbuf_lock.release()
 
-    def expect(self, texts: int) -> None:
-        """Have a thread for each text that may be open: 429 and /health must not wait for them."""
-        self.server.task_dispatcher.set_thread_count(texts + SPARE)
+    def set_max_completions(self, count: int) -> None:
+        """Run a thread for each open completion, so that 429 and /health never wait for one."""
+        self.server.task_dispatcher.set_thread_count(count + EXTRA_THREADS)
 
     def open_channels(self) -> list[Channel]:
         return list(self.server.active_channels.values())
 
     def busy(self) -> set[Channel]:
-        """Those who wait for an answer, or for the end of one."""
+        """The channels whose response is not completely sent."""
         return {each for each in self.open_channels() if each.requests or each.total_outbufs_len}
 
     def close(self) -> None:
@@ -215,17 +224,17 @@ class Server:
         self.server.pull_trigger()
         self.thread.join()
         for channel in self.open_channels():
-            channel.handle_close()  # lets go a thread that waits for its client
-        self.server.task_dispatcher.shutdown()  # its threads write to what is closed next
+            channel.handle_close()  # releases a thread that waits for its client
+        self.server.task_dispatcher.shutdown()  # before the sockets that its threads write to
         wasyncore.close_all(self.channels)
 
 
 def drain_on_signals(service: Service) -> None:
-    """SIGTERM and Ctrl-C let what has begun be finished; a second one does not."""
+    """Drain the service at SIGTERM or Ctrl-C; exit at once at a second signal."""
 
     def stop(number, stack):
         if service.draining:
-            os._exit(128 + number)  # the engine is at work, and would abort an orderly end
+            os._exit(128 + number)  # a regular exit would abort in the engine's thread
         service.draining = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -233,21 +242,21 @@ def drain_on_signals(service: Service) -> None:
 
 
 def wait_until_drained(service: Service, server: Server) -> None:
-    """Return once it drains, all texts are written, and their clients have read them.
+    """Return once the service drains, all completions are finished and their clients read them.
 
-    What comes afterwards is refused, and nobody who goes on asking, or does not read, keeps it.
+    New requests get 503. Clients that keep sending requests, or do not read, do not delay it.
     """
-    while not service.draining or any(job.left for job in service.open_jobs()):
-        wait_a_moment(server)
+    while not service.draining or any(job.unfinished for job in service.open_jobs()):
+        sleep_while_alive(server)
     done, unread = time.monotonic(), server.busy()
-    while (past := time.monotonic() - done) < LINGER or (unread and past < FLUSH):
-        wait_a_moment(server)
+    while (past := time.monotonic() - done) < DRAIN_GRACE or (unread and past < DRAIN_TIMEOUT):
+        sleep_while_alive(server)
         unread &= server.busy()
 
 
-def wait_a_moment(server: Server) -> None:
+def sleep_while_alive(server: Server) -> None:
     if not server.thread.is_alive():
-        raise RuntimeError('the server failed')  # what it died of was printed
+        raise RuntimeError('the server failed')  # its thread printed the traceback
     time.sleep(0.05)
 
 
@@ -256,11 +265,11 @@ def log_to_stderr() -> None:
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     LOG.setLevel(logging.INFO)
-    logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # a line for each that waits
+    logging.getLogger('waitress.queue').setLevel(logging.ERROR)  # it warns at each queued request
 
 
 def allow_open_files(count: int) -> None:
-    """Have the system allow a process so many sockets and files, or as many as it ever does."""
+    """Raise the process's limit of open files and sockets to `count`, or as near as allowed."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 

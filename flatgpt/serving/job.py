@@ -1,8 +1,8 @@
 """
-One HTTP request for completions, between the engine's thread and its own.
+One HTTP request for completions, shared by the engine's thread and the request's own.
 
     job = CompletionJob(body, prompts, engine, client_disconnected, seconds)
-    for data in job.frames(head): ...                    # or job.whole(head)
+    for data in job.events(envelope): ...                # or job.response(envelope)
 """
 
 import json
@@ -19,52 +19,52 @@ from flatgpt.serving.api_error import APIError
 from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.schema import CompletionRequest
 
-PACE = 0.03  # seconds between the frames of a stream: threads that wake up hold up the engine
+EVENT_INTERVAL = 0.03  # seconds between a stream's events: each one interrupts the engine
 LOG = logging.getLogger('flatgpt')
 
 
-class PieceQueue:
-    """Pieces of some texts: the engine's thread puts them, that of the HTTP request takes them."""
+class OutputQueue:
+    """The outputs of some completions: the engine's thread puts, the HTTP request's takes."""
 
-    def __init__(self, texts: int):
-        self.pieces: deque[TokenOutput] = deque()
-        self.left = texts  # that are not finished
-        self.hungry = False  # whether a thread waits for the next piece
+    def __init__(self, completions: int):
+        self.outputs: deque[TokenOutput] = deque()
+        self.unfinished = completions
+        self.waiting = False  # whether a thread waits for the next output
         self.arrived, self.finished = threading.Event(), threading.Event()
 
-    def put(self, piece: TokenOutput) -> None:
-        self.pieces.append(piece)
-        if piece.finish:
-            self.left -= 1
-            if not self.left:
+    def put(self, output: TokenOutput) -> None:
+        self.outputs.append(output)
+        if output.finish:
+            self.unfinished -= 1
+            if not self.unfinished:
                 self.finished.set()
-        if self.hungry:
+        if self.waiting:
             self.arrived.set()
 
-    def all(self) -> list[TokenOutput]:
-        """All pieces, once the texts are finished."""
+    def wait_for_all(self) -> list[TokenOutput]:
+        """All outputs, once the completions are finished."""
         self.finished.wait()
-        return list(self.pieces)
+        return list(self.outputs)
 
     def batches(self) -> Iterator[list[TokenOutput]]:
-        """Pieces as they come: the first and the last at once, others together every PACE."""
+        """Outputs as they arrive: the first and the last at once, others every EVENT_INTERVAL."""
         done = False
         while not done:
-            self.hungry = True
-            if not self.pieces:
+            self.waiting = True
+            if not self.outputs:
                 self.arrived.wait()
-            self.hungry = False
+            self.waiting = False
             self.arrived.clear()
-            done = not self.left  # looked at first: what ends a text is in `pieces` by then
-            yield [self.pieces.popleft() for _ in range(len(self.pieces))]
-            self.finished.wait(PACE)
+            done = not self.unfinished  # read first: by then the last output is in `outputs`
+            yield [self.outputs.popleft() for _ in range(len(self.outputs))]
+            self.finished.wait(EVENT_INTERVAL)
 
 
 class CompletionJob:
-    """The texts that one HTTP request asks for.
+    """The completions that one HTTP request asks for.
 
-    client_disconnected(): whether the client has left. seconds: how long they may take.
-    builder: of the choices that the client reads, a ChoiceBuilder or one like it.
+    client_disconnected(): whether the client is gone. seconds: the time limit.
+    builder: makes the response's choices, a ChoiceBuilder or a subclass.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class CompletionJob:
         builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
     ):
         sampling, n, top, echo = body.sampling(), body.n or 1, body.logprobs, bool(body.echo)
-        # -1 is no seed to the clients of llama.cpp and vLLM
+        # clients of llama.cpp and vLLM send -1 for "no seed"
         seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**64
-        self.queue = PieceQueue(len(prompts) * n)
-        # a text's random numbers depend on the seed and its number among those of its prompt
+        self.queue = OutputQueue(len(prompts) * n)
+        # random numbers depend on the seed and on the completion's number within its prompt
         self.requests = [
             Request(
                 ids, sampling, self.queue.put, i * n + j, (seed, j), top, echo and top is not None
@@ -92,13 +92,13 @@ class CompletionJob:
         self.engine, self.prompts = engine, prompts
         self.client_disconnected, self.seconds = client_disconnected, seconds
         self.with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        self.late = False
+        self.timed_out = False
         self.code: str | None = None  # of the error that ended a stream
 
     @property
-    def left(self) -> int:
-        """How many of its texts are not finished."""
-        return self.queue.left
+    def unfinished(self) -> int:
+        """The number of its completions that are not finished."""
+        return self.queue.unfinished
 
     # --- for the service, from any thread
 
@@ -106,68 +106,78 @@ class CompletionJob:
         for request in self.requests:
             request.cancel()
 
-    def watch(self) -> None:
-        """Cancel it if nobody waits for it any more, or it takes too long."""
-        self.late = self.late or time.monotonic() - self.requests[0].arrival_time > self.seconds
-        if self.late or self.client_disconnected():
+    def cancel_if_abandoned(self) -> None:
+        """Cancel it if its client is gone or its time is up."""
+        age = time.monotonic() - self.requests[0].came
+        self.timed_out = self.timed_out or age > self.seconds
+        if self.timed_out or self.client_disconnected():
             self.cancel()
 
     # --- for the HTTP request's thread
 
-    def whole(self, head: dict) -> dict:
-        """The answer, when it is finished."""
-        return {**head, 'choices': self.choices(self.queue.all()), 'usage': self.usage()}
+    def response(self, envelope: dict) -> dict:
+        """The whole response, once it is finished. envelope: its fields besides the choices."""
+        choices = self.choices(self.queue.wait_for_all())
+        return {**envelope, 'choices': choices, 'usage': self.usage()}
 
-    def frames(self, head: dict) -> Iterator[bytes]:
-        """The answer as server-sent events."""
+    def events(self, envelope: dict) -> Iterator[bytes]:
+        """The response as server-sent events."""
         usage = {'usage': None} if self.with_usage else {}
         try:
-            for pieces in self.queue.batches():
-                choices = self.choices(pieces)
-                yield b''.join(frame({**head, 'choices': [each], **usage}) for each in choices)
+            for outputs in self.queue.batches():
+                choices = self.choices(outputs)
+                yield b''.join(
+                    encode_event({**envelope, 'choices': [each], **usage}) for each in choices
+                )
             if usage:
-                yield frame({**head, 'choices': [], 'usage': self.usage()})
+                yield encode_event({**envelope, 'choices': [], 'usage': self.usage()})
         except APIError as error:
             self.code = error.code
-            yield frame(error.body)
+            yield encode_event(error.body)
         yield b'data: [DONE]\n\n'
 
-    def choices(self, pieces: list[TokenOutput]) -> list[dict]:
-        """Pieces as a client reads them. APIError if the job has failed."""
-        if any(piece.finish in ('error', 'cancelled') for piece in pieces):
+    def choices(self, outputs: list[TokenOutput]) -> list[dict]:
+        """The choices with these outputs. APIError if the job has failed."""
+        if any(output.finish in ('error', 'cancelled') for output in outputs):
             raise self.failure()
         rows: dict[int, list[TokenOutput]] = {}
-        for piece in pieces:
-            rows.setdefault(piece.row, []).append(piece)
+        for output in outputs:
+            rows.setdefault(output.row, []).append(output)
         choices = [self.builders[row].choice(rows[row]) for row in sorted(rows)]
         return [choice for choice in choices if choice]
 
     def failure(self) -> APIError:
-        if self.late:
-            message = f'it took longer than {self.seconds:g} seconds, the limit of this server'
-            # the clients of OpenAI's library would try the same again
+        if self.timed_out:
+            message = (
+                f'the request took longer than {self.seconds:g} seconds, the limit of this '
+                'server; lower max_tokens'
+            )
+            # or OpenAI's library would send the same request again
             return APIError(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
         if self.client_disconnected():
-            return APIError(499, 'the client has left')  # as nginx calls it; for the log
+            return APIError(499, 'the client disconnected')  # nginx's status; only for the log
         if self.engine.error is None and any(r.finish == 'error' for r in self.requests):
             LOG.error(NOT_FINITE)
             return APIError(500, NOT_FINITE, code='not_finite')
         if self.engine.error is None and self.engine.closed:
-            return APIError(503, 'the server is shutting down', code='draining')
-        return APIError(500, 'the engine failed; the log says why', code='engine_stopped')
+            message = 'the server is shutting down; try again after its restart'
+            return APIError(503, message, code='draining')
+        message = 'the engine failed; see the server log, then restart the server'
+        return APIError(500, message, code='engine_stopped')
 
-    # --- for answers, metrics and the log
+    # --- for responses, metrics and the log
 
     def usage(self) -> dict:
-        prompt, written = sum(map(len, self.prompts)), sum(len(r.written) for r in self.requests)
+        prompt = sum(map(len, self.prompts))
+        completion = sum(len(r.written) for r in self.requests)
         return {
             'prompt_tokens': prompt,
-            'completion_tokens': written,
-            'total_tokens': prompt + written,
+            'completion_tokens': completion,
+            'total_tokens': prompt + completion,
         }
 
-    def record(self, with_text: bool) -> dict:
-        """What the log says of it."""
+    def log_fields(self, with_text: bool) -> dict:
+        """Its fields of the request's log line."""
         r = self.requests[0]
         first = r.first_token_time if r.written else None
         moments = {'queued': r.admitted_time, 'first_token': first}
@@ -181,5 +191,5 @@ class CompletionJob:
         return out
 
 
-def frame(data: dict) -> bytes:
+def encode_event(data: dict) -> bytes:
     return b'data: ' + json.dumps(data).encode() + b'\n\n'

@@ -1,4 +1,4 @@
-"""The server's figures for Prometheus."""
+"""The server's metrics, in Prometheus's format."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -7,27 +7,26 @@ from flatgpt.serving.job import CompletionJob
 
 
 class Metrics:
-    """What Prometheus is told."""
-
     def __init__(self, engine: Engine):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         for name, read, about in (
-            ('slots', lambda: len(engine.slots), 'Texts that can be computed at once'),
-            ('requests_running', lambda: engine.running, 'Texts being computed'),
-            ('requests_waiting', lambda: len(engine.waiting), 'Texts that wait for a row'),
+            ('slots', lambda: len(engine.slots), 'Completions that can run at once'),
+            ('requests_running', lambda: engine.running, 'Completions that are running'),
+            ('requests_waiting', lambda: len(engine.waiting), 'Completions waiting for a slot'),
         ):
             Gauge(f'flatgpt_{name}', about, registry=self.registry).set_function(read)
-        self.prompt_tokens = self.counter('prompt_tokens', 'Tokens of prompts, once for n texts')
-        self.generation_tokens = self.counter('generation_tokens', 'Tokens written')
-        self.finished = self.counter('requests_finished', 'Texts that ended', 'reason')
+        self.prompt_tokens = self.counter('prompt_tokens', 'Prompt tokens, counted once for all n')
+        self.generation_tokens = self.counter('generation_tokens', 'Generated tokens')
+        self.finished = self.counter('requests_finished', 'Finished completions', 'reason')
         self.rejected = self.counter('requests_rejected', 'Requests answered by an error', 'status')
         long = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-        self.queue = self.seconds('queue', 'From request to row', long)
+        self.queue = self.seconds('queue', 'From request to slot', long)
         self.first = self.seconds('time_to_first_token', 'From request to first token', long)
         self.total = self.seconds('request', 'From request to last token', long)
         short = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
-        self.inter_token = self.seconds('inter_token', 'From token to token, mean of a text', short)
+        about = 'From token to token, mean of a completion'
+        self.inter_token = self.seconds('inter_token', about, short)
 
     def counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f'flatgpt_{name}', about, labels, registry=self.registry)
@@ -37,18 +36,18 @@ class Metrics:
         return Histogram(name, about, buckets=buckets, registry=self.registry)
 
     def count(self, job: CompletionJob) -> None:
-        """At any moment: the engine may be writing its texts still."""
-        if any(r.admitted_time for r in job.requests):
+        """Count a released job, whose completions the engine may still be writing to."""
+        if any(r.began for r in job.requests):
             self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
-            written = len(r.written)
+            tokens = len(r.written)
             self.finished.labels(r.finish or 'cancelled').inc()
-            self.generation_tokens.inc(written)
-            if r.admitted_time:
-                self.queue.observe(r.admitted_time - r.arrival_time)
-            if r.finish in ('stop', 'length') and r.finish_time:
-                self.total.observe(r.finish_time - r.arrival_time)
-            if written and r.first_token_time:
-                self.first.observe(r.first_token_time - r.arrival_time)
-            if written > 1 and r.finish_time:
-                self.inter_token.observe((r.finish_time - r.first_token_time) / (written - 1))
+            self.generation_tokens.inc(tokens)
+            if r.began:
+                self.queue.observe(r.began - r.came)
+            if r.finish in ('stop', 'length') and r.ended:
+                self.total.observe(r.ended - r.came)
+            if tokens and r.first:
+                self.first.observe(r.first - r.came)
+            if tokens > 1 and r.ended:
+                self.inter_token.observe((r.ended - r.first) / (tokens - 1))

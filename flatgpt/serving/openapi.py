@@ -1,10 +1,10 @@
 """
-The OpenAPI document, which spectree makes of the routes that are declared with `api`, and its page.
+The OpenAPI document, which spectree generates from the routes declared with `api`, and its page.
 
     @routes.post('/tokenize')
-    @api.validate(resp=Answers(TokenizeResponse, *BODY_ERRORS), security=KEY)
+    @api.validate(resp=Responses(TokenizeResponse, *BODY_ERRORS), security=KEY)
     def tokenize(json: TokenizeRequest):
-        '''The token ids of a text.'''
+        '''Encode a string to token ids.'''
 
 A view's argument `json` is the body of the request, as its pydantic model.
 """
@@ -19,10 +19,10 @@ from spectree import Response, SecurityScheme, SecuritySchemeData, SpecTree
 from spectree.plugins.flask_plugin import FlaskPlugin
 
 from flatgpt.serving.api_error import ERRORS, error_body
-from flatgpt.serving.middleware import read
+from flatgpt.serving.middleware import read_body
 from flatgpt.serving.schema import ErrorResponse
 
-KEY = [{}, {'key': []}]  # the security of a route that needs the server's key, if it has one
+KEY = [{}, {'key': []}]  # the security of a route that needs the server's API key, if it has one
 ACCESS_ERRORS = (401, 403)
 BODY_ERRORS = (400, *ACCESS_ERRORS, 413, 415)
 ENGINE_ERRORS = (429, 500, 503, 504)
@@ -44,19 +44,19 @@ SwaggerUIBundle({url: 'openapi.json', dom_id: '#ui', validatorUrl: null, deepLin
 
 
 class Backend(FlaskPlugin):
-    """Reads bodies by our read(), and leaves answers alone: spectree's would use up a stream."""
+    """Reads bodies by read_body(), and does not validate responses, which would consume streams."""
 
     def validate(self, view, query, body, *others, **path):
-        return view(**path, **({'json': read(body)} if body else {}))
+        return view(**path, **({'json': read_body(body)} if body else {}))
 
     def get_func_operation_id(self, func, path, method):
         return func.__name__
 
 
-class Answers(Response):
-    """What a route answers: a model, or an example of another media type, and errors.
+class Responses(Response):
+    """The responses of a route: a model or an example of another media type, and error statuses.
 
-    stream: whether the model's last example may come as server-sent events.
+    stream: whether the model's last example may be sent as server-sent events.
     """
 
     def __init__(self, model: type[BaseModel] | None, *errors: int, stream=False, other=None):
@@ -67,28 +67,28 @@ class Answers(Response):
             self.other['text/event-stream'] = f'data: {example}\n\ndata: [DONE]\n\n'
 
     def add_model(self, *args, **options):
-        """Nothing: spectree would have each route answer 422."""
+        """Do nothing: spectree would add a 422 to each route."""
 
     def generate_spec(self, *args):
         spec = super().generate_spec(*args)
-        for status, answer in spec.items():
+        for status, response in spec.items():
             if status != '200':
                 example = error_body(int(status), *ERRORS[int(status)][1:])
-                answer['content']['application/json']['example'] = example
+                response['content']['application/json']['example'] = example
         other = {kind: {'example': example} for kind, example in self.other.items()}
         spec['200']['content'] = spec['200'].get('content', {}) | other
         if '429' in spec:
-            after = {'description': 'Seconds to wait.', 'schema': {'type': 'integer'}}
-            spec['429']['headers'] = {'Retry-After': after}
+            header = {'description': 'Seconds to wait.', 'schema': {'type': 'integer'}}
+            spec['429']['headers'] = {'Retry-After': header}
         return spec
 
 
 api = SpecTree(
     backend=Backend,
-    mode='strict',  # only routes that are declared
+    mode='strict',  # only declared routes
     title='flatGPT',
     version='1',
-    description='Completions as OpenAI has them, by a model of your own.',
+    description="OpenAI's completions API, for your own model.",
     security_schemes=[SecurityScheme('key', SecuritySchemeData('http', scheme='bearer'))],
     naming_strategy=lambda model: model.__name__,
     nested_naming_strategy=lambda parent, child: child,

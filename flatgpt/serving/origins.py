@@ -1,44 +1,47 @@
 """
 Which pages of other addresses may use this server from a browser (CORS).
 
-    origins = Origins(settings)                          # ConfigError for what is no origin
-    headers = origins.headers('http://localhost:3000')   # of an answer to such a page
+    origins = Origins(settings)                          # ConfigError for an invalid origin
+    headers = origins.headers('http://localhost:3000')   # of a response to such a page
 
-With a key every page may, since a browser adds no key by itself: who has it may use it anywhere.
-Without one only pages of this machine may: a stranger's page would reach a server on loopback
-through the browser of whoever opens it. Such a page is refused by its Origin, which a browser
-sends with every POST. Where the page's own name was made to lead here (DNS rebinding), it sends
-none with a GET; what it cannot change is the Host, its own name, and that is refused as well.
+With an API key any page may: browsers send no key by themselves, so a page must have it.
+Without a key only pages of this machine may. Any other page would reach a server on loopback
+through the browser of whoever opens it. Such a page is refused by its Origin, which browsers send
+with every POST. DNS rebinding points a page's own host name at this machine; browsers then send no
+Origin with a GET, but the Host header still has that name, and is checked as well.
 """
 
 import re
 
 from flatgpt.errors import ConfigError
 from flatgpt.serving.api_error import APIError
-from flatgpt.serving.service import key_of
+from flatgpt.serving.service import api_key_of
 
-HERE = 'http://localhost:*,http://127.0.0.1:*,http://[::1]:*'
-HERE += ',' + HERE.replace('http:', 'https:')
-LOCAL = ('localhost', '127.0.0.1', '[::1]')
-READABLE = 'X-Request-Id, Retry-After, X-Should-Retry'  # headers that a page may look at
+LOCAL_ORIGINS = 'http://localhost:*,http://127.0.0.1:*,http://[::1]:*'
+LOCAL_ORIGINS += ',' + LOCAL_ORIGINS.replace('http:', 'https:')
+LOCAL_HOSTS = ('localhost', '127.0.0.1', '[::1]')
+EXPOSED_HEADERS = 'X-Request-Id, Retry-After, X-Should-Retry'  # that a page may read
 
 
 class Origins:
-    """The pages that settings['allow_origins'] lists with commas: '*', or those at scheme://host,
-    with :port where it is not the scheme's, or :* for any. None: as above. settings['host'] is
-    what it listens at; without one another server does, and whose names those are is unknown."""
+    """The allowed origins.
+
+    settings['allow_origins'] lists them with commas: '*', or scheme://host with :port if it is not
+    the scheme's default, or with :* for any port. None: the default above. settings['host'] is the
+    address of the server's own socket; None: another WSGI server listens, under unknown names.
+    """
 
     def __init__(self, settings: dict):
-        self.keyless, given = not key_of(settings), settings['allow_origins']
+        self.keyless, given = not api_key_of(settings), settings['allow_origins']
         self.host = settings.get('host')
         if given is None:
-            given = HERE if self.keyless else '*'
+            given = LOCAL_ORIGINS if self.keyless else '*'
         self.allowed = [each.strip().lower() for each in given.split(',') if each.strip()]
         for each in self.allowed:
             if not re.fullmatch(r'\*|null|[a-z][a-z0-9+.-]*://[^\s/?#*@]+(:\*)?', each):
                 raise ConfigError(
-                    f'allow_origins: {each!r} is no origin; give scheme://host, or with :port or '
-                    ':*, without a path; several with commas, or * for all'
+                    f'allow_origins: {each!r} is not an origin; give scheme://host, optionally '
+                    'with :port or :*, without a path; separate several with commas; * allows all'
                 )
 
     def allows(self, origin: str) -> bool:
@@ -47,7 +50,7 @@ class Origins:
         return bool({'*', origin, f'{without_port}:*'} & {*self.allowed})
 
     def headers(self, origin: str | None, wanted: str | None = None) -> dict[str, str]:
-        """Headers of an answer to a page; wanted: those it asks to send, if this is a preflight."""
+        """CORS headers of a response. wanted: for a preflight, the headers the page will send."""
         if '*' not in self.allowed and not (origin and self.allows(origin)):
             return {'Vary': 'Origin'}
         if '*' in self.allowed:
@@ -55,31 +58,39 @@ class Origins:
         else:
             headers = {'Access-Control-Allow-Origin': origin, 'Vary': 'Origin'}
         if wanted is None:
-            return headers | {'Access-Control-Expose-Headers': READABLE}
+            return headers | {'Access-Control-Expose-Headers': EXPOSED_HEADERS}
         return headers | {
             'Access-Control-Allow-Methods': 'GET, POST',
             'Access-Control-Allow-Headers': wanted,
             'Access-Control-Max-Age': '600',
         }
 
-    def knows(self, host: str) -> bool:
-        """Whether a Host header has a name of this machine, or of a page that is allowed."""
+    def is_own_host(self, host: str) -> bool:
+        """Whether a Host header has a name of this machine, or the configured one."""
         name = re.sub(r':\d+$', '', host.lower())
-        if name in (*LOCAL, self.host.lower()):
-            return True
-        return any(self.allows(f'{scheme}://{host}') for scheme in ('http', 'https'))
+        return name in LOCAL_HOSTS or (self.host is not None and name == self.host.lower())
+
+    def is_known_host(self, host: str) -> bool:
+        """Whether a Host header has a name of this server, or of an allowed origin."""
+        allowed = any(self.allows(f'{scheme}://{host}') for scheme in ('http', 'https'))
+        return allowed or self.is_own_host(host)
+
+    def is_own_page(self, origin: str, host: str | None) -> bool:
+        """Whether this server's own playground sent a request: origin and host are the same."""
+        return bool(host) and self.is_own_host(host) and origin.partition('://')[2] == host
 
     def check(self, origin: str | None, host: str | None = None) -> None:
-        """APIError for a stranger's page, where no key keeps it out."""
-        if self.keyless and self.host and host and not self.knows(host):
+        """APIError for a page of another origin that is not allowed, unless a key is needed."""
+        if self.keyless and self.host and host and not self.is_known_host(host):
             message = (
-                f'this server is not known as {host}; start it with '
-                f'--allow_origins=http://{host} (or https://), or with a key (--api_key)'
+                f'this server does not accept the host name {host}; start it with '
+                f'--allow_origins=http://{host} (or https://), or with --api_key=KEY'
             )
             raise APIError(403, message, code='host_not_allowed')
-        if self.keyless and origin and not self.allows(origin):
+        allowed = not origin or self.allows(origin) or self.is_own_page(origin, host)
+        if self.keyless and not allowed:
             message = (
                 f'pages of {origin} may not use this server; start it with '
-                f'--allow_origins={origin}, or with a key (--api_key)'
+                f'--allow_origins={origin}, or with --api_key=KEY'
             )
             raise APIError(403, message, code='origin_not_allowed')

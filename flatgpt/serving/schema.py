@@ -1,5 +1,5 @@
 """
-What clients send to api.py and what it answers, as pydantic models.
+The bodies of requests to api.py and of its responses, as pydantic models.
 
     body = CompletionRequest.model_validate_json(b'{"prompt": "To be"}')
 """
@@ -17,110 +17,115 @@ from pydantic import (
     WithJsonSchema,
     field_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from flatgpt.data.messages import content_text
 from flatgpt.errors import UserError
 from flatgpt.inference.sampling import SamplingParams
-from flatgpt.serving.unsupported import Body, Unsupported, ignored, only
+from flatgpt.serving.unsupported import (
+    Body,
+    Unsupported,
+    field_error,
+    ignored_field,
+    unsupported_field,
+)
 
-MOST_STOPS, LONGEST_STOP = 128, 512  # each is looked for after every token
-MOST_BIASES = 1024
-MOST_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_LENGTH = 128, 512  # each is looked for after every token
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
 
 Id = Annotated[int, Field(ge=0, le=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[Id], Field(min_length=1, fail_fast=True)]
 Texts = Annotated[list[Text], Field(min_length=1, fail_fast=True)]
 Prompts = Annotated[list[Ids], Field(min_length=1, fail_fast=True)]
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 Biases = Annotated[
     dict[Id, Bias],
-    BeforeValidator(lambda biases: one_spelling(biases)),
-    Field(max_length=MOST_BIASES, json_schema_extra={'propertyNames': {'pattern': '^[0-9]+$'}}),
+    BeforeValidator(lambda biases: parse_token_ids(biases)),
+    Field(max_length=MAX_BIASES, json_schema_extra={'propertyNames': {'pattern': '^[0-9]+$'}}),
 ]
 
 
-def number(low=None, high=None, above=None, kind: type = float):
+def bounded(low=None, high=None, above=None, kind: type = float):
     limits = {'ge': low, 'gt': above, 'le': high}
     return Annotated[kind, Field(**{k: v for k, v in limits.items() if v is not None})]
 
 
-def about(text: str):
-    """A field that may be left out or null, which mean the same."""
+def nullable(text: str):
+    """A field that may be omitted or null, which mean the same."""
     return Field(None, description=text)
 
 
-def refuse(message: str) -> PydanticCustomError:
-    return PydanticCustomError('refused', '{message}', {'message': message})
-
-
-def one_spelling(biases: object) -> object:
-    """Token ids as numbers; "05" is left as text, and so refused: "5" could be another bias."""
+def parse_token_ids(biases: object) -> object:
+    """Keys as integers. "05" stays a string and is rejected: it would collide with "5"."""
     if not isinstance(biases, dict):
         return biases
-    usual = re.compile('-?(0|[1-9][0-9]{0,9})')
-    return {int(i) if usual.fullmatch(str(i)) else i: bias for i, bias in biases.items()}
+    canonical = re.compile('-?(0|[1-9][0-9]{0,9})')
+    return {int(i) if canonical.fullmatch(str(i)) else i: bias for i, bias in biases.items()}
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = about('Send a last frame with the number of tokens.')
-    continuous_usage_stats: only(False) = None
-    include_obfuscation: ignored() = None
+    include_usage: bool | None = nullable('Report the number of tokens in a last event.')
+    continuous_usage_stats: unsupported_field(False) = None
+    include_obfuscation: ignored_field() = None
 
 
 class Options(Unsupported):
-    """What a request for a text says of how it is written."""
+    """The fields that completions and chat completions share."""
 
-    model: str | None = about('There is one; its name is not looked at.')
-    n: number(1, 2**16, kind=int) | None = about('Texts for each prompt (default 1).')
-    max_tokens: number(0, 2**31, kind=int) | None = about('New tokens in each text at most.')
-    stream: bool | None = about('Send text as it is written, as server-sent events.')
-    stream_options: StreamOptions | None = about('Of a stream.')
-    stop: Stop | Stops | None = about('End a text before this string, or any of these.')
-    seed: number(-(2**63), 2**63 - 1, kind=int) | None = about(
-        'The same seed gives the same text. Without one, or with -1, every answer is another.'
+    model: str | None = nullable('Ignored: the server has one model.')
+    n: bounded(1, 2**16, kind=int) | None = nullable('Completions per prompt (default 1).')
+    max_tokens: bounded(0, 2**31, kind=int) | None = nullable('Most tokens in a completion.')
+    stream: bool | None = nullable('Stream the completion as server-sent events.')
+    stream_options: StreamOptions | None = nullable('Options for streams.')
+    stop: Stop | Stops | None = nullable('Stop before this string, or before any of these.')
+    seed: bounded(-(2**63), 2**63 - 1, kind=int) | None = nullable(
+        'The same seed gives the same completion. Without one, or with -1, it is random.'
     )
-    temperature: number(0, 1e6) | None = about('0 takes the likeliest token (default 1).')
-    top_p: number(above=0, high=1) | None = about(
-        'Choose among the likeliest tokens that make up this share (default 1).'
+    temperature: bounded(0, 1e6) | None = nullable(
+        '0 always picks the likeliest token (default 1).'
     )
-    top_k: number(-1, 2**31, kind=int) | None = about(
-        'Choose among this many likeliest tokens (default 0, or -1: all).'
+    top_p: bounded(above=0, high=1) | None = nullable(
+        'Sample from the likeliest tokens whose probabilities add up to this (default 1).'
     )
-    min_p: number(0, 1) | None = about(
-        "Leave out tokens less likely than this share of the likeliest one's probability."
+    top_k: bounded(-1, 2**31, kind=int) | None = nullable(
+        'Sample from this many of the likeliest tokens (default 0, like -1: all).'
     )
-    repetition_penalty: number(0.01, 100) | None = about(
-        'Above 1 disfavours what prompt or text already have (default 1).'
+    min_p: bounded(0, 1) | None = nullable(
+        "Exclude tokens below this fraction of the likeliest token's probability (default 0)."
     )
-    frequency_penalty: number(-100, 100) | None = about(
-        "Taken off a token's logit for each time the text has it (default 0)."
+    repetition_penalty: bounded(0.01, 100) | None = nullable(
+        'Above 1 makes tokens of the prompt and the completion less likely (default 1).'
     )
-    presence_penalty: number(-100, 100) | None = about('And once, if it has it (default 0).')
-    logit_bias: Biases | None = about('What is added to the logits of some token ids.')
-    best_of: number(1, 2**16, kind=int) | None = about('Not supported: must be 1, or n.')
+    frequency_penalty: bounded(-100, 100) | None = nullable(
+        "Subtracted from a token's logit for each occurrence in the completion (default 0)."
+    )
+    presence_penalty: bounded(-100, 100) | None = nullable(
+        'Subtracted once if the completion has the token (default 0).'
+    )
+    logit_bias: Biases | None = nullable('Token id -> number added to its logit.')
+    best_of: bounded(1, 2**16, kind=int) | None = nullable('Not supported: must be 1 or n.')
 
     @field_validator('best_of')
     def check_best_of(cls, value: int | None, info: ValidationInfo):
         if value not in (None, 1, info.data.get('n')):
-            raise refuse('this server does not choose among texts; leave it out, or give 1 or n')
+            raise field_error('this server does not support it; leave it out, or give 1 or n')
         return value
 
     def sampling(self) -> SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        chosen = {
+        params = {
             'max_new_tokens': self.max_tokens,
             'top_k': None if self.top_k is None else max(self.top_k, 0),
             'logit_bias': tuple((self.logit_bias or {}).items()),
             'stop': stop,
-            **{name: getattr(self, name) for name in ALIKE},
+            **{name: getattr(self, name) for name in SAME_NAMES},
         }
         return SamplingParams(
-            **{name: value for name, value in chosen.items() if value is not None}
+            **{name: value for name, value in params.items() if value is not None}
         )
 
 
@@ -135,53 +140,53 @@ class CompletionRequest(Options):
         }
     )
     prompt: Text | Texts | Ids | Prompts = Field(
-        description='A text, several, the token ids of one, or of several.'
+        description='A string, a list of token ids, or a list of either.'
     )
-    max_tokens: number(0, 2**31, kind=int) | None = about(
-        'New tokens in each text at most (default 16). 0, together with echo, scores the prompt.'
+    max_tokens: bounded(0, 2**31, kind=int) | None = nullable(
+        'Most tokens in a completion (default 16). 0, with echo, only scores the prompt.'
     )
-    echo: bool | None = about('Begin each text with its prompt.')
-    logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about(
-        "Report each token's log-probability, and those of so many likeliest ones."
+    echo: bool | None = nullable('Prepend the prompt to each completion.')
+    logprobs: bounded(0, MAX_LOGPROBS, kind=int) | None = nullable(
+        'Report the log-probabilities of each token and of this many of the likeliest ones.'
     )
 
     def prompts(self) -> list:
-        """Its prompts, each a text or token ids."""
+        """Its prompts, each a string or token ids."""
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if one else self.prompt
 
 
-def as_text(content: object) -> str:
+def parse_content(content: object) -> str:
     try:
         return content_text(content)
     except UserError as error:
-        raise refuse(str(error)) from None
+        raise field_error(str(error)) from None
 
 
-PART = {
+TEXT_PART = {
     'type': 'object',
     'properties': {'type': {'const': 'text'}, 'text': {'type': 'string'}},
     'required': ['type', 'text'],
     'additionalProperties': False,
 }
-PARTS = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': PART, 'minItems': 1}]}
+CONTENT = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': TEXT_PART, 'minItems': 1}]}
 
 
 class Message(Body):
     role: str
-    content: Annotated[Any, AfterValidator(as_text), WithJsonSchema(PARTS)]
-    type: only('text', 'message') = None
-    name: only() = None
-    tool_calls: only() = None
-    tool_call_id: only() = None
-    function_call: only() = None
-    refusal: only() = None
-    audio: only() = None
-    annotations: only() = None
-    reasoning: only() = None
-    reasoning_content: only() = None
-    prefix: only(False) = None
-    id: ignored() = None
+    content: Annotated[Any, AfterValidator(parse_content), WithJsonSchema(CONTENT)]
+    type: unsupported_field('text', 'message') = None
+    name: unsupported_field() = None
+    tool_calls: unsupported_field() = None
+    tool_call_id: unsupported_field() = None
+    function_call: unsupported_field() = None
+    refusal: unsupported_field() = None
+    audio: unsupported_field() = None
+    annotations: unsupported_field() = None
+    reasoning: unsupported_field() = None
+    reasoning_content: unsupported_field() = None
+    prefix: unsupported_field(False) = None
+    id: ignored_field() = None
 
 
 class ChatRequest(Options):
@@ -191,38 +196,41 @@ class ChatRequest(Options):
         }
     )
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_tokens: number(1, 2**31, kind=int) | None = about(
-        'New tokens in each text at most (default: what the context holds).'
+    max_tokens: bounded(1, 2**31, kind=int) | None = nullable(
+        'Most tokens in a completion (default: as many as fit into the context).'
     )
-    max_completion_tokens: number(1, 2**31, kind=int) | None = about('Another name of it.')
-    logprobs: bool | None = about("Report each token's log-probability.")
-    top_logprobs: number(0, MOST_LOGPROBS, kind=int) | None = about('And so many likeliest ones.')
-    echo: only(False) = None
+    max_completion_tokens: bounded(1, 2**31, kind=int) | None = nullable('The same as max_tokens.')
+    logprobs: bool | None = nullable('Report the log-probability of each token.')
+    top_logprobs: bounded(0, MAX_LOGPROBS, kind=int) | None = nullable(
+        'And of this many of the likeliest ones.'
+    )
+    echo: unsupported_field(False) = None
 
     @field_validator('max_completion_tokens')
     def check_one_limit(cls, value: int | None, info: ValidationInfo):
         if value and info.data.get('max_tokens') not in (None, value):
-            raise refuse('max_tokens is another number; leave out one of them')
+            raise field_error('differs from max_tokens; leave out one of them')
         return value
 
     @field_validator('top_logprobs')
     def check_logprobs(cls, value: int | None, info: ValidationInfo):
         if value and 'logprobs' in info.data and not info.data['logprobs']:
-            raise refuse('needs "logprobs": true')
+            raise field_error('needs "logprobs": true as well')
         return value
 
-    def completion(self, ids: list[int], room: int, end: str) -> CompletionRequest:
-        """The same as a completion of token ids, for which there is room; end: of a turn."""
+    def completion(self, ids: list[int], most_new: int, end: str) -> CompletionRequest:
+        """The completion request for a chat: its prompt's token ids, the most new tokens that fit,
+        and the stop string that ends a turn, or ''."""
         stop = [self.stop] if isinstance(self.stop, str) else [*(self.stop or [])]
         fields = {name: getattr(self, name) for name in Options.__annotations__}
-        fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(room, 1)
+        fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(most_new, 1)
         fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
         fields |= {'prompt': ids, 'stop': stop + [end] * bool(end)}
-        # checked already; and the end of a turn may be one stop more, or longer, than clients may
+        # already validated, and the end of a turn may exceed the limits for clients' stop strings
         return CompletionRequest.model_construct(**fields)
 
 
-ALIKE = (  # in a request and in SamplingParams
+SAME_NAMES = (  # in requests and in SamplingParams
     'temperature',
     'top_p',
     'min_p',
@@ -235,46 +243,46 @@ ALIKE = (  # in a request and in SamplingParams
 class TokenizeRequest(Body):
     model_config = ConfigDict(json_schema_extra={'examples': [{'prompt': 'To be, or not'}]})
     prompt: str
-    model: ignored() = None
-    add_special_tokens: ignored() = None  # there are none that a tokenizer here would add
-    return_token_strs: only(False) = None
+    model: ignored_field() = None
+    add_special_tokens: ignored_field() = None  # no tokenizer here adds any
+    return_token_strs: unsupported_field(False) = None
 
 
 class DetokenizeRequest(Body):
     model_config = ConfigDict(json_schema_extra={'examples': [{'tokens': [1, 2, 3]}]})
     tokens: Annotated[list[Id], Field(fail_fast=True)]
-    model: ignored() = None
+    model: ignored_field() = None
 
 
 # -----------------------------------------------------------------------------
-# answers
+# responses
 
 
 class Logprobs(BaseModel):
-    """Of each token, of the prompt's too with echo; the first has nothing to be likely after."""
+    """Of each token; with echo also of the prompt's, whose first token has null."""
 
     tokens: list[str]
     token_logprobs: list[float | None] = Field(description='In nats; at least -9999.')
     top_logprobs: list[dict[str, float] | None] = Field(
-        description='By text. What is no text by itself is named by its bytes, bytes:\\xe4\\xbd, '
-        'what would read as another by its id, token_id:7.'
+        description='By token text. Incomplete UTF-8 is written as bytes:\\xe4\\xbd, and a token '
+        'with the same text as another one as token_id:7.'
     )
-    text_offset: list[int] = Field(description='The character of the text where it begins.')
+    text_offset: list[int] = Field(description='The character at which each token begins.')
 
 
 class Choice(BaseModel):
-    index: int = Field(description='Number of the prompt times n, plus number of its text.')
+    index: int = Field(description='Prompt number * n + completion number.')
     text: str
     logprobs: Logprobs | None
     finish_reason: Literal['stop', 'length'] | None = Field(
-        description='stop: the end of text, or a stop string. null: more of it will follow.'
+        description='stop: end-of-text token or stop string. null: the stream continues.'
     )
 
 
 class ChatToken(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None = Field(description='Its own, which may be half a character.')
+    bytes: list[int] | None = Field(description='In UTF-8, perhaps a part of a character.')
 
 
 class ChatScores(ChatToken):
@@ -292,8 +300,8 @@ class ChatText(BaseModel):
 
 class ChatChoice(BaseModel):
     index: int
-    message: ChatText | None = Field(None, description='Of a whole answer.')
-    delta: ChatText | None = Field(None, description='Of a frame: what is new.')
+    message: ChatText | None = Field(None, description='Without stream.')
+    delta: ChatText | None = Field(None, description='With stream: what this event adds.')
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal['stop', 'length'] | None
 
@@ -305,7 +313,7 @@ class Usage(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """An answer, or a frame of a streamed one; its last has no choices but the usage, if asked."""
+    """A response, or an event of a stream; if requested, the last event has the usage alone."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -331,11 +339,11 @@ class CompletionResponse(BaseModel):
 
 
 class ChatResponse(BaseModel):
-    """An answer, or a frame of a streamed one."""
+    """A response, or an event of a stream."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            'examples': [  # whole, and a frame of a stream
+            'examples': [  # a response, and an event of a stream
                 {
                     'id': 'chatcmpl-1',
                     'object': 'chat.completion',
@@ -381,7 +389,7 @@ class Model(BaseModel):
     object: Literal['model']
     created: int
     owned_by: str
-    max_model_len: int = Field(description='Tokens of prompt and text together at most.')
+    max_model_len: int = Field(description='Most tokens of a prompt and its completion together.')
 
 
 class ModelList(BaseModel):
@@ -415,7 +423,7 @@ class Status(BaseModel):
 class Error(BaseModel):
     message: str
     type: str
-    param: str | None = Field(description='The field that is wrong.')
+    param: str | None = Field(description='The invalid field.')
     code: str | None
 
 

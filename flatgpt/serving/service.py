@@ -1,10 +1,10 @@
 """
-The engine in a thread of its own, and the limits of what is asked of it.
+The engine in a thread of its own, and the limits for requests.
 
-    service = Service(engine, settings)                  # those of api.py
-    job = service.begin(body, client_disconnected)       # or an APIError says why not
+    service = Service(engine, settings)                  # the settings of api.py
+    job = service.submit(body, client_disconnected)      # or an APIError with the reason
     try:
-        for part in job.frames(head): ...                # or job.whole(head)
+        for data in job.events(envelope): ...            # or job.response(envelope)
     finally:
         service.release(job)
 """
@@ -25,27 +25,27 @@ from flatgpt.serving.job import CompletionJob
 from flatgpt.serving.metrics import Metrics
 from flatgpt.serving.schema import CompletionRequest, Message
 
-WATCH = 0.1  # seconds until a client that left is noticed
+MONITOR_INTERVAL = 0.1  # seconds between checks for clients that disconnected
 LOG = logging.getLogger('flatgpt')
 
 
-def key_of(settings: dict) -> str:
+def api_key_of(settings: dict) -> str:
     return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
 
 
-def fewer_rows(rows: int) -> str:
-    """What to start a server with whose memory does not hold so many texts."""
+def memory_advice(rows: int) -> str:
+    """The flag to restart a server with whose memory is too small for `rows` completions."""
     return f'--max_rows={rows // 2}' if rows > 1 else '--quantize=int8, or a smaller model'
 
 
 class Service:
-    """The engine in a thread of its own, and who may use it."""
+    """The engine, the jobs it runs and the limits of both."""
 
     def __init__(self, engine: Engine, settings: dict):
         self.engine, self.settings = engine, settings
-        self.name, self.began = settings['name'], int(time.time())
-        self.tokenizer, self.size = engine.tokenizer, engine.model.config.block_size
-        self.most = len(engine.slots) + settings['max_queue']  # texts at once
+        self.name, self.created = settings['name'], int(time.time())
+        self.tokenizer, self.block_size = engine.tokenizer, engine.model.config.block_size
+        self.max_completions = len(engine.slots) + settings['max_queue']  # running and queued
         self.metrics = Metrics(engine)
         self.lock = threading.Lock()
         self.jobs: set[CompletionJob] = set()
@@ -53,7 +53,7 @@ class Service:
         self.closed = threading.Event()
         self.threads = [
             threading.Thread(target=work, name=f'flatgpt {work.__name__}', daemon=True)
-            for work in (self.run, self.watch)
+            for work in (self.run, self.monitor)
         ]
         for thread in self.threads:
             thread.start()
@@ -64,15 +64,15 @@ class Service:
         except BaseException as error:
             if is_out_of_memory(error):
                 weight = self.engine.model.embedding.weight
-                cure = f'a restart with {fewer_rows(len(self.engine.slots))}'
-                LOG.error('%s', out_of_memory(error, str(weight.device), cure))
+                fix = f'a restart with {memory_advice(len(self.engine.slots))}'
+                LOG.error('%s', out_of_memory(error, str(weight.device), fix))
             else:
-                LOG.exception('the engine failed; nothing can be computed until a restart')
+                LOG.exception('the engine failed; restart the server')
 
-    def watch(self) -> None:
-        while not self.closed.wait(WATCH):
+    def monitor(self) -> None:
+        while not self.closed.wait(MONITOR_INTERVAL):
             for job in self.open_jobs():
-                job.watch()
+                job.cancel_if_abandoned()
 
     def open_jobs(self) -> list[CompletionJob]:
         with self.lock:
@@ -84,74 +84,79 @@ class Service:
         for thread in self.threads:
             thread.join()
 
-    def trouble(self) -> APIError | None:
-        """Why nothing can be computed now."""
+    def unavailable(self) -> APIError | None:
+        """The error for every new request, None while there is none."""
         if self.engine.error or self.engine.closed:
-            return APIError(503, 'the engine has stopped; the log says why', code='engine_stopped')
+            message = 'the engine has stopped; see the server log, then restart the server'
+            return APIError(503, message, code='engine_stopped')
         if self.draining:
-            after = {'Retry-After': '5'}
-            return APIError(503, 'the server is shutting down', code='draining', headers=after)
+            message = 'the server is shutting down; try again after its restart'
+            return APIError(503, message, code='draining', headers={'Retry-After': '5'})
         return None
 
-    def card(self) -> dict:
-        """What a list of models says of it."""
+    def model_info(self) -> dict:
+        """The model's entry in the list of models."""
         return {
             'id': self.name,
             'object': 'model',
-            'created': self.began,
+            'created': self.created,
             'owned_by': 'flatgpt',
-            'max_model_len': self.size,
+            'max_model_len': self.block_size,
         }
 
     # --- requests
 
-    def conversation(self, messages: list[Message]) -> tuple[list[int], str]:
-        """The ids of a conversation up to its answer, and the text that ends that, or ''."""
+    def encode_messages(self, messages: list[Message]) -> tuple[list[int], str]:
+        """Messages -> the prompt's token ids; the stop string that ends the turn, or ''."""
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:
-            message = "this model's tokenizer has no chat template: /v1/completions continues text"
+            message = "this model's tokenizer has no chat template; use /v1/completions"
             raise APIError(400, message, 'messages', 'no_chat_template')
-        talk = []
+        turns = []
         for number, message in enumerate(messages):
             try:
                 role = template_role(message.role, tokenizer.chat_template)
             except UserError as error:
                 raise APIError(400, f'messages[{number}]: {error}', 'messages') from None
-            talk.append({'role': role, 'content': message.content})
+            turns.append({'role': role, 'content': message.content})
         try:
-            ids = tokenizer.encode_chat(talk).tolist()
+            ids = tokenizer.encode_chat(turns).tolist()
         except UserError as error:
             raise APIError(400, f'messages: {error}', 'messages') from None
         if not ids:
-            raise APIError(400, 'messages: there is no text in them', 'messages')
+            raise APIError(400, 'messages: there is no text in them; add some', 'messages')
         end = tokenizer.chat_template['assistant'][1]
         return ids, '' if tokenizer.delimiter_id(end) is not None else end
 
-    def room(self, ids: list[int]) -> int:
-        """How many tokens may come after a prompt."""
-        most = self.settings['max_new_tokens']
-        return min(self.size - len(ids), self.size if most is None else most)
+    def max_new_tokens(self, ids: list[int]) -> int:
+        """How many tokens a completion of this prompt may have."""
+        limit = self.settings['max_new_tokens']
+        return min(self.block_size - len(ids), self.block_size if limit is None else limit)
 
-    def begin(
+    def submit(
         self,
         body: CompletionRequest,
         client_disconnected: Callable[[], bool],
         builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
     ) -> CompletionJob:
-        """Have a request computed; release() must follow. APIError if it cannot be."""
-        prompts, tokens = body.prompts(), self.tokenizer.vocab_size
+        """Start a request's job; release() must follow. APIError if it cannot be started."""
+        prompts, vocab_size = body.prompts(), self.tokenizer.vocab_size
         if body.max_tokens == 0 and not body.echo:
-            raise APIError(400, 'max_tokens: 0 only together with echo', 'max_tokens')
-        if len(prompts) * (body.n or 1) > self.most:
-            which = 'prompt' if len(prompts) > self.most else 'n'
-            raise APIError(400, f'{which}: a request may have {self.most} texts', which)
-        if max(body.logit_bias or (0,)) >= tokens:
-            raise APIError(400, f'logit_bias: there are {tokens} token ids', 'logit_bias')
+            raise APIError(400, 'max_tokens: 0 needs "echo": true', 'max_tokens')
+        if len(prompts) * (body.n or 1) > self.max_completions:
+            field = 'prompt' if len(prompts) > self.max_completions else 'n'
+            message = (
+                f'{field}: {self.max_completions} completions per request (prompts * n) are the '
+                'limit of this server; send fewer'
+            )
+            raise APIError(400, message, field)
+        if (largest := max(body.logit_bias or (0,))) >= vocab_size:
+            raise APIError(400, self.no_such_token('logit_bias', largest), 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
         seconds = self.settings['max_seconds']
         job = CompletionJob(body, prompts, self.engine, client_disconnected, seconds, builder)
-        self.submit(job)
+        self.start(job)
         return job
 
     def to_ids(self, prompt: str | list[int], field: str) -> list[int]:
@@ -160,37 +165,43 @@ class Service:
                 return self.tokenizer.encode(prompt, allow_eot=True).tolist()
             except UserError as error:
                 raise APIError(400, f'{field}: {error}', field) from None
-        if max(prompt, default=0) >= self.tokenizer.vocab_size:
-            ids = f'{max(prompt)} is none of the {self.tokenizer.vocab_size} token ids'
-            raise APIError(400, f'{field}: {ids}', field)
+        if (largest := max(prompt, default=0)) >= self.tokenizer.vocab_size:
+            raise APIError(400, self.no_such_token(field, largest), field)
         return prompt
 
+    def no_such_token(self, field: str, token: int) -> str:
+        last = self.tokenizer.vocab_size - 1
+        return f'{field}: {token} is not a token id; use 0 to {last}'
+
     def check_lengths(self, prompt: int, new: int) -> None:
-        if prompt + new > self.size:
+        """APIError if a prompt and its completion, in tokens, exceed the context or a limit."""
+        if prompt + new > self.block_size:
+            too_long = prompt >= self.block_size
+            fix = 'shorten the prompt' if too_long else f'lower it to {self.block_size - prompt}'
             raise APIError(
                 400,
-                f'the prompt has {prompt} tokens, and max_tokens={new} make {prompt + new}; this '
-                f"model's context holds {self.size}",
-                'prompt' if prompt >= self.size else 'max_tokens',
+                f'the prompt has {prompt} tokens, and max_tokens={new} make {prompt + new}; the '
+                f"model's context holds {self.block_size}; {fix}",
+                'prompt' if too_long else 'max_tokens',
                 'context_length_exceeded',
             )
-        for count, field, limit in (
+        for count, field, name in (
             (prompt, 'prompt', 'max_prompt_tokens'),
             (new, 'max_tokens', 'max_new_tokens'),
         ):
-            most = self.settings[limit]
-            if most is not None and count > most:
-                message = f'{field}: {count} tokens; this server takes {most} at most'
+            limit = self.settings[name]
+            if limit is not None and count > limit:
+                message = f'{field}: {count} tokens; this server accepts at most {limit}'
                 raise APIError(400, message, field)
 
-    def submit(self, job: CompletionJob) -> None:
+    def start(self, job: CompletionJob) -> None:
         with self.lock:
-            if trouble := self.trouble():
-                raise trouble
-            # one whose texts are written has a thread until its client has read them
-            taken = sum(max(other.left, 1) for other in self.jobs)
-            if taken + len(job.requests) > self.most:
-                message = f'{self.most} texts are being written or wait; try again'
+            if error := self.unavailable():
+                raise error
+            # a finished job occupies a thread until its client has read the response
+            used = sum(max(other.unfinished, 1) for other in self.jobs)
+            if used + len(job.requests) > self.max_completions:
+                message = f'{self.max_completions} completions are running or queued; try again'
                 raise APIError(429, message, code='queue_full', headers={'Retry-After': '1'})
             self.jobs.add(job)
         try:
@@ -201,7 +212,7 @@ class Service:
             raise job.failure() from None
 
     def release(self, job: CompletionJob) -> None:
-        """Its thread is done with it."""
+        """Cancel what is unfinished, and count the job."""
         job.cancel()
         with self.lock:
             if job not in self.jobs:

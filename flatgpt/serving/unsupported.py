@@ -1,12 +1,11 @@
 """
-Fields that other servers understand and this one does not act upon.
+Request fields that other servers have and this one does not support.
 
-    class Options(Unsupported): ...                      # Body, with them
-    name: only('a', 'b') = None                          # a field that is refused at other values
+    class Options(Unsupported): ...                      # a Body with these fields
+    name: unsupported_field('a', 'b') = None             # null, 'a' and 'b' are accepted
 
-Those that would change an answer are refused by name, but for the values that ask for nothing.
-Those that would not change it are ignored. What is in neither list, a typing mistake say, is
-refused too.
+Fields that would change the response are rejected, except at values that request nothing. Fields
+that would not change it are ignored. Any other field, such as a typo, is rejected.
 """
 
 import json
@@ -15,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
-NOTHING = (None, '', [], {})
-REFUSED = {  # name: values that ask for nothing, beside those
-    # what an answer is made of
+EMPTY = (None, '', [], {})
+UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides EMPTY
+    # the format of the response
     'response_format': ({'type': 'text'},),
     'text_format': (),
     'guided_json': (),
@@ -44,7 +43,7 @@ REFUSED = {  # name: values that ask for nothing, beside those
     'functions': (),
     'function_call': ('none', 'auto'),
     'store': (False,),
-    # what the prompt becomes
+    # the prompt
     'suffix': (),
     'system': (),
     'template': (),
@@ -56,7 +55,7 @@ REFUSED = {  # name: values that ask for nothing, beside those
     'truncate_prompt_tokens': (),
     'mm_processor_kwargs': (),
     'images': (),
-    # how a text is chosen
+    # sampling
     'use_beam_search': (False,),
     'length_penalty': (1,),
     'early_stopping': (False,),
@@ -82,13 +81,13 @@ REFUSED = {  # name: values that ask for nothing, beside those
     'logits_processors': (),
     'vllm_xargs': (),
     'options': (),
-    # where it ends
+    # the end of a completion
     'ignore_eos': (False,),
     'min_tokens': (0,),
     'stop_token_ids': (),
     'include_stop_str_in_output': (False,),
     'no_stop_trim': (False,),
-    # what is reported
+    # the fields of the response
     'skip_special_tokens': (True,),
     'prompt_logprobs': (),
     'n_probs': (0,),
@@ -96,39 +95,43 @@ REFUSED = {  # name: values that ask for nothing, beside those
     'return_tokens_as_token_ids': (False,),
     'return_token_ids': (False,),
 }
-CONSTRAINTS = """response_format text_format guided_json guided_regex guided_choice guided_grammar
-structured_outputs json_schema regex ebnf grammar""".split()  # of them an empty one asks, too
-IGNORED = """user metadata safety_identifier prompt_cache_key prompt_cache_retention service_tier
-parallel_tool_calls include_reasoning request_id session_id priority cache_prompt cache_salt id_slot
-keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
+# an empty value is a request, too: any JSON, for example
+CONSTRAINT_FIELDS = """response_format text_format guided_json guided_regex guided_choice
+guided_grammar structured_outputs json_schema regex ebnf grammar""".split()
+IGNORED_FIELDS = """user metadata safety_identifier prompt_cache_key prompt_cache_retention
+service_tier parallel_tool_calls include_reasoning request_id session_id priority cache_prompt
+cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
 spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length
 dry_penalty_last_n dry_sequence_breakers dynatemp_exponent smoothing_curve""".split()
 
 
-def only(*neutral, empty: bool = True):
-    """The type of a field that must be null, one of these, or `empty`; anything else is refused."""
-    allowed = (*(NOTHING if empty else NOTHING[:1]), *neutral)
+def field_error(message: str) -> PydanticCustomError:
+    """The error that a validator raises to report this message."""
+    return PydanticCustomError('refused', '{text}', {'text': message})
+
+
+def unsupported_field(*neutral, empty: bool = True):
+    """The type of a field that must be null or one of `neutral`, or with `empty` one of EMPTY."""
+    allowed = (*(EMPTY if empty else EMPTY[:1]), *neutral)
     hint = f', or give {" or ".join(map(json.dumps, neutral))}' if neutral else ''
 
     def check(value):
-        # 0 is equal to False, and they are not the same
+        # 0 == False in Python, but not in JSON
         same = (value == v and isinstance(value, bool) == isinstance(v, bool) for v in allowed)
         if not any(same):
-            raise PydanticCustomError(
-                'unsupported', 'this server does not support it; leave it out{hint}', {'hint': hint}
-            )
+            raise field_error(f'this server does not support it; leave it out{hint}')
         return value
 
-    described = {'enum': list(allowed), 'description': 'Not supported: refused where it asks.'}
+    described = {'enum': list(allowed), 'description': 'Not supported.'}
     return Annotated[Any, AfterValidator(check), WithJsonSchema(described)]
 
 
-def ignored():
+def ignored_field():
     return Annotated[Any, Field(description='Ignored.')]
 
 
 class Body(BaseModel):
-    """Numbers are not taken for text, nor 1.0 for 1; a field that is not known here is refused."""
+    """A JSON object without type conversions, such as 1.0 to 1, and without unknown fields."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False, extra='forbid')
 
@@ -137,8 +140,8 @@ Unsupported = create_model(
     'Unsupported',
     __base__=Body,
     **{
-        name: (only(*neutral, empty=name not in CONSTRAINTS), None)
-        for name, neutral in REFUSED.items()
+        name: (unsupported_field(*neutral, empty=name not in CONSTRAINT_FIELDS), None)
+        for name, neutral in UNSUPPORTED_FIELDS.items()
     },
-    **{name: (ignored(), None) for name in IGNORED},
+    **{name: (ignored_field(), None) for name in IGNORED_FIELDS},
 )

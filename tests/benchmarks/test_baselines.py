@@ -17,7 +17,7 @@ class SideHere(sides.Side):
     """A side in this process: importing torch and transformers takes its own some seconds."""
 
     def __init__(self, name, settings):
-        self.name, self.format, self.trouble = name, settings['format'], None
+        self.name, self.format, self.failure = name, settings['format'], None
         self.program = baselines.BUILDERS[name](settings, RUNTIME)
 
     def wait_until_ready(self):

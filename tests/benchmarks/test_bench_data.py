@@ -32,14 +32,14 @@ def test_the_text_in_memory_is_that_of_the_copied_files(tmp_path):
 def test_a_dataset_is_prepared_from_a_folder_and_counted_without_the_ends_of_text(tmp_path):
     for name in ('a', 'b', 'c'):
         (tmp_path / f'{name}.txt').write_text(name * 10)
-    seconds, work = data.prepared('byte', str(tmp_path))
+    seconds, work = data.time_preparation('byte', str(tmp_path))
     assert seconds > 0
     assert work == {'tokens': 30, 'result': [10.0 * (97 + 98 + 99)]}
 
 
 def test_batches_are_read_from_as_many_files_as_were_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr('flatgpt.benchmarks.data.SHARD_TOKENS', 200_000)
-    dataset = data.cut_into(tmp_path, 20)
+    dataset = data.write_shards(tmp_path, 20)
     assert len(list(tmp_path.glob('train-*.bin'))) == 20
     assert dataset.tokens['train'] == 200_000
     turns = data.read_batches(dataset, 2)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from benches import refused, settings
+from error_lines import case, error_line
 
 import bench
 from flatgpt.checkpoint import load as load_module
@@ -175,7 +177,7 @@ def test_windows_are_those_of_the_harness():
     assert list(lm_eval.windows([-1], [], 8)) == []
 
 
-def test_context_is_cut_on_the_left_and_a_long_answer_goes_on_in_windows():
+def test_context_is_cut_on_the_left_and_a_long_continuation_spans_windows():
     context, answer = list(range(10)), list(range(100, 103))
     assert list(lm_eval.windows(context, answer, 4)) == [((8, 9, 100, 101), answer)]
     answer = list(range(100, 110))
@@ -185,7 +187,7 @@ def test_context_is_cut_on_the_left_and_a_long_answer_goes_on_in_windows():
 
 
 @torch.no_grad()
-def test_an_answer_longer_than_the_context_is_scored_in_windows():
+def test_a_continuation_longer_than_the_context_is_scored_in_windows():
     tokenizer = byte_tokenizer()
     model = own(tokenizer)
     lm = lm_eval.Scorer(model, tokenizer)
@@ -196,7 +198,7 @@ def test_an_answer_longer_than_the_context_is_scored_in_windows():
         logprobs = model(torch.tensor([given]))[0][0].log_softmax(-1)
         expected += sum(logprobs[i - len(wanted), w].item() for i, w in enumerate(wanted))
     assert lm.loglikelihood(asked(('So:', ' ' + text)))[0][0] == pytest.approx(expected, abs=1e-4)
-    assert lm.cut == 1
+    assert lm.truncated == 1
 
 
 def test_scores_are_the_same_in_batches_of_any_size_and_again(files, monkeypatch):
@@ -230,13 +232,14 @@ def test_words_of_one_token_after_the_same_text_are_computed_once(monkeypatch):
     assert len({logprob for logprob, _ in scores}) == 3
 
 
-def test_white_space_for_a_context_is_scored_as_part_of_the_answer():
+def test_a_context_of_spaces_is_scored_as_part_of_the_continuation():
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     spaced, plain = lm.loglikelihood(asked(('  ', 'word'), ('', '  word')))
     assert spaced == plain
 
 
+@error_line('has an empty prompt, for which this')
 @torch.no_grad()
 def test_a_vocabulary_without_an_end_of_text_begins_with_the_first_token():
     tokenizer = char_tokenizer(list('abc'))
@@ -252,6 +255,9 @@ def test_a_vocabulary_without_an_end_of_text_begins_with_the_first_token():
     assert lm.loglikelihood(asked(('', 'cab')))[0][0] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(UserError, match='empty prompt'):
         lm.generate_until(asked(('', {'until': []})))
+    tokenizer = byte_tokenizer()  # one with an end-of-text token, as the error advises
+    lm = lm_eval.Scorer(own(tokenizer), tokenizer)
+    assert len(lm.generate_until(asked(('', {'until': [], 'max_gen_toks': 2})))) == 1
 
 
 def test_broken_weights_are_one_line():
@@ -274,20 +280,22 @@ def test_sampled_text_depends_on_its_place_and_the_seed_alone(monkeypatch):
     assert lm_eval.Scorer(model, tokenizer, seed=2).generate_until(requests) != texts
 
 
-def test_a_prompt_gives_way_to_what_is_to_be_written():
+def test_a_prompt_is_cut_to_leave_room_for_new_tokens():
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     assert len(lm.prompt('a' * 100, 12)) == SIZE - 12
     assert len(lm.prompt('a' * 100, 256)) == SIZE  # it slides
-    assert lm.cut == 2
+    assert lm.truncated == 2
     assert lm.prompt('', 12) == [tokenizer.eot]
 
 
-def test_what_a_task_asks_for_and_is_not_had_is_named():
+@error_line('the generation setting {} is not')
+def test_a_task_works_without_a_generation_setting_that_is_not_supported():
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     with pytest.raises(UserError, match='num_beams'):
         lm.generate_until(asked(('a', {'until': ['b'], 'num_beams': 4})))
+    assert len(lm.generate_until(asked(('a', {'until': ['b'], 'max_gen_toks': 2})))) == 1
 
 
 # -----------------------------------------------------------------------------
@@ -295,7 +303,7 @@ def test_what_a_task_asks_for_and_is_not_had_is_named():
 
 
 def test_the_childrens_book_test_puts_each_word_into_the_gap():
-    spec = importlib.util.spec_from_file_location('cbt', lm_eval.OURS / 'cbt.py')
+    spec = importlib.util.spec_from_file_location('cbt', lm_eval.TASKS_DIR / 'cbt.py')
     cbt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(cbt)
     doc = {
@@ -415,7 +423,7 @@ def test_mistakes_say_what_was_right_and_what_the_model_chose(files):
     for kind in KINDS:
         entry = lm_eval.evaluate_task(lm, kind, task(files, kind), None)[-1]
         wrong = entry['mistakes']
-        assert len(wrong) == (0 if kind == 'text' else lm_eval.MISTAKES)
+        assert len(wrong) == (0 if kind == 'text' else lm_eval.MAX_MISTAKES)
         if kind == 'choice':
             for example in wrong:
                 doc = next(d for d in DOCS if d['beginning'] == example['prompt'])
@@ -470,7 +478,7 @@ def test_progress_is_lines_where_nobody_watches(monkeypatch, capsys):
     [
         (['--task=lamada'], 'no such task; did you mean lambada?'),
         (['--task=lambada,'], 'task=: '),
-        (['--task=nowhere.yaml'], 'nowhere.yaml: no such file'),
+        (['--task=nowhere.yaml'], 'nowhere.yaml: no such task file'),
         (['--task=lambada', '--limit=0'], 'limit=0: must be at least 1'),
         (['--task=lambada', '--only=data'], '--task and --only'),
         (['--task=lambada', '--json=nowhere/x.json'], 'json=nowhere'),
@@ -482,6 +490,22 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, line, run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert line in refused(f'--out_dir={run}', *flags)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'bad',
+    [
+        case('lm-evaluation-harness has no such task', 'lamada'),
+        case('no such task file; check the path', 'choise.yaml'),
+    ],
+)
+def test_the_advice_for_the_name_of_a_task_is_right(files, every_task, bad):
+    with pytest.raises(UserError) as caught:
+        lm_eval.check_names([bad], every_task)
+    lm_eval.check_names([str(files / 'choice.yaml')], every_task)
+    if bad == 'lamada':
+        (name,) = re.findall(r'did you mean (\w+)\?', str(caught.value))
+        lm_eval.check_names([name], every_task)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path, monkeypatch):
@@ -504,21 +528,34 @@ def test_a_character_the_vocabulary_lacks_is_one_line(tmp_path, hub, capsys):
 @pytest.mark.parametrize(
     ('error', 'line'),
     [
-        (
+        case(
+            'is downloaded once from the',
             ConnectionError('no\nnetwork'),
             r'task=lambada: cannot be loaded \(ConnectionError: no net',
         ),
-        (ModuleNotFoundError("No module named 'x'", name='x'), 'task=lambada: needs pip install x'),
+        case(
+            'task={}: needs pip install {}',
+            ModuleNotFoundError("No module named 'x'", name='x'),
+            'task=lambada: needs pip install x',
+        ),
     ],
 )
-def test_a_task_that_cannot_be_loaded_says_why_in_a_line(error, line):
+def test_a_task_that_cannot_be_loaded_is_loaded_once_what_it_lacks_is_there(files, error, line):
+    loaded = task(files, 'choice')
+
     def load(names):
         assert names == ['lambada_openai']
-        raise error
+        if lacking:
+            raise error
+        return loaded
+
+    lacking = True
 
     with pytest.raises(UserError, match=line) as caught:
         lm_eval.load_task('lambada', SimpleNamespace(load=load))
     assert '\n' not in str(caught.value)
+    lacking = False
+    assert lm_eval.load_task('lambada', SimpleNamespace(load=load)) is loaded
 
 
 def test_data_that_cannot_be_had_offline_ends_the_command_in_a_line(script, run, tmp_path):
@@ -532,15 +569,22 @@ def test_data_that_cannot_be_had_offline_ends_the_command_in_a_line(script, run,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('flag', ['UNSAFE_CODE', 'MULTIMODAL'])
-def test_tasks_that_run_code_or_show_pictures_are_refused(files, flag):
+@pytest.mark.parametrize(
+    'flag',
+    [
+        case('runs code that models write; choose', 'UNSAFE_CODE'),
+        case('choose a task of text alone', 'MULTIMODAL'),
+    ],
+)
+def test_tasks_that_run_code_or_show_pictures_are_refused_and_others_are_not(files, flag):
     loaded = task(files, 'choice')
     setattr(loaded['tasks']['own_choice'], flag, True)
     with pytest.raises(UserError, match='task=x: '):
         lm_eval.load_task('x', SimpleNamespace(load=lambda names: loaded))
+    assert task(files, 'word')['tasks']
 
 
-def test_without_the_harness_a_line_says_what_to_install(monkeypatch, run, tmp_path):
+def test_without_the_harness_a_line_reports_what_to_install(monkeypatch, run, tmp_path):
     monkeypatch.delitem(sys.modules, 'flatgpt.benchmarks.lm_eval')
     monkeypatch.delattr(benchmarks, 'lm_eval')
     monkeypatch.setitem(sys.modules, 'lm_eval', None)

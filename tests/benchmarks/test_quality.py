@@ -43,10 +43,10 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, capsys):
         for split in ('train', 'val'):
             writer.write(split, np.arange(400) % 2)
     flags[1] = f'--dataset={tmp_path / "other"}'
-    with pytest.raises(UserError, match='was not made with the tokenizer'):
+    with pytest.raises(UserError, match='was not prepared with the tokenizer'):
         decoding.bench_quality(settings(*flags), Runtime('cpu', torch.float32), again)
 
 
 def test_a_run_whose_data_is_gone_is_refused(tmp_path):
-    with pytest.raises(UserError, match='is not here'):
+    with pytest.raises(UserError, match='no prepared dataset'):
         decoding.dataset_of({'config': {'dataset': str(tmp_path)}}, None)

@@ -31,15 +31,15 @@ class Pipe:
         (RuntimeError('something\nlong'), 'RuntimeError: something'),
     ],
 )
-def test_a_side_that_cannot_be_built_says_why_in_a_line(monkeypatch, error, line):
+def test_a_side_that_cannot_be_built_reports_why_in_a_line(monkeypatch, error, line):
     def build(settings, runtime):
         raise error
 
     monkeypatch.setitem(baselines.BUILDERS, 'transformers', build)
     pipe = Pipe()
-    sides.serve(pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32'})
+    sides.run_side(pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32'})
     assert len(pipe.sent) == 1
-    assert isinstance(pipe.sent[0], sides.Trouble)
+    assert isinstance(pipe.sent[0], sides.SideFailure)
     assert line in pipe.sent[0]
     assert '\n' not in pipe.sent[0]
 
@@ -48,6 +48,6 @@ def test_a_side_that_was_killed_is_a_line_and_not_a_broken_pipe():
     side = sides.Side.__new__(sides.Side)
     side.pipe, other = multiprocessing.Pipe()
     other.close()
-    side.trouble = None
+    side.failure = None
     assert side.turn('decode', 1) is None
-    assert 'was killed' in side.trouble
+    assert 'was killed' in side.failure

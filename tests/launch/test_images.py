@@ -1,4 +1,4 @@
-"""Dockerfile, compose.yaml and launch/k8s.yaml, as far as they can be looked at without Docker."""
+"""Dockerfile, compose.yaml and launch/k8s.yaml, as far as they can be checked without Docker."""
 
 import fnmatch
 import json
@@ -27,7 +27,7 @@ def steps(*names):
 
 
 def excluded(path):
-    """Whether .dockerignore keeps a path, relative to the root, out of what Docker is sent."""
+    """Whether .dockerignore excludes a path, relative to the root, from the build context."""
     found = False
     for line in (ROOT / '.dockerignore').read_text(encoding='utf-8').splitlines():
         if line and line[0] != '#':
@@ -41,7 +41,7 @@ def excluded(path):
 
 
 def context():
-    """What Docker is sent: {path: bytes}."""
+    """The build context: {path: bytes}."""
     sizes = {}
     for folder, folders, files in os.walk(ROOT):
         here = os.path.relpath(folder, ROOT).replace(os.sep, '/').removeprefix('.').lstrip('/')
@@ -134,7 +134,7 @@ def services():
 
 
 def check_settings(script, *args):
-    """Fail if the script is none, or one of its configs or settings."""
+    """Fail if the script, one of its configs or one of its settings does not exist."""
     settings = (ROOT / script).read_text(encoding='utf-8').split('# ' + 77 * '-')[1]
     for arg in args:
         if arg.startswith('--'):

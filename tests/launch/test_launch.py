@@ -1,4 +1,4 @@
-"""launch/: two servers behind nginx, which are killed, ended and started again under load."""
+"""launch/nginx.conf: two servers that are killed, stopped and restarted under load."""
 
 import contextlib
 import json

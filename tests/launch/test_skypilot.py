@@ -109,7 +109,7 @@ def path_of(name, end='.py'):
 
 
 def imports(script):
-    """The modules that a script cannot do without: those that it only tries are left out."""
+    """The modules that a script requires, without optional imports."""
     tree = ast.parse(script.read_text(encoding='utf-8'))
     tries = [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
     tried = {each for node in tries for each in ast.walk(node)}
@@ -206,7 +206,7 @@ def machines(network, environment, tmp_path):
 
 
 def make_disk(folder):
-    """What SkyPilot's workdir and the task's setup leave on a machine."""
+    """Create what SkyPilot's workdir and the task's setup leave on a machine."""
     folder.mkdir(exist_ok=True)
     (folder / '.venv' / 'bin').mkdir(parents=True, exist_ok=True)
     activate = f'PATH="{os.path.dirname(sys.executable)}:$PATH"\n'
@@ -226,7 +226,7 @@ def take_away():
 
 
 def finish(processes):
-    """-> what each has printed."""
+    """The output of each process, once it has ended."""
     texts = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], '\n'.join(texts)
     return texts
@@ -236,9 +236,7 @@ FIXED = ('--dropout=0.2', '--lr_decay_iters=1000', '--eval_interval=100000', '--
 
 
 @pytest.mark.faults
-def test_taken_away_and_given_other_machines_the_run_goes_on_from_the_bucket(
-    machines, script, tiny, tmp_path
-):
+def test_on_another_machine_a_run_resumes_from_the_bucket(machines, script, tiny, tmp_path):
     first = machines(tiny, *FIXED, '--max_iters=100000')
     bucket, deadline = tmp_path / 'bucket' / 'mine', time.monotonic() + 60
     while not (bucket / 'checkpoints').is_dir() or not steps(bucket):

@@ -1,4 +1,4 @@
-"""launch/slurm.sh, with small programs in the place of SLURM's: turns, signals, the end."""
+"""launch/slurm.sh, with stubs for SLURM's programs: turns, signals, the end of the run."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ NODES = {'SLURM_JOB_NODELIST': '127.0.0.1,127.0.0.2'}
 
 @pytest.fixture
 def cluster(tmp_path, environment):
-    """The environment of a job's first turn on two nodes; `requeued` tells what it asked for."""
+    """The environment of a job's first turn on two nodes; `requeued` records its requests."""
     programs = tmp_path / 'programs'
     programs.mkdir()
     for name, text in (('srun', SRUN), ('scontrol', SCONTROL)):
@@ -70,7 +70,7 @@ def requeued(cluster):
 
 @contextlib.contextmanager
 def turn(cluster, *args, cwd=ROOT):
-    """The script at work, as sbatch starts it: in the folder it was handed in from."""
+    """The script's process, started as by sbatch: in the folder it was submitted from."""
     command = ['bash', str(SCRIPT), *map(str, args)]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
     process = subprocess.Popen(command, cwd=cwd, env=cluster, start_new_session=True, **pipes)
@@ -83,7 +83,7 @@ def turn(cluster, *args, cwd=ROOT):
 
 
 def finish(process):
-    """-> its exit status and all it printed."""
+    """Its exit status and its output."""
     text, _ = process.communicate(timeout=120)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no one is left behind
@@ -129,7 +129,7 @@ def test_a_run_that_ends_on_two_nodes_is_not_queued_again(cluster, tiny, tmp_pat
         (['--out_dir=other', 'mine.py'], 'mine'),
     ],
 )
-def test_a_run_is_finished_when_it_says_so_in_the_folder_that_config_or_flag_names(
+def test_a_run_is_finished_when_its_folder_by_config_or_flag_has_done(
     cluster, tiny, tmp_path, args, out_dir
 ):
     out_dir = out_dir.format(job=cluster['SLURM_JOB_ID'])
@@ -186,7 +186,7 @@ def test_a_run_that_fails_is_not_queued_again(cluster, tiny, tmp_path):
 
 
 @pytest.mark.faults
-def test_the_config_that_a_run_wrote_goes_on_in_its_folder(cluster, run_here, tmp_path):
+def test_the_config_that_a_run_wrote_resumes_in_its_folder(cluster, run_here, tmp_path):
     assert run_here(f'--out_dir={tmp_path}/a') == 0
     cluster = {**cluster, 'SLURM_JOB_NUM_NODES': '1'}
     more = (tmp_path / 'a' / 'config.py', '--init_from=resume', '--max_iters=6')

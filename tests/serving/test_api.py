@@ -1,4 +1,4 @@
-"""The server: what clients send and get, who is let in, and what is left when something fails."""
+"""The server: requests and responses, access control, and recovery from failures."""
 
 import contextlib
 import http.client
@@ -83,24 +83,24 @@ def ask_texts(client, **body):
 
 
 def stream(client, **body):
-    """The frames of a streamed answer, without the last one, which only ends it."""
+    """The events of a streamed answer, without the last one, which only ends it."""
     with client.post(PATH, json={**body, 'stream': True}, buffered=True) as reply:
         assert reply.status_code == 200, reply.text
-        return frames_of(reply.text)
+        return events_of(reply.text)
 
 
-def frames_of(text):
-    *frames, end, rest = text.split('\n\n')
+def events_of(text):
+    *events, end, rest = text.split('\n\n')
     assert (end, rest) == ('data: [DONE]', '')
-    assert all(frame.startswith('data: ') for frame in frames)
-    return [json.loads(frame.removeprefix('data: ')) for frame in frames]
+    assert all(event.startswith('data: ') for event in events)
+    return [json.loads(event.removeprefix('data: ')) for event in events]
 
 
-def joined(frames):
-    """The choices of a whole answer, put together from those of its frames."""
+def joined(events):
+    """The choices of a whole answer, put together from those of its events."""
     choices = {}
-    for frame in frames:
-        for choice in frame['choices']:
+    for event in events:
+        for choice in event['choices']:
             whole = choices.setdefault(choice['index'], {**choice, 'text': '', 'logprobs': None})
             assert whole['finish_reason'] is None or not whole['text']
             whole['text'] += choice['text']
@@ -157,12 +157,12 @@ def test_a_completion_is_what_the_engine_writes(client, model):
 
 
 @pytest.mark.parametrize('prompt', ['ab', ['ab'], [97, 98], [[97, 98]]])
-def test_a_prompt_is_text_or_ids_or_a_list_of_either(client, prompt):
+def test_a_prompt_is_a_string_or_ids_or_a_list_of_either(client, prompt):
     given = {'temperature': 0, 'max_tokens': 5}
     assert ask_texts(client, prompt=prompt, **given) == ask_texts(client, prompt='ab', **given)
 
 
-def test_several_prompts_and_n_give_texts_in_order(client):
+def test_several_prompts_and_n_give_completions_in_order(client):
     given = {'seed': 3, 'max_tokens': 6}
     body = ask(client, prompt=['ab', 'cde'], n=3, **given)
     assert [choice['index'] for choice in body['choices']] == [0, 1, 2, 3, 4, 5]
@@ -174,7 +174,7 @@ def test_several_prompts_and_n_give_texts_in_order(client):
 
 
 @pytest.mark.parametrize('exact', ['float32', 'deterministic'])
-def test_a_seed_gives_the_same_text_alone_and_under_load(make_app, exact):
+def test_a_seed_gives_the_same_completion_alone_and_under_load(make_app, exact):
     half = random_model(VOCABULARY, SIZE).bfloat16()
     choice = {} if exact == 'float32' else {'deterministic': True, 'model': half}
     client = make_app(**choice).test_client()
@@ -190,7 +190,7 @@ def test_a_seed_gives_the_same_text_alone_and_under_load(make_app, exact):
     assert ask_texts(client, **{**given, 'seed': 12}) != text
 
 
-def test_without_a_seed_every_answer_is_another(client):
+def test_without_a_seed_every_completion_is_different(client):
     assert len({ask_texts(client, prompt='ab', logit_bias=GOES_ON)[0] for _ in range(5)}) == 5
 
 
@@ -202,20 +202,20 @@ def test_staggered_greedy_requests_get_what_each_gets_alone(client, model):
         assert text() == [alone(model, prompt, max_new_tokens=20, temperature=0)]
 
 
-def test_null_is_as_if_it_had_not_been_said(client):
+def test_null_is_the_same_as_an_omitted_field(client):
     names = [name for name in schema.CompletionRequest.model_fields if name != 'prompt']
     nulls = dict.fromkeys(names) | {'seed': 5}
     assert ask_texts(client, prompt='ab', **nulls) == ask_texts(client, prompt='ab', seed=5)
 
 
-def test_sixteen_tokens_are_the_default_and_what_is_harmless_is_ignored(client):
+def test_sixteen_tokens_are_the_default_and_harmless_fields_are_ignored(client):
     harmless = {'user': 'me', 'metadata': {'a': 'b'}, 'service_tier': 'flex', 'best_of': 1}
     body = ask(client, prompt='ab', model='another', logit_bias=GOES_ON, **harmless)
     assert body['usage']['completion_tokens'] == 16
     assert body['model'] == 'tiny'
 
 
-def test_minus_one_is_no_seed_and_other_negative_ones_are(client):
+def test_minus_one_means_no_seed_and_other_negative_numbers_are_seeds(client):
     given = {'prompt': 'ab', 'logit_bias': GOES_ON}
     assert len({ask_texts(client, **given, seed=-1)[0] for _ in range(4)}) == 4
     assert ask_texts(client, **given, seed=-2) == ask_texts(client, **given, seed=-2)
@@ -233,7 +233,7 @@ def test_minus_one_is_no_seed_and_other_negative_ones_are(client):
     ],
     ids=str,
 )
-def test_the_choice_of_tokens_reaches_the_engine(client, model, choice):
+def test_sampling_parameters_reach_the_engine(client, model, choice):
     bias = tuple((int(token), value) for token, value in choice.get('logit_bias', {}).items())
     same = {**choice, 'logit_bias': bias, 'seed': 5, 'top_k': max(0, choice.get('top_k', 0))}
     text = alone(model, 'abc', max_new_tokens=10, **same)
@@ -241,7 +241,7 @@ def test_the_choice_of_tokens_reaches_the_engine(client, model, choice):
 
 
 @pytest.mark.parametrize('extreme', [1, -1])
-def test_the_ends_of_every_range_leave_the_engine_running(client, extreme):
+def test_the_engine_survives_the_limits_of_every_range(client, extreme):
     choice = {
         'temperature': 1e6 if extreme > 0 else 0,
         'top_p': 1 if extreme > 0 else 5e-324,
@@ -260,7 +260,7 @@ def test_the_ends_of_every_range_leave_the_engine_running(client, extreme):
     assert client.get('/ready').status_code == 200
 
 
-def test_the_end_of_text_ends_a_text_and_is_understood_in_a_prompt(client):
+def test_the_end_of_text_token_ends_a_completion_and_is_encoded_in_a_prompt(client):
     body = ask(client, prompt='ab', logit_bias={'256': 100}, logprobs=1)
     choice = body['choices'][0]
     assert (choice['text'], choice['finish_reason']) == ('', 'stop')
@@ -279,7 +279,7 @@ def test_the_end_of_text_ends_a_text_and_is_understood_in_a_prompt(client):
         ([], 'one SSTOP two é🎉', 'length'),
     ],
 )
-def test_stop_strings_end_a_text_across_the_borders_of_tokens(client, stop, text, finish):
+def test_stop_strings_may_span_several_tokens(client, stop, text, finish):
     script = 'one SSTOP two é🎉'.encode()
     write(service_of(client), script)
     given = {'prompt': 'a', 'max_tokens': len(script), 'stop': stop}
@@ -288,15 +288,15 @@ def test_stop_strings_end_a_text_across_the_borders_of_tokens(client, stop, text
     assert joined(stream(client, **given)) == [choice]
 
 
-def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypatch):
+def test_a_stream_never_splits_characters_of_several_bytes(client, monkeypatch):
     script = 'é🎉ы中👩‍🚀'.encode()
     write(service_of(client), script)
-    monkeypatch.setattr('flatgpt.serving.job.PACE', 0)
+    monkeypatch.setattr('flatgpt.serving.job.EVENT_INTERVAL', 0)
     engine = service_of(client).engine
     step = engine.step
     engine.step = lambda: (time.sleep(0.002), step())[1]
-    frames = stream(client, prompt='a', max_tokens=len(script))
-    texts = [choice['text'] for frame in frames for choice in frame['choices']]
+    events = stream(client, prompt='a', max_tokens=len(script))
+    texts = [choice['text'] for event in events for choice in event['choices']]
     assert len(texts) > 5
     assert ''.join(texts) == script.decode()
 
@@ -305,7 +305,7 @@ def test_characters_of_several_bytes_are_never_cut_in_a_stream(client, monkeypat
 # streams
 
 
-def test_a_stream_has_frames_a_usage_and_an_end(client):
+def test_a_stream_has_events_a_usage_and_an_end(client):
     reply = client.post(
         PATH,
         json={
@@ -320,16 +320,16 @@ def test_a_stream_has_frames_a_usage_and_an_end(client):
     assert reply.headers['Cache-Control'] == 'no-cache'
     assert reply.headers['X-Accel-Buffering'] == 'no'
     assert 'Connection' not in reply.headers
-    *frames, last = frames_of(reply.text)
+    *events, last = events_of(reply.text)
     assert last['choices'] == []
     assert last['usage'] == {'prompt_tokens': 2, 'completion_tokens': 16, 'total_tokens': 18}
-    assert all(frame['usage'] is None for frame in frames)
-    assert [f['choices'][0]['finish_reason'] for f in frames] == [None] * (len(frames) - 1) + [
+    assert all(event['usage'] is None for event in events)
+    assert [f['choices'][0]['finish_reason'] for f in events] == [None] * (len(events) - 1) + [
         'length'
     ]
-    assert len({frame['id'] for frame in [*frames, last]}) == 1
-    for frame in [*frames, last]:
-        schema.CompletionResponse.model_validate(frame)
+    assert len({event['id'] for event in [*events, last]}) == 1
+    for event in [*events, last]:
+        schema.CompletionResponse.model_validate(event)
 
 
 @pytest.mark.parametrize(
@@ -345,12 +345,12 @@ def test_a_stream_has_frames_a_usage_and_an_end(client):
     ],
     ids=str,
 )
-def test_a_stream_says_what_a_whole_answer_says(client, given):
+def test_a_stream_has_the_same_choices_as_a_whole_response(client, given):
     given = {'prompt': 'abc', 'seed': 4, 'max_tokens': 24, **given}
     assert joined(stream(client, **given)) == ask(client, **given)['choices']
 
 
-def test_the_first_token_is_sent_at_once_and_others_together(client):
+def test_the_first_token_is_sent_at_once_and_others_in_batches(client):
     engine, steps = service_of(client).engine, threading.Semaphore(1)
     step = engine.step
     engine.step = lambda: (steps.acquire(), step())[1]
@@ -358,9 +358,9 @@ def test_the_first_token_is_sent_at_once_and_others_together(client):
     reply = client.post(PATH, json={**given, 'stream': True})
     first = next(reply.response)  # one step, of the prompt and perhaps of a token after it
     steps.release(1000)
-    frames = frames_of((first + b''.join(reply.response)).decode())
+    events = events_of((first + b''.join(reply.response)).decode())
     reply.close()
-    lengths = [len(frame['choices'][0]['logprobs']['tokens']) for frame in frames]
+    lengths = [len(event['choices'][0]['logprobs']['tokens']) for event in events]
     assert lengths[0] in (1, 2)
     assert sum(lengths) == 60
     assert len(lengths) < 30
@@ -370,7 +370,7 @@ def test_the_first_token_is_sent_at_once_and_others_together(client):
 # log-probabilities
 
 
-def test_echo_with_logprobs_scores_prompt_and_text(client, model):
+def test_echo_with_logprobs_scores_prompt_and_completion(client, model):
     given = {'prompt': [1, 2, 3, 4], 'max_tokens': 3, 'temperature': 0, 'echo': True, 'logprobs': 2}
     choice = ask(client, **given)['choices'][0]
     scores = choice['logprobs']
@@ -390,7 +390,7 @@ def test_echo_with_logprobs_scores_prompt_and_text(client, model):
         assert (own == max(likeliest.values())) == (ids[i] == expected[i - 1].argmax())
 
 
-def test_a_prompt_can_be_scored_without_writing(client):
+def test_a_prompt_can_be_scored_without_generating(client):
     body = ask(client, prompt=['abc', 'defg'], max_tokens=0, echo=True, logprobs=0)
     assert [choice['text'] for choice in body['choices']] == ['abc', 'defg']
     assert [len(c['logprobs']['tokens']) for c in body['choices']] == [3, 4]
@@ -398,7 +398,7 @@ def test_a_prompt_can_be_scored_without_writing(client):
     assert body['usage'] == {'prompt_tokens': 7, 'completion_tokens': 0, 'total_tokens': 7}
 
 
-def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number():
+def test_tokens_with_the_same_text_have_unique_keys_and_infinity_is_a_number():
     request, plain = Request([97], SamplingParams(), print, top=3), byte_tokenizer()
     tokens = [*plain.token_bytes, 'é'.encode(), b'a', '\ufffd'.encode(), None]
     tokenizer = Tokenizer('byte', 'byte', tokens, plain.special)
@@ -426,14 +426,14 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
 
 
 # -----------------------------------------------------------------------------
-# what is refused
+# invalid requests
 
 
 @pytest.mark.parametrize(
     ('body', 'param', 'says'),
     [
         ({}, 'prompt', 'required'),
-        ({'prompt': None}, 'prompt', 'must be a text'),
+        ({'prompt': None}, 'prompt', 'must be a string'),
         ({'prompt': ''}, 'prompt', 'empty'),
         ({'prompt': []}, 'prompt', 'empty'),
         ({'prompt': [[]]}, 'prompt', 'empty'),
@@ -444,7 +444,7 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
         ({'prompt': [1.0]}, 'prompt', 'must be'),
         ({'prompt': [-1]}, 'prompt', 'must be'),
         ({'prompt': {'a': 1}}, 'prompt', 'must be'),
-        ({'prompt': [257]}, 'prompt', '257 is none of the 257 token ids'),
+        ({'prompt': [257]}, 'prompt', '257 is not a token id; use 0 to 256'),
         ({'prompt': [[1], [2**40]]}, 'prompt', 'must be'),
         ({'prompt': 'a' * 60, 'max_tokens': 5}, 'max_tokens', '60 tokens, and max_tokens=5'),
         ({'prompt': 'a' * 60}, 'max_tokens', 'max_tokens=16 make 76'),
@@ -457,8 +457,8 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
         ({'prompt': 'a', 'max_tokens': True}, 'max_tokens', 'integer'),
         ({'prompt': 'a', 'max_tokens': 10**30}, 'max_tokens', 'less'),
         ({'prompt': 'a', 'n': 0}, 'n', 'greater'),
-        ({'prompt': 'a', 'n': 137}, 'n', 'a request may have 136 texts'),
-        ({'prompt': ['a'] * 137}, 'prompt', '136 texts'),
+        ({'prompt': 'a', 'n': 137}, 'n', '136 completions per request'),
+        ({'prompt': ['a'] * 137}, 'prompt', '136 completions'),
         ({'prompt': 'a', 'temperature': -0.1}, 'temperature', 'greater'),
         ({'prompt': 'a', 'temperature': 'hot'}, 'temperature', 'number'),
         ({'prompt': 'a', 'top_p': 0}, 'top_p', 'greater'),
@@ -497,7 +497,7 @@ def test_tokens_that_read_alike_have_names_of_their_own_and_infinity_is_a_number
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip
-def test_what_is_wrong_in_a_request_is_named(client, body, param, says):
+def test_an_error_reports_the_invalid_field(client, body, param, says):
     error = ask(client, 400, **body)['error']
     assert error.keys() == {'message', 'type', 'param', 'code'}
     assert error['type'] == 'invalid_request_error'
@@ -537,26 +537,26 @@ def test_what_is_wrong_in_a_request_is_named(client, body, param, says):
     ids=lambda body: repr(body[:40]),
 )
 @pytest.mark.parametrize('path', [PATH, '/tokenize', '/detokenize', '/v1/chat/completions'])
-def test_a_body_that_is_not_the_json_it_should_be_is_400(client, path, body):
+def test_a_body_that_is_not_valid_json_is_400(client, path, body):
     reply = client.post(path, data=body, content_type='application/json')
     ignored = path in ('/tokenize', '/detokenize') and (b'temperature' in body or b'bias' in body)
     assert reply.status_code == 400 or (ignored and reply.json)
     assert reply.json.get('error', {'message': ignored})['message']
 
 
-@pytest.mark.parametrize('name', unsupported.REFUSED)
-def test_what_is_not_supported_is_accepted_where_it_asks_for_nothing(chatting, name):
+@pytest.mark.parametrize('name', unsupported.UNSUPPORTED_FIELDS)
+def test_unsupported_fields_are_accepted_at_values_that_request_nothing(chatting, name):
     path, body = (PATH, {'prompt': 'a'}) if name == 'suffix' else (CHAT, {'messages': TALK})
     empty = ([], {}, '')
-    for neutral in (None, *empty, *unsupported.REFUSED[name]):
-        asks = name in unsupported.CONSTRAINTS and neutral in empty  # any JSON, say
+    for neutral in (None, *empty, *unsupported.UNSUPPORTED_FIELDS[name]):
+        asks = name in unsupported.CONSTRAINT_FIELDS and neutral in empty  # any JSON, say
         ask(chatting, 400 if asks else 200, path, max_tokens=1, **body, **{name: neutral})
     error = ask(chatting, 400, path, **body, **{name: {'some': 'thing'}})['error']
     assert error['param'] == name
     assert error['message'].startswith(f'{name}: this server does not support it')
 
 
-def test_an_accepted_value_stays_what_it_is():
+def test_an_accepted_value_is_not_changed():
     (message,) = schema.ChatRequest(messages=[{**TALK[0], 'type': 'text'}]).messages
     assert message.type == 'text'
     assert schema.CompletionRequest(prompt='a', min_tokens=0).min_tokens == 0
@@ -572,13 +572,13 @@ def test_an_accepted_value_stays_what_it_is():
         (b'{"prompt": "a", "logit_bias": {" 5": 3}}', 'logit_bias'),
     ],
 )
-def test_what_only_some_parsers_take_for_json_is_400(client, body, says):
+def test_json_that_only_some_parsers_accept_is_400(client, body, says):
     reply = client.post(PATH, data=body, content_type='application/json')
     assert reply.status_code == 400
     assert says in reply.json['error']['message']
 
 
-def test_many_wrong_names_and_a_very_long_one_are_refused_in_a_line(client):
+def test_many_unknown_fields_and_a_very_long_name_are_refused_in_a_line(client):
     for body in ({f'f{i}': 1 for i in range(100_000)}, {'temperature' * 300_000: 1}):
         began = time.monotonic()
         message = ask(client, 400, prompt='a', **body)['error']['message']
@@ -586,7 +586,7 @@ def test_many_wrong_names_and_a_very_long_one_are_refused_in_a_line(client):
         assert len(message) < 200
 
 
-def test_a_field_in_the_address_is_named_and_not_lost(client):
+def test_a_field_in_the_url_is_reported_and_not_ignored(client):
     error = ask(client, 400, f'{PATH}?max_tokens=3', prompt='a')['error']
     assert (error['param'], 'JSON body' in error['message']) == ('max_tokens', True)
     ask(client, path=f'{PATH}?api-version=1', prompt='a')
@@ -602,14 +602,14 @@ def test_a_field_in_the_address_is_named_and_not_lost(client):
         ('application/json; charset=UTF-8', 'identity', None),
     ],
 )
-def test_a_body_that_is_encoded_in_another_way_is_415(client, kind, coding, says):
+def test_a_body_with_another_encoding_is_415(client, kind, coding, says):
     headers = {'Content-Encoding': coding} if coding else {}
     reply = client.post(PATH, data=b'{"prompt": "a"}', content_type=kind, headers=headers)
     assert reply.status_code == (415 if says else 200)
     assert not says or says in reply.json['error']['message']
 
 
-def test_a_large_wrong_body_is_refused_without_a_word_for_each_of_its_parts(client):
+def test_a_large_invalid_body_is_refused_without_an_error_for_each_item(client):
     body = b'{"prompt": [' + b'1,' * 1_000_000 + b'"a"]}'
     began = time.monotonic()
     reply = client.post(PATH, data=body, content_type='application/json')
@@ -618,7 +618,7 @@ def test_a_large_wrong_body_is_refused_without_a_word_for_each_of_its_parts(clie
     assert len(reply.data) < 500
 
 
-def test_a_character_that_the_vocabulary_lacks_is_400(make_app):
+def test_a_character_outside_the_vocabulary_is_400(make_app):
     client = make_app(char_tokenizer('abc', eot=True), random_model(4, SIZE)).test_client()
     error = ask(client, 400, prompt='abé')['error']
     assert error['param'] == 'prompt'
@@ -629,7 +629,7 @@ def test_a_character_that_the_vocabulary_lacks_is_400(make_app):
 @pytest.mark.parametrize(
     'path', ['/nothing', '/v1', '/v1/completions/x', '/docs/../x', '/docs/x.js']
 )
-def test_a_path_that_is_not_there_is_404(client, path):
+def test_an_unknown_path_is_404(client, path):
     reply = client.get(path)
     assert reply.status_code == 404
     assert reply.json['error']['type'] == 'not_found_error'
@@ -639,7 +639,7 @@ def test_a_path_that_is_not_there_is_404(client, path):
     ('method', 'path', 'allowed'),
     [('get', PATH, 'POST'), ('post', '/health', 'GET'), ('delete', '/tokenize', 'POST')],
 )
-def test_a_method_that_a_path_does_not_take_is_405(client, method, path, allowed):
+def test_a_method_that_a_path_does_not_accept_is_405(client, method, path, allowed):
     reply = getattr(client, method)(path)
     assert reply.status_code == 405
     assert allowed in reply.headers['Allow']
@@ -656,7 +656,7 @@ def test_a_method_that_a_path_does_not_take_is_405(client, method, path, allowed
         'application/jsonp',
     ],
 )
-def test_a_body_that_is_not_called_json_is_415(client, kind):
+def test_a_body_without_the_content_type_of_json_is_415(client, kind):
     reply = client.post(PATH, data=b'{"prompt": "a"}', content_type=kind)
     assert reply.status_code == 415
     assert 'Content-Type: application/json' in reply.json['error']['message']
@@ -666,16 +666,16 @@ def test_a_body_that_is_too_large_is_413(make_app):
     client = make_app(max_body=0.01).test_client()
     assert (
         ask(client, 413, prompt='a' * 20_000)['error']['message']
-        == 'the body has more than 0.01 MiB'
+        == 'the body is larger than 0.01 MiB, the limit of this server; send less'
     )
 
 
-def test_the_limits_of_the_server_are_named(make_app):
+def test_the_limits_of_the_server_are_reported(make_app):
     client = make_app(max_prompt_tokens=10, max_new_tokens=20).test_client()
     error = ask(client, 400, prompt='a' * 11)['error']
-    assert error['message'] == 'prompt: 11 tokens; this server takes 10 at most'
+    assert error['message'] == 'prompt: 11 tokens; this server accepts at most 10'
     error = ask(client, 400, prompt='a', max_tokens=21)['error']
-    assert error['message'] == 'max_tokens: 21 tokens; this server takes 20 at most'
+    assert error['message'] == 'max_tokens: 21 tokens; this server accepts at most 20'
     ask(client, prompt='a' * 10, max_tokens=20)
 
 
@@ -705,14 +705,14 @@ def test_a_chat_is_the_completion_of_its_template(chatting):
     assert answer['usage']['prompt_tokens'] == len(ids)
 
 
-def test_a_streamed_chat_says_who_speaks_and_what_a_whole_one_says(chatting):
+def test_a_streamed_chat_has_the_role_first_and_the_content_of_a_whole_response(chatting):
     given = {'messages': TALK, 'max_tokens': 9, 'seed': 3, 'n': 2}
     whole = ask(chatting, path=CHAT, **given)
     with chatting.post(CHAT, json={**given, 'stream': True}, buffered=True) as reply:
-        frames = frames_of(reply.text)
-    assert {frame['object'] for frame in frames} == {'chat.completion.chunk'}
+        events = events_of(reply.text)
+    assert {event['object'] for event in events} == {'chat.completion.chunk'}
     for index, choice in enumerate(whole['choices']):
-        deltas = [c for frame in frames for c in frame['choices'] if c['index'] == index]
+        deltas = [c for event in events for c in event['choices'] if c['index'] == index]
         assert [delta['delta'].get('role') for delta in deltas[:2]] in (
             ['assistant'],
             ['assistant', None],
@@ -744,7 +744,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: unknown role 'tool'"),
         ({'messages': []}, 'messages: '),
         ({'messages': [{'role': 'user'}]}, 'messages[0].content: '),
-        ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "this model's context holds 64"),
+        ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "the model's context holds 64"),
         ({'messages': [TALK[1], 'x']}, 'messages[1]: '),
         ({'messages': [{**TALK[1], 'content': None}]}, 'messages[0].content: '),
         ({'messages': [{**TALK[1], 'content': [{'type': 'image_url'}]}]}, "type 'image_url'"),
@@ -753,17 +753,20 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': [{**TALK[1], 'other': 1}]}, 'messages[0].other: no such field'),
         ({'messages': TALK, 'max_tokens': 0}, 'max_tokens: '),
         ({'messages': TALK, 'max_completion_tokens': 0}, 'max_completion_tokens: '),
-        ({'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2}, 'is another number'),
+        (
+            {'messages': TALK, 'max_tokens': 1, 'max_completion_tokens': 2},
+            'differs from max_tokens',
+        ),
         ({'messages': TALK, 'top_logprobs': 2}, 'top_logprobs: needs "logprobs": true'),
         ({'messages': TALK, 'n': 2, 'best_of': 3}, 'best_of: '),
         ({'messages': TALK, 'prompt': 'x'}, 'prompt: no such field'),
     ],
 )
-def test_a_conversation_that_cannot_be_answered_is_400(chatting, body, says):
+def test_invalid_messages_are_400(chatting, body, says):
     assert says in ask(chatting, 400, CHAT, **body)['error']['message']
 
 
-def test_text_parts_are_the_text_that_they_have(chatting):
+def test_text_parts_are_joined(chatting):
     given = {'path': CHAT, 'max_tokens': 5, 'temperature': 0}
     plain = ask(chatting, messages=[{'role': 'user', 'content': 'a\nb'}], **given)
     parts = [{'type': 'text', 'text': text} for text in 'ab']
@@ -772,7 +775,7 @@ def test_text_parts_are_the_text_that_they_have(chatting):
     assert ask(chatting, messages=[message], **given)['choices'] == plain['choices']
 
 
-def test_a_chat_without_a_limit_keeps_to_that_of_the_server(chatting):
+def test_a_chat_without_max_tokens_has_the_limit_of_the_server(chatting):
     service_of(chatting).settings['max_new_tokens'] = 7
     answer = ask(chatting, path=CHAT, messages=TALK[1:], logit_bias={'256': -100, '257': -100})
     assert answer['usage']['completion_tokens'] == 7
@@ -783,13 +786,13 @@ def test_without_a_chat_template_chat_is_400(client):
     assert error['error']['code'] == 'no_chat_template'
 
 
-@pytest.mark.parametrize('end', ['\n', 'e' * (schema.LONGEST_STOP + 1)], ids=['short', 'long'])
-def test_a_chat_may_have_as_many_stops_as_are_allowed(make_app, end):
+@pytest.mark.parametrize('end', ['\n', 'e' * (schema.MAX_STOP_LENGTH + 1)], ids=['short', 'long'])
+def test_a_chat_may_have_the_most_stop_strings_besides_the_end_of_a_turn(make_app, end):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {'user': ['', ''], 'assistant': ['', end]}
     client = make_app(tokenizer, random_model(VOCABULARY, 2048)).test_client()
     write(service_of(client), b'yes' + end.encode() + b'no')
-    stop = [f'stop {i}' for i in range(schema.MOST_STOPS)]
+    stop = [f'stop {i}' for i in range(schema.MAX_STOPS)]
     given = {'path': CHAT, 'messages': TALK[1:], 'max_tokens': 600, 'stop': stop}
     assert ask(client, **given)['choices'][0]['message']['content'] == 'yes'
     empty = [{'role': 'user', 'content': ''}]
@@ -802,25 +805,25 @@ def test_a_turn_ends_at_the_token_that_the_end_of_text_stands_for(make_app):
     tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template, end_ids=[256])
     client = make_app(tokenizer).test_client()
     messages = schema.ChatRequest(messages=TALK[1:]).messages
-    assert service_of(client).conversation(messages)[1] == ''  # no stop string
+    assert service_of(client).encode_messages(messages)[1] == ''  # no stop string
     write(service_of(client), [*b'yes ', *EOT.encode(), 256])  # spelt, which is not the token
     answer = ask(client, path=CHAT, messages=TALK[1:], max_tokens=30)
     assert answer['choices'][0]['message']['content'] == f'yes {EOT}'
 
 
 @pytest.mark.parametrize('best_of', [None, 1, 2])
-def test_as_many_texts_as_are_chosen_among_are_no_choice(chatting, best_of):
+def test_best_of_is_accepted_if_it_equals_n(chatting, best_of):
     for path, body in ((PATH, {'prompt': 'a'}), (CHAT, {'messages': TALK})):
         answer = ask(chatting, path=path, **body, n=2, best_of=best_of, max_tokens=1)
         assert len(answer['choices']) == 2
 
 
 # -----------------------------------------------------------------------------
-# who is let in
+# access control
 
 
 @pytest.mark.parametrize('key', ['secret', 'clé 🔑'])
-def test_a_key_guards_the_model_and_its_tokenizer(make_app, key):
+def test_an_api_key_protects_the_model_and_its_tokenizer(make_app, key):
     client = make_app(api_key=key).test_client()
     right = {'Authorization': f'Bearer {key}'.encode().decode('latin-1')}
     for path in (
@@ -849,7 +852,7 @@ def test_a_key_guards_the_model_and_its_tokenizer(make_app, key):
         assert client.get(path).status_code == 200
 
 
-def test_the_word_bearer_is_read_in_any_case(make_app):
+def test_bearer_is_case_insensitive(make_app):
     client = make_app(api_key='my key').test_client()
     for sent in ('Bearer my key', 'bearer my key', 'BEARER  my key'):
         assert client.get('/v1/models', headers={'Authorization': sent}).status_code == 200
@@ -867,7 +870,7 @@ def allowed(reply):
     return reply.headers.get('Access-Control-Allow-Origin')
 
 
-def test_with_a_key_any_page_may_ask_and_reads_every_answer(make_app):
+def test_with_an_api_key_any_page_may_send_requests_and_read_responses(make_app):
     client = make_app(api_key='secret').test_client()
     page = {'Origin': ELSEWHERE}
     reply = client.options(CHAT, headers={**page, **PREFLIGHT})
@@ -897,11 +900,11 @@ def test_with_a_key_any_page_may_ask_and_reads_every_answer(make_app):
         ('http://rebound.example:8000', False),  # a name that leads here
         ('http://localhost.example:80', False),
         ('http://localhost:80.example', False),
-        ('null', False),  # of a sandboxed frame
+        ('null', False),  # of a sandboxed event
         (None, True),  # no browser's page
     ],
 )
-def test_without_a_key_only_pages_of_this_machine_may_ask(client, origin, may):
+def test_without_an_api_key_only_pages_of_this_machine_may_send_requests(client, origin, may):
     page = {'Origin': origin} if origin else {}
     for reply in (
         client.options(PATH, headers={**page, **PREFLIGHT}),
@@ -914,12 +917,12 @@ def test_without_a_key_only_pages_of_this_machine_may_ask(client, origin, may):
             assert f'--allow_origins={origin}' in reply.json['error']['message']
 
 
-def test_allow_origins_lists_the_pages(make_app):
+def test_allow_origins_lists_the_allowed_pages(make_app):
     given = f'{ELSEWHERE}, http://10.0.0.1:*,null'
     client = make_app(allow_origins=given).test_client()
     for origin in (ELSEWHERE, 'http://10.0.0.1', 'http://10.0.0.1:81', 'null'):
         assert allowed(client.get('/health', headers={'Origin': origin})) == origin
-    for origin in (f'{ELSEWHERE}:81', 'https://other.example', 'http://localhost'):
+    for origin in (f'{ELSEWHERE}:81', 'https://other.example', 'http://localhost:3000'):
         assert client.get('/health', headers={'Origin': origin}).status_code == 403
     client = make_app(allow_origins='', api_key='x').test_client()
     reply = client.get('/health', headers={'Origin': ELSEWHERE})
@@ -948,7 +951,7 @@ def test_allow_origins_lists_the_pages(make_app):
         ('localhost:8000', {'allow_origins': ELSEWHERE}, True),
     ],
 )
-def test_a_server_without_a_key_answers_to_its_own_names(host, given, may):
+def test_a_server_without_an_api_key_accepts_only_its_own_host_names(host, given, may):
     none = {'host': '127.0.0.1', 'api_key': None, 'allow_origins': None}
     origins = Origins({**none, **given})
     if may:
@@ -959,7 +962,7 @@ def test_a_server_without_a_key_answers_to_its_own_names(host, given, may):
         assert (caught.value.status, caught.value.code) == (403, 'host_not_allowed')
 
 
-def test_a_name_made_to_lead_here_reads_nothing(app):
+def test_a_page_with_dns_rebinding_reads_nothing(app):
     app.extensions['origins'] = Origins({**service_of(app.test_client()).settings, 'host': '::1'})
     client = app.test_client()
     for path in ('/v1/models', '/tokenizer_info', '/metrics'):
@@ -968,8 +971,10 @@ def test_a_name_made_to_lead_here_reads_nothing(app):
 
 
 @pytest.mark.parametrize('wrong', ['app.example', 'https://a/', 'https://*.example', 'https://a/b'])
-def test_what_is_no_origin_is_one_line(make_app, wrong):
-    with pytest.raises(ConfigError, match=r'allow_origins: .* is no origin; give scheme://host'):
+def test_an_invalid_origin_is_one_line(make_app, wrong):
+    with pytest.raises(
+        ConfigError, match=r'allow_origins: .* is not an origin; give scheme://host'
+    ):
         make_app(allow_origins=f'https://good.example,{wrong}')
 
 
@@ -984,7 +989,7 @@ def test_the_key_may_come_from_the_environment(make_app, monkeypatch):
 
 
 @pytest.mark.parametrize('host', ['0.0.0.0', '::'])
-def test_a_host_that_others_reach_needs_a_key(host):
+def test_a_host_that_other_machines_reach_needs_an_api_key(host):
     with pytest.raises(ConfigError, match='FLATGPT_API_KEY'):
         listen({'host': host, 'port': 0, 'api_key': None})
     with (
@@ -994,7 +999,7 @@ def test_a_host_that_others_reach_needs_a_key(host):
         pass
 
 
-def test_a_port_that_is_taken_and_a_host_that_is_none_are_one_line():
+def test_a_port_in_use_and_an_unknown_host_are_one_line():
     with listen({'host': '127.0.0.1', 'port': 0, 'api_key': None}) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f'--port={port}: .*in use'):
@@ -1004,10 +1009,10 @@ def test_a_port_that_is_taken_and_a_host_that_is_none_are_one_line():
 
 
 # -----------------------------------------------------------------------------
-# full, late, broken, closing
+# overload, timeouts, failures, shutdown
 
 
-def test_more_than_the_line_holds_is_429_until_there_is_room(make_app):
+def test_more_than_the_queue_holds_is_429_until_there_is_room(make_app):
     client = make_app(max_rows=2, max_queue=3).test_client()
     service = service_of(client)
     with held(service):
@@ -1026,16 +1031,18 @@ def test_more_than_the_line_holds_is_429_until_there_is_room(make_app):
     assert not service.jobs
 
 
-def test_a_request_that_takes_too_long_is_ended(make_app):
+def test_a_request_over_the_time_limit_is_cancelled(make_app):
     client = make_app(max_seconds=0.2).test_client()
     service, step = service_of(client), service_of(client).engine.step
     service.engine.step = lambda: (time.sleep(0.05), step())[1]
     error = ask(client, 504, prompt='a', max_tokens=60, logit_bias=GOES_ON)['error']
     assert error['code'] == 'timeout'
-    assert error['message'] == 'it took longer than 0.2 seconds, the limit of this server'
-    frames = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
-    assert frames[0]['choices']
-    assert frames[-1] == {'error': error}
+    assert error['message'] == (
+        'the request took longer than 0.2 seconds, the limit of this server; lower max_tokens'
+    )
+    events = stream(client, prompt='a', max_tokens=60, logit_bias=GOES_ON)
+    assert events[0]['choices']
+    assert events[-1] == {'error': error}
     wait_until(lambda: not service.engine.running)
 
 
@@ -1046,7 +1053,7 @@ def break_engine(service):
     service.engine.step = step
 
 
-def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(client, caplog):
+def test_an_exception_in_the_engine_fails_open_and_later_requests(client, caplog):
     service = service_of(client)
     with held(service):
         whole = in_background(client.post, PATH, json={'prompt': 'a'})
@@ -1059,13 +1066,13 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     for reply in (whole(), *(each() for each in waiting)):
         assert reply.status_code == 500
         assert reply.json['error'] == {
-            'message': 'the engine failed; the log says why',
+            'message': 'the engine failed; see the server log, then restart the server',
             'type': 'server_error',
             'param': None,
             'code': 'engine_stopped',
         }
-    frames = frames_of(streamed().text)
-    assert frames[-1]['error']['code'] == 'engine_stopped'
+    events = events_of(streamed().text)
+    assert events[-1]['error']['code'] == 'engine_stopped'
     assert client.get('/health').status_code == 200
     assert client.get('/ready').status_code == 503
     assert ask(client, 503, prompt='a')['error']['code'] == 'engine_stopped'
@@ -1076,19 +1083,19 @@ def test_an_exception_in_the_engine_fails_what_is_open_and_all_that_follows(clie
     assert 'ZeroDivisionError' in json.loads(JsonLines().format(failure))['traceback']
 
 
-@pytest.mark.parametrize(('rows', 'cure'), [(8, '--max_rows=4'), (1, '--quantize=int8, or ')])
-def test_memory_that_runs_out_while_serving_is_one_line_of_the_log(make_app, caplog, rows, cure):
+@pytest.mark.parametrize(('rows', 'fix'), [(8, '--max_rows=4'), (1, '--quantize=int8, or ')])
+def test_memory_that_runs_out_while_serving_is_one_line_of_the_log(make_app, caplog, rows, fix):
     client = make_app(max_rows=rows).test_client()
     break_engine(service_of(client))
     assert client.post(PATH, json={'prompt': 'a'}).status_code == 500
     wait_until(lambda: 'out of memory' in caplog.text)
     (record,) = (each for each in caplog.records if 'out of memory' in each.getMessage())
-    text = f'out of memory on cpu; try a restart with {cure}'
+    text = f'out of memory on cpu; try a restart with {fix}'
     assert record.getMessage().startswith(text)
     assert record.exc_info is None
 
 
-def test_what_is_no_lack_of_memory_is_not_told_as_one(make_app, monkeypatch):
+def test_another_error_is_not_reported_as_out_of_memory(make_app, monkeypatch):
     def broken(*args, **options):
         raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
 
@@ -1097,7 +1104,7 @@ def test_what_is_no_lack_of_memory_is_not_told_as_one(make_app, monkeypatch):
         make_app()
 
 
-def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, caplog):
+def test_a_completion_without_finite_logits_is_an_error_and_the_engine_continues(client, caplog):
     service = service_of(client)
     sample_all = service.engine.runner.sample_all
     service.engine.runner.sample_all = lambda requests, logits: [-1] * len(requests)
@@ -1109,19 +1116,19 @@ def test_a_text_without_finite_logits_says_so_and_the_engine_goes_on(client, cap
     ask(client, prompt='a')
 
 
-def test_a_client_may_leave_between_a_token_and_the_moment_it_is_sent(client):
+def test_a_client_may_disconnect_before_a_token_is_sent(client):
     service, body = service_of(client), schema.CompletionRequest(prompt='a')
     with held(service):
-        job = service.begin(body, lambda: True)
+        job = service.submit(body, lambda: True)
         (request,) = job.requests
         request.began = request.came
         request.written += [97, 98]  # as take() does, before send() notes when
         service.release(job)
-        assert 'first_token' not in job.record(False)
+        assert 'first_token' not in job.log_fields(False)
     assert figures(client)['flatgpt_generation_tokens_total'] == 2
 
 
-def test_what_an_engine_that_is_closed_leaves_open_is_told_so(make_app):
+def test_requests_that_a_closed_engine_leaves_open_are_503(make_app):
     client = make_app(model=random_model(VOCABULARY, 4096)).test_client()
     service = service_of(client)
     given = {'prompt': 'a', 'max_tokens': 4000, 'logit_bias': GOES_ON}
@@ -1131,7 +1138,7 @@ def test_what_an_engine_that_is_closed_leaves_open_is_told_so(make_app):
     assert answer()['error']['code'] == 'draining'
 
 
-def test_while_draining_nothing_new_is_begun_and_what_runs_is_finished(client):
+def test_a_draining_server_starts_no_requests_and_finishes_running_ones(client):
     service = service_of(client)
     with held(service):
         running = in_background(ask, client, prompt='a')
@@ -1145,7 +1152,7 @@ def test_while_draining_nothing_new_is_begun_and_what_runs_is_finished(client):
     assert running()['choices']
 
 
-def test_an_error_that_nobody_foresaw_is_500_in_json_and_logged(client, caplog, monkeypatch):
+def test_an_unexpected_error_is_500_in_json_and_logged(client, caplog, monkeypatch):
     monkeypatch.setattr(service_of(client), 'to_ids', lambda *args: 1 / 0)
     error = ask(client, 500, '/tokenize', prompt='a')['error']
     assert error['type'] == 'server_error'
@@ -1154,7 +1161,7 @@ def test_an_error_that_nobody_foresaw_is_500_in_json_and_logged(client, caplog, 
 
 
 # -----------------------------------------------------------------------------
-# beside the model
+# models, tokenizer, metrics, log
 
 
 def test_the_model_is_listed_and_found_by_its_name(client):
@@ -1168,7 +1175,7 @@ def test_the_model_is_listed_and_found_by_its_name(client):
     assert (reply.status_code, reply.json['error']['param']) == (404, 'model')
 
 
-def test_text_and_ids_go_to_and_fro(client):
+def test_text_is_encoded_and_decoded(client):
     body = ask(client, path='/tokenize', prompt='é', add_special_tokens=False)
     assert body == {'tokens': [0xC3, 0xA9], 'count': 2, 'max_model_len': SIZE}
     assert ask(client, path='/detokenize', tokens=body['tokens']) == {'prompt': 'é'}
@@ -1182,13 +1189,13 @@ def test_text_and_ids_go_to_and_fro(client):
     assert ask(client, 400, '/tokenize', prompt=[1])['error']['param'] == 'prompt'
 
 
-def test_a_vocabulary_without_an_end_says_so(make_app):
+def test_a_vocabulary_without_an_end_of_text_token_has_none(make_app):
     client = make_app(char_tokenizer('abc'), random_model(3, SIZE)).test_client()
     assert client.get('/tokenizer_info').json['eos_token'] is None
     assert len(ask_texts(client, prompt='ab')[0]) == 16
 
 
-def test_metrics_count_texts_tokens_and_refusals(client):
+def test_metrics_count_completions_tokens_and_errors(client):
     ask(client, prompt='abc', n=2, max_tokens=5, logit_bias=GOES_ON)
     ask(client, prompt='abc', logit_bias={'256': 100})
     ask(client, 400, prompt='')
@@ -1211,7 +1218,7 @@ def test_metrics_count_texts_tokens_and_refusals(client):
     assert {name: seen[name] for name in expected} == expected
 
 
-def test_metrics_show_what_runs_and_waits(make_app):
+def test_metrics_show_running_and_waiting_requests(make_app):
     client = make_app(max_rows=2).test_client()
     service = service_of(client)
     engine, step, go = service.engine, service.engine.step, threading.Event()
@@ -1230,7 +1237,7 @@ def logged(caplog, path=PATH):
     return [line for line in lines if line.get('path') == path]
 
 
-def test_a_line_of_the_log_says_who_asked_and_what_it_took(client, caplog):
+def test_a_log_line_has_the_client_and_the_times(client, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     reply = client.post(
         PATH,
@@ -1258,7 +1265,7 @@ def test_a_line_of_the_log_says_who_asked_and_what_it_took(client, caplog):
     assert logged(caplog, '/health')[0]['status'] == 200
 
 
-def test_a_refusal_is_logged_with_its_code(make_app, caplog):
+def test_an_error_is_logged_with_its_code(make_app, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     client = make_app(api_key='secret', max_seconds=0.001).test_client()
     client.post(PATH, json={'prompt': 'a'}, buffered=True)
@@ -1273,7 +1280,7 @@ def test_a_refusal_is_logged_with_its_code(make_app, caplog):
     assert [line['code'] for line in logged(caplog)] == ['invalid_api_key', 'timeout', 'timeout']
 
 
-def test_the_log_has_prompts_only_where_asked(make_app, caplog):
+def test_the_log_has_prompts_only_with_log_prompts(make_app, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     client = make_app(log_prompts=True).test_client()
     text = joined(stream(client, prompt=['one', 'two'], max_tokens=3, logit_bias={'98': 100}))[0][
@@ -1319,7 +1326,7 @@ def test_the_openapi_document_is_valid_and_has_every_path(client, app):
             assert ('requestBody' in operation) <= (method == 'post')
 
 
-def test_the_examples_of_the_documentation_are_answered_as_it_says(client):
+def test_the_examples_of_the_documentation_work(client):
     document = client.get('/openapi.json').json
     for path in (PATH, '/tokenize', '/detokenize'):
         reference = document['paths'][path]['post']['requestBody']['content']['application/json'][
@@ -1345,7 +1352,7 @@ def assert_described(kind, body):
     assert kind.model_validate(body, strict=True).model_dump(exclude_unset=True) == body
 
 
-def test_the_documentation_page_needs_nothing_from_elsewhere(client):
+def test_the_documentation_page_loads_nothing_from_other_servers(client):
     page = client.get('/docs').text
     assert '://' not in page
     for file in re.findall(r'(?:src|href)="([^"]*)"', page):
@@ -1384,22 +1391,22 @@ def test_every_setting_is_explained(monkeypatch):
         ),
         ({'max_rows': 0}, 'max_rows=0: must be at least 1'),
         ({'max_queue': -1}, 'max_queue=-1'),
-        ({'port': 8000}, 'create_app.port=.: the server that runs it has its own'),
+        ({'port': 8000}, 'create_app.port=.: the WSGI server sets its address'),
         ({'max_seconds': 0.0}, 'max_seconds=0.0'),
         (
             {'max_rows': '4'},
             'create_app.max_rows=.: max_rows needs a whole number or None',
         ),
-        ({'quantize': 'int8'}, 'create_app.quantize=.: the model is given'),
+        ({'quantize': 'int8'}, 'create_app.quantize=.: the model is already loaded'),
     ],
 )
-def test_settings_that_cannot_be_are_one_line(make_app, wrong, says):
+def test_invalid_settings_are_one_line(make_app, wrong, says):
     with pytest.raises(ConfigError, match=says):
         make_app(**wrong)
 
 
-def test_more_rows_than_memory_holds_are_one_line(make_app):
-    with pytest.raises(UserError, match='max_rows=1000000000000: so many do not fit'):
+def test_more_slots_than_fit_into_memory_are_one_line(make_app):
+    with pytest.raises(UserError, match='max_rows=1000000000000: the cache does not fit'):
         make_app(max_rows=10**12)
 
 
@@ -1420,7 +1427,7 @@ def test_an_application_for_other_servers_loads_the_model_by_itself(tmp_path):
 
 @pytest.mark.parametrize('streamed', [True, False])
 @pytest.mark.parametrize('when', ['before the first token', 'midway'])
-def test_a_client_that_leaves_frees_its_row_within_half_a_second(make_app, model, streamed, when):
+def test_a_client_that_disconnects_soon_frees_its_slot(make_app, model, streamed, when):
     app = make_app(max_rows=1, model=random_model(VOCABULARY, 4096))
     service = app.extensions['flatgpt']
     endless = {'prompt': 'a', 'max_tokens': 4000, 'logit_bias': GOES_ON}
@@ -1443,7 +1450,7 @@ def test_a_client_that_leaves_frees_its_row_within_half_a_second(make_app, model
     assert not any('{status="5' in name for name in seen)
 
 
-def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
+def test_the_client_of_a_large_upload_can_read_the_error(app):
     with served(app) as port:
         for length in (2**22 - 14, 2**22, 6_000_000, 20_000_000):
             status, _, body = post(port, prompt='a' * length)
@@ -1452,7 +1459,7 @@ def test_a_large_upload_is_refused_in_words_that_its_client_reads(app):
         assert post(port, prompt='a' * (2**22 - 100))[0] == 400  # in which the prompt is too long
 
 
-def test_until_the_model_is_loaded_health_is_200_and_all_else_503(app):
+def test_until_the_model_is_loaded_health_is_200_and_other_paths_503(app):
     origins = Origins({'allow_origins': None, 'api_key': 'x'})
     startup, listener = StartupApp(origins=origins), listening()
     server, port = Server(startup, listener, 4), listener.getsockname()[1]
@@ -1518,7 +1525,7 @@ def test_connections_are_kept_for_the_next_request(app):
     ],
     ids=lambda value: repr(value)[:50],
 )
-def test_what_is_no_http_is_answered_in_json_too_and_logged(app, caplog, sent, status):
+def test_malformed_http_gets_an_error_in_json_and_is_logged(app, caplog, sent, status):
     caplog.set_level(logging.INFO, 'flatgpt')
     with served(app) as port, socket.create_connection(('127.0.0.1', port), timeout=30) as client:
         client.sendall(sent.replace(b'\r\n', b'\r\nOrigin: http://localhost:1\r\n', 1))
@@ -1543,7 +1550,7 @@ def test_a_body_in_chunks_is_read(app):
             assert json.loads(connection.getresponse().read())['tokens'] == [0xC3, 0xA9]
 
 
-def test_the_log_has_the_client_that_a_proxy_on_this_machine_names(app, caplog):
+def test_the_log_has_the_client_that_a_local_proxy_reports(app, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     with served(app) as port:
         for named in ({}, {'X-Forwarded-For': '192.0.2.9'}):
@@ -1567,31 +1574,31 @@ def test_idle_sockets_and_slow_uploads_do_not_starve_others(app):
 
 
 def connect_and_never_read(port, service):
-    """A client whose thread soon waits for it to read: its frames are larger than any buffer."""
+    """A client whose thread soon waits for it to read: its events are larger than any buffer."""
     given = {'prompt': 'a', 'max_tokens': 60, 'n': 2, 'logit_bias': GOES_ON, 'stream': True}
-    frames = lambda job, head: iter([b'x' * 2**24] * 3)  # noqa: E731
+    events = lambda job, envelope: iter([b'x' * 2**24] * 3)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('flatgpt.serving.job.CompletionJob.frames', frames)
+        patch.setattr('flatgpt.serving.job.CompletionJob.events', events)
         client = connect(port, **given)
         client.recv(1, socket.MSG_PEEK)
-    wait_until(lambda: service.jobs and not any(job.left for job in service.jobs))
+    wait_until(lambda: service.jobs and not any(job.unfinished for job in service.jobs))
     return client
 
 
-def test_who_does_not_read_takes_no_row_and_is_cut_off_in_the_end(make_app, monkeypatch):
+def test_a_client_that_does_not_read_takes_no_slot_and_is_disconnected(make_app, monkeypatch):
     app = make_app(max_rows=1, max_queue=2)
     service = app.extensions['flatgpt']
     with serving(app) as (server, port), connect_and_never_read(port, service):
         assert post(port, prompt='a', n=2)[0] == 200
         assert len(service.jobs) == 1
-        monkeypatch.setattr('flatgpt.serving.http_server.LOOK', 0.05)
-        monkeypatch.setattr('flatgpt.serving.http_server.STALLED', 0.2)
+        monkeypatch.setattr('flatgpt.serving.http_server.STALL_CHECK_INTERVAL', 0.05)
+        monkeypatch.setattr('flatgpt.serving.http_server.STALL_TIMEOUT', 0.2)
         wait_until(lambda: not service.jobs)
         wait_until(lambda: not server.busy())
 
 
-def test_who_does_not_read_is_not_waited_for_without_end(make_app, monkeypatch):
-    monkeypatch.setattr('flatgpt.serving.http_server.FLUSH', 1.0)
+def test_draining_waits_a_limited_time_for_clients_that_do_not_read(make_app, monkeypatch):
+    monkeypatch.setattr('flatgpt.serving.http_server.DRAIN_TIMEOUT', 1.0)
     app = make_app()
     service = app.extensions['flatgpt']
     with serving(app) as (server, port):
@@ -1603,7 +1610,7 @@ def test_who_does_not_read_is_not_waited_for_without_end(make_app, monkeypatch):
         wait_until(lambda: not service.jobs)
 
 
-def test_those_who_go_on_asking_do_not_keep_a_server_that_drains(app):
+def test_new_requests_do_not_delay_draining(app):
     service, end = app.extensions['flatgpt'], threading.Event()
 
     def poll(port):
@@ -1624,7 +1631,7 @@ def test_those_who_go_on_asking_do_not_keep_a_server_that_drains(app):
     assert 0.5 <= took < 5
 
 
-def test_what_was_begun_is_read_to_its_end_while_a_server_drains(make_app):
+def test_a_response_is_read_to_its_end_while_a_server_drains(make_app):
     app = make_app()
     service = app.extensions['flatgpt']
     with serving(app) as (server, port), connect_and_never_read(port, service) as slow:
@@ -1639,7 +1646,7 @@ def test_what_was_begun_is_read_to_its_end_while_a_server_drains(make_app):
         assert drained.wait(5)
 
 
-def test_frames_arrive_while_the_text_is_written(make_app):
+def test_events_arrive_while_the_completion_runs(make_app):
     app = make_app(model=random_model(VOCABULARY, 2048))
     with (
         served(app) as port,
@@ -1691,11 +1698,11 @@ def test_openai_streams_with_logprobs_and_usage(openai_client, app):
     given = {'prompt': 'one', 'max_tokens': 20, 'seed': 3, 'logprobs': 1, 'logit_bias': GOES_ON}
     body = ask(app.test_client(), **given)
     options = {'stream': True, 'stream_options': {'include_usage': True}}
-    *frames, last = openai_client.completions.create(model='tiny', **given, **options)
-    assert ''.join(frame.choices[0].text for frame in frames) == body['choices'][0]['text']
-    tokens = [token for frame in frames for token in frame.choices[0].logprobs.tokens]
+    *events, last = openai_client.completions.create(model='tiny', **given, **options)
+    assert ''.join(event.choices[0].text for event in events) == body['choices'][0]['text']
+    tokens = [token for event in events for token in event.choices[0].logprobs.tokens]
     assert tokens == body['choices'][0]['logprobs']['tokens']
-    assert frames[-1].choices[0].finish_reason == 'length'
+    assert events[-1].choices[0].finish_reason == 'length'
     assert (last.choices, last.usage.completion_tokens) == ([], 20)
 
 
@@ -1722,7 +1729,7 @@ def test_openai_lists_the_model(openai_client):
     assert openai_client.models.retrieve('tiny').object == 'model'
 
 
-def test_openai_names_errors_by_its_own_classes(openai_client):
+def test_openai_raises_its_own_error_classes(openai_client):
     import openai
 
     service, given = openai_client, {'model': 'tiny', 'prompt': 'a'}
@@ -1739,7 +1746,7 @@ def test_openai_names_errors_by_its_own_classes(openai_client):
     assert caught.value.code == 'invalid_api_key'
 
 
-def test_openai_raises_what_comes_midway_in_a_stream(make_app):
+def test_openai_raises_an_error_in_the_middle_of_a_stream(make_app):
     openai = pytest.importorskip('openai', reason='openai is not installed')
     app = make_app(max_seconds=0.3)
     service, step = app.extensions['flatgpt'], app.extensions['flatgpt'].engine.step
@@ -1748,10 +1755,10 @@ def test_openai_raises_what_comes_midway_in_a_stream(make_app):
     with served(app) as port:
         base = f'http://127.0.0.1:{port}/v1'
         with openai.OpenAI(base_url=base, api_key='-') as client:
-            frames = client.completions.create(**given, stream=True)
-            assert next(frames).choices
+            events = client.completions.create(**given, stream=True)
+            assert next(events).choices
             with pytest.raises(openai.APIError, match='took longer than'):
-                list(frames)
+                list(events)
             with pytest.raises(openai.InternalServerError, match='took longer than'):
                 client.completions.create(**given)  # which does not try again
     assert figures(app.test_client())['flatgpt_requests_rejected_total{status="504"}'] == 1
@@ -1780,11 +1787,11 @@ def begin_many(port):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
-def test_a_signal_ends_the_server_when_all_that_runs_is_answered(out_dir, environment):
+def test_a_signal_stops_the_server_when_running_requests_are_finished(out_dir, environment):
     with started(out_dir, environment) as (process, port):
         limits = process.stdout.readline()
-        assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
-        assert 'no key' in limits
+        assert '8 slots, queue of 128, context of 4096 tokens' in limits
+        assert 'no API key' in limits
         for host, status in (('evil.example', 403), (f'localhost:{port}', 200)):
             connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
             with contextlib.closing(connection):
@@ -1813,7 +1820,7 @@ def serve_here(out_dir, monkeypatch):
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_either_signal_lets_what_runs_be_answered(serve_here, monkeypatch, capsys, number):
+def test_either_signal_lets_running_requests_finish(serve_here, monkeypatch, capsys, number):
     listener = listening()
     port = listener.getsockname()[1]
     monkeypatch.setattr(api, 'listen', lambda settings: listener)
@@ -1830,11 +1837,11 @@ def test_either_signal_lets_what_runs_be_answered(serve_here, monkeypatch, capsy
     assert result() == 'answered'
     address, limits, *rest = capsys.readouterr().out.splitlines()
     assert f' at http://127.0.0.1:{port}, ' in address
-    assert '8 texts at once, 128 more wait, of 4096 tokens' in limits
+    assert '8 slots, queue of 128, context of 4096 tokens' in limits
     assert not rest
 
 
-def test_a_server_that_died_does_not_pretend_to_serve(app):
+def test_a_dead_server_thread_is_an_error(app):
     class Dead:
         thread = threading.Thread()
 
@@ -1843,7 +1850,7 @@ def test_a_server_that_died_does_not_pretend_to_serve(app):
 
 
 @pytest.mark.skipif(os.name == 'nt', reason='needs POSIX signals')
-def test_a_second_signal_ends_the_server_at_once(out_dir, environment):
+def test_a_second_signal_stops_the_server_at_once(out_dir, environment):
     with started(out_dir, environment) as (process, port):
         with connect(port, prompt='a', max_tokens=4000, stream=True, logit_bias=GOES_ON) as client:
             assert client.recv(100)

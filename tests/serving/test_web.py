@@ -163,7 +163,7 @@ def test_text_comes_as_it_is_written_and_is_what_any_client_gets(visit):
 
 
 @pytest.mark.parametrize('by', ['button', 'key'])
-def test_stopping_midway_frees_the_row_and_keeps_the_text(visit, by):
+def test_stopping_midway_frees_the_slot_and_keeps_the_text(visit, by):
     page = visit(block_size=4096)
     page.begin(max_tokens=4000)
     wait_until(lambda: page.text)
@@ -178,7 +178,7 @@ def test_stopping_midway_frees_the_row_and_keeps_the_text(visit, by):
     assert len(page.text) == 5
 
 
-def test_ctrl_enter_runs_and_continue_goes_on_from_the_text(visit):
+def test_ctrl_enter_runs_and_continue_extends_the_text(visit):
     page = visit()
     page.set(max_tokens=9)
     focused = page.browser.switch_to.active_element  # the prompt, from the start
@@ -262,7 +262,7 @@ def alpha(mark):
 # errors
 
 
-def test_a_prompt_that_is_too_long_is_said_in_words_beside_its_field(visit):
+def test_a_prompt_that_is_too_long_is_reported_beside_its_field(visit):
     page = visit(block_size=64)
     assert page.script("knobs.find(knob => knob.name === 'max_tokens').value") == '32'
     page.write('a' * 70, max_tokens=40)
@@ -289,9 +289,9 @@ def test_a_wrong_setting_is_unfolded_and_marked(visit):
 
 def test_a_key_is_asked_for_and_kept_for_this_tab_only(visit):
     page = visit(api_key='wohlan')
-    assert page['error'].text == 'The server asks for its key.'
+    assert page['error'].text == 'The server requires an API key.'
     page.press('wrong', Keys.ENTER)
-    wait_until(lambda: 'not the key' in page['error'].text and not page.busy)
+    wait_until(lambda: 'is wrong' in page['error'].text and not page.busy)
     page['key'].clear()
     page['key'].send_keys('wohlan')
     page.write()
@@ -310,23 +310,23 @@ def test_a_right_key_takes_the_question_away(visit):
     assert not page['error'].is_displayed()
 
 
-def test_an_engine_that_fails_midway_is_said_in_words(visit):
+def test_an_engine_that_fails_midway_is_reported_in_words(visit):
     page = visit(block_size=4096)
     page.begin(max_tokens=4000)
     wait_until(lambda: page.text)
     page.service.engine.decode = None  # what calls it fails
     wait_until(lambda: not page.busy)
-    assert page['error'].text == 'the engine failed; the log says why'
+    assert page['error'].text == 'the engine failed; see the server log, then restart the server'
 
 
-def test_a_server_that_is_gone_is_said_in_words(visit):
+def test_a_server_that_is_gone_is_reported_in_words(visit):
     page = visit()
     page.browser.set_network_conditions(offline=True, latency=0, throughput=1)
     try:
         page.write()
     finally:
         page.browser.delete_network_conditions()
-    assert page['error'].text == 'The server does not answer. Is it still running?'
+    assert page['error'].text == 'The server does not respond. Is it still running?'
 
 
 # -----------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_all_text_can_be_told_from_its_ground(visit, scheme):
     assert contrast(page.colour('edge'), page.colour('sheet')) >= 3
 
 
-def test_nothing_comes_from_elsewhere(visit):
+def test_nothing_is_loaded_from_other_servers(visit):
     page = visit()
     page.write()
     ours, found = f'http://127.0.0.1:{page.port}', set()

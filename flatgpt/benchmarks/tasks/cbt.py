@@ -6,7 +6,7 @@ section 3.2).
 
 import re
 
-# the text comes cut up for a parser; these put it together again, as the paper did by its own rules
+# the text is tokenized for a parser; these rules rejoin it, like the detokenizers of the paper
 RULES = (
     (r'`` ?', '"'),
     (r" ?''", '"'),
@@ -27,7 +27,7 @@ def context(doc: dict) -> str:
 
 
 def choices(doc: dict) -> list[str]:
-    """How the sentence goes on from its gap, for each of the ten words."""
+    """The rest of the sentence from its gap, for each of the ten words."""
     whole, begun = ' '.join([*doc['sentences'], doc['question']]), context(doc)
     return [as_written(whole.replace(GAP, word, 1))[len(begun) :] for word in doc['options']]
 

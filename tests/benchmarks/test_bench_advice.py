@@ -1,0 +1,201 @@
+"""Error lines of bench.py: each is provoked, its advice is followed, and then it works."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from benches import settings
+from error_lines import case, error_line
+
+import bench
+from flatgpt.benchmarks import baselines, data, decoding, load_test, sides, validate
+from flatgpt.benchmarks.report import Report
+from flatgpt.checkpoint import save
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
+from flatgpt.errors import UserError
+from flatgpt.runtime import Runtime
+from model import GPT, GPTConfig
+
+RUNTIME = Runtime('cpu', torch.float32)
+NANOGPT = 'class GPTConfig:\n    pass\n'
+
+
+def check(*flags):
+    """The checks that bench.py makes before it measures."""
+    config = settings(*flags)
+    validate.check_modes(config)
+    jobs = validate.requested_jobs(config, [*bench.JOBS], bench.EXTRA_JOBS)
+    validate.check_used(config, ['serve'] if config['serve'] else jobs)
+    validate.check_settings(config, jobs)
+    validate.check_writable(config)
+    validate.check_memory(config, RUNTIME, jobs)
+
+
+def line_of(check, *args):
+    with pytest.raises(UserError) as caught:
+        check(*args)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A current folder with a run, its dataset, a checkout of nanoGPT and a folder of text."""
+    monkeypatch.chdir(tmp_path)
+    for name in ('nanogpt', 'empty', 'texts'):
+        Path(name).mkdir()
+    Path('nanogpt/model.py').write_text(NANOGPT)
+    dataset(Path('data'), byte_tokenizer())
+    state = {'step': 1, 'config': {'dataset': str(tmp_path / 'data')}}
+    for name, kept in (('run', state), ('bare', {'step': 1})):
+        model = GPT(GPTConfig(16, byte_tokenizer().vocab_size, 1, 2, 16))
+        save.save(Path(name), model, [], byte_tokenizer(), kept, keep_evaluated=False)
+    return tmp_path
+
+
+def dataset(folder, tokenizer):
+    with Writer(folder, tokenizer) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, np.arange(200) % min(97, tokenizer.vocab_size))
+
+
+@pytest.mark.usefixtures('here')
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('--{} and --{}: give one of them', '--serve --only=data', '--serve'),
+        case('measures random weights of the given', '--serve --out_dir=run', '--serve'),
+        case('not a file that can be written', '--json=no/x.json', '--json=x.json'),
+        case('needs a trained model; give', '--only=quality', '--only=quality --out_dir=run'),
+        case('no such folder; give an existing', '--text=no', '--text=texts'),
+        case('do not fit into block_size', '--prompt_tokens=13', '--prompt_tokens=11'),
+        case('GiB free; lower --n_layer or', '--n_layer=9 --n_embd=65536', '--n_embd=64'),
+        case('is only for {}; leave it out', '--limit=3', ''),
+        case('is only for {}; leave it out', '--only=data --profile', '--only=decode --profile'),
+        case('use --arch=gpt2, or leave out', '--nanogpt=nanogpt --arch=modern', '--arch=modern'),
+        case(
+            'use --arch=gpt2, or leave out',
+            '--nanogpt=nanogpt --arch=modern',
+            '--nanogpt=nanogpt --arch=gpt2',
+        ),
+        case('give batch sizes, such as', '--rows=1,,8', '--rows=1,8,32'),
+        case('no model.py of nanoGPT; give', '--nanogpt=empty', '--nanogpt=nanogpt'),
+        case('no record of its dataset', '--out_dir=bare', '--out_dir=bare --dataset=data'),
+        case('no prepared dataset', '--out_dir=run --dataset=no', '--out_dir=run --dataset=data'),
+    ],
+)
+def test_the_advice_for_a_flag_is_right(bad, good):
+    line_of(check, *bad.split())
+    check(*good.split())
+
+
+@error_line('do not fit into block_size={}; lower')
+def test_the_context_length_that_an_error_advises_is_enough():
+    (flag,) = re.findall('--block_size=.*$', line_of(check, '--new_tokens=30'))
+    check('--new_tokens=30', flag)
+
+
+@error_line('--serve: api.py needs pip install {}')
+def test_serving_works_once_its_packages_are_installed(monkeypatch):
+    installed = {name: name != 'waitress' for name in validate.SERVING}
+    monkeypatch.setattr(validate, 'find_spec', installed.get)
+    (name,) = re.findall(r'pip install (\w+)$', line_of(check, '--serve'))
+    installed[name] = True
+    check('--serve')
+
+
+@error_line('task={}: needs pip install "lm_eval')
+def test_tasks_run_once_the_harness_is_installed(monkeypatch, here):
+    import sys
+    import types
+
+    from flatgpt import benchmarks
+
+    flags = settings('--task=lambada', '--out_dir=run')
+    monkeypatch.delattr(benchmarks, 'lm_eval', raising=False)
+    monkeypatch.setitem(sys.modules, 'flatgpt.benchmarks.lm_eval', None)
+    assert 'pip install "lm_eval>=0.4.13"' in line_of(bench.main, flags)
+    done = types.SimpleNamespace(run=lambda settings, entries, load: entries.append({'task': 1}))
+    monkeypatch.setitem(sys.modules, 'flatgpt.benchmarks.lm_eval', done)
+    monkeypatch.setattr(benchmarks, 'lm_eval', done, raising=False)
+    monkeypatch.setattr(bench.importlib.metadata, 'version', lambda name: '0.4.13')
+    bench.main(flags)
+    assert '"task": 1' in Path('bench.json').read_text()
+
+
+@error_line("no dropout with arch='modern'")
+def test_transformers_is_compared_without_dropout(monkeypatch):
+    monkeypatch.setattr(baselines, 'transformers_model', lambda settings: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(baselines, 'Training', lambda *args: 'built')
+    config = {**settings('--arch=modern', '--dropout=0.1'), 'job': 'training'}
+    (flag,) = re.findall('--dropout=.*$', line_of(baselines.transformers, config, RUNTIME))
+    config |= {'dropout': settings(flag)['dropout']}
+    assert baselines.transformers(config, RUNTIME) == 'built'
+
+
+@error_line('needs two files of UTF-8 text within')
+@pytest.mark.parametrize('fix', ['add files', 'raise --text_bytes'])
+def test_two_files_of_text_are_enough(tmp_path, fix):
+    text, out = tmp_path / 'text', tmp_path / 'out'
+    text.mkdir()
+    out.mkdir()
+    (text / 'a.txt').write_text('one and two')
+    if fix != 'add files':
+        (text / 'b.txt').write_text('three')
+    limits = {'text': str(text), 'text_bytes': 1000 if fix == 'add files' else 5}
+    assert fix in line_of(data.copy_texts, limits, out)
+    (text / 'b.txt').write_text('three')
+    assert data.copy_texts({**limits, 'text_bytes': 1000}, out) == ['one and two', 'three']
+
+
+@error_line('was not prepared with the tokenizer of')
+def test_quality_is_measured_on_data_with_the_tokenizer_of_the_model(here):
+    dataset(Path('other'), char_tokenizer('ab'))
+    report = Report({'json': 'x.json'}, {})
+    flags = ['--out_dir=run', '--formats=float32', '--dataset=other']
+    error = line_of(decoding.bench_quality, settings(*flags), RUNTIME, report)
+    assert error.endswith('--dataset=')
+    decoding.bench_quality(settings(*flags, '--dataset=data'), RUNTIME, report)
+    assert report.entries[0]['perplexity'] > 1
+
+
+@error_line('requests failed; lower --clients')
+def test_fewer_clients_may_all_get_their_completions():
+    done, lost = load_test.Completion(200, tokens=3), load_test.Completion(0)
+    assert '1 of 3' in line_of(load_test.check_all_complete, [done, lost, done])
+    load_test.check_all_complete([done, done])
+
+
+@error_line('cannot be written ({}); give another')
+def test_a_report_is_written_to_another_path(tmp_path):
+    report = Report({'json': str(tmp_path)}, {})
+    assert line_of(report.write).endswith('--json=')
+    Report({'json': str(tmp_path / 'x.json')}, {}).write()
+    assert (tmp_path / 'x.json').exists()
+
+
+@error_line('give a --json= in a folder that can')
+def test_a_trace_is_written_beside_the_report(tmp_path, monkeypatch):
+    class Profile:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def export_chrome_trace(self, path):
+            if Path(path).parent.is_dir():
+                Path(path).write_text('{}')
+
+        def key_averages(self):
+            return self
+
+        def table(self, **options):
+            return 'aten::mm'
+
+    monkeypatch.setattr(torch.profiler, 'profile', Profile)
+    line_of(sides.profiled, print, str(tmp_path / 'no' / 'trace.json'))
+    assert sides.profiled(print, str(tmp_path / 'trace.json')) == 'aten::mm'
