@@ -29,6 +29,11 @@ SOURCES = ('*.py', 'flatgpt/**/*.py', 'data/*/*.py')
 HOLE = '{}'  # stands for what a line is filled with
 # Lines without an example, by a part of each: why no test can follow it
 WITHOUT = {
+    'the client disconnected': 'nobody receives it; it is for the log',
+    'startup: {}': 'the last line of another program',
+    'serving: {}: {}': 'what made a side fail',
+    'serving: api.py exited with status': 'needs a server that fails after its flags were checked',
+    'processes: {}': 'an error line of train.py',
     'another file could not be copied': 'internal: the error of that file is raised instead',
     'it encodes text differently than': 'no known tokenizer passes all checks but this last one',
 }
