@@ -137,7 +137,7 @@ if check or plan:
     watchdog.at(0, 'the check')
     status = preflight(config, runtime)
     watchdog.close()
-    runtime.leave(status)
+    runtime.exit(status)
 
 run = Run(config, runtime, watchdog)  # its directory, and the checkpoint to resume from
 torch.manual_seed(seed)
@@ -151,7 +151,9 @@ lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else 
 runtime.print0(run_lines(config, raw_model, data, runtime, batches.tokens_per_step))
 choose_trained(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
-    state.reference = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
+    state.reference = runtime.broadcast_from_rank0(
+        lambda: fingerprint(raw_model, runtime.dtype_name)
+    )
 state.start_clock()  # of the seconds in the log, which count compilation and evaluation
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
@@ -217,7 +219,7 @@ stop = StopSignal(runtime)  # from here on a signal finishes the step, saves and
 if eval_only:
     if losses := estimate_loss(raw_model, batches, config, runtime, stop):
         runtime.print0(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
-    runtime.leave(stop.status)
+    runtime.exit(stop.status)
 run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
 batches.on_lost = stop.fail  # data that can be read no more ends the run as a signal does
@@ -247,7 +249,7 @@ while True:
     run.report_problems('; training goes on')
     if finished or stopping:
         break
-    if runtime.main and losses and sound:
+    if runtime.is_main and losses and sound:
         watchdog.at(step, 'the sample')
         run.show_sample(raw_model, tokenizer, data, eval_sample_tokens)
 
@@ -280,9 +282,9 @@ while True:
     overflow = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(mean_loss)
     finite = math.isfinite(mean_loss + norm)
     skip = not (finite or overflow)
-    skip, stopping = (flag > 0 for flag in runtime.reduce([skip, stop.signal], 'MAX'))
+    skip, stopping = (flag > 0 for flag in runtime.all_reduce([skip, stop.signal], 'MAX'))
     if stopping:
-        stop.share()
+        stop.sync_ranks()
     if stop.failed:
         continue  # there was no batch to make this update of
     if finite and not skip:
@@ -298,7 +300,7 @@ while True:
 
     # once in a while: log
     if state.step % log_interval == 0:
-        (mean_loss,) = runtime.reduce([mean_loss / runtime.world_size])
+        (mean_loss,) = runtime.all_reduce([mean_loss / runtime.world_size])
         speed = run.progress.steps_per_second() * batches.tokens_per_step
         mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
         measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}

@@ -77,7 +77,7 @@ def whole(tensor):
 def are_finite(model: GPT, runtime: Runtime) -> bool:
     """Whether no weight, of any rank, is infinite or NaN. Every rank has to ask."""
     bad = any(not local(p.detach()).isfinite().all() for p in model.parameters())
-    return runtime.reduce([bad], 'MAX')[0] == 0
+    return runtime.all_reduce([bad], 'MAX')[0] == 0
 
 
 def cut_like(full, like):

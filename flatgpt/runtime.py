@@ -87,7 +87,7 @@ EAGER_LAYER_SECONDS = 3e-4  # to launch a layer's 60 kernels, forward and back: 
 ASSUMED_TFLOPS = 50  # of a GPU whose peak is not known
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What a process computes in a run."""
 
     passes: int  # forward and back
@@ -113,12 +113,12 @@ class Runtime:
         return str(self.dtype).removeprefix('torch.')
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process prints and writes files: one does, whatever the world size."""
         return self.rank == 0
 
     @property
-    def launcher(self) -> str:
+    def launch_command(self) -> str:
         """What starts as many processes; what starts other machines, nobody here knows."""
         here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if self.store is None:
@@ -127,21 +127,21 @@ class Runtime:
         return f'torchrun {many} --nproc_per_node={here}'
 
     @property
-    def first_here(self) -> bool:
+    def is_local_main(self) -> bool:
         """Whether this process acts for its machine, as rank 0 does for all."""
         return int(os.environ.get('LOCAL_RANK', 0)) == 0
 
     @property
-    def live(self) -> bool:
+    def is_interactive(self) -> bool:
         """Whether a person watches this process: a progress line then moves."""
-        return self.main and sys.stderr.isatty()
+        return self.is_main and sys.stderr.isatty()
 
     @property
     def device_type(self) -> str:
         return self.device.partition(':')[0]
 
     @property
-    def wide(self) -> torch.dtype:
+    def sum_dtype(self) -> torch.dtype:
         """For sums over many values: float64, which Apple GPUs lack."""
         return torch.float32 if self.device_type == 'mps' else torch.float64
 
@@ -152,7 +152,7 @@ class Runtime:
 
     def print0(self, text: str) -> None:
         """Print, once for all processes, above the progress line if there is one."""
-        if self.main:
+        if self.is_main:
             with suppress(OSError):  # a closed pipe or terminal must not end the training
                 tqdm.write(text)
                 sys.stdout.flush()  # a pipe or a log file gets it now, too
@@ -161,20 +161,20 @@ class Runtime:
         """Seed torch for one step of this rank, so that a resumed run needs no stored state."""
         torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
 
-    def reduce(self, values: list[float], how: str = 'SUM') -> list[float]:
+    def all_reduce(self, values: list[float], how: str = 'SUM') -> list[float]:
         """`values` combined over all ranks: 'SUM' or 'MAX'. The same on every rank."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, dtype=self.wide, device=self.device)
+        tensor = torch.tensor(values, dtype=self.sum_dtype, device=self.device)
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
         return tensor.tolist()
 
-    def agree(self, decide):
+    def broadcast_from_rank0(self, decide):
         """What decide() returns on rank 0, on every rank; a UserError there is raised on all."""
         if self.world_size == 1:
             return decide()
         box = [None, None]
-        if self.main:
+        if self.is_main:
             try:
                 box[0] = decide()
             except UserError as error:
@@ -184,10 +184,10 @@ class Runtime:
             raise box[1]
         return box[0]
 
-    def odd_one(self, value) -> int:
+    def first_mismatch(self, value) -> int:
         """A rank on which value is not what it is on rank 0; 0 if there is none."""
-        odd = value != self.agree(lambda: value)
-        return int(self.reduce([self.rank * odd], 'MAX')[0])
+        odd = value != self.broadcast_from_rank0(lambda: value)
+        return int(self.all_reduce([self.rank * odd], 'MAX')[0])
 
     def wait_for_all(self, do: Callable, alive: Callable):
         """What do() returns here, once it has on every rank, however long it takes.
@@ -240,7 +240,7 @@ class Runtime:
             return held if sys.platform == 'darwin' else held * 1024
         return None
 
-    def share(self, rows: int, at_once: int) -> tuple[int, int]:
+    def split_batch(self, rows: int, at_once: int) -> tuple[int, int]:
         """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
         if rows % self.world_size:
             each = self.world_size // math.gcd(self.world_size, at_once)
@@ -259,7 +259,7 @@ class Runtime:
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
     def decide_compile(
-        self, setting: bool | str, work: Work, peak: float | None, say: Callable
+        self, setting: bool | str, work: Workload, peak: float | None, say: Callable
     ) -> bool:
         """Whether to compile for this work, the same on all ranks; of 'auto' on CUDA, say why.
 
@@ -267,7 +267,7 @@ class Runtime:
         """
         if setting != 'auto' or not self.wants_compile(setting):
             return self.wants_compile(setting)
-        pays, why = self.agree(lambda: compile_pays(work, peak))
+        pays, why = self.broadcast_from_rank0(lambda: compile_pays(work, peak))
         say(f'torch.compile: {"on" if pays else "off"}, {why}')
         return pays
 
@@ -295,7 +295,7 @@ class Runtime:
         finally:
             model.zero_grad(set_to_none=True)
 
-    def leave(self, status: int = 0) -> None:
+    def exit(self, status: int = 0) -> None:
         """End the program. Does not return when there are several processes."""
         if dist.is_initialized():
             # gloo's threads can abort an interpreter that shuts down in the usual way
@@ -306,7 +306,7 @@ class Runtime:
         raise SystemExit(status)
 
 
-def compile_pays(work: Work, peak: float | None) -> tuple[bool, str]:
+def compile_pays(work: Workload, peak: float | None) -> tuple[bool, str]:
     """Whether torch.compile saves more time than it takes, by estimate, and a line that says so."""
     speed = EAGER_SHARE * (peak or ASSUMED_TFLOPS * 1e12)
     seconds = max(0, work.passes) * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
@@ -340,7 +340,7 @@ class StopSignal:
     def receive(self, number: int, frame) -> None:
         if self.signal == number == signal.SIGINT and self.runtime.world_size == 1:
             raise KeyboardInterrupt
-        if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
+        if not self.signal and self.runtime.is_main:  # print() is not safe inside a signal handler
             with suppress(OSError):  # the terminal may be what is gone
                 os.write(2, b'\nstopping after this step ...\n')
         # torchrun sends one of its own after the first, which is the one to leave with
@@ -356,9 +356,9 @@ class StopSignal:
     def failed(self) -> bool:
         return self.signal == self.FAILED
 
-    def share(self) -> None:
+    def sync_ranks(self) -> None:
         """Have every rank know of the signal that one of them got: all leave with its status."""
-        (number,) = self.runtime.reduce([self.signal], 'MAX')
+        (number,) = self.runtime.all_reduce([self.signal], 'MAX')
         self.signal = int(number)
 
     @property
@@ -368,7 +368,7 @@ class StopSignal:
             return 2
         return 128 + self.signal if self.signal else 0
 
-    def release(self) -> None:
+    def raise_interrupts(self) -> None:
         """Have a signal raise KeyboardInterrupt: nothing is left to lose, and nothing to finish."""
         for number in self.numbers:
             signal.signal(number, signal.default_int_handler)
@@ -381,7 +381,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
-def is_host_memory(error: BaseException) -> bool:
+def is_host_out_of_memory(error: BaseException) -> bool:
     """Whether it was that of the host which ran out."""
     return isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error)
 
@@ -402,7 +402,7 @@ def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
 
 def out_of_memory(error: BaseException, device: str, cure: str) -> UserError:
     """The error to report in place of one that is_out_of_memory()."""
-    if device != 'cpu' and is_host_memory(error):  # what takes less of a GPU does not help
+    if device != 'cpu' and is_host_out_of_memory(error):  # what takes less of a GPU does not help
         return UserError(
             f'out of main memory, beside {device}; end other programs, start fewer processes '
             'on this machine, or take a smaller model'
@@ -445,12 +445,12 @@ def start(
         return Runtime(device, dtype)
     runtime = Runtime(device, dtype, int(os.environ['RANK']), world_size)
     limit = timedelta(seconds=timeout)
-    store = meet(runtime, limit)
+    store = rendezvous(runtime, limit)
     kind = device.partition(':')[0]
     found = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend}
     found |= {'torch': torch.__version__}
     # what 'auto' came to, not the setting
-    compare(runtime, store, {'code': code_hash(), **(facts or {}), **found})
+    check_ranks_match(runtime, store, {'code': code_hash(), **(facts or {}), **found})
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if kind == 'mps' and world_size > 1:
         raise ConfigError("device='mps': Apple GPUs train in one process; use --device=cpu")
@@ -475,7 +475,7 @@ def code_hash() -> str:
     return hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()[:12]
 
 
-def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
+def rendezvous(runtime: Runtime, limit: timedelta) -> dist.Store:
     """The store that all processes share, once they have found one another."""
     try:
         store, _, _ = next(dist.rendezvous('env://', timeout=limit))
@@ -490,7 +490,7 @@ def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
         ) from error
 
 
-def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
+def check_ranks_match(runtime: Runtime, store: dist.Store, facts: dict) -> None:
     """Refuse to start where the processes would not do the same: UserError names rank and fact."""
     host, now, ranks = socket.gethostname(), time.time(), range(runtime.world_size)
     store.set(f'facts/{runtime.rank}', json.dumps([host, now, facts]))
@@ -503,7 +503,7 @@ def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
                 f'rank {rank} did not come; see what it printed, or start all {runtime.world_size}'
             ) from None
     store.set(f'compared/{runtime.rank}', '')
-    if runtime.main:  # which may keep the store: it leaves last
+    if runtime.is_main:  # which may keep the store: it leaves last
         with suppress(dist.DistError):
             store.wait([f'compared/{rank}' for rank in ranks])
     for rank, (other_host, other_now, others) in enumerate(came):
@@ -515,7 +515,11 @@ def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
                     f'rank {rank} on {other_host} has {name} {others.get(name)!r}, and rank 0 on '
                     f'{first_host} {first[name]!r}: start the same on all'
                 )
-        if runtime.main and abs(other_now - first_now) > CLOCK_SECONDS and other_host != first_host:
+        if (
+            runtime.is_main
+            and abs(other_now - first_now) > CLOCK_SECONDS
+            and other_host != first_host
+        ):
             print(
                 f'warning: the clock of {other_host} (rank {rank}) and that of {first_host} are '
                 f'{abs(other_now - first_now):,.0f} s apart, or it came late; set both by NTP',
@@ -628,17 +632,17 @@ def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def room(runtime: Runtime) -> float | None:
+def available_memory(runtime: Runtime) -> float | None:
     """Bytes that each process of this machine can take in all; None where nobody says."""
     if runtime.device_type == 'cuda':
         free, _ = torch.cuda.mem_get_info(runtime.device)
         return free + torch.cuda.memory_reserved(runtime.device)
     if runtime.device_type == 'mps':
         return torch.mps.recommended_max_memory()
-    return host_room()
+    return available_host_memory()
 
 
-def host_room() -> float | None:
+def available_host_memory() -> float | None:
     """Bytes of main memory that each process of this machine can take in all."""
     free = []
     with suppress(OSError, AttributeError):
@@ -654,10 +658,10 @@ def host_room() -> float | None:
         with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
             free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(free) / here + resident() if free else None
+    return min(free) / here + resident_memory() if free else None
 
 
-def resident() -> int:
+def resident_memory() -> int:
     """Bytes of main memory that this process takes now, 0 where nobody says."""
     with suppress(OSError):
         return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')

@@ -13,7 +13,7 @@ from flatgpt import ROOT, runtime
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import (
     Runtime,
-    Work,
+    Workload,
     pick_backend,
     pick_device,
     pick_dtype,
@@ -145,7 +145,7 @@ def test_start_without_torchrun_is_one_process(no_gpu, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     machine = start('cpu', 'float32')
     assert (machine.device, machine.rank, machine.world_size) == ('cpu', 0, 1)
-    assert machine.main
+    assert machine.is_main
 
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
@@ -164,20 +164,20 @@ def test_each_process_gets_its_gpu(gpus, monkeypatch):
 
 
 def test_one_process_reduces_and_agrees_with_itself():
-    assert CPU.reduce([1.5, 2]) == [1.5, 2]
-    assert CPU.reduce([1.5], 'MAX') == [1.5]
-    assert CPU.agree(lambda: 'yes') == 'yes'
+    assert CPU.all_reduce([1.5, 2]) == [1.5, 2]
+    assert CPU.all_reduce([1.5], 'MAX') == [1.5]
+    assert CPU.broadcast_from_rank0(lambda: 'yes') == 'yes'
 
     def refuse():
         raise UserError('no')
 
     with pytest.raises(UserError, match='no'):
-        CPU.agree(refuse)
+        CPU.broadcast_from_rank0(refuse)
 
 
 def test_the_only_process_leaves_with_its_status():
     with pytest.raises(SystemExit) as end:
-        CPU.leave(3)
+        CPU.exit(3)
     assert end.value.code == 3
 
 
@@ -279,7 +279,7 @@ def test_auto_compiles_what_takes_longer_than_that(gpus, name, config, steps, pa
 
 
 def test_a_slower_gpu_takes_longer_so_that_compiling_pays_sooner():
-    middling = Work(passes=2000, flops=1e12, layers=6)
+    middling = Workload(passes=2000, flops=1e12, layers=6)
     assert not runtime.compile_pays(middling, 989e12)[0]
     assert runtime.compile_pays(middling, 65e12)[0]
     assert not runtime.compile_pays(middling._replace(widths=6), 65e12)[0]

@@ -289,7 +289,7 @@ class Saver:
     ):
         self.out_dir, self.runtime, self.keep_evaluated = Path(out_dir), runtime, keep_evaluated
         self.rank, self.ranks = (runtime.rank, runtime.world_size) if sharded else (0, 1)
-        self.mirror = mirror if runtime.main else None
+        self.mirror = mirror if runtime.is_main else None
         self.failure: str | None = None
         self._times: dict[str, float] = {}
         self._news: list[str] = []
@@ -318,7 +318,7 @@ class Saver:
         self._times['save_pause'] = time.perf_counter() - started
 
     def _agree(self, decide):
-        return self.runtime.agree(decide) if self.ranks > 1 else decide()
+        return self.runtime.broadcast_from_rank0(decide) if self.ranks > 1 else decide()
 
     def _make_room(self, state: dict, need: int) -> Path | None:
         """Make room -> where the checkpoint goes, None if it is there already."""

@@ -1467,10 +1467,10 @@ def test_a_token_outside_the_vocabulary_is_named_by_file_and_offset(run_here, da
 
 def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp_path, monkeypatch):
     class Three(runtime.Runtime):
-        def agree(self, decide):
+        def broadcast_from_rank0(self, decide):
             return decide()
 
-        def reduce(self, values, how='SUM'):
+        def all_reduce(self, values, how='SUM'):
             return values
 
     three = Three('cpu', torch.float32, 0, 3)
