@@ -118,7 +118,7 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
         q, mask = q.to(k.dtype), cache.mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
-        y = written_out_attention(q, k, v, p, mask)
+        y = eager_attention(q, k, v, p, mask)
     elif mask is not None:
         if grouped and q.device.type == 'cuda':  # else by products, which keep (B, H, T, T)
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
@@ -129,7 +129,7 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
     return y.transpose(1, 2).flatten(2)
 
 
-def same_document(documents):
+def document_mask(documents):
     """What attends to what (B, 1, T, T): no token to a later one or to another document's.
 
     documents (B, T): a number for each token, which tells its document from the others of the row.
@@ -138,7 +138,7 @@ def same_document(documents):
     return mask.tril_()[:, None]
 
 
-def written_out_attention(q, k, v, p, mask=None):
+def eager_attention(q, k, v, p, mask=None):
     """Causal attention as plain products (Vaswani et al. 2017, equation 1).
 
     For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
@@ -156,7 +156,7 @@ def written_out_attention(q, k, v, p, mask=None):
     return (weights @ v).view(B, H, T, D)
 
 
-def through(blocks, x, *others, recompute=False):
+def run_blocks(blocks, x, *others, recompute=False):
     """x (B, T, C) through one block after the other.
 
     recompute: keep only what goes from block to block, and compute the rest a second time for the
@@ -244,7 +244,7 @@ class GPT2(nn.Module):
     def forward(self, idx, pos, cache=None, mask=None):
         x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
         x = dropout(x, self.dropout, self.training)
-        return self.ln_f(through(self.h, x, cache, mask, recompute=self.recompute))
+        return self.ln_f(run_blocks(self.h, x, cache, mask, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
@@ -302,7 +302,7 @@ class SquaredReLU(torch.autograd.Function):
 rms_norm, squared_relu = RMSNorm.apply, SquaredReLU.apply
 
 
-def rotation(pos, head_size, dtype):
+def rotary_cos_sin(pos, head_size, dtype):
     """Cosine and sine of the rotary angles (Su et al. 2021) at pos (T,) or (B, T).
 
     Both are (..., T, 1, D / 2); the frequencies fall from 1 towards 1 / 10,000 radians a token.
@@ -312,7 +312,7 @@ def rotation(pos, head_size, dtype):
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
+def apply_rotary(x, cos, sin):
     """Turn each pair (x1, x2) of x (B, T, H, D) clockwise by its angle."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
@@ -340,7 +340,7 @@ class ModernAttention(nn.Module):
             qkv = torch.cat([proj(x) for proj in projections], dim=-1)
         qkv = qkv.unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
         qk, v = qkv.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
-        qk = rms_norm(rotate(qk, *angles))
+        qk = rms_norm(apply_rotary(qk, *angles))
         q, k = qk.split((self.n_head, self.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
         # no dropout of attention weights: on a CPU it would cost as much as the attention
@@ -388,9 +388,9 @@ class Modern(nn.Module):
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
             x = x.bfloat16()  # half the memory traffic, as NanoChat trains; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
-        angles = rotation(pos, self.head_size, x.dtype)
+        angles = rotary_cos_sin(pos, self.head_size, x.dtype)
         others = angles, cache, mask
-        return rms_norm(through(self.layers, x, *others, recompute=self.recompute))
+        return rms_norm(run_blocks(self.layers, x, *others, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
@@ -416,12 +416,12 @@ class GPT(nn.Module):
         else:
             self.model = Modern(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.tie()
+        self.tie_weights()
         if config.arch == 'modern':
             nn.init.normal_(self.lm_head.weight, std=0.001)  # all tokens begin equally likely
         self.trunk.init_weights()
 
-    def tie(self) -> None:
+    def tie_weights(self) -> None:
         """GPT-2 reads and writes tokens by one matrix."""
         if self.config.arch == 'gpt2':
             self.lm_head.weight = self.transformer.wte.weight
@@ -440,7 +440,9 @@ class GPT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
-    def forward(self, idx, targets=None, cache=None, lengths=None, whole=False, documents=None):
+    def forward(
+        self, idx, targets=None, cache=None, lengths=None, all_positions=False, documents=None
+    ):
         """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
 
         idx (B, T): token ids. targets (B, T): the token that follows each; -1 does not count.
@@ -449,16 +451,18 @@ class GPT(nn.Module):
         documents (B, T): without one, the number of each token's document in the row; a token
         attends to its own document, and positions run on from one document to the next.
         Logits are (B, T, V), with a cache (B, V): those that follow each row's last real token, or
-        with whole=True those that follow every token.
+        with all_positions=True those that follow every token.
         """
         B, T = idx.shape
         if cache is None:
             pos = torch.arange(T, device=idx.device)  # (T,)
         else:
             pos = cache.extend(B, T, lengths)  # (B, T)
-        mask = None if documents is None else same_document(documents)
+        mask = None if documents is None else document_mask(documents)
         x = self.trunk(idx, pos, cache, mask)  # (B, T, C)
-        if cache is not None and not whole:  # only the last real token is asked what follows it
+        if (
+            cache is not None and not all_positions
+        ):  # only the last real token is asked what follows it
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
         logits = self.head(x)  # (B, T, V) or (B, V)
         if targets is None:
@@ -476,10 +480,10 @@ class GPT(nn.Module):
         inside = [p for block in self.blocks for p in block.parameters()]
         return [p for p in inside if p.dim() == 2 and p.requires_grad]
 
-    def param_groups(self, weight_decay: float, leave_out=()) -> list[dict]:
+    def param_groups(self, weight_decay: float, exclude=()) -> list[dict]:
         """Parameters for an optimizer: matrices and embeddings decay, biases and gains do not."""
-        left_out = {id(p) for p in leave_out}
-        params = [p for p in self.parameters() if p.requires_grad and id(p) not in left_out]
+        excluded = {id(p) for p in exclude}
+        params = [p for p in self.parameters() if p.requires_grad and id(p) not in excluded]
         return [
             {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},

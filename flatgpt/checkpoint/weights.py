@@ -57,7 +57,7 @@ def filled(shape: dict, named: Iterable, where: str | Path, transposed: tuple = 
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(copy))
     if missing:
         raise CheckpointError(f'{where} lacks {min(missing)}: another architecture')
-    model.tie()
+    model.tie_weights()
     if head is not None and not torch.equal(head.float(), model.lm_head.weight):
         raise CheckpointError(
             f'{where}: lm_head.weight differs from the embedding, and in this architecture they '

@@ -116,7 +116,7 @@ def test_written_out_attention_equals_torchs(groups):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 12, 8), *torch.randn(2, 2, 4 // groups, 12, 8)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert_close(model_module.written_out_attention(q, k, v, 0.0), expected)
+    assert_close(model_module.eager_attention(q, k, v, 0.0), expected)
 
 
 class OnApple(torch.Tensor):
@@ -274,7 +274,7 @@ def test_block_matrices_are_all_that_multiply_inside_the_blocks(model):
     held = [names[id(p)] for p in model.block_matrices()]
     assert len(set(held)) == len(held) == 3 * (4 if model.config.arch == 'gpt2' else 6)
     assert all('.h.' in name or '.layers.' in name for name in held)
-    left = model.param_groups(0.1, leave_out=model.block_matrices())
+    left = model.param_groups(0.1, exclude=model.block_matrices())
     left = {id(p) for group in left for p in group['params']}
     assert left | {id(p) for p in model.block_matrices()} == set(names)
     assert len(left) + len(held) == len(names)
@@ -390,7 +390,7 @@ ROW = torch.tensor([[0] * 9 + [1] * 11 + [2] * 12, [3] * 32])  # document number
 
 def written_out(monkeypatch):
     """Have float32 take the path that bfloat16 takes on a CPU."""
-    by_products = model_module.written_out_attention
+    by_products = model_module.eager_attention
 
     def attend(q, k, v, mask=None, dropout_p=0.0, **options):
         return by_products(q, k, v, dropout_p, mask)
