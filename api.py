@@ -26,7 +26,7 @@ if __name__ == '__main__':
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from configurator import configure, known, read_settings, with_values
+from configurator import check_known, configure, read_settings, update_settings
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import Engine
@@ -59,7 +59,7 @@ from flatgpt.serving.openapi import (
 from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import Service, fewer_rows, key_of
 from model import GPT
-from sample import load, source
+from sample import checkpoint_source, load
 
 # -----------------------------------------------------------------------------
 # model
@@ -103,19 +103,19 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **given) -> flask.Fl
     """
     settings = {name: globals()[name] for name in read_settings(__file__)}
     for key in given:
-        known(key, settings, f'create_app({key}=)')
+        check_known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
             raise ConfigError(f'create_app({key}=): the server that runs it has its own; leave out')
         if loaded and key in OF_A_MODEL and given[key] != settings[key]:
             raise ConfigError(f'create_app({key}=): the model is given, and stays so; leave out')
-    settings = with_values(__file__, settings, given, 'create_app({}=)')
+    settings = update_settings(__file__, settings, given, 'create_app({}=)')
     check(settings)
     return build(loaded, settings | {'host': None, 'port': None})
 
 
 def build(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:
     if loaded is None:
-        settings['name'] = settings['name'] or Path(source(settings)[0]).name
+        settings['name'] = settings['name'] or Path(checkpoint_source(settings)[0]).name
     settings['name'] = settings['name'] or 'flatgpt'
     # GNU OpenMP keeps a team of workers for each thread that ever computed, as long as that lives;
     # where they are more than the cores, the engine's would sleep between any two products

@@ -30,7 +30,7 @@ from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
 SCALARS = (bool, int, float, str, type(None))
 # settings of versions before 2026-11-28, accepted and ignored in the config.py of an old run
 RETIRED = ('published',)
-EXAMPLES = {
+TYPE_NAMES = {
     'bool': 'True or False',
     'int': 'a whole number',
     'float': 'a number',
@@ -52,7 +52,7 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     schema = read_settings(script) if script else {k: '' for k in defaults if k[0] != '_'}
     schema = {k: v for k, v in schema.items() if isinstance(defaults.get(k, schema), SCALARS)}
     values = {name: defaults[name] for name in schema}
-    kinds = {name: kinds_of(schema[name], values[name]) for name in schema}
+    types = {name: allowed_types(schema[name], values[name]) for name in schema}
     if '--help' in argv or '-h' in argv:
         print(help_text(defaults))
         raise SystemExit(0)
@@ -60,24 +60,24 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     for before, arg in zip(['', *argv], argv, strict=False):
         with mistakes.collect():
             if is_flag(arg, positional):
-                values |= read_flag(arg, kinds)
+                values |= read_flag(arg, types)
                 prompt = arg if arg.startswith(f'--{positional}=') else prompt
             elif (path := find_config(arg, positional)) is not None:
                 elsewhere = {} if script and Path(script).name == 'train.py' else train_settings()
-                values |= read_config(path, values, kinds, elsewhere, mistakes)
+                values |= read_config(path, values, types, elsewhere, mistakes)
             elif before.startswith('--') and '=' not in before and mistakes.lines:
                 pass  # the value of a flag that lacks its =, which is a mistake already
             elif positional is None:
-                raise ConfigError(missing_config(arg, kinds))
+                raise ConfigError(unknown_config(arg, types))
             elif prompt is not None:
                 raise ConfigError(f'{arg}: a second prompt; put one text with spaces into quotes')
             else:
                 values[positional] = prompt = arg
-                if other := other_meaning(arg, kinds, positional):
+                if other := prompt_hint(arg, types, positional):
                     print(f'{arg}: is taken as the prompt; {other}', file=sys.stderr)
     mistakes.raise_all()
     return {
-        k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()
+        k: float(v) if types[k][0] == 'float' and v is not None else v for k, v in values.items()
     }
 
 
@@ -87,7 +87,7 @@ def is_flag(arg: str, positional: str | None) -> bool:
     return arg.startswith('--') and not is_prompt
 
 
-def other_meaning(arg: str, settings, positional: str) -> str:
+def prompt_hint(arg: str, settings, positional: str) -> str:
     """What else a prompt of one word may have been meant as, '' if nothing."""
     if arg.split() != [arg]:
         return ''
@@ -101,40 +101,42 @@ def other_meaning(arg: str, settings, positional: str) -> str:
     return did_you_mean(arg, names).strip() if '_' in arg else ''
 
 
-def with_values(script: str, settings: dict, changes: dict, source: str) -> dict:
+def update_settings(script: str, settings: dict, changes: dict, source: str) -> dict:
     """The settings of a script after changes: values, not text, with the types that flags have.
 
     source: where they are from, with {} for a setting's name.
     """
     annotations, changed = read_settings(script), dict(settings)
     for name, value in changes.items():
-        kinds = kinds_of(annotations[name], settings[name])
-        value = check(name, value, kinds, source.format(name))
-        changed[name] = float(value) if kinds[0] == 'float' and value is not None else value
+        types = allowed_types(annotations[name], settings[name])
+        value = check_type(name, value, types, source.format(name))
+        changed[name] = float(value) if types[0] == 'float' and value is not None else value
     return changed
 
 
-def read_flag(arg: str, kinds: dict) -> dict:
+def read_flag(arg: str, types: dict) -> dict:
     """The setting that --key=value means; a switch may leave out its value."""
     key, equals, text = arg[2:].partition('=')
-    known(key, kinds, arg)
-    if not equals and 'bool' not in kinds[key]:
-        raise ConfigError(f'{arg}: needs {expected(kinds[key])}, as in {arg}=...')
-    value = parse(text, kinds[key], arg) if equals else True
-    return {key: check(key, value, kinds[key], arg)}
+    check_known(key, types, arg)
+    if not equals and 'bool' not in types[key]:
+        raise ConfigError(f'{arg}: needs {describe_types(types[key])}, as in {arg}=...')
+    value = parse_value(text, types[key], arg) if equals else True
+    return {key: check_type(key, value, types[key], arg)}
 
 
-def read_config(path: Path, values: dict, kinds: dict, elsewhere: dict, mistakes: Mistakes) -> dict:
+def read_config(path: Path, values: dict, types: dict, elsewhere: dict, mistakes: Mistakes) -> dict:
     """The settings that a config file changes. elsewhere: settings of train.py that this script has
     no use for."""
     changed = {}
     for key, value in run_config(path, values).items():
-        if key in kinds:
+        if key in types:
             with mistakes.collect():
-                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {short(value)}')
+                changed[key] = check_type(
+                    key, value, types[key], f'{path}: {key} = {shorten(value)}'
+                )
         elif key not in elsewhere and key not in RETIRED:
             with mistakes.collect():
-                known(key, kinds, str(path))
+                check_known(key, types, str(path))
     return changed
 
 
@@ -171,12 +173,12 @@ def find_config(arg: str, positional: str | None = None) -> Path | None:
         if positional and arg.split() != [arg]:
             return None
         hint = f'; if it is the prompt, --{positional}={arg}' if positional else ''
-        raise ConfigError(missing_config(arg, {}) + hint)
+        raise ConfigError(unknown_config(arg, {}) + hint)
     with contextlib.suppress(OSError):
         return bare if arg.isidentifier() and bare.is_file() else None
 
 
-def missing_config(arg: str, settings) -> str:
+def unknown_config(arg: str, settings) -> str:
     names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     if arg.lstrip('-').partition('=')[0] in settings:
         return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}'
@@ -186,7 +188,7 @@ def missing_config(arg: str, settings) -> str:
     return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
 
 
-def known(key: str, settings, source: str) -> None:
+def check_known(key: str, settings, source: str) -> None:
     if key in settings:
         return
     if key in RETIRED:
@@ -200,46 +202,46 @@ def known(key: str, settings, source: str) -> None:
     raise ConfigError(f'{source}: no setting is called {key!r}; {hint}')
 
 
-def kinds_of(annotation: str, default) -> tuple[str, ...]:
+def allowed_types(annotation: str, default) -> tuple[str, ...]:
     """Names of the types a setting takes: its annotation's, otherwise its default's."""
     if annotation:
         return tuple(p.strip().replace('None', 'NoneType') for p in annotation.split('|'))
     return (type(default).__name__,)
 
 
-def parse(text: str, kinds: tuple, source: str):
+def parse_value(text: str, types: tuple, source: str):
     """The value that a flag's text means. A setting that takes text gets it verbatim."""
-    if 'NoneType' in kinds and text == 'None':
+    if 'NoneType' in types and text == 'None':
         return None
-    if 'bool' in kinds and text.lower() in ('true', 'false'):
+    if 'bool' in types and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
-    if 'str' in kinds:
+    if 'str' in types:
         return text
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ConfigError(f'{source}: needs {expected(kinds)}') from None
+        raise ConfigError(f'{source}: needs {describe_types(types)}') from None
 
 
-def check(key: str, value, kinds: tuple, source: str):
-    """`value`, if it has one of the types `kinds`; an int serves where a float is asked for."""
+def check_type(key: str, value, types: tuple, source: str):
+    """`value`, if it has one of the types `types`; an int serves where a float is asked for."""
     kind = type(value).__name__
-    if kind in kinds:
+    if kind in types:
         return value
-    if kind == 'int' and 'float' in kinds:
+    if kind == 'int' and 'float' in types:
         if abs(value) <= sys.float_info.max:
             return value
         raise ConfigError(f'{source}: {key} is too large for a number')
-    raise ConfigError(f'{source}: {key} needs {expected(kinds)}, not {kind} {short(value)}')
+    raise ConfigError(f'{source}: {key} needs {describe_types(types)}, not {kind} {shorten(value)}')
 
 
-def short(value) -> str:
+def shorten(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def expected(kinds: tuple) -> str:
-    return ' or '.join(EXAMPLES[kind] for kind in kinds)
+def describe_types(types: tuple) -> str:
+    return ' or '.join(TYPE_NAMES[kind] for kind in types)
 
 
 def settings_block(script: str) -> tuple[list[ast.stmt], list[str]]:
@@ -266,7 +268,7 @@ def settings_of(script: str, argv: list[str]) -> dict:
     return configure(settings, argv)
 
 
-def name_of(node: ast.stmt) -> str:
+def setting_name(node: ast.stmt) -> str:
     return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
 
 
@@ -275,7 +277,8 @@ def read_settings(script: str) -> dict[str, str]:
     """Setting -> annotation ('' without one), read from the script's source without running it."""
     block, _ = settings_block(script)
     return {
-        name_of(n): ast.unparse(n.annotation) if hasattr(n, 'annotation') else '' for n in block
+        setting_name(n): ast.unparse(n.annotation) if hasattr(n, 'annotation') else ''
+        for n in block
     }
 
 
@@ -295,6 +298,6 @@ def help_text(defaults: dict) -> str:
                 out.append(f'\n{line.strip("# ")}')
         last = node.end_lineno
         comment = lines[last - 1][node.end_col_offset :].strip().lstrip('# ')
-        name = name_of(node)
+        name = setting_name(node)
         out.append(f'  {f"{name} = {defaults[name]!r}":<44} {comment}'.rstrip())
     return '\n'.join(out)

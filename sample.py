@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import configure, with_values
+from configurator import configure, update_settings
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
@@ -71,8 +71,12 @@ frequency_penalty = 0.0  # taken off a token's logit for each time the new text 
 presence_penalty = 0.0  # and once, if it has it at all
 # -----------------------------------------------------------------------------
 
-CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
-CHOICES = [f.name for f in fields(SamplingParams) if f.name in globals()]  # settings of each text
+CONTROL_CHARACTERS = dict.fromkeys(
+    [*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}'
+)
+SAMPLING_SETTINGS = [
+    f.name for f in fields(SamplingParams) if f.name in globals()
+]  # settings of each text
 DOES = {'a': 'answers what you type', 'no': 'continues what you type'}
 HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
 model's context reaches, until you clear it. Ctrl-C stops an answer.
@@ -85,20 +89,20 @@ model's context reaches, until you clear it. Ctrl-C stops an answer.
 # settings and prompts
 
 
-def sampling_of(settings: dict) -> SamplingParams:
+def sampling_params(settings: dict) -> SamplingParams:
     """The SamplingParams that settings describe; they spell its stop strings as one text."""
-    chosen = {name: settings[name] for name in CHOICES}
+    chosen = {name: settings[name] for name in SAMPLING_SETTINGS}
     if chosen['max_new_tokens'] < 1:
         raise ConfigError(f'max_new_tokens={chosen["max_new_tokens"]}: must be at least 1')
-    return SamplingParams(**{**chosen, 'stop': split_stop(settings['stop'])})
+    return SamplingParams(**{**chosen, 'stop': parse_stop(settings['stop'])})
 
 
-def sampling_of_line(settings: dict, own: dict) -> SamplingParams:
+def sampling_params_of_line(settings: dict, own: dict) -> SamplingParams:
     """The SamplingParams of a line in a batch file, with settings of its own: values, not text."""
     # null is as if it had not been said, but for top_k, where it means all
     own = {name: own[name] for name in own if own[name] is not None or name == 'top_k'}
     stop = own.pop('stop', None)
-    sampling = sampling_of(with_values(__file__, settings, own, 'this line'))
+    sampling = sampling_params(update_settings(__file__, settings, own, 'this line'))
     if stop is None:
         return sampling
     stops = [stop] if isinstance(stop, str) else stop
@@ -114,7 +118,7 @@ def changed(settings: dict, changes: dict) -> dict:
     return configure({'__file__': __file__, **settings}, flags)
 
 
-def split_stop(text: str) -> tuple[str, ...]:
+def parse_stop(text: str) -> tuple[str, ...]:
     """'END|\\n\\n' -> ('END', a blank line)."""
     escapes = {'n': '\n', 't': '\t', '|': '|', '\\': '\\'}
     parts = re.findall(r'(?:\\.|[^|])+', text, re.DOTALL)
@@ -148,13 +152,13 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str):
         return [tokenizer.eot], ''
 
 
-def write(text: str) -> None:
+def print_text(text: str) -> None:
     """Print text at once. On a terminal, characters that would steer it are made harmless."""
-    sys.stdout.write(text.translate(CONTROL) if sys.stdout.isatty() else text)
+    sys.stdout.write(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
+def print_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
     """Show the first sample as it is written, and each other one from when its turn has come."""
     ready = [[prompt] for _ in range(samples)]  # text not yet shown
     finished = [False] * samples
@@ -163,11 +167,11 @@ def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> 
         ready[output.row].append(output.text)
         finished[output.row] = output.finish is not None
         while current < samples:
-            write(''.join(ready[current]))
+            print_text(''.join(ready[current]))
             ready[current].clear()
             if not finished[current]:
                 break
-            write('\n---------------\n' if samples > 1 else '\n')
+            print_text('\n---------------\n' if samples > 1 else '\n')
             current += 1
 
 
@@ -181,7 +185,7 @@ class Console:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, opening: str):
         self.engine, self.tokenizer, self.opening = Engine(model, tokenizer, 1), tokenizer, opening
-        self.settings = {name: settings[name] for name in CHOICES}
+        self.settings = {name: settings[name] for name in SAMPLING_SETTINGS}
         self.size, self.start = model.config.block_size, 0
         self.ids, self.turn = self.encode(opening), 0  # the conversation
         try:
@@ -197,7 +201,7 @@ class Console:
         has = 'a' if self.tokenizer.chat_template else 'no'
         print(f'This model has {has} chat template: it {DOES[has]}. /help lists commands.')
         if self.opening:
-            write(self.opening + '\n')
+            print_text(self.opening + '\n')
         while (line := self.read_line()) not in (None, '/quit', '/exit'):
             try:
                 if line.startswith('/'):
@@ -207,7 +211,7 @@ class Console:
             except UserError as error:
                 print(f'error: {error}', file=sys.stderr, flush=True)
             except KeyboardInterrupt:
-                write('\n(stopped)\n')
+                print_text('\n(stopped)\n')
 
     def read_line(self) -> str | None:
         """The next line, None at the end. Ctrl-C drops a line; a second one in a row leaves."""
@@ -216,9 +220,9 @@ class Console:
             try:
                 return input(prompt)
             except EOFError:
-                return write('\n' if prompt else '')
+                return print_text('\n' if prompt else '')
             except KeyboardInterrupt:
-                write(reply)
+                print_text(reply)
         return None
 
     def command(self, name: str, rest: str = '') -> None:
@@ -240,12 +244,12 @@ class Console:
             hint = did_you_mean(name, self.settings)
             raise UserError(f'/set {name}: no such setting; {hint}/help lists them')
         settings = changed(self.settings, {name: value})
-        sampling_of(settings)  # raises if the value is out of range
+        sampling_params(settings)  # raises if the value is out of range
         self.settings = settings
         print(f'({name} = {settings[name]!r})', flush=True)
 
     def answer(self, line: str) -> None:
-        sampling, template = sampling_of(self.settings), self.tokenizer.chat_template
+        sampling, template = sampling_params(self.settings), self.tokenizer.chat_template
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
@@ -268,7 +272,7 @@ class Console:
                     if output.finish == 'error':
                         raise UserError(NOT_FINITE)
                     shown += output.text
-                    write(output.text)
+                    print_text(output.text)
                     if output.finish != 'stop':
                         self.ids.append(output.token)
                     elif output.token not in self.tokenizer.ends:  # some of what came is not shown
@@ -277,14 +281,14 @@ class Console:
             request.cancel()
             if template:
                 self.ids += self.tokenizer.encode_mark(end).tolist()
-        write('\n')
+        print_text('\n')
 
 
 # -----------------------------------------------------------------------------
 # the model
 
 
-def source(settings: dict) -> tuple[str | Path, str]:
+def checkpoint_source(settings: dict) -> tuple[str | Path, str]:
     """The folder, name or checkpoint that the settings mean, and which of its checkpoints."""
     # In a training run's config, out_dir is the model it made, and init_from what that came from
     where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint'] or 'best'
@@ -307,7 +311,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         check_int8_device(device)
     by_itself = settings['quantize'] and settings['dtype'] == 'auto'
     dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)
-    where, which = source(settings)
+    where, which = checkpoint_source(settings)
     on_out_of_memory(device, lambda: smaller_weights(device, dtype))
     model, tokenizer, state = load_model(where, which, tokenizer=settings['tokenizer'])
     if tokenizer is None:
@@ -333,7 +337,7 @@ def smaller_weights(device: str, dtype: torch.dtype) -> str:
     return '--dtype=bfloat16'
 
 
-def fewer_texts(settings: dict, model: GPT) -> str:
+def fewer_samples(settings: dict, model: GPT) -> str:
     """What takes less memory than to write these texts side by side."""
     many = 'rows' if settings['batch'] else 'num_samples'
     fewer = min(settings[many], MAX_GENERATE_ROWS) // 2
@@ -350,7 +354,7 @@ def fewer_texts(settings: dict, model: GPT) -> str:
 
 
 def main(settings: dict) -> None:
-    sampling, samples = sampling_of(settings), settings['num_samples']
+    sampling, samples = sampling_params(settings), settings['num_samples']
     if samples < 1:
         raise ConfigError(f'num_samples={samples}: must be at least 1')
     if settings['batch']:
@@ -359,7 +363,7 @@ def main(settings: dict) -> None:
         if samples not in (1, num_samples):
             raise UserError('--batch has one answer for each prompt: leave out --num_samples')
         within(1, None, settings, 'rows')
-        batch = Batch(settings, partial(sampling_of_line, settings), CHOICES)
+        batch = Batch(settings, partial(sampling_params_of_line, settings), SAMPLING_SETTINGS)
     else:
         if settings['out']:
             out = settings['out']
@@ -367,7 +371,7 @@ def main(settings: dict) -> None:
         prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)
     device = str(model.embedding.weight.device)
-    on_out_of_memory(device, lambda: fewer_texts(settings, model))
+    on_out_of_memory(device, lambda: fewer_samples(settings, model))
     if settings['batch']:
         return batch.run(model, tokenizer)
     if settings['chat']:
@@ -378,7 +382,7 @@ def main(settings: dict) -> None:
     size = model.config.block_size
     if len(ids) > size:
         print(f'the prompt has {len(ids)} tokens; the last {size} are used', file=sys.stderr)
-    write_samples(generate(model, tokenizer, [ids] * samples, sampling), prompt, samples)
+    print_samples(generate(model, tokenizer, [ids] * samples, sampling), prompt, samples)
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from flatgpt.inference import model_runner
 from flatgpt.inference.engine import complete, generate
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT, GPTConfig
-from sample import split_stop
+from sample import parse_stop
 
 SCRIPT = ROOT / 'sample.py'
 LETTERS = '\n abcdefgh'
@@ -44,8 +44,8 @@ def out_dir(tmp_path_factory):
 
 
 def test_stop_strings_are_spelt_with_bars_and_escapes():
-    assert split_stop('') == ()
-    assert split_stop(r'END|\n\n|a\|b|\t|C:\\n|\d') == ('END', '\n\n', 'a|b', '\t', 'C:\\n', r'\d')
+    assert parse_stop('') == ()
+    assert parse_stop(r'END|\n\n|a\|b|\t|C:\\n|\d') == ('END', '\n\n', 'a|b', '\t', 'C:\\n', r'\d')
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_one_text_that_does_not_fit_is_advised_to_take_lighter_weights(monkeypat
     settings = {'batch': None, 'chat': True, 'num_samples': 10, 'rows': 16, 'quantize': None}
     with torch.device('meta'):
         model = GPT(GPTConfig(8, 8, 1, 1, 8))
-    assert sample_module.fewer_texts(settings, model) == '--dtype=bfloat16'
+    assert sample_module.fewer_samples(settings, model) == '--dtype=bfloat16'
     settings['num_samples'] = 1
-    assert sample_module.fewer_texts(settings, model.bfloat16()) == '--quantize=int8'
+    assert sample_module.fewer_samples(settings, model.bfloat16()) == '--quantize=int8'
     settings['quantize'] = 'int8'
-    assert sample_module.fewer_texts(settings, model) == 'a smaller model, or --device=cpu'
+    assert sample_module.fewer_samples(settings, model) == 'a smaller model, or --device=cpu'
 
     def no_bfloat16(name, device):
         raise ConfigError('no bfloat16')
@@ -183,7 +183,7 @@ def test_help_lists_the_settings_and_importing_parses_nothing():
 def test_the_shipped_sampling_config_fits():
     config = configure(dict(vars(sample_module)), ['sample_shakespeare'])
     assert config['start'] == 'ROMEO:'
-    sample_module.sampling_of(config)
+    sample_module.sampling_params(config)
 
 
 # -----------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_the_console_ends_a_turn_at_the_token_that_the_end_of_text_stands_for(mo
     template = {'user': ['', EOT], 'assistant': ['', EOT]}
     tokens = [*byte_tokenizer().token_bytes[:256], b'</s>']
     tokenizer = Tokenizer('byte', 'byte', tokens, {'</s>': 256}, '', template, end_ids=[256])
-    settings = {name: getattr(sample_module, name) for name in sample_module.CHOICES}
+    settings = {name: getattr(sample_module, name) for name in sample_module.SAMPLING_SETTINGS}
     console = sample_module.Console(random_model(257), tokenizer, settings, '')
     asked = []
     monkeypatch.setattr(console.engine, 'submit', asked.append)
