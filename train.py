@@ -57,9 +57,9 @@ log_interval = 1  # steps between lines in metrics.jsonl
 sample_tokens = 256  # length of the text to print at the end; 0: none
 eval_sample_tokens = 0  # length of one at each evaluation before that; 0: none
 # trackers
-wandb_log = False
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'owt'  # project that the run is logged to
+wandb_run_name = 'gpt2'  # name of the run there
 tensorboard_log = False  # to tb/ in the run's folder
 # data
 dataset = 'openwebtext'  # a folder in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
@@ -75,9 +75,9 @@ objective = 'lm'  # text; 'sft': the answers in conversations; 'dpo': which of t
 dpo_beta = 0.1  # how dearly a model pays for leaving what it was before: more keeps it nearer
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern': rotary positions, RMS norms, squared ReLU, as in NanoChat
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # blocks
+n_head = 12  # attention heads per block
+n_embd = 768  # width: channels of each token's vector
 n_kv_head: int | None = None  # heads of keys and values, arch='modern'; None: n_head
 dropout = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning and small data
 bias = False  # in Linear and LayerNorm, arch='gpt2'
@@ -91,19 +91,19 @@ freeze: int | None = None  # keep the embeddings and so many first blocks as the
 optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # AdamW's at its highest
 muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
-muon_momentum = 0.95
+muon_momentum = 0.95  # of Muon's Nesterov momentum
 max_iters = 600000  # updates in all
 epochs: float | None = None  # passes over the training data; sets max_iters and lr_decay_iters
 weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices in the blocks
 beta1 = 0.9  # AdamW's
-beta2 = 0.95
+beta2 = 0.95  # AdamW's decay rate of the mean squared gradient
 grad_clip = 1.0  # largest norm of the gradient; 0.0 does not clip
 # learning rate
 decay_lr = True  # False keeps it constant
 lr_schedule = 'cosine'  # 'constant', or 'linear': constant, then straight down at the end
 warmup_iters = 2000  # steps of linear rise at the start
 lr_decay_iters: int | None = 600000  # step at which min_lr is reached; None: max_iters
-min_lr = 6e-5
+min_lr = 6e-5  # lowest learning rate, at lr_decay_iters
 cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
