@@ -323,4 +323,4 @@ def test_ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_program(out_dir):
 
 
 def test_two_prompts_are_refused(out_dir):
-    assert 'a second prompt' in fails(f'--out_dir={out_dir}', 'ab', 'cd')
+    assert 'is a second prompt' in fails(f'--out_dir={out_dir}', 'ab', 'cd')
