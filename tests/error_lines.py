@@ -28,7 +28,9 @@ ERRORS = 'UserError ConfigError CheckpointError APIError ValueError PydanticCust
 SOURCES = ('*.py', 'flatgpt/**/*.py', 'data/*/*.py')
 HOLE = '{}'  # stands for what a line is filled with
 # Lines without an example, by a part of each: why no test can follow it
-WITHOUT = {}
+WITHOUT = {
+    'out of main memory while using {}': 'needs a GPU, and main memory that is full',
+}
 
 
 def error_line(*parts):

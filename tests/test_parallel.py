@@ -269,7 +269,7 @@ def test_a_rank_that_does_not_come_is_named(ranks, tmp_path):
     crew = ranks(2, *args, before=only(1, 'raise SystemExit(3)'))
     assert crew.end(30) == [2, 3]
     assert 'error: ' in crew[0].err
-    assert 'start all 2' in crew[0].err or 'cannot meet' in crew[0].err
+    assert 'start all 2' in crew[0].err or 'cannot connect' in crew[0].err
     assert 'Traceback' not in crew[0].err
 
 
@@ -281,7 +281,7 @@ def test_a_port_that_is_taken_is_named(ranks, tmp_path):
         crew = ranks(1, f'--out_dir={tmp_path}/run', '--hang_timeout=1', port=port)
         assert crew.end(30) == [2]
     line = crew.err.splitlines()[-1]
-    assert line.startswith(f'error: the processes cannot meet at 127.0.0.1:{port}: ')
+    assert line.startswith(f'error: the processes cannot connect to 127.0.0.1:{port}: ')
     assert 'the port free there' in line
     assert 'Traceback' not in crew.err
 

@@ -1470,14 +1470,14 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp
         def broadcast_from_rank0(self, decide):
             return decide()
 
-        def all_reduce(self, values, how='SUM'):
+        def all_reduce(self, values, op='SUM'):
             return values
 
     three = Three('cpu', torch.float32, 0, 3)
     monkeypatch.setattr(runtime, 'start', lambda *args: three)
     text = refused(run_here, f'--out_dir={tmp_path}/new')
-    assert 'is 8 sequences, which 3 processes cannot share' in text
-    assert 'take --gradient_accumulation_steps=3' in text
+    assert 'is 8 sequences, which cannot be split equally over 3 processes' in text
+    assert 'use --gradient_accumulation_steps=3' in text
     assert not (tmp_path / 'new').exists()
 
 
