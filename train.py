@@ -16,6 +16,11 @@ import sys
 import time
 from functools import partial
 
+from flatgpt.errors import one_line_errors
+
+if __name__ == '__main__':
+    one_line_errors()  # also for Ctrl-C during the slow imports below
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 

@@ -674,5 +674,13 @@ def test_train_help_starts_with_its_docstring_and_lists_every_setting(script):
         assert re.search(rf'^  {name} = .+ \S', done.stdout, re.M), name
 
 
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'api.py'])
+def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path, name):
+    for package in ('torch', 'flask'):
+        (tmp_path / f'{package}.py').write_text('raise KeyboardInterrupt\n')
+    done = script(name, env={'PYTHONPATH': str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', 'interrupted\n')
+
+
 def test_error_classes_are_related():
     assert issubclass(ConfigError, UserError)
