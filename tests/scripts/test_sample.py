@@ -178,7 +178,7 @@ def byte_run(tmp_path_factory):
             '--batch={p} --out={o}',
         ),
         case('--out={}: needs --batch', '--start=ab --out={o}', '--start=ab'),
-        case('the prompt is empty', '--start=', '--start=Once'),
+        case('the prompt is empty; give some text', '--start=', '--start=Once'),
         case('cannot be read: {}; give a readable file', '--start=FILE:{p}.no', '--start=FILE:{p}'),
         case('a bar separates stop strings', '--stop=|', r'--stop=\|'),
     ],
