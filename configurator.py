@@ -259,6 +259,13 @@ def settings_block(script: str) -> list[ast.stmt]:
     return block
 
 
+def settings_of(script: str, argv: list[str]) -> dict:
+    """A script's settings with these arguments, without running it; for launch/slurm.sh."""
+    settings = {'__file__': script}
+    exec(compile(ast.Module(settings_block(script), []), script, 'exec'), settings)
+    return configure(settings, argv)
+
+
 def setting_name(node: ast.stmt) -> str:
     return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
 
