@@ -26,7 +26,7 @@ if __name__ == '__main__':
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from configurator import configure, known, read_settings, with_values
+from configurator import check_known, configure, read_settings, update_settings
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import Engine
@@ -59,7 +59,7 @@ from flatgpt.serving.openapi import (
 from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import Service, api_key_of, memory_advice
 from model import GPT
-from sample import load, source
+from sample import checkpoint_source, load
 
 # -----------------------------------------------------------------------------
 # model
@@ -115,7 +115,7 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **changes) -> flask.
 
 def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:
     if loaded is None:
-        settings['name'] = settings['name'] or Path(source(settings)[0]).name
+        settings['name'] = settings['name'] or Path(checkpoint_source(settings)[0]).name
     settings['name'] = settings['name'] or 'flatgpt'
     # GNU OpenMP keeps a team of workers for each live thread that has computed. With more workers
     # than cores, the engine's would sleep between any two products. This thread ends.

@@ -22,6 +22,11 @@ result, if there is one: the loss before training, a prompt's logits, tokens in 
 import importlib.metadata
 import sys
 
+from flatgpt.errors import UserError, one_line_errors, within
+
+if __name__ == '__main__':
+    one_line_errors()  # also for Ctrl-C during the slow imports below
+
 import torch
 
 from configurator import configure
@@ -40,7 +45,6 @@ from flatgpt.benchmarks.validate import (
     check_writable,
     requested_jobs,
 )
-from flatgpt.errors import UserError, within
 from flatgpt.runtime import Runtime, pick_device, pick_dtype
 from flatgpt.training import metrics
 from sample import load

@@ -1,16 +1,16 @@
 """
-Settings: a script's defaults, overridden by executed config files and --key=value flags, in order.
+Settings: a script's defaults, overridden in order by config files and --key=value flags.
 
 $ python train.py config/quickstart.py --max_iters=200    # a path, or just: quickstart
 $ python train.py --help                                  # every setting, its default and meaning
 
-A script declares each setting once, as a plain assignment at its top, and then says
+A script declares each setting once, as a plain assignment at its top with a comment, then calls
 
     config = configure(globals(), sys.argv[1:])
     globals().update(config)
 
-A config file is Python that starts with the current values as its globals, so
-`lr_decay_iters = max_iters` works. What it assigns passes the same check as a flag.
+A config file is Python code that runs with the current values as its globals, so
+`lr_decay_iters = max_iters` works. Its assignments are checked like flags.
 """
 
 import ast
@@ -21,38 +21,40 @@ import os
 import re
 import runpy
 import sys
+import tokenize
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from flatgpt import ROOT
 from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
 
 SCALARS = (bool, int, float, str, type(None))
-# settings of versions before 2026-11-28, accepted and ignored in the config.py of an old run
+# removed settings, ignored in the config.py of a run made before 2026-11-28
 RETIRED = ('published',)
-EXAMPLES = {
-    'bool': 'True or False',
-    'int': 'a whole number',
-    'float': 'a number',
-    'str': 'text',
-    'NoneType': 'None',
+TYPES = {  # type -> how an error line describes it, and an example
+    'bool': ('True or False', True),
+    'int': ('a whole number', 10),
+    'float': ('a number', 0.5),
+    'str': ('text', 'text'),
+    'NoneType': ('None', None),
 }
 
 
 def configure(defaults: dict, argv: list[str], positional: str | None = None) -> dict:
-    """Settings in force: `defaults` overridden by the config files and flags in `argv`, in order.
+    """`defaults` overridden by the config files and flags in `argv`, in order.
 
     defaults: a script's globals(), or any dict of scalars.
-    positional: the setting that takes an argument which is neither a flag nor a config: its text.
-    Prints the settings and leaves for --help. A mistake raises ConfigError, which from here on
-    ends the program with one line (see one_line_errors).
+    positional: the setting that takes an argument which is neither a flag nor a config.
+    --help prints the settings and exits. Mistakes raise one ConfigError, which from here on ends
+    the program with one line each (see one_line_errors).
     """
     one_line_errors()
     script = defaults.get('__file__')
     schema = read_settings(script) if script else {k: '' for k in defaults if k[0] != '_'}
     schema = {k: v for k, v in schema.items() if isinstance(defaults.get(k, schema), SCALARS)}
     values = {name: defaults[name] for name in schema}
-    kinds = {name: kinds_of(schema[name], values[name]) for name in schema}
+    types = {name: allowed_types(schema[name], values[name]) for name in values}
     if '--help' in argv or '-h' in argv:
         print(help_text(defaults))
         raise SystemExit(0)
@@ -60,86 +62,87 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     for before, arg in zip(['', *argv], argv, strict=False):
         with mistakes.collect():
             if is_flag(arg, positional):
-                values |= read_flag(arg, kinds)
+                values |= read_flag(arg, types)
                 prompt = arg if arg.startswith(f'--{positional}=') else prompt
             elif (path := find_config(arg, positional)) is not None:
-                elsewhere = {} if script and Path(script).name == 'train.py' else train_settings()
-                values |= read_config(path, values, kinds, elsewhere, mistakes)
+                ignored = {} if script and Path(script).name == 'train.py' else train_settings()
+                values |= read_config(path, values, types, ignored, mistakes)
             elif before.startswith('--') and '=' not in before and mistakes.lines:
-                pass  # the value of a flag that lacks its =, which is a mistake already
+                pass  # the value of a flag without =, which is already reported
             elif positional is None:
-                raise ConfigError(missing_config(arg, kinds))
+                raise ConfigError(unknown_config(arg, types))
             elif prompt is not None:
-                raise ConfigError(f'{arg}: a second prompt; put one text with spaces into quotes')
+                raise ConfigError(f'{arg}: is a second prompt; quote a prompt that contains spaces')
             else:
                 values[positional] = prompt = arg
-                if other := other_meaning(arg, kinds, positional):
-                    print(f'{arg}: is taken as the prompt; {other}', file=sys.stderr)
+                if hint := prompt_hint(arg, types, positional):
+                    print(f'{arg}: is used as the prompt; {hint}', file=sys.stderr)
     mistakes.raise_all()
-    return {
-        k: float(v) if kinds[k][0] == 'float' and v is not None else v for k, v in values.items()
-    }
+    return values
 
 
 def is_flag(arg: str, positional: str | None) -> bool:
-    """Whether an argument is a flag, and not a prompt such as "-- and so it ended"."""
+    """Whether an argument is a flag rather than a prompt such as "-- and so it ended"."""
     is_prompt = positional is not None and re.search(r'\s', arg.partition('=')[0])
     return arg.startswith('--') and not is_prompt
 
 
-def other_meaning(arg: str, settings, positional: str) -> str:
-    """What else a prompt of one word may have been meant as, '' if nothing."""
+def prompt_hint(arg: str, settings, positional: str) -> str:
+    """What the user of a one-word prompt may have meant instead, '' if nothing."""
     if arg.split() != [arg]:
         return ''
     if '=' in arg and arg.lstrip('-').partition('=')[0] in settings:
         return f'a setting needs two dashes: --{arg.lstrip("-")}'
     if os.path.isdir(arg):
-        return f'for the model in that folder, --out_dir={arg}'
+        return f'to use the model in this directory: --out_dir={arg}'
     if os.path.isfile(arg):
-        return f'for what the file says, --{positional}=FILE:{arg}'
+        return f'to read the prompt from this file: --{positional}=FILE:{arg}'
     names = [path.stem for path in (ROOT / 'config').glob('*.py')]
     return did_you_mean(arg, names).strip() if '_' in arg else ''
 
 
-def with_values(script: str, settings: dict, changes: dict, source: str) -> dict:
-    """The settings of a script after changes: values, not text, with the types that flags have.
+def update_settings(script: str, settings: dict, changes: dict, source: str) -> dict:
+    """A script's settings with changes given as values, which are checked like flags.
 
-    source: where they are from, with {} for a setting's name.
+    source: where the changes come from; {} stands for a setting's name.
     """
-    annotations, changed = read_settings(script), dict(settings)
-    for name, value in changes.items():
-        kinds = kinds_of(annotations[name], settings[name])
-        value = check(name, value, kinds, source.format(name))
-        changed[name] = float(value) if kinds[0] == 'float' and value is not None else value
-    return changed
+    types = setting_types(script, settings)
+    checked = {k: check_type(k, v, types[k], source.format(k)) for k, v in changes.items()}
+    return settings | checked
 
 
-def read_flag(arg: str, kinds: dict) -> dict:
-    """The setting that --key=value means; a switch may leave out its value."""
+def setting_types(script: str, settings: dict) -> dict[str, tuple[str, ...]]:
+    """The types that each of these settings of a script takes."""
+    annotations = read_settings(script)
+    return {name: allowed_types(annotations[name], settings[name]) for name in settings}
+
+
+def read_flag(arg: str, types: dict) -> dict:
+    """{key: value} of a flag --key=value; for True, --key is enough."""
     key, equals, text = arg[2:].partition('=')
-    known(key, kinds, arg)
-    if not equals and 'bool' not in kinds[key]:
-        raise ConfigError(f'{arg}: needs {expected(kinds[key])}, as in {arg}=...')
-    value = parse(text, kinds[key], arg) if equals else True
-    return {key: check(key, value, kinds[key], arg)}
+    check_known(key, types, arg)
+    if not equals and 'bool' not in types[key]:
+        example = TYPES[types[key][0]][1]
+        raise ConfigError(f'{arg}: needs {describe(types[key])}, for example {arg}={example}')
+    value = parse_value(text, types[key], arg) if equals else True
+    return {key: check_type(key, value, types[key], arg)}
 
 
-def read_config(path: Path, values: dict, kinds: dict, elsewhere: dict, mistakes: Mistakes) -> dict:
-    """The settings that a config file changes. elsewhere: settings of train.py that this script has
-    no use for."""
+def read_config(path: Path, values: dict, types: dict, ignored: dict, mistakes: Mistakes) -> dict:
+    """The settings that a config file changes. ignored: train.py's, if another script reads it."""
     changed = {}
     for key, value in run_config(path, values).items():
-        if key in kinds:
-            with mistakes.collect():
-                changed[key] = check(key, value, kinds[key], f'{path}: {key} = {short(value)}')
-        elif key not in elsewhere and key not in RETIRED:
-            with mistakes.collect():
-                known(key, kinds, str(path))
+        if key not in types and (key in ignored or key in RETIRED):
+            continue
+        with mistakes.collect():
+            check_known(key, types, str(path), 'a variable of its own must start with _')
+            source = f'{path}: {key} = {shorten(value)}'
+            changed[key] = check_type(key, value, types[key], source)
     return changed
 
 
 def run_config(path: Path, values: dict) -> dict:
-    """What a config file assigns: names without a leading _, and no modules or functions."""
+    """What a config file assigns, without modules, functions and names that start with _."""
     try:
         namespace = runpy.run_path(str(path), init_globals=dict(values))
     except SyntaxError as error:
@@ -157,96 +160,94 @@ def run_config(path: Path, values: dict) -> dict:
 
 
 def find_config(arg: str, positional: str | None = None) -> Path | None:
-    """The config file that `arg` means: a .py path, or a bare name found in config/.
+    """The config file that `arg` refers to: a .py path, or the name of a file in config/.
 
-    None for what is no config. Where there is a `positional` setting, words that end in .py may be
-    its text, if there is no such file.
+    None if it refers to none. With a `positional` setting, several words that end in .py may be its
+    text.
     """
     bare = ROOT / 'config' / f'{arg}.py'
     if arg.endswith('.py'):
-        with contextlib.suppress(OSError):  # a prompt can be longer than a file's name
+        with contextlib.suppress(OSError):  # a prompt can be too long for a file name
             for path in (Path(arg), ROOT / arg):
                 if path.is_file():
                     return path
         if positional and arg.split() != [arg]:
             return None
-        hint = f'; if it is the prompt, --{positional}={arg}' if positional else ''
-        raise ConfigError(missing_config(arg, {}) + hint)
+        hint = f'; to use it as the prompt: --{positional}={arg}' if positional else ''
+        raise ConfigError(unknown_config(arg, {}) + hint)
     with contextlib.suppress(OSError):
         return bare if arg.isidentifier() and bare.is_file() else None
 
 
-def missing_config(arg: str, settings) -> str:
+def unknown_config(arg: str, settings) -> str:
+    """The error line for an argument that is neither a flag nor a config."""
     names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
     if arg.lstrip('-').partition('=')[0] in settings:
         return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}'
     if os.path.isdir(arg):
-        return f'{arg}: is a folder, and no config; did you mean --out_dir={arg}?'
+        return f'{arg}: is a directory, not a config file; did you mean --out_dir={arg}?'
     hint = did_you_mean(Path(arg).stem, names)
     return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
 
 
-def known(key: str, settings, source: str) -> None:
+def check_known(key: str, settings, source: str, hint: str = '--help lists all settings') -> None:
+    """Raise ConfigError for an unknown setting. hint: the advice if no name is similar."""
     if key in settings:
         return
     if key in RETIRED:
-        raise ConfigError(f'{source}: the setting {key!r} is no longer there; leave it out')
-    near = did_you_mean(key, settings).strip()
-    hint = near or '--help lists them all'
-    if not near and not source.startswith('--'):
-        hint += '; a name of your own begins with _'
-    if not near and source.startswith('--') and key in train_settings():
-        hint = 'it belongs to train.py'
-    raise ConfigError(f'{source}: no setting is called {key!r}; {hint}')
+        raise ConfigError(f'{source}: the setting {key!r} was removed; omit it')
+    if source.startswith('--') and key in train_settings():
+        hint = 'it is a setting of train.py; omit it here'
+    hint = did_you_mean(key, settings).strip() or hint
+    raise ConfigError(f'{source}: unknown setting {key!r}; {hint}')
 
 
-def kinds_of(annotation: str, default) -> tuple[str, ...]:
-    """Names of the types a setting takes: its annotation's, otherwise its default's."""
+def allowed_types(annotation: str, default) -> tuple[str, ...]:
+    """Names of the types that a setting takes: from its annotation, else from its default."""
     if annotation:
         return tuple(p.strip().replace('None', 'NoneType') for p in annotation.split('|'))
     return (type(default).__name__,)
 
 
-def parse(text: str, kinds: tuple, source: str):
-    """The value that a flag's text means. A setting that takes text gets it verbatim."""
-    if 'NoneType' in kinds and text == 'None':
+def parse_value(text: str, types: tuple, source: str):
+    """The value of a flag. A setting that takes text gets the flag's text verbatim."""
+    if 'NoneType' in types and text == 'None':
         return None
-    if 'bool' in kinds and text.lower() in ('true', 'false'):
+    if 'bool' in types and text.lower() in ('true', 'false'):
         return text.lower() == 'true'
-    if 'str' in kinds:
+    if 'str' in types:
         return text
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ConfigError(f'{source}: needs {expected(kinds)}') from None
+        raise ConfigError(f'{source}: needs {describe(types)}') from None
 
 
-def check(key: str, value, kinds: tuple, source: str):
-    """`value`, if it has one of the types `kinds`; an int serves where a float is asked for."""
+def check_type(key: str, value, types: tuple, source: str):
+    """`value` if it has one of `types`; an int becomes a float where only that is allowed."""
     kind = type(value).__name__
-    if kind in kinds:
+    if kind in types:
         return value
-    if kind == 'int' and 'float' in kinds:
+    if kind == 'int' and 'float' in types:
         if abs(value) <= sys.float_info.max:
-            return value
-        raise ConfigError(f'{source}: {key} is too large for a number')
-    raise ConfigError(f'{source}: {key} needs {expected(kinds)}, not {kind} {short(value)}')
+            return float(value)
+        raise ConfigError(f'{source}: {key} must be between -1.7e308 and 1.7e308')
+    raise ConfigError(f'{source}: {key} needs {describe(types)}, not {kind} {shorten(value)}')
 
 
-def short(value) -> str:
+def shorten(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def expected(kinds: tuple) -> str:
-    return ' or '.join(EXAMPLES[kind] for kind in kinds)
+def describe(types: tuple) -> str:
+    return ' or '.join(TYPES[name][0] for name in types)
 
 
-def settings_block(script: str) -> tuple[list[ast.stmt], list[str]]:
-    """The assignments at the top of a script that declare its settings, and its source lines."""
-    source = Path(script).read_text(encoding='utf-8')
+def settings_block(script: str) -> list[ast.stmt]:
+    """The assignments at the top of a script that declare its settings."""
     block = []
-    for node in ast.parse(source).body:
+    for node in ast.parse(Path(script).read_text(encoding='utf-8')).body:
         if block and isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.If)):
             break
         if isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -255,27 +256,26 @@ def settings_block(script: str) -> tuple[list[ast.stmt], list[str]]:
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             if isinstance(target, ast.Name) and target.id.islower() and target.id[0] != '_':
                 block.append(node)
-    return block, source.splitlines()
+    return block
 
 
 def settings_of(script: str, argv: list[str]) -> dict:
-    """What the settings of a script would be with these arguments, of which nothing else runs."""
-    block, _ = settings_block(script)
+    """A script's settings with these arguments, without running it; for launch/slurm.sh."""
     settings = {'__file__': script}
-    exec(compile(ast.Module(block, []), script, 'exec'), settings)
+    exec(compile(ast.Module(settings_block(script), []), script, 'exec'), settings)
     return configure(settings, argv)
 
 
-def name_of(node: ast.stmt) -> str:
+def setting_name(node: ast.stmt) -> str:
     return (node.target if isinstance(node, ast.AnnAssign) else node.targets[0]).id
 
 
 @functools.cache
 def read_settings(script: str) -> dict[str, str]:
-    """Setting -> annotation ('' without one), read from the script's source without running it."""
-    block, _ = settings_block(script)
+    """{setting: its annotation or ''}, read from a script's source without running it."""
     return {
-        name_of(n): ast.unparse(n.annotation) if hasattr(n, 'annotation') else '' for n in block
+        setting_name(node): ast.unparse(node.annotation) if hasattr(node, 'annotation') else ''
+        for node in settings_block(script)
     }
 
 
@@ -285,16 +285,31 @@ def train_settings() -> dict[str, str]:
 
 
 def help_text(defaults: dict) -> str:
-    """The script's docstring and its settings: name, default and comment, in their groups."""
-    block, lines = settings_block(defaults['__file__'])
+    """The script's docstring and its settings in their groups: name, default and meaning."""
     out = [inspect.cleandoc(defaults.get('__doc__') or ''), '', 'Settings, given as --name=value:']
-    last = block[0].lineno - 2 if block else 0
-    for node in block:
-        for line in lines[last : node.lineno - 1]:
-            if line.startswith('#') and line.strip('# -'):
-                out.append(f'\n{line.strip("# ")}')
-        last = node.end_lineno
-        comment = lines[last - 1][node.end_col_offset :].strip().lstrip('# ')
-        name = name_of(node)
-        out.append(f'  {f"{name} = {defaults[name]!r}":<44} {comment}'.rstrip())
+    for name, heading, meaning in read_meanings(defaults['__file__']):
+        if heading:
+            out.append(f'\n{heading}')
+        out.append(f'  {f"{name} = {defaults[name]!r}":<44} {meaning}'.rstrip())
     return '\n'.join(out)
+
+
+def read_meanings(script: str) -> Iterator[tuple[str, str, str]]:
+    """Each setting's name, the heading of the group it opens, and the comment with its meaning.
+
+    The meaning stands on a line of the assignment, which a formatter may wrap, or above it; the
+    heading of a group stands above that.
+    """
+    with tokenize.open(script) as file:
+        tokens = [t for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.COMMENT]
+    comments = {t.start[0]: t.string.strip('# ') for t in tokens if t.string.strip('# -')}
+    own_line = {t.start[0] for t in tokens if t.start[1] == 0}
+    for node in settings_block(script):
+        meaning = [comments[n] for n in range(node.lineno, node.end_lineno + 1) if n in comments]
+        above, line = [], node.lineno - 1
+        while line in comments and line in own_line:
+            above.insert(0, comments[line])
+            line -= 1
+        if not meaning:
+            meaning = [above.pop()] if above else []
+        yield setting_name(node), ' '.join(above), ' '.join(meaning)

@@ -6,11 +6,11 @@ Two architectures in one file, each with a forward pass for training and one ove
     logits, _ = model(idx, cache=KVCache(model, rows=8))   # generation: logits of the next token
 
 'gpt2' is GPT-2 as released (Radford et al. 2019, "Language Models are Unsupervised Multitask
-Learners"; https://github.com/openai/gpt-2/blob/master/src/model.py). 'modern' is what
-`transformers` calls NanoChat (https://github.com/karpathy/nanochat): rotary positions, RMS norms
-without parameters, normalised queries and keys, squared ReLU, grouped key/value heads, logits that
-stay within 15. Weights keep the names that GPT2LMHeadModel and NanoChatForCausalLM give them;
-GPT-2's Conv1D holds the matrices in TRANSPOSED the other way round.
+Learners"; https://github.com/openai/gpt-2/blob/master/src/model.py). 'modern' is NanoChat
+of `transformers` (https://github.com/karpathy/nanochat): rotary positions, RMS norms
+without parameters, normalized queries and keys, squared ReLU, grouped-query attention, logits
+capped at 15. Weights have the names of GPT2LMHeadModel and NanoChatForCausalLM; GPT-2's Conv1D
+stores the matrices in TRANSPOSED transposed.
 
 Shapes: B rows, T tokens, S tokens in the cache, C = n_embd, H = n_head, G = n_kv_head (H unless
 set), D = C / H, V = vocab_size.
@@ -41,9 +41,9 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = False  # in Linear and LayerNorm; GPT-2 as released has them, 'modern' never
+    bias: bool = False  # in Linear and LayerNorm; True in the released GPT-2; 'modern' has none
     arch: str = 'gpt2'  # or 'modern'
-    n_kv_head: int | None = None  # heads of keys and values, 'modern' only; None: as many as n_head
+    n_kv_head: int | None = None  # key/value heads, 'modern' only; None: n_head
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
@@ -51,40 +51,45 @@ class GPTConfig:
             if value is None and name == 'n_kv_head':
                 continue
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name}={value!r}: must be at least 1, and whole')
+                raise ValueError(f'{name}={value!r}: must be at least 1 and whole')
         if self.n_embd % self.n_head:
-            near = max(self.n_head, round(self.n_embd / self.n_head) * self.n_head)
             raise ValueError(
                 f'n_embd={self.n_embd} cannot be split over n_head={self.n_head} heads; '
-                f'the nearest that can is n_embd={near}'
+                f'use n_embd={self.nearest_n_embd()}'
             )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout={self.dropout}: must be at least 0 and below 1')
         if self.arch not in ('gpt2', 'modern'):
-            raise ValueError(f"arch={self.arch!r}: give 'gpt2' or 'modern'")
+            raise ValueError(f"arch={self.arch!r}: must be 'gpt2' or 'modern'")
         if self.arch == 'modern':
             self.check_modern()
         elif self.n_kv_head not in (None, self.n_head):
             raise ValueError(
-                f"n_kv_head={self.n_kv_head}: arch='gpt2' has as many as n_head={self.n_head}; "
-                "leave it at None, or take arch='modern'"
+                f"n_kv_head={self.n_kv_head}: arch='gpt2' always has n_head={self.n_head}; "
+                "use n_kv_head=None or arch='modern'"
             )
 
     def check_modern(self) -> None:
-        """Refuse what NanoChatForCausalLM could not load."""
+        """Raise ValueError for a shape that NanoChatForCausalLM does not support."""
         if self.bias:
-            raise ValueError("bias=True: arch='modern' has no biases; take --bias=False")
+            raise ValueError("bias=True: arch='modern' has no biases; use --bias=False")
         if self.n_embd // self.n_head % 2:
             raise ValueError(
                 f'n_embd={self.n_embd} over n_head={self.n_head} makes heads of '
-                f'{self.n_embd // self.n_head}: rotary positions turn pairs, so take an even size'
+                f'{self.n_embd // self.n_head}, but rotary embeddings need an even size; '
+                f'use n_embd={self.nearest_n_embd()}'
             )
         if self.n_head % self.kv_heads:
             fits = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
             raise ValueError(
                 f'n_kv_head={self.n_kv_head} cannot serve n_head={self.n_head} heads in equal '
-                f'groups; give one of {", ".join(map(str, fits))}'
+                f'groups; use one of {", ".join(map(str, fits))}'
             )
+
+    def nearest_n_embd(self) -> int:
+        """The n_embd closest to this one that n_head heads can share."""
+        unit = self.n_head * (2 if self.arch == 'modern' else 1)
+        return max(1, round(self.n_embd / unit)) * unit
 
     @property
     def kv_heads(self) -> int:
@@ -92,35 +97,36 @@ class GPTConfig:
 
 
 def dropout(x, p, training):
-    """F.dropout; on a CPU from 16 random bits an element, which takes a fifth of its time."""
+    """F.dropout; on a CPU with 16 random bits per element, five times as fast."""
     if not (training and p > 0.0):
         return x
     if x.device.type != 'cpu':
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    share = min(round(p * 2**16), 2**16 - 1)  # of 2^16 values, those that drop
-    keep = torch.ge(bits, share - 2**15, out=torch.empty_like(x))
-    return x * keep.mul_(2**16 / (2**16 - share))
+    dropped = min(round(p * 2**16), 2**16 - 1)  # of 2^16 possible values
+    keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))
+    return x * keep.mul_(2**16 / (2**16 - dropped))
 
 
 def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
-    """Causal attention of q (B, H, T, D) to k, v (B, G, T, D), and to the cache -> (B, T, C).
+    """Causal attention of q (B, H, T, D) to k, v (B, G, T, D) and to the cache -> (B, T, C).
 
-    p: of dropping a weight; for training. mask (B, 1, T, T): what attends to what, without a cache.
+    p: dropout of the attention weights. mask (B, 1, T, T): True where a query may attend, without a
+    cache.
     """
     grouped, dtype = k.size(1) < q.size(1), q.dtype
-    if q.device.type == 'mps':  # before torch 2.12 it mixes up the rows of what was permuted
+    if q.device.type == 'mps':  # before torch 2.12, permuted tensors mix up rows
         q, k, v = (t.contiguous() for t in (q, k, v))
     if cache is not None:
-        k, v = cache.append(layer, k, v)  # (B, G, S, D): the past, if there is any, and the new
+        k, v = cache.append(layer, k, v)  # (B, G, S, D): past and new tokens
     if cache is not None and cache.mask is not None:
         q, mask = q.to(k.dtype), cache.mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
-        y = written_out_attention(q, k, v, p, mask)
+        y = eager_attention(q, k, v, p, mask)
     elif mask is not None:
-        if grouped and q.device.type == 'cuda':  # else by products, which keep (B, H, T, T)
+        if grouped and q.device.type == 'cuda':  # otherwise torch stores (B, H, T, T)
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             grouped = False
         y = F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=grouped)
@@ -129,43 +135,43 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
     return y.transpose(1, 2).flatten(2)
 
 
-def same_document(documents):
-    """What attends to what (B, 1, T, T): no token to a later one or to another document's.
+def document_mask(documents):
+    """The causal attention mask (B, 1, T, T) within documents.
 
-    documents (B, T): a number for each token, which tells its document from the others of the row.
+    documents (B, T): for each token, the number of its document in the row.
     """
     mask = documents[:, :, None] == documents[:, None, :]  # (B, T, T)
     return mask.tril_()[:, None]
 
 
-def written_out_attention(q, k, v, p, mask=None):
-    """Causal attention as plain products (Vaswani et al. 2017, equation 1).
+def eager_attention(q, k, v, p, mask=None):
+    """Causal attention as plain matrix products (Vaswani et al. 2017, equation 1).
 
     For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
-    it going backward, and at 2,048 still half as long again; the limit of 1,024 is for the memory,
-    which grows with T squared.
+    it in the backward pass, and 1.5 times at 2,048. The limit of 1,024 bounds the memory, which
+    grows with T squared.
     """
     B, H, T, D = q.shape
     k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
     q, k, v = (t.reshape(B * H, T, D) for t in (q, k, v))
     future = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device).triu(1)
-    if mask is not None:  # heads share it
+    if mask is not None:  # shared by all heads
         future = future.masked_fill(~mask, -math.inf).expand(B, H, T, T).reshape(B * H, T, T)
     scores = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
     weights = dropout(scores.softmax(-1).to(v.dtype), p, training=True)
     return (weights @ v).view(B, H, T, D)
 
 
-def through(blocks, x, *others, recompute=False):
-    """x (B, T, C) through one block after the other.
+def run_blocks(blocks, x, *others, recompute=False):
+    """Apply the blocks to x (B, T, C) in order.
 
-    recompute: keep only what goes from block to block, and compute the rest a second time for the
-    gradient (Chen et al. 2016), with the same random numbers: less memory, a third more work.
+    recompute: gradient checkpointing (Chen et al. 2016) stores only the blocks' inputs and repeats
+    the forward pass with the same random numbers: less memory, a third more computation.
     """
     for layer, block in enumerate(blocks):
         if recompute and torch.is_grad_enabled():
-            again = torch.utils.checkpoint.checkpoint
-            x = again(block, x, *others, layer, use_reentrant=False)
+            checkpoint = torch.utils.checkpoint.checkpoint
+            x = checkpoint(block, x, *others, layer, use_reentrant=False)
         else:
             x = block(x, *others, layer)
     return x
@@ -176,7 +182,7 @@ def through(blocks, x, *others, recompute=False):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation whose bias is optional, at GPT-2's epsilon."""
+    """Layer normalization with an optional bias and GPT-2's epsilon."""
 
     def __init__(self, n_embd, bias):
         super().__init__()
@@ -212,7 +218,7 @@ class GPT2MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate='tanh')  # the tanh form is what GPT-2 was trained with
+        x = F.gelu(self.c_fc(x), approximate='tanh')  # as GPT-2 was trained
         return dropout(self.c_proj(x), self.dropout, self.training)  # (B, T, C)
 
 
@@ -230,7 +236,7 @@ class GPT2Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 between the token ids and the last norm."""
+    """GPT-2 from the token ids to the final norm, without the head."""
 
     def __init__(self, config):
         super().__init__()
@@ -244,11 +250,11 @@ class GPT2(nn.Module):
     def forward(self, idx, pos, cache=None, mask=None):
         x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
         x = dropout(x, self.dropout, self.training)
-        return self.ln_f(through(self.h, x, cache, mask, recompute=self.recompute))
+        return self.ln_f(run_blocks(self.h, x, cache, mask, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
-        """GPT-2's: normal, 0.02; projections into the residual stream / sqrt(2 n_layer)."""
+        """As in GPT-2: std 0.02, over sqrt(2 n_layer) for projections into the residual stream."""
         for name, parameter in self.named_parameters():
             if name.endswith('c_proj.weight'):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.h)))
@@ -263,10 +269,10 @@ class GPT2(nn.Module):
 
 
 class RMSNorm(torch.autograd.Function):
-    """Root mean square of the last dimension to 1 (Zhang and Sennrich 2019), no parameters.
+    """RMS norm of the last dimension (Zhang and Sennrich 2019), without parameters.
 
-    Written out, because on a CPU F.rms_norm and its gradient take three times as long. The scale is
-    rounded to x's dtype. Can be differentiated once.
+    On a CPU, F.rms_norm and its gradient take three times as long. The scale is rounded to x's
+    dtype. Can be differentiated once.
     """
 
     @staticmethod
@@ -280,12 +286,12 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1) / y.size(-1)
-        return torch.addcmul(grad, y, along, value=-1) * scale  # y's length cannot change
+        radial = torch.linalg.vecdot(grad, y).unsqueeze(-1) / y.size(-1)
+        return torch.addcmul(grad, y, radial, value=-1) * scale  # y has a fixed length
 
 
 class SquaredReLU(torch.autograd.Function):
-    """max(x, 0)^2 (So et al. 2021, Primer), written out for the same reason."""
+    """max(x, 0)^2 (So et al. 2021, Primer), also for speed on a CPU."""
 
     @staticmethod
     def forward(ctx, x):
@@ -302,18 +308,18 @@ class SquaredReLU(torch.autograd.Function):
 rms_norm, squared_relu = RMSNorm.apply, SquaredReLU.apply
 
 
-def rotation(pos, head_size, dtype):
+def rotary_cos_sin(pos, head_size, dtype):
     """Cosine and sine of the rotary angles (Su et al. 2021) at pos (T,) or (B, T).
 
-    Both are (..., T, 1, D / 2); the frequencies fall from 1 towards 1 / 10,000 radians a token.
+    Both are (..., T, 1, D / 2); the frequencies fall from 1 towards 1 / 10,000 radians per token.
     """
     pair = torch.arange(0, head_size, 2, device=pos.device, dtype=torch.float32)
     angle = pos[..., None, None].float() * 10000.0 ** (-pair / head_size)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x1, x2) of x (B, T, H, D) clockwise by its angle."""
+def apply_rotary(x, cos, sin):
+    """Rotate each pair (x1, x2) of x (B, T, H, D) clockwise by its angle."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
@@ -327,7 +333,7 @@ class ModernAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.v_proj = nn.Linear(config.n_embd, self.kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.qkv_proj = None  # the first three in one, once quantize.py has joined them
+        self.qkv_proj = None  # replaces these three after quantize.py fused them
         self.dropout = config.dropout
 
     def forward(self, x, angles, cache=None, mask=None, layer=None):
@@ -336,14 +342,14 @@ class ModernAttention(nn.Module):
             qkv = self.qkv_proj(x)
         elif all(type(proj) is nn.Linear for proj in projections):  # one product is faster
             qkv = F.linear(x, torch.cat([proj.weight for proj in projections]))
-        else:  # lora.py adds to them
+        else:  # with LoRA adapters
             qkv = torch.cat([proj(x) for proj in projections], dim=-1)
         qkv = qkv.unflatten(2, (-1, self.head_size))  # (B, T, H + 2 G, D)
         qk, v = qkv.split((self.n_head + self.kv_heads, self.kv_heads), dim=2)
-        qk = rms_norm(rotate(qk, *angles))
+        qk = rms_norm(apply_rotary(qk, *angles))
         q, k = qk.split((self.n_head, self.kv_heads), dim=2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D), (B, G, T, D) twice
-        # no dropout of attention weights: on a CPU it would cost as much as the attention
+        # no dropout of attention weights, which on a CPU would cost as much as the attention
         y = attention(q, k, v, 0.0, cache, mask, layer)  # (B, T, C)
         return dropout(self.o_proj(y), self.dropout, self.training)
 
@@ -372,7 +378,7 @@ class ModernBlock(nn.Module):
 
 
 class Modern(nn.Module):
-    """The modern architecture between the token ids and the last norm."""
+    """The modern architecture from the token ids to the final norm, without the head."""
 
     def __init__(self, config):
         super().__init__()
@@ -386,16 +392,16 @@ class Modern(nn.Module):
         x = self.embed_tokens(idx)  # (B, T, C)
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
-            x = x.bfloat16()  # half the memory traffic, as NanoChat trains; float16 could overflow
+            x = x.bfloat16()  # as in NanoChat: half the memory traffic; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
-        angles = rotation(pos, self.head_size, x.dtype)
+        angles = rotary_cos_sin(pos, self.head_size, x.dtype)
         others = angles, cache, mask
-        return rms_norm(through(self.layers, x, *others, recompute=self.recompute))
+        return rms_norm(run_blocks(self.layers, x, *others, recompute=self.recompute))
 
     @torch.no_grad()
     def init_weights(self):
-        """Blocks begin as the identity: their last matrices are zero, the others 1 / sqrt(C)."""
-        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # normed at once: only lr / std matters
+        """Blocks start as the identity: output projections are zero; other std is 1 / sqrt(C)."""
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # a norm follows: only lr / std matters
         for name, parameter in self.layers.named_parameters():
             if name.endswith(('o_proj.weight', 'fc2.weight')):
                 nn.init.zeros_(parameter)
@@ -404,7 +410,7 @@ class Modern(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# either
+# the model
 
 
 class GPT(nn.Module):
@@ -416,49 +422,50 @@ class GPT(nn.Module):
         else:
             self.model = Modern(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.tie()
+        self.tie_weights()
         if config.arch == 'modern':
-            nn.init.normal_(self.lm_head.weight, std=0.001)  # all tokens begin equally likely
+            nn.init.normal_(self.lm_head.weight, std=0.001)  # all tokens start equally likely
         self.trunk.init_weights()
 
-    def tie(self) -> None:
-        """GPT-2 reads and writes tokens by one matrix."""
+    def tie_weights(self) -> None:
+        """GPT-2 uses one matrix for the embedding and the head."""
         if self.config.arch == 'gpt2':
             self.lm_head.weight = self.transformer.wte.weight
 
     @property
     def trunk(self) -> nn.Module:
-        """All but the head, under the name that `transformers` gives it."""
+        """All but the head."""
         return self.transformer if self.config.arch == 'gpt2' else self.model
 
     @property
     def embedding(self) -> nn.Embedding:
-        """What turns token ids into vectors; on its device and in its dtype the model computes."""
+        """The token embedding, whose device and dtype are the model's."""
         return self.transformer.wte if self.config.arch == 'gpt2' else self.model.embed_tokens
 
     @property
     def blocks(self) -> nn.ModuleList:
         return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
-    def forward(self, idx, targets=None, cache=None, lengths=None, whole=False, documents=None):
+    def forward(
+        self, idx, targets=None, cache=None, lengths=None, all_positions=False, documents=None
+    ):
         """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
 
-        idx (B, T): token ids. targets (B, T): the token that follows each; -1 does not count.
-        cache: a KVCache with B rows; idx continues each row where it stands, and the cache grows.
-        lengths (B,): with a cache, how many of each row's T tokens are real; the rest is padding.
-        documents (B, T): without one, the number of each token's document in the row; a token
-        attends to its own document, and positions run on from one document to the next.
-        Logits are (B, T, V), with a cache (B, V): those that follow each row's last real token, or
-        with whole=True those that follow every token.
+        idx (B, T): token ids. targets (B, T): the next token of each; -1 is ignored.
+        cache: a KVCache of B rows, to which idx is appended.
+        lengths (B,): with a cache, the number of tokens in each row before its padding.
+        documents (B, T): without a cache, the number of each token's document in the row. Tokens
+        attend to their own document only; positions are not reset.
+        Logits are (B, T, V); with a cache (B, V), for each row's last token, unless all_positions.
         """
         B, T = idx.shape
         if cache is None:
             pos = torch.arange(T, device=idx.device)  # (T,)
         else:
             pos = cache.extend(B, T, lengths)  # (B, T)
-        mask = None if documents is None else same_document(documents)
+        mask = None if documents is None else document_mask(documents)
         x = self.trunk(idx, pos, cache, mask)  # (B, T, C)
-        if cache is not None and not whole:  # only the last real token is asked what follows it
+        if cache is not None and not all_positions:  # only the last token of each row
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
         logits = self.head(x)  # (B, T, V) or (B, V)
         if targets is None:
@@ -467,26 +474,26 @@ class GPT(nn.Module):
         return logits, loss
 
     def head(self, x):
-        """What the trunk makes of tokens (..., C) -> logits of the token that follows (..., V)."""
+        """Output of the trunk (..., C) -> logits of the next token (..., V)."""
         logits = self.lm_head(x)
         return logits if self.config.arch == 'gpt2' else 15.0 * torch.tanh(logits.float() / 15.0)
 
     def block_matrices(self) -> list[nn.Parameter]:
-        """The matrices inside the blocks: neither embeddings nor head, no gains, no biases."""
+        """The trainable matrices of the blocks, without embeddings and head."""
         inside = [p for block in self.blocks for p in block.parameters()]
         return [p for p in inside if p.dim() == 2 and p.requires_grad]
 
-    def param_groups(self, weight_decay: float, leave_out=()) -> list[dict]:
-        """Parameters for an optimizer: matrices and embeddings decay, biases and gains do not."""
-        left_out = {id(p) for p in leave_out}
-        params = [p for p in self.parameters() if p.requires_grad and id(p) not in left_out]
+    def param_groups(self, weight_decay: float, exclude=()) -> list[dict]:
+        """Parameter groups for an optimizer: weight decay on matrices and embeddings only."""
+        excluded = {id(p) for p in exclude}
+        params = [p for p in self.parameters() if p.requires_grad and id(p) not in excluded]
         return [
             {'params': [p for p in params if p.dim() >= 2], 'weight_decay': weight_decay},
             {'params': [p for p in params if p.dim() < 2], 'weight_decay': 0.0},
         ]
 
     def num_params(self, trained: bool = False) -> int:
-        """Parameters without the embeddings that are looked up and multiply nothing."""
+        """Number of parameters without embeddings that are only looked up."""
         lookup = self.transformer.wpe if self.config.arch == 'gpt2' else self.embedding
         counted = [p for p in self.parameters() if p is not lookup.weight]
         return sum(p.numel() for p in counted if p.requires_grad or not trained)
@@ -494,30 +501,29 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B).
 
-        Two of the six are for the gradient of a parameter, which a frozen one has none of; two are
-        for the gradient that goes on down, and in attention eight of the twelve, which the first
-        blocks are spared if they and the embeddings are frozen.
+        Two of the six are for the gradient of the parameter, which frozen ones do not need. Two
+        more, and eight of attention's twelve, are for the gradient of the input, which the first
+        blocks do not need if they and the embeddings are frozen.
         """
         c, N = self.config, self.num_params()
-        spared = [] if self.embedding.weight.requires_grad else self.blocks
-        spared = list(takewhile(lambda b: not any(p.requires_grad for p in b.parameters()), spared))
+        frozen = [] if self.embedding.weight.requires_grad else self.blocks
+        frozen = list(takewhile(lambda b: not any(p.requires_grad for p in b.parameters()), frozen))
         matrices = 4 * N + 2 * self.num_params(trained=True)
-        matrices -= 2 * sum(p.numel() for block in spared for p in block.parameters())
-        return matrices + (12 * c.n_layer - 8 * len(spared)) * c.n_embd * c.block_size
+        matrices -= 2 * sum(p.numel() for block in frozen for p in block.parameters())
+        return matrices + (12 * c.n_layer - 8 * len(frozen)) * c.n_embd * c.block_size
 
     def freeze_lower(self, blocks: int) -> None:
-        """Have training leave the embeddings and the first blocks as they are.
-
-        GPT-2's head is its embedding, and stays too.
-        """
+        """Freeze the embeddings and the first blocks; so GPT-2's head, which is its embedding."""
         if blocks > len(self.blocks):
-            raise ValueError(f'freeze={blocks}: the model has {len(self.blocks)} blocks')
+            raise ValueError(
+                f'freeze={blocks}: the model has only {len(self.blocks)} blocks; use fewer'
+            )
         tables = [child for child in self.trunk.children() if isinstance(child, nn.Embedding)]
         for module in (*tables, *self.blocks[:blocks]):
             module.requires_grad_(False)
 
     def crop_block_size(self, block_size: int) -> None:
-        """Forget the positions past `block_size`: a smaller context out of a pretrained model."""
+        """Shorten the context of a pretrained model by dropping the positions past block_size."""
         assert block_size <= self.config.block_size
         self.config.block_size = block_size
         if self.config.arch == 'gpt2':

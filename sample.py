@@ -1,20 +1,19 @@
 """
-Let a trained model write.
+Generate text with a trained model: samples, a chat console, or completions for a file of prompts.
 
-$ python sample.py                                   # from the newest run below out/
-$ python sample.py "To be, or not" --num_samples=3   # continue a text, three times
+$ python sample.py                                   # from the newest run in out/
+$ python sample.py "To be, or not" --num_samples=3   # three continuations of a prompt
 $ python sample.py --start=FILE:prompt.txt --temperature=0 --max_new_tokens=100
 $ python sample.py --out_dir=out/my_run --chat       # a console that remembers the conversation
 $ python sample.py --batch=prompts.jsonl --out=answers.jsonl
 
-An argument that begins with -- is a setting, and one that is a file ending in .py, or the name of a
-config, is that; any other is the prompt. --start= takes whatever comes after it.
+An argument that starts with -- is a setting. A .py file or the name of a config is a config. Any
+other argument is the prompt; --start= accepts every prompt.
 
-A batch file has a prompt a line (.txt), or in a .jsonl or .ndjson file an object a line, with a
-"prompt" and, where they differ, settings of the texts, perhaps an "id". There "stop" is a text or
-a list of them, in which | and \\n are no signs. The answers are JSON lines in the order of the
-prompts; a line that cannot be answered says why under "error". Killed, the same command goes on
-where it was.
+A .txt batch file has one prompt per line. A .jsonl or .ndjson file has one object per line: a
+"prompt", optionally an "id", and sampling settings for this prompt, where "stop" is a string or a
+list of strings without escapes. The output is JSON Lines in the order of the prompts; a prompt that
+fails gets an "error". To resume a killed batch, run the same command again.
 
 From Python: load() here, and generate(), complete() or an Engine of flatgpt/inference/engine.py.
 """
@@ -28,12 +27,16 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
+from flatgpt.errors import ConfigError, UserError, did_you_mean, one_line_errors, one_of, within
+
+if __name__ == '__main__':
+    one_line_errors()  # also for Ctrl-C during the slow imports below
+
 import torch
 
-from configurator import configure, with_values
+from configurator import configure, read_flag, setting_types, update_settings
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import ConfigError, UserError, did_you_mean, one_of, within
 from flatgpt.inference.batch import Batch
 from flatgpt.inference.engine import MAX_GENERATE_ROWS, NOT_FINITE, Engine, generate
 from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
@@ -44,102 +47,116 @@ from model import GPT
 
 # -----------------------------------------------------------------------------
 # model
-out_dir: str | None = None  # folder of the run; None is the newest run below out/
-init_from = 'resume'  # without out_dir: a run's folder, or gpt2, gpt2-xl ...
+out_dir: str | None = None  # run directory; None: the newest run in out/
+init_from = 'resume'  # without out_dir: a run directory, or gpt2, gpt2-xl ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
-tokenizer: str | None = None  # not the model's own: a name, tokenizer.json or meta.pkl
+tokenizer: str | None = None  # instead of the model's own: a name, tokenizer.json or meta.pkl
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-quantize: str | None = None  # 'int8': half the bytes of 16 bits; on a CPU faster for few texts
-# text
-start = '\n'  # the prompt; FILE:prompt.txt reads it from a file; <|endoftext|> is understood
-chat = False  # an interactive console in place of samples
-batch: str | None = None  # a file with a prompt a line, all to be answered
-out: str | None = None  # the file for the answers
-rows = 16  # texts of a batch file that are computed at once
-num_samples = 10  # texts, written side by side as one batch
-max_new_tokens = 500  # tokens in each at most
-stop = ''  # end a text before this string; | separates several; \n, \t, \| and \\ are understood
-# choice of each token
-seed = 1337  # the same seed gives the same texts
-temperature = 0.8  # below 1 keeps to what is likely, above 1 is wilder, 0 takes the likeliest
-top_k: int | None = 200  # choose among this many likeliest tokens; None or 0: all
-top_p = 1.0  # choose among the likeliest tokens that make up this share of the probability
-min_p = 0.0  # leave out tokens less likely than this share of the likeliest one's probability
-repetition_penalty = 1.0  # above 1 disfavours every token that prompt or text already have
-frequency_penalty = 0.0  # taken off a token's logit for each time the new text has it
-presence_penalty = 0.0  # and once, if it has it at all
+quantize: str | None = (
+    None  # 'int8': half the memory of 16-bit weights; on a CPU faster for few samples
+)
+# generation
+start = '\n'  # the prompt; FILE:prompt.txt reads a file; may contain <|endoftext|>
+chat = False  # an interactive console instead of samples
+batch: str | None = None  # file of prompts to complete, one per line
+out: str | None = None  # file for the completions of the batch
+rows = 16  # prompts of the batch that are computed at once
+num_samples = 10  # samples, computed as one batch
+max_new_tokens = 500  # most tokens in each sample
+stop = ''  # end a sample before this string; | separates several; escapes: \n, \t, \| and \\
+# sampling
+seed = 1337  # the same seed gives the same samples
+temperature = 0.8  # below 1: less random; above 1: more random; 0: always the most likely token
+top_k: int | None = 200  # sample from this many most likely tokens; None or 0: from all
+top_p = 1.0  # sample from the most likely tokens whose probabilities sum to this
+min_p = 0.0  # exclude tokens less likely than this fraction of the most likely one's probability
+repetition_penalty = 1.0  # above 1: make tokens less likely that the text already contains
+frequency_penalty = 0.0  # subtract from a token's logit for each time it was generated
+presence_penalty = 0.0  # subtract from a token's logit once it was generated
 # -----------------------------------------------------------------------------
 
-CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], '\N{REPLACEMENT CHARACTER}')
-CHOICES = [f.name for f in fields(SamplingParams) if f.name in globals()]  # settings of each text
-DOES = {'a': 'answers what you type', 'no': 'continues what you type'}
-HELP = """Type text, and the model continues it. The conversation is remembered, as far as the
-model's context reaches, until you clear it. Ctrl-C stops an answer.
+CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))
+CONTROL_CHARACTERS = dict.fromkeys(CONTROL_CODES, '\N{REPLACEMENT CHARACTER}')
+MAX_PROMPT_BYTES = 2**24
+# settings that a line of a batch file and the console can change
+SAMPLING_SETTINGS = [f.name for f in fields(SamplingParams) if f.name in globals()]
+HELP = """Type text, and the model continues it. It remembers the conversation as far as its context
+reaches. Ctrl-C stops a reply.
   /set NAME VALUE   change a setting, for example /set temperature 0.5
   /reset            forget the conversation
-  /quit             leave; so does Ctrl-D, or Ctrl-C twice"""
+  /quit             exit; so does Ctrl-D, or Ctrl-C twice"""
 
 
 # -----------------------------------------------------------------------------
 # settings and prompts
 
 
-def sampling_of(settings: dict) -> SamplingParams:
-    """The SamplingParams that settings describe; they spell its stop strings as one text."""
-    chosen = {name: settings[name] for name in CHOICES}
-    if chosen['max_new_tokens'] < 1:
-        raise ConfigError(f'max_new_tokens={chosen["max_new_tokens"]}: must be at least 1')
-    return SamplingParams(**{**chosen, 'stop': split_stop(settings['stop'])})
+def sampling_params(settings: dict) -> SamplingParams:
+    """The SamplingParams of these settings, whose `stop` is one string."""
+    within(1, None, settings, 'max_new_tokens')
+    chosen = {name: settings[name] for name in SAMPLING_SETTINGS}
+    return SamplingParams(**{**chosen, 'stop': parse_stop(settings['stop'])})
 
 
-def sampling_of_line(settings: dict, own: dict) -> SamplingParams:
-    """The SamplingParams of a line in a batch file, with settings of its own: values, not text."""
-    # null is as if it had not been said, but for top_k, where it means all
-    own = {name: own[name] for name in own if own[name] is not None or name == 'top_k'}
-    stop = own.pop('stop', None)
-    sampling = sampling_of(with_values(__file__, settings, own, 'this line'))
+def sampling_params_of_line(settings: dict, line: dict) -> SamplingParams:
+    """The SamplingParams of a line of a batch file, which has settings as JSON values."""
+    # null means the command's setting, except for top_k, where it means all tokens
+    line = {name: line[name] for name in line if line[name] is not None or name == 'top_k'}
+    stop = line.pop('stop', None)
+    params = sampling_params(update_settings(__file__, settings, line, 'this line'))
     if stop is None:
-        return sampling
+        return params
     stops = [stop] if isinstance(stop, str) else stop
     if not (isinstance(stops, list) and all(isinstance(each, str) for each in stops)):
-        raise ConfigError('stop: needs a text, or a list of texts')
-    return replace(sampling, stop=tuple(stops) if stop else ())
+        raise ConfigError('stop: must be a string or a list of strings')
+    return replace(params, stop=tuple(stops) if stop else ())
 
 
-def changed(settings: dict, changes: dict) -> dict:
-    """The settings after changes, which are checked as flags are."""
-    flags = [f'--{name}={value}' for name, value in changes.items()]
-    # __file__ has configure read the settings' types where they are declared
-    return configure({'__file__': __file__, **settings}, flags)
-
-
-def split_stop(text: str) -> tuple[str, ...]:
-    """'END|\\n\\n' -> ('END', a blank line)."""
+def parse_stop(text: str) -> tuple[str, ...]:
+    """The setting `stop`, such as 'END|\\n\\n' -> its strings, here 'END' and a blank line."""
     escapes = {'n': '\n', 't': '\t', '|': '|', '\\': '\\'}
     parts = re.findall(r'(?:\\.|[^|])+', text, re.DOTALL)
     if text and not parts:
-        raise ConfigError(f'stop={text!r}: a bar separates stop strings; write \\| to stop at one')
+        raise ConfigError(
+            f'stop={text!r}: a bar separates stop strings; to stop at a bar, write \\|'
+        )
     return tuple(re.sub(r'\\(.)', lambda m: escapes.get(m[1], m[0]), part) for part in parts)
 
 
 def read_prompt(text: str) -> str:
-    """The prompt that --start means: its text, or that of the file it names."""
+    """The prompt that --start= specifies: its text, or that of FILE:path."""
     path = text.removeprefix('FILE:')
     if path != text:
-        try:
-            text = Path(path).read_text(encoding='utf-8-sig')
-        except OSError as error:
-            raise UserError(f'the prompt file {path} cannot be read: {error.strerror}') from error
-        except UnicodeDecodeError as error:
-            raise UserError(f'the prompt file {path} is not UTF-8 at byte {error.start}') from error
+        text = read_prompt_file(path)
     if not text:
-        raise UserError('the prompt is empty; give some text, as --start="Once upon a time"')
+        raise UserError('the prompt is empty; give some text, for example --start="Once upon"')
     return text
 
 
+def read_prompt_file(path: str) -> str:
+    try:
+        with open(path, 'rb') as file:
+            content = file.read(MAX_PROMPT_BYTES + 1)  # /dev/zero has no end
+        if len(content) > MAX_PROMPT_BYTES:
+            raise UserError(
+                f'the prompt file {path} has more than {MAX_PROMPT_BYTES:,} bytes; keep only its '
+                'end, since the model reads no more than its context'
+            )
+        return content.decode('utf-8-sig').replace('\r\n', '\n').replace('\r', '\n')
+    except OSError as error:
+        raise UserError(
+            f'the prompt file {path} cannot be read: {error.strerror}; give a readable file'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f'the prompt file {path} is not UTF-8 at byte {error.start}; convert it to UTF-8'
+        ) from error
+
+
 def prompt_ids(tokenizer: Tokenizer, prompt: str):
-    """The prompt's ids, and its text for showing. The default may begin at the end of text."""
+    """The prompt's token ids, and its text. The default prompt, a line break, becomes the
+    end-of-text token if the vocabulary has no line break."""
     try:
         return tokenizer.encode(prompt, allow_eot=True), prompt
     except UserError:
@@ -148,26 +165,26 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str):
         return [tokenizer.eot], ''
 
 
-def write(text: str) -> None:
-    """Print text at once. On a terminal, characters that would steer it are made harmless."""
-    sys.stdout.write(text.translate(CONTROL) if sys.stdout.isatty() else text)
+def print_text(text: str) -> None:
+    """Print text immediately. On a terminal, control characters are replaced."""
+    sys.stdout.write(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
-    """Show the first sample as it is written, and each other one from when its turn has come."""
-    ready = [[prompt] for _ in range(samples)]  # text not yet shown
+def print_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> None:
+    """Print samples in order: the first as it is generated, later ones once it is their turn."""
+    ready = [[prompt] for _ in range(samples)]  # text not yet printed
     finished = [False] * samples
     current = 0
     for output in outputs:
         ready[output.row].append(output.text)
         finished[output.row] = output.finish is not None
         while current < samples:
-            write(''.join(ready[current]))
+            print_text(''.join(ready[current]))
             ready[current].clear()
             if not finished[current]:
                 break
-            write('\n---------------\n' if samples > 1 else '\n')
+            print_text('\n---------------\n' if samples > 1 else '\n')
             current += 1
 
 
@@ -176,119 +193,125 @@ def write_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> 
 
 
 class Console:
-    """A conversation by the tokenizer's chat template. Without one, what the user types and
-    what the model answers are one text, which it continues."""
+    """A conversation. With a chat template, the model replies to messages; without one, messages
+    and replies form one text that the model continues."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, opening: str):
         self.engine, self.tokenizer, self.opening = Engine(model, tokenizer, 1), tokenizer, opening
-        self.settings = {name: settings[name] for name in CHOICES}
-        self.size, self.start = model.config.block_size, 0
-        self.ids, self.turn = self.encode(opening), 0  # the conversation
+        self.settings = {name: settings[name] for name in SAMPLING_SETTINGS}
+        self.block_size = model.config.block_size
+        self.reset()
         try:
             self.tokenizer.encode('\n')
             self.newline = '\n'
         except UserError:
             self.newline = ''
 
+    def reset(self) -> None:
+        self.ids = self.encode(self.opening)  # the conversation
+        self.first, self.turn = 0, 0  # index of the first token in the context; number of replies
+
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, allow_eot=True).tolist()
 
     def run(self) -> None:
-        has = 'a' if self.tokenizer.chat_template else 'no'
-        print(f'This model has {has} chat template: it {DOES[has]}. /help lists commands.')
+        if self.tokenizer.chat_template:
+            print('This model has a chat template: it replies to messages.', end=' ')
+        else:
+            print('This model has no chat template: it continues what you type.', end=' ')
+        print('/help lists the commands.', flush=True)
         if self.opening:
-            write(self.opening + '\n')
+            print_text(self.opening + '\n')
         while (line := self.read_line()) not in (None, '/quit', '/exit'):
             try:
                 if line.startswith('/'):
-                    self.command(*line.split(maxsplit=1))
+                    self.run_command(*line.split(maxsplit=1))
                 elif line:
-                    self.answer(line)
+                    self.reply(line)
             except UserError as error:
                 print(f'error: {error}', file=sys.stderr, flush=True)
             except KeyboardInterrupt:
-                write('\n(stopped)\n')
+                print_text('\n(stopped)\n')
 
     def read_line(self) -> str | None:
-        """The next line, None at the end. Ctrl-C drops a line; a second one in a row leaves."""
+        """The next line, None at the end. Ctrl-C cancels a line; pressed twice, it exits."""
         prompt = '> ' if sys.stdin.isatty() else ''
-        for reply in ('\n(Ctrl-C again, Ctrl-D or /quit leaves)\n', '\n'):
+        for notice in ('\n(Ctrl-C again, Ctrl-D or /quit to exit)\n', '\n'):
             try:
                 return input(prompt)
             except EOFError:
-                return write('\n' if prompt else '')
+                return print_text('\n' if prompt else '')
             except KeyboardInterrupt:
-                write(reply)
+                print_text(notice)
         return None
 
-    def command(self, name: str, rest: str = '') -> None:
+    def run_command(self, name: str, arguments: str = '') -> None:
         if name == '/help':
             values = [f'  {name} = {value!r}' for name, value in self.settings.items()]
             print(HELP, 'Settings:', *values, sep='\n', flush=True)
         elif name == '/reset':
-            self.ids, self.turn, self.start = self.encode(self.opening), 0, 0
-            print('(the conversation is forgotten)', flush=True)
+            self.reset()
+            print('(conversation cleared)', flush=True)
         elif name == '/set':
-            self.set(*rest.partition(' ')[::2])
+            self.change_setting(*arguments.partition(' ')[::2])
         else:
-            raise UserError(f'{name}: no such command; /help lists them, and /quit leaves')
+            raise UserError(f'{name}: unknown command; /help lists the commands, and /quit exits')
 
-    def set(self, name: str, value: str) -> None:
+    def change_setting(self, name: str, value: str) -> None:
         if not value:
             raise UserError('/set needs a name and a value, for example /set temperature 0.5')
         if name not in self.settings:
             hint = did_you_mean(name, self.settings)
-            raise UserError(f'/set {name}: no such setting; {hint}/help lists them')
-        settings = changed(self.settings, {name: value})
-        sampling_of(settings)  # raises if the value is out of range
+            raise UserError(f'/set {name}: unknown setting; {hint}/help lists the settings')
+        types = setting_types(__file__, self.settings)
+        settings = self.settings | read_flag(f'--{name}={value}', types)
+        sampling_params(settings)  # raises if the value is out of range
         self.settings = settings
         print(f'({name} = {settings[name]!r})', flush=True)
 
-    def answer(self, line: str) -> None:
-        sampling, template = sampling_of(self.settings), self.tokenizer.chat_template
+    def reply(self, line: str) -> None:
+        params, template = sampling_params(self.settings), self.tokenizer.chat_template
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
-            if end and self.tokenizer.delimiter_id(end) is None:
-                sampling = replace(sampling, stop=(*sampling.stop, end))
+            if end and self.tokenizer.mark_id(end) is None:
+                params = replace(params, stop=(*params.stop, end))
         else:
             ids = self.encode((self.newline if self.ids else '') + line)
         self.ids, self.turn = self.ids + ids, self.turn + 1
-        while len(self.ids) - self.start > self.size:  # by eighths, as the engine forgets
-            self.start += max(1, self.size // 8)
-        # every answer has its own random numbers
-        outputs, prompt = deque(), self.ids[self.start :]
-        request = Request(prompt, sampling, outputs.append, seed=(sampling.seed, self.turn))
-        before, shown = len(self.ids), ''
+        while len(self.ids) - self.first > self.block_size:  # drop eighths, as the engine does
+            self.first += max(1, self.block_size // 8)
+        # a seed for each reply, so that equal messages get different replies
+        outputs, prompt = deque(), self.ids[self.first :]
+        request = Request(prompt, params, outputs.append, seed=(params.seed, self.turn))
+        before, printed = len(self.ids), ''
         self.engine.submit(request)
         try:
             while self.engine.step():
-                while outputs:  # what was shown is what is remembered, also after Ctrl-C
+                while outputs:  # only what was printed is remembered, even after Ctrl-C
                     output = outputs.popleft()
                     if output.finish == 'error':
                         raise UserError(NOT_FINITE)
-                    shown += output.text
-                    write(output.text)
+                    printed += output.text
+                    print_text(output.text)
                     if output.finish != 'stop':
                         self.ids.append(output.token)
-                    elif (
-                        output.token not in self.tokenizer.stop_ids
-                    ):  # some of what came is not shown
-                        self.ids[before:] = self.encode(shown)
+                    elif output.token not in self.tokenizer.ends:  # the stop string is not printed
+                        self.ids[before:] = self.encode(printed)
         finally:
             request.cancel()
             if template:
-                self.ids += self.tokenizer.encode_delimiter(end).tolist()
-        write('\n')
+                self.ids += self.tokenizer.encode_mark(end).tolist()
+        print_text('\n')
 
 
 # -----------------------------------------------------------------------------
 # the model
 
 
-def source(settings: dict) -> tuple[str | Path, str]:
-    """The folder, name or checkpoint that the settings mean, and which of its checkpoints."""
-    # In a training run's config, out_dir is the model it made, and init_from what that came from
+def checkpoint_source(settings: dict) -> tuple[str | Path, str]:
+    """What load_model() loads: a run, model name or checkpoint, and 'best' or 'last' of a run."""
+    # in the config of a training run, out_dir is its model and init_from the model it started from
     where, which = settings['out_dir'] or settings['init_from'], settings['checkpoint'] or 'best'
     if which not in ('best', 'last'):
         where = which
@@ -298,7 +321,7 @@ def source(settings: dict) -> tuple[str | Path, str]:
 
 
 def load(settings: dict) -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer that the settings name, ready to write."""
+    """The model, ready for inference, and the tokenizer that the settings specify."""
     device = pick_device(settings['device'])
     if device == 'cpu':
         keep_freed_memory()
@@ -307,40 +330,40 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     one_of((None, 'int8'), settings, 'quantize')
     if settings['quantize']:
         check_int8_device(device)
-    by_itself = settings['quantize'] and settings['dtype'] == 'auto'
-    dtype = pick_dtype('bfloat16' if by_itself else settings['dtype'], device)
-    where, which = source(settings)
+    is_bfloat16 = settings['quantize'] and settings['dtype'] == 'auto'
+    dtype = pick_dtype('bfloat16' if is_bfloat16 else settings['dtype'], device)
+    where, which = checkpoint_source(settings)
     on_out_of_memory(device, lambda: smaller_weights(device, dtype))
     model, tokenizer, state = load_model(where, which, tokenizer=settings['tokenizer'])
     if tokenizer is None:
         raise UserError(
-            f'{where} came without a tokenizer; say which it was made with --tokenizer='
+            f'{where} has no tokenizer; give the one it was trained with, as --tokenizer=NAME'
         )
-    at = f', step {state["step"]}' if 'step' in state else ''
-    print(f'{where}{at}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
+    step = f', step {state["step"]}' if 'step' in state else ''
+    print(f'{where}{step}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
     model.to(dtype).to(device)  # in this order: float32 takes twice the memory there
     return prepare_for_inference(model, settings['quantize']), tokenizer
 
 
 def smaller_weights(device: str, dtype: torch.dtype) -> str:
-    """What to load where these weights do not fit."""
-    if device == 'cpu':  # which reads them in float32
+    """Advice if the weights do not fit in memory."""
+    if device == 'cpu':  # where they are read in float32
         return 'a smaller model'
     if dtype != torch.float32:
         return 'a smaller model, or --device=cpu'
     try:
         pick_dtype('bfloat16', device)
-    except ConfigError:  # of an older GPU
+    except ConfigError:  # an older GPU
         return '--dtype=float16'
     return '--dtype=bfloat16'
 
 
-def fewer_texts(settings: dict, model: GPT) -> str:
-    """What takes less memory than to write these texts side by side."""
-    many = 'rows' if settings['batch'] else 'num_samples'
-    fewer = min(settings[many], MAX_GENERATE_ROWS) // 2
+def fewer_samples(settings: dict, model: GPT) -> str:
+    """Advice if so many samples do not fit in memory."""
+    name = 'rows' if settings['batch'] else 'num_samples'
+    fewer = min(settings[name], MAX_GENERATE_ROWS) // 2
     if fewer and not settings['chat']:
-        return f'--{many}={fewer}'
+        return f'--{name}={fewer}'
     weight = model.embedding.weight
     if weight.dtype == torch.bfloat16 and settings['quantize'] is None:
         return '--quantize=int8'
@@ -352,35 +375,36 @@ def fewer_texts(settings: dict, model: GPT) -> str:
 
 
 def main(settings: dict) -> None:
-    sampling, samples = sampling_of(settings), settings['num_samples']
-    if samples < 1:
-        raise ConfigError(f'num_samples={samples}: must be at least 1')
+    params, samples = sampling_params(settings), settings['num_samples']
+    within(1, None, settings, 'num_samples')
     if settings['batch']:
         if settings['chat'] or settings['start'] != start:
-            raise UserError('--batch has prompts of its own: leave out the prompt, and --chat')
+            raise UserError('--batch reads its prompts from a file; omit the prompt and --chat')
         if samples not in (1, num_samples):
-            raise UserError('--batch has one answer for each prompt: leave out --num_samples')
+            raise UserError('--batch writes one completion per prompt; omit --num_samples')
         within(1, None, settings, 'rows')
-        batch = Batch(settings, partial(sampling_of_line, settings), CHOICES)
+        batch = Batch(settings, partial(sampling_params_of_line, settings), SAMPLING_SETTINGS)
     else:
         if settings['out']:
             out = settings['out']
-            raise UserError(f'--out={out}: is for the answers to a --batch; use > instead')
+            raise UserError(
+                f'--out={out}: needs --batch; to save samples, omit --out and add > {out}'
+            )
         prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)
     device = str(model.embedding.weight.device)
-    on_out_of_memory(device, lambda: fewer_texts(settings, model))
+    on_out_of_memory(device, lambda: fewer_samples(settings, model))
     if settings['batch']:
         return batch.run(model, tokenizer)
     if settings['chat']:
         with suppress(ImportError):
-            import readline  # noqa: F401 - line editing and history, where the platform has it
+            import readline  # noqa: F401 - line editing and history, if the platform has it
         return Console(model, tokenizer, settings, '' if prompt == start else prompt).run()
     ids, prompt = prompt_ids(tokenizer, prompt)
     size = model.config.block_size
     if len(ids) > size:
-        print(f'the prompt has {len(ids)} tokens; the last {size} are used', file=sys.stderr)
-    write_samples(generate(model, tokenizer, [ids] * samples, sampling), prompt, samples)
+        print(f'the prompt has {len(ids)} tokens; only the last {size} are used', file=sys.stderr)
+    print_samples(generate(model, tokenizer, [ids] * samples, params), prompt, samples)
 
 
 if __name__ == '__main__':

@@ -16,6 +16,11 @@ import sys
 import time
 from functools import partial
 
+from flatgpt.errors import one_line_errors
+
+if __name__ == '__main__':
+    one_line_errors()  # also for Ctrl-C during the slow imports below
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,9 +62,9 @@ log_interval = 1  # steps between lines in metrics.jsonl
 sample_tokens = 256  # length of the text to print at the end; 0: none
 eval_sample_tokens = 0  # length of one at each evaluation before that; 0: none
 # trackers
-wandb_log = False
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_log = False  # log to Weights & Biases
+wandb_project = 'owt'  # project that the run is logged to
+wandb_run_name = 'gpt2'  # name of the run there
 tensorboard_log = False  # to tb/ in the run's folder
 # data
 dataset = 'openwebtext'  # a folder in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
@@ -75,9 +80,9 @@ objective = 'lm'  # text; 'sft': the answers in conversations; 'dpo': which of t
 dpo_beta = 0.1  # how dearly a model pays for leaving what it was before: more keeps it nearer
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern': rotary positions, RMS norms, squared ReLU, as in NanoChat
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # blocks
+n_head = 12  # attention heads per block
+n_embd = 768  # width: channels of each token's vector
 n_kv_head: int | None = None  # heads of keys and values, arch='modern'; None: n_head
 dropout = 0.0  # 0 for pretraining; 0.1 and more for fine-tuning and small data
 bias = False  # in Linear and LayerNorm, arch='gpt2'
@@ -91,19 +96,19 @@ freeze: int | None = None  # keep the embeddings and so many first blocks as the
 optimizer = 'adamw'  # or 'muon': Muon for the matrices in the blocks, AdamW for the rest
 learning_rate = 6e-4  # AdamW's at its highest
 muon_lr = 0.02  # Muon's at its highest; it rises and falls as AdamW's does
-muon_momentum = 0.95
+muon_momentum = 0.95  # of Muon's Nesterov momentum
 max_iters = 600000  # updates in all
 epochs: float | None = None  # passes over the training data; sets max_iters and lr_decay_iters
 weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices in the blocks
 beta1 = 0.9  # AdamW's
-beta2 = 0.95
+beta2 = 0.95  # AdamW's decay rate of the mean squared gradient
 grad_clip = 1.0  # largest norm of the gradient; 0.0 does not clip
 # learning rate
 decay_lr = True  # False keeps it constant
 lr_schedule = 'cosine'  # 'constant', or 'linear': constant, then straight down at the end
 warmup_iters = 2000  # steps of linear rise at the start
 lr_decay_iters: int | None = 600000  # step at which min_lr is reached; None: max_iters
-min_lr = 6e-5
+min_lr = 6e-5  # lowest learning rate, at lr_decay_iters
 cooldown = 0.4  # part of lr_decay_iters over which 'linear' comes down
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
@@ -137,7 +142,7 @@ if check or plan:
     watchdog.at(0, 'the check')
     status = preflight(config, runtime)
     watchdog.close()
-    runtime.leave(status)
+    runtime.exit(status)
 
 run = Run(config, runtime, watchdog)  # its directory, and the checkpoint to resume from
 torch.manual_seed(seed)
@@ -151,7 +156,9 @@ lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else 
 runtime.print0(run_lines(config, raw_model, data, runtime, batches.tokens_per_step))
 choose_trained(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
-    state.reference = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
+    state.reference = runtime.broadcast_from_rank0(
+        lambda: fingerprint(raw_model, runtime.dtype_name)
+    )
 state.start_clock()  # of the seconds in the log, which count compilation and evaluation
 
 # raw_model is evaluated, sampled from and saved; model is the same weights, ready for training
@@ -217,7 +224,7 @@ stop = StopSignal(runtime)  # from here on a signal finishes the step, saves and
 if eval_only:
     if losses := estimate_loss(raw_model, batches, config, runtime, stop):
         runtime.print0(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
-    runtime.leave(stop.status)
+    runtime.exit(stop.status)
 run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
 batches.on_lost = stop.fail  # data that can be read no more ends the run as a signal does
@@ -247,7 +254,7 @@ while True:
     run.report_problems('; training goes on')
     if finished or stopping:
         break
-    if runtime.main and losses and sound:
+    if runtime.is_main and losses and sound:
         watchdog.at(step, 'the sample')
         run.show_sample(raw_model, tokenizer, data, eval_sample_tokens)
 
@@ -282,9 +289,9 @@ while True:
     overflow = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(mean_loss)
     finite = math.isfinite(mean_loss + norm)
     skip = not (finite or overflow)
-    skip, stopping = (flag > 0 for flag in runtime.reduce([skip, stop.signal], 'MAX'))
+    skip, stopping = (flag > 0 for flag in runtime.all_reduce([skip, stop.signal], 'MAX'))
     if stopping:
-        stop.share()
+        stop.sync_ranks()
     if stop.failed:
         continue  # there was no batch to make this update of
     if finite and not skip:
@@ -300,7 +307,7 @@ while True:
 
     # once in a while: log
     if state.step % log_interval == 0:
-        (mean_loss,) = runtime.reduce([mean_loss / runtime.world_size])
+        (mean_loss,) = runtime.all_reduce([mean_loss / runtime.world_size])
         speed = run.progress.steps_per_second() * batches.tokens_per_step
         mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
         measured = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}

@@ -1,8 +1,8 @@
 """
 The library behind the scripts at the root of a clone: train.py, sample.py, bench.py, api.py.
 
-`import model` means this clone's model.py for whoever imports flatgpt, also where another project's
-model.py lies in the current folder: the scripts' and the library's GPT have to be one class.
+After `import flatgpt`, `import model` imports this clone's model.py, even if the current directory
+contains another model.py: the scripts and the library must share one GPT class.
 """
 
 import importlib.util
@@ -14,14 +14,14 @@ _MODEL = ROOT / 'model.py'
 
 if not (_MODEL.is_file() and (ROOT / 'train.py').is_file()):
     raise ImportError(
-        f'flatgpt runs from a clone, and {ROOT} is none: get one with git clone, then '
-        '`pip install -e .` in it',
-        name='flatgpt',  # with it, `python -m flatgpt.checkpoint` prints this line and no traceback
+        f'flatgpt runs from a clone, and {ROOT} is not one; run git clone, then '
+        '`pip install -e .` in the clone',
+        name='flatgpt',  # `python -m flatgpt.checkpoint` then prints it without a traceback
     )
 
 
 class _CloneFinder:
-    """Finds the top-level module `model`, and nothing else."""
+    """Finds only the top-level module `model`."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

@@ -1,5 +1,5 @@
 """
-The machine a script finds itself on: device, number format, processes, and what they can do.
+The runtime of a script: device, dtype, process group and collectives.
 
     runtime = start(device='auto', dtype='auto', backend='auto')
     with runtime.autocast(): ...
@@ -29,21 +29,21 @@ from tqdm import tqdm
 from flatgpt import ROOT
 from flatgpt.errors import ConfigError, UserError, explain_errors
 
-CLOCK_SECONDS = 60  # that the clocks of two machines may be apart
+CLOCK_SECONDS = 60  # largest tolerated difference between the clocks of two machines
 DTYPES = {
     'float32': torch.float32,
     'bfloat16': torch.bfloat16,
     'float16': torch.float16,
 }
 
-# what says so: torch's allocators for CUDA, Apple GPUs, Linux, Windows; cuBLAS, cuDNN; torch.empty
+# messages of torch's allocators (CUDA, MPS, Linux, Windows), cuBLAS, cuDNN and torch.empty
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|"
     r'Storage size calculation overflowed'
 )
 
-# Dense 16-bit matrix products, TFLOP/s, from the makers' data sheets. The first name whose words
-# the device's own name has counts, so 'H100 PCIe' comes before 'H100'.
+# Dense 16-bit matrix products, TFLOP/s, from the vendors' data sheets. The first entry that is part
+# of the device's name counts, so 'H100 PCIe' comes before 'H100'.
 PEAK_TFLOPS = {
     'B300': 2250,
     'B200': 2250,
@@ -79,30 +79,32 @@ PEAK_TFLOPS = {
 }
 
 
-# What torch.compile is estimated to take and to save, roughly: no GPU was at hand to measure it on
-COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 20, 1  # for each width of batch, and each layer in that
-SAVED = 1 / 3  # of a run's time
-EAGER_SHARE = 0.25  # of the peak, that large models reach without it
-EAGER_LAYER_SECONDS = 3e-4  # to launch a layer's 60 kernels, forward and back: small models' limit
-ASSUMED_TFLOPS = 50  # of a GPU whose peak is not known
+# Rough estimates of what torch.compile costs and saves, not measured on a GPU
+COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 20, 1  # per batch shape; per layer in each
+COMPILE_SAVING = 1 / 3  # of a run's time
+EAGER_MFU = 0.25  # of large models without it
+EAGER_LAYER_SECONDS = (
+    3e-4  # to launch a layer's 60 kernels, forward and backward: limits small models
+)
+ASSUMED_TFLOPS = 50  # if a GPU's peak is unknown
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What a process computes in a run."""
 
-    passes: int  # forward and back
-    flops: float  # of one of them
+    passes: int  # forward and backward
+    flops: float  # of one pass
     layers: int
-    widths: int = 1  # of batches, for each of which torch.compile makes kernels
+    widths: int = 1  # sequence lengths of the batches; torch.compile makes kernels for each
 
 
 @dataclass(frozen=True)
 class Runtime:
     device: str  # 'cpu', 'mps', 'cuda:0' ...
     dtype: torch.dtype  # of matrix products; parameters stay float32
-    rank: int = 0  # of this process among all
-    world_size: int = 1  # processes, over all nodes
-    store: dist.Store | None = None  # where they leave one another notes; None outside torchrun
+    rank: int = 0  # of this process
+    world_size: int = 1  # processes on all nodes
+    store: dist.Store | None = None  # key-value store of all ranks; None outside torchrun
 
     def __str__(self) -> str:
         processes = f', {self.world_size} processes' if self.world_size > 1 else ''
@@ -113,36 +115,36 @@ class Runtime:
         return str(self.dtype).removeprefix('torch.')
 
     @property
-    def main(self) -> bool:
-        """Whether this process prints and writes files: one does, whatever the world size."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which alone prints and writes files."""
         return self.rank == 0
 
     @property
-    def launcher(self) -> str:
-        """What starts as many processes; what starts other machines, nobody here knows."""
+    def launch_command(self) -> str:
+        """The command that starts as many processes; ... stands for multi-node flags."""
         here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if self.store is None:
             return 'python'
-        many = '--standalone' if here == self.world_size else '...'
-        return f'torchrun {many} --nproc_per_node={here}'
+        flags = '--standalone' if here == self.world_size else '...'
+        return f'torchrun {flags} --nproc_per_node={here}'
 
     @property
-    def first_here(self) -> bool:
-        """Whether this process acts for its machine, as rank 0 does for all."""
+    def is_local_main(self) -> bool:
+        """Whether this process is the first on its machine."""
         return int(os.environ.get('LOCAL_RANK', 0)) == 0
 
     @property
-    def live(self) -> bool:
-        """Whether a person watches this process: a progress line then moves."""
-        return self.main and sys.stderr.isatty()
+    def is_interactive(self) -> bool:
+        """Whether this process shows a progress bar: rank 0 on a terminal."""
+        return self.is_main and sys.stderr.isatty()
 
     @property
     def device_type(self) -> str:
         return self.device.partition(':')[0]
 
     @property
-    def wide(self) -> torch.dtype:
-        """For sums over many values: float64, which Apple GPUs lack."""
+    def sum_dtype(self) -> torch.dtype:
+        """The dtype for sums over many values: float64, which Apple GPUs lack."""
         return torch.float32 if self.device_type == 'mps' else torch.float64
 
     def autocast(self):
@@ -151,48 +153,50 @@ class Runtime:
         return torch.autocast(self.device_type, self.dtype)
 
     def print0(self, text: str) -> None:
-        """Print, once for all processes, above the progress line if there is one."""
-        if self.main:
-            with suppress(OSError):  # a closed pipe or terminal must not end the training
+        """Print on rank 0 only, above the progress bar if there is one."""
+        if self.is_main:
+            with suppress(OSError):  # a closed pipe or terminal must not stop the training
                 tqdm.write(text)
-                sys.stdout.flush()  # a pipe or a log file gets it now, too
+                sys.stdout.flush()  # so that a pipe or log file gets it now
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed torch for one step of this rank, so that a resumed run needs no stored state."""
+        """Seed torch for one step of this rank, so that a checkpoint needs no RNG state."""
         torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + self.rank) % 2**63)
 
-    def reduce(self, values: list[float], how: str = 'SUM') -> list[float]:
-        """`values` combined over all ranks: 'SUM' or 'MAX'. The same on every rank."""
+    def all_reduce(self, values: list[float], op: str = 'SUM') -> list[float]:
+        """`values` reduced over all ranks by 'SUM' or 'MAX'."""
         if self.world_size == 1:
             return values
-        tensor = torch.tensor(values, dtype=self.wide, device=self.device)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
+        tensor = torch.tensor(values, dtype=self.sum_dtype, device=self.device)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
         return tensor.tolist()
 
-    def agree(self, decide):
-        """What decide() returns on rank 0, on every rank; a UserError there is raised on all."""
+    def broadcast_from_rank0(self, decide):
+        """The result of decide(), which runs on rank 0, on every rank; so is its UserError."""
         if self.world_size == 1:
             return decide()
-        box = [None, None]
-        if self.main:
+        outcome = [None, None]  # result, error
+        if self.is_main:
             try:
-                box[0] = decide()
+                outcome[0] = decide()
             except UserError as error:
-                box[1] = error
-        dist.broadcast_object_list(box, src=0, device=torch.device(self.device))
-        if box[1] is not None:
-            raise box[1]
-        return box[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device(self.device))
+        result, error = outcome
+        if error is not None:
+            raise error
+        return result
 
-    def odd_one(self, value) -> int:
-        """A rank on which value is not what it is on rank 0; 0 if there is none."""
-        odd = value != self.agree(lambda: value)
-        return int(self.reduce([self.rank * odd], 'MAX')[0])
+    def first_mismatch(self, value) -> int:
+        """The first rank whose value differs from rank 0's; 0 if there is none."""
+        differs = value != self.broadcast_from_rank0(lambda: value)
+        distance = self.all_reduce([(self.world_size - self.rank) * differs], 'MAX')[0]
+        return (self.world_size - int(distance)) % self.world_size
 
     def wait_for_all(self, do: Callable, alive: Callable):
-        """What do() returns here, once it has on every rank, however long it takes.
+        """The result of do(), once it has returned on every rank, however long that takes.
 
-        What fails on one is a UserError on the others. alive() is called while this one waits.
+        An error on one rank is a UserError on the others. alive() is called while this rank waits.
         """
         if self.store is None:
             return do()
@@ -200,9 +204,9 @@ class Runtime:
             result = do()
         except BaseException as error:
             kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
-            with suppress(dist.DistError):  # which may be what failed
+            with suppress(dist.DistError):  # the store itself may have failed
                 self.store.set('failed', f'rank {self.rank}: {kind}{error}')
-                time.sleep(0.5)  # rank 0 may keep the store, where the others look
+                time.sleep(0.5)  # rank 0 may host the store, which the others still read
             raise
         self.store.add('ready', 1)
         while self.store.add('ready', 0) < self.world_size:
@@ -213,72 +217,72 @@ class Runtime:
         return result
 
     def peak_flops(self) -> float | None:
-        """Peak of this device in FLOP/s for 16-bit matrix products, None if it is not known."""
+        """Peak FLOP/s of this device for 16-bit matrix products, None if unknown."""
         if self.device_type != 'cuda' or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)
         peaks = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf'\b{part}\b', name))
-        return next((peak * 1e12 for peak in peaks), None)  # an RTX A4000 is no A40
+        return next((peak * 1e12 for peak in peaks), None)
 
     def peak_memory(self) -> int | None:
-        """Most bytes this process has held at once: on its GPU, else in main memory.
+        """Peak memory of this process in bytes, on its GPU or else in main memory.
 
-        None where nobody counts: on Apple GPUs, and on Windows.
+        None on Apple GPUs and on Windows, which do not report it.
         """
         if self.device_type == 'cuda':
             return torch.cuda.max_memory_allocated(self.device)
         if self.device_type != 'cpu':
             return None
-        with suppress(OSError):  # Linux; getrusage would count what the parent held before exec
+        with suppress(OSError):  # Linux, where getrusage includes the parent's memory before exec
             status = Path('/proc/self/status').read_text(encoding='utf-8', errors='replace')
-            if held := re.search(r'VmHWM:\s+(\d+) kB', status):
-                return int(held[1]) * 1024
+            if peak := re.search(r'VmHWM:\s+(\d+) kB', status):
+                return int(peak[1]) * 1024
         with suppress(ImportError):
             import resource
 
-            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return held if sys.platform == 'darwin' else held * 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            return peak if sys.platform == 'darwin' else peak * 1024
         return None
 
-    def share(self, rows: int, at_once: int) -> tuple[int, int]:
-        """Rows of each rank, and of each of the equal parts of `at_once` at most it has."""
+    def split_batch(self, rows: int, batch_size: int) -> tuple[int, int]:
+        """Rows per rank, and rows of its equal micro-batches, at most batch_size.
+
+        rows: sequences in a batch over all ranks.
+        """
         if rows % self.world_size:
-            each = self.world_size // math.gcd(self.world_size, at_once)
-            near = rows // at_once // each * each
+            multiple = self.world_size // math.gcd(self.world_size, batch_size)
+            lower = rows // batch_size // multiple * multiple
             raise ConfigError(
-                f'gradient_accumulation_steps * batch_size is {rows} sequences, which '
-                f'{self.world_size} processes cannot share equally; '
-                f'take --gradient_accumulation_steps={near + each}'
-                + (f' or {near}' if near else '')
+                f'gradient_accumulation_steps * batch_size is {rows} sequences, which cannot be '
+                f'split equally over {self.world_size} processes; '
+                f'use --gradient_accumulation_steps={lower + multiple}'
+                + (f' or {lower}' if lower else '')
             )
         mine = rows // self.world_size
-        return mine, next(n for n in range(min(at_once, mine), 0, -1) if mine % n == 0)
+        return mine, next(n for n in range(min(batch_size, mine), 0, -1) if mine % n == 0)
 
     def wants_compile(self, setting: bool | str) -> bool:
-        """Whether the setting asks for torch.compile; 'auto' does on CUDA, for what takes long."""
+        """Whether `compile` allows torch.compile: True, or 'auto' on CUDA."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
     def decide_compile(
-        self, setting: bool | str, work: Work, peak: float | None, say: Callable
+        self, setting: bool | str, work: Workload, peak: float | None, report: Callable
     ) -> bool:
-        """Whether to compile for this work, the same on all ranks; of 'auto' on CUDA, say why.
+        """Whether to compile for this work, the same on all ranks; reports why 'auto' does or not.
 
-        peak: of the device, in FLOP/s, None if it is not known.
+        peak: FLOP/s of the device, None if unknown.
         """
         if setting != 'auto' or not self.wants_compile(setting):
             return self.wants_compile(setting)
-        pays, why = self.agree(lambda: compile_pays(work, peak))
-        say(f'torch.compile: {"on" if pays else "off"}, {why}')
+        pays, why = self.broadcast_from_rank0(lambda: compile_pays(work, peak))
+        report(f'torch.compile: {"on" if pays else "off"}, {why}')
         return pays
 
     def try_compile(
-        self, compile: Callable, model, batches: list, say: Callable, loss_of: Callable
+        self, compile: Callable, model, batches: list, report: Callable, loss_of: Callable
     ):
-        """The model compiled by torch.compile and tried on a batch of each shape, and True.
-
-        As it is, and False, where that fails.
-        """
-        say('compiling the model, about a minute ...')
+        """(the compiled model, True) after a pass over each batch; (model, False) if one fails."""
+        report('compiling the model, which takes about a minute ...')
         try:
             compiled = compile(model, dynamic=False)
             for batch in batches:
@@ -290,15 +294,17 @@ class Runtime:
             if is_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [''])[0][:100]
-            say(f'training without torch.compile, which failed: {type(error).__name__}: {reason}')
+            report(
+                f'training without torch.compile, which failed: {type(error).__name__}: {reason}'
+            )
             return model, False
         finally:
             model.zero_grad(set_to_none=True)
 
-    def leave(self, status: int = 0) -> None:
-        """End the program. Does not return when there are several processes."""
+    def exit(self, status: int = 0) -> None:
+        """Exit the program, without Python's shutdown if there are several processes."""
         if dist.is_initialized():
-            # gloo's threads can abort an interpreter that shuts down in the usual way
+            # gloo's threads can abort an interpreter during its normal shutdown
             dist.destroy_process_group()
             sys.stdout.flush()
             sys.stderr.flush()
@@ -306,32 +312,34 @@ class Runtime:
         raise SystemExit(status)
 
 
-def compile_pays(work: Work, peak: float | None) -> tuple[bool, str]:
-    """Whether torch.compile saves more time than it takes, by estimate, and a line that says so."""
-    speed = EAGER_SHARE * (peak or ASSUMED_TFLOPS * 1e12)
+def compile_pays(work: Workload, peak: float | None) -> tuple[bool, str]:
+    """Whether torch.compile is estimated to save more time than it takes, and the reason."""
+    speed = EAGER_MFU * (peak or ASSUMED_TFLOPS * 1e12)
     seconds = max(0, work.passes) * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
     takes = work.widths * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
-    pays, short = SAVED * seconds > takes, tqdm.format_interval
-    why = f'as the run is estimated to take {short(seconds)} without, and compiling {short(takes)}'
+    pays, short = COMPILE_SAVING * seconds > takes, tqdm.format_interval
+    why = (
+        f'since the run would take about {short(seconds)} without it, and compiling {short(takes)}'
+    )
     if not peak:
-        why += f' (on a GPU of unknown peak, taken for {ASSUMED_TFLOPS} TFLOP/s; see peak_tflops)'
-    return pays, why + ('' if pays else '; --compile=True compiles nevertheless')
+        why += f' (assuming {ASSUMED_TFLOPS} TFLOP/s for this GPU; set --peak_tflops)'
+    return pays, why + ('' if pays else '; --compile=True compiles anyway')
 
 
 class StopSignal:
-    """Remembers that a signal asked this process to stop, for the training loop to look at.
+    """Records a signal that asks this process to stop, which the training loop checks each step.
 
-    A second Ctrl-C leaves at once; under torchrun, which passes signals on, it is the first again.
-    What cannot be read any more stops a run as a signal does: see fail().
+    A second Ctrl-C exits at once, except under torchrun, which forwards the first one again.
+    An error while reading data stops a run like a signal: see fail().
     """
 
-    FAILED = 2**10  # in place of a signal's number, and larger than any
+    FAILED = 2**10  # instead of a signal number, and larger than any
 
     def __init__(self, runtime: Runtime):
         self.signal, self.runtime, self.numbers = 0, runtime, []
         self.error: UserError | None = None  # of this process
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-            number = getattr(signal, name, None)  # Windows has but the first two
+            number = getattr(signal, name, None)  # Windows has only the first two
             under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
             if number and not under_nohup:
                 self.numbers.append(number)
@@ -340,15 +348,15 @@ class StopSignal:
     def receive(self, number: int, frame) -> None:
         if self.signal == number == signal.SIGINT and self.runtime.world_size == 1:
             raise KeyboardInterrupt
-        if not self.signal and self.runtime.main:  # print() is not safe inside a signal handler
-            with suppress(OSError):  # the terminal may be what is gone
+        if not self.signal and self.runtime.is_main:  # print() is not safe inside a signal handler
+            with suppress(OSError):  # the terminal may be closed
                 os.write(2, b'\nstopping after this step ...\n')
-        # torchrun sends one of its own after the first, which is the one to leave with
+        # torchrun sends its own signal after the first, which decides the exit status
         if not self.signal or (self.runtime.world_size == 1 and not self.failed):
             self.signal = number
 
     def fail(self, error: UserError) -> None:
-        """Stop because of an error: the update in progress is left out, by all ranks."""
+        """Stop because of an error; all ranks skip the update in progress."""
         self.error = self.error or error
         self.signal = self.FAILED
 
@@ -356,58 +364,58 @@ class StopSignal:
     def failed(self) -> bool:
         return self.signal == self.FAILED
 
-    def share(self) -> None:
-        """Have every rank know of the signal that one of them got: all leave with its status."""
-        (number,) = self.runtime.reduce([self.signal], 'MAX')
+    def sync_ranks(self) -> None:
+        """Give all ranks the signal that one received, so that they exit with the same status."""
+        (number,) = self.runtime.all_reduce([self.signal], 'MAX')
         self.signal = int(number)
 
     @property
     def status(self) -> int:
-        """The exit status that a shell expects of a program a signal ended; 0 without one."""
+        """The exit status: 128 + the signal's number, as shells expect; 0 without a signal."""
         if self.failed:
             return 2
         return 128 + self.signal if self.signal else 0
 
-    def release(self) -> None:
-        """Have a signal raise KeyboardInterrupt: nothing is left to lose, and nothing to finish."""
+    def raise_interrupts(self) -> None:
+        """From now on a signal raises KeyboardInterrupt."""
         for number in self.numbers:
             signal.signal(number, signal.default_int_handler)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the host or of a GPU: only some of what says so has a type."""
+    """Whether memory ran out, on the host or on a GPU: many such errors are plain RuntimeErrors."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error)))
 
 
-def is_host_memory(error: BaseException) -> bool:
-    """Whether it was that of the host which ran out."""
+def is_host_out_of_memory(error: BaseException) -> bool:
+    """Whether it was the memory of the host."""
     return isinstance(error, MemoryError) or 'DefaultCPUAllocator' in str(error)
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether another process is gone, or the network: gloo has no error of its own for it."""
+    """Whether the connection to a process was lost; gloo raises a plain RuntimeError for it."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and 'gloo' in str(error)
     )
 
 
-def on_out_of_memory(device: str, cure: Callable[[], str]) -> None:
-    """From now on, running out of memory ends the program with one line: what to lower, to what."""
+def on_out_of_memory(device: str, advice: Callable[[], str]) -> None:
+    """From now on, an out-of-memory error ends the program with one line that contains advice()."""
     explain_errors(
-        lambda error: out_of_memory(error, device, cure()) if is_out_of_memory(error) else None
+        lambda error: out_of_memory(error, device, advice()) if is_out_of_memory(error) else None
     )
 
 
-def out_of_memory(error: BaseException, device: str, cure: str) -> UserError:
-    """The error to report in place of one that is_out_of_memory()."""
-    if device != 'cpu' and is_host_memory(error):  # what takes less of a GPU does not help
+def out_of_memory(error: BaseException, device: str, advice: str) -> UserError:
+    """The UserError to report instead of an out-of-memory error."""
+    if device != 'cpu' and is_host_out_of_memory(error):  # smaller batches would not help
         return UserError(
-            f'out of main memory, beside {device}; end other programs, start fewer processes '
-            'on this machine, or take a smaller model'
+            f'out of main memory while using {device}; close other programs, start fewer processes '
+            'on this machine, or use a smaller model'
         )
-    return UserError(f'out of memory on {device}; try {cure}')
+    return UserError(f'out of memory on {device}; try {advice}')
 
 
 def start(
@@ -418,26 +426,26 @@ def start(
     facts: dict | None = None,
     offload: bool = False,
 ) -> Runtime:
-    """Choose the device and dtype, and join the process group if torchrun started this process.
+    """Choose device and dtype, and join the process group if torchrun started this process.
 
-    timeout: seconds that a process waits for the others, at the start and whenever they exchange
-    something. facts: what has to be the same on all of them, by name; one that differs is named.
-    offload: whether they also exchange what lies in the host's memory.
+    timeout: seconds to wait for other processes, at the start and in collectives.
+    facts: values that must be equal on all ranks, by name, for example the settings.
+    offload: whether collectives also run on tensors in the host's memory.
     """
     world_size, local_rank = (
         int(os.environ.get(k, d)) for k, d in (('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
     )
-    one_gpu = device.partition(':')[2]  # that all processes of this machine were given
+    one_gpu = device.partition(':')[2]  # the same for all processes of this machine
     device = pick_device(device)
     if device == 'cuda' and local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f'torchrun started a process for GPU {local_rank}, but this machine has '
-            f'{torch.cuda.device_count()}; lower --nproc_per_node'
+            f'torchrun started a process for GPU {local_rank}, but the GPUs of this machine end at '
+            f'{torch.cuda.device_count() - 1}; use --nproc_per_node={torch.cuda.device_count()}'
         )
     if device.startswith('cuda'):
         device = f'cuda:{local_rank}' if device == 'cuda' else device
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
+        torch.set_float32_matmul_precision('high')  # TF32 for float32 products
     if device == 'cpu':
         keep_freed_memory()
     dtype = pick_dtype(dtype, device, training=True)
@@ -445,21 +453,23 @@ def start(
         return Runtime(device, dtype)
     runtime = Runtime(device, dtype, int(os.environ['RANK']), world_size)
     limit = timedelta(seconds=timeout)
-    store = meet(runtime, limit)
+    store = rendezvous(runtime, limit)
     kind = device.partition(':')[0]
     found = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend}
     found |= {'torch': torch.__version__}
-    # what 'auto' came to, not the setting
-    compare(runtime, store, {'code': code_hash(), **(facts or {}), **found})
+    # `found` has the values that 'auto' resolved to
+    check_ranks_match(runtime, store, {'code': code_hash(), **(facts or {}), **found})
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if kind == 'mps' and world_size > 1:
-        raise ConfigError("device='mps': Apple GPUs train in one process; use --device=cpu")
+        raise ConfigError(
+            "device='mps': Apple GPUs train in one process; use --device=cpu or omit torchrun"
+        )
     if one_gpu and here > 1 and pick_backend(backend, device) == 'nccl':
         raise ConfigError(
-            f'device={device!r}: torchrun started {here} processes here, and NCCL takes a GPU for '
+            f'device={device!r}: torchrun started {here} processes here, and NCCL needs a GPU for '
             'each; use --device=cuda'
         )
-    # watchdog.py ends what waits in vain, and knows for whom; this is for what it cannot see
+    # watchdog.py stops hung ranks first and reports which one hangs; this timeout is the fallback
     limit += timedelta(seconds=30)
     backend, where = pick_backend(backend, device), {'rank': runtime.rank, 'world_size': world_size}
     if offload and backend == 'nccl':
@@ -469,14 +479,14 @@ def start(
 
 
 def code_hash() -> str:
-    """What tells one version of these scripts from another."""
+    """A hash of the source, which differs between versions."""
     scripts = sorted([*ROOT.glob('*.py'), *ROOT.glob('flatgpt/**/*.py'), *ROOT.glob('data/*/*.py')])
-    scripts = [script for script in scripts if script.is_file()]  # Emacs locks by links to nowhere
+    scripts = [script for script in scripts if script.is_file()]  # not Emacs's broken links
     return hashlib.sha256(b''.join(script.read_bytes() for script in scripts)).hexdigest()[:12]
 
 
-def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
-    """The store that all processes share, once they have found one another."""
+def rendezvous(runtime: Runtime, limit: timedelta) -> dist.Store:
+    """The store that all processes share."""
     try:
         store, _, _ = next(dist.rendezvous('env://', timeout=limit))
         store.set_timeout(limit)
@@ -485,83 +495,89 @@ def meet(runtime: Runtime, limit: timedelta) -> dist.Store:
         place = f'{os.environ["MASTER_ADDR"]}:{os.environ.get("MASTER_PORT")}'
         reason = str(error).splitlines()[0][:150]
         raise UserError(
-            f'the processes cannot meet at {place}: {reason}; the address must be of the first '
-            'machine, the port free there and open to the others'
+            f'the processes cannot connect to {place}: {reason}; the address must be that of the '
+            'first machine, with a port that is free there and reachable from the others'
         ) from error
 
 
-def compare(runtime: Runtime, store: dist.Store, facts: dict) -> None:
-    """Refuse to start where the processes would not do the same: UserError names rank and fact."""
+def check_ranks_match(runtime: Runtime, store: dist.Store, facts: dict) -> None:
+    """Raise UserError if a rank differs from rank 0 in one of the facts, or does not start."""
     host, now, ranks = socket.gethostname(), time.time(), range(runtime.world_size)
     store.set(f'facts/{runtime.rank}', json.dumps([host, now, facts]))
-    came = []
+    received = []
     for rank in ranks:
         try:
-            came.append(json.loads(store.get(f'facts/{rank}')))
+            received.append(json.loads(store.get(f'facts/{rank}')))
         except dist.DistError:
             raise UserError(
-                f'rank {rank} did not come; see what it printed, or start all {runtime.world_size}'
+                f'rank {rank} did not start; check its output, and start all {runtime.world_size} '
+                'processes'
             ) from None
     store.set(f'compared/{runtime.rank}', '')
-    if runtime.main:  # which may keep the store: it leaves last
+    if runtime.is_main:  # which may host the store and must exit last
         with suppress(dist.DistError):
             store.wait([f'compared/{rank}' for rank in ranks])
-    for rank, (other_host, other_now, others) in enumerate(came):
+    for rank, (other_host, other_now, others) in enumerate(received):
         if rank == 0:
             first_host, first_now, first = other_host, other_now, others
         for name in first:
             if others.get(name) != first[name]:
                 raise UserError(
-                    f'rank {rank} on {other_host} has {name} {others.get(name)!r}, and rank 0 on '
-                    f'{first_host} {first[name]!r}: start the same on all'
+                    f'rank {rank} on {other_host} has {name} {others.get(name)!r}, but rank 0 on '
+                    f'{first_host} has {first[name]!r}; use the same on all ranks'
                 )
-        if runtime.main and abs(other_now - first_now) > CLOCK_SECONDS and other_host != first_host:
+        if (
+            runtime.is_main
+            and abs(other_now - first_now) > CLOCK_SECONDS
+            and other_host != first_host
+        ):
             print(
-                f'warning: the clock of {other_host} (rank {rank}) and that of {first_host} are '
-                f'{abs(other_now - first_now):,.0f} s apart, or it came late; set both by NTP',
+                f'warning: the clocks of {other_host} (rank {rank}) and {first_host} differ by '
+                f'{abs(other_now - first_now):,.0f} s, or it started late; synchronize them by NTP',
                 file=sys.stderr,
             )
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory it frees for the next step's activations.
+    """Make glibc keep freed memory for the next step's activations.
 
-    glibc gives every large block back to the system, which hands it out again zeroed, page by page:
-    a fifth of a small model's training step. Elsewhere there is no mallopt, and nothing happens.
+    By default it returns every large block to the system, which zeroes it again page by page: a
+    fifth of a small model's training step. Other C libraries have no mallopt and are not changed.
     """
     with suppress(OSError, AttributeError, TypeError):  # musl, macOS, Windows
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no separate mappings
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def pick_device(name: str) -> str:
-    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> a device that is here; ConfigError otherwise."""
+    """'auto', 'cpu', 'mps', 'cuda' or 'cuda:N' -> an available device; ConfigError otherwise."""
     if name == 'auto':
         name = 'mps' if torch.backends.mps.is_available() else 'cpu'
         name = 'cuda' if torch.cuda.is_available() else name
     kind, _, index = name.partition(':')
     if kind not in ('cpu', 'cuda', 'mps') or (index and not index.isdigit()):
-        raise ConfigError(f'device={name!r}: give auto, cpu, mps, cuda, or one GPU such as cuda:1')
+        raise ConfigError(
+            f'device={name!r}: must be auto, cpu, mps, cuda, or one GPU such as cuda:0'
+        )
     if kind == 'cuda' and not torch.cuda.is_available():
         raise ConfigError(
-            f'device={name!r}: torch {torch.__version__} sees no CUDA GPU here; '
-            'use --device=auto, which takes what there is'
+            f'device={name!r}: torch {torch.__version__} finds no CUDA GPU; use --device=auto'
         )
     if kind == 'cuda' and index and int(index) >= torch.cuda.device_count():
         raise ConfigError(
-            f'device={name!r}: this machine has {torch.cuda.device_count()} GPU(s), numbered from 0'
+            f'device={name!r}: no such GPU; the last one is cuda:{torch.cuda.device_count() - 1}'
         )
     if kind == 'cuda':
         check_architecture(int(index or os.environ.get('LOCAL_RANK', 0)))
     if kind == 'mps' and not torch.backends.mps.is_available():
-        raise ConfigError(f'device={name!r}: no Apple GPU here; use --device=auto')
+        raise ConfigError(f'device={name!r}: torch finds no Apple GPU; use --device=auto')
     return name
 
 
 def check_architecture(index: int) -> None:
-    """ConfigError for a GPU that this torch has no kernels for: an old one, with a new torch."""
-    if index >= torch.cuda.device_count():  # start() has better words for that
+    """ConfigError for an old GPU that this torch has no kernels for."""
+    if index >= torch.cuda.device_count():  # start() reports that
         return
     major, minor = torch.cuda.get_device_capability(index)
     # kernels run on later GPUs of their generation; only NVIDIA's are named like this
@@ -572,21 +588,22 @@ def check_architecture(index: int) -> None:
         name = torch.cuda.get_device_name(index)
         raise ConfigError(
             f"device='cuda': torch {torch.__version__} has no kernels for {name} (compute "
-            f'capability {major}.{minor}); install its build for an older CUDA, or use --device=cpu'
+            f'capability {major}.{minor}); install a torch build for an older CUDA, or use '
+            '--device=cpu'
         )
 
 
 def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
-    """The number format for matrix products; 'auto' is the fastest that is safe on `device`."""
+    """The dtype for matrix products; 'auto' is the fastest that is safe on `device`."""
     kind = device.partition(':')[0]
     if name != 'auto' and name not in DTYPES:
-        raise ConfigError(f'dtype={name!r}: give auto, {", ".join(DTYPES)}')
+        raise ConfigError(f'dtype={name!r}: must be auto, {", ".join(DTYPES)}')
     if kind == 'cuda':
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if name == 'bfloat16' and not bf16:
             raise ConfigError(
-                f"dtype='bfloat16': {torch.cuda.get_device_name()} has no bfloat16 (that needs an "
-                'Ampere GPU or later); use --dtype=float16'
+                f"dtype='bfloat16': {torch.cuda.get_device_name()} has no bfloat16, which needs an "
+                'Ampere GPU or later; use --dtype=float16'
             )
         return DTYPES[('bfloat16' if bf16 else 'float16') if name == 'auto' else name]
     if kind == 'cpu' and name == 'float16' and training:
@@ -609,37 +626,37 @@ def pick_backend(name: str, device: str) -> str:
     if name == 'auto':
         return 'nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo'
     if not dist.is_backend_available(name):
-        raise ConfigError(f'backend={name!r}: this torch was built without it; use --backend=auto')
+        raise ConfigError(f'backend={name!r}: this torch does not have it; use --backend=auto')
     if name == 'nccl' and not device.startswith('cuda'):
         raise ConfigError(
-            f"backend='nccl' needs GPUs, and the device is {device}; use --backend=auto"
+            f"backend='nccl': needs CUDA GPUs, but the device is {device}; use --backend=auto"
         )
     return name
 
 
 def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
-    """A tensor of the host on a device; a CUDA GPU copies it while this process goes on.
+    """Copy a tensor of the host to a device, asynchronously to a CUDA GPU.
 
-    That is safe from pinned memory, which torch keeps until it is copied. An Apple GPU would read
-    what has taken a freed tensor's place (pytorch issue 189690).
+    That is safe from pinned memory, which torch keeps until the copy is done. An Apple GPU could
+    read memory that was freed and reused (pytorch issue 189690).
     """
     if torch.device(device).type != 'cuda':
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def room(runtime: Runtime) -> float | None:
-    """Bytes that each process of this machine can take in all; None where nobody says."""
+def available_memory(runtime: Runtime) -> float | None:
+    """Bytes of device memory that each local process can use in total, None if unknown."""
     if runtime.device_type == 'cuda':
         free, _ = torch.cuda.mem_get_info(runtime.device)
         return free + torch.cuda.memory_reserved(runtime.device)
     if runtime.device_type == 'mps':
         return torch.mps.recommended_max_memory()
-    return host_room()
+    return available_host_memory()
 
 
-def host_room() -> float | None:
-    """Bytes of main memory that each process of this machine can take in all."""
+def available_host_memory() -> float | None:
+    """Bytes of main memory that each local process can use in total, None if unknown."""
     free = []
     with suppress(OSError, AttributeError):
         text = Path('/proc/meminfo').read_text(encoding='utf-8')
@@ -648,17 +665,17 @@ def host_room() -> float | None:
         with suppress(OSError, ValueError):
             used = int((group / 'memory.current').read_text())
             cached = re.search(r'^inactive_file (\d+)', (group / 'memory.stat').read_text(), re.M)
-            used -= int(cached[1]) if cached else 0  # what can be had back
+            used -= int(cached[1]) if cached else 0  # reclaimable
             free.append(int((group / 'memory.max').read_text()) - used)
     if not free:
         with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
             free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(free) / here + resident() if free else None
+    return min(free) / here + resident_memory() if free else None
 
 
-def resident() -> int:
-    """Bytes of main memory that this process takes now, 0 where nobody says."""
+def resident_memory() -> int:
+    """Bytes of main memory that this process uses now, 0 if unknown."""
     with suppress(OSError):
         return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     return 0

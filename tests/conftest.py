@@ -1,4 +1,4 @@
-"""What several test files share: a tiny dataset, tiny settings, and ways to run the scripts."""
+"""Shared fixtures: a tiny dataset, tiny settings, and ways to run the scripts."""
 
 import functools
 import io
@@ -37,7 +37,7 @@ from flatgpt.training import run_directory
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-# Test files of what a machine that trains may lack: torch, transformers and pytest bring the rest
+# package -> test files that need it, besides the dependencies of torch, transformers and pytest
 NEEDED = {
     'flask': ['serving', 'compat', 'launch/test_launch.py', 'scripts/test_serving_docs.py'],
     'bs4': ['data/test_corpora.py'],
@@ -52,7 +52,7 @@ NEEDED = {
 }
 collect_ignore = [name for package in NEEDED if not find_spec(package) for name in NEEDED[package]]
 pytest.register_assert_rewrite('server')  # before a test file imports it
-# A shell starts its background jobs with these ignored, and the programs tested would inherit that
+# A shell ignores these signals in background jobs, and tested programs would inherit that
 for name in ('SIGINT', 'SIGHUP'):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
         signal.signal(getattr(signal, name), signal.default_int_handler)
@@ -79,20 +79,20 @@ compile = False
 """
 
 FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
-SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100  # of the fault suite's counts
+SHARE = (
+    int(os.environ.get('FLATGPT_FAULTS', '100')) / 100
+)  # fraction of the fault suite's iterations
 MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 
-torch.set_num_threads(1)  # tiny models: more threads only get in each other's way
-# matplotlib keeps a list of fonts, by default in the user's home
+torch.set_num_threads(1)  # more threads are slower for tiny models
+# matplotlib caches its fonts, by default in the user's home directory
 os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')
 
 
 def pytest_xdist_auto_num_workers(config):
-    """How many processes share the tests: this one alone, but for the whole suite.
+    """The number of test processes: one per core for the whole suite, otherwise only this one.
 
-    That takes one more than there are cores, since a quarter of its time is spent waiting for other
-    processes, and no more than memory has room for, at 2 GiB each. The fault and load suites stop
-    processes by the clock, so that they run alone.
+    The fault and load suites kill processes at given times and therefore run alone.
     """
     whole = config.args_source == config.ArgsSource.TESTPATHS
     if whole and 'not faults and not load' in config.option.markexpr and not config.option.keyword:
@@ -101,12 +101,12 @@ def pytest_xdist_auto_num_workers(config):
     return 0
 
 
-REPORTED = []  # the error lines of the test that runs, where it is marked with some
+REPORTED = []  # error lines of the running test, if it is marked with some
 
 
 @pytest.fixture(autouse=True)
 def meets_its_error_lines(request, monkeypatch):
-    """See to it that a test which is marked with error lines meets them, see error_lines.py."""
+    """Check that a test marked with error lines provokes them, see error_lines.py."""
     marks = [mark for mark in request.node.iter_markers('error_line')]
     if not marks:
         return (yield)
@@ -125,17 +125,17 @@ def meets_its_error_lines(request, monkeypatch):
 
 
 def random_model(vocab_size, block_size=16, seed=0, **changes):
-    """A model of clear preferences that has learned nothing."""
+    """An untrained model whose predictions are far from uniform."""
     torch.manual_seed(seed)
     shape = {'n_layer': 2, 'n_head': 2, 'n_embd': 32, **(changes or {'bias': True})}
     model = GPT(GPTConfig(block_size, vocab_size, **shape))
-    for parameter in model.parameters():  # larger than at the start
+    for parameter in model.parameters():  # larger than the initial weights
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
 def saved(folder, tokenizer, vocab_size=None, block_size=16):
-    """A run's folder with one checkpoint, of a random model -> the folder."""
+    """Make a run directory with a checkpoint of a random model -> the directory."""
     model = random_model(vocab_size or tokenizer.vocab_size, block_size)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {'step': 3, 'val_loss': 1.0, 'evaluated': True}
@@ -144,7 +144,7 @@ def saved(folder, tokenizer, vocab_size=None, block_size=16):
 
 
 def make_dataset(folder, tokenizer=None, train=4000, val=600, seed=0):
-    """A dataset folder of made-up sentences; sizes in characters."""
+    """Make a dataset of random sentences; sizes in characters -> its directory."""
     chosen = np.random.default_rng(seed).choice(WORDS, train + val)
     text = ' '.join(chosen.tolist())
     tokenizer = tokenizer or char_tokenizer(sorted(set(text)))
@@ -156,7 +156,7 @@ def make_dataset(folder, tokenizer=None, train=4000, val=600, seed=0):
 
 @pytest.fixture(scope='session')
 def shared(tmp_path_factory):
-    """A folder for what no test changes."""
+    """A directory for files that no test changes."""
     return tmp_path_factory.mktemp('shared')
 
 
@@ -172,7 +172,7 @@ def byte_dataset(shared):
 
 @pytest.fixture(scope='session')
 def tiny(shared, dataset):
-    """A config file: the smallest model and the shortest run."""
+    """A config file with the smallest model and the shortest run."""
     path = shared / 'tiny.py'
     path.write_text(TINY.format(dataset=str(dataset)), encoding='utf-8')
     return path
@@ -180,7 +180,7 @@ def tiny(shared, dataset):
 
 @pytest.fixture(scope='session')
 def environment(shared):
-    """The environment of a subprocess: nothing of the user's home or settings gets in."""
+    """The environment of a subprocess, without the user's home directory and settings."""
     kept = {k: os.environ[k] for k in ('PATH', 'SYSTEMROOT', 'TEMP') if k in os.environ}
     home = shared / 'home'
     home.mkdir(exist_ok=True)
@@ -198,7 +198,7 @@ def environment(shared):
 
 @pytest.fixture(scope='session')
 def script(environment, shared):
-    """Run one of the scripts, or a module, in a process of its own, to its end."""
+    """Run a script or module in a process of its own and wait for its end."""
 
     def program(name):
         return [str(ROOT / name)] if str(name).endswith('.py') else ['-m', name]
@@ -220,7 +220,7 @@ def script(environment, shared):
 
 @pytest.fixture
 def small_machine(monkeypatch):
-    """Measure the machine by less than it takes to fill it."""
+    """Measure the machine with small matrices and reads."""
     monkeypatch.setitem(machine.MATRIX_SIZE, 'cpu', 128)
     monkeypatch.setitem(machine.READ_BYTES, 'cpu', 2**20)
 
@@ -236,7 +236,7 @@ def forks(environment, shared):
 
 @pytest.fixture
 def ranks(forks, tiny):
-    """Start train.py as several ranks, on the tiny settings -> a Crew; none outlives the test."""
+    """Start several ranks of train.py with the tiny settings -> a Crew, killed after the test."""
     yield functools.partial(forks.start, config=tiny)
     forks.clear()
 
@@ -255,10 +255,10 @@ def two_ranks(ranks):
 
 @pytest.fixture(scope='session')
 def run_here(tiny):
-    """Run train.py on the tiny settings inside this process: a tenth of a subprocess's time.
+    """Run train.py with the tiny settings inside this process, ten times as fast as a subprocess.
 
-    Returns its exit status; a mistake in the settings raises UserError. Signals, hooks and the
-    run's lock are given back, as the end of a process would do.
+    Returns its exit status; an invalid setting raises UserError. Signal handlers, hooks and the
+    run's lock are released afterwards.
     """
 
     def run(*args, config=tiny):
@@ -302,9 +302,9 @@ def run_here(tiny):
 
 
 def sample(*args, input=''):
-    """Run sample.py inside this process, as a user would: a tenth of a subprocess's time.
+    """Run sample.py inside this process, ten times as fast as a subprocess.
 
-    In float32, in which equal texts are equal whatever stands beside them.
+    In float32, where a sample does not depend on the others in its batch.
     """
     streams = [io.TextIOWrapper(io.BytesIO(data)) for data in (input.encode(), b'', b'')]
     arguments, status = ['--dtype=float32', *map(str, args)], 0
@@ -313,7 +313,7 @@ def sample(*args, input=''):
         patch.setattr(sys, 'excepthook', sys.excepthook)
         for name, stream in zip(('stdin', 'stdout', 'stderr'), streams, strict=True):
             patch.setattr(sys, name, stream)
-        patch.setattr(sys, '__stderr__', sys.stderr)  # where the hook writes
+        patch.setattr(sys, '__stderr__', sys.stderr)  # where the hook prints
         try:
             try:
                 runpy.run_path(str(ROOT / 'sample.py'), run_name='__main__')
@@ -330,7 +330,7 @@ def sample(*args, input=''):
 
 
 def fails(*args):
-    """The one line that these arguments end sample.py with."""
+    """The error line of sample.py with these arguments."""
     with pytest.raises(UserError) as error:
         sample_module.main(configure(dict(vars(sample_module)), list(args), positional='start'))
     assert '\n' not in str(error.value)
@@ -338,7 +338,7 @@ def fails(*args):
 
 
 def follow_advice(run, *args):
-    """Call run(*args), again and again with what each lack of memory advises -> all advice."""
+    """Call run(*args), adding the flag that each out-of-memory error advises -> all advice."""
     advice = []
     while True:
         try:
@@ -350,16 +350,16 @@ def follow_advice(run, *args):
 
 
 def metrics(out_dir, key='loss'):
-    """{step: value} of the lines of metrics.jsonl that have the key."""
+    """{step: value} of the lines in metrics.jsonl with this key."""
     lines = (Path(out_dir) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()
     return {line['step']: line[key] for line in map(json.loads, lines) if key in line}
 
 
 def steps(out_dir):
-    """The steps of a run's checkpoints."""
-    return [load.step_of(path) for path in load.list_checkpoints(out_dir)]
+    """The steps of the checkpoints in a run directory."""
+    return [load.step_of(path) for path in load.listed(out_dir)]
 
 
 def hashes(path):
-    """sha256 of what a checkpoint learned."""
+    """The sha256 of a checkpoint's model and optimizer."""
     return {name: files.sha256(path / name) for name in (load.MODEL, load.OPTIMIZER)}

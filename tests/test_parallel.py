@@ -205,10 +205,10 @@ torch.cuda.set_device = lambda device: None
 UNLIKE = [
     ((), ON_APPLE, "device='mps': Apple GPUs train in one process; use --device=cpu"),
     (('--device=cuda:1',), ON_ONE_GPU, "device='cuda:1': torchrun started 2 .* --device=cuda$"),
-    ((lambda rank: f'--seed={rank}',), '', r'rank 1 on \S+ has seed 1, and rank 0 on \S+ 0'),
-    ((), only(1, OTHER_CODE), r"rank 1 on \S+ has code 'abc', and rank 0 on \S+ '\w{12}'"),
-    ((), only(1, OTHER_DEVICE), r"rank 1 on \S+ has device 'mps', and rank 0 on \S+ 'cpu'"),
-    ((), only(0, OTHER_TORCH), r"rank 1 on \S+ has torch '2\.\S+', and rank 0 on \S+ '2\.0'"),
+    ((lambda rank: f'--seed={rank}',), '', r'rank 1 on \S+ has seed 1, but rank 0 on \S+ has 0'),
+    ((), only(1, OTHER_CODE), r"rank 1 on \S+ has code 'abc', but rank 0 on \S+ has '\w{12}'"),
+    ((), only(1, OTHER_DEVICE), r"rank 1 on \S+ has device 'mps', but rank 0 on \S+ has 'cpu'"),
+    ((), only(0, OTHER_TORCH), r"rank 1 on \S+ has torch '2\.\S+', but rank 0 on \S+ has '2\.0'"),
     (
         ('--batch_size=3', '--gradient_accumulation_steps=1'),
         '',
@@ -267,7 +267,7 @@ def test_a_missing_rank_is_reported(ranks, tmp_path):
     crew = ranks(2, *args, before=only(1, 'raise SystemExit(3)'))
     assert crew.end(30) == [2, 3]
     assert 'error: ' in crew[0].err
-    assert 'start all 2' in crew[0].err or 'cannot meet' in crew[0].err
+    assert 'start all 2' in crew[0].err or 'cannot connect' in crew[0].err
     assert 'Traceback' not in crew[0].err
 
 
@@ -279,8 +279,8 @@ def test_a_port_in_use_is_reported(ranks, tmp_path):
         crew = ranks(1, f'--out_dir={tmp_path}/run', '--hang_timeout=1', port=port)
         assert crew.end(30) == [2]
     line = crew.err.splitlines()[-1]
-    assert line.startswith(f'error: the processes cannot meet at 127.0.0.1:{port}: ')
-    assert 'the port free there' in line
+    assert line.startswith(f'error: the processes cannot connect to 127.0.0.1:{port}: ')
+    assert 'a port that is free there' in line
     assert 'Traceback' not in crew.err
 
 
@@ -296,7 +296,7 @@ def test_different_clocks_are_a_warning(ranks, tmp_path):
     crew = ranks(2, f'--out_dir={tmp_path}', before=only(1, CLOCK))
     assert crew.end() == [0, 0], crew.err
     assert re.fullmatch(
-        r'warning: the clock of late\.host \(rank 1\) and that of \S+ are \d+ s apart, .*NTP\n',
+        r'warning: the clocks of late\.host \(rank 1\) and \S+ differ by \d+ s, .*NTP\n',
         crew.err,
     )
 

@@ -1,19 +1,23 @@
-"""The machine: what is chosen on it, what is refused, and what the processes agree on."""
+"""The runtime: choice of device, dtype and backend, collectives, and errors of the machine."""
 
+import re
 import runpy
+import socket
 import threading
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+from error_lines import case, error_line
 
 from flatgpt import ROOT, runtime
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import (
     Runtime,
-    Work,
+    Workload,
     pick_backend,
     pick_device,
     pick_dtype,
@@ -56,7 +60,7 @@ def refused(function, *args):
     return str(caught.value)
 
 
-def test_auto_takes_the_best_device_there_is(no_gpu, gpus, monkeypatch):
+def test_auto_selects_the_best_available_device(no_gpu, gpus, monkeypatch):
     assert pick_device('auto') == 'cpu'
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
     assert pick_device('auto') == 'mps'
@@ -65,7 +69,7 @@ def test_auto_takes_the_best_device_there_is(no_gpu, gpus, monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['cuda', 'cuda:0', 'mps'])
-def test_a_device_that_is_absent_is_refused_with_the_cure(no_gpu, name):
+def test_a_missing_device_is_refused_with_advice(no_gpu, name):
     text = refused(pick_device, name)
     assert text.startswith(f'device={name!r}: ')
     assert '--device=auto' in text
@@ -74,7 +78,7 @@ def test_a_device_that_is_absent_is_refused_with_the_cure(no_gpu, name):
 def test_a_gpu_number_beyond_the_last_is_refused(gpus):
     gpus()
     assert pick_device('cuda:1') == 'cuda:1'
-    assert '2 GPU(s)' in refused(pick_device, 'cuda:2')
+    assert 'the last one is cuda:1' in refused(pick_device, 'cuda:2')
 
 
 CU13 = ('sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120', 'compute_120')
@@ -89,13 +93,13 @@ CU13 = ('sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120', 'compute_120')
         ((8, 9), CU13, True),  # RTX 4090, by the kernels of 8.6
         ((9, 0), ('sm_90a',), True),
         ((8, 0), ('sm_86',), False),
-        ((13, 0), CU13, True),  # compiled for it by the driver
+        ((13, 0), CU13, True),  # compiled by the driver
         ((13, 0), ('sm_120',), False),
         ((9, 4), ('gfx90a', 'gfx942'), True),  # AMD
-        ((7, 0), (), True),  # nobody says
+        ((7, 0), (), True),  # unknown
     ],
 )
-def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused(gpus, capability, built, runs, device):
+def test_a_gpu_without_kernels_in_this_torch_is_refused(gpus, capability, built, runs, device):
     gpus('Tesla V100-SXM2-16GB', capability=capability, built=built)
     if runs:
         assert pick_device(device).startswith('cuda')
@@ -106,12 +110,12 @@ def test_a_gpu_that_this_torch_has_no_kernels_for_is_refused(gpus, capability, b
 
 
 @pytest.mark.parametrize('name', ['gpu', 'CPU', 'cuda:x', 'cuda:-1', 'tpu', ''])
-def test_a_device_of_no_known_kind_is_refused(gpus, name):
+def test_an_unknown_device_is_refused(gpus, name):
     gpus()
-    assert 'give auto, cpu, mps, cuda' in refused(pick_device, name)
+    assert 'must be auto, cpu, mps, cuda' in refused(pick_device, name)
 
 
-def test_dtype_is_the_fastest_that_is_safe(gpus, monkeypatch):
+def test_the_auto_dtype_is_the_fastest_safe_one(gpus, monkeypatch):
     gpus()
     assert pick_dtype('auto', 'cuda:0') == torch.bfloat16
     gpus(bf16=False)
@@ -123,7 +127,7 @@ def test_dtype_is_the_fastest_that_is_safe(gpus, monkeypatch):
     assert pick_dtype('bfloat16', 'cpu', training=True) == torch.bfloat16
 
 
-def test_a_dtype_that_is_not_supported_there_is_refused_with_another(gpus):
+def test_an_unsupported_dtype_is_refused_with_an_alternative(gpus):
     gpus('Tesla T4', bf16=False)
     text = refused(pick_dtype, 'bfloat16', 'cuda:0')
     assert 'Tesla T4' in text
@@ -145,7 +149,7 @@ def test_start_without_torchrun_is_one_process(no_gpu, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     machine = start('cpu', 'float32')
     assert (machine.device, machine.rank, machine.world_size) == ('cpu', 0, 1)
-    assert machine.main
+    assert machine.is_main
 
 
 def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
@@ -163,36 +167,36 @@ def test_each_process_gets_its_gpu(gpus, monkeypatch):
     assert start('cuda:0', 'float32').device == 'cuda:0'
 
 
-def test_one_process_reduces_and_agrees_with_itself():
-    assert CPU.reduce([1.5, 2]) == [1.5, 2]
-    assert CPU.reduce([1.5], 'MAX') == [1.5]
-    assert CPU.agree(lambda: 'yes') == 'yes'
+def test_collectives_of_one_process_return_its_own_values():
+    assert CPU.all_reduce([1.5, 2]) == [1.5, 2]
+    assert CPU.all_reduce([1.5], 'MAX') == [1.5]
+    assert CPU.broadcast_from_rank0(lambda: 'yes') == 'yes'
 
     def refuse():
         raise UserError('no')
 
     with pytest.raises(UserError, match='no'):
-        CPU.agree(refuse)
+        CPU.broadcast_from_rank0(refuse)
 
 
-def test_the_only_process_leaves_with_its_status():
+def test_one_process_exits_with_its_status():
     with pytest.raises(SystemExit) as end:
-        CPU.leave(3)
+        CPU.exit(3)
     assert end.value.code == 3
 
 
-def test_seed_step_and_rank_alone_decide_the_random_numbers():
+def test_random_numbers_depend_on_seed_step_and_rank_only():
     def draw(seed, step, rank=0):
         Runtime('cpu', torch.float32, rank, 2).seed(seed, step)
         return torch.rand(4).tolist()
 
     assert draw(1, 5) == draw(1, 5)
     assert len({tuple(draw(*args)) for args in ((1, 5), (2, 5), (1, 6), (1, 5, 1))}) == 4
-    draw(2**40, 10**9)  # large ones fit too
+    draw(2**40, 10**9)  # large values work too
     draw(-1, 0)
 
 
-def test_autocast_only_where_the_dtype_asks_for_it():
+def test_autocast_is_on_only_for_16_bit_dtypes():
     assert isinstance(CPU.autocast(), nullcontext)
     with Runtime('cpu', torch.bfloat16).autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
@@ -229,13 +233,13 @@ def test_autocast_only_where_the_dtype_asks_for_it():
         ('NVIDIA Future X1', None),
     ],
 )
-def test_the_peak_is_that_of_the_very_model(gpus, name, tflops):
+def test_the_peak_is_that_of_the_exact_gpu_model(gpus, name, tflops):
     gpus(name)
     peak = Runtime('cuda:0', torch.bfloat16).peak_flops()
     assert peak == (tflops and tflops * 1e12)
 
 
-def test_no_peak_is_claimed_for_a_processor_or_for_float32(gpus):
+def test_the_peak_is_unknown_for_a_cpu_and_for_float32(gpus):
     gpus()
     assert CPU.peak_flops() is None
     assert Runtime('cpu', torch.bfloat16).peak_flops() is None
@@ -243,7 +247,7 @@ def test_no_peak_is_claimed_for_a_processor_or_for_float32(gpus):
 
 
 def work_of(config, steps):
-    """What one process computes in so many steps of a shipped config."""
+    """The Workload of a process in `steps` steps of a shipped config."""
     declared = (ROOT / 'train.py').read_text(encoding='utf-8').split('config = configure')[0]
     c: dict = {}
     exec(declared[declared.index('out_dir: str') :], c)
@@ -266,27 +270,31 @@ def work_of(config, steps):
     ],
 )
 @pytest.mark.parametrize('name', ['NVIDIA H100 80GB HBM3', 'Tesla T4', 'NVIDIA Future X1'])
-def test_auto_compiles_what_takes_longer_than_that(gpus, name, config, steps, pays):
+def test_auto_compiles_long_runs_only(gpus, name, config, steps, pays):
     gpus(name)
     machine, said = Runtime('cuda:0', torch.bfloat16), []
     work, peak = work_of(config, steps), machine.peak_flops()
     assert machine.decide_compile('auto', work, peak, said.append) == pays
     (line,) = said
-    assert line.startswith(f'torch.compile: {"on" if pays else "off"}, as the run is estimated to')
+    assert line.startswith(
+        f'torch.compile: {"on" if pays else "off"}, since the run would take about'
+    )
     assert '\n' not in line
-    assert ('unknown peak' in line) == (peak is None)
+    assert ('--peak_tflops' in line) == (peak is None)
     assert ('--compile=True' in line) == (not pays)
 
 
-def test_a_slower_gpu_takes_longer_so_that_compiling_pays_sooner():
-    middling = Work(passes=2000, flops=1e12, layers=6)
+def test_compiling_pays_sooner_on_a_slower_gpu():
+    middling = Workload(passes=2000, flops=1e12, layers=6)
     assert not runtime.compile_pays(middling, 989e12)[0]
     assert runtime.compile_pays(middling, 65e12)[0]
     assert not runtime.compile_pays(middling._replace(widths=6), 65e12)[0]
-    assert not runtime.compile_pays(middling._replace(passes=-5), None)[0]  # beyond its end
+    assert not runtime.compile_pays(middling._replace(passes=-5), None)[
+        0
+    ]  # past the end of the run
 
 
-def test_without_auto_or_a_gpu_of_nvidias_nothing_is_estimated():
+def test_nothing_is_estimated_without_auto_or_cuda():
     work, said = work_of('train_gpt2', None), []
     for device, setting, compiles in (
         *(('cpu', 'auto', False), ('mps', 'auto', False), ('cpu', True, True)),
@@ -297,7 +305,7 @@ def test_without_auto_or_a_gpu_of_nvidias_nothing_is_estimated():
     assert said == []
 
 
-def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
+def test_freed_memory_is_kept_if_the_c_library_supports_it(monkeypatch):
     asked = []
 
     class Library:
@@ -315,11 +323,11 @@ def test_freed_memory_is_kept_where_the_c_library_can(monkeypatch):
     ('device', 'copies'),
     [
         ('cpu', [('cpu', {})]),
-        ('mps', [('mps', {})]),  # as pageable memory may be freed before an Apple GPU has read it
+        ('mps', [('mps', {})]),  # pageable memory may be freed before an Apple GPU has read it
         ('cuda:1', ['pinned', ('cuda:1', {'non_blocking': True})]),
     ],
 )
-def test_only_cuda_copies_while_the_host_goes_on_and_from_pinned_memory(device, copies):
+def test_only_copies_to_cuda_are_asynchronous_and_from_pinned_memory(device, copies):
     done = []
 
     class Double(torch.Tensor):
@@ -337,7 +345,7 @@ def test_only_cuda_copies_while_the_host_goes_on_and_from_pinned_memory(device, 
         assert done == copies
 
 
-def test_no_file_copies_without_waiting_but_those_that_see_to_the_memory():
+def test_only_two_files_copy_asynchronously():
     files = [*ROOT.glob('*.py'), *ROOT.glob('flatgpt/**/*.py'), *ROOT.glob('data/*/*.py')]
     asking = {str(path.relative_to(ROOT)) for path in files if 'non_blocking' in path.read_text()}
     assert asking == {'flatgpt/runtime.py', 'flatgpt/checkpoint/save.py'}
@@ -355,14 +363,14 @@ OF_THE_HOST = [MemoryError(), *map(RuntimeError, (CPU_FULL, WINDOWS))]
 
 
 @pytest.mark.parametrize('error', [*OF_THE_DEVICE, *OF_THE_HOST], ids=lambda error: str(error)[:40])
-def test_memory_that_ran_out_is_known_however_it_is_told(error):
+def test_every_out_of_memory_error_is_recognized(error):
     assert runtime.is_out_of_memory(error)
     text = str(runtime.out_of_memory(error, 'cuda:0', '--batch_size=2'))
     assert '\n' not in text
     if error in OF_THE_DEVICE:
         assert text == 'out of memory on cuda:0; try --batch_size=2'
-    else:  # which smaller batches would not help
-        assert text.startswith('out of main memory, beside cuda:0; ')
+    else:  # smaller batches would not help
+        assert text.startswith('out of main memory while using cuda:0; ')
         assert '--batch_size' not in text
     text = str(runtime.out_of_memory(error, 'cpu', '--batch_size=2'))
     assert text == 'out of memory on cpu; try --batch_size=2'
@@ -372,18 +380,18 @@ def test_memory_that_ran_out_is_known_however_it_is_told(error):
     'error',
     [ValueError('out of memory'), RuntimeError('mat1 and mat2 shapes cannot be multiplied')],
 )
-def test_other_errors_are_not_taken_for_a_lack_of_memory(error):
+def test_other_errors_are_not_taken_for_out_of_memory_errors(error):
     assert not runtime.is_out_of_memory(error)
 
 
 @pytest.mark.parametrize('fails', [False, True])
-def test_a_rank_waits_for_the_slowest_or_hears_why_it_does_not_come(fails):
+def test_a_rank_waits_for_the_slowest_or_raises_its_error(fails):
     distributed = pytest.importorskip('torch.distributed', reason='torch was built without it')
     store, ends, alive = distributed.HashStore(), {}, []
 
     def copy(rank):
         if rank == 0:
-            while not alive:  # the other one is there, and waits
+            while not alive:  # until the other one waits
                 time.sleep(0.01)
             if fails:
                 raise UserError('the disk is full')
@@ -405,3 +413,162 @@ def test_a_rank_waits_for_the_slowest_or_hears_why_it_does_not_come(fails):
         {0: 'the disk is full', 1: 'rank 0: the disk is full'} if fails else {0: 0, 1: 1}
     )
     assert 1 in alive
+
+
+# -----------------------------------------------------------------------------
+# error lines, and what follows from their advice
+
+
+@pytest.mark.parametrize(
+    ('gpu', 'function', 'bad', 'good', 'result'),
+    [
+        case('finds no CUDA GPU', None, pick_device, ['cuda'], ['auto'], 'cpu'),
+        case('finds no Apple GPU', None, pick_device, ['mps'], ['auto'], 'cpu'),
+        case('or one GPU such as cuda:0', {}, pick_device, ['gpu'], ['cuda:0'], 'cuda:0'),
+        case('the last one is cuda:', {}, pick_device, ['cuda:2'], ['cuda:1'], 'cuda:1'),
+        case('has no kernels for', {'built': ['sm_90']}, pick_device, ['cuda'], ['cpu'], 'cpu'),
+        case('dtype={}: must', None, pick_dtype, ['fp8', 'mps'], ['auto', 'mps'], torch.float32),
+        case(
+            'training in float16 needs a GPU',
+            *(None, pick_dtype, ['float16', 'cpu', True], ['bfloat16', 'cpu', True]),
+            torch.bfloat16,
+        ),
+        case(
+            'has no bfloat16, which',
+            *({'bf16': False}, pick_dtype, ['bfloat16', 'cuda'], ['float16', 'cuda']),
+            torch.float16,
+        ),
+        case(
+            'this torch does not have', None, pick_backend, ['no', 'cpu'], ['auto', 'cpu'], 'gloo'
+        ),
+        case('needs CUDA GPUs, but', None, pick_backend, ['nccl', 'cpu'], ['auto', 'cpu'], 'gloo'),
+    ],
+)
+def test_the_advice_for_device_dtype_and_backend_works(
+    no_gpu, gpus, monkeypatch, gpu, function, bad, good, result
+):
+    monkeypatch.setattr(runtime.dist, 'is_backend_available', lambda name: name == 'nccl')
+    if gpu is not None:
+        gpus(**gpu)
+    refused(function, *bad)
+    assert function(*good) == result
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """Pretend that torchrun started this process as rank 0 of two."""
+    for name in ('rendezvous', 'check_ranks_match'):
+        monkeypatch.setattr(runtime, name, lambda *args: None)
+    monkeypatch.setattr(runtime.dist, 'init_process_group', lambda *args, **options: None)
+    monkeypatch.setattr(runtime.dist, 'is_nccl_available', lambda: True)
+    monkeypatch.setattr(runtime.dist, 'is_backend_available', lambda name: True)
+    for name, value in {'RANK': 0, 'LOCAL_RANK': 0, 'WORLD_SIZE': 2, 'LOCAL_WORLD_SIZE': 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+
+
+@error_line('Apple GPUs train in one process; use --device=cpu')
+def test_several_processes_on_an_apple_gpu_are_refused_until_they_use_the_cpu(
+    no_gpu, torchrun, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    refused(start, 'mps')
+    assert start('cpu', 'float32').world_size == 2
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name)
+    assert start('mps').device == 'mps'
+
+
+@error_line('NCCL needs a GPU for each; use --device=cuda')
+def test_several_processes_on_one_gpu_are_refused_until_each_uses_its_own(torchrun, gpus):
+    gpus()
+    refused(start, 'cuda:1', 'float32')
+    assert start('cuda', 'float32').device == 'cuda:0'
+
+
+@error_line('torchrun started a process for GPU {}')
+def test_following_the_advice_each_process_has_a_gpu(gpus, monkeypatch):
+    gpus()
+    monkeypatch.delenv('RANK', raising=False)
+    monkeypatch.setenv('LOCAL_RANK', '2')
+    processes = int(re.search(r'--nproc_per_node=(\d+)', refused(start, 'cuda'))[1])
+    for rank in range(processes):
+        monkeypatch.setenv('LOCAL_RANK', str(rank))
+        assert start('cuda', 'float32').device == f'cuda:{rank}'
+
+
+@error_line('which cannot be split equally over {} processes')
+def test_the_advised_batches_can_be_split():
+    for world_size, batch_size, steps in ((3, 4, 2), (6, 4, 7), (4, 2, 9)):
+        ranks = Runtime('cpu', torch.float32, 0, world_size)
+        text = refused(ranks.split_batch, steps * batch_size, batch_size)
+        advised = re.search(r'--gradient_accumulation_steps=(\d+)(?: or (\d+))?$', text).groups()
+        for count in map(int, filter(None, advised)):
+            mine, rows = ranks.split_batch(count * batch_size, batch_size)
+            assert mine * world_size == count * batch_size
+            assert mine % rows == 0
+
+
+@error_line('the processes cannot connect to {}: {}; the address must')
+def test_a_port_in_use_is_refused_and_a_free_one_works(monkeypatch):
+    pytest.importorskip('torch.distributed', reason='torch was built without it')
+    for name, value in {'MASTER_ADDR': '127.0.0.1', 'RANK': '0', 'WORLD_SIZE': '1'}.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as used:
+        used.bind(('127.0.0.1', 0))
+        used.listen()
+        monkeypatch.setenv('MASTER_PORT', str(used.getsockname()[1]))
+        with pytest.raises(UserError, match='cannot connect to'):
+            runtime.rendezvous(CPU, timedelta(seconds=5))
+    store = runtime.rendezvous(CPU, timedelta(seconds=5))
+    store.set('key', 'value')
+    assert store.get('key') == b'value'
+
+
+@error_line(
+    'rank {} on {} has {} {}, but rank 0 on {} has {}; use the same on all ranks',
+    'rank {} did not start; check its output, and start all',
+)
+def test_ranks_must_all_start_with_the_same_facts():
+    distributed = pytest.importorskip('torch.distributed', reason='torch was built without it')
+
+    def check(facts):
+        store, errors = distributed.HashStore(), []
+        store.set_timeout(timedelta(seconds=5 if len(facts) == 2 else 0.05))
+
+        def run(rank):
+            try:
+                ranks = Runtime('cpu', torch.float32, rank, 2)
+                runtime.check_ranks_match(ranks, store, {'code': facts[rank]})
+            except UserError as error:
+                errors.append(str(error))
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(facts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return errors
+
+    (line,) = check(['a'])
+    assert 'rank 1 did not start' in line
+    lines = check(['a', 'b'])
+    assert len(lines) == 2
+    assert all("has code 'b', but rank 0" in line for line in lines)
+    assert check(['a', 'a']) == []
+
+
+def test_the_first_mismatch_is_the_lowest_rank_that_differs(monkeypatch):
+    def first(*values):
+        seen, size = [], len(values)
+        monkeypatch.setattr(Runtime, 'broadcast_from_rank0', lambda self, decide: values[0])
+        monkeypatch.setattr(
+            Runtime, 'all_reduce', lambda self, own, op: seen.append(own[0]) or [max(seen)]
+        )
+        ranks = [Runtime('cpu', torch.float32, rank, size) for rank in range(size)]
+        found = [rank.first_mismatch(value) for rank, value in zip(ranks, values, strict=True)]
+        return found[-1]  # the last rank has seen what all others gave
+
+    assert first(1, 1, 1) == 0
+    assert first(1, 1, 2, 3) == 2
+    assert first(1, 0, 2) == 1

@@ -285,7 +285,7 @@ class Saver:
     ):
         self.out_dir, self.runtime, self.keep_evaluated = Path(out_dir), runtime, keep_evaluated
         self.rank, self.ranks = (runtime.rank, runtime.world_size) if sharded else (0, 1)
-        self.mirror = mirror if runtime.main else None
+        self.mirror = mirror if runtime.is_main else None
         self.failure: str | None = None
         self._times: dict[str, float] = {}
         self._warnings: list[str] = []

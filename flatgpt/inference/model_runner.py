@@ -45,7 +45,9 @@ class ModelRunner:
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
         cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].cached_ids))
         ragged = len({*map(len, batch.tokens)}) > 1
-        logits, _ = self.model(idx, cache=cache, lengths=lengths if ragged else None, whole=scored)
+        logits, _ = self.model(
+            idx, cache=cache, lengths=lengths if ragged else None, all_positions=scored
+        )
         if scored:
             self.score_prompt(slots[0], logits[0])
             logits = logits[:, -1]

@@ -18,7 +18,7 @@ import torch
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
-from flatgpt.runtime import Runtime, Work, to_device
+from flatgpt.runtime import Runtime, Workload, to_device
 from flatgpt.training.loss import trim
 from flatgpt.training.state import TrainState
 from model import GPT
@@ -40,7 +40,9 @@ class BatchLoader:
         self.data, self.config, self.runtime = data, config, runtime
         self.first_step, self.first_sample = state.step, state.samples
         self.global_rows = config['gradient_accumulation_steps'] * config['batch_size']
-        self.rank_rows, self.micro_rows = runtime.share(self.global_rows, config['batch_size'])
+        self.rank_rows, self.micro_rows = runtime.split_batch(
+            self.global_rows, config['batch_size']
+        )
         self.micro_steps = self.rank_rows // self.micro_rows  # micro-batches of an update
         self.tokens_per_step = round(self.global_rows * data.window_tokens)
         self.reference: dict | None = None
@@ -142,13 +144,13 @@ class BatchLoader:
             {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
         ]
 
-    def work(self, model: GPT, max_iters: int) -> Work:
+    def work(self, model: GPT, max_iters: int) -> Workload:
         """What this rank computes up to step max_iters."""
         c, pairs = self.config, self.config['objective'] == 'dpo'
         tokens = self.micro_rows * (1 + pairs) * self.data.block_size
         passes = (max_iters - self.first_step) * self.micro_steps
         widths = 1 + (self.first_step < c['short_iters'])
-        return Work(passes, tokens * model.flops_per_token(), len(model.blocks), widths)
+        return Workload(passes, tokens * model.flops_per_token(), len(model.blocks), widths)
 
     def smaller(self) -> str:
         """Flags by which a run takes less memory at a time, at best with the same global batch."""

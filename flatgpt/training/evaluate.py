@@ -36,9 +36,9 @@ def estimate_loss(
     for split, (share, part) in product(splits, data.parts):
         sums = sum_losses(model, batches, part, split, share, config, runtime, stop)
         # of targets, or of pairs
-        *sums, weight, asked = runtime.reduce([*sums.tolist(), stop.signal])
+        *sums, weight, asked = runtime.all_reduce([*sums.tolist(), stop.signal])
         if asked:
-            stop.share()
+            stop.sync_ranks()
             model.train()
             return None
         names = [f'{split}_{name}' for name in MEASURED[config['objective']]]
@@ -62,9 +62,9 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
         count = math.ceil(share * config['eval_iters'] * batch_size)
     windows = part.eval_windows(split, count)
     size = len(MEASURED[config['objective']]) + 1
-    total = torch.zeros(size, dtype=runtime.wide, device=runtime.device)
+    total = torch.zeros(size, dtype=runtime.sum_dtype, device=runtime.device)
     starts = range(0, len(windows), runtime.world_size * batch_size)
-    for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.live):
+    for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.is_interactive):
         mine = windows[i + runtime.rank * batch_size :][:batch_size]
         # of a sharded model every rank has to compute, also where none is left for it
         batch = batches.eval_batch(part, split, mine if len(mine) else windows[:1])

@@ -36,7 +36,7 @@ def finish(
     run.watchdog.close()  # a mirror may be slow
     run.saver.finish()
     run.report_problems()
-    if run.runtime.main:
+    if run.runtime.is_main:
         with suppress(KeyboardInterrupt), closing(run.tracker):
             refuse_bad_end(run, finished)
             if finished:
@@ -50,7 +50,7 @@ def finish(
                 report_stop(run)
     if stop.error:
         raise stop.error
-    run.runtime.leave(0 if finished else stop.status)
+    run.runtime.exit(0 if finished else stop.status)
 
 
 def refuse_bad_end(run: Run, finished: bool) -> None:
@@ -86,6 +86,6 @@ def report_stop(run: Run) -> None:
             f'stopped at step {step}, with nothing to save yet; the same command starts again'
         )
     last, config_file = run.saved[-1], shlex.quote(str(run.out_dir / 'config.py'))
-    command = f'{run.runtime.launcher} train.py {config_file} --init_from=resume'
+    command = f'{run.runtime.launch_command} train.py {config_file} --init_from=resume'
     kept = 'is saved' if step_of(last) == step else 'is the last that is sound'
     report(f'stopped at step {step}; {last.name} {kept}, continue with: {command}')

@@ -97,7 +97,9 @@ def reference_logps(
         windows = data.eval_windows(split)
         found = np.zeros((len(windows), 2), np.float32)
         starts = range(0, len(windows), runtime.world_size * pairs_at_once)
-        for i in tqdm(starts, f'reference of {split}', leave=False, disable=not runtime.live):
+        for i in tqdm(
+            starts, f'reference of {split}', leave=False, disable=not runtime.is_interactive
+        ):
             first = i + runtime.rank * pairs_at_once
             mine = windows[first:][:pairs_at_once]
             # of a sharded model every rank has to compute, also where none is left for it
@@ -105,7 +107,9 @@ def reference_logps(
             with runtime.autocast():
                 answers = answer_logps(model, x, y).view(-1, 2).cpu().numpy()
             found[first : first + len(mine)] = answers[: len(mine)]
-        every = runtime.reduce(found.ravel().tolist())  # each rank knows its own, and 0 elsewhere
+        every = runtime.all_reduce(
+            found.ravel().tolist()
+        )  # each rank knows its own, and 0 elsewhere
         logps[split] = np.array(every, np.float32).reshape(-1, 2)
     model.train()
     return logps
@@ -114,7 +118,7 @@ def reference_logps(
 def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[str, np.ndarray]:
     """The reference of a run, from its folder, or computed by all ranks at its beginning."""
     path, key, runtime = run.out_dir / REFERENCE, run.state.reference_key, run.runtime
-    logps = runtime.agree(lambda: read_reference(path, key))
+    logps = runtime.broadcast_from_rank0(lambda: read_reference(path, key))
     if logps is None and run.resume_from:
         raise UserError(
             f'{path}: is missing or not of the dataset as it is now, and the model that '

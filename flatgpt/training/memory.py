@@ -27,7 +27,7 @@ from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import as_config_error
 from flatgpt.lora import add_lora
 from flatgpt.parallel import apply_fsdp, sync_gradients
-from flatgpt.runtime import Runtime, host_room, room
+from flatgpt.runtime import Runtime, available_host_memory, available_memory
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
@@ -71,7 +71,7 @@ class Case:
 
 def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
     """The case of these settings on this machine."""
-    batch, rows = runtime.share(
+    batch, rows = runtime.split_batch(
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
     every = config['eval_interval'], config['save_interval']
@@ -261,7 +261,7 @@ def host_lack(case: Case) -> str | None:
     """What is wrong with the main memory beside the GPUs; None if nothing is."""
     if case.device != 'cuda' or not case.shard:
         return None
-    state, free = state_of(case), host_room()
+    state, free = state_of(case), available_host_memory()
     held = sum(state) / case.ranks if case.offload else 0
     copied = (state[0] + state[2]) / case.ranks  # while it is being saved
     need = max(state[0], held + copied)  # whole in each process, before it is cut
@@ -354,7 +354,7 @@ def flags(before: Case, case: Case) -> str:
 
 def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
     """Whether it fits this device; the table that says so, and what to change if it does not."""
-    lack, asked = host_lack(case), (case, str(runtime.device), room(runtime), fresh)
+    lack, asked = host_lack(case), (case, str(runtime.device), available_memory(runtime), fresh)
     if dist.is_initialized():  # by torchrun; a fake process group needs a process of its own
         code = 'from flatgpt.training import memory; memory.report_to_parent()'
         case_given = {**asdict(case), 'dtype': runtime.dtype_name}

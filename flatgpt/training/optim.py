@@ -127,7 +127,7 @@ def build_optimizers(
         if not matrices:
             raise ConfigError("optimizer='muon': the model has no matrix to train; take 'adamw'")
         # embeddings and head do not decay, as NanoChat trains
-        groups = model.param_groups(weight_decay=0.0, leave_out=matrices)
+        groups = model.param_groups(weight_decay=0.0, exclude=matrices)
         muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     for optimizer in (adamw, *muon):

@@ -76,12 +76,12 @@ def preflight(config: dict, runtime: Runtime) -> int:
     """Print what was found -> the exit status. With config['plan'], of the memory alone."""
     check = Preflight(config, runtime)
     asked = ['memory'] if not config['check'] else list(SUBJECTS)
-    asked = asked if runtime.main else [name for name in asked if name in ('device', 'memory')]
+    asked = asked if runtime.is_main else [name for name in asked if name in ('device', 'memory')]
     mine = [(name, *line) for name in asked for line in check.look(name)]
     worst, told = any(level == 'no' for _, level, _ in mine), set()
     for rank, lines in enumerate(gathered(mine, runtime)):
         worst = worst or any(level == 'no' for _, level, _ in lines)
-        for name, level, text in lines if runtime.main else ():
+        for name, level, text in lines if runtime.is_main else ():
             if level == 'no' and text in told:  # one mistake, which is in the way of much
                 continue
             told.add(text)
@@ -89,7 +89,7 @@ def preflight(config: dict, runtime: Runtime) -> int:
             plain = not config['check'] and '\n' in text  # a table, of which no line is an error
             if not rank or level != 'ok':
                 print(text if plain else f'{level:<8} {name}{of}: {text}', flush=True)
-    if runtime.main and config['check']:
+    if runtime.is_main and config['check']:
         print('no-go: see the lines that begin with no' if worst else 'go')
     return 2 if worst else 0
 
@@ -181,7 +181,7 @@ class Preflight:
     def batch(self) -> Iterator[tuple[str, str]]:
         config = self.config
         rows = config['gradient_accumulation_steps'] * config['batch_size']
-        mine, at_once = self.runtime.share(rows, config['batch_size'])
+        mine, at_once = self.runtime.split_batch(rows, config['batch_size'])
         tokens = rows * self.find_shape().block_size
         yield (
             'ok',
@@ -242,7 +242,7 @@ class Preflight:
         data = Dataset(where, block, config['seed'], config['objective'])
         counts = ', '.join(f'{data.tokens[split]:,} {split}' for split in SPLITS)
         yield 'ok', f'{where.name}: {counts} tokens in windows of {data.block_size}'
-        yield from check_shards(data, self.runtime.live, 'prepare the dataset again')
+        yield from check_shards(data, self.runtime.is_interactive, 'prepare the dataset again')
         if config['data_cache']:
             yield from self.copy_of(where)
         if data.vocab_size > self.find_shape().vocab_size:
@@ -264,7 +264,7 @@ class Preflight:
             raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
         if is_complete(copy):
             data = Dataset(copy, 1, objective=self.config['objective'])
-            yield from check_shards(data, self.runtime.live, 'delete this copy')
+            yield from check_shards(data, self.runtime.is_interactive, 'delete this copy')
             return
         size = sum(file.stat().st_size for file in source.rglob('*.bin'))
         text = f'{copy}: will be {size / 1e9:,.2f} GB, {free_bytes(cache) / 1e9:,.2f} GB free'
@@ -481,7 +481,7 @@ def wandb_credentials() -> bool:
 
 def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
     """What of this can be told at no cost, for the real run to warn of."""
-    case, memory = case_of(config, shape, runtime), room(runtime)
+    case, memory = case_of(config, shape, runtime), available_memory(runtime)
     if memory is not None and least(case) > memory:
         yield (
             f'this needs {least(case) / 1e9:,.1f} GB at the least, and {memory / 1e9:,.1f} GB of '

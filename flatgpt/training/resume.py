@@ -85,7 +85,7 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
         refuse_used_folders(out_dir, config)
         return None
 
-    path = runtime.agree(find_on_rank_0)
+    path = runtime.broadcast_from_rank0(find_on_rank_0)
     if path and runtime.world_size > 1:
         bring_here(path, config, runtime)
     return path, lock
@@ -119,8 +119,10 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
 def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
     """Have rank 0's checkpoint on this machine, too: each rank reads the optimizer's state."""
     mirror, trouble = config['checkpoint_mirror'], ''
-    manifest, stamp = runtime.agree(lambda: (sha256(path / MANIFEST), stamp_of(path)))
-    if mirror and runtime.first_here and stamp_of(path) != stamp:  # a disk of its own
+    manifest, stamp = runtime.broadcast_from_rank0(
+        lambda: (sha256(path / MANIFEST), stamp_of(path))
+    )
+    if mirror and runtime.is_local_main and stamp_of(path) != stamp:  # a disk of its own
         try:
             fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
             if not config['eval_only']:  # nobody else clears up there
@@ -128,9 +130,9 @@ def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
                 prune(path.parent, config['always_save_checkpoint'])
         except (OSError, UserError) as error:  # the others wait
             trouble = f' ({error})'
-    runtime.reduce([0])  # until the others have theirs
+    runtime.all_reduce([0])  # until the others have theirs
     here = sha256(path / MANIFEST) if (path / MANIFEST).exists() else None
-    if rank := runtime.odd_one(here):
+    if rank := runtime.first_mismatch(here):
         raise UserError(
             f'{path} of rank {rank} is missing on its machine, or not that of rank 0: give an '
             f'--out_dir or a --checkpoint_mirror that all machines see{trouble}'
@@ -156,7 +158,9 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
     """
     runtime, report = run.runtime, run.runtime.print0
     model, tokenizer, saved = load_initial_model(config, run.resume_from)
-    run.state = TrainState.from_saved(saved, run=runtime.agree(lambda: secrets.token_hex(8)))
+    run.state = TrainState.from_saved(
+        saved, run=runtime.broadcast_from_rank0(lambda: secrets.token_hex(8))
+    )
     run.first_step = run.state.step
     if model and (kept := keep_shape(model, config)):
         where = run.resume_from or config['init_from']
@@ -233,7 +237,7 @@ def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
         partial(watchdog.together, 0, 'the opening of the data'),
     )
     watchdog.at(0, 'the set-up')
-    if rank := runtime.odd_one(data.fingerprint):
+    if rank := runtime.first_mismatch(data.fingerprint):
         raise UserError(
             f'dataset {config["dataset"]} of rank {rank} is not that of rank 0: copy one to the '
             'other'

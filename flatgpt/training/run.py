@@ -34,7 +34,9 @@ class Run:
 
     def __init__(self, config: dict, runtime: Runtime, watchdog: Watchdog):
         self.config, self.runtime, self.watchdog = config, runtime, watchdog
-        self.out_dir = Path(config['out_dir'] or runtime.agree(run_directory.new_name))
+        self.out_dir = Path(
+            config['out_dir'] or runtime.broadcast_from_rank0(run_directory.new_name)
+        )
         config['out_dir'] = str(self.out_dir)
         self.resume_from, self.lock = find_resume_checkpoint(config, runtime)
         self.state = TrainState()
@@ -54,7 +56,7 @@ class Run:
         longer = '--epochs' if c['epochs'] else '--max_iters' if at_end else '--patience'
         if c['lr_decay_iters'] is not None and c['decay_lr']:
             longer += ' (and --lr_decay_iters)'
-        if self.runtime.main:  # a run that was killed on its last way out
+        if self.runtime.is_main:  # a run that was killed on its last way out
             if c['checkpoint_mirror']:
                 copy_if_missing(self.resume_from, c['checkpoint_mirror'])
             if not (self.out_dir / 'DONE').exists():
@@ -63,7 +65,7 @@ class Run:
             f'{self.out_dir} is finished: {state.step} of {max_iters} steps; a larger {longer} '
             'goes on'
         )
-        self.runtime.leave()
+        self.runtime.exit()
 
     def mark_done(self) -> None:
         """Say in its directory that the run is finished, for what starts it again and again."""
@@ -73,9 +75,9 @@ class Run:
     def open(self, max_iters: int, reference: dict | None) -> None:
         """Take the directory for this run. Whatever can fail comes before."""
         c, runtime = self.config, self.runtime
-        runtime.agree(lambda: self._open_on_rank_0(reference))
+        runtime.broadcast_from_rank0(lambda: self._open_on_rank_0(reference))
         if c['shard']:  # each rank writes its part of a checkpoint there
-            if rank := runtime.odd_one((self.out_dir / 'config.py').exists()):
+            if rank := runtime.first_mismatch((self.out_dir / 'config.py').exists()):
                 raise UserError(
                     f'{self.out_dir} of rank 0 is not there for rank {rank}: shard=True needs an '
                     '--out_dir that all machines see'
@@ -83,7 +85,7 @@ class Run:
         keep, mirror = c['always_save_checkpoint'], c['checkpoint_mirror']
         mirror = Mirror(Path(mirror), keep, self.state.run) if mirror else None
         self.saver = Saver(self.out_dir, runtime, c['shard'], keep, mirror)
-        self.progress = Progress(runtime.live, self.state.step, max_iters)
+        self.progress = Progress(runtime.is_interactive, self.state.step, max_iters)
 
     def _open_on_rank_0(self, reference: dict | None) -> None:
         c, step = self.config, self.state.step if self.resume_from else -1
@@ -109,7 +111,7 @@ class Run:
     # --- once in a while
 
     def log_evaluation(self, losses: dict) -> None:
-        if self.runtime.main:
+        if self.runtime.is_main:
             peak = self.runtime.peak_memory()  # in bytes
             seconds = self.state.tick()
             self.tracker.log(self.state.step, **losses, peak_memory=peak, seconds=seconds)
@@ -120,7 +122,7 @@ class Run:
         if line := self.progress.status(text):
             self.runtime.print0(line)
         counts = self.state.take_counts()
-        if self.runtime.main:
+        if self.runtime.is_main:
             measured |= {'loss': loss, 'tokens_per_s': tokens_per_s, 'mfu': mfu, **counts}
             measured |= self.saver.times()
             self.tracker.log(self.state.step, **measured, seconds=self.state.tick())

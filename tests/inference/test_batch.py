@@ -157,7 +157,7 @@ def test_stop_may_be_null_and_must_not_be_a_number(out_dir, tmp_path):
     path.write_text('{"prompt": "ab", "stop": null}\n{"prompt": "ab", "stop": 5}\n')
     _, answers = batch(out_dir, path)
     assert answers[0]['finish'] == 'length'
-    assert 'stop: needs a text' in answers[1]['error']
+    assert 'stop: must be a string' in answers[1]['error']
 
 
 def test_values_in_json_are_not_parsed_like_flags(out_dir, tmp_path):
@@ -192,7 +192,7 @@ def test_values_in_json_are_not_parsed_like_flags(out_dir, tmp_path):
         'seed needs a whole number, not bool True',
         'max_new_tokens needs a whole number, not float 3.0',
         'max_new_tokens needs a whole number, not list [3]',
-        'temperature is too large',
+        'temperature must be between',
         'temperature=inf',
         'NaN is not valid JSON',
         "duplicate key 'seed'",
@@ -254,7 +254,7 @@ def test_invalid_batch_settings_are_one_line(out_dir, tmp_path):
     assert 'is empty' in fails(here, f'--batch={path}', out)
     assert 'cannot be read' in fails(here, f'--batch={tmp_path}/nowhere.txt', out)
     path.write_text('ab\n')
-    assert 'leave out the prompt' in fails(here, f'--batch={path}', out, 'hello')
+    assert 'omit the prompt' in fails(here, f'--batch={path}', out, 'hello')
     assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
     assert '--num_samples' in fails(here, f'--batch={path}', out, '--num_samples=2')
     assert 'for the answers to a --batch' in fails(here, 'ab', out)

@@ -156,8 +156,7 @@ def test_a_run_is_finished_when_its_folder_by_config_or_flag_has_done(
     [
         (
             ['--learning_rat=1'],
-            "error: --learning_rat=1: no setting is called 'learning_rat'; "
-            'did you mean learning_rate?',
+            "error: --learning_rat=1: unknown setting 'learning_rat'; did you mean learning_rate?",
         ),
         (['quikstart'], 'error: quikstart: no such config file; did you mean quickstart?'),
     ],

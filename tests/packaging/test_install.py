@@ -1,8 +1,8 @@
 """
-Whose code runs is never in doubt: with other checkouts, other projects or none of it installed.
+Each script runs its own clone's code, whatever is installed or lies in the current directory.
 
-Installed means here what pip does with the wheel that setuptools builds: it is unpacked into the
-site-packages of a tiny virtual environment. The marker `faults` brings pip itself.
+The tests install like pip: they unpack the wheel that setuptools builds into the site-packages of a
+small virtual environment. Tests marked `faults` run pip itself.
 """
 
 import functools
@@ -33,7 +33,7 @@ print(*filter(importlib.util.find_spec, sys.argv[1].split()))
 
 
 def copied(folder):
-    """A clone, as git makes one."""
+    """A clone as made by git."""
     skipped = shutil.ignore_patterns('__pycache__')
     for name in ('flatgpt', 'config'):
         shutil.copytree(ROOT / name, folder / name, ignore=skipped)
@@ -45,14 +45,14 @@ def copied(folder):
 
 
 def poison(folder):
-    """Have every Python file below the folder fail as soon as it runs."""
+    """Make every Python file in the folder fail when it runs."""
     for path in folder.rglob('*.py'):
         path.write_text(f'raise RuntimeError("a file of {folder.name}")\n', encoding='utf-8')
     return folder
 
 
 def built(clone, kind):
-    """What setuptools builds for pip: an 'editable' wheel, a 'wheel' or an 'sdist'."""
+    """Build an 'editable' wheel, a 'wheel' or an 'sdist' with setuptools -> its path."""
     build = f'from setuptools import build_meta; print(build_meta.build_{kind}("."))'
     command = [sys.executable, '-W', 'ignore', '-c', build]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True)
@@ -61,13 +61,13 @@ def built(clone, kind):
 
 
 class Environment:
-    """A virtual environment that has what this one has, but no flatgpt other than `wheel`'s."""
+    """A virtual environment with the packages of this one, except for flatgpt: that of `wheel`."""
 
     def __init__(self, folder, wheel=None):
         venv.create(folder, symlinks=os.name != 'nt')
         self.python = next(path for path in folder.glob('*/python*') if path.stem == 'python')
         (site,) = folder.rglob('site-packages')
-        # .pth files, by which this environment may know a flatgpt, are not read there
+        # .pth files, which may point to an editable flatgpt, are not read there
         packages = [path for path in sys.path if path.endswith(('site-packages', 'dist-packages'))]
         (site / 'packages.pth').write_text('\n'.join(packages), encoding='utf-8')
         if wheel:
@@ -111,7 +111,7 @@ def environment(mine, tmp_path_factory):
 
 @pytest.fixture
 def nanogpt(tmp_path):
-    """Another project's folder, nothing of which may run, as the current one."""
+    """Another project's directory, whose files must not run."""
     for name in ('model', 'configurator', 'train', 'sample', 'bench', 'api'):
         (tmp_path / f'{name}.py').touch()
     for name in ('data/__init__', 'data/shakespeare/prepare', 'config/__init__', 'config/train'):
@@ -127,8 +127,8 @@ def test_an_editable_install_exposes_one_name(environment, tmp_path):
 
 
 @pytest.mark.parametrize('installed', ['bare', 'other'])
-def test_a_script_runs_and_writes_its_own_clone(installed, mine, environment, tmp_path):
-    """Started by its path from another folder, whatever the environment has installed."""
+def test_a_script_runs_and_writes_in_its_own_clone(installed, mine, environment, tmp_path):
+    """It is started by its path from another directory, whatever is installed."""
     text = tmp_path / 'words.txt'
     text.write_text(' '.join(WORDS * 20), encoding='utf-8')
     shutil.rmtree(mine / 'data' / 'words', ignore_errors=True)
@@ -142,14 +142,14 @@ def test_a_script_runs_and_writes_its_own_clone(installed, mine, environment, tm
     assert not [*tmp_path.rglob('meta.json')]
 
 
-@pytest.mark.faults  # of the mechanism that the test above shows for two of them
+@pytest.mark.faults  # the test above covers the mechanism with two scripts
 @pytest.mark.parametrize('script', ['sample.py', 'bench.py', 'api.py', 'data/text/prepare.py'])
 def test_every_script_runs_its_own_clone(script, mine, environment, nanogpt):
     done = environment('other').run(mine / script, '--help', cwd=nanogpt)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_library_is_ours_in_another_project_s_folder(environment, nanogpt):
+def test_the_library_is_ours_in_another_project_s_directory(environment, nanogpt):
     done = environment('mine').run('-m', 'flatgpt.checkpoint', 'inspect', RUN, cwd=nanogpt)
     assert done.returncode == 0, done.stderr
     assert 'gpt2, ' in done.stdout
@@ -166,19 +166,19 @@ def test_model_is_ours_once_flatgpt_is_imported(mine, environment, nanogpt):
     )
 
 
-def test_an_install_that_is_not_editable_is_refused_in_one_line(mine, environment, tmp_path):
+def test_a_non_editable_install_is_refused_in_one_line(mine, environment, tmp_path):
     python = Environment(tmp_path / 'plain', built(mine, 'wheel'))
     done = python.run('-m', 'flatgpt.checkpoint', 'inspect', RUN, cwd=tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.endswith('`pip install -e .` in it)')
+    assert line.endswith('`pip install -e .` in the clone)')
     done = python.run('-c', 'import flatgpt', cwd=tmp_path)
     assert done.stderr.splitlines()[-1].startswith('ImportError: flatgpt runs from a clone, and ')
-    done = python.run(mine / 'sample.py', '--help', cwd=tmp_path)  # a clone is one all the same
+    done = python.run(mine / 'sample.py', '--help', cwd=tmp_path)  # a clone still works
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_built_has_the_one_package(mine):
+def test_builds_contain_one_package(mine):
     with zipfile.ZipFile(built(mine, 'wheel')) as file:
         roots = {name.split('/')[0] for name in file.namelist()}
     assert {name for name in roots if not name.endswith('.dist-info')} == {'flatgpt'}

@@ -1,4 +1,4 @@
-"""Settings: files and flags in order, one check for both, one line for a mistake."""
+"""Settings: config files and flags in order, the same checks for both, one line per mistake."""
 
 import re
 import subprocess
@@ -7,9 +7,10 @@ from dataclasses import fields
 
 import pytest
 from conftest import ROOT
+from error_lines import case, error_line
 
 import configurator
-from configurator import configure, read_settings
+from configurator import configure, read_meanings, read_settings
 from flatgpt.errors import ConfigError, UserError
 from model import GPTConfig
 
@@ -31,6 +32,7 @@ limit: int | None = None  # none: no limit
 share: float | None = 0.5
 mode: bool | str = 'auto'  # 'auto', True or False
 # shape
+# channels
 width = 8
 _scratch = [1, 2]
 LIMITS = {'a': 1}
@@ -82,7 +84,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project folder of its own with a config/ of its own, and another working directory."""
+    """A project with an empty config/, seen from another working directory."""
     root = tmp_path / 'project'
     (root / 'config').mkdir(parents=True)
     monkeypatch.setattr(configurator, 'ROOT', root)
@@ -98,7 +100,7 @@ def refused(run, *args, **options):
 
 
 # -----------------------------------------------------------------------------
-# what is in force
+# values in effect
 
 
 def test_the_settings_are_the_scalars_above_the_call(thing):
@@ -114,7 +116,7 @@ def test_the_settings_are_the_scalars_above_the_call(thing):
     }
 
 
-def test_files_and_flags_count_in_their_order(thing, config):
+def test_config_files_and_flags_apply_in_order(thing, config):
     one, two = config('steps = 1\nwidth = 1', 'one.py'), config('steps = 2', 'two.py')
     assert thing(one, two)['steps'] == 2
     assert thing(two, one)['steps'] == 1
@@ -123,35 +125,35 @@ def test_files_and_flags_count_in_their_order(thing, config):
     assert thing(one, '--steps=5', two)['width'] == 1
 
 
-def test_a_config_starts_with_the_values_in_force(thing, config):
+def test_a_config_starts_with_the_current_values(thing, config):
     path = config('width = steps\nrate = rate / 10')
     assert thing(path)['width'] == 10
     settings = thing('--steps=7', path, '--steps=9')
     assert (settings['width'], settings['steps'], settings['rate']) == (7, 9, 1e-4)
 
 
-def test_a_bare_name_is_found_in_config_and_a_path_from_anywhere(thing, project):
+def test_a_name_is_found_in_config_and_a_path_from_any_directory(thing, project):
     (project / 'config' / 'fast.py').write_text('steps = 4')
     assert thing('fast')['steps'] == 4
     assert thing('config/fast.py')['steps'] == 4  # the working directory has no config/
     assert thing(project / 'config' / 'fast.py')['steps'] == 4
 
 
-def test_a_file_in_the_working_directory_comes_before_the_project_s(thing, project, tmp_path):
+def test_a_config_in_the_working_directory_wins_over_the_project_s(thing, project, tmp_path):
     (project / 'config' / 'fast.py').write_text('steps = 4')
     (tmp_path / 'config').mkdir()
     (tmp_path / 'config' / 'fast.py').write_text('steps = 5')
     assert thing('config/fast.py')['steps'] == 5
 
 
-def test_a_truth_value_is_a_flag_alone_or_spelt_out(thing):
+def test_a_boolean_flag_may_omit_its_value(thing):
     assert thing('--loud')['loud'] is True
     assert thing('--loud=true')['loud'] is True
     assert thing('--loud=True', '--loud=false')['loud'] is False
     assert thing('--loud', '--loud=False')['loud'] is False
 
 
-def test_a_whole_number_serves_where_a_number_is_asked_for(thing, config):
+def test_an_int_is_accepted_as_a_float(thing, config):
     for settings in (thing('--rate=1'), thing(config('rate = 1'))):
         assert settings['rate'] == 1.0
         assert type(settings['rate']) is float
@@ -161,7 +163,7 @@ def test_a_whole_number_serves_where_a_number_is_asked_for(thing, config):
     assert (share, type(share)) == (1.0, float)
 
 
-def test_none_is_taken_only_where_it_is_allowed(thing, config):
+def test_none_is_accepted_only_where_it_is_allowed(thing, config):
     assert thing('--limit=3')['limit'] == 3
     assert thing('--limit=3', '--limit=None')['limit'] is None
     assert thing('--share=None')['share'] is None
@@ -184,7 +186,7 @@ def test_a_setting_of_two_types_takes_both(thing, config):
     assert 'True or False or text' in refused(thing, config('mode = 3'))
 
 
-def test_modules_functions_classes_and_scratch_in_a_config_are_ignored(thing, config):
+def test_modules_functions_classes_and_private_names_in_a_config_are_ignored(thing, config):
     path = config(
         'import math, os.path\nfrom pathlib import Path\n_half = 0.5\n'
         'def helper(x):\n    inner = x\n    return inner\n'
@@ -205,7 +207,7 @@ def test_a_dict_of_defaults_needs_no_script():
 # mistakes
 
 
-def test_a_mistyped_flag_is_answered_with_the_nearest_setting(thing):
+def test_the_error_for_a_misspelled_flag_suggests_the_nearest_setting(thing):
     text = refused(thing, '--widht=3')
     assert text.startswith('--widht=3: ')
     assert "'widht'; did you mean width?" in text
@@ -214,7 +216,7 @@ def test_a_mistyped_flag_is_answered_with_the_nearest_setting(thing):
         refused(thing, arg)
 
 
-def test_a_mistyped_setting_in_a_config_names_the_file(thing, config):
+def test_the_error_for_a_misspelled_setting_in_a_config_contains_its_path(thing, config):
     path = config('stesp = 3')
     text = refused(thing, path)
     assert text.startswith(f'{path}: ')
@@ -222,8 +224,12 @@ def test_a_mistyped_setting_in_a_config_names_the_file(thing, config):
 
 
 @pytest.mark.parametrize('source', ['[1]', '(1, 2)', 'Path("x")', '{}'])
-def test_a_leftover_value_that_is_no_setting_is_refused_too(thing, config, source):
-    assert 'names' in refused(thing, config(f'from pathlib import Path\nnames = {source}'))
+def test_a_public_variable_in_a_config_is_refused_until_it_starts_with_an_underscore(
+    thing, config, source
+):
+    text = f'from pathlib import Path\nwords = {source}'
+    assert "'words'; a variable of its own must start with _" in refused(thing, config(text))
+    assert thing(config(text.replace('words', '_words'))) == thing()
 
 
 @pytest.mark.parametrize(
@@ -245,7 +251,7 @@ def test_a_leftover_value_that_is_no_setting_is_refused_too(thing, config, sourc
         ('--name', 'text'),
     ],
 )
-def test_a_value_of_the_wrong_type_says_what_is_needed(thing, flag, need):
+def test_the_error_for_a_wrong_type_contains_the_right_one(thing, flag, need):
     text = refused(thing, flag)
     assert text.startswith(flag)
     assert f'needs {need}' in text
@@ -254,23 +260,25 @@ def test_a_value_of_the_wrong_type_says_what_is_needed(thing, flag, need):
 @pytest.mark.parametrize(
     'line', ['steps = 1.5', 'steps = "3"', 'loud = 1', 'rate = None', 'name = 3', 'steps = [3]']
 )
-def test_a_wrong_type_in_a_config_names_file_setting_and_value(thing, config, line):
+def test_the_error_for_a_wrong_type_in_a_config_contains_path_setting_and_value(
+    thing, config, line
+):
     path = config(line)
     text = refused(thing, path)
     assert text.startswith(f'{path}: {line.partition(" ")[0]} = ')
 
 
-def test_a_number_that_no_float_holds_is_refused_and_a_long_value_is_cut_short(thing, config):
-    assert 'rate is too large' in refused(thing, '--rate=1' + '0' * 400)
+def test_a_number_too_large_for_a_float_is_refused_and_a_long_value_is_shortened(thing, config):
+    assert 'rate must be between' in refused(thing, '--rate=1' + '0' * 400)
     assert len(refused(thing, config('steps = "x" * 10_000'))) < 400
 
 
-def test_a_config_that_is_not_python_gives_file_and_line(thing, config):
+def test_a_syntax_error_in_a_config_is_reported_with_path_and_line(thing, config):
     path = config('steps = 3\nrate = = 2\n')
     assert f'{path}, line 2: ' in refused(thing, path)
 
 
-def test_an_exception_in_a_config_gives_file_line_and_its_text(thing, config):
+def test_an_exception_in_a_config_is_reported_with_path_line_and_text(thing, config):
     path = config('steps = 3\n\ndef f():\n    return {}["key"]\n\nrate = f()\n')
     assert f"{path}, line 4: KeyError: 'key'" in refused(thing, path)
     path = config('import no_such_module_anywhere\n')
@@ -279,12 +287,45 @@ def test_an_exception_in_a_config_gives_file_line_and_its_text(thing, config):
     assert 'ValueError: one' in refused(thing, path)
 
 
-def test_a_folder_in_place_of_a_config_is_taken_for_the_run_it_may_be(tmp_path):
-    with pytest.raises(ConfigError, match='did you mean --out_dir='):
-        configure({'a': 1}, [str(tmp_path)])
+@error_line('is a directory, not a config file')
+def test_a_directory_in_place_of_a_config_is_suggested_as_out_dir(tmp_path):
+    with pytest.raises(ConfigError, match=f'did you mean --out_dir={tmp_path}') as caught:
+        configure({'out_dir': ''}, [str(tmp_path)])
+    flag = re.search(r'--out_dir=[^?]+', str(caught.value))[0]
+    assert configure({'out_dir': ''}, [flag]) == {'out_dir': str(tmp_path)}
 
 
-def test_a_missing_config_is_answered_with_the_names_there_are(thing, project):
+@pytest.mark.parametrize(
+    ('bad', 'good', 'settings'),
+    [
+        case('{}: unknown setting {}; {}', '--widht=3', '--width=3', {'width': 3}),
+        case('{}: needs {}, for example', '--steps', '--steps=10', {'steps': 10}),
+        case('needs {}, not {} {}', '--steps=True', '--steps=10', {'steps': 10}),
+        case('must be between -1.7e308', f'--rate={10**400}', '--rate=1.7e308', {'rate': 1.7e308}),
+        case('no such config file; {}config/ has', 'fasst', 'fast', {'steps': 4}),
+        case('a setting needs two dashes', '-steps=3', '--steps=3', {'steps': 3}),
+    ],
+)
+def test_the_advice_of_an_error_line_works(thing, project, bad, good, settings):
+    (project / 'config' / 'fast.py').write_text('steps = 4')
+    refused(thing, bad)
+    assert thing(good) == thing() | settings
+
+
+@error_line('the setting {} was removed; omit it')
+def test_a_removed_setting_is_refused_as_a_flag_and_ignored_in_a_config(thing, config):
+    refused(thing, '--published', '--steps=3')
+    assert thing('--steps=3')['steps'] == 3
+    assert thing(config('published = True\nsteps = 3'))['steps'] == 3
+
+
+@error_line('is a second prompt; quote a prompt that contains spaces')
+def test_two_prompts_are_refused_and_a_quoted_one_is_accepted(thing):
+    refused(thing, 'To', 'be', positional='name')
+    assert thing('To be', positional='name')['name'] == 'To be'
+
+
+def test_the_error_for_a_missing_config_lists_the_existing_ones(thing, project):
     for name in ('quickstart', 'train_text'):
         (project / 'config' / f'{name}.py').touch()
     text = refused(thing, 'quikstart')
@@ -294,7 +335,7 @@ def test_a_missing_config_is_answered_with_the_names_there_are(thing, project):
     assert 'quickstart, train_text' in refused(thing, 'nowhere/at_all.py')
 
 
-def test_a_flag_without_its_dashes_is_recognised(thing):
+def test_a_flag_without_dashes_is_recognized(thing):
     assert '--steps=3' in refused(thing, 'steps=3')
     assert '-x' in refused(thing, '-x')
 
@@ -315,12 +356,12 @@ def test_help_prints_docstring_names_defaults_and_comments(thing, capsys):
         assert re.search(r'^  limit = None +none: no limit$', text, re.M)
         assert re.search(r'^  loud = False$', text, re.M)
         assert 'the run\n  steps' in text
-        assert 'shape\n  width' in text
+        assert re.search(r'shape\n  width = 8 +channels$', text)
         for name in ('_scratch', 'LIMITS', 'later', 'inner', 'config'):
             assert name not in text
 
 
-def test_an_argument_that_is_no_config_is_the_prompt_where_there_is_one(thing, project):
+def test_an_argument_that_is_no_config_becomes_the_prompt(thing, project):
     (project / 'config' / 'fast.py').write_text('steps = 4')
     for text in ('To be, or not', 'ROMEO:', 'fast lane', '', 'a=b', '-x'):
         assert thing(text, positional='name')['name'] == text
@@ -356,7 +397,7 @@ def test_a_prompt_may_look_like_a_file_or_a_flag(thing, project, capsys, text):
         ('train_txet', 'did you mean train_text?'),
     ],
 )
-def test_a_word_that_may_mean_something_else_is_the_prompt_with_a_hint(
+def test_an_ambiguous_word_becomes_the_prompt_and_prints_a_hint(
     thing, project, tmp_path, capsys, text, hint
 ):
     (project / 'config' / 'train_text.py').touch()
@@ -364,28 +405,28 @@ def test_a_word_that_may_mean_something_else_is_the_prompt_with_a_hint(
     (tmp_path / 'prompt.txt').touch()
     assert thing(text, positional='name')['name'] == text
     err = capsys.readouterr().err
-    assert err.startswith(f'{text}: is taken as the prompt; ')
+    assert err.startswith(f'{text}: is used as the prompt; ')
     assert hint in err
     assert err.count('\n') == 1
 
 
-def test_a_word_in_py_is_a_config_or_refused_with_the_way_to_make_it_the_prompt(thing, config):
+def test_a_word_ending_in_py_is_a_config_or_refused_with_advice_for_a_prompt(thing, config):
     path = config('name = "from the config"', 'with blanks.py')
     assert thing(path, positional='name')['name'] == 'from the config'
     assert thing(path, 'given', positional='name')['name'] == 'given'
-    assert 'it is the prompt, --name=typo.py' in refused(thing, 'typo.py', positional='name')
+    assert 'to use it as the prompt: --name=typo.py' in refused(thing, 'typo.py', positional='name')
     assert thing('--name=typo.py', positional='name')['name'] == 'typo.py'
     for two in (('--name=a', 'b'), ('a', 'b')):
-        assert 'a second prompt' in refused(thing, *two, positional='name')
+        assert 'is a second prompt' in refused(thing, *two, positional='name')
 
 
-def test_other_scripts_ignore_train_settings_in_a_config_but_not_typos(thing, config):
+def test_other_scripts_ignore_the_settings_of_train_py_in_a_config_but_not_typos(thing, config):
     settings = thing(config('steps = 3\nn_layer = 2\nwandb_log = True\nweight_decay = 0.1'))
     assert settings['steps'] == 3
     assert 'n_layer' not in settings
     path = config('n_layr = 2')
     assert str(path) in refused(thing, path)
-    assert 'it belongs to train.py' in refused(thing, '--n_layer=2')
+    assert 'it is a setting of train.py' in refused(thing, '--n_layer=2')
 
 
 def settings_of(name, *args):
@@ -409,7 +450,7 @@ def test_every_shipped_config_loads_under_its_script(path):
     if script == 'train':
         shape = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
         GPTConfig(**shape)  # raises if no such model can be built
-        settings_of('sample', path)  # a training config is no mistake there
+        settings_of('sample', path)  # also accepts a training config
 
 
 NANOGPT = """
@@ -455,7 +496,7 @@ compile = False
 """
 
 
-def test_a_config_of_nanogpt_s_kind_loads_unchanged(config):
+def test_a_nanogpt_config_loads_unchanged(config):
     path = config(NANOGPT)
     settings = settings_of('train', path)
     assert settings['wandb_run_name'].startswith('mini-gpt-')
@@ -504,14 +545,14 @@ def test_the_defaults_are_nanogpt_s():
 
 
 # -----------------------------------------------------------------------------
-# how a mistake ends a script
+# how an error ends a script
 
 
 @pytest.mark.parametrize(
     ('error', 'status', 'text'),
     [
-        ('UserError("mend it")', 2, 'error: mend it\n'),
-        ('ConfigError("mend it")', 2, 'error: mend it\n'),
+        ('UserError("fix it")', 2, 'error: fix it\n'),
+        ('ConfigError("fix it")', 2, 'error: fix it\n'),
         ('KeyboardInterrupt()', 130, 'interrupted\n'),
         ("PermissionError(13, 'Permission denied', 'x')", 2, 'error: x: Permission denied\n'),
     ],
@@ -524,24 +565,24 @@ def test_a_user_error_is_one_line_and_status_2(environment, error, status, text)
     assert (done.returncode, done.stderr, done.stdout) == (status, text, '')
 
 
-def test_the_line_is_printed_where_another_hook_holds_back_standard_error(environment):
+def test_the_line_is_printed_even_if_another_hook_captures_standard_error(environment):
     code = """
 import contextlib, io, sys
 from flatgpt.errors import UserError, one_line_errors
 one_line_errors()
 hook = sys.excepthook
 
-def held_back(*args):  # as torch.distributed does it
+def capturing(*args):  # like torch.distributed
     with contextlib.redirect_stderr(io.StringIO()):
         hook(*args)
 
-sys.excepthook = held_back
-raise UserError("mend it")
+sys.excepthook = capturing
+raise UserError("fix it")
 """
     done = subprocess.run(
         [sys.executable, '-c', code], env=environment, capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (2, 'error: mend it\n')
+    assert (done.returncode, done.stderr) == (2, 'error: fix it\n')
 
 
 def test_any_other_error_keeps_its_traceback(environment):
@@ -562,7 +603,7 @@ def test_configurator_needs_no_torch(environment):
 
 
 @pytest.mark.parametrize('name', ['train.py', 'sample.py'])
-def test_the_scripts_end_with_one_line_on_standard_error(script, name):
+def test_a_mistake_ends_a_script_with_one_line_on_standard_error(script, name):
     done = script(name, '--sede=1')
     assert done.returncode == 2
     assert done.stdout == ''
@@ -580,17 +621,65 @@ def test_the_scripts_end_with_one_line_on_standard_error(script, name):
         ('api.py', {'out_dir', 'host', 'port', 'api_key', 'max_rows', 'max_queue'}),
     ],
 )
-def test_the_settings_of_each_script_are_found(name, settings):
+def test_each_script_s_settings_are_found(name, settings):
     assert settings <= {*read_settings(str(ROOT / name))}
 
 
-def test_train_help_lists_every_setting_with_its_meaning(script):
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'api.py'])
+def test_every_setting_has_a_meaning_in_the_help(name):
+    path = str(ROOT / name)
+    meanings = {setting: meaning for setting, _, meaning in read_meanings(path)}
+    assert [*meanings] == [*read_settings(path)]
+    assert [setting for setting, meaning in meanings.items() if not meaning] == []
+
+
+WRAPPED = """
+# -----
+# group
+a = (
+    'a value # of text'  # on its own line
+)
+b = (  # on the first line
+    2
+)
+c: dict | int = (
+    3
+)  # on the last line
+# another group
+# on the line above
+d = 4
+# third group
+e = 5  # on the line
+f = 6
+"""
+
+
+def test_a_meaning_is_found_wherever_a_formatter_moves_it(tmp_path):
+    (tmp_path / 'thing.py').write_text(WRAPPED, encoding='utf-8')
+    assert [*read_meanings(str(tmp_path / 'thing.py'))] == [
+        ('a', 'group', 'on its own line'),
+        ('b', '', 'on the first line'),
+        ('c', '', 'on the last line'),
+        ('d', 'another group', 'on the line above'),
+        ('e', 'third group', 'on the line'),
+        ('f', '', ''),
+    ]
+
+
+def test_train_help_starts_with_its_docstring_and_lists_every_setting(script):
     done = script('train.py', '--help')
     assert done.returncode == 0
     assert done.stdout.startswith('Train a GPT')
     for name in settings_of('train'):
-        assert re.search(rf'^  {name} = ', done.stdout, re.M), name
-    assert re.search(r'^  checkpoint = None +\S', done.stdout, re.M)
+        assert re.search(rf'^  {name} = .+ \S', done.stdout, re.M), name
+
+
+@pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'api.py'])
+def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path, name):
+    for package in ('torch', 'flask'):
+        (tmp_path / f'{package}.py').write_text('raise KeyboardInterrupt\n')
+    done = script(name, env={'PYTHONPATH': str(tmp_path)})
+    assert (done.returncode, done.stdout, done.stderr) == (130, '', 'interrupted\n')
 
 
 def test_error_classes_are_related():

@@ -1,4 +1,4 @@
-"""On a machine with torch, transformers and numpy alone, as a rented GPU often is."""
+"""Scripts with few packages installed: torch, transformers and numpy, as on many rented GPUs."""
 
 import pytest
 from conftest import ROOT
@@ -28,7 +28,7 @@ runpy.run_path(script, run_name='__main__')
 
 @pytest.fixture(scope='module')
 def few(script, tmp_path_factory):
-    """Run a script without the packages that only a part of flatGPT needs."""
+    """Run a script without the packages that only parts of flatGPT need."""
     program = tmp_path_factory.mktemp('few') / 'blocked.py'
     program.write_text(BLOCKED.format(absent=ABSENT, root=str(ROOT)), encoding='utf-8')
 
@@ -38,7 +38,7 @@ def few(script, tmp_path_factory):
     return run
 
 
-def test_training_and_sampling_need_none_of_them(few, tiny, byte_dataset):
+def test_training_and_sampling_need_no_other_packages(few, tiny, byte_dataset):
     data = f'--dataset={byte_dataset}'
     done = few('train.py', tiny, data, '--out_dir=run', '--sample_tokens=5')
     assert (done.returncode, done.stderr) == (0, '')
@@ -50,7 +50,7 @@ def test_training_and_sampling_need_none_of_them(few, tiny, byte_dataset):
     assert done.stdout.startswith('the cat')
 
 
-def test_a_benchmark_needs_none_of_them(few):
+def test_a_benchmark_needs_no_other_packages(few):
     shape = ('--n_layer=1', '--n_embd=32', '--vocab_size=64', '--block_size=32', '--device=cpu')
     turn = ('--rounds=1', '--steps=1', '--batch_size=1', '--quick', '--only=training')
     done = few('bench.py', *turn, *shape)
@@ -73,7 +73,7 @@ def test_a_benchmark_needs_none_of_them(few):
         (('train.py', '--wandb_log', '--device=cpu'), '-e ".[all]"'),
     ],
 )
-def test_what_needs_more_names_the_package(few, tiny, command, package):
+def test_a_missing_package_is_reported_with_its_pip_command(few, tiny, command, package):
     if command[0] == 'train.py':
         command = (command[0], str(tiny), *command[1:])
     done = few(*command)
@@ -83,7 +83,7 @@ def test_what_needs_more_names_the_package(few, tiny, command, package):
     assert f'pip install {package}' in line
 
 
-def test_these_packages_are_really_not_imported(few, tmp_path):
+def test_the_absent_packages_cannot_be_imported(few, tmp_path):
     program = tmp_path / 'program.py'
     program.write_text('import flask\n', encoding='utf-8')
     assert few(program).returncode == 1

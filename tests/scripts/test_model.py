@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from error_lines import case, error_line
 from torch.nn import functional as F
 
 import model as model_module
+from flatgpt.errors import ConfigError, as_config_error
 from flatgpt.inference.kv_cache import KVCache
 from model import GPT, TRANSPOSED, GPTConfig
 
@@ -91,7 +93,7 @@ def test_grouped_heads_shrink_the_cache():
     assert KVCache(tiny(**GROUPED), rows=1).kv.shape == (3, 2, 1, 2, BLOCK + 1, 16)
 
 
-def test_the_written_out_norm_has_the_gradient_of_torchs():
+def test_the_rms_norm_has_the_gradient_of_torch_s():
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)) * 3
     x[0, 0] = 0  # where only the epsilon keeps it finite
     gradients = []
@@ -112,21 +114,21 @@ def test_the_squared_relu_has_its_gradient():
 
 
 @pytest.mark.parametrize('groups', [1, 2, 4])
-def test_written_out_attention_equals_torchs(groups):
+def test_eager_attention_equals_torch_s(groups):
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 12, 8), *torch.randn(2, 2, 4 // groups, 12, 8)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    assert_close(model_module.written_out_attention(q, k, v, 0.0), expected)
+    assert_close(model_module.eager_attention(q, k, v, 0.0), expected)
 
 
 class OnApple(torch.Tensor):
-    """A tensor that says it lies on an Apple GPU."""
+    """A tensor that claims to be on an Apple GPU."""
 
     device = torch.device('mps')
 
 
 def apple_attention(q, k, v, *args, **options):
-    """That of torch before 2.12 on an Apple GPU, which took every row's heads to lie in one run."""
+    """Torch before 2.12 on an Apple GPU, which assumed contiguous heads in each row."""
     in_a_run = (
         t.as_strided(t.shape, (t.size(1) * t.stride(1), *t.stride()[1:]), t.storage_offset())
         for t in (q, k, v)
@@ -139,7 +141,7 @@ scaled_dot_product_attention = F.scaled_dot_product_attention
 
 @torch.no_grad()
 @pytest.mark.parametrize('groups', [1, 2, 4])
-def test_rows_are_kept_apart_on_apple_gpus(groups, monkeypatch):
+def test_rows_are_not_mixed_up_on_apple_gpus(groups, monkeypatch):
     shape = {'n_layer': 1, 'n_head': 4, 'n_kv_head': 4 // groups}
     config = GPTConfig(16, VOCAB, arch='modern', n_embd=32, **shape)
 
@@ -172,7 +174,7 @@ def test_bfloat16_autocast_stays_near_float32(model):
 
 
 @torch.no_grad()
-def test_cached_logits_equal_uncached_ones_for_rows_of_unequal_length(model):
+def test_cached_logits_equal_uncached_ones_for_rows_of_different_lengths(model):
     idx, lengths = tokens(4, 20), torch.tensor([20, 5, 11, 1])
     rows = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
     cache = KVCache(model, rows=4)
@@ -187,7 +189,7 @@ def test_cached_logits_equal_uncached_ones_for_rows_of_unequal_length(model):
 
 
 @torch.no_grad()
-def test_a_prompt_may_enter_the_cache_in_chunks(model):
+def test_a_prompt_can_be_cached_in_chunks(model):
     idx, cache = tokens(2, 24), KVCache(model, rows=2, length=24)
     for chunk in idx.split([10, 1, 13], dim=1):
         logits, _ = model(chunk, cache=cache)
@@ -197,7 +199,7 @@ def test_a_prompt_may_enter_the_cache_in_chunks(model):
 
 
 @torch.no_grad()
-def test_padding_never_leaks_into_the_logits(model):
+def test_padding_does_not_affect_the_logits(model):
     idx, lengths, new = tokens(2, 12), torch.tensor([12, 4]), tokens(2, 1)
     results = []
     for padding in (0, VOCAB - 1):
@@ -212,7 +214,7 @@ def test_padding_never_leaks_into_the_logits(model):
 
 
 @torch.no_grad()
-def test_no_token_sees_a_later_one(model):
+def test_no_token_attends_to_a_later_one(model):
     idx = tokens(1, BLOCK)
     logits, _ = model(idx)
     idx[0, 20:] = 0
@@ -220,7 +222,7 @@ def test_no_token_sees_a_later_one(model):
 
 
 @torch.no_grad()
-def test_loss_leaves_out_targets_of_minus_one(model):
+def test_the_loss_ignores_targets_of_minus_one(model):
     idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
     targets[0, 5:] = -1
     logits, loss = model(idx, targets)
@@ -231,7 +233,7 @@ def test_loss_leaves_out_targets_of_minus_one(model):
 
 @torch.no_grad()
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_dropout_acts_in_training_only(arch):
+def test_dropout_is_active_only_in_training(arch):
     model, idx = tiny(dropout=0.5, arch=arch), tokens(2, 16)
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
@@ -239,7 +241,7 @@ def test_dropout_acts_in_training_only(arch):
 
 
 @pytest.mark.parametrize('p', [0.01, 0.3, 0.9])
-def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+def test_dropout_drops_its_fraction_and_keeps_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(7, 1001, 13, requires_grad=True)  # no multiple of the four elements of a word
     y = model_module.dropout(x, p, training=True)
@@ -269,12 +271,12 @@ def test_cropping_the_context_keeps_the_logits_of_shorter_texts(model):
     assert KVCache(model, rows=1).length == 8
 
 
-def test_block_matrices_are_all_that_multiply_inside_the_blocks(model):
+def test_block_matrices_are_all_matrices_of_the_blocks(model):
     names = {id(p): name for name, p in model.named_parameters()}
     held = [names[id(p)] for p in model.block_matrices()]
     assert len(set(held)) == len(held) == 3 * (4 if model.config.arch == 'gpt2' else 6)
     assert all('.h.' in name or '.layers.' in name for name in held)
-    left = model.param_groups(0.1, leave_out=model.block_matrices())
+    left = model.param_groups(0.1, exclude=model.block_matrices())
     left = {id(p) for group in left for p in group['params']}
     assert left | {id(p) for p in model.block_matrices()} == set(names)
     assert len(left) + len(held) == len(names)
@@ -283,7 +285,7 @@ def test_block_matrices_are_all_that_multiply_inside_the_blocks(model):
 
 
 @pytest.mark.parametrize('bias', [True, False])
-def test_param_groups_hold_every_parameter_once_and_decay_matrices_only(bias):
+def test_param_groups_have_every_parameter_once_and_decay_only_matrices(bias):
     model = tiny(bias=bias)
     decay, rest = model.param_groups(0.1)
     assert (decay['weight_decay'], rest['weight_decay']) == (0.1, 0.0)
@@ -303,7 +305,7 @@ def test_sizes_are_those_of_gpt2():
     assert model.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024
 
 
-def test_parameters_have_the_names_that_transformers_gives_them():
+def test_parameters_have_the_names_of_transformers():
     transformers = pytest.importorskip('transformers', reason='transformers is not installed')
     with torch.device('meta'):
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
@@ -315,7 +317,7 @@ def test_parameters_have_the_names_that_transformers_gives_them():
     assert {name: tuple(p.shape) for name, p in ours.named_parameters()} == shapes
 
 
-def test_initial_weights_are_spread_as_gpt2s():
+def test_initial_weights_have_the_std_of_gpt2():
     torch.manual_seed(0)
     model = GPT(
         GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=4, n_embd=128, bias=True)
@@ -330,10 +332,10 @@ def test_initial_weights_are_spread_as_gpt2s():
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
     idx = torch.randint(512, (4, 64))
     _, loss = model(idx, torch.randint(512, (4, 64)))
-    assert loss.item() == pytest.approx(math.log(512), rel=0.02)  # it knows nothing yet
+    assert loss.item() == pytest.approx(math.log(512), rel=0.02)  # untrained
 
 
-def test_modern_blocks_begin_as_the_identity_and_know_nothing():
+def test_modern_blocks_start_as_the_identity_and_all_tokens_equally_likely():
     torch.manual_seed(0)
     shape = {'block_size': 64, 'vocab_size': 512, 'n_layer': 3, 'n_head': 4, 'n_embd': 128}
     model = GPT(GPTConfig(arch='modern', **shape))
@@ -346,7 +348,7 @@ def test_modern_blocks_begin_as_the_identity_and_know_nothing():
     assert model(idx, idx)[1].item() == pytest.approx(math.log(512), rel=0.01)
 
 
-def test_modern_sizes_count_what_multiplies():
+def test_modern_sizes_count_the_multiplied_parameters():
     with torch.device('meta'):
         model = GPT(GPTConfig(arch='modern', vocab_size=50304, n_kv_head=4))
     blocks = 12 * (2 * 768**2 + 2 * 768 * 256 + 8 * 768**2)
@@ -355,31 +357,72 @@ def test_modern_sizes_count_what_multiplies():
     assert model.flops_per_token() == 6 * model.num_params() + 12 * 12 * 768 * 1024
 
 
-def test_one_matrix_reads_and_writes_tokens():
+def test_gpt2_ties_the_embedding_and_the_head():
     model = tiny()
     assert model.lm_head.weight is model.transformer.wte.weight
     assert 'lm_head.weight' not in dict(model.named_parameters())
 
 
 @pytest.mark.parametrize(
-    ('changes', 'message'),
+    ('bad', 'message', 'good'),
     [
-        ({'n_embd': 100, 'n_head': 12}, 'n_embd=100 .* n_head=12 .* n_embd=96'),
-        ({'n_embd': 4, 'n_head': 6}, 'the nearest that can is n_embd=6'),
-        ({'n_layer': 0}, 'n_layer=0: must be at least 1'),
-        ({'dropout': 1.0}, 'dropout=1.0: must be'),
-        ({'arch': 'llama'}, "arch='llama': give 'gpt2' or 'modern'"),
-        ({**MODERN, 'bias': True}, "bias=True: arch='modern' has no biases"),
-        ({**MODERN, 'n_head': 4, 'n_embd': 36}, 'heads of 9: rotary positions turn pairs'),
-        ({**MODERN, 'n_kv_head': 5}, 'n_kv_head=5 .* n_head=12 .* give one of 1, 2, 3, 4, 6, 12'),
-        ({**MODERN, 'n_kv_head': 0}, 'n_kv_head=0: must be at least 1'),
-        ({'n_kv_head': 4}, "n_kv_head=4: arch='gpt2' has as many as n_head=12"),
+        case(
+            'cannot be split over n_head={} heads; use',
+            {'n_embd': 100, 'n_head': 12},
+            *('n_embd=100 .* n_head=12 .* use n_embd=96$', {'n_embd': 96, 'n_head': 12}),
+        ),
+        case(
+            'cannot be split over n_head={} heads; use',
+            {'n_embd': 4, 'n_head': 6},
+            *('use n_embd=6$', {'n_embd': 6, 'n_head': 6}),
+        ),
+        case(
+            'cannot be split over n_head={} heads; use',
+            {**MODERN, 'n_embd': 34, 'n_head': 12},
+            *('use n_embd=24$', {**MODERN, 'n_embd': 24, 'n_head': 12}),
+        ),
+        case('must be at least 1 and whole', {'n_layer': 0}, 'n_layer=0: must', {'n_layer': 1}),
+        case('must be at least 1 and whole', {'n_layer': 1.5}, 'n_layer=1.5', {'n_layer': 1}),
+        case('must be at least 0 and below 1', {'dropout': 1.0}, 'dropout=1.0', {'dropout': 0.0}),
+        case("arch={}: must be 'gpt2' or", {'arch': 'llama'}, "arch='llama': must be", MODERN),
+        case(
+            "arch='modern' has no biases",
+            {**MODERN, 'bias': True},
+            *('bias=True: .* use --bias=False', {**MODERN, 'bias': False}),
+        ),
+        case(
+            'rotary embeddings need an even',
+            {**MODERN, 'n_head': 4, 'n_embd': 36},
+            *('heads of 9, .* use n_embd=32$', {**MODERN, 'n_head': 4, 'n_embd': 32}),
+        ),
+        case(
+            'cannot serve n_head={} heads',
+            {**MODERN, 'n_kv_head': 5},
+            *('n_head=12 .* use one of 1, 2, 3, 4, 6, 12$', {**MODERN, 'n_kv_head': 6}),
+        ),
+        case("use n_kv_head=None or arch='modern'", {'n_kv_head': 4}, 'n_kv_head=4: ', {}),
+        case(
+            "use n_kv_head=None or arch='modern'",
+            {'n_kv_head': 4},
+            *('always has n_head=12', {**MODERN, 'n_kv_head': 4}),
+        ),
     ],
 )
-def test_a_shape_that_cannot_be_built_is_one_line(changes, message):
-    with pytest.raises(ValueError, match=message) as error:
-        GPTConfig(**changes)
+def test_an_invalid_shape_is_refused_and_the_advised_one_is_valid(bad, message, good):
+    with pytest.raises(ConfigError, match=message) as error, as_config_error():
+        GPTConfig(**bad)
     assert '\n' not in str(error.value)
+    GPTConfig(**good)
+
+
+@error_line('the model has only {} blocks; use fewer')
+def test_no_more_blocks_can_be_frozen_than_there_are(model):
+    with pytest.raises(ConfigError, match='freeze=4: the model has only 3 blocks'):
+        with as_config_error():
+            model.freeze_lower(4)
+    model.freeze_lower(2)
+    trained = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
+    assert trained == [False, False, True]
 
 
 # --- documents
@@ -388,9 +431,9 @@ def test_a_shape_that_cannot_be_built_is_one_line(changes, message):
 ROW = torch.tensor([[0] * 9 + [1] * 11 + [2] * 12, [3] * 32])  # document numbers, (2, BLOCK)
 
 
-def written_out(monkeypatch):
+def use_eager_attention(monkeypatch):
     """Have float32 take the path that bfloat16 takes on a CPU."""
-    by_products = model_module.written_out_attention
+    by_products = model_module.eager_attention
 
     def attend(q, k, v, mask=None, dropout_p=0.0, **options):
         return by_products(q, k, v, dropout_p, mask)
@@ -398,10 +441,10 @@ def written_out(monkeypatch):
     monkeypatch.setattr(F, 'scaled_dot_product_attention', attend)
 
 
-@pytest.mark.parametrize('path', ['torch', 'written out', 'recomputed'])
-def test_nothing_leaks_from_one_document_into_another(model, path, monkeypatch):
-    if path == 'written out':
-        written_out(monkeypatch)
+@pytest.mark.parametrize('path', ['torch', 'eager', 'recomputed'])
+def test_no_information_leaks_between_documents(model, path, monkeypatch):
+    if path == 'eager':
+        use_eager_attention(monkeypatch)
     model.trunk.recompute = path == 'recomputed'
     seen = []
     model.embedding.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -418,7 +461,7 @@ def test_nothing_leaks_from_one_document_into_another(model, path, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_document_is_read_as_it_is_alone(model, monkeypatch):
+def test_a_document_gives_the_same_logits_as_it_does_alone(model, monkeypatch):
     idx = tokens(2, BLOCK)
     masked = model(idx, documents=ROW)[0]
     assert_close(masked[1], model(idx)[0][1])  # one document is the whole row
@@ -428,12 +471,12 @@ def test_a_document_is_read_as_it_is_alone(model, monkeypatch):
         pos -= 9
     alone = model.head(model.trunk(idx[:1, 9:20], pos))[0]
     assert_close(masked[0, 9:20], alone)
-    written_out(monkeypatch)
+    use_eager_attention(monkeypatch)
     assert_close(masked, model(idx, documents=ROW)[0])
 
 
 @torch.no_grad()
-def test_documents_are_told_apart_by_their_numbers_alone(model):
+def test_only_the_equality_of_document_numbers_matters(model):
     idx = tokens(2, BLOCK)
     assert torch.equal(model(idx, documents=ROW)[0], model(idx, documents=7 - ROW)[0])
 

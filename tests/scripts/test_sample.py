@@ -12,17 +12,18 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import ROOT, fails, follow_advice, random_model, sample, saved
+from error_lines import case, error_line
 
 import sample as sample_module
 from configurator import configure
-from flatgpt.checkpoint import load
+from flatgpt.checkpoint import load, save
 from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
-from flatgpt.errors import ConfigError
+from flatgpt.errors import ConfigError, UserError
 from flatgpt.inference import model_runner
 from flatgpt.inference.engine import complete, generate
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT, GPTConfig
-from sample import split_stop
+from sample import parse_stop
 
 SCRIPT = ROOT / 'sample.py'
 LETTERS = '\n abcdefgh'
@@ -43,11 +44,12 @@ def out_dir(tmp_path_factory):
     return saved(tmp_path_factory.mktemp('run'), char_tokenizer(LETTERS))
 
 
-def test_stop_strings_are_spelt_with_bars_and_escapes():
-    assert split_stop('') == ()
-    assert split_stop(r'END|\n\n|a\|b|\t|C:\\n|\d') == ('END', '\n\n', 'a|b', '\t', 'C:\\n', r'\d')
+def test_stop_strings_are_separated_by_bars_and_may_have_escapes():
+    assert parse_stop('') == ()
+    assert parse_stop(r'END|\n\n|a\|b|\t|C:\\n|\d') == ('END', '\n\n', 'a|b', '\t', 'C:\\n', r'\d')
 
 
+@error_line('out of memory on {}; try {}')
 @pytest.mark.parametrize(
     ('args', 'advised'),
     [
@@ -55,32 +57,32 @@ def test_stop_strings_are_spelt_with_bars_and_escapes():
         (('--batch={file}', '--rows=20', '--out={file}.out'), ['--rows=10', '--rows=5']),
     ],
 )
-def test_following_the_advice_of_each_lack_of_memory_ends_in_samples(
+def test_following_the_advice_of_out_of_memory_errors_ends_in_samples(
     out_dir, tmp_path, monkeypatch, args, advised
 ):
     (tmp_path / 'prompts').write_text('ab\n' * 30, encoding='utf-8')
     cache = model_runner.KVCache
 
-    def in_a_small_room(model, rows, length):
+    def in_little_memory(model, rows, length):
         if rows > 8:
             raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.')
         return cache(model, rows, length)
 
-    monkeypatch.setattr(model_runner, 'KVCache', in_a_small_room)
+    monkeypatch.setattr(model_runner, 'KVCache', in_little_memory)
     args = [arg.format(file=tmp_path / 'prompts') for arg in args]
     args += [f'--out_dir={out_dir}', '--device=cpu', '--max_new_tokens=2']
     assert follow_advice(sample, *args) == advised
 
 
-def test_one_text_that_does_not_fit_is_advised_to_take_lighter_weights(monkeypatch):
+def test_if_one_sample_does_not_fit_the_advice_is_smaller_weights(monkeypatch):
     settings = {'batch': None, 'chat': True, 'num_samples': 10, 'rows': 16, 'quantize': None}
     with torch.device('meta'):
         model = GPT(GPTConfig(8, 8, 1, 1, 8))
-    assert sample_module.fewer_texts(settings, model) == '--dtype=bfloat16'
+    assert sample_module.fewer_samples(settings, model) == '--dtype=bfloat16'
     settings['num_samples'] = 1
-    assert sample_module.fewer_texts(settings, model.bfloat16()) == '--quantize=int8'
+    assert sample_module.fewer_samples(settings, model.bfloat16()) == '--quantize=int8'
     settings['quantize'] = 'int8'
-    assert sample_module.fewer_texts(settings, model) == 'a smaller model, or --device=cpu'
+    assert sample_module.fewer_samples(settings, model) == 'a smaller model, or --device=cpu'
 
     def no_bfloat16(name, device):
         raise ConfigError('no bfloat16')
@@ -125,10 +127,10 @@ def test_one_sample_has_no_separator_and_the_prompt_may_come_from_a_file(out_dir
     result = sample(f'--start=FILE:{prompt}', f'--init_from={out_dir}', *common)
     assert result.stdout.startswith('ab\ncd' * 9)
     assert len(result.stdout) == 45 + 5 + 1
-    assert 'the prompt has 45 tokens; the last 16 are used' in result.stderr
+    assert 'the prompt has 45 tokens; only the last 16 are used' in result.stderr
 
 
-def test_the_default_prompt_gives_way_where_the_vocabulary_has_no_line_break(tmp_path):
+def test_the_default_prompt_is_the_end_of_text_if_the_vocabulary_has_no_line_break(tmp_path):
     with_end = saved(tmp_path / 'a', char_tokenizer('abc', eot=True))
     result = sample(f'--out_dir={with_end}', '--num_samples=1', '--max_new_tokens=5')
     assert set(result.stdout.strip()) <= set('abc')
@@ -136,7 +138,7 @@ def test_the_default_prompt_gives_way_where_the_vocabulary_has_no_line_break(tmp
     assert r"'\n'" in fails(f'--out_dir={without}')
 
 
-def test_mistakes_end_in_one_line(out_dir, tmp_path, monkeypatch):
+def test_a_mistake_ends_in_one_line(out_dir, tmp_path, monkeypatch):
     here = f'--out_dir={out_dir}'
     (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
     (tmp_path / 'empty.txt').touch()
@@ -157,7 +159,79 @@ def test_mistakes_end_in_one_line(out_dir, tmp_path, monkeypatch):
     assert result.stdout == ''
 
 
-def test_a_training_config_means_the_model_it_made(out_dir, tmp_path):
+@pytest.fixture(scope='module')
+def byte_run(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp('bytes'), byte_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case(
+            '--batch reads its prompts from a file',
+            'ab --batch={p} --out={o}',
+            '--batch={p} --out={o}',
+        ),
+        case(
+            '--batch writes one completion',
+            '--num_samples=2 --batch={p} --out={o}',
+            '--batch={p} --out={o}',
+        ),
+        case('--out={}: needs --batch', '--start=ab --out={o}', '--start=ab'),
+        case('the prompt is empty; give some text', '--start=', '--start=Once'),
+        case('cannot be read: {}; give a readable file', '--start=FILE:{p}.no', '--start=FILE:{p}'),
+        case('a bar separates stop strings', '--stop=|', r'--stop=\|'),
+    ],
+)
+def test_the_advice_of_an_error_line_works(byte_run, tmp_path, bad, good):
+    names = {'p': tmp_path / 'p.txt', 'o': tmp_path / 'o.jsonl'}
+    names['p'].write_text('ab')
+    common = [f'--out_dir={byte_run}', '--max_new_tokens=2', '--device=cpu']
+    fails(*bad.format(**names).split(), *common)
+    result = sample(*good.format(**names).split(), *common)
+    assert result.returncode == 0, result.stderr
+    assert names['o'].exists() if '--batch' in good else result.stdout
+
+
+@error_line('is not UTF-8 at byte {}; convert it', 'keep only its end')
+def test_a_prompt_file_is_bounded_and_utf_8(tmp_path, monkeypatch):
+    path = tmp_path / 'prompt.txt'
+    for bad, good in ((b'caf\xe9', 'caf\xe9'.encode()), (b'x' * 9 + b'the end', b'the end')):
+        monkeypatch.setattr(sample_module, 'MAX_PROMPT_BYTES', 8)
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=r'^the prompt file .*prompt\.txt '):
+            sample_module.read_prompt(f'FILE:{path}')
+        path.write_bytes(good)
+        assert sample_module.read_prompt(f'FILE:{path}') == good.decode()
+    path.write_bytes(b'a\r\nb\rc')
+    assert sample_module.read_prompt(f'FILE:{path}') == 'a\nb\nc'
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/zero'), reason='needs /dev/zero')
+def test_a_prompt_file_without_an_end_is_refused():
+    assert 'has more than 16,777,216 bytes' in fails('--start=FILE:/dev/zero')
+
+
+@error_line('stop: must be a string or a list of strings')
+def test_stop_of_a_line_is_a_string_or_a_list_of_strings():
+    settings = configure(dict(vars(sample_module)), [], positional='start')
+    for bad in (3, ['a', 3]):
+        with pytest.raises(ConfigError):
+            sample_module.sampling_params_of_line(settings, {'stop': bad})
+    for good, stop in (('a', ('a',)), (['a', 'b'], ('a', 'b')), ([], ()), (None, ())):
+        assert sample_module.sampling_params_of_line(settings, {'stop': good}).stop == stop
+
+
+@error_line('has no tokenizer; give the one it was trained with')
+def test_a_model_without_a_tokenizer_is_refused_until_one_is_given(tmp_path):
+    state = {'step': 1, 'val_loss': 1.0, 'evaluated': True}
+    save.save(tmp_path, random_model(257), [], None, state)
+    flags = [f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=2', '--device=cpu']
+    assert f'{tmp_path} has no tokenizer' in fails(*flags)
+    assert sample('ab', *flags, '--tokenizer=byte').stdout.startswith('ab')
+
+
+def test_a_training_config_selects_the_model_of_its_run(out_dir, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(f'init_from = "gpt2"\nout_dir = {str(out_dir)!r}\n', encoding='utf-8')
     settings = configure(dict(vars(sample_module)), [str(config)], positional='start')
@@ -172,7 +246,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_help_lists_the_settings_and_importing_parses_nothing():
     result = sample('--help')
     assert '--chat' in result.stdout
-    assert re.search(r'min_p = 0\.0 +leave out', result.stdout)
+    assert re.search(r'min_p = 0\.0 +exclude', result.stdout)
     code = 'import sys; sys.argv += ["--nonsense"]; import sample; print("tiktoken" in sys.modules)'
     imported = subprocess.run(
         [sys.executable, '-c', code], cwd=SCRIPT.parent, capture_output=True, text=True
@@ -180,10 +254,10 @@ def test_help_lists_the_settings_and_importing_parses_nothing():
     assert imported.stdout == 'False\n'
 
 
-def test_the_shipped_sampling_config_fits():
+def test_the_shipped_sampling_config_is_valid():
     config = configure(dict(vars(sample_module)), ['sample_shakespeare'])
     assert config['start'] == 'ROMEO:'
-    sample_module.sampling_of(config)
+    sample_module.sampling_params(config)
 
 
 # -----------------------------------------------------------------------------
@@ -196,7 +270,23 @@ def chat(out_dir, lines, *args):
     )
 
 
-def test_the_console_remembers_until_reset_and_checks_what_is_set(out_dir):
+@error_line(
+    '{}: unknown command; /help lists',
+    '/set needs a name and a value, for example /set temperature 0.5',
+    '/set {}: unknown setting; {}/help lists the settings',
+)
+def test_the_advice_of_the_console_s_errors_works(out_dir):
+    lines = ['/nonsense', '/help', '/set temperature', '/set temperature 0.5', '/set tempp 1']
+    result = chat(out_dir, [*lines, '/quit', 'ab'])
+    assert result.returncode == 0
+    assert result.stderr.count('error: ') == 3
+    listed = result.stdout
+    assert all(f'  {command}' in listed for command in ('/set NAME VALUE', '/reset', '/quit'))
+    assert '  temperature = 0.8' in listed
+    assert listed.endswith('(temperature = 0.5)\n')
+
+
+def test_the_console_remembers_until_reset_and_checks_settings(out_dir):
     result = chat(
         out_dir,
         ['ab', 'cd', '/reset', 'ab', '/set temprature 1', '/set top_p 7', '/set temperature 0']
@@ -212,23 +302,23 @@ def test_the_console_remembers_until_reset_and_checks_what_is_set(out_dir):
         answer = ''.join(p.text for p in generate(model, tokenizer, ids, sampling, [(1337, turn)]))
         assert answer + '\n' in lines
         heard += answer + line
-    first, _, again = lines.partition('(the conversation is forgotten)\n')
+    first, _, again = lines.partition('(conversation cleared)\n')
     assert first.split('\n', 1)[1].startswith(again[:6])  # the same words, the same reply
     assert '(temperature = 0.0)' in lines
     assert "  stop = 'e|f'" in lines
     assert '  temperature = 0.0' in lines
     errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
-    causes = ['mean temperature?', 'top_p=7.0', "character 'z'", '/nonsense: no such', '/set needs']
+    causes = ['mean temperature?', 'top_p=7.0', "character 'z'", '/nonsense: unknown', '/set needs']
     assert len(errors) == len(causes)
     assert all(cause in error for cause, error in zip(causes, errors, strict=True))
 
 
-def test_the_console_speaks_by_the_chat_template(tmp_path):
+def test_the_console_uses_the_chat_template(tmp_path):
     tokenizer = char_tokenizer(LETTERS)
     tokenizer.chat_template = {'user': ['a ', '\n'], 'assistant': ['b ', '\n']}
     out_dir = saved(tmp_path, tokenizer)
     result = chat(out_dir, ['cd', 'ef'])
-    assert 'has a chat template: it answers' in result.stdout
+    assert 'has a chat template: it replies' in result.stdout
     model, heard = load.load_model(out_dir)[0], ''
     sampling = SamplingParams(6, **AS_SAMPLED, stop=('\n',))
     for turn, line in enumerate(['cd', 'ef'], 1):
@@ -240,20 +330,20 @@ def test_the_console_speaks_by_the_chat_template(tmp_path):
         heard += said + '\n'
 
 
-def test_the_console_ends_a_turn_at_the_token_that_the_end_of_text_stands_for(monkeypatch):
+def test_the_console_ends_a_reply_at_the_end_of_text_token(monkeypatch):
     template = {'user': ['', EOT], 'assistant': ['', EOT]}
     tokens = [*byte_tokenizer().token_bytes[:256], b'</s>']
     tokenizer = Tokenizer('byte', 'byte', tokens, {'</s>': 256}, '', template, end_ids=[256])
-    settings = {name: getattr(sample_module, name) for name in sample_module.CHOICES}
+    settings = {name: getattr(sample_module, name) for name in sample_module.SAMPLING_SETTINGS}
     console = sample_module.Console(random_model(257), tokenizer, settings, '')
     asked = []
     monkeypatch.setattr(console.engine, 'submit', asked.append)
-    console.answer('hi')
+    console.reply('hi')
     assert asked[0].sampling.stop == ()  # no text to look for
     assert console.ids == [*b'hi', 256, 256]
 
 
-def test_the_console_begins_with_a_given_prompt(out_dir):
+def test_the_console_starts_with_a_given_prompt(out_dir):
     result = chat(out_dir, ['cd'], '--start=abc')
     assert 'abc\n' in result.stdout
     model, tokenizer, _ = load.load_model(out_dir)
@@ -263,7 +353,7 @@ def test_the_console_begins_with_a_given_prompt(out_dir):
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no pseudo-terminals')
-def test_ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_program(out_dir):
+def test_ctrl_c_stops_a_reply_and_twice_at_the_prompt_exits(out_dir):
     import pty
 
     terminal, theirs = pty.openpty()
@@ -320,7 +410,3 @@ def test_ctrl_c_stops_the_answer_and_twice_at_the_prompt_the_program(out_dir):
         process.kill()
         process.wait()
         os.close(terminal)
-
-
-def test_two_prompts_are_refused(out_dir):
-    assert 'a second prompt' in fails(f'--out_dir={out_dir}', 'ab', 'cd')

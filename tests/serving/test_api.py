@@ -1387,7 +1387,7 @@ def test_every_setting_is_explained(monkeypatch):
     [
         (
             {'max_row': 4},
-            'create_app.max_row=.: no setting is called .max_row.; did you mean max_rows',
+            'create_app.max_row=.: unknown setting .max_row.; did you mean max_rows',
         ),
         ({'max_rows': 0}, 'max_rows=0: must be at least 1'),
         ({'max_queue': -1}, 'max_queue=-1'),

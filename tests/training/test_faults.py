@@ -541,7 +541,7 @@ def test_processes_that_cannot_share_the_batch_say_so_in_one_line(script, tiny, 
     assert done.returncode != 0
     line = r'gradient_accumulation_steps \* batch_size is 3 sequences'
     assert re.search(rf'^error( \(rank 1\))?: {line}', done.stderr, re.M)
-    assert 'take --gradient_accumulation_steps=' in done.stderr
+    assert 'use --gradient_accumulation_steps=' in done.stderr
     assert not (tmp_path / 'a').exists()
 
 

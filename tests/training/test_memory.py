@@ -86,7 +86,7 @@ def test_a_deep_model_has_its_peak_at_the_update_where_a_shallow_one_has_not():
 
 
 def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(monkeypatch):
-    monkeypatch.setattr(memory_module, 'host_room', lambda: 20e9)
+    monkeypatch.setattr(memory_module, 'available_host_memory', lambda: 20e9)
     large = replace(SMALL, shape=SEVEN_B, device='cuda', ranks=8)
     assert memory_module.host_lack(large) is None
     assert 'takes 27.9 GB of main memory' in memory_module.host_lack(replace(large, shard=True))
@@ -209,7 +209,7 @@ def test_where_nothing_fits_the_nearest_is_named():
 
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
-    monkeypatch.setattr(memory_module, 'room', lambda runtime: 24e9)
+    monkeypatch.setattr(memory_module, 'available_memory', lambda runtime: 24e9)
     case = Case(shape, 'cpu', torch.bfloat16, 'adamw', rows=1, saves=False)
     assert memory_module.least(case) > 24e9
     monkeypatch.setattr(memory_module, 'changes', lambda case: [])  # each takes a second

@@ -48,7 +48,7 @@ def test_the_batch_that_two_processes_cannot_share_is_a_no(dataset):
         Runtime('cpu', torch.float32, 0, 2),
     ).look('batch')
     assert looked[0][0] == 'no'
-    assert 'take --gradient_accumulation_steps=4 or 2' in looked[0][1]
+    assert 'use --gradient_accumulation_steps=4 or 2' in looked[0][1]
 
 
 def broken(tmp_path, value):
