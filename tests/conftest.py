@@ -79,9 +79,7 @@ compile = False
 """
 
 FOREVER = ('--max_iters=100000', '--eval_interval=100000', '--gradient_accumulation_steps=6')
-SHARE = (
-    int(os.environ.get('FLATGPT_FAULTS', '100')) / 100
-)  # fraction of the fault suite's iterations
+SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100  # of the fault suite's iterations
 MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 
 torch.set_num_threads(1)  # more threads are slower for tiny models
@@ -90,9 +88,10 @@ os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-ma
 
 
 def pytest_xdist_auto_num_workers(config):
-    """The number of test processes: one per core for the whole suite, otherwise only this one.
+    """The number of test processes: one more than cores for the whole suite, otherwise only this one.
 
-    The fault and load suites kill processes at given times and therefore run alone.
+    The suite spends a quarter of its time waiting for other processes. Each test process may take
+    2 GiB. The fault and load suites kill processes at given times and therefore run alone.
     """
     whole = config.args_source == config.ArgsSource.TESTPATHS
     if whole and 'not faults and not load' in config.option.markexpr and not config.option.keyword:
