@@ -27,11 +27,11 @@ from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish
 from flatgpt.training.loss import find_or_compute_reference, fingerprint, loss_of
-from flatgpt.training.memory import smaller_model
-from flatgpt.training.metrics import losses_line, run_lines
+from flatgpt.training.memory import suggest_smaller_model
+from flatgpt.training.metrics import format_losses, format_setup
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.preflight import preflight
-from flatgpt.training.resume import build, choose_trained, saved_settings
+from flatgpt.training.resume import build, saved_settings, set_trainable
 from flatgpt.training.run import Run
 from flatgpt.training.validate import steps_of, validate, validate_machine
 from flatgpt.training.watchdog import Watchdog
@@ -132,7 +132,7 @@ make_output_optional()  # no pipe that closes, no full disk behind a log file en
 runtime = start(device, dtype, backend, hang_timeout, config, offload)
 watchdog = Watchdog(runtime, hang_timeout)
 validate_machine(config, runtime)
-on_out_of_memory(runtime.device, lambda: smaller_model(config))
+on_out_of_memory(runtime.device, lambda: suggest_smaller_model(config))
 if check or plan:
     watchdog.at(0, 'the check')
     status = preflight(config, runtime)
@@ -145,11 +145,11 @@ raw_model, tokenizer, data = build(config, run)
 globals().update(config)  # with the shape of a model that was loaded, and how its run began
 state = run.state
 batches = BatchLoader(data, state, config, runtime)
-on_out_of_memory(runtime.device, batches.smaller)  # better advice than the one above
+on_out_of_memory(runtime.device, batches.suggest_smaller_batch)  # better advice than the one above
 max_iters = steps_of(config, data)
 lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else lr_decay_iters
-runtime.print0(run_lines(config, raw_model, data, runtime, batches.tokens_per_step))
-choose_trained(raw_model, config, runtime.print0)
+runtime.print0(format_setup(config, raw_model, data, runtime, batches.tokens_per_step))
+set_trainable(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
     state.reference = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
 state.start_clock()  # of the seconds in the log, which count compilation and evaluation
@@ -159,7 +159,7 @@ model, compiled = raw_model, False
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 work = batches.work(raw_model, max_iters)
 to_compile = not eval_only and runtime.decide_compile(compile, work, peak_flops, runtime.print0)
-batches.one_width = to_compile
+batches.fixed_width = to_compile
 if shard:  # FSDP2: each block by itself, then cut into rows
     if to_compile:
         compiled = compile_blocks(raw_model, runtime, runtime.print0)
@@ -220,7 +220,7 @@ if eval_only:
     runtime.leave(stop.status)
 run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
-batches.on_lost = stop.fail  # data that can be read no more ends the run as a signal does
+batches.on_read_error = stop.fail  # data that can be read no more ends the run as a signal does
 stopping = False
 
 while True:
@@ -233,7 +233,7 @@ while True:
         stopping = losses is None
     if losses:
         state.record_evaluation(losses)
-        runtime.print0(losses_line(step, losses))
+        runtime.print0(format_losses(step, losses))
         run.log_evaluation(losses)
     finished = state.is_finished(max_iters, patience)
     # of several ranks, all learn of a signal together: at the end of an update
@@ -290,9 +290,9 @@ while True:
             each.step()
     scaler.update()
     raw_model.zero_grad(set_to_none=True)
-    state.record_update(norm, skip, batches.global_rows)
+    state.record_update(norm, skip, batches.global_batch_size)
     run.progress.advance(time.perf_counter() - started)
-    data_wait = batches.take_wait()
+    data_wait = batches.pop_wait_seconds()
     if skip:
         run.report_skipped(mean_loss, norm)
 

@@ -19,7 +19,7 @@ import torch
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, Work, to_device
-from flatgpt.training.loss import trim
+from flatgpt.training.loss import trim_padding
 from flatgpt.training.state import TrainState
 from model import GPT
 
@@ -29,7 +29,7 @@ PREFETCH = 8  # micro-batches read before they are needed, so that a disk may be
 class BatchLoader:
     """Micro-batches from where the state stands, without end.
 
-    on_lost: called with the error once the data cannot be read any more; from then on the last
+    on_read_error: called with the error once the data cannot be read any more; from then on the last
     batch is repeated, so that this rank stays in step with the others until all stop. Without it,
     and before the first batch, the error is raised.
     reference: with objective='dpo', {split: (pairs, 2)} log-probabilities to be set before the
@@ -39,13 +39,19 @@ class BatchLoader:
     def __init__(self, data: Dataset, state: TrainState, config: dict, runtime: Runtime):
         self.data, self.config, self.runtime = data, config, runtime
         self.first_step, self.first_sample = state.step, state.samples
-        self.global_rows = config['gradient_accumulation_steps'] * config['batch_size']
-        self.rank_rows, self.micro_rows = runtime.share(self.global_rows, config['batch_size'])
-        self.micro_steps = self.rank_rows // self.micro_rows  # micro-batches of an update
-        self.tokens_per_step = round(self.global_rows * data.window_tokens)
+        self.global_batch_size = config['gradient_accumulation_steps'] * config['batch_size']
+        self.rank_batch_size, self.micro_batch_size = runtime.share(
+            self.global_batch_size, config['batch_size']
+        )
+        self.micro_steps = (
+            self.rank_batch_size // self.micro_batch_size
+        )  # micro-batches of an update
+        self.tokens_per_step = round(self.global_batch_size * data.window_tokens)
         self.reference: dict | None = None
-        self.one_width = False  # whether no batch is trimmed, as a compiled model is for one shape
-        self.on_lost: Callable[[UserError], None] | None = None
+        self.fixed_width = (
+            False  # whether no batch is trimmed, as a compiled model is for one shape
+        )
+        self.on_read_error: Callable[[UserError], None] | None = None
         self._last: tuple[dict, float] | None = None
         self._last_eval: dict | None = None
         self._reader = ThreadPoolExecutor(1)
@@ -58,25 +64,25 @@ class BatchLoader:
         while len(self._upcoming) < PREFETCH:
             self._submit()
         asked = time.perf_counter()
-        with self._or_the_last(self._last):
+        with self._repeat_last_on_error(self._last):
             self._last = self._upcoming.popleft().result()
         self._waited += time.perf_counter() - asked
         self._submit()
         return self._last
 
     @contextmanager
-    def _or_the_last(self, last) -> Iterator[None]:
+    def _repeat_last_on_error(self, last) -> Iterator[None]:
         """Report data that is lost, where there is a last batch to go on with."""
         try:
             yield
         except (UserError, OSError) as error:
             if not isinstance(error, UserError):  # a disk that failed, a machine that is gone
                 error = UserError(f'{self.data.name}: the data cannot be read: {error}')
-            if last is None or self.on_lost is None:
+            if last is None or self.on_read_error is None:
                 raise error from None
-            self.on_lost(error)
+            self.on_read_error(error)
 
-    def take_wait(self) -> float:
+    def pop_wait_seconds(self) -> float:
         """Seconds that were spent waiting for batches since this was last asked."""
         waited, self._waited = self._waited, 0.0
         return waited
@@ -93,27 +99,27 @@ class BatchLoader:
         by what to divide its loss, so that the sum over a step and all ranks is the step's mean.
         """
         c, steps, part = self.config, *divmod(number, self.micro_steps)
-        first = self.first_sample + steps * self.global_rows
-        mine = first + self.runtime.rank * self.rank_rows + part * self.micro_rows
-        batch = self.data.batch(mine, self.micro_rows, c['mask_documents'])
+        first = self.first_sample + steps * self.global_batch_size
+        mine = first + self.runtime.rank * self.rank_batch_size + part * self.micro_batch_size
+        batch = self.data.batch(mine, self.micro_batch_size, c['mask_documents'])
         divisor = self.micro_steps
         if self.first_step + steps < c['short_iters']:
             short_block = min(c['short_block_size'], c['block_size'])
             batch = [array.reshape(-1, short_block) for array in batch]
         if c['objective'] == 'sft':  # one row has more targets than another
-            here = self.data.count_targets(mine, self.micro_rows)
-            total = self.data.count_targets(first, self.global_rows)
+            here = self.data.count_targets(mine, self.micro_batch_size)
+            total = self.data.count_targets(first, self.global_batch_size)
             divisor = total / (here * self.runtime.world_size)
         if c['objective'] == 'dpo':
-            if not self.one_width:
-                batch = trim(*batch)
-            pairs = self.data.windows(mine, self.micro_rows)
+            if not self.fixed_width:
+                batch = trim_padding(*batch)
+            pairs = self.data.windows(mine, self.micro_batch_size)
             batch = [*batch, self.reference['train'][pairs].ravel()]
         return self.as_kwargs(batch), float(divisor)
 
     def eval_batch(self, part: Dataset, split: str, windows) -> dict:
         """Windows of a split of one part of the data, as loss_of() takes them."""
-        with self._or_the_last(self._last_eval):
+        with self._repeat_last_on_error(self._last_eval):
             self._last_eval = self._eval_batch(part, split, windows)
         return self._last_eval
 
@@ -121,7 +127,7 @@ class BatchLoader:
         batch = part.eval_batch(split, windows, self.config['mask_documents'])
         if self.config['objective'] == 'dpo':
             reference = self.reference[split][windows // self.data.stride]
-            batch = [*trim(*batch), reference.ravel()]
+            batch = [*trim_padding(*batch), reference.ravel()]
         return self.as_kwargs(batch)
 
     def as_kwargs(self, arrays) -> dict:
@@ -145,16 +151,16 @@ class BatchLoader:
     def work(self, model: GPT, max_iters: int) -> Work:
         """What this rank computes up to step max_iters."""
         c, pairs = self.config, self.config['objective'] == 'dpo'
-        tokens = self.micro_rows * (1 + pairs) * self.data.block_size
+        tokens = self.micro_batch_size * (1 + pairs) * self.data.block_size
         passes = (max_iters - self.first_step) * self.micro_steps
         widths = 1 + (self.first_step < c['short_iters'])
         return Work(passes, tokens * model.flops_per_token(), len(model.blocks), widths)
 
-    def smaller(self) -> str:
+    def suggest_smaller_batch(self) -> str:
         """Flags by which a run takes less memory at a time, at best with the same global batch."""
-        c, half = self.config, self.micro_rows // 2
-        if rows := next((n for n in range(half, 0, -1) if self.rank_rows % n == 0), 0):
-            steps = self.global_rows // rows
+        c, half = self.config, self.micro_batch_size // 2
+        if rows := next((n for n in range(half, 0, -1) if self.rank_batch_size % n == 0), 0):
+            steps = self.global_batch_size // rows
             return f'--batch_size={rows} --gradient_accumulation_steps={steps}'
         if not c['gradient_checkpointing']:
             return '--gradient_checkpointing'

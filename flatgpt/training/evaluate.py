@@ -2,7 +2,7 @@
 What a model has learned so far: its losses on fixed windows of each split, and a page of its own.
 
     losses = estimate_loss(model, batches, config, runtime, stop)     # {'val_loss': 2.1, ...}
-    text = sample_page(model, tokenizer, data, tokens=256, seed=1337)
+    text = generate_sample(model, tokenizer, data, tokens=256, seed=1337)
 """
 
 import math
@@ -16,7 +16,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import write_page
 from flatgpt.runtime import Runtime, StopSignal
 from flatgpt.training.batches import BatchLoader
-from flatgpt.training.loss import MEASURED, measure
+from flatgpt.training.loss import METRIC_NAMES, compute_metrics
 from model import GPT
 
 
@@ -25,7 +25,7 @@ def estimate_loss(
     model: GPT, batches: BatchLoader, config: dict, runtime: Runtime, stop: StopSignal
 ) -> dict[str, float] | None:
     """Mean loss of each split in nats per token, over fixed windows shared out to all ranks; of
-    preference pairs, per pair, and what else measure() has of them. Of a mixture, the loss on each
+    preference pairs, per pair, and what else compute_metrics() has of them. Of a mixture, the loss on each
     part, and their mean by the parts' shares.
 
     None if a signal asked any rank to stop meanwhile. Draws on no random state that training uses.
@@ -41,7 +41,7 @@ def estimate_loss(
             stop.share()
             model.train()
             return None
-        names = [f'{split}_{name}' for name in MEASURED[config['objective']]]
+        names = [f'{split}_{name}' for name in METRIC_NAMES[config['objective']]]
         for name, each in zip(names, sums, strict=True):
             losses[name] = losses.get(name, 0.0) + share * each / weight
         if part is not data:
@@ -54,14 +54,14 @@ def estimate_loss(
 
 
 def sum_losses(model, batches, part, split, share, config, runtime, stop) -> torch.Tensor:
-    """This rank's sums over its windows of a part: of what MEASURED names, and of the weights."""
+    """This rank's sums over its windows of a part: of what METRIC_NAMES names, and of the weights."""
     batch_size, sharded = config['batch_size'], config['shard']
     most = len(part.eval_windows('val'))  # the training split is never looked at for longer
     count = most
     if config['eval_iters'] is not None:
         count = math.ceil(share * config['eval_iters'] * batch_size)
     windows = part.eval_windows(split, count)
-    size = len(MEASURED[config['objective']]) + 1
+    size = len(METRIC_NAMES[config['objective']]) + 1
     total = torch.zeros(size, dtype=runtime.wide, device=runtime.device)
     starts = range(0, len(windows), runtime.world_size * batch_size)
     for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.live):
@@ -69,7 +69,7 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
         # of a sharded model every rank has to compute, also where none is left for it
         batch = batches.eval_batch(part, split, mine if len(mine) else windows[:1])
         with runtime.autocast():
-            means, weight = measure(model, **batch, beta=config['dpo_beta'])
+            means, weight = compute_metrics(model, **batch, beta=config['dpo_beta'])
         if len(mine):
             total += torch.stack([mean * weight for mean in means] + [weight])
         if stop.signal and not sharded:
@@ -77,7 +77,7 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
     return total
 
 
-def sample_page(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
+def generate_sample(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
     """About `tokens` tokens that the model writes, begun as a document begins, or as the validation
     split does; of conversations, an answer to the first of that split."""
     x, y = data.parts[0][1].eval_batch('val', [0])

@@ -29,7 +29,11 @@ from flatgpt.files import new_file
 from flatgpt.runtime import Runtime
 from model import GPT
 
-MEASURED = {'lm': ['loss'], 'sft': ['loss'], 'dpo': ['loss', 'reward_accuracy', 'reward_margin']}
+METRIC_NAMES = {
+    'lm': ['loss'],
+    'sft': ['loss'],
+    'dpo': ['loss', 'reward_accuracy', 'reward_margin'],
+}
 REFERENCE = 'reference.safetensors'  # in the run's folder
 
 
@@ -37,19 +41,19 @@ def loss_of(model, x, y, reference=None, beta: float | None = None, documents=No
     """The mean loss of a batch: in nats per target or, with a reference, per pair."""
     if reference is None:
         return model(x, y, documents=documents)[1]
-    return dpo(answer_logps(model, x, y), reference, beta)[0].mean()
+    return dpo(completion_logps(model, x, y), reference, beta)[0].mean()
 
 
-def measure(model, x, y, reference=None, beta: float | None = None, documents=None):
-    """What MEASURED names, as means over a batch, and over how many targets, or pairs, they are."""
+def compute_metrics(model, x, y, reference=None, beta: float | None = None, documents=None):
+    """What METRIC_NAMES names, as means over a batch, and over how many targets, or pairs, they are."""
     if reference is None:
         return [model(x, y, documents=documents)[1]], (y >= 0).sum()
-    losses, margins = dpo(answer_logps(model, x, y), reference, beta)
+    losses, margins = dpo(completion_logps(model, x, y), reference, beta)
     means = [each.mean() for each in (losses, (margins > 0).float(), margins)]
     return means, losses.new_tensor(len(losses))
 
 
-def answer_logps(model, x, y):
+def completion_logps(model, x, y):
     """The log-probability of each row's targets together, (B,)."""
     logits = model(x)[0].float().flatten(0, 1)  # (B T, V)
     nats = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='none')
@@ -62,11 +66,11 @@ def dpo(logps, reference, beta: float):
     beta * log(p / p_reference), is above that of the worse. logps, reference: (2 pairs,), better
     and worse in turn.
     """
-    better, worse = (beta * (logps - reference)).view(-1, 2).unbind(1)
-    return -F.logsigmoid(better - worse), better - worse
+    chosen, rejected = (beta * (logps - reference)).view(-1, 2).unbind(1)
+    return -F.logsigmoid(chosen - rejected), chosen - rejected
 
 
-def trim(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarray]:
+def trim_padding(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarray]:
     """A batch without the columns after its last target, which change nothing; in whole steps."""
     last = int(np.flatnonzero((y >= 0).any(0))[-1]) + 1
     width = -(-last // step) * step
@@ -101,9 +105,11 @@ def reference_logps(
             first = i + runtime.rank * pairs_at_once
             mine = windows[first:][:pairs_at_once]
             # of a sharded model every rank has to compute, also where none is left for it
-            x, y = to_device(*trim(*data.eval_batch(split, mine if len(mine) else windows[:1])))
+            x, y = to_device(
+                *trim_padding(*data.eval_batch(split, mine if len(mine) else windows[:1]))
+            )
             with runtime.autocast():
-                answers = answer_logps(model, x, y).view(-1, 2).cpu().numpy()
+                answers = completion_logps(model, x, y).view(-1, 2).cpu().numpy()
             found[first : first + len(mine)] = answers[: len(mine)]
         every = runtime.reduce(found.ravel().tolist())  # each rank knows its own, and 0 elsewhere
         logps[split] = np.array(every, np.float32).reshape(-1, 2)

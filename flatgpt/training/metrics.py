@@ -28,7 +28,7 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict) and type(line.get('step')) is int]
 
 
-def run_lines(config: dict, model, data, runtime, tokens_per_step: int) -> str:
+def format_setup(config: dict, model, data, runtime, tokens_per_step: int) -> str:
     """What is trained on what by what, before the first step."""
     return (
         f'model: {config["arch"]}, {model.num_params() / 1e6:,.2f}M parameters, '
@@ -39,7 +39,7 @@ def run_lines(config: dict, model, data, runtime, tokens_per_step: int) -> str:
     )
 
 
-def losses_line(step: int, losses: dict[str, float]) -> str:
+def format_losses(step: int, losses: dict[str, float]) -> str:
     """'step 0: train loss 4.1, val loss 4.2, on books 4.3, reward margin 0.1'"""
     shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
     shown += [f'on {k[12:]} {v:.4f}' for k, v in losses.items() if k[:12] == 'val_loss_on_']
@@ -48,7 +48,7 @@ def losses_line(step: int, losses: dict[str, float]) -> str:
     return f'step {step}: {", ".join(shown)}'
 
 
-def end_line(state: TrainState, objective: str) -> str:
+def format_result(state: TrainState, objective: str) -> str:
     """The validation loss that a run ended with, the best, and how long it took."""
     losses = state.losses
     bpb = f', {losses["val_bpb"]:.4f} bits per byte' if 'val_bpb' in losses else ''

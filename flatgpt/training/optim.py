@@ -35,7 +35,7 @@ def orthogonalize(stack, steps: int = 5):
     return x
 
 
-class Uncompiled(torch.optim.Optimizer):
+class UnwrappedOptimizer(torch.optim.Optimizer):
     """An optimizer's methods without the wrappers that keep torch.compile out of them.
 
     Those import the compiler: a second of every start, for nothing, as none is compiled here.
@@ -46,11 +46,11 @@ class Uncompiled(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
-class AdamW(Uncompiled, torch.optim.AdamW):
+class AdamW(UnwrappedOptimizer, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-class Muon(Uncompiled):
+class Muon(UnwrappedOptimizer):
     """Muon over 2-dimensional parameters; matrices of one shape are orthogonalised together.
 
     lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
@@ -69,12 +69,14 @@ class Muon(Uncompiled):
     def step(self):
         for group in self.param_groups:
             lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
-            alike = defaultdict(list)  # a matrix and the transpose of another make one stack
+            by_shape = defaultdict(list)  # a matrix and the transpose of another make one stack
             for parameter in group['params']:
                 if parameter.grad is not None:
-                    alike[tuple(sorted(parameter.shape))].append(parameter)
-            for parameters in alike.values():
-                stack = [wide(whole_to_compute(self.nesterov(p, momentum))) for p in parameters]
+                    by_shape[tuple(sorted(parameter.shape))].append(parameter)
+            for parameters in by_shape.values():
+                stack = [
+                    transpose_tall(gather_matrix(self.nesterov(p, momentum))) for p in parameters
+                ]
                 updates = self.orthogonalize(torch.stack(stack))
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows, columns = parameter.shape
@@ -91,12 +93,12 @@ class Muon(Uncompiled):
         return parameter.grad.lerp(mean, momentum)
 
 
-def whole_to_compute(matrix):
+def gather_matrix(matrix):
     """All of a matrix in bfloat16; that of an offloaded model goes to the GPU first."""
     return whole(matrix.to(computing_device(matrix), torch.bfloat16))
 
 
-def wide(matrix):
+def transpose_tall(matrix):
     return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 

@@ -3,7 +3,7 @@ What a run begins with: a new model, that of a run that is resumed, or one from 
 
     path, lock = find_resume_checkpoint(config, runtime)    # None for a new run
     model, tokenizer, data = build(config, run)
-    choose_trained(model, config, print)
+    set_trainable(model, config, print)
 """
 
 import secrets
@@ -32,7 +32,7 @@ from flatgpt.training.state import TrainState
 from flatgpt.training.validate import (
     SHAPE,
     check_new_model,
-    check_same,
+    check_unchanged,
     is_resuming,
     lint_settings,
     padded_vocab_size,
@@ -41,7 +41,7 @@ from flatgpt.training.validate import (
 from flatgpt.training.watchdog import Watchdog
 from model import GPT, GPTConfig
 
-NEW = ('scratch', 'resume')  # a new model; 'resume' where auto_resume finds nothing to resume
+NEW_MODEL = ('scratch', 'resume')  # a new model; 'resume' where auto_resume finds nothing to resume
 
 
 def saved_settings(config: dict) -> dict:
@@ -49,7 +49,7 @@ def saved_settings(config: dict) -> dict:
     if not is_resuming(config) or (config['auto_resume'] and not config['out_dir']):
         return {}
     out_dir = config['out_dir'] or str(newest_run())
-    saved = run_directory.settings_in(out_dir) or run_directory.settings_in(
+    saved = run_directory.saved_settings_in(out_dir) or run_directory.saved_settings_in(
         config['checkpoint_mirror']
     )
     return {**saved, 'out_dir': out_dir, 'checkpoint': None}
@@ -74,16 +74,16 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
             lock = run_directory.lock(out_dir)
         if is_resuming(config):
             return find_or_restore(out_dir, config, runtime)
-        refuse_used_folders(out_dir, config)
+        refuse_existing_run(out_dir, config)
         return None
 
     path = runtime.agree(find_on_rank_0)
     if path and runtime.world_size > 1:
-        bring_here(path, config, runtime)
+        copy_to_this_machine(path, config, runtime)
     return path, lock
 
 
-def refuse_used_folders(out_dir: Path, config: dict) -> None:
+def refuse_existing_run(out_dir: Path, config: dict) -> None:
     """Refuse to begin a new run where there is one."""
     if config['eval_only'] and listed(out_dir):
         raise ConfigError(
@@ -91,7 +91,7 @@ def refuse_used_folders(out_dir: Path, config: dict) -> None:
             '--out_dir what init_from names'
         )
     if not config['overwrite']:
-        run_directory.check_free(out_dir, config['checkpoint_mirror'])
+        run_directory.refuse_used(out_dir, config['checkpoint_mirror'])
 
 
 def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | None:
@@ -108,15 +108,15 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
     return path
 
 
-def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
+def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
     """Have rank 0's checkpoint on this machine, too: each rank reads the optimizer's state."""
     mirror, trouble = config['checkpoint_mirror'], ''
-    manifest, stamp = runtime.agree(lambda: (sha256(path / MANIFEST), stamp_of(path)))
-    if mirror and runtime.first_here and stamp_of(path) != stamp:  # a disk of its own
+    manifest, stamp = runtime.agree(lambda: (sha256(path / MANIFEST), file_identity(path)))
+    if mirror and runtime.first_here and file_identity(path) != stamp:  # a disk of its own
         try:
             fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
             if not config['eval_only']:  # nobody else clears up there
-                run_directory.begin(path.parents[1], step_of(path), overwrite=False)
+                run_directory.remove_later_steps(path.parents[1], step_of(path), overwrite=False)
                 prune(path.parent, config['always_save_checkpoint'])
         except (OSError, UserError) as error:  # the others wait
             trouble = f' ({error})'
@@ -129,7 +129,7 @@ def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
         )
 
 
-def stamp_of(path: Path) -> tuple[int, int] | None:
+def file_identity(path: Path) -> tuple[int, int] | None:
     """What a checkpoint has in common on two machines only if they see the same disk."""
     with suppress(FileNotFoundError):
         status = (path / MANIFEST).stat()
@@ -150,7 +150,7 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
     model, tokenizer, saved = load_initial_model(config, run.resume_from)
     run.state = TrainState.from_saved(saved, run=runtime.agree(lambda: secrets.token_hex(8)))
     run.first_step = run.state.step
-    if model and (kept := keep_shape(model, config)):
+    if model and (kept := adopt_model_shape(model, config)):
         where = run.resume_from or config['init_from']
         report(f'{where} keeps its own {", ".join(kept)}, whatever the settings say')
     data = open_dataset(config, runtime, run.watchdog)
@@ -161,7 +161,7 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
         )
     run.state.data = data.fingerprint
     validate_data(config, data)
-    shape = model.config if model else new_shape(data, config)
+    shape = model.config if model else new_model_config(data, config)
     for lint in (early_warnings(shape, config, runtime), lint_settings(config, data)):
         with suppress(OSError):  # a disk or a system that does not say what is free
             for warning in lint:
@@ -181,10 +181,10 @@ def load_initial_model(
     """
     if resume_from:
         model, tokenizer, saved = load(resume_from, config['dropout'])
-        check_same(config, saved['config'], model.config, resume_from)
+        check_unchanged(config, saved['config'], model.config, resume_from)
         config['init_from'] = saved['config']['init_from']
-    elif config['init_from'] not in NEW:
-        model, tokenizer = load_from_elsewhere(config)
+    elif config['init_from'] not in NEW_MODEL:
+        model, tokenizer = load_pretrained(config)
         saved = {}
     else:
         check_new_model(config)
@@ -193,7 +193,7 @@ def load_initial_model(
     return model, tokenizer, saved
 
 
-def load_from_elsewhere(config: dict) -> tuple[GPT, Tokenizer | None]:
+def load_pretrained(config: dict) -> tuple[GPT, Tokenizer | None]:
     where = config['init_from']
     if config['overwrite'] and is_same(where, config['out_dir']):
         raise ConfigError(
@@ -208,7 +208,7 @@ def load_from_elsewhere(config: dict) -> tuple[GPT, Tokenizer | None]:
     return model, tokenizer
 
 
-def keep_shape(model: GPT, config: dict) -> list[str]:
+def adopt_model_shape(model: GPT, config: dict) -> list[str]:
     """Set the shape in config to the model's -> the settings that said otherwise."""
     kept = [name for name in SHAPE if config[name] != getattr(model.config, name)]
     config |= {name: getattr(model.config, name) for name in SHAPE}
@@ -217,12 +217,12 @@ def keep_shape(model: GPT, config: dict) -> list[str]:
 
 def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
     """The training data, copied to this machine first where data_cache asks; the same on all."""
-    copying = partial(watchdog.together, 0, 'the copying of the data')
+    copying = partial(watchdog.keep_alive, 0, 'the copying of the data')
     copying()
     where = config['dataset'], config['block_size'], config['seed'], config['objective']
     data = runtime.wait_for_all(
         lambda: open_data(*where, config['data_cache'], copying),
-        partial(watchdog.together, 0, 'the opening of the data'),
+        partial(watchdog.keep_alive, 0, 'the opening of the data'),
     )
     watchdog.at(0, 'the set-up')
     if rank := runtime.odd_one(data.fingerprint):
@@ -241,7 +241,7 @@ def build_model(
     if where == 'scratch':  # how the run that is resumed began: the mistake is in its folder
         where = config['out_dir']
     if model is None:
-        return GPT(new_shape(data, config)), tokenizer_of(data, report)
+        return GPT(new_model_config(data, config)), dataset_tokenizer(data, report)
     if tokenizer is None:  # of a model that came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
@@ -264,14 +264,14 @@ def build_model(
     return model, tokenizer
 
 
-def new_shape(data: Dataset, config: dict) -> GPTConfig:
+def new_model_config(data: Dataset, config: dict) -> GPTConfig:
     shape = {name: config[name] for name in SHAPE}
     shape |= {'vocab_size': padded_vocab_size(data.vocab_size), 'dropout': config['dropout']}
     with as_config_error():
         return GPTConfig(**shape)
 
 
-def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:
+def dataset_tokenizer(data: Dataset, report: Callable) -> Tokenizer | None:
     try:
         return data.tokenizer
     except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
@@ -279,7 +279,7 @@ def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:
         return None
 
 
-def choose_trained(model: GPT, config: dict, report: Callable) -> None:
+def set_trainable(model: GPT, config: dict, report: Callable) -> None:
     """Give the model its adapters, unless it has them, or freeze what is not to be trained."""
     rank, freeze = config['lora_rank'], config['freeze']
     if rank and not adapted(model):

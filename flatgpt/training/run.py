@@ -18,7 +18,7 @@ from flatgpt.errors import UserError, optional
 from flatgpt.parallel import are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
-from flatgpt.training.evaluate import sample_page
+from flatgpt.training.evaluate import generate_sample
 from flatgpt.training.loss import REFERENCE, write_reference
 from flatgpt.training.metrics import Progress, Tracker
 from flatgpt.training.resume import find_resume_checkpoint
@@ -91,7 +91,7 @@ class Run:
             probe_mirror(c['checkpoint_mirror'])
         self.lock = run_directory.lock(self.out_dir)
         self.tracker = Tracker(self.out_dir, c, step, self.runtime.print0)
-        run_directory.begin(self.out_dir, step, c['overwrite'])
+        run_directory.remove_later_steps(self.out_dir, step, c['overwrite'])
         if c['checkpoint_mirror']:
             begin_mirror(c['checkpoint_mirror'], step)
         if reference:
@@ -119,7 +119,7 @@ class Run:
         text = f'loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s{f", MFU {mfu:.1%}" if mfu else ""}'
         if line := self.progress.status(text):
             self.runtime.print0(line)
-        counts = self.state.take_counts()
+        counts = self.state.pop_counts()
         if self.runtime.main:
             measured |= {'loss': loss, 'tokens_per_s': tokens_per_s, 'mfu': mfu, **counts}
             measured |= self.saver.times()
@@ -132,8 +132,8 @@ class Run:
         if self.state.skipped == 3:
             raise UserError(
                 f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
-                f'lower {self.rates} or {"--grad_clip" if clips else "clip it: --grad_clip=1.0"}'
-                + (f'; {self.out_dir} keeps its last good checkpoint' if self.saved else '')
+                f'lower {self.learning_rate_flags} or {"--grad_clip" if clips else "clip it: --grad_clip=1.0"}'
+                + (f'; {self.out_dir} keeps its last good checkpoint' if self.checkpoints else '')
             )
 
     def is_due_to_save(self, losses: dict | None, last: bool) -> bool:
@@ -167,7 +167,7 @@ class Run:
         self, model: GPT, tokenizer: Tokenizer | None, data: Dataset, tokens: int
     ) -> None:
         """Print and log what the model writes now; tokens=0: nothing."""
-        if not tokens or tokenizer is None or (self.config['shard'] and not self.saved):
+        if not tokens or tokenizer is None or (self.config['shard'] and not self.checkpoints):
             return
         with optional('no sample', self.runtime.print0):
             self._show_sample(model, tokenizer, data, tokens)
@@ -175,13 +175,13 @@ class Run:
 
     def _show_sample(self, model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int) -> None:
         # a sharded one may not fit here beside its rows
-        writer = self._whole_model() if self.config['shard'] else model
-        text = sample_page(writer, tokenizer, data, tokens, self.config['seed'])
+        writer = self._load_saved_model() if self.config['shard'] else model
+        text = generate_sample(writer, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
         verb = 'answers' if data.rows else 'writes'
         self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
 
-    def _whole_model(self) -> GPT:
+    def _load_saved_model(self) -> GPT:
         """Of a sharded model rank 0 has but its rows; what it has just saved is whole."""
         self.saver.wait()
         return load_model(self.out_dir, 'last', self.runtime.device)[0]
@@ -191,11 +191,11 @@ class Run:
             self.runtime.print0(f'warning: {problem}{after}')
 
     @property
-    def rates(self) -> str:
+    def learning_rate_flags(self) -> str:
         """The flags of the learning rates."""
         muon = self.config['optimizer'] == 'muon'
         return '--learning_rate or --muon_lr' if muon else '--learning_rate'
 
     @property
-    def saved(self) -> list[Path]:
+    def checkpoints(self) -> list[Path]:
         return listed(self.out_dir)

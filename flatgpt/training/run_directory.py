@@ -1,7 +1,7 @@
 """
 The folder of a run: its name, its lock, where a run in it starts, its config.py.
 
-Nothing in it changes before begin(), which a run calls when nothing can be wrong with its settings
+Nothing in it changes before remove_later_steps(), which a run calls when nothing can be wrong with its settings
 any more.
 """
 
@@ -44,7 +44,7 @@ def lock(out_dir: Path) -> FileLock:
     return held
 
 
-def settings_in(out_dir: str | Path | None) -> dict:
+def saved_settings_in(out_dir: str | Path | None) -> dict:
     """The settings that the folder's last readable checkpoint was made with, {} without one."""
     states = (read_state(path) for path in reversed(listed(out_dir) if out_dir else []))
     return next((state['config'] for state in states if state), {})
@@ -60,7 +60,7 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
         return None
 
 
-def check_free(*folders: str | Path | None) -> None:
+def refuse_used(*folders: str | Path | None) -> None:
     """Refuse to begin a run in these, of which None is left out, if one has a run in it."""
     for where in filter(None, folders):
         if listed(where):
@@ -70,7 +70,7 @@ def check_free(*folders: str | Path | None) -> None:
             )
 
 
-def begin(out_dir: Path, step: int, overwrite: bool) -> None:
+def remove_later_steps(out_dir: Path, step: int, overwrite: bool) -> None:
     """Make room for the steps past `step`, -1 for a new run, which are now made, or made again.
 
     Their checkpoints are set aside under another name; a new run with overwrite deletes them.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 SPIKE = 3.0  # times as large as usual
 USUAL = 100  # gradients whose mean is usual
-NOT_STATE = (
+NON_STATE_KEYS = (
     'config',
     'model',
     'evaluated',
@@ -41,7 +41,7 @@ class TrainState:
     def from_saved(cls, saved: dict, run: str) -> 'TrainState':
         """The state that a checkpoint's state.json holds. run: for one that does not say."""
         known = {each.name for each in fields(cls)} - {'losses'}
-        losses = {k: v for k, v in saved.items() if k not in known and k not in NOT_STATE}
+        losses = {k: v for k, v in saved.items() if k not in known and k not in NON_STATE_KEYS}
         state = {name: saved[name] for name in known if name in saved}
         return cls(**{'run': run, **state}, losses=losses)
 
@@ -99,7 +99,7 @@ class TrainState:
         self.usual_norm += (norm - usual) / self.norms
         return count >= 20 and norm > SPIKE * usual
 
-    def take_counts(self) -> dict[str, int]:
+    def pop_counts(self) -> dict[str, int]:
         """Spikes and skipped updates since this was last asked."""
         counts, self.since_log = self.since_log, dict.fromkeys(self.since_log, 0)
         return counts

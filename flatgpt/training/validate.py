@@ -40,7 +40,7 @@ RANGES = (  # lowest, highest, settings; None is in every range
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
 # (another setting, what it must be; None: any): what acts with that alone, and its default
-IDLE = {
+NO_EFFECT_UNLESS = {
     ('optimizer', 'muon'): {'muon_lr': 0.02, 'muon_momentum': 0.95},
     ('objective', 'dpo'): {'dpo_beta': 0.1},
     ('lr_schedule', 'linear'): {'cooldown': 0.4},
@@ -78,10 +78,10 @@ def validate(config: dict) -> None:
     rules += [partial(rule, config) for rule in RULES]
     if not is_resuming(config) and config['init_from'] == 'scratch':
         rules += [partial(rule, config) for rule in NEW_MODEL_RULES]
-    report_all(rules)
+    apply_rules(rules)
 
 
-def report_all(rules: list[Callable[[], None]]) -> None:
+def apply_rules(rules: list[Callable[[], None]]) -> None:
     """Apply rules; one ConfigError has a line for each that was broken."""
     mistakes = Mistakes()
     for rule in rules:
@@ -167,7 +167,7 @@ NEW_MODEL_RULES = (check_new_objective, check_new_freeze, check_new_lora, check_
 
 def check_new_model(config: dict) -> None:
     """Refuse what a model that knows nothing cannot be used for."""
-    report_all([partial(rule, config) for rule in NEW_MODEL_RULES])
+    apply_rules([partial(rule, config) for rule in NEW_MODEL_RULES])
 
 
 # -----------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
         yield f'warmup_iters={warmup} outlasts the {steps} steps of the run'
     if 0 < steps <= (short := config['short_iters']):
         yield f'short_iters={short} leaves no step of {steps} for whole sequences'
-    for (needed, value), names in IDLE.items():
+    for (needed, value), names in NO_EFFECT_UNLESS.items():
         acts = config[needed] if value is None else config[needed] == value
         idle = [name for name in names if config[name] != names[name]]
         if idle and not acts:
@@ -262,7 +262,7 @@ def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
 # with the checkpoint to resume from
 
 
-def check_same(config: dict, before: dict, shape: GPTConfig, path: Path) -> None:
+def check_unchanged(config: dict, before: dict, shape: GPTConfig, path: Path) -> None:
     """Refuse what a resumed run cannot change. before: the settings it was saved with."""
     for name in SHAPE if before['init_from'] == 'scratch' else ():
         if config[name] != getattr(shape, name):

@@ -644,7 +644,7 @@ def test_a_picture_or_a_sample_that_fails_is_a_warning(
     elif broken == 'full disk':
         monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
     else:
-        monkeypatch.setattr(run_module, 'sample_page', no_text)
+        monkeypatch.setattr(run_module, 'generate_sample', no_text)
     samples = ('--sample_tokens=5', '--eval_sample_tokens=5', '--max_iters=6')
     assert run_here(f'--out_dir={tmp_path}/run', *samples) == 0
     out = capsys.readouterr().out
@@ -989,8 +989,8 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_used(
 def test_a_new_run_does_not_touch_a_used_folder_unasked(run_here, copied):
     before = contents(copied)
     text = refused(run_here, f'--out_dir={copied}')
-    for cure in ('--init_from=resume', '--out_dir', '--overwrite'):
-        assert cure in text
+    for fix in ('--init_from=resume', '--out_dir', '--overwrite'):
+        assert fix in text
     (copied / '.lock').unlink(missing_ok=True)
     changed = {p for p, t in contents(copied).items() if before.get(p) != t}
     assert changed <= {str(copied), str(copied / '.lock')}

@@ -48,7 +48,7 @@ def test_the_batch_that_two_processes_cannot_share_is_a_no(dataset):
     looked = preflight.Preflight(
         {**config, 'out_dir': None, 'init_from': 'scratch', 'auto_resume': False},
         Runtime('cpu', torch.float32, 0, 2),
-    ).look('batch')
+    ).run_check('batch')
     assert looked[0][0] == 'no'
     assert 'take --gradient_accumulation_steps=4 or 2' in looked[0][1]
 
@@ -74,11 +74,11 @@ def test_a_changed_shard_is_found_by_its_hash(checked, tmp_path):
 
 
 def test_of_a_large_dataset_pieces_are_read_and_that_is_said(checked, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, 'READ_ALL', 100)
+    monkeypatch.setattr(preflight, 'READ_ALL_BYTES', 100)
     status, out = checked()
     assert (status, 'no hash computed' in out) == (0, True)
     # its first ids are always among them
-    monkeypatch.setattr(preflight, 'PIECE', 4096)
+    monkeypatch.setattr(preflight, 'PIECE_BYTES', 4096)
     assert checked(f'--dataset={broken(tmp_path, 60_000)}')[0] == 2
 
 
@@ -180,13 +180,13 @@ def test_under_torchrun_each_process_looks_at_its_device_and_one_prints(script, 
 
 
 def test_the_shape_of_a_released_model_is_known_without_it():
-    shape = GPTConfig(**preflight.foreign_shape('gpt2'))
+    shape = GPTConfig(**preflight.external_shape('gpt2'))
     with torch.device('meta'):
         model = GPT(shape)
     # Radford et al. say 117M; OpenAI's files have this many
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     with pytest.raises(UserError, match='not here yet'):
-        preflight.foreign_shape('somebody/something')
+        preflight.external_shape('somebody/something')
 
 
 def test_what_the_run_will_fetch_is_a_warning(checked, monkeypatch, tmp_path):

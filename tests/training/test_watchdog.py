@@ -16,7 +16,7 @@ from conftest import FOREVER, ROOT
 from flatgpt import errors
 from flatgpt.errors import one_line_errors
 from flatgpt.runtime import Runtime, is_lost_connection
-from flatgpt.training.watchdog import PLACES, Watchdog, is_sibling
+from flatgpt.training.watchdog import PHASES, Watchdog, is_sibling
 
 GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
 
@@ -27,7 +27,7 @@ def crew(monkeypatch):
     said, store, started = {}, dist.HashStore(), []
 
     class Watch(Watchdog):
-        def _end(self, what, why, mine=None):
+        def _exit(self, what, why, mine=None):
             said.setdefault(self.runtime.rank, (what, why, mine))
 
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
@@ -66,9 +66,9 @@ def keep_busy(*watches):
     """They get on: each is at something new all the time."""
 
     def work():
-        while not all(each.ended.wait(0.01) for each in watches):
+        while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.at(each.place[0] + 1, 'the update')
+                each.at(each.phase[0] + 1, 'the update')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -124,13 +124,13 @@ def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
 def test_the_places_are_those_of_train_py_in_its_order():
     places = {
         path: re.findall(
-            r"watchdog\.(?:at|together)[(,] ?\w+, '(.*?)'",
+            r"watchdog\.(?:at|keep_alive)[(,] ?\w+, '(.*?)'",
             (ROOT / path).read_text(encoding='utf-8'),
         )
         for path in ('train.py', 'flatgpt/training/resume.py')
     }
     set_up, loop = places['flatgpt/training/resume.py'], places['train.py']
-    assert ['the start', loop[0], *sorted(set_up, key=PLACES.index), *loop[1:]] == PLACES
+    assert ['the start', loop[0], *sorted(set_up, key=PHASES.index), *loop[1:]] == PHASES
 
 
 def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
@@ -146,9 +146,9 @@ def wait_together(*watches):
     """They wait while another copies, as Runtime.wait_for_all() does."""
 
     def work():
-        while not all(each.ended.wait(0.01) for each in watches):
+        while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.together(0, 'the opening of the data')
+                each.keep_alive(0, 'the opening of the data')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -158,7 +158,7 @@ def test_all_may_wait_for_long_while_another_copies(crew):
     watches = start(3)
     wait_together(*watches[:2])
     for _ in range(150):
-        watches[2].together(0, 'the copying of the data')
+        watches[2].keep_alive(0, 'the copying of the data')
         time.sleep(0.01)
     assert said == {}
 
@@ -167,7 +167,7 @@ def test_who_dies_while_another_waits_for_its_data_is_named(crew):
     start, said = crew
     watches = start(3)
     wait_together(*watches[:2])
-    watches[2].together(0, 'the copying of the data')
+    watches[2].keep_alive(0, 'the copying of the data')
     time.sleep(0.3)
     watches[2].close()
     _, why = wait_for_speaker(said)
@@ -182,7 +182,7 @@ def test_who_gets_no_data_for_too_long_is_named(crew):
     start, said = crew
     watches = start(2)
     wait_together(watches[0])
-    watches[1].together(0, 'the copying of the data')
+    watches[1].keep_alive(0, 'the copying of the data')
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
@@ -250,7 +250,9 @@ def test_a_watch_that_is_closed_while_it_looks_round_ends_nothing(crew, monkeypa
         return seen.wait(10) and 'rank 1 is behind'
 
     monkeypatch.setattr(
-        Watchdog, '_blame' if meanwhile == 'it is late' else '_another_speaks', look
+        Watchdog,
+        '_find_stalled_ranks' if meanwhile == 'it is late' else '_another_rank_reports',
+        look,
     )
     (watch,) = start(1, timeout=0.1)
     assert looks.wait(10)
@@ -383,8 +385,8 @@ def test_a_sign_can_be_read_by_all(crew):
     start, _ = crew
     (first, *_) = start(2)
     first.at(3, 'the data')
-    first._sign()
-    _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('sign/0'))
+    first._send_heartbeat()
+    _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('heartbeat/0'))
     assert (pid, step, what) == (os.getpid(), 3, 'the data')
     assert seconds < 5
     assert host
