@@ -676,6 +676,6 @@ def test_a_resumed_run_may_thaw_what_was_frozen(base, run_here, tmp_path):
 def test_settings_of_adapters_without_a_rank_are_noticed(base, run_here, tmp_path, capsys):
     args = (f'--init_from={base}', '--max_iters=0')
     run_here(f'--out_dir={tmp_path}/a', *args, '--lora_targets=fc1')
-    assert 'do nothing without lora_rank' in capsys.readouterr().out
+    assert 'without effect unless lora_rank' in capsys.readouterr().out
     run_here(f'--out_dir={tmp_path}/b', *args)
     assert 'lora' not in capsys.readouterr().out

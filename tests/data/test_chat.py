@@ -955,7 +955,7 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
     ('flags', 'problem'),
     [
         (('--objective=sft',), 'holds text, for --objective=lm'),
-        (('--objective=dpo',), 'needs a model that answers: give --init_from'),
+        (('--objective=dpo',), 'needs a chat model: give --init_from'),
         (('--objective=dpo', '--init_from={base}'), 'needs preference pairs'),
         (('--dataset={talks}',), 'holds conversations, for --objective=sft'),
         (

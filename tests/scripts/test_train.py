@@ -1074,8 +1074,8 @@ def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path,
 def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', '--learning_rate=1e-4', *SHORT)
     out = capsys.readouterr().out
-    assert 'warning: min_lr=0.001 is above learning_rate=0.0001' in out
-    assert 'warning: short_iters=4 leaves no step of 4 for whole sequences' in out
+    assert 'warning: min_lr=0.001 is above learning_rate=0.0001: the learning rate will rise' in out
+    assert 'warning: short_iters=4 leaves none of the 4 steps for full-length sequences' in out
 
 
 @pytest.mark.parametrize(
@@ -1093,14 +1093,14 @@ def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, cap
 def test_a_setting_that_acts_only_with_another_is_named(run_here, tmp_path, capsys, flags, warning):
     assert run_here(f'--out_dir={tmp_path}/run', '--max_iters=0', *flags) == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('warning'))
-    assert line == f'warning: settings that do nothing without {warning}'
+    assert line == f'warning: settings without effect unless {warning}'
 
 
 @pytest.mark.parametrize(
     ('flags', 'text'),
     [
-        (['--checkpoint=last'], "checkpoint='last': a new model begins with none"),
-        (['--init_from=resume', '--overwrite'], 'overwrite=True begins anew'),
+        (['--checkpoint=last'], "checkpoint='last': a new model has no checkpoint"),
+        (['--init_from=resume', '--overwrite'], 'overwrite=True starts a new run'),
     ],
 )
 def test_settings_that_exclude_one_another_are_refused(run_here, copied, flags, text):
@@ -1371,7 +1371,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--init_from=scrach'], ['scrach', 'no such folder']),
         (['--init_from=out/none'], ['out/none']),
         (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
-        (['--mask_documents'], ['mask_documents', 'no end of text']),
+        (['--mask_documents'], ['mask_documents', 'no end-of-text token']),
         (['--learning_rat=1'], ['did you mean learning_rate?']),
         (['nosuch.py'], ['nosuch.py', 'quickstart']),
     ],
@@ -1493,7 +1493,7 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
     for flag in ('out_dir', 'checkpoint_mirror'):
         text = refused(run_here, f'--out_dir={tmp_path}/run', f'--{flag}={bad}')
         assert text.startswith(f'{flag}=')
-        assert 'is no UTF-8; give another name' in text
+        assert 'is not valid UTF-8; choose another name' in text
     assert list(tmp_path.iterdir()) == []
     shutil.copytree(source, bad)
     text = refused(run_here, f'--out_dir={tmp_path}/run', f'--init_from={bad}')

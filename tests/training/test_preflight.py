@@ -108,10 +108,10 @@ def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked
 def test_what_the_real_run_refuses_or_warns_of_the_check_does_too(checked):
     status, out = checked('--mask_documents')
     assert status == 2
-    assert 'no       schedule: mask_documents=True: nothing divides the documents' in out
+    assert 'no       schedule: mask_documents=True: nothing separates the documents' in out
     status, out = checked('--max_iters=4', '--warmup_iters=9')
     assert status == 0
-    assert 'warning  schedule: warmup_iters=9 outlasts the 4 steps of the run' in out
+    assert 'warning  schedule: warmup_iters=9 is not less than the 4 steps of the run' in out
 
 
 def test_the_copy_that_will_be_read_is_looked_at(checked, run_here, dataset, tmp_path):
