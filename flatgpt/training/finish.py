@@ -1,5 +1,5 @@
 """
-The end of a run: what it reached, where it is, and how to resume it.
+The end of a run: report the result, where it is, and how to resume.
 
     finish(run, model, tokenizer, data, stop, finished=True)
 """
@@ -26,14 +26,14 @@ def finish(
     stop: StopSignal,
     finished: bool,
 ) -> None:
-    """Report what was reached, where it is and how to resume, and end the program.
+    """Report the result, where it is and how to resume; exit.
 
-    finished: whether the run has come to its end, or a signal has stopped it.
+    finished: whether the run is complete; otherwise a signal or a read error stopped it.
     """
     run.state.tick()
-    peak = run.runtime.peak_memory()  # before the picture and the sample
+    peak = run.runtime.peak_memory()  # before the plot and the sample
     run.progress.close()
-    run.watchdog.close()  # a mirror may be slow
+    run.watchdog.close()  # the last copy to a mirror may be slow
     run.saver.finish()
     run.report_problems()
     if run.runtime.main:
@@ -41,7 +41,7 @@ def finish(
             require_saved_weights(run, finished)
             if finished:
                 run.mark_done()
-            stop.release()  # what is left is for show: a signal cuts it short, and is no failure
+            stop.release()  # all is saved: a signal now only skips the plot and the sample
             with optional('no loss curve', run.runtime.print0):
                 run.runtime.print0(f'loss curve: {draw_loss(run.out_dir)}')
             if finished:
@@ -54,14 +54,14 @@ def finish(
 
 
 def require_saved_weights(run: Run, finished: bool) -> None:
-    """End with status 2 where the last weights are not saved."""
+    """Exit with status 2 if the last weights are not saved."""
+    again = 'resume with --init_from=resume' if run.checkpoints else 'start again'
     if run.saver.failure:
-        again = 'continue with --init_from=resume' if run.checkpoints else 'start again'
-        raise UserError(f'{run.saver.failure}; make room and {again}')
+        raise UserError(f'{run.saver.failure}; free disk space and {again}')
     if finished and not math.isfinite(loss := run.state.losses['val_loss']):
         raise UserError(
-            f'the validation loss is {loss} at step {run.state.step}, and those weights are '
-            f'not saved: lower {run.learning_rate_flags}'
+            f'the validation loss is {loss} at step {run.state.step}, so these weights are not '
+            f'saved; lower {run.learning_rate_flags} and {again}'
         )
 
 
@@ -83,9 +83,9 @@ def report_stop(run: Run) -> None:
     step, report = run.state.step, run.runtime.print0
     if not run.checkpoints:
         return report(
-            f'stopped at step {step}, with nothing to save yet; the same command starts again'
+            f'stopped at step {step} with nothing to save; run the same command to start again'
         )
     last, config_file = run.checkpoints[-1], shlex.quote(str(run.out_dir / 'config.py'))
     command = f'{run.runtime.launcher} train.py {config_file} --init_from=resume'
-    kept = 'is saved' if step_of(last) == step else 'is the last that is sound'
-    report(f'stopped at step {step}; {last.name} {kept}, continue with: {command}')
+    kept = 'is saved' if step_of(last) == step else 'is the last good checkpoint'
+    report(f'stopped at step {step}; {last.name} {kept}, resume with: {command}')

@@ -419,8 +419,9 @@ def report(workload: Workload, where: str, memory: float | None, fresh: bool) ->
     size = shape.n_embd // shape.n_head  # of a head
     kept = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size
     lines = [
-        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; {workload.micro_batch_size} x '
-        f'{shape.block_size} tokens at a time, {str(workload.dtype).removeprefix("torch.")}',
+        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; '
+        f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
+        f'{str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in held.items() if size),
         f'  {"tensors at the peak, in all":<28}{held.total() / 1e6:10,.0f} MB',
     ]

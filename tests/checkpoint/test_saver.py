@@ -257,7 +257,7 @@ def test_a_background_error_costs_a_run_that_checkpoint_alone(
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     printed = capsys.readouterr().out
     assert printed.count('warning: checkpoint of step 6 not written: ') == 1
-    assert 'No space left on device; the ones before are untouched; training goes on' in printed
+    assert 'No space left on device; the ones before are untouched; training continues' in printed
     assert steps(tmp_path) == [3, 9, 12]
     assert hashes(find(tmp_path, 'last')) == hashes(find(at_once, 'last'))
 

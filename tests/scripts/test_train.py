@@ -532,7 +532,7 @@ def test_each_signal_saves_says_how_to_go_on_and_tells_by_the_status(
     step = steps(tmp_path / 'run')[-1]
     assert step in (1, 2)
     assert (
-        f'stopped at step {step}; step-{step:08d} is saved, continue with: '
+        f'stopped at step {step}; step-{step:08d} is saved, resume with: '
         f'python train.py {tmp_path}/run/config.py --init_from=resume'
     ) in capsys.readouterr().out
 

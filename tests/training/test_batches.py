@@ -46,9 +46,9 @@ def test_a_run_whose_data_is_lost_saves_says_so_and_resumes_as_if_nothing_had_be
     whole, lost = tmp_path / 'whole', tmp_path / 'lost'
     assert run_here(f'--out_dir={whole}', *ARGS) == 0
     fails_from(**fault)
-    with pytest.raises(UserError, match=r'the data cannot be read: .*Input/output error$'):
+    with pytest.raises(UserError, match=r'the data cannot be read: .*Input/output error; restore'):
         run_here(f'--out_dir={lost}', *ARGS)
-    said = f'stopped at step {step}; step-{step:08d} is saved, continue with'
+    said = f'stopped at step {step}; step-{step:08d} is saved, resume with'
     assert said in capsys.readouterr().out
     monkeypatch.undo()
     assert run_here(f'--out_dir={lost}', *ARGS, '--init_from=resume') == 0
@@ -79,7 +79,8 @@ Dataset.batch = fails
     assert crew.end(30) == [2, 2]
     assert (
         crew[1].err
-        == 'error (rank 1): letters: the data cannot be read: [Errno 5] Input/output error\n'
+        == 'error (rank 1): letters: the data cannot be read: [Errno 5] Input/output error; '
+        'restore access to it and resume, or start again\n'
     )
     assert 'stopped at step 3; step-00000003 is saved' in crew[0].out
     assert crew[0].err == ''

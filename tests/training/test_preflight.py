@@ -39,7 +39,7 @@ def test_a_run_that_can_start_is_a_go_and_nothing_is_written(checked, tmp_path):
     status, out = checked(f'--out_dir={tmp_path}/run')
     assert (status, out.splitlines()[-1]) == (0, 'go')
     assert not re.search(r'^(no|warning) ', out, re.M)
-    assert 'every id is in the vocabulary, and the hashes of 2 files hold' in out
+    assert 'every token id is in the vocabulary, and the hashes of 2 files match' in out
     assert (tree(ROOT / 'data'), tree(tmp_path)) == before
 
 
@@ -70,7 +70,7 @@ def test_an_id_outside_the_vocabulary_is_found_where_it_lies(checked, tmp_path):
 def test_a_changed_shard_is_found_by_its_hash(checked, tmp_path):
     status, out = checked(f'--dataset={broken(tmp_path, 65)}')
     assert status == 2
-    assert 'train.bin: is not what was written' in out
+    assert 'train.bin: was changed or damaged' in out
 
 
 def test_of_a_large_dataset_pieces_are_read_and_that_is_said(checked, tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_missing_dataset_is_a_no_and_is_planned_all_the_same(checked, run_here
     capsys.readouterr()
     assert run_here('--plan', '--dataset=nowhere') == 0
     out = capsys.readouterr().out
-    assert 'assumed' in out
+    assert 'assuming' in out
     assert 'at the peak, in all' in out
 
 
@@ -99,7 +99,7 @@ def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked
     assert checked(where)[0] == 2
     before = tree(tmp_path)
     status, out = checked(where, '--init_from=resume', '--max_iters=8')
-    assert (status, 'step-00000004, whose hashes hold' in out) == (0, True)
+    assert (status, 'step-00000004, whose hashes match' in out) == (0, True)
     status, out = checked(where, '--init_from=resume', '--max_iters=8', '--n_embd=32')
     assert (status, 'a resumed run keeps it' in out) == (2, True)
     assert tree(tmp_path) == before
@@ -137,7 +137,7 @@ def test_a_disk_that_the_checkpoints_would_fill_is_a_no(checked, tmp_path, monke
     monkeypatch.setattr(preflight, 'free_on', lambda path: 10_000_000)
     status, out = checked(f'--out_dir={tmp_path}/run')
     assert status == 2
-    assert re.search(r'^no +disk: .*make room', out, re.M)
+    assert re.search(r'^no +disk: .*free disk space', out, re.M)
 
 
 def test_the_real_run_warns_of_memory_and_disk(run_here, tmp_path, monkeypatch, capsys):
@@ -145,7 +145,7 @@ def test_the_real_run_warns_of_memory_and_disk(run_here, tmp_path, monkeypatch, 
     monkeypatch.setattr(preflight, 'room', lambda runtime: 1e3)
     assert run_here(f'--out_dir={tmp_path}/run') == 0
     out = capsys.readouterr().out
-    assert 'warning: this needs 0.0 GB at the least' in out
+    assert 'warning: this needs at least 0.0 GB' in out
     assert 'warning: two checkpoints take' in out
 
 
@@ -185,11 +185,13 @@ def test_the_shape_of_a_released_model_is_known_without_it():
         model = GPT(shape)
     # Radford et al. say 117M; OpenAI's files have this many
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    with pytest.raises(UserError, match='not here yet'):
+    with pytest.raises(UserError, match='is not downloaded yet'):
         preflight.external_shape('somebody/something')
 
 
 def test_what_the_run_will_fetch_is_a_warning(checked, monkeypatch, tmp_path):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     _, out = checked('--init_from=gpt2', '--block_size=32')
-    assert re.search('^warning  settings: gpt2 is not here: the run fetches it', out, re.M)
+    assert re.search(
+        '^warning  settings: gpt2 is not downloaded yet: the run does that first', out, re.M
+    )
