@@ -30,7 +30,7 @@ PREFETCH = 8  # micro-batches read ahead, so that a slow read does not stall tra
 class BatchLoader:
     """Endless micro-batches, starting at state.samples.
 
-    on_read_error: called with the error if the data cannot be read. Then the last batch is repeated,
+    on_read_error: called with the error if the data cannot be read. The last batch is then repeated
     so that this rank stays in step with the others until all stop. If it is None, or there is no
     batch yet, the error is raised.
     reference: {split: (pairs, 2)} log-probabilities for objective='dpo', set before training.

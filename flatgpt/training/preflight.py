@@ -476,7 +476,7 @@ def scan_file(path: Path, dtype: str | None, vocab_size: int, whole: bool) -> st
                     at = start + int(ids.argmax()) * ids.itemsize
                     raise ValueError(
                         f'{path}: token id {ids.max()} at byte {at} is outside the vocabulary of '
-                        f'{vocab_size}'
+                        f'{vocab_size} tokens'
                     )
     return digest.hexdigest()
 

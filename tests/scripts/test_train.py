@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, make_dataset, metrics, steps
+from error_lines import error_line
 from filelock import FileLock
 
 import model as model_module
@@ -1237,6 +1238,7 @@ def test_a_learning_rate_that_blows_up_leaves_a_checkpoint_to_go_on_from(run_her
     assert math.isfinite(metrics(copied, 'val_loss')[24])
 
 
+@error_line('free disk space and {}')
 def test_a_full_disk_does_not_end_the_training_and_spares_the_old_checkpoint(
     run_here, tmp_path, monkeypatch, capsys
 ):

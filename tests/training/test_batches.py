@@ -4,6 +4,7 @@ import errno
 
 import pytest
 from conftest import hashes
+from error_lines import error_line
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
@@ -37,6 +38,7 @@ def fails_from(monkeypatch):
 ARGS = ('--max_iters=6', '--eval_interval=2', '--eval_train=False')
 
 
+@error_line('the data cannot be read: {}; restore')
 @pytest.mark.parametrize(
     ('fault', 'step'), [({'sample': 3 * 8 + 4}, 3), ({'evaluation': 2}, 4)]
 )  # in the middle of the fourth step, and in the evaluation after it
