@@ -242,7 +242,7 @@ while True:
     # once in a while: save a checkpoint, print a sample
     is_finite = run.weights_are_finite(raw_model, losses, stopping)
     if is_finite and run.is_due_to_save(losses, last=finished or stopping):
-        watchdog.at(step, 'the saving')
+        watchdog.at(step, 'the checkpoint')
         run.save(raw_model, optimizers, tokenizer, scaler)
     run.report_problems('; training continues')
     if finished or stopping:

@@ -1,12 +1,12 @@
 """
-Whether a run fits, before it starts: the memory it needs, and what to change if it does not fit.
+Estimate the memory of a run before it starts, and suggest savings if it does not fit.
 
 $ python train.py train_gpt2 --batch_size=4 --plan
 
     fits, table = check_fit(workload_of(config, shape, runtime), runtime)
 
-The steps of a run are computed on fake tensors, which have shapes and no numbers, while torch's
-memory trackers count. For a sharded model this is one rank of a process group that is fake too.
+A few steps run on fake tensors, which have shapes but no data, under torch's memory trackers. A
+sharded model runs as one rank of a fake process group.
 """
 
 import json
@@ -32,7 +32,7 @@ from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
 
-KINDS = {  # what is printed, the state of training first, and the trackers' names for it
+KINDS = {  # printed name: the names of the trackers; the training state comes first
     'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
     'gradients': ('Gradient', 'Sharded Grad'),
     'optimizer': ('Optstate', 'OptState', 'Inputs'),
@@ -40,17 +40,18 @@ KINDS = {  # what is printed, the state of training first, and the trackers' nam
     'temporaries': ('Temp', 'Other'),
     'communication': ('Unsharded Param', 'Unsharded Grad', 'All Gather', 'Reduce Scatter'),
 }
-SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # layers of two models that stand for one of more than 8
-# What a CPU process takes: libraries, and so many times its tensors, as (peak memory - libraries) /
-# tensors came out in 21 runs of 3 to 6 steps, of 2M to 85M parameters, with glibc 2.36 and torch's
-# CPU build. The rest is holes in the heap; gradient checkpointing and gloo's copies leave more.
-LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak where next to nothing is computed
+SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two shallow ones
+# The memory of a CPU process: libraries, plus a multiple (minimum, maximum) of its tensors. Measured as
+# (peak memory - libraries) / tensors in 21 runs of 3 to 6 steps, with 2M to 85M parameters, glibc
+# 2.36 and torch's CPU build. The rest is heap fragmentation; gradient checkpointing and the copies of
+# gloo cause more.
+LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything the memory of one process depends on."""
+    """Everything that the memory of one process depends on."""
 
     shape: GPTConfig
     device: str  # 'cpu', 'cuda' or 'mps'
@@ -61,16 +62,16 @@ class Workload:
     ranks: int = 1
     shard: bool = False
     offload: bool = False
-    gradient_checkpointing: bool = False  # gradient checkpointing
+    gradient_checkpointing: bool = False
     lora: tuple | None = None  # rank and targets of LoRA
     freeze: int | None = None
     objective: str = 'lm'
     saves: bool = True  # checkpoints during training, not only at the end
-    compiled: bool = False  # by torch.compile; step_peak() says what is known of that
+    compiled: bool = False  # by torch.compile; see step_peak()
 
 
 def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
-    """The case of these settings on this machine."""
+    """The workload of these settings on this machine."""
     batch, rows = runtime.share(
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
@@ -94,8 +95,8 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
 def step_peak(workload: Workload) -> Counter[str]:
     """Bytes of tensors on the device at the peak of a step, by kind.
 
-    The step is eager. Compiled ones keep other activations: once their peaks on CUDA have been
-    measured, they are returned here for workload.compiled; until then report() says they are not.
+    The step is eager. A compiled one keeps other activations; its peak on CUDA has not been measured
+    yet, and report() says so.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
 
@@ -103,12 +104,12 @@ def step_peak(workload: Workload) -> Counter[str]:
     with fake:
         model = build_fake_model(workload)
     with fake_ranks(workload.ranks) if workload.shard else nullcontext():
-        if workload.shard:  # outside the fake mode, as the numbers of a device mesh are read
+        if workload.shard:  # not in fake mode: it reads the values of a device mesh
             apply_fsdp(model, Runtime(workload.device, workload.dtype, 0, workload.ranks))
         with fake:
             optimizers, batch = build_fake_optimizers(workload, model), build_fake_batch(workload)
-            # creates the optimizer's state and fills DTensor's cache of how each op is cut; it
-            # learns that on fake tensors, which a tracker would take for the step's own
+            # creates the optimizer's state and fills DTensor's sharding cache, which allocates fake
+            # tensors that a tracker would count for the step
             run_step(replace(workload, micro_steps=1), model, optimizers, batch)
             tracker = build_memory_tracker(workload, model, optimizers)
             with tracker:
@@ -118,13 +119,13 @@ def step_peak(workload: Workload) -> Counter[str]:
         for device, held in tracker.get_tracker_snapshot('peak').items()
         if device.type == workload.device
     )
-    # fake tensors cannot be pinned: what is offloaded is left out here instead
+    # fake tensors cannot be pinned: offloaded state is omitted here instead
     kinds = list(KINDS)[3 if workload.offload else 0 :]
     return Counter({kind: sum(peak.get(name, 0) for name in KINDS[kind]) for kind in kinds})
 
 
 def build_fake_model(workload: Workload) -> GPT:
-    """The model, without random numbers; under torch.device('meta') without memory."""
+    """The model without random initialization; on device 'meta' without memory."""
     with torch.device(workload.device), SkipRandom():
         model = GPT(workload.shape)
         if workload.lora:
@@ -143,7 +144,7 @@ def build_fake_optimizers(workload: Workload, model: GPT) -> list:
 
 
 def build_fake_batch(workload: Workload) -> list:
-    """What loss_of() takes besides the model."""
+    """The arguments of loss_of() after the model."""
     pairs = workload.objective == 'dpo'
     rows = workload.micro_batch_size * (1 + pairs)
     idx = torch.zeros(rows, workload.shape.block_size, dtype=torch.long, device=workload.device)
@@ -153,7 +154,7 @@ def build_fake_batch(workload: Workload) -> list:
 def run_step(
     workload: Workload, model: GPT, optimizers: list, batch: list, before=lambda: None
 ) -> None:
-    """One update as train.py computes it; a third micro-batch would take what the second does."""
+    """One update as in train.py; a third micro-batch would need as much as the second."""
     parts = min(workload.micro_steps, 2)
     for part in range(parts):
         before()
@@ -172,7 +173,7 @@ def run_step(
 
 @contextmanager
 def fake_ranks(count: int) -> Iterator[None]:
-    """A process group of which only this rank exists; its collectives do nothing."""
+    """A process group with only this rank; its collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=count)
@@ -183,34 +184,36 @@ def fake_ranks(count: int) -> Iterator[None]:
 
 
 def build_memory_tracker(workload: Workload, model: GPT, optimizers: list):
-    """torch's tracker, knowing what there is before the step."""
+    """torch's memory tracker, with the tensors that exist before the step."""
     if workload.shard:
         from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-        tracker = FSDPMemTracker(model)  # it takes one optimizer, and Muon comes with a second
+        tracker = FSDPMemTracker(model)  # it takes only one optimizer, and Muon needs two
         tracker.track_inputs([list(s.values()) for each in optimizers for s in each.state.values()])
         return tracker
-    from torch.distributed._tools.mem_tracker import MemTracker  # a second: it imports DTensor
+    from torch.distributed._tools.mem_tracker import (
+        MemTracker,  # takes a second: it imports DTensor
+    )
 
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # the tracker would hook it, which torch refuses
+        if not parameter.requires_grad:  # the tracker would hook it, which torch rejects
             tracker._param_to_grad_hook_handles[parameter] = (RemovableHandle(OrderedDict()),) * 2
     return tracker
 
 
 def estimate(workload: Workload) -> Counter[str]:
-    """Bytes of tensors that one process holds at its peak, by kind."""
+    """Peak bytes of tensors in one process, by kind."""
     shape, (few, more) = workload.shape, SHALLOW
     if shape.n_layer <= MAX_EXACT_LAYERS or workload.freeze:
         held = step_peak(workload)
-    else:  # blocks are alike: each adds what the others do
+    else:  # all blocks need the same
         low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
         times = (shape.n_layer - few) / (more - few)
         held = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
     state, cut = state_bytes(workload), workload.ranks if workload.shard else 1
-    if not workload.offload:  # at the update all gradients are there: the peak of some deep models
+    if not workload.offload:  # at the update all gradients exist: the peak of some deep models
         update = dict(zip(KINDS, (size / cut for size in state), strict=False))
         held = max(held, Counter(update), key=Counter.total)
     if workload.ranks > 1 and not workload.shard:
@@ -222,13 +225,13 @@ def estimate(workload: Workload) -> Counter[str]:
         held['copy to save'] = saved
     if (
         workload.device == 'cpu' and workload.shard
-    ):  # every rank builds the whole model before it is cut
+    ):  # every rank builds the whole model before sharding
         held = max(held, Counter(parameters=state[0]), key=Counter.total)
     return held
 
 
 def process_overhead(workload: Workload) -> tuple[float, float, float]:
-    """Bytes of libraries, and how many times its tensors a process takes: the least, the most."""
+    """Bytes of libraries, and the minimum and maximum factor from tensors to process memory."""
     if workload.device != 'cpu':
         return 0, 1, 1
     growth = (
@@ -240,13 +243,13 @@ def process_overhead(workload: Workload) -> tuple[float, float, float]:
 
 
 def max_bytes(workload: Workload) -> float:
-    """Bytes that one process takes, at the most."""
+    """Maximum bytes of one process."""
     libraries, _, most = process_overhead(workload)
     return libraries + most * estimate(workload).total()
 
 
 def state_bytes(workload: Workload) -> tuple[int, int, int]:
-    """Bytes of the parameters, of their gradients and of the optimizer's state, by arithmetic."""
+    """Bytes of the parameters, the gradients and the optimizer's state, by arithmetic."""
     model = build_fake_model(replace(workload, device='meta'))
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     muon = workload.optimizer == 'muon'
@@ -256,15 +259,15 @@ def state_bytes(workload: Workload) -> tuple[int, int, int]:
 
 
 def checkpoint_size(workload: Workload) -> int:
-    """Bytes of a checkpoint, about: what save.size_of() says of the tensors once they are."""
+    """Approximate bytes of a checkpoint; save.size_of() counts those of real tensors."""
     parameters, _, optimizer = state_bytes(workload)
     return parameters + optimizer + 2**22
 
 
 def min_bytes(workload: Workload) -> float:
-    """Bytes below which it cannot be, by arithmetic alone: the real run asks this at its start."""
+    """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
     state = state_bytes(workload)
-    held = state[0] if workload.shard and workload.device == 'cpu' else 0  # whole, before it is cut
+    held = state[0] if workload.shard and workload.device == 'cpu' else 0  # whole, before sharding
     kept = (
         0 if workload.offload else max(held, sum(state) / (workload.ranks if workload.shard else 1))
     )
@@ -274,27 +277,28 @@ def min_bytes(workload: Workload) -> float:
 
 
 def host_memory_problem(workload: Workload) -> str | None:
-    """What is wrong with the main memory beside the GPUs; None if nothing is."""
+    """The problem with host memory, if any: too little for what is built or offloaded there."""
     if workload.device != 'cuda' or not workload.shard:
         return None
     state, free = state_bytes(workload), host_room()
     held = sum(state) / workload.ranks if workload.offload else 0
-    copied = (state[0] + state[2]) / workload.ranks  # while it is being saved
-    need = max(state[0], held + copied)  # whole in each process, before it is cut
+    copied = (state[0] + state[2]) / workload.ranks  # while a checkpoint is saved
+    need = max(state[0], held + copied)  # whole in each process, before sharding
     if free is None or need <= free:
         return None
     return (
-        f'each process of this machine takes {need / 1e9:,.1f} GB of main memory for the model, '
-        f'and can have {free / 1e9:,.1f} GB: fewer processes on it, or a smaller model'
+        f'each process on this machine needs {need / 1e9:,.1f} GB of main memory for the model and '
+        f'can have {free / 1e9:,.1f} GB: start fewer processes per machine or use a smaller model'
     )
 
 
 def suggest_savings(
     workload: Workload, memory: float, fresh: bool = True
 ) -> list[tuple[str, float]]:
-    """Changes that bring a case down to `memory`: the flags, and the bytes then.
+    """Changes that reduce a workload to `memory` bytes -> their flags and bytes. If none does, the
+    one that comes closest.
 
-    fresh: whether the shape of the model can still be chosen. If no change does, the nearest.
+    fresh: whether the shape of the model can still be changed.
     """
     found, others = [], []
 
@@ -304,7 +308,7 @@ def suggest_savings(
         (found if size <= memory else others).append((flags(workload, changed), size))
         return size <= memory
 
-    for group in changes(workload):  # the smallest change of each kind that is enough
+    for group in changes(workload):  # the smallest sufficient change of each kind
         any(attempt(changed) for changed in group)
     if not found and fresh:
         layers = [replace(workload.shape, n_layer=n) for n in halvings(workload.shape.n_layer)]
@@ -316,7 +320,7 @@ def suggest_savings(
 
 
 def changes(workload: Workload) -> Iterator[list[Workload]]:
-    """What can be changed, one list for each kind, the smallest change first."""
+    """Possible changes, a list for each kind, the smallest first."""
     batch, shape = workload.micro_batch_size * workload.micro_steps, workload.shape
     rows = [n for n in halvings(workload.micro_batch_size) if batch % n == 0]
     yield [with_batch_size(workload, n) for n in rows]
@@ -340,10 +344,10 @@ def changes(workload: Workload) -> Iterator[list[Workload]]:
 
 
 def suggest_smaller_model(config: dict) -> str:
-    """What to train where the model of these settings does not fit."""
-    if config['init_from'] != 'scratch':  # it keeps its shape
-        return 'one of fewer parameters, or --shard with torchrun on several GPUs'
-    unit = 2 * config['n_head']  # so that rotary positions can turn pairs
+    """The advice for a model that does not fit."""
+    if config['init_from'] != 'scratch':  # a pretrained model keeps its shape
+        return 'a smaller model, or --shard with torchrun on several GPUs'
+    unit = 2 * config['n_head']  # rotary embeddings need an even head size
     if width := config['n_embd'] // 2 // unit * unit:
         return f'a smaller model, such as --n_embd={width}'
     return f'a smaller model, such as --n_layer={max(1, config["n_layer"] // 2)}'
@@ -354,7 +358,7 @@ def halvings(n: int) -> list[int]:
 
 
 def with_batch_size(workload: Workload, rows: int, **changed) -> Workload:
-    """So many rows at a time at most, and as many sequences per update as before."""
+    """The workload with a micro-batch of at most `rows` and the same global batch."""
     other = replace(workload, **changed)
     batch = max(1, workload.micro_batch_size * workload.micro_steps * workload.ranks // other.ranks)
     return replace(other, micro_batch_size=min(rows, batch), micro_steps=batch // min(rows, batch))
@@ -375,7 +379,7 @@ def flags(before: Workload, workload: Workload) -> str:
 
     was, now = settings(before), settings(workload)
     new = {name: value for name, value in now.items() if value != was[name]}
-    told = [name if value is True else f'{name}={value}' for name, value in new.items()]
+    changed = [name if value is True else f'{name}={value}' for name, value in new.items()]
     where = 'GPUs' if workload.device == 'cuda' else 'machines like this'
     return ' '.join(
         [f'--shard on {workload.ranks} {where}'] * (workload.shard > before.shard) + told
@@ -383,12 +387,12 @@ def flags(before: Workload, workload: Workload) -> str:
 
 
 def check_fit(workload: Workload, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
-    """Whether it fits this device; the table that says so, and what to change if it does not."""
+    """Whether the workload fits this device, and the table to print."""
     lack, asked = (
         host_memory_problem(workload),
         (workload, str(runtime.device), room(runtime), fresh),
     )
-    if dist.is_initialized():  # by torchrun; a fake process group needs a process of its own
+    if dist.is_initialized():  # by torchrun: a fake process group then needs another process
         code = 'from flatgpt.training import memory; memory.report_to_parent()'
         case_given = {**asdict(workload), 'dtype': runtime.dtype_name}
         given = json.dumps([case_given, *asked[1:]])
@@ -401,7 +405,7 @@ def check_fit(workload: Workload, runtime: Runtime, fresh: bool = True) -> tuple
 
 
 def report_to_parent() -> None:
-    """report() of what comes as JSON on standard input, as JSON on standard output."""
+    """Run report() with JSON from standard input -> JSON on standard output."""
     given, *others = json.load(sys.stdin)
     given |= {'shape': GPTConfig(**given['shape']), 'dtype': getattr(torch, given['dtype'])}
     print(json.dumps(report(Workload(**given), *others)))
@@ -423,24 +427,24 @@ def report(workload: Workload, where: str, memory: float | None, fresh: bool) ->
         f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in held.items() if size),
-        f'  {"tensors at the peak, in all":<28}{held.total() / 1e6:10,.0f} MB',
+        f'  {"total tensors at the peak":<28}{held.total() / 1e6:10,.0f} MB',
     ]
     if workload.device == 'cpu':
         span = ' to '.join(f'{(libraries + by * held.total()) / 1e6:,.0f}' for by in (low, high))
         lines += [
-            f'a CPU process was measured to take {low} to {high} times that and '
+            f'measured: a CPU process takes {low} to {high} times that plus '
             f'{libraries / 1e6:.0f} MB of libraries: {span} MB'
         ]
     if workload.device == 'cuda':
-        lines += ["not counted: the CUDA context, cuBLAS's workspace, and the allocator's holes"]
+        lines += ['not included: CUDA context, cuBLAS workspace, fragmentation of the allocator']
     if workload.compiled:
-        lines += ['not counted: where torch.compile is on, it keeps other activations than these']
+        lines += ['not included: torch.compile, which keeps other activations']
     lines += [
-        f'keys and values of a text of {shape.block_size} tokens: {kept / 1e6:,.1f} MB in float32, '
-        'for each that is sampled or served'
+        f'KV cache for inference: {kept / 1e6:,.1f} MB per sequence of {shape.block_size} tokens in '
+        'float32'
     ]
     if memory is None:
-        return True, '\n'.join([*lines, f'nobody here says how much memory {where} has'])
+        return True, '\n'.join([*lines, f'the memory of {where} is unknown'])
     fits = libraries + high * held.total() <= memory
     lines += [
         f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB of {where} that '
@@ -449,6 +453,6 @@ def report(workload: Workload, where: str, memory: float | None, fresh: bool) ->
     if not fits:
         options = suggest_savings(workload, memory, fresh)
         enough = options and options[0][1] <= memory
-        lines += ['what would:' if enough else 'nothing here would; the nearest:']
+        lines += ['changes that fit:' if enough else 'no change fits; the closest:']
         lines += [f'  {text:<72}{size / 1e9:8,.1f} GB' for text, size in options]
     return fits, '\n'.join(lines)

@@ -218,14 +218,14 @@ def adopt_model_shape(model: GPT, config: dict) -> list[str]:
 
 def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
     """The dataset, verified to be the same on all ranks; copied to data_cache first, if set."""
-    copying = partial(watchdog.keep_alive, 0, 'the copying of the data')
+    copying = partial(watchdog.keep_alive, 0, 'the dataset copy')
     copying()
     where = config['dataset'], config['block_size'], config['seed'], config['objective']
     data = runtime.wait_for_all(
         lambda: open_data(*where, config['data_cache'], copying),
-        partial(watchdog.keep_alive, 0, 'the opening of the data'),
+        partial(watchdog.keep_alive, 0, 'the dataset opening'),
     )
-    watchdog.at(0, 'the set-up')
+    watchdog.at(0, 'the setup')
     if rank := runtime.odd_one(data.fingerprint):
         raise UserError(
             f'dataset {config["dataset"]} of rank {rank} differs from that of rank 0: copy it from '

@@ -109,12 +109,12 @@ def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(mo
     monkeypatch.setattr(memory_module, 'host_room', lambda: 20e9)
     large = replace(SMALL, shape=SEVEN_B, device='cuda', ranks=8)
     assert memory_module.host_memory_problem(large) is None
-    assert 'takes 27.9 GB of main memory' in memory_module.host_memory_problem(
+    assert 'needs 27.9 GB of main memory' in memory_module.host_memory_problem(
         replace(large, shard=True)
     )
     few = replace(large, shape=replace(SEVEN_B, n_layer=16), shard=True)
     assert memory_module.host_memory_problem(few) is None
-    assert 'takes 52.6 GB' in memory_module.host_memory_problem(replace(few, ranks=2, offload=True))
+    assert 'needs 52.6 GB' in memory_module.host_memory_problem(replace(few, ranks=2, offload=True))
 
 
 def test_a_preference_pair_is_two_rows():

@@ -356,7 +356,8 @@ def test_the_check_of_a_vocabulary_passes_with_the_tokenizer_of_the_model(checks
 
 
 @pytest.mark.parametrize(
-    'value', [case('was changed or damaged', 65), case('outside the vocabulary of {} tokens', 60_000)]
+    'value',
+    [case('was changed or damaged', 65), case('outside the vocabulary of {} tokens', 60_000)],
 )
 def test_a_damaged_dataset_passes_once_it_is_prepared_again(checks, tmp_path, value):
     folder = make_dataset(tmp_path / 'd', byte_tokenizer())

@@ -89,8 +89,8 @@ def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
     what, why = wait_for_speaker(said)
     assert what == 'no progress for 0.3 s'
     assert re.fullmatch(
-        rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for \d s; '
-        r'waited for at the gradients of step 7',
+        rf'rank 1 \(process {os.getpid()} on \S+\) has been in the data of step 7 for \d s; '
+        r'this rank waited in the gradients of step 7',
         why,
     )
     for rank in range(3):  # all leave, one says why
@@ -101,12 +101,12 @@ def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
 def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
     start, said = crew
     watches = start(3)
-    watches[0].at(7, 'the saving')
+    watches[0].at(7, 'the checkpoint')
     for each in watches[1:]:
         each.at(7, 'the gradients')
     assert re.fullmatch(
-        rf'rank 0 \(process {os.getpid()} on \S+\) has been at the saving of step 7 for \d s; '
-        r'waited for at the gradients of step 7',
+        rf'rank 0 \(process {os.getpid()} on \S+\) has been in the checkpoint of step 7 for \d s; '
+        r'this rank waited in the gradients of step 7',
         wait_for_speaker(said)[1],
     )
     assert not wait_for(said, 0)[2]
@@ -148,7 +148,7 @@ def wait_together(*watches):
     def work():
         while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.keep_alive(0, 'the opening of the data')
+                each.keep_alive(0, 'the dataset opening')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -158,7 +158,7 @@ def test_all_may_wait_for_long_while_another_copies(crew):
     watches = start(3)
     wait_together(*watches[:2])
     for _ in range(150):
-        watches[2].keep_alive(0, 'the copying of the data')
+        watches[2].keep_alive(0, 'the dataset copy')
         time.sleep(0.01)
     assert said == {}
 
@@ -167,13 +167,13 @@ def test_who_dies_while_another_waits_for_its_data_is_named(crew):
     start, said = crew
     watches = start(3)
     wait_together(*watches[:2])
-    watches[2].keep_alive(0, 'the copying of the data')
+    watches[2].keep_alive(0, 'the dataset copy')
     time.sleep(0.3)
     watches[2].close()
     _, why = wait_for_speaker(said)
     assert re.fullmatch(
-        r'rank 2 \(.*\) gives no sign of life, last at the copying of the data of step 0; '
-        'waited for at the opening of the data of step 0',
+        r'rank 2 \(.*\) sends no heartbeat, last in the dataset copy of step 0; '
+        'this rank waited in the dataset opening of step 0',
         why,
     )
 
@@ -182,20 +182,20 @@ def test_who_gets_no_data_for_too_long_is_named(crew):
     start, said = crew
     watches = start(2)
     wait_together(watches[0])
-    watches[1].keep_alive(0, 'the copying of the data')
+    watches[1].keep_alive(0, 'the dataset copy')
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
 def test_the_rank_whose_signs_stopped_is_named(crew):
     start, said = crew
     watches = start(3, timeout=1)
-    watches[1].at(4, 'the saving')
+    watches[1].at(4, 'the checkpoint')
     time.sleep(0.3)  # a sign of that
     watches[1].close()
     for each in watches[::2]:
         each.at(5, 'the gradients')
     _, why = wait_for_speaker(said)
-    assert re.match(r'rank 1 \(.*\) gives no sign of life, last at the saving of step 4; ', why)
+    assert re.match(r'rank 1 \(.*\) sends no heartbeat, last in the checkpoint of step 4; ', why)
     assert 'rank 0' not in why
 
 
@@ -223,7 +223,7 @@ def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keepe
     what, why, _ = wait_for(said, 1)
     assert time.monotonic() - started < 10  # and not 60
     assert what == 'no progress for 0.3 s'
-    assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
+    assert why.startswith(f'{keeper} on first.host, or the network to it, does not ans')
 
 
 def test_a_lost_connection_names_who_is_gone(crew):
@@ -234,9 +234,9 @@ def test_a_lost_connection_names_who_is_gone(crew):
     watches[1].at(9, 'the gradients')
     sys.excepthook(RuntimeError, RuntimeError(GLOO), None)
     what, why, mine = said[1]
-    assert what == 'a connection is lost (Connection closed by peer [10.0.0.2]:12)'
+    assert what == 'a connection was lost (Connection closed by peer [10.0.0.2]:12)'
     assert why.startswith('rank 0 (')
-    assert 'gives no sign of life' in why
+    assert 'sends no heartbeat' in why
     assert mine
 
 
@@ -298,8 +298,9 @@ def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
     crew[1].send(signal.SIGKILL)
     assert crew.end(20) == [1, -signal.SIGKILL, 1]
     assert re.fullmatch(
-        rf'error \(rank [02]\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on '
-        r'\S+\) gives no sign of life, last at .* of step \d+; waited for at the \w+ of step \d+',
+        rf'error \(rank [02]\): a connection was lost \(.*\): rank 1 \(process {crew[1].pid} on '
+        r'\S+\) sends no heartbeat, last in .* of step \d+; this rank waited in the \w+ of step '
+        r'\d+',
         *re.findall(r'^error.*', crew.err, re.M),
     )
     assert 'Traceback' not in crew.err
@@ -316,7 +317,7 @@ def sleep(*args): time.sleep(60)
 @pytest.mark.parametrize(
     ('which', 'fault', 'place'),
     [
-        (0, 'save.Saver.save = sleep', 'the saving of step 2'),
+        (0, 'save.Saver.save = sleep', 'the checkpoint of step 2'),
         (1, 'dataset.Dataset.batch = sleep', 'the data of step 0'),
     ],
 )
@@ -328,7 +329,7 @@ def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, pla
     (line,) = re.findall(r'^error.*', crew.err, re.M)
     assert re.fullmatch(
         rf'error \(rank \d\): no progress for 2 s: rank {which} \(process {crew[which].pid} on '
-        rf'\S+\) has been at {place} for \d s; waited for at the \w+ of step \d',
+        rf'\S+\) has been in {place} for \d s; this rank waited in the \w+ of step \d',
         line,
     )
     assert 'Traceback' not in crew.err
@@ -355,8 +356,8 @@ def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path
     crew = ranks(2, f'--out_dir={tmp_path}/run', '--hang_timeout=2', before=fault)
     assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
     assert re.fullmatch(
-        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) gives no '
-        r'sign of life, last at the copying of the data of step 0; waited for at .*\n',
+        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) sends no '
+        r'heartbeat, last in the dataset copy of step 0; this rank waited in .*\n',
         crew.err,
     )
 
