@@ -41,10 +41,10 @@ KINDS = {  # printed name: the names of the trackers; the training state comes f
     'communication': ('Unsharded Param', 'Unsharded Grad', 'All Gather', 'Reduce Scatter'),
 }
 SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two shallow ones
-# The memory of a CPU process: libraries, plus a multiple (minimum, maximum) of its tensors. Measured as
-# (peak memory - libraries) / tensors in 21 runs of 3 to 6 steps, with 2M to 85M parameters, glibc
-# 2.36 and torch's CPU build. The rest is heap fragmentation; gradient checkpointing and the copies of
-# gloo cause more.
+# The memory of a CPU process: libraries, plus a multiple (minimum, maximum) of its tensors, measured
+# as (peak memory - libraries) / tensors in 21 runs of 3 to 6 steps with 2M to 85M parameters, glibc
+# 2.36 and torch's CPU build. The rest is heap fragmentation, of which gradient checkpointing and the
+# copies of gloo cause more.
 LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
 
@@ -95,8 +95,8 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
 def step_peak(workload: Workload) -> Counter[str]:
     """Bytes of tensors on the device at the peak of a step, by kind.
 
-    The step is eager. A compiled one keeps other activations; its peak on CUDA has not been measured
-    yet, and report() says so.
+    The step is eager. A compiled one keeps other activations; its peak on CUDA has not been
+    measured yet, and report() says so.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
 
@@ -382,7 +382,7 @@ def flags(before: Workload, workload: Workload) -> str:
     changed = [name if value is True else f'{name}={value}' for name, value in new.items()]
     where = 'GPUs' if workload.device == 'cuda' else 'machines like this'
     return ' '.join(
-        [f'--shard on {workload.ranks} {where}'] * (workload.shard > before.shard) + told
+        [f'--shard on {workload.ranks} {where}'] * (workload.shard > before.shard) + changed
     )
 
 
@@ -440,8 +440,8 @@ def report(workload: Workload, where: str, memory: float | None, fresh: bool) ->
     if workload.compiled:
         lines += ['not included: torch.compile, which keeps other activations']
     lines += [
-        f'KV cache for inference: {kept / 1e6:,.1f} MB per sequence of {shape.block_size} tokens in '
-        'float32'
+        f'KV cache for inference: {kept / 1e6:,.1f} MB per sequence of {shape.block_size} tokens '
+        'in float32'
     ]
     if memory is None:
         return True, '\n'.join([*lines, f'the memory of {where} is unknown'])
