@@ -41,10 +41,10 @@ KINDS = {  # printed name: the names of the trackers; the training state comes f
     'communication': ('Unsharded Param', 'Unsharded Grad', 'All Gather', 'Reduce Scatter'),
 }
 SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two shallow ones
-# The memory of a CPU process: libraries, plus a multiple (minimum, maximum) of its tensors, measured
-# as (peak memory - libraries) / tensors in 21 runs of 3 to 6 steps with 2M to 85M parameters, glibc
-# 2.36 and torch's CPU build. The rest is heap fragmentation, of which gradient checkpointing and the
-# copies of gloo cause more.
+# The memory of a CPU process: libraries, plus a multiple (minimum, maximum) of its tensors, from
+# (peak memory - libraries) / tensors in 21 runs of 3 to 6 steps with 2M to 85M parameters, glibc
+# 2.36 and torch's CPU build. The rest is heap fragmentation; gradient checkpointing and the copies
+# of gloo cause more.
 LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
 
@@ -365,7 +365,7 @@ def with_batch_size(workload: Workload, rows: int, **changed) -> Workload:
 
 
 def flags(before: Workload, workload: Workload) -> str:
-    """What to add to the command for another workload."""
+    """The flags that change `before` into `workload`."""
 
     def settings(workload: Workload) -> dict:
         return {
