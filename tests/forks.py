@@ -6,7 +6,7 @@ Starts train.py quickly: an interpreter that has imported everything forks.
 
 Each rank is a separate process in its own process group, and exits like any interpreter. torchrun
 takes five seconds for two ranks, most of it imports. `before`: Python code that runs before the
-script, to inject a fault. hosts: the network namespace of each rank, which acts as a machine of that
+script, to inject a fault. hosts: the network namespace of each rank, as a machine of that
 name.
 """
 
@@ -99,9 +99,7 @@ class Rank:
         """Wait for the process -> its exit status."""
         deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
-            assert time.monotonic() < deadline, (
-                f'still running: {self.out[-500:]} {self.err[-2000:]}'
-            )
+            assert time.monotonic() < deadline, f'running: {self.out[-500:]} {self.err[-2000:]}'
             time.sleep(0.01)
         return status
 
