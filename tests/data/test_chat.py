@@ -994,7 +994,7 @@ def test_a_tokenizer_other_than_the_bases_is_refused(run_here, base, tmp_path):
     data = prepared(tmp_path, [talk('hi', 'yo')])
     flags = tuning(base, data.folder, 'sft')
     message = refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
-    assert f'prepare it with --tokenizer={base}' in message
+    assert f'prepare the dataset with --tokenizer={base}' in message
 
 
 def test_another_template_than_the_bases_is_said(run_here, chatty, talks, tmp_path, capsys):

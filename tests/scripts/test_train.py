@@ -1,4 +1,4 @@
-"""train.py from end to end: what a run does, leaves behind, refuses, and how it goes on."""
+"""train.py from end to end: what a run does, writes and rejects, and how it resumes."""
 
 import errno
 import json
@@ -56,7 +56,7 @@ def contents(path):
 
 @pytest.fixture(scope='module')
 def source(run_here, tmp_path_factory):
-    """A finished run that no test changes."""
+    """A finished run, which tests must not change."""
     out_dir = tmp_path_factory.mktemp('source') / 'run'
     assert run_here(f'--out_dir={out_dir}', '--max_iters=20', '--eval_interval=10') == 0
     return out_dir
@@ -69,7 +69,7 @@ def copied(source, tmp_path):
 
 
 def signalled(monkeypatch, number, at_step):
-    """Have a signal arrive while a step is being logged."""
+    """Send a signal while a step is logged."""
     log = metrics_module.Tracker.log
 
     def log_and_signal(self, step, **values):
@@ -461,7 +461,7 @@ def test_the_rate_is_constant_without_decay(run_here, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# what is kept, when it ends
+# checkpoints kept, and when a run ends
 
 
 def test_every_evaluation_s_checkpoint_is_kept_or_the_last_two_and_the_best(run_here, tmp_path):
@@ -500,7 +500,7 @@ def test_patience_stops_a_run_that_no_longer_improves(run_here, tmp_path, capsys
 
 
 # -----------------------------------------------------------------------------
-# going on
+# resuming
 
 
 @pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
@@ -1045,7 +1045,7 @@ def test_auto_resume_needs_to_know_where(run_here):
 
 
 # -----------------------------------------------------------------------------
-# from another model
+# fine-tuning
 
 
 def test_fine_tuning_begins_with_the_other_run_s_weights(run_here, source, tmp_path):
@@ -1164,7 +1164,7 @@ def test_eval_only_measures_and_writes_nothing(run_here, source, tmp_path, capsy
 
 
 def broken_forward(monkeypatch, at_calls):
-    """A training loss that is not a number in some of the calls, counted from 1."""
+    """Make the training loss NaN in some calls, counted from 1."""
     forward, calls = GPT.forward, []
 
     def forward_or_nan(self, idx, targets=None, **options):
@@ -1336,7 +1336,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
 
 
 # -----------------------------------------------------------------------------
-# mistakes in the settings: one line, and nothing is left behind
+# mistakes in the settings: one line, and no files
 
 
 @pytest.mark.parametrize(
@@ -1525,12 +1525,12 @@ def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# a checkout of its own: datasets that are prepared on the way
+# another checkout: datasets that the run prepares
 
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-    """The scripts alone, so that what they prepare lands in no one's folder."""
+    """A copy of the scripts, for the datasets that they prepare."""
     root = tmp_path_factory.mktemp('checkout')
     wanted = ('*.py', 'config/*.py', 'data/*/prepare.py', 'flatgpt/**/*.py')
     for path in (path for pattern in wanted for path in ROOT.glob(pattern)):

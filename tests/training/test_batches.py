@@ -1,4 +1,4 @@
-"""Data that can be read no more ends a run as a signal does: what was learned is saved."""
+"""A read error of the data stops a run as a signal does: it saves a checkpoint."""
 
 import errno
 

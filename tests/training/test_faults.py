@@ -1,4 +1,4 @@
-"""Runs that are killed, starved and damaged on purpose, many times over.
+"""Runs that are killed, run out of disk or memory, or are damaged on purpose, many times.
 
 $ python -m pytest -m faults                        # some minutes
 $ FLATGPT_FAULTS=25 python -m pytest -m faults      # a quarter of the repetitions

@@ -1,4 +1,4 @@
-"""The losses of chat and preference tuning: by the formula, and as TRL computes them."""
+"""The SFT and DPO losses, compared with the formula and with TRL."""
 
 import json
 import math

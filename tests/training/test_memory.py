@@ -1,4 +1,4 @@
-"""The memory a run needs, estimated before it starts, and what --plan says of it."""
+"""The memory estimate of a run, and the report of --plan."""
 
 import re
 from dataclasses import replace

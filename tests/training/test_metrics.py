@@ -1,4 +1,4 @@
-"""What a run leaves to look at."""
+"""metrics.jsonl, plots and trackers."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Muon: its update against torch.optim.Muon, and which parameters it is given."""
+"""Muon: its update compared with torch.optim.Muon, and the parameters that it trains."""
 
 import subprocess
 import sys

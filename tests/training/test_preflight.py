@@ -1,4 +1,4 @@
-"""--check: whether everything a run needs is there, told before it starts."""
+"""--check: the preflight checks of a run."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who hangs, or is gone, is named, and nobody waits for it any longer than was said."""
+"""A rank that hangs or died is reported, and the others exit within the timeout."""
 
 import json
 import os
@@ -23,7 +23,7 @@ GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.
 
 @pytest.fixture
 def crew(monkeypatch):
-    """Watches of some ranks in one process; what each ends with -> (start, said)."""
+    """Watchdogs of several ranks in one process, and the report of each -> (start, said)."""
     said, store, started = {}, dist.HashStore(), []
 
     class Watch(Watchdog):
@@ -53,7 +53,7 @@ def wait_for(said, rank):
 
 
 def wait_for_speaker(said):
-    """What the one that speaks says."""
+    """The report of the rank that prints it."""
     deadline = time.monotonic() + 10
     while not (spoken := [(what, why) for what, why, mine in said.values() if mine]):
         assert time.monotonic() < deadline
@@ -63,7 +63,7 @@ def wait_for_speaker(said):
 
 
 def keep_busy(*watches):
-    """They get on: each is at something new all the time."""
+    """Let these ranks make progress all the time."""
 
     def work():
         while not all(each.closed.wait(0.01) for each in watches):
@@ -143,7 +143,7 @@ def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
 
 
 def wait_together(*watches):
-    """They wait while another copies, as Runtime.wait_for_all() does."""
+    """Let these ranks wait while another copies, as Runtime.wait_for_all() does."""
 
     def work():
         while not all(each.closed.wait(0.01) for each in watches):
@@ -207,7 +207,7 @@ def test_all_may_take_long_for_the_same(crew):
 
 
 class Silent(dist.HashStore):
-    """A store whose keeper is stopped: it takes what it is given, and never answers."""
+    """A store whose host is frozen: it accepts values but never answers."""
 
     def get(self, key):
         if threading.current_thread() is not threading.main_thread():
