@@ -60,8 +60,8 @@ def require_saved_weights(run: Run, finished: bool) -> None:
         raise UserError(f'{run.saver.failure}; free disk space and {again}')
     if finished and not math.isfinite(loss := run.state.losses['val_loss']):
         raise UserError(
-            f'the validation loss is {loss} at step {run.state.step}, so these weights are not '
-            f'saved; lower {run.learning_rate_flags} and {again}'
+            f'{run.out_dir}: the validation loss is {loss} at step {run.state.step}, so these '
+            f'weights are not saved; lower {run.learning_rate_flags} and {again}'
         )
 
 

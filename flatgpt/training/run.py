@@ -133,8 +133,8 @@ class Run:
             clip = '--grad_clip' if self.config['grad_clip'] else 'use --grad_clip=1.0'
             again = 'resume with --init_from=resume' if self.checkpoints else 'start again'
             raise UserError(
-                f'the loss or gradient was not finite in three steps in a row, up to step {step}: '
-                f'lower {self.learning_rate_flags} or {clip}, and {again}'
+                f'{self.out_dir}: the loss or gradient was not finite in three steps in a row, up '
+                f'to step {step}; lower {self.learning_rate_flags} or {clip}, and {again}'
             )
 
     def is_due_to_save(self, losses: dict | None, last: bool) -> bool:

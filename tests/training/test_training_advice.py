@@ -78,7 +78,7 @@ def finished(run_here, tmp_path_factory):
             ['--learning_rate=1e-3'],
         ),
         case(
-            'so these weights are not',
+            'weights are not saved; lower',
             '--out_dir=nan --learning_rate=1e30 --grad_clip=0 --max_iters=2',
             ['--learning_rate=1e-3'],
         ),
