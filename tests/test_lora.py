@@ -659,7 +659,8 @@ def test_a_resumed_run_keeps_its_adapters(tuned, run_here, change):
     said = refused(run_here, f'--out_dir={tuned}', '--init_from=resume', f'--{change}')
     name, _, value = change.partition('=')
     given = f'{value!r}' if name == 'lora_targets' else value
-    assert said.startswith(f'{name}={given}: {find(tuned, "last")} was trained with {name}=')
+    ours = f'{find(tuned, "last")} was trained with another {name}; to resume, use --{name}='
+    assert said.startswith(f'{name}={given}: {ours}')
     assert f'--init_from={tuned} and another --out_dir' in said
 
 
