@@ -1,13 +1,13 @@
 """
-Starts train.py in a moment: an interpreter that has imported everything forks itself.
+Starts train.py quickly: an interpreter that has imported everything forks.
 
     crew = Forks(environment, folder).start(2, '--shard', config='tiny.py')
     crew.end() -> [0, 0]
 
-Each rank is a process of its own, a group of its own, and ends as an interpreter ends. torchrun
-takes five seconds for two of them, most of it imports. `before` is Python that runs ahead of the
-script, for the fault that is to happen. hosts: for each rank the network namespace that it is in,
-as a machine of that name.
+Each rank is a separate process in its own process group, and exits like any interpreter. torchrun
+takes five seconds for two ranks, most of it imports. `before`: Python code that runs before the
+script, to inject a fault. hosts: the network namespace of each rank, as a machine of that
+name.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 
 
 def serve() -> dict:
-    """Do what is asked for on standard input -> in a forked process, what that is to be."""
+    """Serve requests from standard input; in a forked process, return its task."""
     statuses = {}
     for line in sys.stdin:
         task = json.loads(line)
@@ -50,7 +50,7 @@ def serve() -> dict:
 
 
 def become(task: dict) -> None:
-    """Be the process that was asked for, up to the point where its script begins."""
+    """Set up the forked process for its task, before its script starts."""
     os.setsid()
     out, err = (os.open(task[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in OUTPUTS)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -64,7 +64,7 @@ def become(task: dict) -> None:
 
 
 def enter(host: str) -> None:
-    """Go to a network namespace, and call the machine by its name."""
+    """Enter a network namespace and take its name as the hostname."""
     libc = ctypes.CDLL(None, use_errno=True)
     namespace = os.open(f'/run/netns/{host}', os.O_RDONLY)
     if libc.setns(namespace, CLONE_NEWNET) or libc.unshare(CLONE_NEWUTS):
@@ -92,14 +92,14 @@ class Rank:
         return Path(self.files['err']).read_text(encoding='utf-8')
 
     def poll(self) -> int | None:
-        """Its status, negative of a signal; None while it runs."""
+        """The exit status, negative for a signal; None while it runs."""
         return self.forks.ask({'poll': self.pid})
 
     def end(self, seconds: float = 100) -> int:
-        """Wait for it -> its status."""
+        """Wait for the process -> its exit status."""
         deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
-            assert time.monotonic() < deadline, f'still there: {self.out[-500:]} {self.err[-2000:]}'
+            assert time.monotonic() < deadline, f'running: {self.out[-500:]} {self.err[-2000:]}'
             time.sleep(0.01)
         return status
 
@@ -144,8 +144,8 @@ class Forks:
         return json.loads(self.process.stdout.readline())
 
     def start(self, world: int, *args, config, before='', env=None, hosts=(), port=None) -> Crew:
-        """`world` ranks of train.py; 0: one process that knows of no others. What is given, and
-        each of args, may be a function of the rank."""
+        """Start `world` ranks of train.py; 0: a single process. Each argument may be a function
+        of the rank."""
         meeting = {'MASTER_ADDR': hosts[0].address if hosts else '127.0.0.1'}
         meeting |= {'MASTER_PORT': port or free_port(), 'WORLD_SIZE': world}
         crew = Crew()
@@ -167,7 +167,7 @@ class Forks:
         return rank
 
     def clear(self) -> None:
-        """Leave no process behind."""
+        """Kill all remaining processes."""
         for rank in self.started:
             if rank.poll() is None:
                 rank.send(signal.SIGKILL)

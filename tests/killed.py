@@ -1,11 +1,11 @@
 """
-Saves checkpoints in processes that are killed, each at one more file operation.
+Saves checkpoints in processes that are killed, each one file operation later.
 
 $ python tests/killed.py background|again|part-0|part-1|mirror|mirror-again FOLDER
 
-Prints a line of JSON for each kill: the step that was being saved, the last one that can be loaded
-afterwards, and what is in the folder of checkpoints once the next one has been saved. Damage that
-is found on the way would be a line on standard error.
+Prints a JSON line for each kill: the step being saved, the last step that can be loaded afterwards,
+and the contents of the checkpoint directory after the next save. Damaged checkpoints would be
+reported on standard error.
 """
 
 import json
@@ -40,7 +40,7 @@ def hook(event, args):
 
 
 def forked(work, *args, at=None) -> int:
-    """A process that does `work`, and is killed at operation number `at` of it -> its id."""
+    """Fork a process that runs `work` and is killed at its file operation `at` -> its pid."""
     global kill_at
     child = os.fork()
     if child == 0:
@@ -61,12 +61,12 @@ def state_of(step, evaluated=True):
 def in_background(step):
     run = save_module.Saver(OUT_DIR, Runtime('cpu', torch.float32))
     run.save(model, [optimizer], None, state_of(step))
-    time.sleep(0.01)  # the training goes on
+    time.sleep(0.01)  # training continues
     run.finish()
 
 
 def write_part(step, rank):
-    """What one of two ranks does: the upper or the lower half of each tensor."""
+    """One of two ranks: write the first or the second half of each tensor."""
 
     def half(tensor):
         return tensor[len(tensor) // 2 :] if rank else tensor[: len(tensor) // 2]
@@ -89,10 +89,10 @@ def in_parts(step, at, victim):
 
 
 def save(step, at=None) -> bool:
-    """Save a step, as WHAT says -> whether it was killed at operation number `at`."""
+    """Save a step in the way of WHAT -> whether it was killed at file operation `at`."""
     for parameter in model.parameters():
         parameter.data += 0.01
-    if AGAIN:  # first as on the way out of a run, then as the next one evaluates it
+    if AGAIN:  # first as a stopped run does, then as the resumed one evaluates it
         path = save_module.save(OUT_DIR, model, [optimizer], None, state_of(step, False))
         if MIRRORED:
             mirror.send(path, MIRROR, False)
@@ -105,7 +105,7 @@ def save(step, at=None) -> bool:
 
 
 def last_step(number) -> int:
-    """That of the checkpoint a new process would go on from."""
+    """The step of the checkpoint that a new process would resume from."""
     where = OUT_DIR
     if MIRRORED:
         where = FOLDER / f'new-{number}'

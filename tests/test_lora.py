@@ -694,7 +694,8 @@ def test_a_resumed_run_keeps_its_adapters(tuned, run_here, change):
     said = refused(run_here, f'--out_dir={tuned}', '--init_from=resume', f'--{change}')
     name, _, value = change.partition('=')
     given = f'{value!r}' if name == 'lora_targets' else value
-    assert said.startswith(f'{name}={given}: {find(tuned, "last")} was trained with {name}=')
+    ours = f'{find(tuned, "last")} was trained with another {name}; to resume, use --{name}='
+    assert said.startswith(f'{name}={given}: {ours}')
     assert f'--init_from={tuned} and another --out_dir' in said
 
 
@@ -711,6 +712,6 @@ def test_a_resumed_run_may_unfreeze_blocks(base, run_here, tmp_path):
 def test_adapter_settings_without_a_rank_are_reported(base, run_here, tmp_path, capsys):
     args = (f'--init_from={base}', '--max_iters=0')
     run_here(f'--out_dir={tmp_path}/a', *args, '--lora_targets=fc1')
-    assert 'do nothing without lora_rank' in capsys.readouterr().out
+    assert 'without effect unless lora_rank' in capsys.readouterr().out
     run_here(f'--out_dir={tmp_path}/b', *args)
     assert 'lora' not in capsys.readouterr().out

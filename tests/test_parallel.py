@@ -257,7 +257,7 @@ def test_a_dataset_that_differs_on_one_rank_is_refused_by_all(ranks, dataset, tm
         before=lambda rank: f'import os; os.chdir({str(tmp_path / str(rank))!r})',
     )
     assert crew.end(30) == [2, 2]
-    assert crew.err.count('dataset ./letters of rank 1 is not that of rank 0') == 2
+    assert crew.err.count('dataset ./letters of rank 1 differs from that of rank 0') == 2
     assert not (tmp_path / 'run').exists()
 
 
@@ -314,7 +314,7 @@ def test_a_checkpoint_missing_on_one_machine_is_reported(ranks, tmp_path, shard)
     crew = ranks(2, *args, before=where)
     if shard:  # detected before anything is written
         assert crew.end(30) == [2, 2]
-        assert crew.err.count('run of rank 0 is not there for rank 1: shard=True needs') == 2
+        assert crew.err.count('run of rank 0 does not exist for rank 1: shard=True needs') == 2
         return
     assert crew.end(30) == [0, 0], crew.err
     crew = ranks(2, *args, '--init_from=resume', '--max_iters=6', before=where)

@@ -1,11 +1,12 @@
 """
-The training batches of one rank, by their numbers alone: nothing to save, any number of processes.
+The training batches of one rank. A batch follows from its number alone, so there is no state to
+save.
 
     batches = BatchLoader(data, state, config, runtime)
     batch, divisor = next(batches)              # loss = loss_of(model, **batch) / divisor
 
-An update's global batch is the same at every world size, and shared out equally: rank r of W has
-its r-th W-th, in micro-batches. A thread reads ahead.
+The global batch of an update is the same at every world size; rank r of W gets the r-th of W equal
+parts, in micro-batches. A thread prefetches.
 """
 
 import time
@@ -18,36 +19,37 @@ import torch
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
-from flatgpt.runtime import Runtime, Workload, to_device
-from flatgpt.training.loss import trim
+from flatgpt.runtime import Runtime, Work, to_device
+from flatgpt.training.loss import trim_padding
 from flatgpt.training.state import TrainState
 from model import GPT
 
-PREFETCH = 8  # micro-batches read before they are needed, so that a disk may be slow now and then
+PREFETCH = 8  # micro-batches read ahead, so that a slow read does not stall training
 
 
 class BatchLoader:
-    """Micro-batches from where the state stands, without end.
+    """Endless micro-batches, starting at state.samples.
 
-    on_lost: called with the error once the data cannot be read any more; from then on the last
-    batch is repeated, so that this rank stays in step with the others until all stop. Without it,
-    and before the first batch, the error is raised.
-    reference: with objective='dpo', {split: (pairs, 2)} log-probabilities to be set before the
-    first batch.
+    on_read_error: called with the error if the data cannot be read. The last batch is then repeated
+    so that this rank stays in step with the others until all stop. If it is None, or there is no
+    batch yet, the error is raised.
+    reference: {split: (pairs, 2)} log-probabilities for objective='dpo', set before training.
     """
 
     def __init__(self, data: Dataset, state: TrainState, config: dict, runtime: Runtime):
         self.data, self.config, self.runtime = data, config, runtime
         self.first_step, self.first_sample = state.step, state.samples
-        self.global_rows = config['gradient_accumulation_steps'] * config['batch_size']
-        self.rank_rows, self.micro_rows = runtime.split_batch(
-            self.global_rows, config['batch_size']
+        self.global_batch_size = config['gradient_accumulation_steps'] * config['batch_size']
+        self.rank_batch_size, self.micro_batch_size = runtime.share(
+            self.global_batch_size, config['batch_size']
         )
-        self.micro_steps = self.rank_rows // self.micro_rows  # micro-batches of an update
-        self.tokens_per_step = round(self.global_rows * data.window_tokens)
+        self.micro_steps = (
+            self.rank_batch_size // self.micro_batch_size
+        )  # micro-batches of an update
+        self.tokens_per_step = round(self.global_batch_size * data.window_tokens)
         self.reference: dict | None = None
-        self.one_width = False  # whether no batch is trimmed, as a compiled model is for one shape
-        self.on_lost: Callable[[UserError], None] | None = None
+        self.fixed_width = False  # do not trim batches: a compiled model needs one shape
+        self.on_read_error: Callable[[UserError], None] | None = None
         self._last: tuple[dict, float] | None = None
         self._last_eval: dict | None = None
         self._reader = ThreadPoolExecutor(1)
@@ -60,26 +62,29 @@ class BatchLoader:
         while len(self._upcoming) < PREFETCH:
             self._submit()
         asked = time.perf_counter()
-        with self._or_the_last(self._last):
+        with self._repeat_last_on_error(self._last):
             self._last = self._upcoming.popleft().result()
         self._waited += time.perf_counter() - asked
         self._submit()
         return self._last
 
     @contextmanager
-    def _or_the_last(self, last) -> Iterator[None]:
-        """Report data that is lost, where there is a last batch to go on with."""
+    def _repeat_last_on_error(self, last) -> Iterator[None]:
+        """Pass a read error to on_read_error, if there is a last batch to repeat."""
         try:
             yield
         except (UserError, OSError) as error:
-            if not isinstance(error, UserError):  # a disk that failed, a machine that is gone
-                error = UserError(f'{self.data.name}: the data cannot be read: {error}')
-            if last is None or self.on_lost is None:
+            if not isinstance(error, UserError):  # a failed disk or a lost server
+                error = UserError(
+                    f'{self.data.name}: the data cannot be read: {error}; restore access to it and '
+                    'resume, or start again'
+                )
+            if last is None or self.on_read_error is None:
                 raise error from None
-            self.on_lost(error)
+            self.on_read_error(error)
 
-    def take_wait(self) -> float:
-        """Seconds that were spent waiting for batches since this was last asked."""
+    def pop_wait_seconds(self) -> float:
+        """Seconds spent waiting for batches since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -91,31 +96,31 @@ class BatchLoader:
         self._reader.shutdown(cancel_futures=True)
 
     def micro_batch(self, number: int) -> tuple[dict, float]:
-        """Micro-batch `number` from the first step on -> x, y (B, T) and what else loss_of() takes;
-        by what to divide its loss, so that the sum over a step and all ranks is the step's mean.
+        """Micro-batch `number`, from the first step -> the arguments of loss_of(), x and y (B, T);
+        the divisor of its loss, with which the sum over a step and all ranks is the mean.
         """
         c, steps, part = self.config, *divmod(number, self.micro_steps)
-        first = self.first_sample + steps * self.global_rows
-        mine = first + self.runtime.rank * self.rank_rows + part * self.micro_rows
-        batch = self.data.batch(mine, self.micro_rows, c['mask_documents'])
+        first = self.first_sample + steps * self.global_batch_size
+        mine = first + self.runtime.rank * self.rank_batch_size + part * self.micro_batch_size
+        batch = self.data.batch(mine, self.micro_batch_size, c['mask_documents'])
         divisor = self.micro_steps
         if self.first_step + steps < c['short_iters']:
             short_block = min(c['short_block_size'], c['block_size'])
             batch = [array.reshape(-1, short_block) for array in batch]
-        if c['objective'] == 'sft':  # one row has more targets than another
-            here = self.data.count_targets(mine, self.micro_rows)
-            total = self.data.count_targets(first, self.global_rows)
+        if c['objective'] == 'sft':  # the number of targets differs between conversations
+            here = self.data.count_targets(mine, self.micro_batch_size)
+            total = self.data.count_targets(first, self.global_batch_size)
             divisor = total / (here * self.runtime.world_size)
         if c['objective'] == 'dpo':
-            if not self.one_width:
-                batch = trim(*batch)
-            pairs = self.data.windows(mine, self.micro_rows)
+            if not self.fixed_width:
+                batch = trim_padding(*batch)
+            pairs = self.data.windows(mine, self.micro_batch_size)
             batch = [*batch, self.reference['train'][pairs].ravel()]
         return self.as_kwargs(batch), float(divisor)
 
     def eval_batch(self, part: Dataset, split: str, windows) -> dict:
-        """Windows of a split of one part of the data, as loss_of() takes them."""
-        with self._or_the_last(self._last_eval):
+        """Windows of a split of one dataset of the mixture -> the arguments of loss_of()."""
+        with self._repeat_last_on_error(self._last_eval):
             self._last_eval = self._eval_batch(part, split, windows)
         return self._last_eval
 
@@ -123,11 +128,11 @@ class BatchLoader:
         batch = part.eval_batch(split, windows, self.config['mask_documents'])
         if self.config['objective'] == 'dpo':
             reference = self.reference[split][windows // self.data.stride]
-            batch = [*trim(*batch), reference.ravel()]
+            batch = [*trim_padding(*batch), reference.ravel()]
         return self.as_kwargs(batch)
 
     def as_kwargs(self, arrays) -> dict:
-        """x, y and what comes with them on the device, by the names that loss_of() has for them."""
+        """Arrays -> the arguments of loss_of(), on the device."""
         names = ('x', 'y', 'reference' if self.config['objective'] == 'dpo' else 'documents')
         return dict(zip(names, self.to_device(*arrays), strict=False))
 
@@ -136,27 +141,26 @@ class BatchLoader:
         return [to_device(torch.from_numpy(array), self.runtime.device) for array in arrays]
 
     def shapes_to_compile(self) -> list[dict]:
-        """A batch of each width that training meets: short sequences, if they come first, and
-        whole ones."""
+        """One batch of each sequence length in training: short ones, if any, and full-length."""
         batch, _ = self.micro_batch(0)
         widths = sorted({batch['x'].size(1), self.data.block_size})
         return [
             {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
         ]
 
-    def work(self, model: GPT, max_iters: int) -> Workload:
-        """What this rank computes up to step max_iters."""
+    def work(self, model: GPT, max_iters: int) -> Work:
+        """The work of this rank up to step max_iters."""
         c, pairs = self.config, self.config['objective'] == 'dpo'
-        tokens = self.micro_rows * (1 + pairs) * self.data.block_size
+        tokens = self.micro_batch_size * (1 + pairs) * self.data.block_size
         passes = (max_iters - self.first_step) * self.micro_steps
         widths = 1 + (self.first_step < c['short_iters'])
         return Workload(passes, tokens * model.flops_per_token(), len(model.blocks), widths)
 
-    def smaller(self) -> str:
-        """Flags by which a run takes less memory at a time, at best with the same global batch."""
-        c, half = self.config, self.micro_rows // 2
-        if rows := next((n for n in range(half, 0, -1) if self.rank_rows % n == 0), 0):
-            steps = self.global_rows // rows
+    def suggest_smaller_batch(self) -> str:
+        """Flags that reduce memory, if possible with the same global batch."""
+        c, half = self.config, self.micro_batch_size // 2
+        if rows := next((n for n in range(half, 0, -1) if self.rank_batch_size % n == 0), 0):
+            steps = self.global_batch_size // rows
             return f'--batch_size={rows} --gradient_accumulation_steps={steps}'
         if not c['gradient_checkpointing']:
             return '--gradient_checkpointing'

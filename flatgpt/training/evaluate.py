@@ -1,8 +1,8 @@
 """
-What a model has learned so far: its losses on fixed windows of each split, and a page of its own.
+Evaluation during training: the loss on fixed windows of each split, and a generated sample.
 
     losses = estimate_loss(model, batches, config, runtime, stop)     # {'val_loss': 2.1, ...}
-    text = sample_page(model, tokenizer, data, tokens=256, seed=1337)
+    text = generate_sample(model, tokenizer, data, tokens=256, seed=1337)
 """
 
 import math
@@ -16,7 +16,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import generate_sample
 from flatgpt.runtime import Runtime, StopSignal
 from flatgpt.training.batches import BatchLoader
-from flatgpt.training.loss import MEASURED, measure
+from flatgpt.training.loss import METRIC_NAMES, compute_metrics
 from model import GPT
 
 
@@ -24,52 +24,51 @@ from model import GPT
 def estimate_loss(
     model: GPT, batches: BatchLoader, config: dict, runtime: Runtime, stop: StopSignal
 ) -> dict[str, float] | None:
-    """Mean loss of each split in nats per token, over fixed windows shared out to all ranks; of
-    preference pairs, per pair, and what else measure() has of them. Of a mixture, the loss on each
-    part, and their mean by the parts' shares.
+    """Mean loss of each split in nats per token (objective='dpo': per pair, with reward metrics),
+    over fixed windows split over all ranks. For a mixture, also the loss on each dataset; the total
+    is weighted by the mixture's shares.
 
-    None if a signal asked any rank to stop meanwhile. Draws on no random state that training uses.
+    None if a signal stopped any rank meanwhile. Uses none of training's random state.
     """
     model.eval()
     data, losses = batches.data, {}
     splits = ('train', 'val') if config['eval_train'] else ('val',)
     for split, (share, part) in product(splits, data.parts):
         sums = sum_losses(model, batches, part, split, share, config, runtime, stop)
-        # of targets, or of pairs
-        *sums, weight, asked = runtime.all_reduce([*sums.tolist(), stop.signal])
-        if asked:
-            stop.sync_ranks()
+        # weight: the number of targets or pairs
+        *sums, weight, stopped = runtime.reduce([*sums.tolist(), stop.signal])
+        if stopped:
+            stop.share()
             model.train()
             return None
-        names = [f'{split}_{name}' for name in MEASURED[config['objective']]]
+        names = [f'{split}_{name}' for name in METRIC_NAMES[config['objective']]]
         for name, each in zip(names, sums, strict=True):
             losses[name] = losses.get(name, 0.0) + share * each / weight
         if part is not data:
             losses[f'{split}_loss_on_{part.name}'] = sums[0] / weight
     model.train()
-    if text_bytes := data.text_bytes('val'):  # bits per byte compare across tokenizers
+    if text_bytes := data.text_bytes('val'):  # bits per byte are comparable across tokenizers
         tokens_per_byte = data.tokens['val'] / text_bytes
         losses['val_bpb'] = losses['val_loss'] / math.log(2) * tokens_per_byte
     return losses
 
 
 def sum_losses(model, batches, part, split, share, config, runtime, stop) -> torch.Tensor:
-    """This rank's sums over its windows of a part: of what MEASURED names, and of the weights."""
+    """This rank's sums over its windows of one dataset: of each metric, and of the weights."""
     batch_size, sharded = config['batch_size'], config['shard']
-    most = len(part.eval_windows('val'))  # the training split is never looked at for longer
-    count = most
+    count = len(part.eval_windows('val'))  # of the training split, too
     if config['eval_iters'] is not None:
         count = math.ceil(share * config['eval_iters'] * batch_size)
     windows = part.eval_windows(split, count)
-    size = len(MEASURED[config['objective']]) + 1
-    total = torch.zeros(size, dtype=runtime.sum_dtype, device=runtime.device)
+    size = len(METRIC_NAMES[config['objective']]) + 1
+    total = torch.zeros(size, dtype=runtime.wide, device=runtime.device)
     starts = range(0, len(windows), runtime.world_size * batch_size)
     for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.is_interactive):
         mine = windows[i + runtime.rank * batch_size :][:batch_size]
-        # of a sharded model every rank has to compute, also where none is left for it
+        # all ranks of a sharded model must compute, even without a window left
         batch = batches.eval_batch(part, split, mine if len(mine) else windows[:1])
         with runtime.autocast():
-            means, weight = measure(model, **batch, beta=config['dpo_beta'])
+            means, weight = compute_metrics(model, **batch, beta=config['dpo_beta'])
         if len(mine):
             total += torch.stack([mean * weight for mean in means] + [weight])
         if stop.signal and not sharded:
@@ -77,11 +76,11 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
     return total
 
 
-def sample_page(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
-    """About `tokens` tokens that the model writes, begun as a document begins, or as the validation
-    split does; of conversations, an answer to the first of that split."""
+def generate_sample(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
+    """About `tokens` generated tokens. The prompt is end of text, or the first token of the
+    validation split; for chat data, the first conversation of that split up to the reply."""
     x, y = data.parts[0][1].eval_batch('val', [0])
     prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
-    if data.rows:  # up to where the assistant answers
+    if data.rows:  # up to the assistant message
         prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
     return generate_sample(model.eval(), tokenizer, prompt, tokens, seed, answer=bool(data.rows))

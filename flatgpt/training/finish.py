@@ -1,5 +1,5 @@
 """
-The end of a run: what it reached, where it is, and how to resume it.
+The end of a run: report the result, where it is, and how to resume.
 
     finish(run, model, tokenizer, data, stop, finished=True)
 """
@@ -13,7 +13,7 @@ from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, warn_on_failure
 from flatgpt.runtime import StopSignal
-from flatgpt.training.metrics import draw_loss, end_line
+from flatgpt.training.metrics import draw_loss, format_result
 from flatgpt.training.run import Run
 from model import GPT
 
@@ -26,23 +26,23 @@ def finish(
     stop: StopSignal,
     finished: bool,
 ) -> None:
-    """Report what was reached, where it is and how to resume, and end the program.
+    """Report the result, where it is and how to resume; exit.
 
-    finished: whether the run has come to its end, or a signal has stopped it.
+    finished: whether the run is complete; otherwise a signal or a read error stopped it.
     """
     run.state.tick()
-    peak = run.runtime.peak_memory()  # before the picture and the sample
+    peak = run.runtime.peak_memory()  # before the plot and the sample
     run.progress.close()
-    run.watchdog.close()  # a mirror may be slow
+    run.watchdog.close()  # the last copy to a mirror may be slow
     run.saver.finish()
     run.report_problems()
     if run.runtime.is_main:
         with suppress(KeyboardInterrupt), closing(run.tracker):
-            refuse_bad_end(run, finished)
+            require_saved_weights(run, finished)
             if finished:
                 run.mark_done()
-            stop.release()  # what is left is for show: a signal cuts it short, and is no failure
-            with warn_on_failure('no loss curve', run.runtime.print0):
+            stop.release()  # all is saved: a signal now only skips the plot and the sample
+            with optional('no loss curve', run.runtime.print0):
                 run.runtime.print0(f'loss curve: {draw_loss(run.out_dir)}')
             if finished:
                 report_end(run, model, tokenizer, data, peak)
@@ -53,39 +53,39 @@ def finish(
     run.runtime.exit(0 if finished else stop.status)
 
 
-def refuse_bad_end(run: Run, finished: bool) -> None:
-    """End with status 2 where the last weights are not saved."""
+def require_saved_weights(run: Run, finished: bool) -> None:
+    """Exit with status 2 if the last weights are not saved."""
+    again = 'resume with --init_from=resume' if run.checkpoints else 'start again'
     if run.saver.failure:
-        again = 'continue with --init_from=resume' if run.saved else 'start again'
-        raise UserError(f'{run.saver.failure}; make room and {again}')
+        raise UserError(f'{run.saver.failure}; free disk space and {again}')
     if finished and not math.isfinite(loss := run.state.losses['val_loss']):
         raise UserError(
-            f'the validation loss is {loss} at step {run.state.step}, and those weights are '
-            f'not saved: lower {run.rates}'
+            f'{run.out_dir}: the validation loss is {loss} at step {run.state.step}, so these '
+            f'weights are not saved; lower {run.learning_rate_flags} and {again}'
         )
 
 
 def report_end(run: Run, model: GPT, tokenizer, data: Dataset, peak: int | None) -> None:
     report = run.runtime.print0
-    report(end_line(run.state, run.config['objective']))
+    report(format_result(run.state, run.config['objective']))
     if peak:
         each = ' in each process' if run.runtime.world_size > 1 else ''
         report(f'peak memory {peak / 1e6:,.0f} MB{each}')
     run.show_sample(model, tokenizer, data, run.config['sample_tokens'])
-    if not run.saved:
+    if not run.checkpoints:
         report(f'no step was trained, so there is no checkpoint in {run.out_dir}')
-    for path in run.saved[-1:]:
+    for path in run.checkpoints[-1:]:
         report(f'checkpoint: {path}')
         report(f'more: python sample.py --out_dir={shlex.quote(str(run.out_dir))}')
 
 
 def report_stop(run: Run) -> None:
     step, report = run.state.step, run.runtime.print0
-    if not run.saved:
+    if not run.checkpoints:
         return report(
-            f'stopped at step {step}, with nothing to save yet; the same command starts again'
+            f'stopped at step {step} with nothing to save; run the same command to start again'
         )
-    last, config_file = run.saved[-1], shlex.quote(str(run.out_dir / 'config.py'))
-    command = f'{run.runtime.launch_command} train.py {config_file} --init_from=resume'
-    kept = 'is saved' if step_of(last) == step else 'is the last that is sound'
-    report(f'stopped at step {step}; {last.name} {kept}, continue with: {command}')
+    last, config_file = run.checkpoints[-1], shlex.quote(str(run.out_dir / 'config.py'))
+    command = f'{run.runtime.launcher} train.py {config_file} --init_from=resume'
+    kept = 'is saved' if step_of(last) == step else 'is the last good checkpoint'
+    report(f'stopped at step {step}; {last.name} {kept}, resume with: {command}')

@@ -1,17 +1,17 @@
 """
-What training minimises: the loss on text ('lm'), on the answers in conversations ('sft'), or on
-pairs of a better answer and a worse ('dpo', Rafailov et al. 2023, "Direct Preference Optimization:
-Your Language Model is Secretly a Reward Model").
+The losses: on text ('lm'), on assistant messages ('sft'), or on preference pairs ('dpo', Rafailov
+et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model").
 
     loss = loss_of(model, x, y)                         # 'lm', 'sft': -1 in y is not a target
-    loss = loss_of(model, x, y, documents=numbers)      # and none attends to another document
-    loss = loss_of(model, x, y, reference, beta=0.1)    # 'dpo': rows better, worse, better, ...
+    loss = loss_of(model, x, y, documents=numbers)      # no attention across documents
+    loss = loss_of(model, x, y, reference, beta=0.1)    # 'dpo': rows chosen, rejected, chosen, ...
 
-`reference` is what the model gave the same answers before training. It is computed once, by all
-ranks together, and kept in the run's folder, where a resumed run finds it.
+`reference` has the log-probabilities of the same completions before training. All ranks compute it
+once; it is kept in the run directory, for a resumed run.
 """
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -29,28 +29,32 @@ from flatgpt.files import atomic_file
 from flatgpt.runtime import Runtime
 from model import GPT
 
-MEASURED = {'lm': ['loss'], 'sft': ['loss'], 'dpo': ['loss', 'reward_accuracy', 'reward_margin']}
-REFERENCE = 'reference.safetensors'  # in the run's folder
+METRIC_NAMES = {
+    'lm': ['loss'],
+    'sft': ['loss'],
+    'dpo': ['loss', 'reward_accuracy', 'reward_margin'],
+}
+REFERENCE = 'reference.safetensors'  # in the run directory
 
 
 def loss_of(model, x, y, reference=None, beta: float | None = None, documents=None):
-    """The mean loss of a batch: in nats per target or, with a reference, per pair."""
+    """Mean loss of a batch, in nats per target; with a reference, per pair."""
     if reference is None:
         return model(x, y, documents=documents)[1]
-    return dpo(answer_logps(model, x, y), reference, beta)[0].mean()
+    return dpo(completion_logps(model, x, y), reference, beta)[0].mean()
 
 
-def measure(model, x, y, reference=None, beta: float | None = None, documents=None):
-    """What MEASURED names, as means over a batch, and over how many targets, or pairs, they are."""
+def compute_metrics(model, x, y, reference=None, beta: float | None = None, documents=None):
+    """The batch means of METRIC_NAMES, and the number of targets or pairs that they are over."""
     if reference is None:
         return [model(x, y, documents=documents)[1]], (y >= 0).sum()
-    losses, margins = dpo(answer_logps(model, x, y), reference, beta)
+    losses, margins = dpo(completion_logps(model, x, y), reference, beta)
     means = [each.mean() for each in (losses, (margins > 0).float(), margins)]
     return means, losses.new_tensor(len(losses))
 
 
-def answer_logps(model, x, y):
-    """The log-probability of each row's targets together, (B,)."""
+def completion_logps(model, x, y):
+    """The sum of the log-probabilities of each row's targets, (B,)."""
     logits = model(x)[0].float().flatten(0, 1)  # (B T, V)
     nats = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='none')
     return -nats.view_as(y).sum(1)
@@ -58,16 +62,16 @@ def answer_logps(model, x, y):
 
 def dpo(logps, reference, beta: float):
     """
-    The loss of each pair (equation 7), and its margin: by how much the reward of the better answer,
-    beta * log(p / p_reference), is above that of the worse. logps, reference: (2 pairs,), better
-    and worse in turn.
+    The loss of each pair (equation 7) and its margin: the reward of the chosen completion,
+    beta * log(p / p_reference), minus that of the rejected one. logps, reference: (2 pairs,),
+    chosen and rejected alternating.
     """
-    better, worse = (beta * (logps - reference)).view(-1, 2).unbind(1)
-    return -F.logsigmoid(better - worse), better - worse
+    chosen, rejected = (beta * (logps - reference)).view(-1, 2).unbind(1)
+    return -F.logsigmoid(chosen - rejected), chosen - rejected
 
 
-def trim(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarray]:
-    """A batch without the columns after its last target, which change nothing; in whole steps."""
+def trim_padding(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarray]:
+    """The batch without the columns after its last target; its width is a multiple of `step`."""
     last = int(np.flatnonzero((y >= 0).any(0))[-1]) + 1
     width = -(-last // step) * step
     return [np.ascontiguousarray(array[:, :width]) for array in (x, y)]
@@ -78,7 +82,7 @@ def trim(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarray]:
 
 
 def fingerprint(model: GPT, dtype: str) -> str:
-    """What tells one reference model from another: its weights, and in what it computes."""
+    """A hash that identifies a reference model: its weights and dtype."""
     digest = hashlib.sha256(dtype.encode())
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
@@ -90,7 +94,7 @@ def fingerprint(model: GPT, dtype: str) -> str:
 def reference_logps(
     model: GPT, data: Dataset, runtime: Runtime, to_device: Callable, pairs_at_once: int
 ) -> dict[str, np.ndarray]:
-    """What the model as it is now gives the answers of each split: (pairs, 2) log-probabilities."""
+    """Log-probabilities of the completions of each split under this model, (pairs, 2)."""
     model.eval()
     logps = {}
     for split in SPLITS:
@@ -102,38 +106,38 @@ def reference_logps(
         ):
             first = i + runtime.rank * pairs_at_once
             mine = windows[first:][:pairs_at_once]
-            # of a sharded model every rank has to compute, also where none is left for it
-            x, y = to_device(*trim(*data.eval_batch(split, mine if len(mine) else windows[:1])))
+            # all ranks of a sharded model must compute, even without a window left
+            x, y = to_device(
+                *trim_padding(*data.eval_batch(split, mine if len(mine) else windows[:1]))
+            )
             with runtime.autocast():
-                answers = answer_logps(model, x, y).view(-1, 2).cpu().numpy()
+                answers = completion_logps(model, x, y).view(-1, 2).cpu().numpy()
             found[first : first + len(mine)] = answers[: len(mine)]
-        every = runtime.all_reduce(
-            found.ravel().tolist()
-        )  # each rank knows its own, and 0 elsewhere
+        every = runtime.reduce(found.ravel().tolist())  # zero except for this rank's own
         logps[split] = np.array(every, np.float32).reshape(-1, 2)
     model.train()
     return logps
 
 
 def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[str, np.ndarray]:
-    """The reference of a run, from its folder, or computed by all ranks at its beginning."""
+    """The reference, from the run directory or, for a new run, computed by all ranks."""
     path, key, runtime = run.out_dir / REFERENCE, run.state.reference_key, run.runtime
     logps = runtime.broadcast_from_rank0(lambda: read_reference(path, key))
     if logps is None and run.resume_from:
         raise UserError(
-            f'{path}: is missing or not of the dataset as it is now, and the model that '
-            f'the run began with is gone; start a new one with --init_from={run.out_dir} and '
-            'another --out_dir'
+            f'{path}: is missing or does not match the dataset, and the initial model of the run '
+            'is not available; start a new run with another --out_dir and '
+            f'--init_from={shlex.quote(str(run.out_dir))}'
         )
     if logps is None:
-        runtime.print0('reference: the log-probabilities of all answers, once for the run ...')
+        runtime.print0('computing the log-probabilities of the reference model, once per run ...')
         rows = config['batch_size']
         logps = reference_logps(model, batches.data, runtime, batches.to_device, rows)
     return logps
 
 
 def read_reference(path: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What a file holds, None unless it is there and of that key."""
+    """The contents of the file; None if it does not exist or has another key."""
     with suppress(FileNotFoundError, SafetensorError), safe_open(path, framework='np') as file:
         if (file.metadata() or {}).get('key') == key:
             return {split: file.get_tensor(split) for split in SPLITS}

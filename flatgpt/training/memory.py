@@ -1,12 +1,12 @@
 """
-Whether a run fits, before it starts: the memory it needs, and what to change if it does not fit.
+Estimate the memory of a run before it starts, and suggest savings if it does not fit.
 
 $ python train.py train_gpt2 --batch_size=4 --plan
 
-    fits, table = verdict(case_of(config, shape, runtime), runtime)
+    fits, table = check_fit(workload_of(config, shape, runtime), runtime)
 
-The steps of a run are computed on fake tensors, which have shapes and no numbers, while torch's
-memory trackers count. For a sharded model this is one rank of a process group that is fake too.
+A few steps run on fake tensors, which have shapes but no data, under torch's memory trackers. A
+sharded model runs as one rank of a fake process group.
 """
 
 import json
@@ -32,7 +32,7 @@ from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
 
-KINDS = {  # what is printed, the state of training first, and the trackers' names for it
+KINDS = {  # printed name: the names of the trackers; the training state comes first
     'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
     'gradients': ('Gradient', 'Sharded Grad'),
     'optimizer': ('Optstate', 'OptState', 'Inputs'),
@@ -40,123 +40,128 @@ KINDS = {  # what is printed, the state of training first, and the trackers' nam
     'temporaries': ('Temp', 'Other'),
     'communication': ('Unsharded Param', 'Unsharded Grad', 'All Gather', 'Reduce Scatter'),
 }
-SHALLOW, DEEP = (3, 5), 8  # layers of two models that stand for one of more than 8
-# What a CPU process takes: libraries, and so many times its tensors, as (peak memory - libraries) /
-# tensors came out in 21 runs of 3 to 6 steps, of 2M to 85M parameters, with glibc 2.36 and torch's
-# CPU build. The rest is holes in the heap; gradient checkpointing and gloo's copies leave more.
-LIBRARIES, LIBRARIES_RANKS = 260e6, 340e6  # the peak where next to nothing is computed
-GROWTH, GROWTH_HOLES = (1.2, 2.1), (1.7, 2.9)
+SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two shallow ones
+# The memory of a CPU process: libraries, plus a multiple (minimum, maximum) of its tensors, from
+# (peak memory - libraries) / tensors in 21 runs of 3 to 6 steps with 2M to 85M parameters, glibc
+# 2.36 and torch's CPU build. The rest is heap fragmentation; gradient checkpointing and the copies
+# of gloo cause more.
+LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
+TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
 
 
 @dataclass(frozen=True)
-class Case:
-    """Everything the memory of one process depends on."""
+class Workload:
+    """Everything that the memory of one process depends on."""
 
     shape: GPTConfig
     device: str  # 'cpu', 'cuda' or 'mps'
     dtype: torch.dtype
     optimizer: str
-    rows: int  # sequences computed at a time
-    parts: int = 1  # micro-batches per update
+    micro_batch_size: int  # sequences computed at a time
+    micro_steps: int = 1  # micro-batches per update
     ranks: int = 1
     shard: bool = False
     offload: bool = False
-    recompute: bool = False  # gradient checkpointing
-    adapt: tuple | None = None  # rank and targets of LoRA
+    gradient_checkpointing: bool = False
+    lora: tuple | None = None  # rank and targets of LoRA
     freeze: int | None = None
     objective: str = 'lm'
     saves: bool = True  # checkpoints during training, not only at the end
-    compiled: bool = False  # by torch.compile; step_peak() says what is known of that
+    compiled: bool = False  # by torch.compile; see step_peak()
 
 
-def case_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Case:
-    """The case of these settings on this machine."""
-    batch, rows = runtime.split_batch(
+def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
+    """The workload of these settings on this machine."""
+    batch, rows = runtime.share(
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
     every = config['eval_interval'], config['save_interval']
     rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
-    return Case(
+    return Workload(
         shape=shape,
         device=runtime.device_type,
         dtype=runtime.dtype,
-        rows=rows,
-        parts=batch // rows,
+        micro_batch_size=rows,
+        micro_steps=batch // rows,
         ranks=runtime.world_size,
-        recompute=config['gradient_checkpointing'],
-        adapt=(rank, config['lora_targets']) if rank else None,
+        gradient_checkpointing=config['gradient_checkpointing'],
+        lora=(rank, config['lora_targets']) if rank else None,
         saves=any(steps and steps < config['max_iters'] for steps in every),
         compiled=runtime.wants_compile(config['compile']),
         **{name: config[name] for name in same},
     )
 
 
-def step_peak(case: Case) -> Counter[str]:
+def step_peak(workload: Workload) -> Counter[str]:
     """Bytes of tensors on the device at the peak of a step, by kind.
 
-    The step is eager. Compiled ones keep other activations: once their peaks on CUDA have been
-    measured, they are returned here for case.compiled; until then report() says they are not.
+    The step is eager. A compiled one keeps other activations; its peak on CUDA has not been
+    measured yet, and report() says so.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
 
     fake = FakeTensorMode()
     with fake:
-        model = build(case)
-    with fake_ranks(case.ranks) if case.shard else nullcontext():
-        if case.shard:  # outside the fake mode, as the numbers of a device mesh are read
-            apply_fsdp(model, Runtime(case.device, case.dtype, 0, case.ranks))
+        model = build_fake_model(workload)
+    with fake_ranks(workload.ranks) if workload.shard else nullcontext():
+        if workload.shard:  # not in fake mode: it reads the values of a device mesh
+            apply_fsdp(model, Runtime(workload.device, workload.dtype, 0, workload.ranks))
         with fake:
-            optimizers, batch = optimizers_of(case, model), batch_of(case)
-            # creates the optimizer's state and fills DTensor's cache of how each op is cut; it
-            # learns that on fake tensors, which a tracker would take for the step's own
-            run_step(replace(case, parts=1), model, optimizers, batch)
-            tracker = tracker_of(case, model, optimizers)
+            optimizers, batch = build_fake_optimizers(workload, model), build_fake_batch(workload)
+            # creates the optimizer's state and fills DTensor's sharding cache, which allocates fake
+            # tensors that a tracker would count for the step
+            run_step(replace(workload, micro_steps=1), model, optimizers, batch)
+            tracker = build_memory_tracker(workload, model, optimizers)
             with tracker:
-                run_step(case, model, optimizers, batch, tracker.reset_mod_stats)
+                run_step(workload, model, optimizers, batch, tracker.reset_mod_stats)
     (peak,) = (
         {kind.value: size for kind, size in held.items() if kind != 'Total'}
         for device, held in tracker.get_tracker_snapshot('peak').items()
-        if device.type == case.device
+        if device.type == workload.device
     )
-    # fake tensors cannot be pinned: what is offloaded is left out here instead
-    kinds = list(KINDS)[3 if case.offload else 0 :]
+    # fake tensors cannot be pinned: offloaded state is omitted here instead
+    kinds = list(KINDS)[3 if workload.offload else 0 :]
     return Counter({kind: sum(peak.get(name, 0) for name in KINDS[kind]) for kind in kinds})
 
 
-def build(case: Case) -> GPT:
-    """The model, without random numbers; under torch.device('meta') without memory."""
-    with torch.device(case.device), SkipRandom():
-        model = GPT(case.shape)
-        if case.adapt:
-            rank, targets = case.adapt
-            add_lora(model, rank, rank, 0.0, targets, case.freeze or 0)
-        elif case.freeze is not None:
+def build_fake_model(workload: Workload) -> GPT:
+    """The model without random initialization; on device 'meta' without memory."""
+    with torch.device(workload.device), SkipRandom():
+        model = GPT(workload.shape)
+        if workload.lora:
+            rank, targets = workload.lora
+            add_lora(model, rank, rank, 0.0, targets, workload.freeze or 0)
+        elif workload.freeze is not None:
             with as_config_error():
-                model.freeze_lower(case.freeze)
-    model.trunk.recompute = case.recompute
+                model.freeze_lower(workload.freeze)
+    model.trunk.recompute = workload.gradient_checkpointing
     return model.train()
 
 
-def optimizers_of(case: Case, model: GPT) -> list:
+def build_fake_optimizers(workload: Workload, model: GPT) -> list:
     rates = {'learning_rate': 1e-3, 'muon_lr': 1e-3, 'muon_momentum': 0.9, 'weight_decay': 0.0}
-    return build_optimizers(case.optimizer, model, betas=(0.9, 0.95), **rates)
+    return build_optimizers(workload.optimizer, model, betas=(0.9, 0.95), **rates)
 
 
-def batch_of(case: Case) -> list:
-    """What loss_of() takes besides the model."""
-    pairs = case.objective == 'dpo'
-    rows = case.rows * (1 + pairs)
-    idx = torch.zeros(rows, case.shape.block_size, dtype=torch.long, device=case.device)
-    return [idx, idx, torch.zeros(rows, device=case.device), 0.1] if pairs else [idx, idx]
+def build_fake_batch(workload: Workload) -> list:
+    """The arguments of loss_of() after the model."""
+    pairs = workload.objective == 'dpo'
+    rows = workload.micro_batch_size * (1 + pairs)
+    idx = torch.zeros(rows, workload.shape.block_size, dtype=torch.long, device=workload.device)
+    return [idx, idx, torch.zeros(rows, device=workload.device), 0.1] if pairs else [idx, idx]
 
 
-def run_step(case: Case, model: GPT, optimizers: list, batch: list, before=lambda: None) -> None:
-    """One update as train.py computes it; a third micro-batch would take what the second does."""
-    parts = min(case.parts, 2)
+def run_step(
+    workload: Workload, model: GPT, optimizers: list, batch: list, before=lambda: None
+) -> None:
+    """One update as in train.py; a third micro-batch would need as much as the second."""
+    parts = min(workload.micro_steps, 2)
     for part in range(parts):
         before()
         sync_gradients(model, part == parts - 1)
-        with torch.autocast(case.device, case.dtype, enabled=case.dtype != torch.float32):
+        with torch.autocast(
+            workload.device, workload.dtype, enabled=workload.dtype != torch.float32
+        ):
             loss = loss_of(model, *batch)
         loss.backward()
         del loss
@@ -168,7 +173,7 @@ def run_step(case: Case, model: GPT, optimizers: list, batch: list, before=lambd
 
 @contextmanager
 def fake_ranks(count: int) -> Iterator[None]:
-    """A process group of which only this rank exists; its collectives do nothing."""
+    """A process group with only this rank; its collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=count)
@@ -178,186 +183,218 @@ def fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def tracker_of(case: Case, model: GPT, optimizers: list):
-    """torch's tracker, knowing what there is before the step."""
-    if case.shard:
+def build_memory_tracker(workload: Workload, model: GPT, optimizers: list):
+    """torch's memory tracker, with the tensors that exist before the step."""
+    if workload.shard:
         from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-        tracker = FSDPMemTracker(model)  # it takes one optimizer, and Muon comes with a second
+        tracker = FSDPMemTracker(model)  # it takes only one optimizer, and Muon needs two
         tracker.track_inputs([list(s.values()) for each in optimizers for s in each.state.values()])
         return tracker
-    from torch.distributed._tools.mem_tracker import MemTracker  # a second: it imports DTensor
+    from torch.distributed._tools.mem_tracker import (
+        MemTracker,  # takes a second: it imports DTensor
+    )
 
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
     for parameter in model.parameters():
-        if not parameter.requires_grad:  # the tracker would hook it, which torch refuses
+        if not parameter.requires_grad:  # the tracker would hook it, which torch rejects
             tracker._param_to_grad_hook_handles[parameter] = (RemovableHandle(OrderedDict()),) * 2
     return tracker
 
 
-def estimate(case: Case) -> Counter[str]:
-    """Bytes of tensors that one process holds at its peak, by kind."""
-    shape, (few, more) = case.shape, SHALLOW
-    if shape.n_layer <= DEEP or case.freeze:
-        held = step_peak(case)
-    else:  # blocks are alike: each adds what the others do
-        low, high = (step_peak(replace(case, shape=replace(shape, n_layer=n))) for n in SHALLOW)
+def estimate(workload: Workload) -> Counter[str]:
+    """Peak bytes of tensors in one process, by kind."""
+    shape, (few, more) = workload.shape, SHALLOW
+    if shape.n_layer <= MAX_EXACT_LAYERS or workload.freeze:
+        held = step_peak(workload)
+    else:  # all blocks need the same
+        low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
         times = (shape.n_layer - few) / (more - few)
         held = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
-    state, cut = state_of(case), case.ranks if case.shard else 1
-    if not case.offload:  # at the update all gradients are there: the peak of some deep models
+    state, cut = state_bytes(workload), workload.ranks if workload.shard else 1
+    if not workload.offload:  # at the update all gradients exist: the peak of some deep models
         update = dict(zip(KINDS, (size / cut for size in state), strict=False))
         held = max(held, Counter(update), key=Counter.total)
-    if case.ranks > 1 and not case.shard:
+    if workload.ranks > 1 and not workload.shard:
         held['communication'] += state[1]  # DDP's buckets of gradients
     saved = (state[0] + state[2]) / cut
-    if case.device == 'cpu' and case.saves and saved >= SMALL:  # written while training goes on
+    if (
+        workload.device == 'cpu' and workload.saves and saved >= SMALL
+    ):  # written while training goes on
         held['copy to save'] = saved
-    if case.device == 'cpu' and case.shard:  # every rank builds the whole model before it is cut
+    if (
+        workload.device == 'cpu' and workload.shard
+    ):  # every rank builds the whole model before sharding
         held = max(held, Counter(parameters=state[0]), key=Counter.total)
     return held
 
 
-def beside(case: Case) -> tuple[float, float, float]:
-    """Bytes of libraries, and how many times its tensors a process takes: the least, the most."""
-    if case.device != 'cpu':
+def process_overhead(workload: Workload) -> tuple[float, float, float]:
+    """Bytes of libraries, and the minimum and maximum factor from tensors to process memory."""
+    if workload.device != 'cpu':
         return 0, 1, 1
-    growth = GROWTH_HOLES if case.recompute or case.shard else GROWTH
-    return LIBRARIES if case.ranks == 1 else LIBRARIES_RANKS, *growth
+    growth = (
+        TENSOR_FACTOR_FRAGMENTED
+        if workload.gradient_checkpointing or workload.shard
+        else TENSOR_FACTOR
+    )
+    return LIBRARY_BYTES if workload.ranks == 1 else LIBRARY_BYTES_RANKS, *growth
 
 
-def needs(case: Case) -> float:
-    """Bytes that one process takes, at the most."""
-    libraries, _, most = beside(case)
-    return libraries + most * estimate(case).total()
+def max_bytes(workload: Workload) -> float:
+    """Maximum bytes of one process."""
+    libraries, _, most = process_overhead(workload)
+    return libraries + most * estimate(workload).total()
 
 
-def state_of(case: Case) -> tuple[int, int, int]:
-    """Bytes of the parameters, of their gradients and of the optimizer's state, by arithmetic."""
-    model = build(replace(case, device='meta'))
+def state_bytes(workload: Workload) -> tuple[int, int, int]:
+    """Bytes of the parameters, the gradients and the optimizer's state, by arithmetic."""
+    model = build_fake_model(replace(workload, device='meta'))
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
-    muon = case.optimizer == 'muon'
+    muon = workload.optimizer == 'muon'
     matrices = sum(trained[id(p)] for p in model.block_matrices()) if muon else 0
     count = sum(trained.values())
     return 4 * sum(p.numel() for p in model.parameters()), 4 * count, 8 * count - 4 * matrices
 
 
-def checkpoint_size(case: Case) -> int:
-    """Bytes of a checkpoint, about: what save.size_of() says of the tensors once they are."""
-    parameters, _, optimizer = state_of(case)
+def checkpoint_size(workload: Workload) -> int:
+    """Approximate bytes of a checkpoint; save.size_of() counts those of real tensors."""
+    parameters, _, optimizer = state_bytes(workload)
     return parameters + optimizer + 2**22
 
 
-def least(case: Case) -> float:
-    """Bytes below which it cannot be, by arithmetic alone: the real run asks this at its start."""
-    state = state_of(case)
-    held = state[0] if case.shard and case.device == 'cpu' else 0  # whole, before it is cut
-    kept = 0 if case.offload else max(held, sum(state) / (case.ranks if case.shard else 1))
-    return kept + 4 * case.rows * case.shape.block_size * case.shape.vocab_size  # the logits
+def min_bytes(workload: Workload) -> float:
+    """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
+    state = state_bytes(workload)
+    held = state[0] if workload.shard and workload.device == 'cpu' else 0  # whole, before sharding
+    kept = (
+        0 if workload.offload else max(held, sum(state) / (workload.ranks if workload.shard else 1))
+    )
+    return (
+        kept + 4 * workload.micro_batch_size * workload.shape.block_size * workload.shape.vocab_size
+    )  # the logits
 
 
-def host_lack(case: Case) -> str | None:
-    """What is wrong with the main memory beside the GPUs; None if nothing is."""
-    if case.device != 'cuda' or not case.shard:
+def host_memory_problem(workload: Workload) -> str | None:
+    """The problem with host memory, if any: too little for what is built or offloaded there."""
+    if workload.device != 'cuda' or not workload.shard:
         return None
-    state, free = state_of(case), available_host_memory()
-    held = sum(state) / case.ranks if case.offload else 0
-    copied = (state[0] + state[2]) / case.ranks  # while it is being saved
-    need = max(state[0], held + copied)  # whole in each process, before it is cut
+    state, free = state_bytes(workload), host_room()
+    held = sum(state) / workload.ranks if workload.offload else 0
+    copied = (state[0] + state[2]) / workload.ranks  # while a checkpoint is saved
+    need = max(state[0], held + copied)  # whole in each process, before sharding
     if free is None or need <= free:
         return None
     return (
-        f'each process of this machine takes {need / 1e9:,.1f} GB of main memory for the model, '
-        f'and can have {free / 1e9:,.1f} GB: fewer processes on it, or a smaller model'
+        f'each process on this machine needs {need / 1e9:,.1f} GB of main memory for the model and '
+        f'can have {free / 1e9:,.1f} GB: start fewer processes per machine or use a smaller model'
     )
 
 
-def savings(case: Case, memory: float, fresh: bool = True) -> list[tuple[str, float]]:
-    """Changes that bring a case down to `memory`: the flags, and the bytes then.
+def suggest_savings(
+    workload: Workload, memory: float, fresh: bool = True
+) -> list[tuple[str, float]]:
+    """Changes that reduce a workload to `memory` bytes -> their flags and bytes. If none does, the
+    one that comes closest.
 
-    fresh: whether the shape of the model can still be chosen. If no change does, the nearest.
+    fresh: whether the shape of the model can still be changed.
     """
     found, others = [], []
 
-    def attempt(changed: Case) -> bool:
-        size = least(changed)
-        size = size if size > memory else needs(changed)
-        (found if size <= memory else others).append((flags(case, changed), size))
+    def attempt(changed: Workload) -> bool:
+        size = min_bytes(changed)
+        size = size if size > memory else max_bytes(changed)
+        (found if size <= memory else others).append((flags(workload, changed), size))
         return size <= memory
 
-    for group in changes(case):  # the smallest change of each kind that is enough
+    for group in changes(workload):  # the smallest sufficient change of each kind
         any(attempt(changed) for changed in group)
     if not found and fresh:
-        layers = [replace(case.shape, n_layer=n) for n in halved(case.shape.n_layer)]
-        any(attempt(resized(case, 1, recompute=True, shape=shape)) for shape in layers)
+        layers = [replace(workload.shape, n_layer=n) for n in halvings(workload.shape.n_layer)]
+        any(
+            attempt(with_batch_size(workload, 1, gradient_checkpointing=True, shape=shape))
+            for shape in layers
+        )
     return found or sorted(others, key=lambda each: each[1])[:1]
 
 
-def changes(case: Case) -> Iterator[list[Case]]:
-    """What can be changed, one list for each kind, the smallest change first."""
-    batch, shape = case.rows * case.parts, case.shape
-    rows = [n for n in halved(case.rows) if batch % n == 0]
-    yield [resized(case, n) for n in rows]
-    if not case.recompute:
-        yield [resized(case, n, recompute=True) for n in (case.rows, *rows)]
-    yield [replace(case, shape=replace(shape, block_size=max(1, shape.block_size // 2)))]
-    if case.shard and case.device == 'cuda' and not case.offload:
-        yield [replace(case, offload=True)]
-    if not case.shard:
+def changes(workload: Workload) -> Iterator[list[Workload]]:
+    """Possible changes, a list for each kind, the smallest first."""
+    batch, shape = workload.micro_batch_size * workload.micro_steps, workload.shape
+    rows = [n for n in halvings(workload.micro_batch_size) if batch % n == 0]
+    yield [with_batch_size(workload, n) for n in rows]
+    if not workload.gradient_checkpointing:
+        yield [
+            with_batch_size(workload, n, gradient_checkpointing=True)
+            for n in (workload.micro_batch_size, *rows)
+        ]
+    yield [replace(workload, shape=replace(shape, block_size=max(1, shape.block_size // 2)))]
+    if workload.shard and workload.device == 'cuda' and not workload.offload:
+        yield [replace(workload, offload=True)]
+    if not workload.shard:
         counts = [n for n in (2, 4, 8, 16, 32, 64) if batch % n == 0]
-        least_rows = replace(case, rows=1, parts=batch, recompute=True)
-        tried = [(each, n) for each in (case, least_rows) for n in counts]
-        yield [resized(each, each.rows, shard=True, ranks=n) for each, n in tried]
+        least_rows = replace(
+            workload, micro_batch_size=1, micro_steps=batch, gradient_checkpointing=True
+        )
+        tried = [(each, n) for each in (workload, least_rows) for n in counts]
+        yield [
+            with_batch_size(each, each.micro_batch_size, shard=True, ranks=n) for each, n in tried
+        ]
 
 
-def smaller_model(config: dict) -> str:
-    """What to train where the model of these settings does not fit."""
-    if config['init_from'] != 'scratch':  # it keeps its shape
-        return 'one of fewer parameters, or --shard with torchrun on several GPUs'
-    unit = 2 * config['n_head']  # so that rotary positions can turn pairs
+def suggest_smaller_model(config: dict) -> str:
+    """The advice for a model that does not fit."""
+    if config['init_from'] != 'scratch':  # a pretrained model keeps its shape
+        return 'a smaller model, or --shard with torchrun on several GPUs'
+    unit = 2 * config['n_head']  # rotary embeddings need an even head size
     if width := config['n_embd'] // 2 // unit * unit:
         return f'a smaller model, such as --n_embd={width}'
     return f'a smaller model, such as --n_layer={max(1, config["n_layer"] // 2)}'
 
 
-def halved(n: int) -> list[int]:
+def halvings(n: int) -> list[int]:
     return [n >> by for by in range(1, n.bit_length())]
 
 
-def resized(case: Case, rows: int, **changed) -> Case:
-    """So many rows at a time at most, and as many sequences per update as before."""
-    other = replace(case, **changed)
-    batch = max(1, case.rows * case.parts * case.ranks // other.ranks)
-    return replace(other, rows=min(rows, batch), parts=batch // min(rows, batch))
+def with_batch_size(workload: Workload, rows: int, **changed) -> Workload:
+    """The workload with a micro-batch of at most `rows` and the same global batch."""
+    other = replace(workload, **changed)
+    batch = max(1, workload.micro_batch_size * workload.micro_steps * workload.ranks // other.ranks)
+    return replace(other, micro_batch_size=min(rows, batch), micro_steps=batch // min(rows, batch))
 
 
-def flags(before: Case, case: Case) -> str:
-    """What to add to the command for another case."""
+def flags(before: Workload, workload: Workload) -> str:
+    """The flags that change `before` into `workload`."""
 
-    def settings(case: Case) -> dict:
+    def settings(workload: Workload) -> dict:
         return {
-            '--batch_size': case.rows,
-            '--gradient_accumulation_steps': case.parts * case.ranks,
-            '--gradient_checkpointing': case.recompute,
-            '--offload': case.offload,
-            '--block_size': case.shape.block_size,
-            '--n_layer': case.shape.n_layer,
+            '--batch_size': workload.micro_batch_size,
+            '--gradient_accumulation_steps': workload.micro_steps * workload.ranks,
+            '--gradient_checkpointing': workload.gradient_checkpointing,
+            '--offload': workload.offload,
+            '--block_size': workload.shape.block_size,
+            '--n_layer': workload.shape.n_layer,
         }
 
-    was, now = settings(before), settings(case)
+    was, now = settings(before), settings(workload)
     new = {name: value for name, value in now.items() if value != was[name]}
-    told = [name if value is True else f'{name}={value}' for name, value in new.items()]
-    where = 'GPUs' if case.device == 'cuda' else 'machines like this'
-    return ' '.join([f'--shard on {case.ranks} {where}'] * (case.shard > before.shard) + told)
+    changed = [name if value is True else f'{name}={value}' for name, value in new.items()]
+    where = 'GPUs' if workload.device == 'cuda' else 'machines like this'
+    return ' '.join(
+        [f'--shard on {workload.ranks} {where}'] * (workload.shard > before.shard) + changed
+    )
 
 
-def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
-    """Whether it fits this device; the table that says so, and what to change if it does not."""
-    lack, asked = host_lack(case), (case, str(runtime.device), available_memory(runtime), fresh)
-    if dist.is_initialized():  # by torchrun; a fake process group needs a process of its own
+def check_fit(workload: Workload, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
+    """Whether the workload fits this device, and the table to print."""
+    lack, asked = (
+        host_memory_problem(workload),
+        (workload, str(runtime.device), room(runtime), fresh),
+    )
+    if dist.is_initialized():  # by torchrun: a fake process group then needs another process
         code = 'from flatgpt.training import memory; memory.report_to_parent()'
-        case_given = {**asdict(case), 'dtype': runtime.dtype_name}
+        case_given = {**asdict(workload), 'dtype': runtime.dtype_name}
         given = json.dumps([case_given, *asked[1:]])
         command, pipe = [sys.executable, '-c', code], subprocess.PIPE
         done = subprocess.run(command, input=given, stdout=pipe, text=True, cwd=ROOT, check=True)
@@ -368,49 +405,54 @@ def verdict(case: Case, runtime: Runtime, fresh: bool = True) -> tuple[bool, str
 
 
 def report_to_parent() -> None:
-    """report() of what comes as JSON on standard input, as JSON on standard output."""
+    """Run report() with JSON from standard input -> JSON on standard output."""
     given, *others = json.load(sys.stdin)
     given |= {'shape': GPTConfig(**given['shape']), 'dtype': getattr(torch, given['dtype'])}
-    print(json.dumps(report(Case(**given), *others)))
+    print(json.dumps(report(Workload(**given), *others)))
 
 
-def report(case: Case, where: str, memory: float | None, fresh: bool) -> tuple[bool, str]:
-    held, shape, (libraries, low, high) = estimate(case), case.shape, beside(case)
-    whole, trained, _ = (size // 4 for size in state_of(case))
+def report(workload: Workload, where: str, memory: float | None, fresh: bool) -> tuple[bool, str]:
+    held, shape, (libraries, low, high) = (
+        estimate(workload),
+        workload.shape,
+        process_overhead(workload),
+    )
+    whole, trained, _ = (size // 4 for size in state_bytes(workload))
     of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
-    each = f'each of {case.ranks} processes' if case.ranks > 1 else 'one process'
+    each = f'each of {workload.ranks} processes' if workload.ranks > 1 else 'one process'
     size = shape.n_embd // shape.n_head  # of a head
     kept = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size
     lines = [
-        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; {case.rows} x '
-        f'{shape.block_size} tokens at a time, {str(case.dtype).removeprefix("torch.")}',
+        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; '
+        f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
+        f'{str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in held.items() if size),
-        f'  {"tensors at the peak, in all":<28}{held.total() / 1e6:10,.0f} MB',
+        f'  {"total tensors at the peak":<28}{held.total() / 1e6:10,.0f} MB',
     ]
-    if case.device == 'cpu':
+    if workload.device == 'cpu':
         span = ' to '.join(f'{(libraries + by * held.total()) / 1e6:,.0f}' for by in (low, high))
         lines += [
-            f'a CPU process was measured to take {low} to {high} times that and '
+            f'measured: a CPU process takes {low} to {high} times that plus '
             f'{libraries / 1e6:.0f} MB of libraries: {span} MB'
         ]
-    if case.device == 'cuda':
-        lines += ["not counted: the CUDA context, cuBLAS's workspace, and the allocator's holes"]
-    if case.compiled:
-        lines += ['not counted: where torch.compile is on, it keeps other activations than these']
+    if workload.device == 'cuda':
+        lines += ['not included: CUDA context, cuBLAS workspace, fragmentation of the allocator']
+    if workload.compiled:
+        lines += ['not included: torch.compile, which keeps other activations']
     lines += [
-        f'keys and values of a text of {shape.block_size} tokens: {kept / 1e6:,.1f} MB in float32, '
-        'for each that is sampled or served'
+        f'KV cache for inference: {kept / 1e6:,.1f} MB per sequence of {shape.block_size} tokens '
+        'in float32'
     ]
     if memory is None:
-        return True, '\n'.join([*lines, f'nobody here says how much memory {where} has'])
+        return True, '\n'.join([*lines, f'the memory of {where} is unknown'])
     fits = libraries + high * held.total() <= memory
     lines += [
         f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB of {where} that '
-        f'{"each process can have" if case.ranks > 1 else "are free"}'
+        f'{"each process can have" if workload.ranks > 1 else "are free"}'
     ]
     if not fits:
-        options = savings(case, memory, fresh)
+        options = suggest_savings(workload, memory, fresh)
         enough = options and options[0][1] <= memory
-        lines += ['what would:' if enough else 'nothing here would; the nearest:']
+        lines += ['changes that fit:' if enough else 'no change fits; the closest:']
         lines += [f'  {text:<72}{size / 1e9:8,.1f} GB' for text, size in options]
     return fits, '\n'.join(lines)

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: metrics.jsonl and loss.png, TensorBoard and wandb by a setting."""
+"""Metrics of a run: metrics.jsonl and loss.png; TensorBoard and wandb if enabled."""
 
 import errno
 import html
@@ -18,7 +18,7 @@ from flatgpt.training.state import TrainState
 
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
-    """The lines of metrics.jsonl; what is none, as a kill can leave it, is left out."""
+    """The lines of metrics.jsonl, without invalid ones, such as one cut short by a kill."""
     lines = []
     path = Path(out_dir) / 'metrics.jsonl'
     text = path.read_text(encoding='utf-8', errors='replace') if path.exists() else ''
@@ -28,8 +28,8 @@ def read_metrics(out_dir: str | Path) -> list[dict]:
     return [line for line in lines if isinstance(line, dict) and type(line.get('step')) is int]
 
 
-def run_lines(config: dict, model, data, runtime, tokens_per_step: int) -> str:
-    """What is trained on what by what, before the first step."""
+def format_setup(config: dict, model, data, runtime, tokens_per_step: int) -> str:
+    """The model, data and machine, printed before the first step."""
     return (
         f'model: {config["arch"]}, {model.num_params() / 1e6:,.2f}M parameters, '
         f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
@@ -39,7 +39,7 @@ def run_lines(config: dict, model, data, runtime, tokens_per_step: int) -> str:
     )
 
 
-def losses_line(step: int, losses: dict[str, float]) -> str:
+def format_losses(step: int, losses: dict[str, float]) -> str:
     """'step 0: train loss 4.1, val loss 4.2, on books 4.3, reward margin 0.1'"""
     shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
     shown += [f'on {k[12:]} {v:.4f}' for k, v in losses.items() if k[:12] == 'val_loss_on_']
@@ -48,8 +48,8 @@ def losses_line(step: int, losses: dict[str, float]) -> str:
     return f'step {step}: {", ".join(shown)}'
 
 
-def end_line(state: TrainState, objective: str) -> str:
-    """The validation loss that a run ended with, the best, and how long it took."""
+def format_result(state: TrainState, objective: str) -> str:
+    """The final validation loss, the best, and the time."""
     losses = state.losses
     bpb = f', {losses["val_bpb"]:.4f} bits per byte' if 'val_bpb' in losses else ''
     best = f'; best {state.best_val_loss:.4f}' if state.stale else ''
@@ -59,7 +59,7 @@ def end_line(state: TrainState, objective: str) -> str:
 
 
 class Progress:
-    """The progress line, or plain lines where nobody watches a terminal; and the speed."""
+    """The progress bar, or plain lines without a terminal; and the speed."""
 
     BAR = 'step {n}/{total} |{bar:24}| {desc}, ETA {remaining}'
 
@@ -71,7 +71,7 @@ class Progress:
         self.seconds = self.steps = 0  # since the last status
 
     def advance(self, seconds: float) -> None:
-        """One more step is done; `seconds` is what its computation took."""
+        """Count a step that took `seconds`."""
         self.step, self.steps, self.seconds = self.step + 1, self.steps + 1, self.seconds + seconds
         self.bar.update()
 
@@ -79,7 +79,7 @@ class Progress:
         return self.steps / self.seconds
 
     def status(self, text: str) -> str:
-        """Show `text` in the moving line -> '', or the plain line to print instead."""
+        """Show `text` in the progress bar -> '', or the plain line to print instead."""
         eta = tqdm.format_interval((self.total - self.step) * self.seconds / self.steps)
         self.seconds = self.steps = 0
         self.bar.set_description_str(text, refresh=False)
@@ -90,17 +90,17 @@ class Progress:
 
 
 class Tracker:
-    """Writes each logged step to metrics.jsonl and to the trackers the settings ask for.
+    """Writes each logged step to metrics.jsonl and to the enabled trackers.
 
-    One that fails costs a warning, and what it would have shown: no run ends for it.
+    A tracker that fails gives one warning and loses data; it never stops a run.
     """
 
     def __init__(
         self, out_dir: str | Path, config: dict, step: int, report: Callable[[str], object] = print
     ):
-        """step: where the run stands. Lines past it are dropped: those steps are made again.
+        """step: the current step. Later lines are dropped: their steps are trained again.
 
-        UserError for a tracker that is not installed, and a folder that cannot be written.
+        UserError if a tracker is not installed or the directory cannot be written.
         """
         self.report, self.warned, self.sinks = report, set(), {}
         for name in SINKS:
@@ -115,7 +115,7 @@ class Tracker:
             raise UserError(f'{name}_log=True needs: pip install -e ".[all]"') from error
 
     def _try(self, name: str, do: Callable, *arguments) -> None:
-        """Do it, and warn of the first failure of each sink."""
+        """Call do(); report only the first failure of each sink."""
         try:
             do(*arguments)
         except UserError:
@@ -126,13 +126,13 @@ class Tracker:
                 self.report(f'warning: {name}: {reason_of(error)}; {SINK_TROUBLE[name]}')
 
     def log(self, step: int, **values) -> None:
-        """values: numbers; None is left out, and what is not finite is null in the file."""
+        """values: numbers. None is omitted; the file has null for non-finite values."""
         values = {key: value for key, value in values.items() if value is not None}
         for name, sink in self.sinks.items():
             self._try(name, sink.log, step, values)
 
     def log_text(self, step: int, text: str) -> None:
-        """What the model writes, for the trackers that the settings ask for."""
+        """Log a generated sample to the enabled trackers."""
         for name, sink in self.sinks.items():
             self._try(name, sink.log_text, step, text)
 
@@ -149,18 +149,18 @@ class MetricsFile:
         with atomic_file(path) as part:
             part.write_text(''.join(json.dumps(line) + '\n' for line in kept), encoding='utf-8')
         self.file = open(path, 'ab', buffering=0)  # a line is on disk as soon as it is logged
-        self.cut = False  # whether the last line ends before its time
+        self.cut = False  # whether the last line is incomplete
 
     def log(self, step: int, values: dict) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = json.dumps({'step': step, **finite}).encode() + b'\n'
         line, self.cut = (b'\n' if self.cut else b'') + line, True
-        if self.file.write(line) < len(line):  # what a disk does before it says that it is full
+        if self.file.write(line) < len(line):  # a short write, which precedes ENOSPC
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.cut = False
 
     def log_text(self, step: int, text: str) -> None:
-        """Texts are no metrics."""
+        """Samples are not logged here."""
 
     def close(self) -> None:
         self.file.close()
@@ -177,7 +177,7 @@ class TensorBoard:
             self.writer.add_scalar(key, value, step)
 
     def log_text(self, step: int, text: str) -> None:
-        # its texts are Markdown, in which an indent means verbatim
+        # TensorBoard renders Markdown, where an indent means verbatim
         self.writer.add_text('sample', textwrap.indent(text, '    '), step)
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ class Wandb:
         self.run.log(values, step=step)
 
     def log_text(self, step: int, text: str) -> None:
-        page = self.html(f'<pre>{html.escape(text)}</pre>')  # it becomes a file
+        page = self.html(f'<pre>{html.escape(text)}</pre>')  # wandb stores it as a file
         self.run.log({'sample': page}, step=step)
 
     def close(self) -> None:
@@ -205,14 +205,14 @@ class Wandb:
 
 SINKS = {'tensorboard': TensorBoard, 'wandb': Wandb}
 SINK_TROUBLE = {
-    'metrics.jsonl': 'lines are missing in it, and in loss.png',
-    'tensorboard': 'its curves have gaps, metrics.jsonl has all',
-    'wandb': 'metrics.jsonl has all; see `wandb login`, or set WANDB_MODE=offline to log to disk',
+    'metrics.jsonl': 'it and loss.png miss some steps',
+    'tensorboard': 'its curves have gaps, but metrics.jsonl is complete',
+    'wandb': 'metrics.jsonl has all; run `wandb login`, or set WANDB_MODE=offline to log to disk',
 }
 
 
 def draw_loss(out_dir: str | Path) -> Path:
-    """Draw the run's training and validation loss against the step -> the picture's path."""
+    """Plot the training and validation loss of a run -> the path of the image."""
     lines = read_metrics(out_dir)
     figure, (axes,) = plot('step')
     axes.plot(*points(lines, 'step', 'loss'), lw=1, alpha=0.5, label='training batch')
@@ -228,14 +228,16 @@ def draw_loss(out_dir: str | Path) -> Path:
 
 
 def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:
-    """Draw the losses of several runs against the steps and the seconds since each one's start."""
-    figure, panels = plot('step', 'seconds since the start, evaluation included')
+    """Plot the losses of several runs against steps and seconds."""
+    figure, panels = plot('step', 'seconds since the start, including evaluation')
     for number, out_dir in enumerate(out_dirs):
         if not (Path(out_dir) / 'metrics.jsonl').is_file():
-            raise UserError(f'{out_dir}: there is no metrics.jsonl; give the folder of a run')
+            raise UserError(f'{out_dir}: has no metrics.jsonl; give a run directory')
         lines = read_metrics(out_dir)
         if not points(lines, 'seconds', 'val_loss')[0]:
-            raise UserError(f'{out_dir}: its metrics.jsonl has no evaluation with its seconds')
+            raise UserError(
+                f'{out_dir}: its metrics.jsonl has no evaluation; give a run with at least one'
+            )
         for axes, x in zip(panels, ('step', 'seconds'), strict=True):
             axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.8, alpha=0.4)
             along, losses = points(lines, x, 'val_loss')
@@ -245,24 +247,24 @@ def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:
     try:
         path = Path(picture)
         return write(figure, path if path.suffix else path.with_suffix('.png'))
-    except (OSError, ValueError) as error:  # no such folder, no such kind of picture
+    except (OSError, ValueError) as error:  # no such directory or image format
         raise UserError(f'{picture}: {error}') from error
 
 
 def printable(out_dir: str | Path) -> str:
-    """The folder's name; what no encoding has in it becomes a question mark."""
+    """The directory's name, with ? for what cannot be encoded."""
     return Path(out_dir).name.encode(errors='replace').decode()
 
 
 def points(lines: list[dict], x: str, y: str) -> tuple[list, list]:
-    """The values of two keys, of the lines that have both."""
+    """The values of two keys, from the lines that have both."""
     both = [line for line in lines if line.get(x) is not None and line.get(y) is not None]
     return [line[x] for line in both], [line[y] for line in both]
 
 
 def plot(*xlabels: str):
-    """A figure, and one pair of axes for each of the xlabels, with the loss upwards."""
-    from matplotlib.figure import Figure  # no pyplot: nothing here needs a screen
+    """A figure with one panel per x-label; the y-axis is the loss."""
+    from matplotlib.figure import Figure  # not pyplot: no display is needed
 
     figure = Figure(figsize=(2 + 6 * len(xlabels), 4.5), dpi=120, layout='tight')
     panels = figure.subplots(1, len(xlabels), sharey=True, squeeze=False)[0]
@@ -275,7 +277,7 @@ def plot(*xlabels: str):
 
 def write(figure, path: Path) -> Path:
     for text in figure.axes[0].legend(frameon=False).get_texts():
-        text.set_parse_math(False)  # a folder may have a $ in its name
-    with atomic_file(path) as part:
+        text.set_parse_math(False)  # a name may contain $
+    with new_file(path) as part:
         figure.savefig(part, format=path.suffix[1:])
     return path

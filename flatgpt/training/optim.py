@@ -1,12 +1,12 @@
 """
-Muon, an optimizer for the matrices inside a model's blocks (Jordan et al. 2024), beside AdamW.
+Muon (Jordan et al. 2024), an optimizer for the matrices of the blocks, used together with AdamW.
 
     optimizers = build_optimizers('muon', model, learning_rate=4e-3, muon_lr=0.02, ...)
 
-The update is Nesterov's momentum with its singular values brought near 1, so that every direction
-of a matrix learns at the same pace. https://kellerjordan.github.io/posts/muon/; torch.optim.Muon
-computes the same one matrix at a time. Embeddings, the head, gains and biases stay with AdamW.
-GPT-2 holds queries, keys and values in one matrix, which Muon takes as the one it is.
+The update is Nesterov momentum with its singular values set to about 1, so that all directions of a
+matrix learn at the same rate. https://kellerjordan.github.io/posts/muon/. torch.optim.Muon computes
+the same, one matrix at a time. AdamW trains the embeddings, the head, norms and biases. Muon treats
+GPT-2's fused query, key and value matrix as one matrix.
 """
 
 import inspect
@@ -20,14 +20,16 @@ from flatgpt.parallel import compute_device, full_tensor, shard_like, to_local
 
 
 def orthogonalize(stack, steps: int = 5):
-    """Singular values of stack (N, R, C), R <= C, to about 1 by a Newton-Schulz iteration.
+    """Set the singular values of stack (N, R, C), R <= C, to about 1 by Newton-Schulz iteration.
 
-    The quintic's coefficients are Jordan's: steepest at zero, so that few steps do, at the price
-    of ending between 0.7 and 1.2. In bfloat16, whose rounding matters less than that.
+    The coefficients of the quintic are Jordan's: steep at zero, so that few steps suffice, but the
+    values end between 0.7 and 1.2. In bfloat16, whose rounding error is smaller than that.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = stack.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # the largest is now at most 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(
+        min=1e-7
+    )  # the largest singular value is now at most 1
     for _ in range(steps):
         gram = x @ x.mT  # (N, R, R)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -35,10 +37,10 @@ def orthogonalize(stack, steps: int = 5):
     return x
 
 
-class Uncompiled(torch.optim.Optimizer):
-    """An optimizer's methods without the wrappers that keep torch.compile out of them.
+class UnwrappedOptimizer(torch.optim.Optimizer):
+    """An optimizer without the wrappers that exclude its methods from torch.compile.
 
-    Those import the compiler: a second of every start, for nothing, as none is compiled here.
+    They import the compiler, which takes a second, and nothing is compiled here.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -46,21 +48,21 @@ class Uncompiled(torch.optim.Optimizer):
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
 
-class AdamW(Uncompiled, torch.optim.AdamW):
+class AdamW(UnwrappedOptimizer, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
-class Muon(Uncompiled):
-    """Muon over 2-dimensional parameters; matrices of one shape are orthogonalised together.
+class Muon(UnwrappedOptimizer):
+    """Muon for 2-dimensional parameters; matrices of equal shape are orthogonalized together.
 
-    lr is for a square matrix; a tall one (R, C) takes lr * sqrt(R / C). Weight decay is decoupled,
-    as AdamW's. Under DDP every rank sees the same gradients and makes the same update; of a sharded
-    model, every rank has the whole matrix for as long as it takes, on its GPU if it has one.
+    lr is for a square matrix; a tall one (R, C) gets lr * sqrt(R / C). Weight decay is decoupled,
+    as in AdamW. Under DDP every rank computes the same update from the same gradients. With a
+    sharded model, every rank gathers the whole matrix, on its GPU if it has one.
     """
 
     def __init__(self, params, lr, weight_decay, momentum, compile=False):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-        # one graph a shape: a resumed process must not meet them in another order
+        # one graph per shape: dynamic ones would depend on the order in which shapes come
         self.orthogonalize = (
             torch.compile(orthogonalize, dynamic=False) if compile else orthogonalize
         )
@@ -69,12 +71,16 @@ class Muon(Uncompiled):
     def step(self):
         for group in self.param_groups:
             lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
-            alike = defaultdict(list)  # a matrix and the transpose of another make one stack
+            by_shape = defaultdict(
+                list
+            )  # tall matrices are transposed, to share a stack with wide ones
             for parameter in group['params']:
                 if parameter.grad is not None:
-                    alike[tuple(sorted(parameter.shape))].append(parameter)
-            for parameters in alike.values():
-                stack = [wide(whole_to_compute(self.nesterov(p, momentum))) for p in parameters]
+                    by_shape[tuple(sorted(parameter.shape))].append(parameter)
+            for parameters in by_shape.values():
+                stack = [
+                    transpose_tall(gather_matrix(self.nesterov(p, momentum))) for p in parameters
+                ]
                 updates = self.orthogonalize(torch.stack(stack))
                 for parameter, update in zip(parameters, updates, strict=True):
                     rows, columns = parameter.shape
@@ -83,7 +89,7 @@ class Muon(Uncompiled):
                     mine.add_(to_local(update), alpha=-lr * math.sqrt(max(1, rows / columns)))
 
     def nesterov(self, parameter, momentum: float):
-        """The gradient's running mean, one step ahead."""
+        """The Nesterov momentum: the running mean of the gradient, one step ahead."""
         state = self.state[parameter]
         if not state:
             state['momentum_buffer'] = torch.zeros_like(parameter)
@@ -91,12 +97,12 @@ class Muon(Uncompiled):
         return parameter.grad.lerp(mean, momentum)
 
 
-def whole_to_compute(matrix):
-    """All of a matrix in bfloat16; that of an offloaded model goes to the GPU first."""
-    return full_tensor(matrix.to(compute_device(matrix), torch.bfloat16))
+def gather_matrix(matrix):
+    """The whole matrix in bfloat16; an offloaded one is copied to the GPU first."""
+    return whole(matrix.to(computing_device(matrix), torch.bfloat16))
 
 
-def wide(matrix):
+def transpose_tall(matrix):
     return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
 
 
@@ -111,23 +117,25 @@ def build_optimizers(
     weight_decay: float,
     compile: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """'adamw': AdamW for all. 'muon': Muon for the blocks' matrices, AdamW for what is left.
+    """'adamw': AdamW for all. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
 
-    Each group's lr_ratio is its learning rate as a multiple of AdamW's, for a common schedule.
+    The lr_ratio of a group is its learning rate divided by AdamW's: one schedule serves both.
     """
     if name == 'adamw':
         groups, muon = model.param_groups(weight_decay), []
     else:
         if not learning_rate:
             raise ConfigError(
-                "learning_rate=0: optimizer='muon' takes its schedule from it; give one above 0, "
-                "or optimizer='adamw'"
+                "learning_rate=0: optimizer='muon' scales its schedule by it; use "
+                'a --learning_rate above 0 or --optimizer=adamw'
             )
         matrices = model.block_matrices()
         if not matrices:
-            raise ConfigError("optimizer='muon': the model has no matrix to train; take 'adamw'")
-        # embeddings and head do not decay, as NanoChat trains
-        groups = model.param_groups(weight_decay=0.0, exclude=matrices)
+            raise ConfigError(
+                "optimizer='muon': the model has no matrix to train; use --optimizer=adamw"
+            )
+        # no weight decay for the embeddings and the head, as in nanochat
+        groups = model.param_groups(weight_decay=0.0, leave_out=matrices)
         muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     for optimizer in (adamw, *muon):

@@ -1,17 +1,18 @@
 """
-Before a long run: is everything there, and will it last?
+Preflight checks before a long run.
 
-$ python train.py train_gpt2 --check     # one line for each thing looked at; nothing is written
-$ python train.py train_gpt2 --plan      # the memory alone, and what to change if it is too little
+$ python train.py train_gpt2 --check     # one line per check; nothing is written
+$ python train.py train_gpt2 --plan      # memory only, with suggestions if it does not fit
 
-A line begins with ok, warning or no, and says how to mend what is wrong. The exit status is 0 for
-go and 2 for no-go. Under torchrun every process looks at its own device, and the first at the rest.
+A line starts with ok, warning or no, and has the fix. The exit status is 0 for go, 2 for no-go.
+Under torchrun every rank checks its device and memory; rank 0 checks the rest.
 """
 
 import hashlib
 import importlib.util
 import netrc
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -50,12 +51,18 @@ from flatgpt.files import free_bytes, nearest_existing, read_json
 from flatgpt.runtime import Runtime, room
 from flatgpt.training import run_directory
 from flatgpt.training.loss import loss_of
-from flatgpt.training.memory import case_of, checkpoint_size, host_lack, least, verdict
+from flatgpt.training.memory import (
+    check_fit,
+    checkpoint_size,
+    host_memory_problem,
+    min_bytes,
+    workload_of,
+)
 from flatgpt.training.validate import (
     SHAPE,
     check_new_model,
-    check_same,
     check_short_blocks,
+    check_unchanged,
     is_resuming,
     lint_settings,
     padded_vocab_size,
@@ -64,29 +71,29 @@ from flatgpt.training.validate import (
 )
 from model import GPT, GPTConfig
 
-READ_ALL = 2**32  # bytes of a dataset up to which every id is looked at; a large one is sampled
-PIECE = 2**22  # bytes read at a time
-PIECES = 64  # of each file of a large one
-# layers, heads and width of the sizes that OpenAI released, and of the distilled one
+READ_ALL_BYTES = 2**32  # datasets up to this size are read completely; larger ones are sampled
+PIECE_BYTES = 2**22  # read at a time
+PIECES_PER_FILE = 64  # of a sampled dataset
+# layers, heads and width of the GPT-2 models of OpenAI, and of DistilGPT2
 SIZES = dict(zip(RELEASED, ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600),
                             (6, 12, 768)), strict=True))  # fmt: skip
 
 
 def preflight(config: dict, runtime: Runtime) -> int:
-    """Print what was found -> the exit status. With config['plan'], of the memory alone."""
-    check = Preflight(config, runtime)
-    asked = ['memory'] if not config['check'] else list(SUBJECTS)
-    asked = asked if runtime.is_main else [name for name in asked if name in ('device', 'memory')]
-    mine = [(name, *line) for name in asked for line in check.look(name)]
-    worst, told = any(level == 'no' for _, level, _ in mine), set()
-    for rank, lines in enumerate(gathered(mine, runtime)):
+    """Run and print the checks (with config['plan']: memory only) -> the exit status."""
+    checks = Preflight(config, runtime)
+    asked = ['memory'] if not config['check'] else list(CHECKS)
+    asked = asked if runtime.main else [name for name in asked if name in ('device', 'memory')]
+    mine = [(name, *line) for name in asked for line in checks.run_check(name)]
+    worst, printed = any(level == 'no' for _, level, _ in mine), set()
+    for rank, lines in enumerate(gather_from_ranks(mine, runtime)):
         worst = worst or any(level == 'no' for _, level, _ in lines)
-        for name, level, text in lines if runtime.is_main else ():
-            if level == 'no' and text in told:  # one mistake, which is in the way of much
+        for name, level, text in lines if runtime.main else ():
+            if level == 'no' and text in printed:  # one mistake can fail several checks
                 continue
-            told.add(text)
+            printed.add(text)
             of = f' of rank {rank}' if rank else ''
-            plain = not config['check'] and '\n' in text  # a table, of which no line is an error
+            plain = not config['check'] and '\n' in text  # a table, not an error line
             if not rank or level != 'ok':
                 print(text if plain else f'{level:<8} {name}{of}: {text}', flush=True)
     if runtime.is_main and config['check']:
@@ -94,8 +101,8 @@ def preflight(config: dict, runtime: Runtime) -> int:
     return 2 if worst else 0
 
 
-def gathered(mine: list, runtime: Runtime) -> list[list]:
-    """What each rank found, on every rank."""
+def gather_from_ranks(mine: list, runtime: Runtime) -> list[list]:
+    """The results of all ranks, on every rank."""
     if runtime.world_size == 1:
         return [mine]
     everyone: list = [None] * runtime.world_size
@@ -104,7 +111,7 @@ def gathered(mine: list, runtime: Runtime) -> list[list]:
 
 
 class Preflight:
-    """What is looked at, each by a method of its name that gives (level, text)."""
+    """The checks: check_NAME() yields (level, text)."""
 
     def __init__(self, config: dict, runtime: Runtime):
         self.config, self.runtime, self.resuming = config, runtime, is_resuming(config)
@@ -112,42 +119,42 @@ class Preflight:
         self.shape: GPTConfig | None = None
         self.data: Dataset | Mixture | None = None
 
-    def look(self, name: str) -> list[tuple[str, str]]:
+    def run_check(self, name: str) -> list[tuple[str, str]]:
         try:
-            return list(getattr(self, name)())
+            return list(getattr(self, f'check_{name}')())
         except UserError as error:
             return [('no', str(error))]
 
     # --- the model and the machine
 
-    def settings(self) -> Iterator[tuple[str, str]]:
-        shape, source = self.find_shape(), self.source()
+    def check_settings(self) -> Iterator[tuple[str, str]]:
+        shape, source = self.model_shape(), self.model_source()
         if source == 'scratch':
             check_new_model(self.config)
         check_short_blocks(self.config, shape.block_size)
         yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
         on_hub = source != 'scratch' and not Path(source).exists()
-        if on_hub and not is_cached(source):
-            yield 'warning', f'{source} is not here: the run fetches it from the hub first'
+        if on_hub and not is_fetched(source):
+            yield 'warning', f'{source} is not downloaded yet: the run does that first'
 
-    def find_shape(self) -> GPTConfig:
-        """The shape of the model that will be trained; no weight is read for it."""
+    def model_shape(self) -> GPTConfig:
+        """The shape of the model to train, without reading weights."""
         if self.shape is None:
-            source, config = self.source(), self.config
+            source, config = self.model_source(), self.config
             if source == 'scratch':
                 shape = {name: config[name] for name in SHAPE} | {'vocab_size': self.vocab_size()}
             elif isinstance(source, Path):
                 shape = shape_in(source)
             else:
-                shape = foreign_shape(source)
+                shape = external_shape(source)
             if not self.resuming:
                 shape['block_size'] = min(shape.get('block_size', 1024), config['block_size'])
             with as_config_error():
                 self.shape = GPTConfig(**{**shape, 'dropout': config['dropout']})
         return self.shape
 
-    def source(self) -> Path | str:
-        """Where the model comes from: a checkpoint, 'scratch', or what others made."""
+    def model_source(self) -> Path | str:
+        """Where the model comes from: a checkpoint, 'scratch', or an external model."""
         where = self.config['init_from']
         if self.resuming:
             mirror = self.config['checkpoint_mirror']
@@ -155,7 +162,10 @@ class Preflight:
             if paths:
                 return paths[-1]
             if where == 'resume':
-                raise CheckpointError(f'{self.out_dir} has no checkpoint to resume from')
+                raise CheckpointError(
+                    f'{self.out_dir} has no checkpoint to resume from; start a run with '
+                    '--init_from=scratch'
+                )
         if where == 'scratch' or is_foreign(where):
             return where
         if is_adapter(where):
@@ -165,104 +175,106 @@ class Preflight:
         return list_checkpoints(where)[-1] if list_checkpoints(where) else find(where)
 
     def vocab_size(self) -> int:
-        """Of a new model for the dataset; GPT-2's where there is none yet."""
+        """That of a new model for the dataset; GPT-2's if it is not prepared."""
         with suppress(UserError):
             meta = read_meta(resolve_dataset(dataset_names(self.config['dataset'])[0])[0])
             return padded_vocab_size(meta['vocab_size'])
         return GPTConfig.vocab_size
 
-    def device(self) -> Iterator[tuple[str, str]]:
-        with self.runtime.autocast():  # a driver that is there may still not work
+    def check_device(self) -> Iterator[tuple[str, str]]:
+        with self.runtime.autocast():  # an installed driver may still not work
             a = torch.ones(64, 64, device=self.runtime.device)
             result = (a @ a).sum().item()
         good = result == 64**3
-        yield 'ok' if good else 'no', f'{self.runtime}' + ('' if good else ' multiplies wrongly')
+        yield (
+            'ok' if good else 'no',
+            f'{self.runtime}'
+            + ('' if good else ' computes wrong matrix products; use another --device'),
+        )
 
-    def batch(self) -> Iterator[tuple[str, str]]:
+    def check_batch(self) -> Iterator[tuple[str, str]]:
         config = self.config
         rows = config['gradient_accumulation_steps'] * config['batch_size']
-        mine, at_once = self.runtime.split_batch(rows, config['batch_size'])
-        tokens = rows * self.find_shape().block_size
+        mine, at_once = self.runtime.share(rows, config['batch_size'])
+        tokens = rows * self.model_shape().block_size
         yield (
             'ok',
-            f'{rows} sequences or {tokens:,} tokens an update: {self.runtime.world_size} '
-            f'process(es), each {mine // at_once} times {at_once}',
+            f'{rows} sequences or {tokens:,} tokens per update: {self.runtime.world_size} '
+            f'process(es), each with {mine // at_once} micro-batches of {at_once}',
         )
         if at_once < config['batch_size']:
-            yield 'warning', f'{mine} sequences of a process are not a multiple of batch_size'
+            yield 'warning', f'{mine} sequences per process are not a multiple of batch_size'
 
-    def memory(self) -> Iterator[tuple[str, str]]:
-        shape = self.find_shape()
-        fresh = self.source() == 'scratch'
-        fits, table = verdict(case_of(self.config, shape, self.runtime), self.runtime, fresh)
-        first = dataset_names(self.config['dataset'])[0]
-        if fresh and not is_prepared(resolve_dataset(first)[0]):
-            table += f'\ndataset {first} is not there: assumed are 50,304 tokens'
+    def check_memory(self) -> Iterator[tuple[str, str]]:
+        shape = self.model_shape()
+        fresh = self.model_source() == 'scratch'
+        fits, table = check_fit(workload_of(self.config, shape, self.runtime), self.runtime, fresh)
+        first = names_in(self.config['dataset'])[0]
+        if fresh and not is_prepared(folder_of(first)[0]):
+            table += f'\ndataset {first} is not prepared: assuming a vocabulary of 50,304 tokens'
         yield 'ok' if fits else 'no', table.replace('\n', '\n  ') if self.config['check'] else table
 
-    def compile(self) -> Iterator[tuple[str, str]]:
+    def check_compile(self) -> Iterator[tuple[str, str]]:
         if not self.runtime.wants_compile(self.config['compile']):
             yield 'ok', 'off'
             return
-        small = GPTConfig(64, 256, n_layer=1, n_head=2, n_embd=64, arch=self.find_shape().arch)
+        small = GPTConfig(64, 256, n_layer=1, n_head=2, n_embd=64, arch=self.model_shape().arch)
         idx = torch.zeros(2, 64, dtype=torch.long, device=self.runtime.device)
-        said: list[str] = []
+        lines: list[str] = []
         model = GPT(small).to(self.runtime.device)
         _, good = self.runtime.try_compile(
-            torch.compile, model, [{'x': idx, 'y': idx}], said.append, loss_of
+            torch.compile, model, [{'x': idx, 'y': idx}], lines.append, loss_of
         )
-        yield ('ok', 'works on a small model') if good else ('warning', said[-1])
+        yield ('ok', 'works on a small model') if good else ('warning', lines[-1])
 
     # --- the data
 
-    def dataset(self) -> Iterator[tuple[str, str]]:
-        config, names = self.config, dataset_names(self.config['dataset'])
+    def check_dataset(self) -> Iterator[tuple[str, str]]:
+        config, names = self.config, names_in(self.config['dataset'])
         for name in names:
             if '://' in name:
-                yield 'warning', f'{name} is looked at when the run copies it'
+                yield 'warning', f'{name} is checked when the run copies it'
                 return
-            yield from self.part(name)
-        if all(is_prepared(resolve_dataset(name)[0]) for name in names):
-            block = self.find_shape().block_size
+            yield from self.check_part(name)
+        if all(is_prepared(folder_of(name)[0]) for name in names):
+            block = self.model_shape().block_size
             where = config['dataset'], block, config['seed'], config['objective']
             self.data = open_data(*where)
 
-    def part(self, dataset: str) -> Iterator[tuple[str, str]]:
-        where, is_path = resolve_dataset(dataset)
+    def check_part(self, dataset: str) -> Iterator[tuple[str, str]]:
+        where, is_path = folder_of(dataset)
         if not is_prepared(where):
             if is_path or not prepare_script(where):
                 raise UserError(missing_dataset(dataset, is_path))
             size, command = download_gb(where), prepare_command(where)
             if size > 1:
-                raise UserError(f'{where.name} is not prepared: {command} fetches {size} GB for it')
-            yield 'warning', f'{where.name} is not prepared; the run does that first: {command}'
+                raise UserError(
+                    f'{where.name} is not prepared: run {command}, which downloads {size} GB'
+                )
+            yield 'warning', f'{where.name} is not prepared: the run does that first ({command})'
             return
         config = self.config
-        block = self.find_shape().block_size
+        block = self.model_shape().block_size
         data = Dataset(where, block, config['seed'], config['objective'])
         counts = ', '.join(f'{data.tokens[split]:,} {split}' for split in SPLITS)
         yield 'ok', f'{where.name}: {counts} tokens in windows of {data.block_size}'
         yield from check_shards(data, self.runtime.is_interactive, 'prepare the dataset again')
         if config['data_cache']:
-            yield from self.copy_of(where)
-        if data.vocab_size > self.find_shape().vocab_size:
+            yield from self.check_cached_copy(where)
+        if data.vocab_size > self.model_shape().vocab_size:
             raise UserError(
-                f'it has {data.vocab_size} different tokens, and the model only '
-                f'{self.find_shape().vocab_size}: prepare it with the tokenizer of the model'
+                f'{where.name} has a vocabulary of {data.vocab_size} tokens, and the model only '
+                f'{self.model_shape().vocab_size}: prepare it with the tokenizer of the model'
             )
 
-    def copy_of(self, source: Path) -> Iterator[tuple[str, str]]:
-        from flatgpt.data.cache import (  # requests is slow to import
-            cache_folder,
-            is_complete,
-            read_small_file,
-        )
+    def check_cached_copy(self, source: Path) -> Iterator[tuple[str, str]]:
+        from flatgpt.data.cache import fetched, is_whole, place_in  # requests is slow to import
 
         cache = self.config['data_cache']
         copy = place_in(cache, source, fetched(str(source), 'meta.json'))
-        if not os.access(nearest_existing(cache), os.W_OK):
-            raise UserError(f'data_cache={cache!r}: cannot be written; give another folder')
-        if is_complete(copy):
+        if not os.access(existing(cache), os.W_OK):
+            raise UserError(f'data_cache={cache!r}: is not writable; choose another --data_cache')
+        if is_whole(copy):
             data = Dataset(copy, 1, objective=self.config['objective'])
             yield from check_shards(data, self.runtime.is_interactive, 'delete this copy')
             return
@@ -270,10 +282,10 @@ class Preflight:
         text = f'{copy}: will be {size / 1e9:,.2f} GB, {free_bytes(cache) / 1e9:,.2f} GB free'
         yield 'ok' if size < free_bytes(cache) else 'no', text
 
-    def tokenizer(self) -> Iterator[tuple[str, str]]:
+    def check_tokenizer(self) -> Iterator[tuple[str, str]]:
         if self.data is None:
             return
-        source = self.source()
+        source = self.model_source()
         its = tokenizer_in(source) if isinstance(source, Path) else None
         try:
             name = self.data.tokenizer.name
@@ -283,27 +295,30 @@ class Preflight:
         if its is not None and its != self.data.tokenizer:
             yield (
                 'no',
-                f"the dataset's is {name}, that of {source} is another ({its.name}): prepare the "
-                'text with that',
+                f'the dataset has the {name} tokenizer, and {source} another one ({its.name}): '
+                f'prepare the dataset with --tokenizer={shlex.quote(str(source))}',
             )
         elif its is None and source != 'scratch':
-            yield 'warning', f"the dataset's is {name}; that of {source} is seen when it is loaded"
+            yield (
+                'warning',
+                f"the dataset's is {name}; that of {source} is checked when it is loaded",
+            )
         else:
             yield 'ok', name
 
-    def schedule(self) -> Iterator[tuple[str, str]]:
+    def check_schedule(self) -> Iterator[tuple[str, str]]:
         if self.data is None:
             return
-        validate_data({**self.config, 'block_size': self.find_shape().block_size}, self.data)
+        validate_data({**self.config, 'block_size': self.model_shape().block_size}, self.data)
         steps = steps_of(self.config, self.data)
         rows = self.config['gradient_accumulation_steps'] * self.config['batch_size']
         yield 'ok', f'{steps:,} steps, {steps * rows / self.data.n_windows:,.2f} epochs'
         for warning in lint_settings(self.config, self.data):
             yield 'warning', warning
 
-    # --- the folder
+    # --- the run directory
 
-    def folder(self) -> Iterator[tuple[str, str]]:
+    def check_folder(self) -> Iterator[tuple[str, str]]:
         config = self.config
         if config['out_dir'] is None:
             yield 'ok', 'a new one, out/<name>'
@@ -314,57 +329,63 @@ class Preflight:
                 try:
                     filelock.FileLock(lock).acquire(timeout=0).lock.release()
                 except filelock.Timeout:
-                    raise UserError(f'{self.out_dir}: another run is writing here') from None
-        if not os.access(nearest_existing(self.out_dir), os.W_OK):
-            raise UserError(f'{self.out_dir}: cannot be written; give another --out_dir')
+                    raise UserError(
+                        f'{self.out_dir}: another run is writing here; wait for its end or choose '
+                        'another --out_dir'
+                    ) from None
+        if not os.access(existing(self.out_dir), os.W_OK):
+            raise UserError(f'{self.out_dir}: is not writable; choose another --out_dir')
         if not self.resuming:
             if not config['overwrite']:
-                run_directory.check_free(self.out_dir, config['checkpoint_mirror'])
-            gone = len(list_checkpoints(self.out_dir))
+                run_directory.refuse_used(self.out_dir, config['checkpoint_mirror'])
+            gone = len(listed(self.out_dir))
             yield (
-                ('warning', f'{gone} checkpoints in it will be deleted') if gone else ('ok', 'free')
+                ('warning', f'its {gone} checkpoints will be deleted') if gone else ('ok', 'free')
             )
             return
-        yield from self.resumable()
+        yield from self.check_resume_point()
 
-    def resumable(self) -> Iterator[tuple[str, str]]:
-        path = None
-        if list_checkpoints(self.out_dir):
-            path = run_directory.resume_point(self.out_dir, self.config)
+    def check_resume_point(self) -> Iterator[tuple[str, str]]:
+        path = (
+            run_directory.resume_point(self.out_dir, self.config) if listed(self.out_dir) else None
+        )
         mirror = self.config['checkpoint_mirror']
         if path is None and mirror and list_checkpoints(mirror):
             path = list_checkpoints(mirror)[-1]
             verify(path)
         if path is None:
-            source = self.source()
-            yield 'ok', f'no checkpoint yet: begins from {source}'
+            source = self.model_source()
+            yield 'ok', f'no checkpoint yet: starts from {source}'
             return
         shape = GPTConfig(**{**shape_in(path), 'dropout': self.config['dropout']})
-        check_same(self.config, read_state(path)['config'], shape, path)
-        yield 'ok', f'goes on from {path}, whose hashes hold'
+        check_unchanged(self.config, read_state(path)['config'], shape, path)
+        yield 'ok', f'resumes from {path}, whose hashes match'
         step, last = read_state(path)['step'], self.config['max_iters']
         if step >= last and self.config['epochs'] is None:
-            yield 'warning', f'it is at step {step} of {last}: a larger --max_iters goes on'
+            yield (
+                'warning',
+                f'it is at step {step} of {last}: to train longer, increase --max_iters',
+            )
 
-    def disk(self) -> Iterator[tuple[str, str]]:
-        case = case_of(self.config, self.find_shape(), self.runtime)
-        size, kept = checkpoint_size(case), kept_at_once(self.config, self.data)
+    def check_disk(self) -> Iterator[tuple[str, str]]:
+        workload = workload_of(self.config, self.model_shape(), self.runtime)
+        size, kept = checkpoint_size(workload), max_checkpoints(self.config, self.data)
         for name in ('out_dir', 'checkpoint_mirror'):
             where = self.config[name] or (None if name == 'checkpoint_mirror' else 'out')
             if where is None:
                 continue
             there = len(listed(where))
-            free, need = free_bytes(where), size * max(2, kept + 1 - there)
-            if not os.access(nearest_existing(where), os.W_OK):
-                yield 'no', f'{where}: cannot be written; give another {name}'
+            free, need = free_on(where), size * max(2, kept + 1 - there)
+            if not os.access(existing(where), os.W_OK):
+                yield 'no', f'{where}: is not writable; choose another --{name}'
                 continue
             text = f'{where}: {kept} checkpoints of {size / 1e9:,.2f} GB, {free / 1e9:,.1f} GB free'
-            cure = '; make room, or --always_save_checkpoint=False or a larger --eval_interval'
-            yield ('ok', text) if free >= need else ('no', text + cure)
+            fix = '; free disk space, use --always_save_checkpoint=False or raise --eval_interval'
+            yield ('ok', text) if free >= need else ('no', text + fix)
 
     # --- the trackers
 
-    def trackers(self) -> Iterator[tuple[str, str]]:
+    def check_trackers(self) -> Iterator[tuple[str, str]]:
         used = [name for name in ('wandb', 'tensorboard') if self.config[f'{name}_log']]
         for name in used:
             if importlib.util.find_spec(name) is None:
@@ -374,17 +395,17 @@ class Preflight:
             else:
                 yield 'ok', name
         if not used:
-            yield 'ok', 'metrics.jsonl alone'
+            yield 'ok', 'only metrics.jsonl'
 
 
-SUBJECTS = (
+CHECKS = (
     'settings', 'device', 'batch', 'dataset', 'tokenizer', 'schedule', 'compile', 'memory',
     'folder', 'disk', 'trackers',
 )  # fmt: skip
 
 
-def foreign_shape(where: str) -> dict:
-    """The shape of what others made, from its config.json here or in the cache, or as known."""
+def external_shape(where: str) -> dict:
+    """The shape of an external model, from its config.json, local or cached."""
     path = Path(where)
     if where in SIZES:
         n_layer, n_head, n_embd = SIZES[where]
@@ -393,20 +414,24 @@ def foreign_shape(where: str) -> dict:
     if (path / 'config.json').is_file():
         return parse_model_config(read_json(path / 'config.json', where), where)
     path = path / 'ckpt.pt' if path.is_dir() else path
-    if path.is_file():  # nanoGPT's: only its settings are looked at
+    if path.is_file():  # nanoGPT's checkpoint: only its settings are read
         with suppress(Exception):
             return dict(torch.load(path, 'meta', weights_only=True, mmap=True)['model_args'])
-        raise CheckpointError(f'{where}: not a checkpoint of nanoGPT')
+        raise CheckpointError(
+            f'{where}: is not a nanoGPT checkpoint; give a ckpt.pt or a run directory'
+        )
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(where, 'config.json')
     if isinstance(cached, str):
-        return parse_model_config(read_json(Path(cached), where), where)
-    raise CheckpointError(f'{where}: not here yet, so its shape is not known; fetch it first')
+        return shape_of(read_json(Path(cached), where), where)
+    raise CheckpointError(
+        f'{where}: is not downloaded yet, so its shape is unknown; first run hf download {where}'
+    )
 
 
-def check_shards(data: Dataset, live: bool, cure: str) -> Iterator[tuple[str, str]]:
-    """Every id within the vocabulary, every hash as it was written; UserError names the file."""
+def check_shards(data: Dataset, live: bool, fix: str) -> Iterator[tuple[str, str]]:
+    """Check all token ids and hashes; UserError for the first bad file."""
     meta = read_meta(data.folder)
     shards = [shard for split in SPLITS for shard in meta['splits'][split]['shards']]
     files = [(data.folder / s['file'], s.get('sha256'), True) for s in shards]
@@ -414,40 +439,43 @@ def check_shards(data: Dataset, live: bool, cure: str) -> Iterator[tuple[str, st
         masks = ((mask_file(s['file']), s.get('mask_sha256')) for s in shards)
         files += [(data.folder / name, digest, False) for name, digest in masks]
     size = sum(path.stat().st_size for path, _, _ in files)
-    whole, hashed = size <= READ_ALL, 0
+    whole, hashed = size <= READ_ALL_BYTES, 0
     with tqdm(total=len(files), desc='reading the dataset', disable=not live, leave=False) as bar:
         for path, digest, ids in files:
             try:
-                found = read_through(path, meta['dtype'] if ids else None, data.vocab_size, whole)
+                found = scan_file(path, meta['dtype'] if ids else None, data.vocab_size, whole)
             except ValueError as error:
-                raise UserError(f'{error}: {cure}') from error
+                raise UserError(f'{error}: {fix}') from error
             if whole and digest and found != digest:
-                raise UserError(f'{path}: is not what was written: {cure}')
+                raise UserError(f'{path}: was changed or damaged: {fix}')
             hashed += bool(whole and digest)
             bar.update()
     if not whole:
         yield (
             'warning',
-            f'{size / 1e9:,.0f} GB are too many to read them all: {PIECES} pieces of each of '
-            f'{len(files)} files were, and no hash computed',
+            f'{size / 1e9:,.0f} GB are too much to read: {PIECES_PER_FILE} pieces of each of '
+            f'{len(files)} files were read, and no hash computed',
         )
     elif hashed < len(files):
-        yield 'ok', 'every id is in the vocabulary; there are no hashes to compare'
+        yield 'ok', 'every token id is in the vocabulary; there are no hashes to compare'
     else:
-        yield 'ok', f'every id is in the vocabulary, and the hashes of {len(files)} files hold'
+        yield (
+            'ok',
+            f'every token id is in the vocabulary, and the hashes of {len(files)} files match',
+        )
 
 
-def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) -> str:
-    """The sha256 of a file, all of whose ids are looked at, or those of some pieces.
+def scan_file(path: Path, dtype: str | None, vocab_size: int, whole: bool) -> str:
+    """Check the token ids of a file, or of pieces of it -> its sha256.
 
-    ValueError names the first that is not in the vocabulary.
+    ValueError for an id outside the vocabulary.
     """
     digest, size = hashlib.sha256(), path.stat().st_size
-    step = PIECE if whole else max(PIECE, size // PIECES // 4 * 4)
+    step = PIECE_BYTES if whole else max(PIECE_BYTES, size // PIECES_PER_FILE // 4 * 4)
     with path.open('rb') as file:
         for start in range(0, size, step):
             file.seek(start)
-            raw = file.read(PIECE)
+            raw = file.read(PIECE_BYTES)
             digest.update(raw)
             if dtype and raw:
                 ids = np.frombuffer(raw, np.dtype(dtype).newbyteorder('<'))
@@ -455,13 +483,13 @@ def read_through(path: Path, dtype: str | None, vocab_size: int, whole: bool) ->
                     at = start + int(ids.argmax()) * ids.itemsize
                     raise ValueError(
                         f'{path}: token id {ids.max()} at byte {at} is outside the vocabulary of '
-                        f'{vocab_size}'
+                        f'{vocab_size} tokens'
                     )
     return digest.hexdigest()
 
 
-def kept_at_once(config: dict, data: Dataset | Mixture | None) -> int:
-    """Checkpoints that a run leaves: the last two and the best, or that of every evaluation."""
+def max_checkpoints(config: dict, data: Dataset | Mixture | None) -> int:
+    """Checkpoints that a run keeps: the last two and the best, or one per evaluation."""
     every = config['eval_interval']
     steps = config['max_iters'] if data is None else steps_of(config, data)
     evaluations = 1 + (steps // every if every else 0)
@@ -469,7 +497,7 @@ def kept_at_once(config: dict, data: Dataset | Mixture | None) -> int:
 
 
 def wandb_credentials() -> bool:
-    """Whether wandb would find a key, or needs none; the key itself is not looked at."""
+    """Whether wandb has an API key or needs none; the key itself is not read."""
     if os.environ.get('WANDB_MODE') in ('offline', 'disabled', 'dryrun'):
         return True
     if os.environ.get('WANDB_API_KEY'):
@@ -480,18 +508,18 @@ def wandb_credentials() -> bool:
 
 
 def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
-    """What of this can be told at no cost, for the real run to warn of."""
-    case, memory = case_of(config, shape, runtime), available_memory(runtime)
-    if memory is not None and least(case) > memory:
+    """What of this can be printed at no cost, for the real run to warn of."""
+    workload, memory = workload_of(config, shape, runtime), room(runtime)
+    if memory is not None and min_bytes(workload) > memory:
         yield (
-            f'this needs {least(case) / 1e9:,.1f} GB at the least, and {memory / 1e9:,.1f} GB of '
-            f'{runtime.device} are free; the same command with --plan says what to change'
+            f'this needs at least {min_bytes(workload) / 1e9:,.1f} GB, and {runtime.device} has '
+            f'{memory / 1e9:,.1f} GB free; run the same command with --plan for suggestions'
         )
-    if lack := host_lack(case):
+    if lack := host_memory_problem(workload):
         yield lack
-    size, free = checkpoint_size(case), free_bytes(config['out_dir'])
+    size, free = checkpoint_size(workload), free_on(config['out_dir'])
     if free < 2 * size and not config['eval_only']:
         yield (
-            f'two checkpoints take {2 * size / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free in '
-            f'{config["out_dir"]}; make room, or give another --out_dir'
+            f'two checkpoints take {2 * size / 1e9:,.2f} GB, and {config["out_dir"]} has '
+            f'{free / 1e9:,.2f} GB free; free disk space or choose another --out_dir'
         )

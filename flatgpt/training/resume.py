@@ -1,9 +1,9 @@
 """
-What a run begins with: a new model, that of a run that is resumed, or one from elsewhere.
+What a run starts from: a new model, the checkpoint to resume from, or a pretrained model.
 
     path, lock = find_resume_checkpoint(config, runtime)    # None for a new run
     model, tokenizer, data = build(config, run)
-    choose_trained(model, config, print)
+    set_trainable(model, config, print)
 """
 
 import secrets
@@ -40,7 +40,7 @@ from flatgpt.training.state import TrainState
 from flatgpt.training.validate import (
     SHAPE,
     check_new_model,
-    check_same,
+    check_unchanged,
     is_resuming,
     lint_settings,
     padded_vocab_size,
@@ -49,15 +49,16 @@ from flatgpt.training.validate import (
 from flatgpt.training.watchdog import Watchdog
 from model import GPT, GPTConfig
 
-NEW = ('scratch', 'resume')  # a new model; 'resume' where auto_resume finds nothing to resume
+# init_from of a new model; 'resume' is one if auto_resume finds no checkpoint
+NEW_MODEL = ('scratch', 'resume')
 
 
 def saved_settings(config: dict) -> dict:
-    """The settings of the run to resume, which those of this command override; {} of a new run."""
+    """The settings of the run to resume, which this command overrides; {} for a new run."""
     if not is_resuming(config) or (config['auto_resume'] and not config['out_dir']):
         return {}
     out_dir = config['out_dir'] or str(newest_run())
-    saved = run_directory.settings_in(out_dir) or run_directory.settings_in(
+    saved = run_directory.saved_settings_in(out_dir) or run_directory.saved_settings_in(
         config['checkpoint_mirror']
     )
     return {**saved, 'out_dir': out_dir, 'checkpoint': None}
@@ -70,8 +71,8 @@ def saved_settings(config: dict) -> dict:
 def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None, FileLock | None]:
     """The verified checkpoint to resume from, the same on every rank; None for a new run.
 
-    A folder that has a run in it is locked from here on, by rank 0. What is missing here comes from
-    the mirror; nothing else changes.
+    Rank 0 locks a run directory that has checkpoints. Missing checkpoints are copied from the
+    mirror; nothing else changes.
     """
     lock = None
 
@@ -82,65 +83,63 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
             lock = run_directory.lock(out_dir)
         if is_resuming(config):
             return find_or_restore(out_dir, config, runtime)
-        refuse_used_folders(out_dir, config)
+        refuse_existing_run(out_dir, config)
         return None
 
     path = runtime.broadcast_from_rank0(find_on_rank_0)
     if path and runtime.world_size > 1:
-        bring_here(path, config, runtime)
+        copy_to_this_machine(path, config, runtime)
     return path, lock
 
 
-def refuse_used_folders(out_dir: Path, config: dict) -> None:
-    """Refuse to begin a new run where there is one."""
-    if config['eval_only'] and list_checkpoints(out_dir):
+def refuse_existing_run(out_dir: Path, config: dict) -> None:
+    """Reject a new run in a directory that has one."""
+    if config['eval_only'] and listed(out_dir):
         raise ConfigError(
-            f'eval_only: {out_dir} has a run; --init_from=resume evaluates that, another '
-            '--out_dir what init_from names'
+            f'eval_only: {out_dir} has a run; to evaluate it, use --init_from=resume; to evaluate '
+            'the model of init_from, choose another --out_dir'
         )
     if not config['overwrite']:
-        run_directory.check_free(out_dir, config['checkpoint_mirror'])
+        run_directory.refuse_used(out_dir, config['checkpoint_mirror'])
 
 
 def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | None:
-    """The checkpoint to resume from; where the mirror's is newer, it is brought here first."""
+    """The checkpoint to resume from; a newer one in the mirror is copied here first."""
     mirror = config['checkpoint_mirror']
     if mirror:
         restore(mirror, out_dir)
     path = run_directory.resume_point(out_dir, config)
     if path and mirror and runtime.world_size > 1 and not config['eval_only']:
         try:
-            copy_if_missing(path, mirror)  # a machine with another disk has it from there
-        except UserError as error:  # if there is one, it will say so
+            catch_up(path, mirror)  # other machines copy it from there
+        except UserError as error:  # a machine that needs it will report an error
             print(f'warning: {error}', file=sys.stderr)
     return path
 
 
-def bring_here(path: Path, config: dict, runtime: Runtime) -> None:
-    """Have rank 0's checkpoint on this machine, too: each rank reads the optimizer's state."""
-    mirror, trouble = config['checkpoint_mirror'], ''
-    manifest, stamp = runtime.broadcast_from_rank0(
-        lambda: (sha256(path / MANIFEST), stamp_of(path))
-    )
-    if mirror and runtime.is_local_main and stamp_of(path) != stamp:  # a disk of its own
+def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
+    """Copy rank 0's checkpoint to this machine, since each rank loads the optimizer state."""
+    mirror, reason = config['checkpoint_mirror'], ''
+    manifest, stamp = runtime.agree(lambda: (sha256(path / MANIFEST), file_identity(path)))
+    if mirror and runtime.first_here and file_identity(path) != stamp:  # not the disk of rank 0
         try:
             fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
-            if not config['eval_only']:  # nobody else clears up there
-                run_directory.begin(path.parents[1], step_of(path), overwrite=False)
+            if not config['eval_only']:  # only rank 0 does this on its disk
+                run_directory.remove_later_steps(path.parents[1], step_of(path), overwrite=False)
                 prune(path.parent, config['always_save_checkpoint'])
-        except (OSError, UserError) as error:  # the others wait
-            trouble = f' ({error})'
-    runtime.all_reduce([0])  # until the others have theirs
+        except (OSError, UserError) as error:  # the other ranks wait for this one
+            reason = f' ({error})'
+    runtime.reduce([0])  # wait for the other ranks
     here = sha256(path / MANIFEST) if (path / MANIFEST).exists() else None
     if rank := runtime.first_mismatch(here):
         raise UserError(
-            f'{path} of rank {rank} is missing on its machine, or not that of rank 0: give an '
-            f'--out_dir or a --checkpoint_mirror that all machines see{trouble}'
+            f'{path} of rank {rank} is missing on its machine or differs from that of rank 0: use '
+            f'an --out_dir or a --checkpoint_mirror that all machines share{reason}'
         )
 
 
-def stamp_of(path: Path) -> tuple[int, int] | None:
-    """What a checkpoint has in common on two machines only if they see the same disk."""
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Equal on two machines only if they see the same file on one disk."""
     with suppress(FileNotFoundError):
         status = (path / MANIFEST).stat()
         return status.st_ino, status.st_mtime_ns
@@ -152,9 +151,9 @@ def stamp_of(path: Path) -> tuple[int, int] | None:
 
 
 def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
-    """The model to train, on its device, its tokenizer and the data; run.state as it was saved.
+    """The model to train, on its device, its tokenizer and the data. Sets run.state.
 
-    Sets in config what they settle: how the run began, and the shape of a model that exists.
+    Sets init_from in config to how the run started, and the shape to that of a loaded model.
     """
     runtime, report = run.runtime, run.runtime.print0
     model, tokenizer, saved = load_initial_model(config, run.resume_from)
@@ -162,24 +161,24 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
         saved, run=runtime.broadcast_from_rank0(lambda: secrets.token_hex(8))
     )
     run.first_step = run.state.step
-    if model and (kept := keep_shape(model, config)):
+    if model and (kept := adopt_model_shape(model, config)):
         where = run.resume_from or config['init_from']
         report(f'{where} keeps its own {", ".join(kept)}, whatever the settings say')
     data = open_dataset(config, runtime, run.watchdog)
     if run.resume_from and run.state.data != data.fingerprint:
         report(
             f'warning: dataset {config["dataset"]} has changed since {run.resume_from.name} '
-            'was saved; losses from before do not compare, and the best may be one of them'
+            'was saved; earlier losses, including the best, are not comparable'
         )
     run.state.data = data.fingerprint
     validate_data(config, data)
-    shape = model.config if model else new_shape(data, config)
+    shape = model.config if model else new_model_config(data, config)
     for lint in (early_warnings(shape, config, runtime), lint_settings(config, data)):
-        with suppress(OSError):  # a disk or a system that does not say what is free
+        with suppress(OSError):  # free space or memory may be unknown
             for warning in lint:
                 report(f'warning: {warning}')
     model, tokenizer = build_model(model, tokenizer, data, config, report)
-    if not config['shard']:  # a whole one may not fit there
+    if not config['shard']:  # the whole model may not fit on one device
         model.to(runtime.device)
     return model.train(), tokenizer, data
 
@@ -187,30 +186,30 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
 def load_initial_model(
     config: dict, resume_from: Path | None
 ) -> tuple[GPT | None, Tokenizer | None, dict]:
-    """The model that exists already, its tokenizer, and the state.json of a resumed run.
+    """The model to start from, if any, its tokenizer, and state.json of a resumed run.
 
-    Sets in config how the run began. The block_size of a model from elsewhere is cropped.
+    Sets init_from in config to how the run started. A pretrained model is cropped to block_size.
     """
     if resume_from:
         model, tokenizer, saved = load(resume_from, config['dropout'])
-        check_same(config, saved['config'], model.config, resume_from)
+        check_unchanged(config, saved['config'], model.config, resume_from)
         config['init_from'] = saved['config']['init_from']
-    elif config['init_from'] not in NEW:
-        model, tokenizer = load_from_elsewhere(config)
+    elif config['init_from'] not in NEW_MODEL:
+        model, tokenizer = load_pretrained(config)
         saved = {}
     else:
         check_new_model(config)
         return None, None, {}
-    config['checkpoint'] = None  # of the other run; a resumed one would take it for its own
+    config['checkpoint'] = None  # it is of the other run: resuming must not use it
     return model, tokenizer, saved
 
 
-def load_from_elsewhere(config: dict) -> tuple[GPT, Tokenizer | None]:
+def load_pretrained(config: dict) -> tuple[GPT, Tokenizer | None]:
     where = config['init_from']
     if config['overwrite'] and is_same_path(where, config['out_dir']):
         raise ConfigError(
-            f'init_from={where!r} is the out_dir, which --overwrite would empty; '
-            'give another --out_dir'
+            f'init_from={where!r} is also the out_dir, and --overwrite would delete it; '
+            'choose another --out_dir'
         )
     if config['checkpoint']:
         config['init_from'] = str(find(where, config['checkpoint']))
@@ -220,27 +219,27 @@ def load_from_elsewhere(config: dict) -> tuple[GPT, Tokenizer | None]:
     return model, tokenizer
 
 
-def keep_shape(model: GPT, config: dict) -> list[str]:
-    """Set the shape in config to the model's -> the settings that said otherwise."""
+def adopt_model_shape(model: GPT, config: dict) -> list[str]:
+    """Set the shape in config to the model's -> the names of the settings that differed."""
     kept = [name for name in SHAPE if config[name] != getattr(model.config, name)]
     config |= {name: getattr(model.config, name) for name in SHAPE}
     return kept
 
 
 def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
-    """The training data, copied to this machine first where data_cache asks; the same on all."""
-    copying = partial(watchdog.together, 0, 'the copying of the data')
+    """The dataset, verified to be the same on all ranks; copied to data_cache first, if set."""
+    copying = partial(watchdog.keep_alive, 0, 'the dataset copy')
     copying()
     where = config['dataset'], config['block_size'], config['seed'], config['objective']
     data = runtime.wait_for_all(
         lambda: open_data(*where, config['data_cache'], copying),
-        partial(watchdog.together, 0, 'the opening of the data'),
+        partial(watchdog.keep_alive, 0, 'the dataset opening'),
     )
-    watchdog.at(0, 'the set-up')
-    if rank := runtime.first_mismatch(data.fingerprint):
+    watchdog.at(0, 'the setup')
+    if rank := runtime.odd_one(data.fingerprint):
         raise UserError(
-            f'dataset {config["dataset"]} of rank {rank} is not that of rank 0: copy one to the '
-            'other'
+            f'dataset {config["dataset"]} of rank {rank} differs from that of rank 0: copy it from '
+            'one machine to the other'
         )
     return data
 
@@ -248,51 +247,51 @@ def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
 def build_model(
     model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, report: Callable
 ) -> tuple[GPT, Tokenizer | None]:
-    """A model for the data: the one there is, if both have the same tokens, or a new one."""
+    """The given model, if its tokenizer matches the dataset; a new one for None."""
     dataset, where = config['dataset'], config['init_from']
-    if where == 'scratch':  # how the run that is resumed began: the mistake is in its folder
+    if where == 'scratch':  # a resumed run
         where = config['out_dir']
     if model is None:
-        return GPT(new_shape(data, config)), tokenizer_of(data, report)
-    if tokenizer is None:  # of a model that came without one
+        return GPT(new_model_config(data, config)), dataset_tokenizer(data, report)
+    if tokenizer is None:  # the model came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
         option = f'--tokenizer={shlex.quote(str(where))}'
         raise UserError(
-            f'dataset {dataset} was made with the {data.tokenizer.name} tokenizer, and {where} '
-            f'with another ({tokenizer.name}): prepare it with {option}, as in python '
+            f'dataset {dataset} has the {data.tokenizer.name} tokenizer, and {where} another one '
+            f'({tokenizer.name}): prepare the dataset with {option}, for example python '
             f'data/{"chat" if data.rows else "text"}/prepare.py FILES {option} --out_dir=FOLDER, '
             'and train with --dataset=./FOLDER'
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(
-            f'dataset {dataset} has {data.vocab_size} different tokens, and the model of {where} '
-            f'only {model.config.vocab_size}'
+            f'dataset {dataset} has a vocabulary of {data.vocab_size} tokens, and the model of '
+            f'{where} only {model.config.vocab_size}: prepare it with the tokenizer of the model'
         )
     if data.tokenizer.chat_template:
         if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
             report(f'warning: the chat template of dataset {dataset} replaces that of {where}')
-        tokenizer = data.tokenizer  # the same, with the template that sampling will follow
+        tokenizer = data.tokenizer  # the same, with the chat template for sampling
     return model, tokenizer
 
 
-def new_shape(data: Dataset, config: dict) -> GPTConfig:
+def new_model_config(data: Dataset, config: dict) -> GPTConfig:
     shape = {name: config[name] for name in SHAPE}
     shape |= {'vocab_size': padded_vocab_size(data.vocab_size), 'dropout': config['dropout']}
     with as_config_error():
         return GPTConfig(**shape)
 
 
-def tokenizer_of(data: Dataset, report: Callable) -> Tokenizer | None:
+def dataset_tokenizer(data: Dataset, report: Callable) -> Tokenizer | None:
     try:
         return data.tokenizer
-    except UserError as error:  # nanoGPT's folders do not bring GPT-2's vocabulary with them
+    except UserError as error:  # nanoGPT's datasets need GPT-2's vocabulary, which is downloaded
         report(f'warning: {error}; until then, the checkpoints have no tokenizer')
         return None
 
 
-def choose_trained(model: GPT, config: dict, report: Callable) -> None:
-    """Give the model its adapters, unless it has them, or freeze what is not to be trained."""
+def set_trainable(model: GPT, config: dict, report: Callable) -> None:
+    """Add LoRA adapters, unless the model has them, or freeze the blocks not to be trained."""
     rank, freeze = config['lora_rank'], config['freeze']
     if rank and not lora_layers(model):
         alpha = config['lora_alpha'] or 2 * rank

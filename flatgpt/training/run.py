@@ -1,8 +1,8 @@
 """
-A run while train.py is at work on it: its directory, where it stands, its checkpoints.
+A run in progress: its directory, state, checkpoints and log.
 
-    run = Run(config, runtime, watchdog)   # its name, and the checkpoint to resume from
-    run.open(max_iters, reference)         # from here on its directory changes
+    run = Run(config, runtime, watchdog)   # finds the checkpoint to resume from
+    run.open(max_iters, reference)         # from here on files in the run directory change
     run.save(model, optimizers, tokenizer, scaler)
 """
 
@@ -18,7 +18,7 @@ from flatgpt.errors import UserError, warn_on_failure
 from flatgpt.parallel import are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
-from flatgpt.training.evaluate import sample_page
+from flatgpt.training.evaluate import generate_sample
 from flatgpt.training.loss import REFERENCE, write_reference
 from flatgpt.training.metrics import Progress, Tracker
 from flatgpt.training.resume import find_resume_checkpoint
@@ -30,7 +30,7 @@ RULE = '-' * 64
 
 
 class Run:
-    """out_dir: the directory. resume_from: a verified checkpoint, None for a new run."""
+    """out_dir: the run directory. resume_from: a verified checkpoint, None for a new run."""
 
     def __init__(self, config: dict, runtime: Runtime, watchdog: Watchdog):
         self.config, self.runtime, self.watchdog = config, runtime, watchdog
@@ -40,15 +40,15 @@ class Run:
         config['out_dir'] = str(self.out_dir)
         self.resume_from, self.lock = find_resume_checkpoint(config, runtime)
         self.state = TrainState()
-        self.tracker: Tracker | None = None  # of rank 0
+        self.tracker: Tracker | None = None  # on rank 0
         self.saver: Saver | None = None
         self.progress: Progress | None = None
         self.first_step = 0  # of this process
 
-    # --- set-up
+    # --- setup
 
     def exit_if_finished(self, max_iters: int) -> None:
-        """End the program if a resumed run has nothing left to do."""
+        """Exit if a resumed run has no steps left to train."""
         c, state = self.config, self.state
         if not (self.resume_from and state.is_finished(max_iters, c['patience'])):
             return
@@ -56,31 +56,31 @@ class Run:
         longer = '--epochs' if c['epochs'] else '--max_iters' if at_end else '--patience'
         if c['lr_decay_iters'] is not None and c['decay_lr']:
             longer += ' (and --lr_decay_iters)'
-        if self.runtime.is_main:  # a run that was killed on its last way out
+        if self.runtime.main:  # the process may have been killed before it did this
             if c['checkpoint_mirror']:
                 copy_if_missing(self.resume_from, c['checkpoint_mirror'])
             if not (self.out_dir / 'DONE').exists():
                 self.mark_done()
         self.runtime.print0(
-            f'{self.out_dir} is finished: {state.step} of {max_iters} steps; a larger {longer} '
-            'goes on'
+            f'{self.out_dir} is finished: {state.step} of {max_iters} steps; to train longer, '
+            f'increase {longer}'
         )
         self.runtime.exit()
 
     def mark_done(self) -> None:
-        """Say in its directory that the run is finished, for what starts it again and again."""
-        with warn_on_failure('the run is finished, but has no DONE file', self.runtime.print0):
+        """Create DONE, so that whatever restarts the run knows that it is finished."""
+        with optional('the run is finished, but has no DONE file', self.runtime.print0):
             (self.out_dir / 'DONE').touch()
 
     def open(self, max_iters: int, reference: dict | None) -> None:
-        """Take the directory for this run. Whatever can fail comes before."""
+        """Take the run directory. Everything that can fail comes before this."""
         c, runtime = self.config, self.runtime
         runtime.broadcast_from_rank0(lambda: self._open_on_rank_0(reference))
         if c['shard']:  # each rank writes its part of a checkpoint there
             if rank := runtime.first_mismatch((self.out_dir / 'config.py').exists()):
                 raise UserError(
-                    f'{self.out_dir} of rank 0 is not there for rank {rank}: shard=True needs an '
-                    '--out_dir that all machines see'
+                    f'{self.out_dir} of rank 0 does not exist for rank {rank}: shard=True needs an '
+                    '--out_dir on a disk that all machines share'
                 )
         keep, mirror = c['always_save_checkpoint'], c['checkpoint_mirror']
         mirror = Mirror(Path(mirror), keep, self.state.run) if mirror else None
@@ -93,7 +93,7 @@ class Run:
             probe_mirror(c['checkpoint_mirror'])
         self.lock = run_directory.lock(self.out_dir)
         self.tracker = Tracker(self.out_dir, c, step, self.runtime.print0)
-        run_directory.begin(self.out_dir, step, c['overwrite'])
+        run_directory.remove_later_steps(self.out_dir, step, c['overwrite'])
         if c['checkpoint_mirror']:
             remove_later(c['checkpoint_mirror'], step)
         if reference:
@@ -102,7 +102,7 @@ class Run:
         run_directory.write_config(self.out_dir, {**c, 'overwrite': False}, here)
 
     def restore(self, model: GPT, optimizers: list, scaler) -> None:
-        """Give the optimizers and the scaler the state of the checkpoint to resume from."""
+        """Load the optimizer and scaler state of the checkpoint to resume from."""
         load_optimizer(self.resume_from, model, optimizers)
         saved = read_state(self.resume_from).get('scaler')
         if scaler.is_enabled() and saved:
@@ -117,50 +117,49 @@ class Run:
             self.tracker.log(self.state.step, **losses, peak_memory=peak, seconds=seconds)
 
     def log_update(self, loss: float, tokens_per_s: float, mfu: float | None, **measured) -> None:
-        """Show and log the last step: its loss, the speed since the last line, and the rest."""
+        """Print and log the last step; tokens_per_s is the mean since the last line."""
         text = f'loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s{f", MFU {mfu:.1%}" if mfu else ""}'
         if line := self.progress.status(text):
             self.runtime.print0(line)
-        counts = self.state.take_counts()
-        if self.runtime.is_main:
+        counts = self.state.pop_counts()
+        if self.runtime.main:
             measured |= {'loss': loss, 'tokens_per_s': tokens_per_s, 'mfu': mfu, **counts}
             measured |= self.saver.times()
             self.tracker.log(self.state.step, **measured, seconds=self.state.tick())
 
     def report_skipped(self, loss: float, norm: float) -> None:
-        """Report an update that was skipped; end a run that skips three in a row."""
-        step, clips = self.state.step, self.config['grad_clip']
+        """Report a skipped update; three in a row end the run."""
+        step = self.state.step
         self.runtime.print0(f'step {step}: loss {loss} with gradient norm {norm}, update skipped')
         if self.state.skipped == 3:
+            clip = '--grad_clip' if self.config['grad_clip'] else 'use --grad_clip=1.0'
+            again = 'resume with --init_from=resume' if self.checkpoints else 'start again'
             raise UserError(
-                f'the loss or its gradient was not finite three steps in a row, up to step {step}: '
-                f'lower {self.rates} or {"--grad_clip" if clips else "clip it: --grad_clip=1.0"}'
-                + (f'; {self.out_dir} keeps its last good checkpoint' if self.saved else '')
+                f'{self.out_dir}: the loss or gradient was not finite in three steps in a row, up '
+                f'to step {step}; lower {self.learning_rate_flags} or {clip}, and {again}'
             )
 
     def is_due_to_save(self, losses: dict | None, last: bool) -> bool:
-        """Whether to save now: at the end, after an evaluation, every save_interval steps, where
-        there is something new."""
+        """Whether to save: at the end, after an evaluation, every save_interval steps; only if
+        anything has changed."""
         step, interval = self.state.step, self.config['save_interval']
         new = step > self.first_step or (losses and step > 0)
         return bool(new and (losses or last or (interval and step % interval == 0)))
 
     def weights_are_finite(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
-        """Whether the weights are worth saving: no run recovers from a loss that is not finite.
-
-        Every rank has to ask."""
+        """Whether the weights may be saved: a run cannot recover from NaN. All ranks call."""
         if losses:
             return math.isfinite(losses['val_loss'])
-        if self.state.skipped and stopping:  # the update left out has changed nothing
+        if self.state.skipped and stopping:  # a skipped update changed nothing
             return are_finite(model, self.runtime)
         return not self.state.skipped
 
     def save(self, model: GPT, optimizers: list, tokenizer: Tokenizer | None, scaler) -> None:
-        """Save the run as it stands now; what goes wrong is reported by saver.pop_warnings()."""
+        """Save a checkpoint; saver.news() has the errors."""
         if not (self.runtime.main or self.config['shard']):
             return
         self.state.tick()
-        # a restart has to keep what this one made
+        # a restart must not delete these checkpoints
         settings = {**self.config, 'overwrite': False}
         now = {**self.state.to_dict(), 'config': settings, 'scaler': scaler.state_dict()}
         self.saver.save(model, optimizers, tokenizer, now)
@@ -168,23 +167,23 @@ class Run:
     def show_sample(
         self, model: GPT, tokenizer: Tokenizer | None, data: Dataset, tokens: int
     ) -> None:
-        """Print and log what the model writes now; tokens=0: nothing."""
-        if not tokens or tokenizer is None or (self.config['shard'] and not self.saved):
+        """Print and log a generated sample; tokens=0: none."""
+        if not tokens or tokenizer is None or (self.config['shard'] and not self.checkpoints):
             return
         with warn_on_failure('no sample', self.runtime.print0):
             self._show_sample(model, tokenizer, data, tokens)
         model.train()
 
     def _show_sample(self, model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int) -> None:
-        # a sharded one may not fit here beside its rows
-        writer = self._whole_model() if self.config['shard'] else model
-        text = sample_page(writer, tokenizer, data, tokens, self.config['seed'])
+        # a whole copy of a sharded model may not fit on this GPU
+        whole = self._load_saved_model() if self.config['shard'] else model
+        text = generate_sample(whole, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
         verb = 'answers' if data.rows else 'writes'
         self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
 
-    def _whole_model(self) -> GPT:
-        """Of a sharded model rank 0 has but its rows; what it has just saved is whole."""
+    def _load_saved_model(self) -> GPT:
+        """The model just saved: of a sharded one, rank 0 holds only its shard."""
         self.saver.wait()
         return load_model(self.out_dir, 'last', self.runtime.device)[0]
 
@@ -193,11 +192,11 @@ class Run:
             self.runtime.print0(f'warning: {problem}{after}')
 
     @property
-    def rates(self) -> str:
-        """The flags of the learning rates."""
+    def learning_rate_flags(self) -> str:
+        """The flags that set the learning rates."""
         muon = self.config['optimizer'] == 'muon'
         return '--learning_rate or --muon_lr' if muon else '--learning_rate'
 
     @property
-    def saved(self) -> list[Path]:
-        return list_checkpoints(self.out_dir)
+    def checkpoints(self) -> list[Path]:
+        return listed(self.out_dir)

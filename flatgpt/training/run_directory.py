@@ -1,8 +1,7 @@
 """
-The folder of a run: its name, its lock, where a run in it starts, its config.py.
+The run directory: its name, its lock, the checkpoint to resume from, its config.py.
 
-Nothing in it changes before begin(), which a run calls when nothing can be wrong with its settings
-any more.
+Nothing in it changes before remove_later_steps(), which a run calls once its settings are valid.
 """
 
 import random
@@ -23,35 +22,37 @@ NOUNS = 'badger beaver crane falcon finch heron ibis lark lynx marten otter owl 
 
 
 def new_name() -> str:
-    """A readable, fresh folder such as out/keen_otter-261120-1140: two words, date and time."""
-    chance = random.Random()  # of its own: a name must not depend on the training seed
-    words = f'{chance.choice(ADJECTIVES.split())}_{chance.choice(NOUNS.split())}'
+    """A new, readable name such as out/keen_otter-261120-1140: two words, date and time."""
+    rng = random.Random()  # a separate one: the name must not depend on the training seed
+    words = f'{rng.choice(ADJECTIVES.split())}_{rng.choice(NOUNS.split())}'
     return f'out/{words}-{time.strftime("%y%m%d-%H%M")}'
 
 
 def lock(out_dir: Path) -> FileLock:
-    """Make the folder and keep other runs out of it for as long as the lock is held."""
-    held = FileLock(out_dir / '.lock', is_singleton=True)  # asked for twice, it is the same
+    """Create the directory and keep other runs out of it while the lock is held."""
+    held = FileLock(out_dir / '.lock', is_singleton=True)  # a second call returns the same lock
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f'{out_dir}: another run is writing here; wait for it or give another --out_dir'
+            f'{out_dir}: another run is writing here; wait for its end or choose another --out_dir'
         ) from None
     except OSError as error:
-        raise UserError(f'{out_dir}: cannot be written: {error.strerror}') from error
+        raise UserError(
+            f'{out_dir}: cannot be written: {error.strerror}; choose another --out_dir'
+        ) from error
     return held
 
 
-def settings_in(out_dir: str | Path | None) -> dict:
-    """The settings that the folder's last readable checkpoint was made with, {} without one."""
-    states = (read_state(path) for path in reversed(list_checkpoints(out_dir) if out_dir else []))
+def saved_settings_in(out_dir: str | Path | None) -> dict:
+    """The settings saved with the last readable checkpoint in a run directory; {} if none."""
+    states = (read_state(path) for path in reversed(listed(out_dir) if out_dir else []))
     return next((state['config'] for state in states if state), {})
 
 
 def resume_point(out_dir: Path, config: dict) -> Path | None:
-    """The verified checkpoint to go on from; None with auto_resume where none can be loaded."""
+    """The verified checkpoint to resume from; None with auto_resume if none can be loaded."""
     if config['init_from'] == 'resume':
         return find(out_dir, config['checkpoint'] or 'last')
     try:
@@ -60,44 +61,46 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
         return None
 
 
-def check_free(*folders: str | Path | None) -> None:
-    """Refuse to begin a run in these, of which None is left out, if one has a run in it."""
-    for where in filter(None, folders):
-        if list_checkpoints(where):
+def refuse_used(out_dir: str | Path, mirror: str | Path | None) -> None:
+    """Reject a new run if its run directory or its mirror already has checkpoints."""
+    for where, flag in ((out_dir, '--out_dir'), (mirror, '--checkpoint_mirror')):
+        if where and listed(where):
             raise UserError(
-                f'{where} has checkpoints already: continue with --init_from=resume, give another '
-                '--out_dir, or delete them with --overwrite'
+                f'{where} has checkpoints already: resume with --init_from=resume, choose another '
+                f'{flag}, or delete them with --overwrite'
             )
 
 
-def begin(out_dir: Path, step: int, overwrite: bool) -> None:
-    """Make room for the steps past `step`, -1 for a new run, which are now made, or made again.
+def remove_later_steps(out_dir: Path, step: int, overwrite: bool) -> None:
+    """Rename the checkpoints after `step` (-1: a new run), whose steps will be trained again.
 
-    Their checkpoints are set aside under another name; a new run with overwrite deletes them.
-    mirror.remove_later() does the same where nothing can be renamed.
+    A new run with overwrite deletes them. mirror.begin_mirror() does this for a mirror, where
+    nothing can be renamed.
     """
     for path in list_checkpoints(out_dir):
         if overwrite and step < 0:
             shutil.rmtree(path)
         elif step_of(path) > step:
             try:
-                print(f'{path} is set aside as {set_aside(path).name}')
+                print(f'{path} is renamed to {set_aside(path).name}')
             except OSError as error:
-                raise UserError(f'{path} cannot be renamed: {error.strerror}; remove it') from error
+                raise UserError(
+                    f'{path} cannot be renamed: {error.strerror}; move or delete it'
+                ) from error
     (out_dir / 'DONE').unlink(missing_ok=True)
 
 
 def write_config(out_dir: Path, config: dict, here: dict) -> None:
-    """Write config.py: the settings, as a config that runs. here: what 'auto' came to."""
+    """Write config.py, which starts the run again. here: what 'auto' stands for on this machine."""
     lines = [
-        f'# continue: python train.py {shlex.quote(str(out_dir / "config.py"))} --init_from=resume',
+        f'# resume: python train.py {shlex.quote(str(out_dir / "config.py"))} --init_from=resume',
         'from pathlib import Path\n',
-        'out_dir = str(Path(__file__).parent)  # wherever this folder has been moved to',
+        'out_dir = str(Path(__file__).parent)  # also after this directory was moved',
     ]
     for name, value in config.items():
         if name == 'out_dir':
             continue
         comment = f'  # here {here[name]}' if value == 'auto' and name in here else ''
         lines.append(f'{name} = {value!r}{comment}')
-    with atomic_file(out_dir / 'config.py') as part:  # a folder's name may be in no encoding
+    with new_file(out_dir / 'config.py') as part:  # a path may not be valid in any encoding
         part.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='replace')

@@ -1,5 +1,5 @@
 """
-Where a run stands, besides its weights and its optimizer: what state.json of a checkpoint keeps.
+The state of a run besides weights and optimizer, kept in state.json of a checkpoint.
 
     state = TrainState.from_saved(saved, fresh_id)
     state.record_evaluation({'train_loss': 1.9, 'val_loss': 2.0})
@@ -10,43 +10,38 @@ import math
 import time
 from dataclasses import asdict, dataclass, field, fields
 
-SPIKE = 3.0  # times as large as usual
-USUAL = 100  # gradients whose mean is usual
-NOT_STATE = (
-    'config',
-    'model',
-    'evaluated',
-    'scaler',
-)  # keys of state.json that are not of the state
+SPIKE_FACTOR = 3.0  # a gradient norm this many times the running mean is a spike
+NORM_WINDOW = 100  # gradients in the running mean
+NON_STATE_KEYS = ('config', 'model', 'evaluated', 'scaler')  # of state.json
 
 
 @dataclass
 class TrainState:
-    step: int = 0  # updates that are done
-    samples: int = 0  # sequences they have seen, over all processes
-    seconds: float = 0.0  # since the start, with compilation and evaluation; summed over starts
-    evaluated_step: int | None = None  # of the last evaluation
+    step: int = 0  # updates so far
+    samples: int = 0  # sequences trained on, over all processes
+    seconds: float = 0.0  # of training, compilation and evaluation, summed over restarts
+    evaluated_step: int | None = None  # step of the last evaluation
     best_val_loss: float | None = None
     stale: int = 0  # evaluations in a row without a new best
-    skipped: int = 0  # updates in a row that were left out, since they were not finite
-    usual_norm: float = 0.0  # of the gradient: the mean of the last `norms` of them
+    skipped: int = 0  # consecutive non-finite updates
+    usual_norm: float = 0.0  # running mean of the gradient norm, over the last `norms` updates
     norms: int = 0
     since_log: dict = field(default_factory=lambda: {'spikes': 0, 'skipped': 0})
-    run: str | None = None  # whose checkpoints these are
+    run: str | None = None  # random id of the run
     data: str | None = None  # fingerprint of the dataset
-    reference: str | None = None  # fingerprint of the model that objective='dpo' began with
-    losses: dict = field(default_factory=dict)  # of the last evaluation: val_loss and the rest
+    reference: str | None = None  # fingerprint of the initial model, objective='dpo'
+    losses: dict = field(default_factory=dict)  # of the last evaluation: val_loss and others
 
     @classmethod
     def from_saved(cls, saved: dict, run: str) -> 'TrainState':
-        """The state that a checkpoint's state.json holds. run: for one that does not say."""
+        """The state in a checkpoint's state.json. run: the id, if it has none."""
         known = {each.name for each in fields(cls)} - {'losses'}
-        losses = {k: v for k, v in saved.items() if k not in known and k not in NOT_STATE}
+        losses = {k: v for k, v in saved.items() if k not in known and k not in NON_STATE_KEYS}
         state = {name: saved[name] for name in known if name in saved}
         return cls(**{'run': run, **state}, losses=losses)
 
     def to_dict(self) -> dict:
-        """The plain values of state.json."""
+        """The values of state.json, as JSON types."""
         values = asdict(self)
         losses = values.pop('losses')
         if self.reference is None:
@@ -55,24 +50,24 @@ class TrainState:
 
     @property
     def reference_key(self) -> str:
-        """What tells the reference of this run from that of another model or dataset."""
+        """Identifies the reference log-probabilities: by initial model and dataset."""
         return f'{self.reference} {self.data}'
 
     def start_clock(self) -> None:
         self._began = time.perf_counter() - self.seconds
 
     def tick(self) -> float:
-        """Bring `seconds` up to now."""
+        """Update `seconds`."""
         self.seconds = time.perf_counter() - self._began
         return self.seconds
 
     @property
     def is_evaluated(self) -> bool:
-        """Whether the losses are of the weights as they are now."""
+        """Whether the losses are those of the current weights."""
         return self.evaluated_step == self.step
 
     def is_finished(self, max_iters: int, patience: int | None) -> bool:
-        """Whether the last step, or the last evaluation by patience, is done and measured."""
+        """Whether max_iters or patience is reached, and the weights are evaluated."""
         out_of_patience = patience is not None and self.stale >= patience
         return (self.step >= max_iters or out_of_patience) and self.is_evaluated
 
@@ -84,22 +79,22 @@ class TrainState:
             self.best_val_loss, self.stale = losses['val_loss'], 0
 
     def record_update(self, norm: float, skipped: bool, samples: int) -> None:
-        """One more step is done, with a gradient of this norm; it may have been skipped."""
+        """Count a step, its samples and its gradient norm."""
         self.step, self.samples = self.step + 1, self.samples + samples
         self.skipped = self.skipped + 1 if skipped else 0
         self.since_log['skipped'] += skipped
         self.since_log['spikes'] += self._is_spike(norm)
 
     def _is_spike(self, norm: float) -> bool:
-        """Whether a gradient is much larger than usual, the mean of some 100 before it."""
-        usual, count = self.usual_norm, self.norms
+        """Whether a gradient norm is a spike compared to the running mean."""
+        mean, count = self.usual_norm, self.norms
         if not math.isfinite(norm):
             return False
-        self.norms = min(count + 1, USUAL)
-        self.usual_norm += (norm - usual) / self.norms
-        return count >= 20 and norm > SPIKE * usual
+        self.norms = min(count + 1, NORM_WINDOW)
+        self.usual_norm += (norm - mean) / self.norms
+        return count >= 20 and norm > SPIKE_FACTOR * mean
 
-    def take_counts(self) -> dict[str, int]:
-        """Spikes and skipped updates since this was last asked."""
+    def pop_counts(self) -> dict[str, int]:
+        """Spikes and skipped updates since the last call."""
         counts, self.since_log = self.since_log, dict.fromkeys(self.since_log, 0)
         return counts

@@ -1,7 +1,7 @@
 """
-Every rule about the settings of train.py: alone, on this machine, with a dataset, with a model.
+Every rule for the settings of train.py: alone, on this machine, with a dataset, on resuming.
 
-    validate(config)                   # all mistakes at once
+    validate(config)                   # reports all mistakes at once
     validate_machine(config, runtime)
     validate_data(config, data)
     for warning in lint_settings(config, data): ...
@@ -10,6 +10,7 @@ A rule raises ConfigError with the setting, what is wrong with it and the fix.
 """
 
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,9 @@ from model import GPTConfig
 
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
 LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
-# what a resumed run cannot change, with the values that older runs had
+# settings that a resumed run cannot change, and their values in runs that did not save them
 FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}
-RANGES = (  # lowest, highest, settings; None is in every range
+RANGES = (  # minimum, maximum, settings; None is always valid
     (1, None, ('eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')),
     (1, None, ('batch_size', 'gradient_accumulation_steps', 'block_size', 'short_block_size')),
     (0, None, ('max_iters', 'epochs', 'short_iters', 'warmup_iters', 'lr_decay_iters')),
@@ -39,8 +40,9 @@ RANGES = (  # lowest, highest, settings; None is in every range
     (1e-9, None, ('dpo_beta',)),
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
-# (another setting, what it must be; None: any): what acts with that alone, and its default
-IDLE = {
+# (setting, required value; None: any true value): the settings without effect otherwise, and their
+# defaults
+NO_EFFECT_UNLESS = {
     ('optimizer', 'muon'): {'muon_lr': 0.02, 'muon_momentum': 0.95},
     ('objective', 'dpo'): {'dpo_beta': 0.1},
     ('lr_schedule', 'linear'): {'cooldown': 0.4},
@@ -58,7 +60,7 @@ CHOICES = {
 
 
 def is_resuming(config: dict) -> bool:
-    """Whether the run resumes where there is something to resume."""
+    """Whether to resume, if there is a checkpoint."""
     return config['init_from'] == 'resume' or config['auto_resume']
 
 
@@ -67,10 +69,7 @@ def is_resuming(config: dict) -> bool:
 
 
 def validate(config: dict) -> None:
-    """Check every setting that can be judged by itself or beside the others.
-
-    One ConfigError has all mistakes, a line each.
-    """
+    """Check each setting alone and against the others; one ConfigError lists all mistakes."""
     rules = [
         partial(within, low, high, config, name) for low, high, names in RANGES for name in names
     ]
@@ -78,11 +77,11 @@ def validate(config: dict) -> None:
     rules += [partial(rule, config) for rule in RULES]
     if not is_resuming(config) and config['init_from'] == 'scratch':
         rules += [partial(rule, config) for rule in NEW_MODEL_RULES]
-    report_all(rules)
+    apply_rules(rules)
 
 
-def report_all(rules: list[Callable[[], None]]) -> None:
-    """Apply rules; one ConfigError has a line for each that was broken."""
+def apply_rules(rules: list[Callable[[], None]]) -> None:
+    """Apply all rules; raise one ConfigError with a line for each mistake."""
     mistakes = Mistakes()
     for rule in rules:
         with mistakes.collect():
@@ -91,35 +90,35 @@ def report_all(rules: list[Callable[[], None]]) -> None:
 
 
 def check_names(config: dict) -> None:
-    """Refuse folders of which no checkpoint could be loaded again."""
+    """Reject directory names that a checkpoint could not be loaded from."""
     for name in ('out_dir', 'checkpoint_mirror'):
-        if config[name] and not is_utf8_path(config[name]):
-            raise ConfigError(f'{name}={config[name]!r}: is no UTF-8; give another name')
+        if config[name] and not is_utf8(config[name]):
+            raise ConfigError(f'{name}={config[name]!r}: is not valid UTF-8; choose another name')
 
 
 def check_resume(config: dict) -> None:
     if config['auto_resume'] and not config['out_dir']:
-        raise ConfigError('auto_resume=True needs --out_dir, the same at every start')
+        raise ConfigError('auto_resume=True needs an --out_dir that is the same at every start')
     if config['overwrite'] and config['init_from'] == 'resume' and not config['auto_resume']:
         raise ConfigError(
-            "overwrite=True begins anew, and init_from='resume' continues: leave one of them out"
+            "overwrite=True starts a new run, but init_from='resume' resumes one: drop one of them"
         )
     if config['checkpoint'] and config['init_from'] == 'scratch':
         raise ConfigError(
-            f'checkpoint={config["checkpoint"]!r}: a new model begins with none; give --init_from, '
-            'the folder of a run, or resume'
+            f'checkpoint={config["checkpoint"]!r}: a new model has no checkpoint; give '
+            '--init_from=RUN (a run directory) or --init_from=resume'
         )
 
 
 def check_offload(config: dict) -> None:
     if config['offload'] and not config['shard']:
-        raise ConfigError('offload=True: it is the rows of a sharded model that go: add --shard')
+        raise ConfigError('offload=True needs a sharded model: add --shard or drop --offload')
 
 
 def check_eval_only(config: dict) -> None:
     if config['eval_only'] and config['objective'] == 'dpo' and not is_resuming(config):
         raise ConfigError(
-            "objective='dpo' with eval_only compares a run with what it began with: give its "
+            "objective='dpo' with eval_only compares a run with its initial model: give the run's "
             '--out_dir and --init_from=resume'
         )
 
@@ -132,27 +131,27 @@ def check_mirror_setting(config: dict) -> None:
 RULES = (check_names, check_resume, check_offload, check_mirror_setting, check_eval_only)
 
 
-# what a model that knows nothing cannot be used for
+# what an untrained model cannot be used for
 
 
 def check_new_objective(config: dict) -> None:
     if config['objective'] == 'dpo':
-        raise ConfigError("objective='dpo' needs a model that answers: give --init_from")
+        raise ConfigError("objective='dpo' needs a chat model: give --init_from=RUN_DIRECTORY")
 
 
 def check_new_freeze(config: dict) -> None:
     if config['freeze'] is not None:
         raise ConfigError(
-            f'freeze={config["freeze"]}: would keep random numbers; give --init_from=gpt2, or the '
-            'folder of a run'
+            f'freeze={config["freeze"]} would keep random weights: give --init_from=gpt2 or a run '
+            'directory'
         )
 
 
 def check_new_lora(config: dict) -> None:
     if config['lora_rank']:
         raise ConfigError(
-            f'lora_rank={config["lora_rank"]}: adapters need a model that knows something; '
-            'give --init_from=gpt2, or the folder of a run'
+            f'lora_rank={config["lora_rank"]} needs a pretrained model: give '
+            '--init_from=gpt2 or a run directory'
         )
 
 
@@ -166,8 +165,8 @@ NEW_MODEL_RULES = (check_new_objective, check_new_freeze, check_new_lora, check_
 
 
 def check_new_model(config: dict) -> None:
-    """Refuse what a model that knows nothing cannot be used for."""
-    report_all([partial(rule, config) for rule in NEW_MODEL_RULES])
+    """Reject settings that need a pretrained model."""
+    apply_rules([partial(rule, config) for rule in NEW_MODEL_RULES])
 
 
 # -----------------------------------------------------------------------------
@@ -175,14 +174,14 @@ def check_new_model(config: dict) -> None:
 
 
 def validate_machine(config: dict, runtime: Runtime) -> None:
-    """Refuse what cannot be done by these processes on this device."""
+    """Reject what these processes on this device cannot do."""
     if config['shard'] and not torch.distributed.is_initialized():
         raise ConfigError(
-            'shard=True shares a model among processes: start it by torchrun, for instance '
-            'torchrun --standalone --nproc_per_node=2 train.py ..., or take --shard=False'
+            'shard=True splits the model over processes: start them with torchrun, for example '
+            'torchrun --standalone --nproc_per_node=2 train.py ..., or use --shard=False'
         )
     if config['offload'] and runtime.device_type != 'cuda':
-        raise ConfigError(f'offload=True: {runtime.device} is the host, there is nowhere to go')
+        raise ConfigError(f'offload=True needs a CUDA GPU, not {runtime.device}: drop --offload')
 
 
 # -----------------------------------------------------------------------------
@@ -190,46 +189,48 @@ def validate_machine(config: dict, runtime: Runtime) -> None:
 
 
 def validate_data(config: dict, data: Dataset) -> None:
-    """Refuse what cannot be done with the rows of this dataset."""
+    """Reject what this dataset cannot be used for."""
     name = config['dataset']
     if config['short_iters'] and data.rows:
         raise ConfigError(
-            f'short_iters={config["short_iters"]}: the rows of {name} are not cut; leave it at 0'
+            f'short_iters={config["short_iters"]}: conversations, as in {name}, cannot be cut; '
+            'use --short_iters=0'
         )
     check_short_blocks(config, config['block_size'])
     if not config['mask_documents']:
         return
     if config['objective'] == 'dpo':
         raise ConfigError(
-            'mask_documents=True: a row of a pair is one conversation; leave it False'
+            "mask_documents=True: with objective='dpo' a sequence is one conversation; "
+            'use --mask_documents=False'
         )
     if not data.rows and data.tokenizer.eot is None:
         raise ConfigError(
-            f'mask_documents=True: nothing divides the documents of {name}, whose '
-            f'{data.tokenizer.name} tokenizer has no end of text; leave it at False'
+            f'mask_documents=True: nothing separates the documents of {name}, because its '
+            f'{data.tokenizer.name} tokenizer has no end-of-text token; use --mask_documents=False'
         )
 
 
 def check_short_blocks(config: dict, block_size: int) -> None:
-    """Refuse short sequences that whole ones cannot be cut into."""
+    """Reject a short_block_size that does not divide block_size."""
     short, iters = config['short_block_size'], config['short_iters']
-    short_block = min(short or 0, block_size)  # a shorter block_size has nothing to cut
+    short_block = min(short or 0, block_size)  # a shorter block_size is not cut
     if iters and (not short_block or block_size % short_block):
         most = min(short or block_size // 4 or 1, block_size)
         fits = next(size for size in range(most, 0, -1) if block_size % size == 0)
         raise ConfigError(
-            f'short_iters={iters}: short_block_size={short} does not cut block_size={block_size} '
-            f'into equal pieces; try --short_block_size={fits}'
+            f'short_iters={iters}: short_block_size={short} does not cut '
+            f'block_size={block_size} into equal parts; try --short_block_size={fits}'
         )
 
 
 def padded_vocab_size(size: int) -> int:
-    """Of a new model: a large vocabulary is rounded up, which makes for faster matrix products."""
+    """The vocabulary size of a new model: a large one is rounded up, for faster matrix products."""
     return -(-size // 64) * 64 if size > 1024 else size
 
 
 def steps_of(config: dict, data: Dataset) -> int:
-    """Updates of the run in all: as many as its epochs take, where it has them."""
+    """The total number of updates: as many as `epochs` takes, otherwise max_iters."""
     if config['epochs'] is None:
         return config['max_iters']
     rows = config['gradient_accumulation_steps'] * config['batch_size']
@@ -237,44 +238,45 @@ def steps_of(config: dict, data: Dataset) -> int:
 
 
 def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
-    """Settings that are valid but probably a mistake, a sentence each."""
+    """Warnings about settings that are valid but probably a mistake."""
     steps, lr, min_lr = steps_of(config, data), config['learning_rate'], config['min_lr']
     if steps > config['max_iters']:
         yield (
-            f'epochs={config["epochs"]} are {steps} steps, and that counts, not '
-            f'max_iters={config["max_iters"]}; --epochs=None leaves it to that'
+            f'epochs={config["epochs"]} makes {steps} steps and overrides '
+            f'max_iters={config["max_iters"]}; to use max_iters, add --epochs=None'
         )
     if config['decay_lr'] and config['lr_schedule'] != 'constant' and min_lr > lr:
-        yield f'min_lr={min_lr} is above learning_rate={lr}: the rate will rise'
+        yield f'min_lr={min_lr} is above learning_rate={lr}: the learning rate will rise'
     if config['decay_lr'] and 0 < steps <= (warmup := config['warmup_iters']):
-        yield f'warmup_iters={warmup} outlasts the {steps} steps of the run'
+        yield f'warmup_iters={warmup} is not less than the {steps} steps of the run'
     if 0 < steps <= (short := config['short_iters']):
-        yield f'short_iters={short} leaves no step of {steps} for whole sequences'
-    for (needed, value), names in IDLE.items():
-        acts = config[needed] if value is None else config[needed] == value
-        idle = [name for name in names if config[name] != names[name]]
-        if idle and not acts:
+        yield f'short_iters={short} leaves none of the {steps} steps for full-length sequences'
+    for (needed, value), names in NO_EFFECT_UNLESS.items():
+        active = config[needed] if value is None else config[needed] == value
+        unused = [name for name in names if config[name] != names[name]]
+        if unused and not active:
             must = f'{needed}={value!r}' if value else needed
-            yield f'settings that do nothing without {must}: {", ".join(idle)}'
+            yield f'settings without effect unless {must}: {", ".join(unused)}'
 
 
 # -----------------------------------------------------------------------------
 # with the checkpoint to resume from
 
 
-def check_same(config: dict, before: dict, shape: GPTConfig, path: Path) -> None:
-    """Refuse what a resumed run cannot change. before: the settings it was saved with."""
+def check_unchanged(config: dict, before: dict, shape: GPTConfig, path: Path) -> None:
+    """Reject what a resumed run cannot change. before: the settings saved with its checkpoint."""
     for name in SHAPE if before['init_from'] == 'scratch' else ():
         if config[name] != getattr(shape, name):
             raise ConfigError(
-                f'{name}={config[name]}: {path} was trained with {name}={getattr(shape, name)}, '
-                'and a resumed run keeps its shape'
+                f'{name}={config[name]}: {path} was trained with another {name}, and a resumed run '
+                f'keeps its shape; to resume, use --{name}={getattr(shape, name)}; for a new '
+                'model, use --init_from=scratch and another --out_dir'
             )
-    freeze = {'freeze': None} if config['lora_rank'] else {}  # whole blocks may thaw
+    freeze = {'freeze': None} if config['lora_rank'] else {}  # frozen blocks may be unfrozen
     for name, default in {**FIXED, **freeze}.items():
         if config[name] != before.get(name, default):
             raise ConfigError(
-                f'{name}={config[name]!r}: {path} was trained with {name}='
-                f'{before.get(name, default)!r}; for a new run from its weights, give '
-                f'--init_from={path.parents[1]} and another --out_dir'
+                f'{name}={config[name]!r}: {path} was trained with another {name}; to resume, use '
+                f'--{name}={before.get(name, default)}; for a new run from its weights, use '
+                f'--init_from={shlex.quote(str(path.parents[1]))} and another --out_dir'
             )

@@ -1011,7 +1011,7 @@ def test_another_tokenizer_than_the_base_models_is_refused(run_here, base, tmp_p
     data = prepared(tmp_path, [talk('hi', 'yo')])
     flags = tuning(base, data.folder, 'sft')
     message = refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
-    assert f'prepare it with --tokenizer={base}' in message
+    assert f'prepare the dataset with --tokenizer={base}' in message
 
 
 def test_another_template_than_the_base_models_is_reported(

@@ -1,4 +1,4 @@
-"""train.py from end to end: what a run does, leaves behind, refuses, and how it goes on."""
+"""train.py from end to end: what a run does, writes and rejects, and how it resumes."""
 
 import errno
 import json
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, make_dataset, metrics, steps
+from error_lines import error_line
 from filelock import FileLock
 
 import model as model_module
@@ -55,7 +56,7 @@ def contents(path):
 
 @pytest.fixture(scope='module')
 def source(run_here, tmp_path_factory):
-    """A finished run that no test changes."""
+    """A finished run, which tests must not change."""
     out_dir = tmp_path_factory.mktemp('source') / 'run'
     assert run_here(f'--out_dir={out_dir}', '--max_iters=20', '--eval_interval=10') == 0
     return out_dir
@@ -68,7 +69,7 @@ def copied(source, tmp_path):
 
 
 def signalled(monkeypatch, number, at_step):
-    """Have a signal arrive while a step is being logged."""
+    """Send a signal while a step is logged."""
     log = metrics_module.Tracker.log
 
     def log_and_signal(self, step, **values):
@@ -460,7 +461,7 @@ def test_the_rate_is_constant_without_decay(run_here, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# what is kept, when it ends
+# checkpoints kept, and when a run ends
 
 
 def test_every_evaluation_s_checkpoint_is_kept_or_the_last_two_and_the_best(run_here, tmp_path):
@@ -499,7 +500,7 @@ def test_patience_stops_a_run_that_no_longer_improves(run_here, tmp_path, capsys
 
 
 # -----------------------------------------------------------------------------
-# going on
+# resuming
 
 
 @pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
@@ -532,7 +533,7 @@ def test_each_signal_saves_says_how_to_go_on_and_tells_by_the_status(
     step = steps(tmp_path / 'run')[-1]
     assert step in (1, 2)
     assert (
-        f'stopped at step {step}; step-{step:08d} is saved, continue with: '
+        f'stopped at step {step}; step-{step:08d} is saved, resume with: '
         f'python train.py {tmp_path}/run/config.py --init_from=resume'
     ) in capsys.readouterr().out
 
@@ -644,7 +645,7 @@ def test_a_picture_or_a_sample_that_fails_is_a_warning(
     elif broken == 'full disk':
         monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
     else:
-        monkeypatch.setattr(run_module, 'sample_page', no_text)
+        monkeypatch.setattr(run_module, 'generate_sample', no_text)
     samples = ('--sample_tokens=5', '--eval_sample_tokens=5', '--max_iters=6')
     assert run_here(f'--out_dir={tmp_path}/run', *samples) == 0
     out = capsys.readouterr().out
@@ -989,8 +990,8 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_used(
 def test_a_new_run_does_not_touch_a_used_folder_unasked(run_here, copied):
     before = contents(copied)
     text = refused(run_here, f'--out_dir={copied}')
-    for cure in ('--init_from=resume', '--out_dir', '--overwrite'):
-        assert cure in text
+    for fix in ('--init_from=resume', '--out_dir', '--overwrite'):
+        assert fix in text
     (copied / '.lock').unlink(missing_ok=True)
     changed = {p for p, t in contents(copied).items() if before.get(p) != t}
     assert changed <= {str(copied), str(copied / '.lock')}
@@ -1045,7 +1046,7 @@ def test_auto_resume_needs_to_know_where(run_here):
 
 
 # -----------------------------------------------------------------------------
-# from another model
+# fine-tuning
 
 
 def test_fine_tuning_begins_with_the_other_run_s_weights(run_here, source, tmp_path):
@@ -1075,8 +1076,8 @@ def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path,
 def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', '--learning_rate=1e-4', *SHORT)
     out = capsys.readouterr().out
-    assert 'warning: min_lr=0.001 is above learning_rate=0.0001' in out
-    assert 'warning: short_iters=4 leaves no step of 4 for whole sequences' in out
+    assert 'warning: min_lr=0.001 is above learning_rate=0.0001: the learning rate will rise' in out
+    assert 'warning: short_iters=4 leaves none of the 4 steps for full-length sequences' in out
 
 
 @pytest.mark.parametrize(
@@ -1094,14 +1095,14 @@ def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, cap
 def test_a_setting_that_acts_only_with_another_is_named(run_here, tmp_path, capsys, flags, warning):
     assert run_here(f'--out_dir={tmp_path}/run', '--max_iters=0', *flags) == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('warning'))
-    assert line == f'warning: settings that do nothing without {warning}'
+    assert line == f'warning: settings without effect unless {warning}'
 
 
 @pytest.mark.parametrize(
     ('flags', 'text'),
     [
-        (['--checkpoint=last'], "checkpoint='last': a new model begins with none"),
-        (['--init_from=resume', '--overwrite'], 'overwrite=True begins anew'),
+        (['--checkpoint=last'], "checkpoint='last': a new model has no checkpoint"),
+        (['--init_from=resume', '--overwrite'], 'overwrite=True starts a new run'),
     ],
 )
 def test_settings_that_exclude_one_another_are_refused(run_here, copied, flags, text):
@@ -1164,7 +1165,7 @@ def test_eval_only_measures_and_writes_nothing(run_here, source, tmp_path, capsy
 
 
 def broken_forward(monkeypatch, at_calls):
-    """A training loss that is not a number in some of the calls, counted from 1."""
+    """Make the training loss NaN in some calls, counted from 1."""
     forward, calls = GPT.forward, []
 
     def forward_or_nan(self, idx, targets=None, **options):
@@ -1238,6 +1239,7 @@ def test_a_learning_rate_that_blows_up_leaves_a_checkpoint_to_go_on_from(run_her
     assert math.isfinite(metrics(copied, 'val_loss')[24])
 
 
+@error_line('free disk space and {}')
 def test_a_full_disk_does_not_end_the_training_and_spares_the_old_checkpoint(
     run_here, tmp_path, monkeypatch, capsys
 ):
@@ -1335,7 +1337,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
 
 
 # -----------------------------------------------------------------------------
-# mistakes in the settings: one line, and nothing is left behind
+# mistakes in the settings: one line, and no files
 
 
 @pytest.mark.parametrize(
@@ -1372,7 +1374,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--init_from=scrach'], ['scrach', 'no such folder']),
         (['--init_from=out/none'], ['out/none']),
         (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
-        (['--mask_documents'], ['mask_documents', 'no end of text']),
+        (['--mask_documents'], ['mask_documents', 'no end-of-text token']),
         (['--learning_rat=1'], ['did you mean learning_rate?']),
         (['nosuch.py'], ['nosuch.py', 'quickstart']),
     ],
@@ -1494,7 +1496,7 @@ def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
     for flag in ('out_dir', 'checkpoint_mirror'):
         text = refused(run_here, f'--out_dir={tmp_path}/run', f'--{flag}={bad}')
         assert text.startswith(f'{flag}=')
-        assert 'is no UTF-8; give another name' in text
+        assert 'is not valid UTF-8; choose another name' in text
     assert list(tmp_path.iterdir()) == []
     shutil.copytree(source, bad)
     text = refused(run_here, f'--out_dir={tmp_path}/run', f'--init_from={bad}')
@@ -1524,12 +1526,12 @@ def test_all_mistakes_are_reported_at_once(run_here, tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# a checkout of its own: datasets that are prepared on the way
+# another checkout: datasets that the run prepares
 
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-    """The scripts alone, so that what they prepare lands in no one's folder."""
+    """A copy of the scripts, for the datasets that they prepare."""
     root = tmp_path_factory.mktemp('checkout')
     wanted = ('*.py', 'config/*.py', 'data/*/prepare.py', 'flatgpt/**/*.py')
     for path in (path for pattern in wanted for path in ROOT.glob(pattern)):

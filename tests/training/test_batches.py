@@ -1,9 +1,10 @@
-"""Data that can be read no more ends a run as a signal does: what was learned is saved."""
+"""A read error of the data stops a run as a signal does: it saves a checkpoint."""
 
 import errno
 
 import pytest
 from conftest import hashes
+from error_lines import error_line
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
@@ -37,6 +38,7 @@ def fails_from(monkeypatch):
 ARGS = ('--max_iters=6', '--eval_interval=2', '--eval_train=False')
 
 
+@error_line('the data cannot be read: {}; restore')
 @pytest.mark.parametrize(
     ('fault', 'step'), [({'sample': 3 * 8 + 4}, 3), ({'evaluation': 2}, 4)]
 )  # in the middle of the fourth step, and in the evaluation after it
@@ -46,9 +48,9 @@ def test_a_run_whose_data_is_lost_saves_says_so_and_resumes_as_if_nothing_had_be
     whole, lost = tmp_path / 'whole', tmp_path / 'lost'
     assert run_here(f'--out_dir={whole}', *ARGS) == 0
     fails_from(**fault)
-    with pytest.raises(UserError, match=r'the data cannot be read: .*Input/output error$'):
+    with pytest.raises(UserError, match=r'the data cannot be read: .*Input/output error; restore'):
         run_here(f'--out_dir={lost}', *ARGS)
-    said = f'stopped at step {step}; step-{step:08d} is saved, continue with'
+    said = f'stopped at step {step}; step-{step:08d} is saved, resume with'
     assert said in capsys.readouterr().out
     monkeypatch.undo()
     assert run_here(f'--out_dir={lost}', *ARGS, '--init_from=resume') == 0
@@ -79,7 +81,8 @@ Dataset.batch = fails
     assert crew.end(30) == [2, 2]
     assert (
         crew[1].err
-        == 'error (rank 1): letters: the data cannot be read: [Errno 5] Input/output error\n'
+        == 'error (rank 1): letters: the data cannot be read: [Errno 5] Input/output error; '
+        'restore access to it and resume, or start again\n'
     )
     assert 'stopped at step 3; step-00000003 is saved' in crew[0].out
     assert crew[0].err == ''

@@ -1,4 +1,4 @@
-"""Runs that are killed, starved and damaged on purpose, many times over.
+"""Runs that are killed, run out of disk or memory, or are damaged on purpose, many times.
 
 $ python -m pytest -m faults                        # some minutes
 $ FLATGPT_FAULTS=25 python -m pytest -m faults      # a quarter of the repetitions
@@ -328,8 +328,8 @@ LARGER = ('--n_embd=64', '--n_layer=2', '--eval_interval=1', '--max_iters=9')  #
 def test_a_disk_that_fills_up_while_saving_spares_what_was_there(
     run_here, disk, monkeypatch, capsys
 ):
-    monkeypatch.setattr(save, 'check_free_space', lambda folder, tensors: None)
-    with pytest.raises(errors.UserError, match='make room'):
+    monkeypatch.setattr(save, 'check_space', lambda folder, tensors: None)
+    with pytest.raises(errors.UserError, match='free disk space'):
         run_here(f'--out_dir={disk}/run', *LARGER)
     assert 'No space left' in capsys.readouterr().out
     saved = steps(disk / 'run')
@@ -354,7 +354,7 @@ def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
 
     monkeypatch.setattr(metrics_module.Tracker, 'log', fill_up)
     args = (f'--out_dir={disk}/run', '--eval_interval=1', '--max_iters=80', '--log_interval=1')
-    with pytest.raises(errors.UserError, match='make room'):
+    with pytest.raises(errors.UserError, match='free disk space'):
         run_here(*args, '--save_interval=1')
     assert 'step 80/80' in capsys.readouterr().out
     monkeypatch.undo()

@@ -99,9 +99,9 @@ def test_of_a_lost_host_the_others_say_so_and_leave(ranks, hosts, tmp_path, how,
     said = '\n'.join(line for rank in others for line in own(rank.err))
     assert 'Traceback' not in said
     if which == 0:  # which keeps the store
-        line = r'rank 0 on 10\.77\.0\.1, or the network on the way there, does not answer'
+        line = r'rank 0 on 10\.77\.0\.1, or the network to it, does not answer'
     else:
-        line = rf'rank 2 \(process {crew[2].pid} on {hosts[2].name}\) gives no sign of life'
+        line = rf'rank 2 \(process {crew[2].pid} on {hosts[2].name}\) sends no heartbeat'
     assert re.search(rf'^error \(rank [01]\): .*{line}', said, re.M), said
     if how == 'link cut':
         assert crew[which].end(30) == 1  # alone on its side, it does not stay either

@@ -1,4 +1,4 @@
-"""The losses of chat and preference tuning: by the formula, and as TRL computes them."""
+"""The SFT and DPO losses, compared with the formula and with TRL."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.data import chat as prepare
 from flatgpt.data.dataset import TARGET, Dataset, mask_file
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.training.loss import answer_logps, dpo, loss_of, measure, trim
+from flatgpt.training.loss import completion_logps, compute_metrics, dpo, loss_of, trim_padding
 
 BETA = 0.3
 TALKS = [
@@ -94,10 +94,10 @@ def test_the_loss_on_pairs_is_equation_7_of_the_paper(pairs, models):
             ratios.append(math.log(p / p_reference))
         margins.append(BETA * (ratios[0] - ratios[1]))
         expected.append(-math.log(1 / (1 + math.exp(-margins[-1]))))
-    reference = answer_logps(models[1], x, y)
+    reference = completion_logps(models[1], x, y)
     loss = loss_of(models[0], x, y, reference, BETA).item()
     assert loss == pytest.approx(np.mean(expected), abs=1e-4)
-    means, count = measure(models[0], x, y, reference, BETA)
+    means, count = compute_metrics(models[0], x, y, reference, BETA)
     assert count == len(PAIRS)
     assert means[0] == loss
     assert means[1].item() == pytest.approx(np.mean(np.array(margins) > 0))
@@ -120,11 +120,11 @@ def test_the_better_answer_is_pushed_up_and_the_worse_down():
 @torch.no_grad()
 def test_what_is_cut_off_behind_the_last_target_changes_nothing(pairs, models):
     x, y = pairs.eval_batch('val', pairs.eval_windows('val')[:1])
-    short = [torch.from_numpy(part) for part in trim(x, y, step=8)]
+    short = [torch.from_numpy(part) for part in trim_padding(x, y, step=8)]
     assert short[0].size(1) % 8 == 0
     assert short[0].size(1) < x.shape[1]
-    logps = answer_logps(models[0], torch.from_numpy(x), torch.from_numpy(y))
-    assert torch.allclose(answer_logps(models[0], *short), logps, rtol=0, atol=1e-4)
+    logps = completion_logps(models[0], torch.from_numpy(x), torch.from_numpy(y))
+    assert torch.allclose(completion_logps(models[0], *short), logps, rtol=0, atol=1e-4)
 
 
 # -----------------------------------------------------------------------------
@@ -192,8 +192,8 @@ def test_the_loss_on_pairs_is_that_of_trl(pairs, models, tmp_path):
     measured = trl_loss('DPO', tmp_path, models, columns, beta=BETA)
     x, y = whole_split(pairs)
     with torch.no_grad():
-        reference = answer_logps(models[1], x, y)
-        (loss, accuracy, margin), _ = measure(models[0], x, y, reference, BETA)
+        reference = completion_logps(models[1], x, y)
+        (loss, accuracy, margin), _ = compute_metrics(models[0], x, y, reference, BETA)
     assert loss.item() == pytest.approx(measured['eval_loss'], abs=1e-5)
     assert accuracy.item() == pytest.approx(measured['eval_rewards/accuracies'])
     assert margin.item() == pytest.approx(measured['eval_rewards/margins'], abs=1e-5)

@@ -1,4 +1,4 @@
-"""The memory a run needs, estimated before it starts, and what --plan says of it."""
+"""The memory estimate of a run, and the report of --plan."""
 
 import re
 from dataclasses import replace
@@ -16,25 +16,33 @@ from flatgpt.runtime import Runtime
 from flatgpt.training import memory as memory_module
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import loss_of
-from flatgpt.training.memory import Case, batch_of, build, optimizers_of, step_peak
+from flatgpt.training.memory import (
+    Workload,
+    build_fake_batch,
+    build_fake_model,
+    build_fake_optimizers,
+    step_peak,
+)
 from model import GPT, GPTConfig
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, bias=True)
 SEVEN_B = GPTConfig(2048, 65536, arch='modern', n_layer=32, n_head=32, n_embd=4096)
-SMALL = Case(GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=64), 'cpu', torch.float32, 'adamw', 4)
+SMALL = Workload(
+    GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=64), 'cpu', torch.float32, 'adamw', 4
+)
 CPU = Runtime('cpu', torch.float32)
 
 
-def count(case):
-    return sum(p.numel() for p in build(replace(case, device='meta')).parameters())
+def count(workload):
+    return sum(p.numel() for p in build_fake_model(replace(workload, device='meta')).parameters())
 
 
 # --- a step on fake tensors
 
 
 def test_parameters_gradients_and_optimizer_are_counted_to_the_byte():
-    wide = replace(SMALL, shape=replace(SMALL.shape, n_embd=256), rows=1, saves=False)
+    wide = replace(SMALL, shape=replace(SMALL.shape, n_embd=256), micro_batch_size=1, saves=False)
     peak, bytes_of_all = step_peak(wide), 4 * count(wide)
     assert peak['parameters'] == bytes_of_all
     assert peak['gradients'] <= bytes_of_all  # at the peak not all of them need be there
@@ -43,33 +51,40 @@ def test_parameters_gradients_and_optimizer_are_counted_to_the_byte():
 
 def test_activations_grow_with_the_rows_and_shrink_with_gradient_checkpointing():
     deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=6))
-    peaks = {rows: step_peak(replace(deep, rows=rows))['activations'] for rows in (8, 16)}
+    peaks = {
+        rows: step_peak(replace(deep, micro_batch_size=rows))['activations'] for rows in (8, 16)
+    }
     assert 1.9 < peaks[16] / peaks[8] < 2.1
-    assert step_peak(replace(deep, rows=16, recompute=True))['activations'] < peaks[16] / 2
+    assert (
+        step_peak(replace(deep, micro_batch_size=16, gradient_checkpointing=True))['activations']
+        < peaks[16] / 2
+    )
 
 
-@pytest.mark.parametrize('changed', [{'adapt': (4, 'all')}, {'freeze': 1}], ids=['lora', 'freeze'])
+@pytest.mark.parametrize('changed', [{'lora': (4, 'all')}, {'freeze': 1}], ids=['lora', 'freeze'])
 def test_a_step_of_a_model_that_is_partly_frozen_is_counted(changed):
-    case = replace(SMALL, **changed)
-    parameters, gradients, optimizer = memory_module.state_of(case)
-    peak = step_peak(replace(case, parts=2))  # the second micro-batch meets the first's gradients
+    workload = replace(SMALL, **changed)
+    parameters, gradients, optimizer = memory_module.state_bytes(workload)
+    peak = step_peak(
+        replace(workload, micro_steps=2)
+    )  # the second micro-batch meets the first's gradients
     assert (peak['parameters'], peak['gradients']) == (parameters, gradients)
     assert optimizer <= peak['optimizer'] <= optimizer + 1000
 
 
 def test_what_is_frozen_has_neither_gradient_nor_state():
-    all_of_it = memory_module.state_of(SMALL)
-    adapted = memory_module.state_of(replace(SMALL, adapt=(4, 'all')))
+    all_of_it = memory_module.state_bytes(SMALL)
+    adapted = memory_module.state_bytes(replace(SMALL, lora=(4, 'all')))
     assert adapted[0] > all_of_it[0]  # the adapters are beside it
     assert adapted[1] < all_of_it[1] / 4
     assert adapted[2] == 2 * adapted[1]
-    assert memory_module.state_of(replace(SMALL, optimizer='muon'))[2] < all_of_it[2]
+    assert memory_module.state_bytes(replace(SMALL, optimizer='muon'))[2] < all_of_it[2]
 
 
 def test_a_sharded_rank_holds_its_share():
-    case = replace(SMALL, shard=True, saves=False, rows=1)
-    two, eight = (step_peak(replace(case, ranks=ranks)) for ranks in (2, 8))
-    assert two['parameters'] == pytest.approx(2 * count(case), rel=0.01)
+    workload = replace(SMALL, shard=True, saves=False, micro_batch_size=1)
+    two, eight = (step_peak(replace(workload, ranks=ranks)) for ranks in (2, 8))
+    assert two['parameters'] == pytest.approx(2 * count(workload), rel=0.01)
     assert eight['optimizer'] < 0.3 * two['optimizer']
     assert two['communication'] == eight['communication'] > 0
     assert not torch.distributed.is_initialized()
@@ -81,18 +96,25 @@ def test_blocks_that_are_not_computed_are_as_the_others():
 
 
 def test_a_deep_model_has_its_peak_at_the_update_where_a_shallow_one_has_not():
-    deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=48), recompute=True, rows=1)
-    assert memory_module.estimate(deep).total() >= sum(memory_module.state_of(deep))
+    deep = replace(
+        SMALL,
+        shape=replace(SMALL.shape, n_layer=48),
+        gradient_checkpointing=True,
+        micro_batch_size=1,
+    )
+    assert memory_module.estimate(deep).total() >= sum(memory_module.state_bytes(deep))
 
 
 def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(monkeypatch):
     monkeypatch.setattr(memory_module, 'available_host_memory', lambda: 20e9)
     large = replace(SMALL, shape=SEVEN_B, device='cuda', ranks=8)
-    assert memory_module.host_lack(large) is None
-    assert 'takes 27.9 GB of main memory' in memory_module.host_lack(replace(large, shard=True))
+    assert memory_module.host_memory_problem(large) is None
+    assert 'needs 27.9 GB of main memory' in memory_module.host_memory_problem(
+        replace(large, shard=True)
+    )
     few = replace(large, shape=replace(SEVEN_B, n_layer=16), shard=True)
-    assert memory_module.host_lack(few) is None
-    assert 'takes 52.6 GB' in memory_module.host_lack(replace(few, ranks=2, offload=True))
+    assert memory_module.host_memory_problem(few) is None
+    assert 'needs 52.6 GB' in memory_module.host_memory_problem(replace(few, ranks=2, offload=True))
 
 
 def test_a_preference_pair_is_two_rows():
@@ -135,11 +157,11 @@ def test_a_run_takes_what_the_plan_says(script, tmp_path, ranks, flags):
 
 
 def test_what_does_not_fit_gets_changes_that_do(monkeypatch):
-    for name in ('LIBRARIES', 'LIBRARIES_RANKS'):  # more here than all the rest
+    for name in ('LIBRARY_BYTES', 'LIBRARY_BYTES_RANKS'):  # more here than all the rest
         monkeypatch.setattr(memory_module, name, 0)
-    case = replace(SMALL, rows=16, parts=1, saves=False)
-    memory = 0.6 * memory_module.needs(case)
-    found = memory_module.savings(case, memory)
+    workload = replace(SMALL, micro_batch_size=16, micro_steps=1, saves=False)
+    memory = 0.6 * memory_module.max_bytes(workload)
+    found = memory_module.suggest_savings(workload, memory)
     assert all(size <= memory for _, size in found)
     texts = [text for text, _ in found]
     fewer = next(text for text in texts if text.startswith('--batch_size'))
@@ -182,7 +204,9 @@ def test_a_resumed_run_is_not_advised_to_change_its_shape(monkeypatch):
 
     def advice(device, **changes):
         config = {**settings, **changes}
-        return BatchLoader(data, state, config, Runtime(device, torch.float32)).smaller()
+        return BatchLoader(
+            data, state, config, Runtime(device, torch.float32)
+        ).suggest_smaller_batch()
 
     assert advice('cpu') == 'a machine with more memory'
     assert '--shard with torchrun' in advice('cuda:0')
@@ -195,25 +219,25 @@ def test_a_resumed_run_is_not_advised_to_change_its_shape(monkeypatch):
 
 def test_a_model_that_does_not_fit_is_followed_by_one_that_can_be():
     config = {'init_from': 'scratch', 'n_head': 6, 'n_embd': 100, 'n_layer': 9, 'arch': 'modern'}
-    assert memory_module.smaller_model(config) == 'a smaller model, such as --n_embd=48'
+    assert memory_module.suggest_smaller_model(config) == 'a smaller model, such as --n_embd=48'
     GPTConfig(arch='modern', n_head=6, n_embd=48)
-    few = memory_module.smaller_model({**config, 'n_embd': 12})
+    few = memory_module.suggest_smaller_model({**config, 'n_embd': 12})
     assert few == 'a smaller model, such as --n_layer=4'
-    assert '--n_' not in memory_module.smaller_model({**config, 'init_from': 'gpt2-xl'})
+    assert '--n_' not in memory_module.suggest_smaller_model({**config, 'init_from': 'gpt2-xl'})
 
 
 def test_where_nothing_fits_the_nearest_is_named():
-    (only,) = memory_module.savings(SMALL, memory=1e6)
+    (only,) = memory_module.suggest_savings(SMALL, memory=1e6)
     assert only[1] > 1e6
 
 
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
-    monkeypatch.setattr(memory_module, 'available_memory', lambda runtime: 24e9)
-    case = Case(shape, 'cpu', torch.bfloat16, 'adamw', rows=1, saves=False)
-    assert memory_module.least(case) > 24e9
-    monkeypatch.setattr(memory_module, 'changes', lambda case: [])  # each takes a second
-    fits, table = memory_module.verdict(case, CPU)
+    monkeypatch.setattr(memory_module, 'room', lambda runtime: 24e9)
+    workload = Workload(shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False)
+    assert memory_module.min_bytes(workload) > 24e9
+    monkeypatch.setattr(memory_module, 'changes', lambda workload: [])  # each takes a second
+    fits, table = memory_module.check_fit(workload, CPU)
     assert not fits
     assert 'does not fit in the 24.0 GB of cpu' in table
     assert '--n_layer=' in table
@@ -222,16 +246,16 @@ def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_built_steps_and_has_a_checkpoint_without_memory(shape):
     optimizer = 'adamw' if shape.arch == 'gpt2' else 'muon'
-    case = Case(shape, 'cpu', torch.bfloat16, optimizer, rows=1)
+    workload = Workload(shape, 'cpu', torch.bfloat16, optimizer, micro_batch_size=1)
     with FakeTensorMode():
-        model = build(case)
-        optimizers = optimizers_of(case, model)
+        model = build_fake_model(workload)
+        optimizers = build_fake_optimizers(workload, model)
         with torch.autocast('cpu', torch.bfloat16):
-            loss_of(model, *batch_of(case)).backward()
+            loss_of(model, *build_fake_batch(workload)).backward()
         for each in optimizers:
             each.step()
         tensors = tensors_of(model, optimizers)
-        assert size_of(tensors) == pytest.approx(memory_module.checkpoint_size(case), rel=1e-5)
+        assert size_of(tensors) == pytest.approx(memory_module.checkpoint_size(workload), rel=1e-5)
     assert {name: len(named) for name, named in tensors.items()} == {
         'model.safetensors': 580 if shape is XL else 194,
         'optimizer.safetensors': 3 * 580 if shape is XL else 192 + 3 * 2,

@@ -1,4 +1,4 @@
-"""What a run leaves to look at."""
+"""metrics.jsonl, plots and trackers."""
 
 import json
 import sys
@@ -97,7 +97,7 @@ def test_several_runs_are_drawn_into_one_picture_by_steps_and_seconds(tmp_path, 
     assert path.read_bytes().startswith(b'\x89PNG')
     (tmp_path / 'b' / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n')
     for runs, picture, message in (
-        ([tmp_path / 'nowhere'], 'x.png', 'nowhere: there is no metrics.jsonl'),
+        ([tmp_path / 'nowhere'], 'x.png', 'nowhere: has no metrics.jsonl'),
         ([tmp_path / 'b'], 'x.png', 'b: its metrics.jsonl has no evaluation'),
         ([tmp_path / 'a'], tmp_path / 'runs.txt', 'runs.txt: .*txt'),
         ([tmp_path / 'a'], tmp_path / 'no' / 'runs.png', 'no/runs.png: .*No such'),

@@ -1,4 +1,4 @@
-"""Muon: its update against torch.optim.Muon, and which parameters it is given."""
+"""Muon: its update compared with torch.optim.Muon, and the parameters that it trains."""
 
 import subprocess
 import sys
@@ -170,7 +170,7 @@ def test_muon_without_a_matrix_is_one_line():
     built = model()
     for block in built.blocks:
         block.requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"optimizer='muon': the model has no matrix .* 'adamw'"):
+    with pytest.raises(ConfigError, match=r"optimizer='muon': the model has no matrix .*=adamw"):
         build('muon', built, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="learning_rate=0: optimizer='muon'"):
         build('muon', model(), learning_rate=0.0)

@@ -1,4 +1,4 @@
-"""--check: whether everything a run needs is there, told before it starts."""
+"""--check: the preflight checks of a run."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_a_run_that_can_start_is_a_go_and_nothing_is_written(checked, tmp_path):
     status, out = checked(f'--out_dir={tmp_path}/run')
     assert (status, out.splitlines()[-1]) == (0, 'go')
     assert not re.search(r'^(no|warning) ', out, re.M)
-    assert 'every id is in the vocabulary, and the hashes of 2 files hold' in out
+    assert 'every token id is in the vocabulary, and the hashes of 2 files match' in out
     assert (tree(ROOT / 'data'), tree(tmp_path)) == before
 
 
@@ -46,7 +46,7 @@ def test_the_batch_that_two_processes_cannot_share_is_a_no(dataset):
     looked = preflight.Preflight(
         {**config, 'out_dir': None, 'init_from': 'scratch', 'auto_resume': False},
         Runtime('cpu', torch.float32, 0, 2),
-    ).look('batch')
+    ).run_check('batch')
     assert looked[0][0] == 'no'
     assert 'use --gradient_accumulation_steps=4 or 2' in looked[0][1]
 
@@ -68,15 +68,15 @@ def test_an_id_outside_the_vocabulary_is_found_where_it_lies(checked, tmp_path):
 def test_a_changed_shard_is_found_by_its_hash(checked, tmp_path):
     status, out = checked(f'--dataset={broken(tmp_path, 65)}')
     assert status == 2
-    assert 'train.bin: is not what was written' in out
+    assert 'train.bin: was changed or damaged' in out
 
 
 def test_of_a_large_dataset_pieces_are_read_and_that_is_said(checked, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, 'READ_ALL', 100)
+    monkeypatch.setattr(preflight, 'READ_ALL_BYTES', 100)
     status, out = checked()
     assert (status, 'no hash computed' in out) == (0, True)
     # its first ids are always among them
-    monkeypatch.setattr(preflight, 'PIECE', 4096)
+    monkeypatch.setattr(preflight, 'PIECE_BYTES', 4096)
     assert checked(f'--dataset={broken(tmp_path, 60_000)}')[0] == 2
 
 
@@ -87,8 +87,8 @@ def test_a_missing_dataset_is_a_no_and_is_planned_all_the_same(checked, run_here
     capsys.readouterr()
     assert run_here('--plan', '--dataset=nowhere') == 0
     out = capsys.readouterr().out
-    assert 'assumed' in out
-    assert 'at the peak, in all' in out
+    assert 'assuming' in out
+    assert 'total tensors at the peak' in out
 
 
 def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked, tmp_path):
@@ -97,7 +97,7 @@ def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked
     assert checked(where)[0] == 2
     before = tree(tmp_path)
     status, out = checked(where, '--init_from=resume', '--max_iters=8')
-    assert (status, 'step-00000004, whose hashes hold' in out) == (0, True)
+    assert (status, 'step-00000004, whose hashes match' in out) == (0, True)
     status, out = checked(where, '--init_from=resume', '--max_iters=8', '--n_embd=32')
     assert (status, 'a resumed run keeps it' in out) == (2, True)
     assert tree(tmp_path) == before
@@ -106,10 +106,10 @@ def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked
 def test_what_the_real_run_refuses_or_warns_of_the_check_does_too(checked):
     status, out = checked('--mask_documents')
     assert status == 2
-    assert 'no       schedule: mask_documents=True: nothing divides the documents' in out
+    assert 'no       schedule: mask_documents=True: nothing separates the documents' in out
     status, out = checked('--max_iters=4', '--warmup_iters=9')
     assert status == 0
-    assert 'warning  schedule: warmup_iters=9 outlasts the 4 steps of the run' in out
+    assert 'warning  schedule: warmup_iters=9 is not less than the 4 steps of the run' in out
 
 
 def test_the_copy_that_will_be_read_is_looked_at(checked, run_here, dataset, tmp_path):
@@ -135,7 +135,7 @@ def test_a_disk_that_the_checkpoints_would_fill_is_a_no(checked, tmp_path, monke
     monkeypatch.setattr(preflight, 'free_bytes', lambda path: 10_000_000)
     status, out = checked(f'--out_dir={tmp_path}/run')
     assert status == 2
-    assert re.search(r'^no +disk: .*make room', out, re.M)
+    assert re.search(r'^no +disk: .*free disk space', out, re.M)
 
 
 def test_the_real_run_warns_of_memory_and_disk(run_here, tmp_path, monkeypatch, capsys):
@@ -143,7 +143,7 @@ def test_the_real_run_warns_of_memory_and_disk(run_here, tmp_path, monkeypatch, 
     monkeypatch.setattr(preflight, 'room', lambda runtime: 1e3)
     assert run_here(f'--out_dir={tmp_path}/run') == 0
     out = capsys.readouterr().out
-    assert 'warning: this needs 0.0 GB at the least' in out
+    assert 'warning: this needs at least 0.0 GB' in out
     assert 'warning: two checkpoints take' in out
 
 
@@ -176,16 +176,18 @@ def test_of_two_processes_each_looks_at_its_device_and_one_prints(two_ranks, tmp
 
 
 def test_the_shape_of_a_released_model_is_known_without_it():
-    shape = GPTConfig(**preflight.foreign_shape('gpt2'))
+    shape = GPTConfig(**preflight.external_shape('gpt2'))
     with torch.device('meta'):
         model = GPT(shape)
     # Radford et al. say 117M; OpenAI's files have this many
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
-    with pytest.raises(UserError, match='not here yet'):
-        preflight.foreign_shape('somebody/something')
+    with pytest.raises(UserError, match='is not downloaded yet'):
+        preflight.external_shape('somebody/something')
 
 
 def test_what_the_run_will_fetch_is_a_warning(checked, monkeypatch, tmp_path):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     _, out = checked('--init_from=gpt2', '--block_size=32')
-    assert re.search('^warning  settings: gpt2 is not here: the run fetches it', out, re.M)
+    assert re.search(
+        '^warning  settings: gpt2 is not downloaded yet: the run does that first', out, re.M
+    )

@@ -1,4 +1,4 @@
-"""Who hangs, or is gone, is named, and nobody waits for it any longer than was said."""
+"""A rank that hangs or died is reported, and the others exit within the timeout."""
 
 import json
 import os
@@ -16,18 +16,18 @@ from conftest import FOREVER, ROOT
 from flatgpt import errors
 from flatgpt.errors import one_line_errors
 from flatgpt.runtime import Runtime, is_lost_connection
-from flatgpt.training.watchdog import PLACES, Watchdog, is_sibling
+from flatgpt.training.watchdog import PHASES, Watchdog, is_sibling
 
 GLOO = '[/build/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:12. Typically'
 
 
 @pytest.fixture
 def crew(monkeypatch):
-    """Watches of some ranks in one process; what each ends with -> (start, said)."""
+    """Watchdogs of several ranks in one process, and the report of each -> (start, said)."""
     said, store, started = {}, dist.HashStore(), []
 
     class Watch(Watchdog):
-        def _end(self, what, why, mine=None):
+        def _exit(self, what, why, mine=None):
             said.setdefault(self.runtime.rank, (what, why, mine))
 
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
@@ -53,7 +53,7 @@ def wait_for(said, rank):
 
 
 def wait_for_speaker(said):
-    """What the one that speaks says."""
+    """The report of the rank that prints it."""
     deadline = time.monotonic() + 10
     while not (spoken := [(what, why) for what, why, mine in said.values() if mine]):
         assert time.monotonic() < deadline
@@ -63,12 +63,12 @@ def wait_for_speaker(said):
 
 
 def keep_busy(*watches):
-    """They get on: each is at something new all the time."""
+    """Let these ranks make progress all the time."""
 
     def work():
-        while not all(each.ended.wait(0.01) for each in watches):
+        while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.at(each.place[0] + 1, 'the update')
+                each.at(each.phase[0] + 1, 'the update')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -89,8 +89,8 @@ def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
     what, why = wait_for_speaker(said)
     assert what == 'no progress for 0.3 s'
     assert re.fullmatch(
-        rf'rank 1 \(process {os.getpid()} on \S+\) has been at the data of step 7 for \d s; '
-        r'waited for at the gradients of step 7',
+        rf'rank 1 \(process {os.getpid()} on \S+\) has been in the data of step 7 for \d s; '
+        r'this rank waited in the gradients of step 7',
         why,
     )
     for rank in range(3):  # all leave, one says why
@@ -101,12 +101,12 @@ def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
 def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
     start, said = crew
     watches = start(3)
-    watches[0].at(7, 'the saving')
+    watches[0].at(7, 'the checkpoint')
     for each in watches[1:]:
         each.at(7, 'the gradients')
     assert re.fullmatch(
-        rf'rank 0 \(process {os.getpid()} on \S+\) has been at the saving of step 7 for \d s; '
-        r'waited for at the gradients of step 7',
+        rf'rank 0 \(process {os.getpid()} on \S+\) has been in the checkpoint of step 7 for \d s; '
+        r'this rank waited in the gradients of step 7',
         wait_for_speaker(said)[1],
     )
     assert not wait_for(said, 0)[2]
@@ -124,13 +124,13 @@ def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
 def test_the_places_are_those_of_train_py_in_its_order():
     places = {
         path: re.findall(
-            r"watchdog\.(?:at|together)[(,] ?\w+, '(.*?)'",
+            r"watchdog\.(?:at|keep_alive)[(,] ?\w+, '(.*?)'",
             (ROOT / path).read_text(encoding='utf-8'),
         )
         for path in ('train.py', 'flatgpt/training/resume.py')
     }
     set_up, loop = places['flatgpt/training/resume.py'], places['train.py']
-    assert ['the start', loop[0], *sorted(set_up, key=PLACES.index), *loop[1:]] == PLACES
+    assert ['the start', loop[0], *sorted(set_up, key=PHASES.index), *loop[1:]] == PHASES
 
 
 def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
@@ -143,12 +143,12 @@ def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
 
 
 def wait_together(*watches):
-    """They wait while another copies, as Runtime.wait_for_all() does."""
+    """Let these ranks wait while another copies, as Runtime.wait_for_all() does."""
 
     def work():
-        while not all(each.ended.wait(0.01) for each in watches):
+        while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.together(0, 'the opening of the data')
+                each.keep_alive(0, 'the dataset opening')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -158,7 +158,7 @@ def test_all_may_wait_for_long_while_another_copies(crew):
     watches = start(3)
     wait_together(*watches[:2])
     for _ in range(150):
-        watches[2].together(0, 'the copying of the data')
+        watches[2].keep_alive(0, 'the dataset copy')
         time.sleep(0.01)
     assert said == {}
 
@@ -167,13 +167,13 @@ def test_who_dies_while_another_waits_for_its_data_is_named(crew):
     start, said = crew
     watches = start(3)
     wait_together(*watches[:2])
-    watches[2].together(0, 'the copying of the data')
+    watches[2].keep_alive(0, 'the dataset copy')
     time.sleep(0.3)
     watches[2].close()
     _, why = wait_for_speaker(said)
     assert re.fullmatch(
-        r'rank 2 \(.*\) gives no sign of life, last at the copying of the data of step 0; '
-        'waited for at the opening of the data of step 0',
+        r'rank 2 \(.*\) sends no heartbeat, last in the dataset copy of step 0; '
+        'this rank waited in the dataset opening of step 0',
         why,
     )
 
@@ -182,20 +182,20 @@ def test_who_gets_no_data_for_too_long_is_named(crew):
     start, said = crew
     watches = start(2)
     wait_together(watches[0])
-    watches[1].together(0, 'the copying of the data')
+    watches[1].keep_alive(0, 'the dataset copy')
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
 def test_the_rank_whose_signs_stopped_is_named(crew):
     start, said = crew
     watches = start(3, timeout=1)
-    watches[1].at(4, 'the saving')
+    watches[1].at(4, 'the checkpoint')
     time.sleep(0.3)  # a sign of that
     watches[1].close()
     for each in watches[::2]:
         each.at(5, 'the gradients')
     _, why = wait_for_speaker(said)
-    assert re.match(r'rank 1 \(.*\) gives no sign of life, last at the saving of step 4; ', why)
+    assert re.match(r'rank 1 \(.*\) sends no heartbeat, last in the checkpoint of step 4; ', why)
     assert 'rank 0' not in why
 
 
@@ -207,7 +207,7 @@ def test_all_may_take_long_for_the_same(crew):
 
 
 class Silent(dist.HashStore):
-    """A store whose keeper is stopped: it takes what it is given, and never answers."""
+    """A store whose host is frozen: it accepts values but never answers."""
 
     def get(self, key):
         if threading.current_thread() is not threading.main_thread():
@@ -223,7 +223,7 @@ def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keepe
     what, why, _ = wait_for(said, 1)
     assert time.monotonic() - started < 10  # and not 60
     assert what == 'no progress for 0.3 s'
-    assert why.startswith(f'{keeper} on first.host, or the network on the way there, does not ans')
+    assert why.startswith(f'{keeper} on first.host, or the network to it, does not ans')
 
 
 def test_a_lost_connection_names_who_is_gone(crew):
@@ -234,9 +234,9 @@ def test_a_lost_connection_names_who_is_gone(crew):
     watches[1].at(9, 'the gradients')
     sys.excepthook(RuntimeError, RuntimeError(GLOO), None)
     what, why, mine = said[1]
-    assert what == 'a connection is lost (Connection closed by peer [10.0.0.2]:12)'
+    assert what == 'a connection was lost (Connection closed by peer [10.0.0.2]:12)'
     assert why.startswith('rank 0 (')
-    assert 'gives no sign of life' in why
+    assert 'sends no heartbeat' in why
     assert mine
 
 
@@ -250,7 +250,9 @@ def test_a_watch_that_is_closed_while_it_looks_round_ends_nothing(crew, monkeypa
         return seen.wait(10) and 'rank 1 is behind'
 
     monkeypatch.setattr(
-        Watchdog, '_blame' if meanwhile == 'it is late' else '_another_speaks', look
+        Watchdog,
+        '_find_stalled_ranks' if meanwhile == 'it is late' else '_another_rank_reports',
+        look,
     )
     (watch,) = start(1, timeout=0.1)
     assert looks.wait(10)
@@ -296,8 +298,9 @@ def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
     crew[1].send(signal.SIGKILL)
     assert crew.end(20) == [1, -signal.SIGKILL, 1]
     assert re.fullmatch(
-        rf'error \(rank [02]\): a connection is lost \(.*\): rank 1 \(process {crew[1].pid} on '
-        r'\S+\) gives no sign of life, last at .* of step \d+; waited for at the \w+ of step \d+',
+        rf'error \(rank [02]\): a connection was lost \(.*\): rank 1 \(process {crew[1].pid} on '
+        r'\S+\) sends no heartbeat, last in .* of step \d+; this rank waited in the \w+ of step '
+        r'\d+',
         *re.findall(r'^error.*', crew.err, re.M),
     )
     assert 'Traceback' not in crew.err
@@ -314,7 +317,7 @@ def sleep(*args): time.sleep(60)
 @pytest.mark.parametrize(
     ('which', 'fault', 'place'),
     [
-        (0, 'save.Saver.save = sleep', 'the saving of step 2'),
+        (0, 'save.Saver.save = sleep', 'the checkpoint of step 2'),
         (1, 'dataset.Dataset.batch = sleep', 'the data of step 0'),
     ],
 )
@@ -326,7 +329,7 @@ def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, pla
     (line,) = re.findall(r'^error.*', crew.err, re.M)
     assert re.fullmatch(
         rf'error \(rank \d\): no progress for 2 s: rank {which} \(process {crew[which].pid} on '
-        rf'\S+\) has been at {place} for \d s; waited for at the \w+ of step \d',
+        rf'\S+\) has been in {place} for \d s; this rank waited in the \w+ of step \d',
         line,
     )
     assert 'Traceback' not in crew.err
@@ -353,8 +356,8 @@ def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path
     crew = ranks(2, f'--out_dir={tmp_path}/run', '--hang_timeout=2', before=fault)
     assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
     assert re.fullmatch(
-        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) gives no '
-        r'sign of life, last at the copying of the data of step 0; waited for at .*\n',
+        rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) sends no '
+        r'heartbeat, last in the dataset copy of step 0; this rank waited in .*\n',
         crew.err,
     )
 
@@ -383,8 +386,8 @@ def test_a_sign_can_be_read_by_all(crew):
     start, _ = crew
     (first, *_) = start(2)
     first.at(3, 'the data')
-    first._sign()
-    _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('sign/0'))
+    first._send_heartbeat()
+    _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('heartbeat/0'))
     assert (pid, step, what) == (os.getpid(), 3, 'the data')
     assert seconds < 5
     assert host
