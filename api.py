@@ -103,12 +103,12 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **changes) -> flask.
     """
     settings = {name: globals()[name] for name in read_settings(__file__)}
     for key in changes:
-        known(key, settings, f'create_app({key}=)')
+        check_known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
             raise ConfigError(f'create_app({key}=): the WSGI server sets its address; leave it out')
         if loaded and key in MODEL_SETTINGS and changes[key] != settings[key]:
             raise ConfigError(f'create_app({key}=): the model is already loaded; leave it out')
-    settings = with_values(__file__, settings, changes, 'create_app({}=)')
+    settings = update_settings(__file__, settings, changes, 'create_app({}=)')
     check_settings(settings)
     return build_app(loaded, settings | {'host': None, 'port': None})
 

@@ -274,7 +274,7 @@ class Console:
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
-            if end and self.tokenizer.mark_id(end) is None:
+            if end and self.tokenizer.delimiter_id(end) is None:
                 params = replace(params, stop=(*params.stop, end))
         else:
             ids = self.encode((self.newline if self.ids else '') + line)
@@ -296,12 +296,14 @@ class Console:
                     print_text(output.text)
                     if output.finish != 'stop':
                         self.ids.append(output.token)
-                    elif output.token not in self.tokenizer.ends:  # the stop string is not printed
+                    elif (
+                        output.token not in self.tokenizer.stop_ids
+                    ):  # the stop string is not printed
                         self.ids[before:] = self.encode(printed)
         finally:
             request.cancel()
             if template:
-                self.ids += self.tokenizer.encode_mark(end).tolist()
+                self.ids += self.tokenizer.encode_delimiter(end).tolist()
         print_text('\n')
 
 

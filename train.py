@@ -129,7 +129,7 @@ if saved := saved_settings(config):  # of the run to resume; this command overri
     config = configure({**globals(), **saved}, sys.argv[1:])
 validate(config)
 globals().update(config)
-make_output_optional()  # a closed pipe or a full disk behind a log file must not stop training
+ignore_output_errors()  # a closed pipe or a full disk behind a log file must not stop training
 
 # -----------------------------------------------------------------------------
 # setup: nothing on disk changes before run.open(), so a mistake costs nothing
@@ -156,7 +156,9 @@ lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else 
 runtime.print0(format_setup(config, raw_model, data, runtime, batches.tokens_per_step))
 set_trainable(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
-    state.reference = runtime.agree(lambda: fingerprint(raw_model, runtime.dtype_name))
+    state.reference = runtime.broadcast_from_rank0(
+        lambda: fingerprint(raw_model, runtime.dtype_name)
+    )
 state.start_clock()  # the logged seconds include compilation and evaluation
 
 # raw_model is evaluated, sampled from and saved; model shares its weights and is trained
@@ -180,7 +182,7 @@ if runtime.world_size > 1 and not shard and not eval_only:
     gpu = [runtime.device] if runtime.device_type == 'cuda' else None
     model = DistributedDataParallel(model, device_ids=gpu)
 
-settle(raw_model)  # the optimizer needs the shards; a forward pass may have gathered the root
+reshard(raw_model)  # the optimizer needs the shards; a forward pass may have gathered the root
 optimizers = build_optimizers(
     optimizer,
     raw_model,
@@ -252,7 +254,7 @@ while True:
     run.report_problems('; training continues')
     if finished or stopping:
         break
-    if runtime.main and losses and is_finite:
+    if runtime.is_main and losses and is_finite:
         watchdog.at(step, 'the sample')
         run.show_sample(raw_model, tokenizer, data, eval_sample_tokens)
 

@@ -76,7 +76,7 @@ def full_tensor(tensor):
 def are_finite(model: GPT, runtime: Runtime) -> bool:
     """Whether all weights of all ranks are finite. A collective: every rank must call it."""
     bad = any(not to_local(p.detach()).isfinite().all() for p in model.parameters())
-    return runtime.reduce([bad], 'MAX')[0] == 0
+    return runtime.all_reduce([bad], 'MAX')[0] == 0
 
 
 def shard_like(full, like):

@@ -29,7 +29,7 @@ from flatgpt.data.dataset import Writer
 from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
-from flatgpt.runtime import host_room
+from flatgpt.runtime import available_host_memory
 from flatgpt.serving.api_error import APIError
 from flatgpt.training import metrics as metrics_module
 from flatgpt.training import run as run_module
@@ -88,14 +88,14 @@ os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-ma
 
 
 def pytest_xdist_auto_num_workers(config):
-    """The number of test processes: one more than cores for the whole suite, otherwise only this one.
+    """The number of test processes: one more than cores for the whole suite, otherwise one.
 
     The suite spends a quarter of its time waiting for other processes. Each test process may take
     2 GiB. The fault and load suites kill processes at given times and therefore run alone.
     """
     whole = config.args_source == config.ArgsSource.TESTPATHS
     if whole and 'not faults and not load' in config.option.markexpr and not config.option.keyword:
-        return max(1, min(cores() + 1, int((host_room() or 2**34) / 2**31)))
+        return max(1, min(cores() + 1, int((available_host_memory() or 2**34) / 2**31)))
     config.option.dist = 'no'
     return 0
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 from conftest import MODERN, ROOT, hashes, metrics, random_model
-from error_lines import error_line
+from error_lines import case, error_line
 from safetensors.torch import load_file, save_file
 
 import model as model_module

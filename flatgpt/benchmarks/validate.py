@@ -111,9 +111,8 @@ def check_memory(settings: dict, runtime: Runtime, jobs: list[str]) -> None:
 
 
 def count_parameters(settings: dict) -> int:
-    with torch.device('meta'):  # extrapolated from two layers
-        one, two = (
-            sum(p.numel() for p in build_model({**settings, 'n_layer': n}).parameters())
-            for n in (1, 2)
-        )
+    one, two = (  # extrapolated from two layers
+        sum(p.numel() for p in build_outline({**settings, 'n_layer': n}).parameters())
+        for n in (1, 2)
+    )
     return one + (two - one) * (settings['n_layer'] - 1)

@@ -25,7 +25,7 @@ from flatgpt.checkpoint.load import (
 )
 from flatgpt.checkpoint.peft import base_of, is_adapter
 from flatgpt.checkpoint.weights import meta_model
-from flatgpt.data.hf_tokenizer import MARKS
+from flatgpt.data.hf_tokenizer import CHAT_TEMPLATE_FILE
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import CheckpointError, UserError, one_line_errors
 from flatgpt.files import as_json, atomic_folder
@@ -89,7 +89,7 @@ def export_adapter(where: str, which: str, to: Path) -> None:
     with atomic_folder(to) as part:
         shutil.copytree(path / ADAPTER, part, dirs_exist_ok=True)
         if tokenizer and tokenizer.chat_template:
-            (part / MARKS).write_bytes(as_json(tokenizer.chat_template))
+            (part / CHAT_TEMPLATE_FILE).write_bytes(as_json(tokenizer.chat_template))
     print(f'{path}: adapter written to {to}; its base is {base_of(to)}')
 
 

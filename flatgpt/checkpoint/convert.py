@@ -368,7 +368,7 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
         if tokenizer.chat_template:  # Jinja cannot be converted back
-            files[MARKS] = tokenizer.chat_template
+            files[CHAT_TEMPLATE_FILE] = tokenizer.chat_template
     with atomic_folder(folder) as part:
         save_file(transformers_tensors(model), part / WEIGHTS, metadata={'format': 'pt'})
         for name, content in files.items():
@@ -394,7 +394,7 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 def bos_and_eos(tokenizer: Tokenizer | None) -> dict:
     """bos_token_id and eos_token_id; a list if several ids end a text."""
-    ends = [] if tokenizer is None else tokenizer.ends_in_order
+    ends = [] if tokenizer is None else tokenizer.ordered_stop_ids
     end = ends if len(ends) > 1 else next(iter(ends), None)
     return {'bos_token_id': None if tokenizer is None else tokenizer.eot, 'eos_token_id': end}
 

@@ -55,7 +55,7 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
 
 def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
     """UserError for a tokenizer that llama.cpp cannot reproduce."""
-    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_WORDS:
+    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_PATTERN:
         raise UserError(
             f"tokenizer {tokenizer.name}: llama.cpp splits text like 'gpt2' or 'byte'; export "
             'without --format=gguf'
@@ -66,9 +66,9 @@ def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
                 f'added token {token.text!r}: a GGUF file has no single_word, lstrip and rstrip; '
                 'export without --format=gguf'
             )
-    if len(tokenizer.ends) > 3:
+    if len(tokenizer.stop_ids) > 3:
         raise UserError(
-            f'{len(tokenizer.ends)} end-of-text tokens: a GGUF file has three at most; export '
+            f'{len(tokenizer.stop_ids)} end-of-text tokens: a GGUF file has three at most; export '
             'without --format=gguf'
         )
 
@@ -98,13 +98,13 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
     writer.add_token_list(words)
     writer.add_token_types(kinds)
     # llama.cpp needs at least one merge; the byte 255 is in no UTF-8 text
-    unused_merge = [next(letter for letter, byte in byte_letters().items() if byte == 255)] * 2
+    unused_merge = [next(letter for letter, byte in byte_alphabet().items() if byte == 255)] * 2
     writer.add_token_merges([' '.join(pair) for pair in merges or [unused_merge]])
     if tokenizer.eot is not None:
         writer.add_bos_token_id(tokenizer.eot)
     # in llama.cpp each of them ends a completion
     setters = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
-    for add, i in zip(setters, tokenizer.ends_in_order, strict=False):
+    for add, i in zip(setters, tokenizer.ordered_stop_ids, strict=False):
         add(i)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:

@@ -20,7 +20,7 @@ import torch
 from flatgpt.checkpoint.convert import RELEASED, is_foreign, load_foreign
 from flatgpt.checkpoint.peft import CONFIG, base_of, is_adapter, read_adapter
 from flatgpt.checkpoint.weights import model_from_tensors, open_weights, read_tensor
-from flatgpt.data.hf_tokenizer import find_tokenizer, with_marks
+from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
@@ -246,7 +246,7 @@ def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimize
     for key, tensor in read_tensors(path, OPTIMIZER):
         name, _, entry = key.rpartition('.')
         # cloned: a memory-mapped file could not be removed by prune()
-        tensor = cut_like(tensor, parameters[name]) if tensor.dim() else tensor
+        tensor = shard_like(tensor, parameters[name]) if tensor.dim() else tensor
         states.setdefault(name, {})[entry] = tensor.clone()
     names = {parameter: name for name, parameter in parameters.items()}
     for optimizer in optimizers:

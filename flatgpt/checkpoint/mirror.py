@@ -17,7 +17,7 @@ import filelock
 from flatgpt.checkpoint.load import MANIFEST, damage_in, list_checkpoints, read_state, step_of
 from flatgpt.checkpoint.save import make_temp_folder, prune, set_aside, temp_path
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.files import flush, flush_all, is_same, sha256
+from flatgpt.files import flush, fsync_tree, is_same_path, sha256
 
 # files of a run directory that a resumed run needs, in addition to a checkpoint
 BESIDE_CHECKPOINTS = ('config.py', 'metrics.jsonl', 'reference.safetensors')
@@ -112,7 +112,7 @@ def check_mirror(mirror: str, out_dir: str | Path | None) -> None:
         raise ConfigError(
             f'checkpoint_mirror={mirror!r} is a URL; mount the bucket and give its folder'
         )
-    if out_dir and is_same(mirror, out_dir):
+    if out_dir and is_same_path(mirror, out_dir):
         raise ConfigError(f'checkpoint_mirror={mirror!r} is the out_dir; give another folder')
 
 
@@ -172,7 +172,7 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
             if damage := damage_in(temp_path(final)):
                 print(f'warning: {path} is damaged: {damage}; trying another one', file=sys.stderr)
                 return False
-            flush_all(temp_path(final))
+            fsync_tree(temp_path(final))
         except OSError as error:
             raise UserError(
                 f'{path} cannot be copied to {out_dir}: {error}; make room or give another '

@@ -19,8 +19,8 @@ from flatgpt.checkpoint.convert import parameter_name, unsupported_fields
 from flatgpt.checkpoint.weights import open_weights, read_tensor
 from flatgpt.errors import CheckpointError
 from flatgpt.files import as_json, read_json
-from flatgpt.lora import LoRALinear, adapted, matrices, place, replace
-from flatgpt.parallel import whole
+from flatgpt.lora import LoRALinear, block_and_name, linear_layers, lora_layers, replace_module
+from flatgpt.parallel import full_tensor
 from model import GPT
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
@@ -71,7 +71,7 @@ def adapter_tensors(model: GPT) -> dict[str, torch.Tensor]:
 
 def sample_weights(weights: dict[str, torch.Tensor]) -> dict[str, float]:
     """One weight of each adapted matrix, which identify the base model."""
-    flat = {name: whole(w.detach()).flatten() for name, w in weights.items()}
+    flat = {name: full_tensor(w.detach()).flatten() for name, w in weights.items()}
     return {name: w[w.numel() // 2].item() for name, w in flat.items()}
 
 
@@ -118,7 +118,7 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
     with open_weights(folder / WEIGHTS) as file:
         keys = list(file.keys())
     pairs = lora_pairs({key: read_tensor(folder / WEIGHTS, key).float() for key in keys}, folder)
-    weights = {name: linear.weight for name, linear in matrices(model).items()}
+    weights = {name: linear.weight for name, linear in linear_layers(model).items()}
     for name, (A, B) in pairs.items():
         shape = (B.size(0), A.size(1))
         if name not in weights or shape != weights[name].shape:
@@ -193,7 +193,7 @@ def is_target(config: dict, name: str) -> bool:
     if targets in (None, 'all-linear') or isinstance(targets, str):
         return targets in (None, 'all-linear') or matches_any(targets, name)
     layers = [layers] if isinstance(layers, int) else layers
-    return matches_any(targets, name) and (not layers or place(name)[0] in layers)
+    return matches_any(targets, name) and (not layers or block_and_name(name)[0] in layers)
 
 
 def matches_any(modules: str | list | None, name: str) -> bool:

@@ -46,8 +46,8 @@ from flatgpt.checkpoint.peft import adapter_files
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.files import as_json, check_free_space, fsync, fsync_tree, sha256
-from flatgpt.lora import adapted
-from flatgpt.parallel import local, settle
+from flatgpt.lora import lora_layers
+from flatgpt.parallel import reshard, to_local
 from flatgpt.runtime import Runtime
 from model import GPT
 
@@ -101,7 +101,7 @@ def checkpoint_path(out_dir: str | Path, state: dict) -> Path:
 
 def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of each file; of a sharded model, this rank's rows. Nothing is copied."""
-    settle(model)
+    reshard(model)
     return {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
 
 
@@ -123,7 +123,7 @@ def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
 def small_files_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
     """{name: content} of a checkpoint's small files. Collective if the model is sharded."""
     base = state.get('config', {}).get('init_from')
-    files = adapter_files(model, base) if adapted(model) else {}
+    files = adapter_files(model, base) if lora_layers(model) else {}
     small_files = {f'{ADAPTER}/{name}': content for name, content in files.items()}
     if tokenizer is not None:
         small_files[TOKENIZER] = as_json(tokenizer.to_dict())
@@ -138,7 +138,7 @@ def size_of(tensors: dict) -> int:
 def make_temp_folder(final: Path, need: int) -> None:
     """Make the empty folder that becomes the checkpoint `final`. OSError without room for it."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    check_space(final.parent, need)
+    check_free_space(final.parent, need)
     for leftover in final.parent.glob('.*'):  # of a killed save or removal
         shutil.rmtree(leftover, ignore_errors=True)
     temp_path(final).mkdir()
@@ -173,7 +173,7 @@ def write(
         for other in range(1, ranks):
             hashes |= wait_for_part(temp, other)
         (temp / MANIFEST).write_bytes(as_json(hashes))
-        flush_all(temp)
+        fsync_tree(temp)
     except BaseException as error:
         shutil.rmtree(temp, ignore_errors=True)  # the disk may be full
         if isinstance(error, SafetensorError):  # raised by safetensors instead of OSError
@@ -203,7 +203,7 @@ def write_part(temp: Path, tensors: dict, rank: int, ranks: int) -> None:
     try:
         report = write_tensors(temp, tensors, rank, ranks)
         for name in report:
-            flush(temp / name)
+            fsync(temp / name)
     except (OSError, SafetensorError) as error:
         for name in tensors:  # the disk may be full: make room for the report
             (temp / part_name(name, rank, ranks)).unlink(missing_ok=True)
@@ -231,7 +231,7 @@ def wait_for_part(temp: Path, rank: int) -> dict[str, str]:
 def publish(final: Path, keep_evaluated: bool) -> None:
     """Rename a complete checkpoint to its final name, and prune the others."""
     temp_path(final).rename(final)
-    flush(final.parent)
+    fsync(final.parent)
     try:
         prune(final.parent, keep_evaluated)
     except OSError as error:
@@ -314,7 +314,7 @@ class Saver:
         self._times['save_pause'] = time.perf_counter() - started
 
     def _on_rank0(self, decide):
-        return self.runtime.agree(decide) if self.ranks > 1 else decide()
+        return self.runtime.broadcast_from_rank0(decide) if self.ranks > 1 else decide()
 
     def _prepare(self, state: dict, need: int) -> Path | None:
         """Make the temporary folder -> the checkpoint's path, None if it already exists."""

@@ -63,7 +63,7 @@ def model_from_tensors(
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(copy))
     if missing:
         raise CheckpointError(f'{where} lacks the tensor {min(missing)}; {SAME_MODEL}')
-    model.tie()
+    model.tie_weights()
     if head is not None and not torch.equal(head.float(), model.lm_head.weight):
         raise CheckpointError(
             f'{where}: lm_head.weight differs from the embedding; give a model that ties them'
@@ -102,7 +102,7 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 
 @contextmanager
 def open_weights(path: Path):
-    if not is_utf8(path):
+    if not is_utf8_path(path):
         raise CheckpointError(f'{path}: the path is not valid UTF-8; rename the folder')
     try:
         with safe_open(path, framework='pt') as file:

@@ -46,8 +46,8 @@ from tqdm import tqdm
 from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
-from flatgpt.data.sources import bytes_of, find_files, identity, without_bom
-from flatgpt.data.text import check_fraction, own_folder
+from flatgpt.data.sources import find_files, identity, strip_bom, total_bytes
+from flatgpt.data.text import check_val_fraction, dataset_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.files import strict_json
@@ -138,7 +138,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)  # files may also follow flags
     if not args.files:
         raise UserError(f'no FILES; run {COMMAND} FILES --name=talks (see --help)')
-    check_fraction(args)
+    check_val_fraction(args)
     if not 2 <= args.block_size <= MAX_BLOCK_SIZE:
         raise UserError(f'--block_size={args.block_size}: must be between 2 and {MAX_BLOCK_SIZE}')
     return args
@@ -168,7 +168,8 @@ def with_template(tokenizer: Tokenizer, path: Path | None) -> Tokenizer:
         if not template or not tokenizer.chat_template[ASSISTANT][1]:
             raise UserError("it has no text after the assistant's messages, to end them")
         for before, after in tokenizer.chat_template.values():
-            tokenizer.encode_mark(before), tokenizer.encode_mark(after)  # characters may be missing
+            for delimiter in (before, after):
+                tokenizer.encode_delimiter(delimiter)  # its characters may be missing
     except UserError as error:
         raise UserError(
             f'{path or f"the chat template for {tokenizer.name}"}: {error}; choose another with '
@@ -263,7 +264,7 @@ def is_json_lines(path: Path) -> bool:
 
 def read_document(path: Path) -> Iterator[tuple[str, bytes, int]]:
     """The rows of a file that is one array or one row, see read_rows()."""
-    block = without_bom(path.read_bytes())[0]
+    block = strip_bom(path.read_bytes())[0]
     try:
         text = block.decode()
     except UnicodeDecodeError:
@@ -413,7 +414,7 @@ def write_dataset(
             for sequences in packed:
                 ids, flags = fill_row(sequences, length, tokenizer.eot or 0)
                 writer.write(split, ids, flags)
-                targets += int((flags & LEARNED > 0).sum())
+                targets += int((flags & TARGET > 0).sum())
     print_report(args, writer, train, val, targets)
 
 
@@ -479,7 +480,7 @@ def fill_row(sequences: list[Sequence], size: int, padding: int) -> tuple[np.nda
     at = 0
     for sequence, mask in sequences:
         end = at + len(sequence)
-        ids[at:end], flags[at:end] = sequence, mask * LEARNED
+        ids[at:end], flags[at:end] = sequence, mask * TARGET
         flags[at] |= FIRST
         at = end
     flags[at : at + 1] |= FIRST

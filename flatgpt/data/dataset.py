@@ -39,7 +39,7 @@ from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
 from flatgpt.errors import DISK_TROUBLE, UserError, did_you_mean
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')

@@ -27,7 +27,7 @@ MAX_RETRY_DELAY = 120  # seconds; give up if a server asks for more
 def download_folder(own: Path, out_dir: Path) -> Path:
     """Where to keep downloads: the dataset's own folder, or in a read-only clone the folder that
     the dataset is written to."""
-    return own if os.access(existing(own), os.W_OK) else out_dir
+    return own if os.access(nearest_existing(own), os.W_OK) else out_dir
 
 
 def fetch(url: str, path: str | Path, sha256: str) -> None:
@@ -68,7 +68,7 @@ def fetch_page(
         return page
     path.parent.mkdir(parents=True, exist_ok=True)
     page = with_retries(lambda: get_page(urls, find_problem), urls[0], path)
-    with new_file(path) as part:
+    with atomic_file(path) as part:
         part.write_bytes(page)
     return page
 

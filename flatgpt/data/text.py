@@ -33,8 +33,8 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.bpe import learn_bpe
-from flatgpt.data.dataset import DATA, Writer, recipe_of
-from flatgpt.data.encode import BORDER, Chunk, cut, write_chunks
+from flatgpt.data.dataset import DATA, Writer, prepare_script
+from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.sources import Reader, file_id, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
@@ -303,7 +303,7 @@ def split_by_fraction(chunks: Iterable[tuple], fraction: float) -> Iterator[Chun
 
 def boundary_near(text: str, at: int) -> int:
     """The first place at or after `at` where `text` can be cut, else the last one before."""
-    after = BORDER.search(text, max(0, at - 1))
+    after = BOUNDARY.search(text, max(0, at - 1))
     if after:
         return after.end()
     return max((border.end() for border in BOUNDARY.finditer(text)), default=at)

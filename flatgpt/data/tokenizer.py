@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flatgpt.errors import UserError, did_you_mean, reason_of
-from flatgpt.files import new_file
+from flatgpt.files import atomic_file
 
 EOT = '<|endoftext|>'
 LONG, BLOCK = 2**18, 2**16  # bytes: longer words are merged in blocks of this size
@@ -413,7 +413,7 @@ class Tokenizer:
             raise UserError(f'not a tokenizer of flatGPT: {reason_of(error)}') from error
 
     def save(self, path: str | Path) -> None:
-        with new_file(path) as part:
+        with atomic_file(path) as part:
             part.write_text(json.dumps(self.to_dict()), encoding='utf-8')
 
 

@@ -45,9 +45,9 @@ class Metrics:
             self.generation_tokens.inc(tokens)
             if r.began:
                 self.queue.observe(r.began - r.came)
-            if r.finish in ('stop', 'length') and r.ended:
-                self.total.observe(r.ended - r.came)
-            if tokens and r.first:
-                self.first.observe(r.first - r.came)
-            if tokens > 1 and r.ended:
-                self.inter_token.observe((r.ended - r.first) / (tokens - 1))
+            if r.finish in ('stop', 'length') and r.finish_time:
+                self.total.observe(r.finish_time - r.came)
+            if tokens and r.first_token_time:
+                self.first.observe(r.first_token_time - r.came)
+            if tokens > 1 and r.finish_time:
+                self.inter_token.observe((r.finish_time - r.first_token_time) / (tokens - 1))

@@ -19,7 +19,7 @@ import torch
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
-from flatgpt.runtime import Runtime, Work, to_device
+from flatgpt.runtime import Runtime, Workload, to_device
 from flatgpt.training.loss import trim_padding
 from flatgpt.training.state import TrainState
 from model import GPT
@@ -40,7 +40,7 @@ class BatchLoader:
         self.data, self.config, self.runtime = data, config, runtime
         self.first_step, self.first_sample = state.step, state.samples
         self.global_batch_size = config['gradient_accumulation_steps'] * config['batch_size']
-        self.rank_batch_size, self.micro_batch_size = runtime.share(
+        self.rank_batch_size, self.micro_batch_size = runtime.split_batch(
             self.global_batch_size, config['batch_size']
         )
         self.micro_steps = (
@@ -148,7 +148,7 @@ class BatchLoader:
             {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
         ]
 
-    def work(self, model: GPT, max_iters: int) -> Work:
+    def work(self, model: GPT, max_iters: int) -> Workload:
         """The work of this rank up to step max_iters."""
         c, pairs = self.config, self.config['objective'] == 'dpo'
         tokens = self.micro_batch_size * (1 + pairs) * self.data.block_size

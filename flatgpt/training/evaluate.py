@@ -2,7 +2,7 @@
 Evaluation during training: the loss on fixed windows of each split, and a generated sample.
 
     losses = estimate_loss(model, batches, config, runtime, stop)     # {'val_loss': 2.1, ...}
-    text = generate_sample(model, tokenizer, data, tokens=256, seed=1337)
+    text = training_sample(model, tokenizer, data, tokens=256, seed=1337)
 """
 
 import math
@@ -36,9 +36,9 @@ def estimate_loss(
     for split, (share, part) in product(splits, data.parts):
         sums = sum_losses(model, batches, part, split, share, config, runtime, stop)
         # weight: the number of targets or pairs
-        *sums, weight, stopped = runtime.reduce([*sums.tolist(), stop.signal])
+        *sums, weight, stopped = runtime.all_reduce([*sums.tolist(), stop.signal])
         if stopped:
-            stop.share()
+            stop.sync_ranks()
             model.train()
             return None
         names = [f'{split}_{name}' for name in METRIC_NAMES[config['objective']]]
@@ -61,7 +61,7 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
         count = math.ceil(share * config['eval_iters'] * batch_size)
     windows = part.eval_windows(split, count)
     size = len(METRIC_NAMES[config['objective']]) + 1
-    total = torch.zeros(size, dtype=runtime.wide, device=runtime.device)
+    total = torch.zeros(size, dtype=runtime.sum_dtype, device=runtime.device)
     starts = range(0, len(windows), runtime.world_size * batch_size)
     for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.is_interactive):
         mine = windows[i + runtime.rank * batch_size :][:batch_size]
@@ -76,7 +76,7 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
     return total
 
 
-def generate_sample(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
+def training_sample(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
     """About `tokens` generated tokens. The prompt is end of text, or the first token of the
     validation split; for chat data, the first conversation of that split up to the reply."""
     x, y = data.parts[0][1].eval_batch('val', [0])

@@ -41,8 +41,8 @@ def finish(
             require_saved_weights(run, finished)
             if finished:
                 run.mark_done()
-            stop.release()  # all is saved: a signal now only skips the plot and the sample
-            with optional('no loss curve', run.runtime.print0):
+            stop.raise_interrupts()  # all is saved: a signal now only skips the plot and the sample
+            with warn_on_failure('no loss curve', run.runtime.print0):
                 run.runtime.print0(f'loss curve: {draw_loss(run.out_dir)}')
             if finished:
                 report_end(run, model, tokenizer, data, peak)
@@ -86,6 +86,6 @@ def report_stop(run: Run) -> None:
             f'stopped at step {step} with nothing to save; run the same command to start again'
         )
     last, config_file = run.checkpoints[-1], shlex.quote(str(run.out_dir / 'config.py'))
-    command = f'{run.runtime.launcher} train.py {config_file} --init_from=resume'
+    command = f'{run.runtime.launch_command} train.py {config_file} --init_from=resume'
     kept = 'is saved' if step_of(last) == step else 'is the last good checkpoint'
     report(f'stopped at step {step}; {last.name} {kept}, resume with: {command}')

@@ -113,7 +113,7 @@ def reference_logps(
             with runtime.autocast():
                 answers = completion_logps(model, x, y).view(-1, 2).cpu().numpy()
             found[first : first + len(mine)] = answers[: len(mine)]
-        every = runtime.reduce(found.ravel().tolist())  # zero except for this rank's own
+        every = runtime.all_reduce(found.ravel().tolist())  # zero except for this rank's own
         logps[split] = np.array(every, np.float32).reshape(-1, 2)
     model.train()
     return logps

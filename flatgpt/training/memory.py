@@ -72,7 +72,7 @@ class Workload:
 
 def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
     """The workload of these settings on this machine."""
-    batch, rows = runtime.share(
+    batch, rows = runtime.split_batch(
         config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
     )
     every = config['eval_interval'], config['save_interval']
@@ -280,7 +280,7 @@ def host_memory_problem(workload: Workload) -> str | None:
     """The problem with host memory, if any: too little for what is built or offloaded there."""
     if workload.device != 'cuda' or not workload.shard:
         return None
-    state, free = state_bytes(workload), host_room()
+    state, free = state_bytes(workload), available_host_memory()
     held = sum(state) / workload.ranks if workload.offload else 0
     copied = (state[0] + state[2]) / workload.ranks  # while a checkpoint is saved
     need = max(state[0], held + copied)  # whole in each process, before sharding
@@ -390,7 +390,7 @@ def check_fit(workload: Workload, runtime: Runtime, fresh: bool = True) -> tuple
     """Whether the workload fits this device, and the table to print."""
     lack, asked = (
         host_memory_problem(workload),
-        (workload, str(runtime.device), room(runtime), fresh),
+        (workload, str(runtime.device), available_memory(runtime), fresh),
     )
     if dist.is_initialized():  # by torchrun: a fake process group then needs another process
         code = 'from flatgpt.training import memory; memory.report_to_parent()'

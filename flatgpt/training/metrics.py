@@ -278,6 +278,6 @@ def plot(*xlabels: str):
 def write(figure, path: Path) -> Path:
     for text in figure.axes[0].legend(frameon=False).get_texts():
         text.set_parse_math(False)  # a name may contain $
-    with new_file(path) as part:
+    with atomic_file(path) as part:
         figure.savefig(part, format=path.suffix[1:])
     return path

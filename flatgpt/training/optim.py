@@ -99,7 +99,7 @@ class Muon(UnwrappedOptimizer):
 
 def gather_matrix(matrix):
     """The whole matrix in bfloat16; an offloaded one is copied to the GPU first."""
-    return whole(matrix.to(computing_device(matrix), torch.bfloat16))
+    return full_tensor(matrix.to(compute_device(matrix), torch.bfloat16))
 
 
 def transpose_tall(matrix):
@@ -135,7 +135,7 @@ def build_optimizers(
                 "optimizer='muon': the model has no matrix to train; use --optimizer=adamw"
             )
         # no weight decay for the embeddings and the head, as in nanochat
-        groups = model.param_groups(weight_decay=0.0, leave_out=matrices)
+        groups = model.param_groups(weight_decay=0.0, exclude=matrices)
         muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     for optimizer in (adamw, *muon):

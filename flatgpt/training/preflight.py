@@ -33,6 +33,7 @@ from flatgpt.checkpoint.load import (
     verify,
 )
 from flatgpt.checkpoint.peft import base_of, is_adapter
+from flatgpt.data.cache import read_small_file
 from flatgpt.data.dataset import (
     SPLITS,
     Dataset,
@@ -83,12 +84,12 @@ def preflight(config: dict, runtime: Runtime) -> int:
     """Run and print the checks (with config['plan']: memory only) -> the exit status."""
     checks = Preflight(config, runtime)
     asked = ['memory'] if not config['check'] else list(CHECKS)
-    asked = asked if runtime.main else [name for name in asked if name in ('device', 'memory')]
+    asked = asked if runtime.is_main else [name for name in asked if name in ('device', 'memory')]
     mine = [(name, *line) for name in asked for line in checks.run_check(name)]
     worst, printed = any(level == 'no' for _, level, _ in mine), set()
     for rank, lines in enumerate(gather_from_ranks(mine, runtime)):
         worst = worst or any(level == 'no' for _, level, _ in lines)
-        for name, level, text in lines if runtime.main else ():
+        for name, level, text in lines if runtime.is_main else ():
             if level == 'no' and text in printed:  # one mistake can fail several checks
                 continue
             printed.add(text)
@@ -134,7 +135,7 @@ class Preflight:
         check_short_blocks(self.config, shape.block_size)
         yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
         on_hub = source != 'scratch' and not Path(source).exists()
-        if on_hub and not is_fetched(source):
+        if on_hub and not is_cached(source):
             yield 'warning', f'{source} is not downloaded yet: the run does that first'
 
     def model_shape(self) -> GPTConfig:
@@ -195,7 +196,7 @@ class Preflight:
     def check_batch(self) -> Iterator[tuple[str, str]]:
         config = self.config
         rows = config['gradient_accumulation_steps'] * config['batch_size']
-        mine, at_once = self.runtime.share(rows, config['batch_size'])
+        mine, at_once = self.runtime.split_batch(rows, config['batch_size'])
         tokens = rows * self.model_shape().block_size
         yield (
             'ok',
@@ -209,8 +210,8 @@ class Preflight:
         shape = self.model_shape()
         fresh = self.model_source() == 'scratch'
         fits, table = check_fit(workload_of(self.config, shape, self.runtime), self.runtime, fresh)
-        first = names_in(self.config['dataset'])[0]
-        if fresh and not is_prepared(folder_of(first)[0]):
+        first = dataset_names(self.config['dataset'])[0]
+        if fresh and not is_prepared(resolve_dataset(first)[0]):
             table += f'\ndataset {first} is not prepared: assuming a vocabulary of 50,304 tokens'
         yield 'ok' if fits else 'no', table.replace('\n', '\n  ') if self.config['check'] else table
 
@@ -230,19 +231,19 @@ class Preflight:
     # --- the data
 
     def check_dataset(self) -> Iterator[tuple[str, str]]:
-        config, names = self.config, names_in(self.config['dataset'])
+        config, names = self.config, dataset_names(self.config['dataset'])
         for name in names:
             if '://' in name:
                 yield 'warning', f'{name} is checked when the run copies it'
                 return
             yield from self.check_part(name)
-        if all(is_prepared(folder_of(name)[0]) for name in names):
+        if all(is_prepared(resolve_dataset(name)[0]) for name in names):
             block = self.model_shape().block_size
             where = config['dataset'], block, config['seed'], config['objective']
             self.data = open_data(*where)
 
     def check_part(self, dataset: str) -> Iterator[tuple[str, str]]:
-        where, is_path = folder_of(dataset)
+        where, is_path = resolve_dataset(dataset)
         if not is_prepared(where):
             if is_path or not prepare_script(where):
                 raise UserError(missing_dataset(dataset, is_path))
@@ -268,13 +269,16 @@ class Preflight:
             )
 
     def check_cached_copy(self, source: Path) -> Iterator[tuple[str, str]]:
-        from flatgpt.data.cache import fetched, is_whole, place_in  # requests is slow to import
+        from flatgpt.data.cache import (  # requests is slow to import
+            cache_folder,
+            is_complete,
+        )
 
         cache = self.config['data_cache']
-        copy = place_in(cache, source, fetched(str(source), 'meta.json'))
-        if not os.access(existing(cache), os.W_OK):
+        copy = cache_folder(cache, source, read_small_file(str(source), 'meta.json'))
+        if not os.access(nearest_existing(cache), os.W_OK):
             raise UserError(f'data_cache={cache!r}: is not writable; choose another --data_cache')
-        if is_whole(copy):
+        if is_complete(copy):
             data = Dataset(copy, 1, objective=self.config['objective'])
             yield from check_shards(data, self.runtime.is_interactive, 'delete this copy')
             return
@@ -333,12 +337,12 @@ class Preflight:
                         f'{self.out_dir}: another run is writing here; wait for its end or choose '
                         'another --out_dir'
                     ) from None
-        if not os.access(existing(self.out_dir), os.W_OK):
+        if not os.access(nearest_existing(self.out_dir), os.W_OK):
             raise UserError(f'{self.out_dir}: is not writable; choose another --out_dir')
         if not self.resuming:
             if not config['overwrite']:
                 run_directory.refuse_used(self.out_dir, config['checkpoint_mirror'])
-            gone = len(listed(self.out_dir))
+            gone = len(list_checkpoints(self.out_dir))
             yield (
                 ('warning', f'its {gone} checkpoints will be deleted') if gone else ('ok', 'free')
             )
@@ -347,7 +351,9 @@ class Preflight:
 
     def check_resume_point(self) -> Iterator[tuple[str, str]]:
         path = (
-            run_directory.resume_point(self.out_dir, self.config) if listed(self.out_dir) else None
+            run_directory.resume_point(self.out_dir, self.config)
+            if list_checkpoints(self.out_dir)
+            else None
         )
         mirror = self.config['checkpoint_mirror']
         if path is None and mirror and list_checkpoints(mirror):
@@ -374,9 +380,9 @@ class Preflight:
             where = self.config[name] or (None if name == 'checkpoint_mirror' else 'out')
             if where is None:
                 continue
-            there = len(listed(where))
-            free, need = free_on(where), size * max(2, kept + 1 - there)
-            if not os.access(existing(where), os.W_OK):
+            there = len(list_checkpoints(where))
+            free, need = free_bytes(where), size * max(2, kept + 1 - there)
+            if not os.access(nearest_existing(where), os.W_OK):
                 yield 'no', f'{where}: is not writable; choose another --{name}'
                 continue
             text = f'{where}: {kept} checkpoints of {size / 1e9:,.2f} GB, {free / 1e9:,.1f} GB free'
@@ -424,7 +430,7 @@ def external_shape(where: str) -> dict:
 
     cached = try_to_load_from_cache(where, 'config.json')
     if isinstance(cached, str):
-        return shape_of(read_json(Path(cached), where), where)
+        return parse_model_config(read_json(Path(cached), where), where)
     raise CheckpointError(
         f'{where}: is not downloaded yet, so its shape is unknown; first run hf download {where}'
     )
@@ -517,7 +523,7 @@ def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator
         )
     if lack := host_memory_problem(workload):
         yield lack
-    size, free = checkpoint_size(workload), free_on(config['out_dir'])
+    size, free = checkpoint_size(workload), free_bytes(config['out_dir'])
     if free < 2 * size and not config['eval_only']:
         yield (
             f'two checkpoints take {2 * size / 1e9:,.2f} GB, and {config["out_dir"]} has '

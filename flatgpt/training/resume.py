@@ -32,7 +32,7 @@ from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ConfigError, UserError, as_config_error
 from flatgpt.files import is_same_path, sha256
-from flatgpt.lora import adapted, add_lora
+from flatgpt.lora import add_lora, lora_layers
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
 from flatgpt.training.preflight import early_warnings
@@ -94,7 +94,7 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
 
 def refuse_existing_run(out_dir: Path, config: dict) -> None:
     """Reject a new run in a directory that has one."""
-    if config['eval_only'] and listed(out_dir):
+    if config['eval_only'] and list_checkpoints(out_dir):
         raise ConfigError(
             f'eval_only: {out_dir} has a run; to evaluate it, use --init_from=resume; to evaluate '
             'the model of init_from, choose another --out_dir'
@@ -111,7 +111,7 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
     path = run_directory.resume_point(out_dir, config)
     if path and mirror and runtime.world_size > 1 and not config['eval_only']:
         try:
-            catch_up(path, mirror)  # other machines copy it from there
+            copy_if_missing(path, mirror)  # other machines copy it from there
         except UserError as error:  # a machine that needs it will report an error
             print(f'warning: {error}', file=sys.stderr)
     return path
@@ -120,8 +120,10 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
 def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
     """Copy rank 0's checkpoint to this machine, since each rank loads the optimizer state."""
     mirror, reason = config['checkpoint_mirror'], ''
-    manifest, stamp = runtime.agree(lambda: (sha256(path / MANIFEST), file_identity(path)))
-    if mirror and runtime.first_here and file_identity(path) != stamp:  # not the disk of rank 0
+    manifest, stamp = runtime.broadcast_from_rank0(
+        lambda: (sha256(path / MANIFEST), file_identity(path))
+    )
+    if mirror and runtime.is_local_main and file_identity(path) != stamp:  # not the disk of rank 0
         try:
             fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
             if not config['eval_only']:  # only rank 0 does this on its disk
@@ -129,7 +131,7 @@ def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
                 prune(path.parent, config['always_save_checkpoint'])
         except (OSError, UserError) as error:  # the other ranks wait for this one
             reason = f' ({error})'
-    runtime.reduce([0])  # wait for the other ranks
+    runtime.all_reduce([0])  # wait for the other ranks
     here = sha256(path / MANIFEST) if (path / MANIFEST).exists() else None
     if rank := runtime.first_mismatch(here):
         raise UserError(
@@ -236,7 +238,7 @@ def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
         partial(watchdog.keep_alive, 0, 'the dataset opening'),
     )
     watchdog.at(0, 'the setup')
-    if rank := runtime.odd_one(data.fingerprint):
+    if rank := runtime.first_mismatch(data.fingerprint):
         raise UserError(
             f'dataset {config["dataset"]} of rank {rank} differs from that of rank 0: copy it from '
             'one machine to the other'

@@ -18,7 +18,7 @@ from flatgpt.errors import UserError, warn_on_failure
 from flatgpt.parallel import are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
-from flatgpt.training.evaluate import generate_sample
+from flatgpt.training.evaluate import training_sample
 from flatgpt.training.loss import REFERENCE, write_reference
 from flatgpt.training.metrics import Progress, Tracker
 from flatgpt.training.resume import find_resume_checkpoint
@@ -56,7 +56,7 @@ class Run:
         longer = '--epochs' if c['epochs'] else '--max_iters' if at_end else '--patience'
         if c['lr_decay_iters'] is not None and c['decay_lr']:
             longer += ' (and --lr_decay_iters)'
-        if self.runtime.main:  # the process may have been killed before it did this
+        if self.runtime.is_main:  # the process may have been killed before it did this
             if c['checkpoint_mirror']:
                 copy_if_missing(self.resume_from, c['checkpoint_mirror'])
             if not (self.out_dir / 'DONE').exists():
@@ -69,7 +69,7 @@ class Run:
 
     def mark_done(self) -> None:
         """Create DONE, so that whatever restarts the run knows that it is finished."""
-        with optional('the run is finished, but has no DONE file', self.runtime.print0):
+        with warn_on_failure('the run is finished, but has no DONE file', self.runtime.print0):
             (self.out_dir / 'DONE').touch()
 
     def open(self, max_iters: int, reference: dict | None) -> None:
@@ -122,7 +122,7 @@ class Run:
         if line := self.progress.status(text):
             self.runtime.print0(line)
         counts = self.state.pop_counts()
-        if self.runtime.main:
+        if self.runtime.is_main:
             measured |= {'loss': loss, 'tokens_per_s': tokens_per_s, 'mfu': mfu, **counts}
             measured |= self.saver.times()
             self.tracker.log(self.state.step, **measured, seconds=self.state.tick())
@@ -155,8 +155,8 @@ class Run:
         return not self.state.skipped
 
     def save(self, model: GPT, optimizers: list, tokenizer: Tokenizer | None, scaler) -> None:
-        """Save a checkpoint; saver.news() has the errors."""
-        if not (self.runtime.main or self.config['shard']):
+        """Save a checkpoint; saver.pop_warnings() has the errors."""
+        if not (self.runtime.is_main or self.config['shard']):
             return
         self.state.tick()
         # a restart must not delete these checkpoints
@@ -177,7 +177,7 @@ class Run:
     def _show_sample(self, model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int) -> None:
         # a whole copy of a sharded model may not fit on this GPU
         whole = self._load_saved_model() if self.config['shard'] else model
-        text = generate_sample(whole, tokenizer, data, tokens, self.config['seed'])
+        text = training_sample(whole, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
         verb = 'answers' if data.rows else 'writes'
         self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
@@ -199,4 +199,4 @@ class Run:
 
     @property
     def checkpoints(self) -> list[Path]:
-        return listed(self.out_dir)
+        return list_checkpoints(self.out_dir)

@@ -47,7 +47,7 @@ def lock(out_dir: Path) -> FileLock:
 
 def saved_settings_in(out_dir: str | Path | None) -> dict:
     """The settings saved with the last readable checkpoint in a run directory; {} if none."""
-    states = (read_state(path) for path in reversed(listed(out_dir) if out_dir else []))
+    states = (read_state(path) for path in reversed(list_checkpoints(out_dir) if out_dir else []))
     return next((state['config'] for state in states if state), {})
 
 
@@ -64,7 +64,7 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
 def refuse_used(out_dir: str | Path, mirror: str | Path | None) -> None:
     """Reject a new run if its run directory or its mirror already has checkpoints."""
     for where, flag in ((out_dir, '--out_dir'), (mirror, '--checkpoint_mirror')):
-        if where and listed(where):
+        if where and list_checkpoints(where):
             raise UserError(
                 f'{where} has checkpoints already: resume with --init_from=resume, choose another '
                 f'{flag}, or delete them with --overwrite'
@@ -74,7 +74,7 @@ def refuse_used(out_dir: str | Path, mirror: str | Path | None) -> None:
 def remove_later_steps(out_dir: Path, step: int, overwrite: bool) -> None:
     """Rename the checkpoints after `step` (-1: a new run), whose steps will be trained again.
 
-    A new run with overwrite deletes them. mirror.begin_mirror() does this for a mirror, where
+    A new run with overwrite deletes them. mirror.remove_later() does this for a mirror, where
     nothing can be renamed.
     """
     for path in list_checkpoints(out_dir):
@@ -102,5 +102,5 @@ def write_config(out_dir: Path, config: dict, here: dict) -> None:
             continue
         comment = f'  # here {here[name]}' if value == 'auto' and name in here else ''
         lines.append(f'{name} = {value!r}{comment}')
-    with new_file(out_dir / 'config.py') as part:  # a path may not be valid in any encoding
+    with atomic_file(out_dir / 'config.py') as part:  # a path may not be valid in any encoding
         part.write_text('\n'.join(lines) + '\n', encoding='utf-8', errors='replace')

@@ -92,7 +92,7 @@ def apply_rules(rules: list[Callable[[], None]]) -> None:
 def check_names(config: dict) -> None:
     """Reject directory names that a checkpoint could not be loaded from."""
     for name in ('out_dir', 'checkpoint_mirror'):
-        if config[name] and not is_utf8(config[name]):
+        if config[name] and not is_utf8_path(config[name]):
             raise ConfigError(f'{name}={config[name]!r}: is not valid UTF-8; choose another name')
 
 

@@ -696,7 +696,7 @@ def test_a_failed_copy_from_the_mirror_is_one_line(both, tmp_path, monkeypatch):
     def no_room(folder, need):
         raise OSError('needs 5 MB, and 1 MB are free')
 
-    monkeypatch.setattr(save_module, 'check_space', no_room)
+    monkeypatch.setattr(save_module, 'check_free_space', no_room)
     message = refused(fetch, list_checkpoints(mirror)[0], tmp_path / 'new')
     assert 'cannot be copied to' in message
     assert 'needs 5 MB' in message

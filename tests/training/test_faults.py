@@ -328,7 +328,7 @@ LARGER = ('--n_embd=64', '--n_layer=2', '--eval_interval=1', '--max_iters=9')  #
 def test_a_disk_that_fills_up_while_saving_spares_what_was_there(
     run_here, disk, monkeypatch, capsys
 ):
-    monkeypatch.setattr(save, 'check_space', lambda folder, tensors: None)
+    monkeypatch.setattr(save, 'check_free_space', lambda folder, tensors: None)
     with pytest.raises(errors.UserError, match='free disk space'):
         run_here(f'--out_dir={disk}/run', *LARGER)
     assert 'No space left' in capsys.readouterr().out

@@ -162,7 +162,7 @@ class Second(Runtime):
     def reduce(self, values, how='SUM'):
         return values
 
-    def odd_one(self, value):
+    def first_mismatch(self, value):
         return int(value != (self.first[0] if isinstance(self.first, tuple) else self.first))
 
     def wait_for_all(self, do, alive):
