@@ -645,7 +645,7 @@ def test_a_picture_or_a_sample_that_fails_is_a_warning(
     elif broken == 'full disk':
         monkeypatch.setattr('matplotlib.figure.Figure.savefig', fail)
     else:
-        monkeypatch.setattr(run_module, 'generate_sample', no_text)
+        monkeypatch.setattr(run_module, 'training_sample', no_text)
     samples = ('--sample_tokens=5', '--eval_sample_tokens=5', '--max_iters=6')
     assert run_here(f'--out_dir={tmp_path}/run', *samples) == 0
     out = capsys.readouterr().out
