@@ -1,7 +1,7 @@
 """
 Train a GPT from scratch, or fine-tune a checkpoint or GPT-2; resume a run.
 
-$ python train.py config/quickstart.py                        # three minutes on a laptop
+$ python train.py config/quickstart.py                        # a small model of real text
 $ python train.py train_shakespeare_char --batch_size=32      # a config by name, then overrides
 $ python train.py out/my_run/config.py --init_from=resume     # resume a run
 $ torchrun --standalone --nproc_per_node=8 train.py train_gpt2
@@ -62,9 +62,9 @@ log_interval = 1  # steps between lines in metrics.jsonl
 sample_tokens = 256  # tokens to generate and print at the end; 0: none
 eval_sample_tokens = 0  # tokens to generate and print at each earlier evaluation; 0: none
 # trackers
-wandb_log = False
-wandb_project = 'owt'
-wandb_run_name = 'gpt2'
+wandb_log = False  # to wandb/ in the run directory, and to the service
+wandb_project = 'owt'  # project on wandb
+wandb_run_name = 'gpt2'  # name of the run on wandb
 tensorboard_log = False  # to tb/ in the run directory
 # data
 dataset = 'openwebtext'  # a name in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
@@ -80,9 +80,9 @@ objective = 'lm'  # 'lm': text; 'sft': assistant messages; 'dpo': preferences (c
 dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the reference
 # model (defaults: GPT-2 124M)
 arch = 'gpt2'  # or 'modern': rotary embeddings, RMSNorm, squared ReLU, as in nanochat
-n_layer = 12
-n_head = 12
-n_embd = 768
+n_layer = 12  # blocks
+n_head = 12  # attention heads
+n_embd = 768  # width: a multiple of n_head
 n_kv_head: int | None = None  # key/value heads, arch='modern'; None: n_head
 dropout = 0.0  # 0 for pretraining; 0.1 or more for fine-tuning and small datasets
 bias = False  # use biases in Linear and LayerNorm, arch='gpt2'
@@ -96,7 +96,7 @@ freeze: int | None = None  # freeze the embeddings and this many first blocks; N
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # maximum learning rate of AdamW
 muon_lr = 0.02  # maximum learning rate of Muon, with the same schedule
-muon_momentum = 0.95
+muon_momentum = 0.95  # of Muon: Nesterov momentum
 max_iters = 600000  # total number of updates (steps)
 epochs: float | None = None  # passes over the training data; overrides max_iters and lr_decay_iters
 weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices of the blocks
@@ -108,7 +108,7 @@ decay_lr = True  # False: constant, without warmup
 lr_schedule = 'cosine'  # or 'constant' (after warmup), 'linear': constant, then a linear decay
 warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters: int | None = 600000  # step at which min_lr is reached; None: max_iters
-min_lr = 6e-5
+min_lr = 6e-5  # final learning rate of AdamW; Muon's decays by the same factor
 cooldown = 0.4  # fraction of lr_decay_iters that 'linear' decays over
 # machine
 device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
