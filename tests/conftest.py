@@ -356,7 +356,7 @@ def metrics(out_dir, key='loss'):
 
 def steps(out_dir):
     """The steps of the checkpoints in a run directory."""
-    return [load.step_of(path) for path in load.listed(out_dir)]
+    return [load.step_of(path) for path in load.list_checkpoints(out_dir)]
 
 
 def hashes(path):

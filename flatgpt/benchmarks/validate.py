@@ -9,7 +9,7 @@ from flatgpt.benchmarks.decoding import dataset_of
 from flatgpt.checkpoint.convert import is_foreign
 from flatgpt.checkpoint.load import find, read_state
 from flatgpt.errors import UserError, one_of, within
-from flatgpt.runtime import DTYPES, Runtime, room
+from flatgpt.runtime import DTYPES, Runtime, available_memory
 
 # settings of some jobs only; without those that train.py has as well, whose configs work here, too
 USED_BY = {
@@ -102,7 +102,7 @@ def check_memory(settings: dict, runtime: Runtime, jobs: list[str]) -> None:
     training = 16 * (2 + bool(settings['nanogpt']))  # parameters, gradients and AdamW, per side
     bytes_each = {'training': training, 'prefill': 16, 'decode': 16}  # of all sides together
     needed = parameters * max(bytes_each.get(job, 4) for job in jobs)
-    free = room(runtime)
+    free = available_memory(runtime)
     if free is not None and needed > free:
         raise UserError(
             f'{parameters / 1e6:,.0f}M parameters on all sides need {needed / 2**30:.0f} GiB and '

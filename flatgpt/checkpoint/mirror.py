@@ -17,7 +17,7 @@ import filelock
 from flatgpt.checkpoint.load import MANIFEST, damage_in, list_checkpoints, read_state, step_of
 from flatgpt.checkpoint.save import make_temp_folder, prune, set_aside, temp_path
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.files import flush, fsync_tree, is_same_path, sha256
+from flatgpt.files import fsync, fsync_tree, is_same_path, sha256
 
 # files of a run directory that a resumed run needs, in addition to a checkpoint
 BESIDE_CHECKPOINTS = ('config.py', 'metrics.jsonl', 'reference.safetensors')
@@ -182,5 +182,5 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
             if beside.exists():
                 beside.replace(out_dir / beside.name)
         temp_path(final).rename(final)
-        flush(final.parent)
+        fsync(final.parent)
         return True

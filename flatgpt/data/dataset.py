@@ -38,7 +38,7 @@ import numpy as np
 from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
-from flatgpt.errors import DISK_TROUBLE, UserError, did_you_mean
+from flatgpt.errors import DISK_ERRORS, UserError, did_you_mean
 from flatgpt.files import atomic_file
 
 DATA = ROOT / 'data'
@@ -218,7 +218,7 @@ class Writer:
 
 def write_error(folder: Path, error: OSError, command: str = '') -> UserError:
     """The line for a dataset that cannot be written. command: its prepare script, if known."""
-    full = error.errno in DISK_TROUBLE - {errno.EROFS}
+    full = error.errno in DISK_ERRORS - {errno.EROFS}
     fix = 'free some space' if full else 'make the folder writable'
     return UserError(
         f'{folder}: cannot write the dataset: {error.strerror or error}; {fix}, or write it '

@@ -103,7 +103,7 @@ def book_file(number: int, site: str, keep: Path) -> Path:
     """The file with only the text of a book, extracted from its page, which is fetched once."""
     where = {'n': number, 'digits': '/'.join(str(number)[:-1]) or '0'}
     urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in URL_PATHS]
-    page = fetch_page(urls, keep / 'pages' / f'pg{number}.txt', lambda page: flaw(page, number))
+    page = fetch_page(urls, keep / 'pages' / f'pg{number}.txt', lambda page: find_problem(page, number))
     book = decode_book(page)
     body = strip_boilerplate(book)
     title = TITLE.search(book[:HEADER_CHARS])
@@ -114,7 +114,7 @@ def book_file(number: int, site: str, keep: Path) -> Path:
     return path
 
 
-def flaw(page: bytes, number: int) -> str | None:
+def find_problem(page: bytes, number: int) -> str | None:
     """Why a page is not the book with this number, or None."""
     book = decode_book(page)
     found = NUMBER.search(book[:HEADER_CHARS])

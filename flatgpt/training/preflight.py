@@ -49,7 +49,7 @@ from flatgpt.data.dataset import (
 from flatgpt.data.mixture import Mixture, dataset_names, open_data
 from flatgpt.errors import CheckpointError, UserError, as_config_error
 from flatgpt.files import free_bytes, nearest_existing, read_json
-from flatgpt.runtime import Runtime, room
+from flatgpt.runtime import Runtime, available_memory
 from flatgpt.training import run_directory
 from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import (
@@ -515,7 +515,7 @@ def wandb_credentials() -> bool:
 
 def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
     """What of this can be printed at no cost, for the real run to warn of."""
-    workload, memory = workload_of(config, shape, runtime), room(runtime)
+    workload, memory = workload_of(config, shape, runtime), available_memory(runtime)
     if memory is not None and min_bytes(workload) > memory:
         yield (
             f'this needs at least {min_bytes(workload) / 1e9:,.1f} GB, and {runtime.device} has '

@@ -11,7 +11,7 @@ from test_chat import ASK, CHOICE, GOOD, SYSTEM, TELL, lines, refused, talk
 
 from flatgpt.data import chat as prepare
 from flatgpt.data import text
-from flatgpt.data.dataset import LEARNED, mask_file
+from flatgpt.data.dataset import TARGET, mask_file
 from flatgpt.data.messages import content_text, template_role
 from flatgpt.data.tokenizer import EOT, char_tokenizer, load
 
@@ -34,7 +34,7 @@ def trained_on(folder, split='train'):
     ids = np.fromfile(folder / f'{split}.bin', '<u2')
     flags = np.fromfile(folder / mask_file(f'{split}.bin'), np.uint8)
     tokenizer = load(folder / 'tokenizer.json')
-    return {*tokenizer.decode(ids[flags & LEARNED > 0]).split(EOT)} - {''}
+    return {*tokenizer.decode(ids[flags & TARGET > 0]).split(EOT)} - {''}
 
 
 def reply(**fields):

@@ -342,7 +342,7 @@ def test_gigatoken_gives_gpt2s_ids():
 
 def test_without_gigatoken_tiktoken_encodes_and_the_log_says_so(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, 'gigatoken.gigatoken_rs', None)
-    monkeypatch.setattr(encode_module, 'SMALL', 10)
+    monkeypatch.setattr(encode_module, 'MIN_PARALLEL_BYTES', 10)
     tokenizer = small_gpt2()
     with Writer(tmp_path, tokenizer) as writer:
         chunks = [(0, split, 'the end of the thing', 20) for split in ('train', 'val')]

@@ -233,7 +233,7 @@ def test_where_nothing_fits_the_nearest_is_named():
 
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
-    monkeypatch.setattr(memory_module, 'room', lambda runtime: 24e9)
+    monkeypatch.setattr(memory_module, 'available_memory', lambda runtime: 24e9)
     workload = Workload(shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False)
     assert memory_module.min_bytes(workload) > 24e9
     monkeypatch.setattr(memory_module, 'changes', lambda workload: [])  # each takes a second

@@ -140,7 +140,7 @@ def test_a_disk_that_the_checkpoints_would_fill_is_a_no(checked, tmp_path, monke
 
 def test_the_real_run_warns_of_memory_and_disk(run_here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(preflight, 'free_bytes', lambda path: 10_000)
-    monkeypatch.setattr(preflight, 'room', lambda runtime: 1e3)
+    monkeypatch.setattr(preflight, 'available_memory', lambda runtime: 1e3)
     assert run_here(f'--out_dir={tmp_path}/run') == 0
     out = capsys.readouterr().out
     assert 'warning: this needs at least 0.0 GB' in out

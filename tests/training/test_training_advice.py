@@ -341,7 +341,7 @@ def test_a_large_dataset_passes_once_it_is_prepared(checks, dataset, monkeypatch
     if preflight.is_prepared(ROOT / 'data' / 'openwebtext'):
         pytest.skip('it is prepared here')
     assert 'data/openwebtext/prepare.py' in failed(large, 'dataset')[0]
-    monkeypatch.setattr(preflight, 'folder_of', lambda name: (dataset, True))  # as if it were
+    monkeypatch.setattr(preflight, 'resolve_dataset', lambda name: (dataset, True))  # as if it were
     assert next(large.check_part('openwebtext'))[0] == 'ok'
 
 
@@ -382,5 +382,5 @@ def test_the_shape_of_an_external_model_is_known_once_it_is_there(tmp_path, monk
     monkeypatch.setattr(
         'huggingface_hub.try_to_load_from_cache', lambda *args: str(tmp_path / 'config.json')
     )
-    monkeypatch.setattr(preflight, 'shape_of', lambda settings, where: settings)
+    monkeypatch.setattr(preflight, 'parse_model_config', lambda settings, where: settings)
     assert preflight.external_shape('some/model')['n_layer'] == 2
