@@ -57,8 +57,8 @@ def fetch_page(
     The page at the first of `urls` that exists. It is fetched once, as the site's robots.txt
     allows, and kept at `path`; an existing file there is used instead.
 
-    flaw: returns what is wrong with a page, or None. Such a page is not kept. UserError then,
-    or if no page exists, or if it has moved.
+    find_problem: returns what is wrong with a page, or None. Such a page is not kept. UserError
+    then, or if no page exists, or if it has moved.
     """
     path = Path(path)
     if path.exists():

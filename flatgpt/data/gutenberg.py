@@ -103,7 +103,8 @@ def book_file(number: int, site: str, keep: Path) -> Path:
     """The file with only the text of a book, extracted from its page, which is fetched once."""
     where = {'n': number, 'digits': '/'.join(str(number)[:-1]) or '0'}
     urls = [f'{site.rstrip("/")}/{place.format(**where)}' for place in URL_PATHS]
-    page = fetch_page(urls, keep / 'pages' / f'pg{number}.txt', lambda page: find_problem(page, number))
+    kept = keep / 'pages' / f'pg{number}.txt'
+    page = fetch_page(urls, kept, lambda page: find_problem(page, number))
     book = decode_book(page)
     body = strip_boilerplate(book)
     title = TITLE.search(book[:HEADER_CHARS])
