@@ -108,7 +108,7 @@ class CompletionJob:
 
     def cancel_if_abandoned(self) -> None:
         """Cancel it if its client is gone or its time is up."""
-        age = time.monotonic() - self.requests[0].came
+        age = time.monotonic() - self.requests[0].arrival_time
         self.timed_out = self.timed_out or age > self.seconds
         if self.timed_out or self.client_disconnected():
             self.cancel()

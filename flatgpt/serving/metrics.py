@@ -37,17 +37,17 @@ class Metrics:
 
     def count(self, job: CompletionJob) -> None:
         """Count a released job, whose completions the engine may still be writing to."""
-        if any(r.began for r in job.requests):
+        if any(r.admitted_time for r in job.requests):
             self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
             tokens = len(r.written)
             self.finished.labels(r.finish or 'cancelled').inc()
             self.generation_tokens.inc(tokens)
-            if r.began:
-                self.queue.observe(r.began - r.came)
+            if r.admitted_time:
+                self.queue.observe(r.admitted_time - r.arrival_time)
             if r.finish in ('stop', 'length') and r.finish_time:
-                self.total.observe(r.finish_time - r.came)
+                self.total.observe(r.finish_time - r.arrival_time)
             if tokens and r.first_token_time:
-                self.first.observe(r.first_token_time - r.came)
+                self.first.observe(r.first_token_time - r.arrival_time)
             if tokens > 1 and r.finish_time:
                 self.inter_token.observe((r.finish_time - r.first_token_time) / (tokens - 1))

@@ -323,7 +323,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(put, tmp_path, monke
     verify(list_checkpoints(tmp_path)[0])
 
 
-@pytest.mark.parametrize('call', ['save_file', 'sha256', 'flush'])
+@pytest.mark.parametrize('call', ['save_file', 'sha256', 'fsync'])
 def test_a_disk_error_during_a_save_keeps_the_old_checkpoint_and_leaves_no_files(
     put, tmp_path, monkeypatch, call
 ):

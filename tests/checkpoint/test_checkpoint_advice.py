@@ -26,7 +26,7 @@ from flatgpt.checkpoint.save import save
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
 from flatgpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
-from flatgpt.lora import adapted, add_lora
+from flatgpt.lora import add_lora, lora_layers
 from model import GPTConfig
 
 BYTES = byte_tokenizer()
@@ -80,7 +80,7 @@ def adapter_run(base):
     """The model of a base with LoRA adapters, and the config of its run."""
     model = load_model(base)[0]
     add_lora(model, 2, 4, 0.0, 'all')
-    for module in adapted(model).values():
+    for module in lora_layers(model).values():
         torch.nn.init.normal_(module.lora_B.weight, std=0.3)
     return {'model': model, 'config': {'init_from': str(base)}}
 

@@ -1121,7 +1121,7 @@ def test_a_client_may_disconnect_before_a_token_is_sent(client):
     with held(service):
         job = service.submit(body, lambda: True)
         (request,) = job.requests
-        request.began = request.came
+        request.admitted_time = request.arrival_time
         request.written += [97, 98]  # as take() does, before send() notes when
         service.release(job)
         assert 'first_token' not in job.log_fields(False)
