@@ -10,4 +10,4 @@ def test_every_error_line_has_an_example_whose_advice_is_followed():
 
 @pytest.mark.parametrize('part', [*examples(), *WITHOUT])
 def test_a_mark_names_one_error_line(part):
-    assert len([text for text in lines() if part in text]) == 1
+    assert part in lines() or len([text for text in lines() if part in text]) == 1

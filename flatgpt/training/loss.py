@@ -149,4 +149,4 @@ def write_reference(path: Path, key: str, logps: dict[str, np.ndarray]) -> None:
         with atomic_file(path) as part:
             save_file(logps, part, metadata={'key': key})
     except (OSError, SafetensorError) as error:
-        raise UserError(f'{path}: cannot be written: {error}') from error
+        raise UserError(f'{path}: cannot be written: {error}; choose another --out_dir') from error

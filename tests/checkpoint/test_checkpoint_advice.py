@@ -229,7 +229,7 @@ ARGS = {'block_size': 16, 'vocab_size': 257, 'n_layer': 2, 'n_head': 2, 'n_embd'
     'changes',
     [
         case('model_args has an unknown', {'model_args': ARGS | {'rope': True}}),
-        case('not a nanoGPT checkpoint', {'model': {'transformer.wte.weight': 3}}),
+        case('is not a nanoGPT checkpoint: {}; give one', {'model': {'transformer.wte.weight': 3}}),
         case('save only tensors and plain', {'extra': MakesFolder()}),
     ],
 )
@@ -262,7 +262,7 @@ def test_a_nanogpt_checkpoint_works_once_it_is_copied_again_to_that_path(exporte
     [
         case('; set it to the base', {'base_model_name_or_path': None}, {}),
         case('to its base model', {'base_model_name_or_path': 'nowhere'}, {}),
-        case('give a number', {'lora_alpha': 'much'}, {'lora_alpha': 4}),
+        case('has {}={}; give a number', {'lora_alpha': 'much'}, {'lora_alpha': 4}),
         case('correct r or rank_pattern', {'r': 3}, {'r': 2}),
         case(
             'exclude_modules or layers',

@@ -54,7 +54,7 @@ def part(**fields):
 @pytest.mark.parametrize(
     ('bad', 'good', 'texts'),
     [
-        case('unknown role', [ASK | {'role': 'me'}, TELL], GOOD, 'Seven.'),
+        case('unknown role {}; use one of', [ASK | {'role': 'me'}, TELL], GOOD, 'Seven.'),
         case('that might affect', GOOD | {'score': 3}, '--ignore=score', 'Seven.'),
         case('that might affect', reply(name='Bo'), '--ignore=name', 'Seven.'),
         case('that might affect', GOOD | {'my score': 3}, "'--ignore=my score'", 'Seven.'),
@@ -102,13 +102,13 @@ def part(**fields):
         ),
         case('are the same', PAIR | {'rejected': 'Seven.'}, '--bad=drop', 'Fine. Bad.'),
         case(
-            'is below',
+            "is below 'score_rejected'",
             PAIR | {'score_chosen': 1, 'score_rejected': 2},
             '--ignore=score_chosen,score_rejected',
             'Seven. Six.',
         ),
         case(
-            'is below',
+            "is below 'score_rejected'",
             PAIR | {'chosen': 'Six.', 'rejected': 'Seven.', 'score_chosen': 1, 'score_rejected': 2},
             PAIR,
             'Seven. Six.',
@@ -180,7 +180,7 @@ def test_the_formats_in_the_help_are_read(tmp_path, capsys):
         assert texts in ({'Hello!'}, {'3'}, {'Ada'}, {'Hello!', 'What?'})
 
 
-@error_line('or add the role with', 'unknown role')
+@error_line('or add the role with', 'unknown role {}; use one of')
 def test_a_role_can_be_added_to_the_template(tmp_path):
     source = lines(tmp_path / 'rows.jsonl', [FINE, [ASK | {'role': 'tool'}, TELL], FINE])
     assert 'add the role with --template=FILE' in refused(run, source)
@@ -360,7 +360,7 @@ def test_a_block_size_within_the_bounds_works(tmp_path, monkeypatch, size):
 # messages of a request to the server
 
 
-@error_line('unknown role')
+@error_line('unknown role {}; use one of')
 def test_a_role_that_the_line_lists_is_taken():
     template = {'user': ['', ''], 'assistant': ['', '']}
     message = refused(template_role, 'critic', template)

@@ -457,7 +457,7 @@ def test_a_download_with_another_hash_is_saved_by_hand(served):
     assert Path('mine/input.txt').read_text() == STORY
 
 
-@error_line('invalid UTF-8')
+@error_line('invalid UTF-8 at byte {}; save it as UTF-8')
 @pytest.mark.parametrize('fix', ['save', 'delete'])
 def test_text_in_another_encoding_is_saved_as_utf8_or_fetched_again(served, monkeypatch, fix):
     script = Path('data/shakespeare_char/prepare.py').absolute()

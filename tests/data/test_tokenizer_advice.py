@@ -128,7 +128,7 @@ def test_a_tokenizer_file_without_the_mistake_of_the_line_is_read(bad, good):
 @pytest.mark.parametrize(
     'bad',
     [
-        case('which could run code', {'itos': {0: 'a'}, 'x': Trap('proof')}),
+        case('it refers to {}.{}, which could run code', {'itos': {0: 'a'}, 'x': Trap('proof')}),
         case('its tokens are not single characters', {'itos': {0: 'two'}}),
     ],
 )

@@ -91,7 +91,7 @@ def test_a_batch_runs_with_a_file_of_its_own(batch, tmp_path):
             b'{"prompt": "ab", "id": "\xe9"}',
             '{"prompt": "ab", "id": "é"}'.encode(),
         ),
-        case('invalid JSON', b'ab', b'{"prompt": "ab"}'),
+        case('invalid JSON, give an object', b'ab', b'{"prompt": "ab"}'),
         case('with a string "prompt"', b'{"text": "ab"}', b'{"prompt": "ab"}'),
         case(
             'unknown setting {}; {}', b'{"prompt": "ab", "sed": 2}', b'{"prompt": "ab", "seed": 2}'

@@ -370,7 +370,7 @@ def test_a_damaged_dataset_passes_once_it_is_prepared_again(checks, tmp_path, va
     assert failed(checks(f'--dataset={folder}'), 'dataset') == []
 
 
-@error_line('is not a nanoGPT checkpoint', 'so its shape is unknown; first run')
+@error_line('is not a nanoGPT checkpoint; give a ckpt.pt', 'so its shape is unknown; first run')
 def test_the_shape_of_an_external_model_is_known_once_it_is_there(tmp_path, monkeypatch):
     path = tmp_path / 'ckpt.pt'
     path.write_bytes(b'x')
