@@ -159,7 +159,7 @@ def test_sharding_in_one_process_suggests_torchrun(run_here, tmp_path):
 def test_offloading_on_cpu_is_refused(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
     settings = {'shard': True, 'offload': True}
-    with pytest.raises(ConfigError, match='offload=True: cpu is the host'):
+    with pytest.raises(ConfigError, match='offload=True needs a CUDA GPU, not cpu'):
         validate_machine(settings, Runtime('cpu', torch.float32))
     validate_machine(settings, Runtime('cuda:0', torch.float32))
 
@@ -215,8 +215,8 @@ UNLIKE = [
         'batch_size is 3 .*_steps=2$',
     ),
     (('--checkpoint_mirror=/dev/null/mirror',), '', 'checkpoint_mirror=.* cannot be written'),
-    (('--offload', '--shard'), '', 'offload=True: cpu is the host'),
-    (('--offload',), '', 'offload=True: .* add --shard'),
+    (('--offload', '--shard'), '', 'offload=True needs a CUDA GPU, not cpu'),
+    (('--offload',), '', 'offload=True needs a sharded model: add --shard'),
 ]
 
 

@@ -221,7 +221,7 @@ def estimate(workload: Workload) -> Counter[str]:
     saved = (state[0] + state[2]) / cut
     if (
         workload.device == 'cpu' and workload.saves and saved >= SMALL
-    ):  # written while training goes on
+    ):  # written while training continues
         held['copy to save'] = saved
     if (
         workload.device == 'cpu' and workload.shard

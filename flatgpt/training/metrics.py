@@ -34,7 +34,7 @@ def format_setup(config: dict, model, data, runtime, tokens_per_step: int) -> st
         f'model: {config["arch"]}, {model.num_params() / 1e6:,.2f}M parameters, '
         f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
         f'context {config["block_size"]}; {config["optimizer"]}\n'
-        f'data: {data.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} a step\n'
+        f'data: {data.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} per step\n'
         f'machine: {runtime}'
     )
 

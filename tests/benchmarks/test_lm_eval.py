@@ -264,7 +264,7 @@ def test_broken_weights_are_one_line():
     tokenizer = byte_tokenizer()
     model = own(tokenizer)
     torch.nn.init.constant_(model.trunk.ln_f.weight, math.nan)
-    with pytest.raises(UserError, match='no finite logits'):
+    with pytest.raises(UserError, match='the logits are not finite'):
         lm_eval.Scorer(model, tokenizer).loglikelihood(asked(('a', 'b')))
 
 

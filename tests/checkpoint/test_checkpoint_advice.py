@@ -481,4 +481,4 @@ def test_what_is_not_for_gguf_is_exported_without_it(run, tmp_path, arch, tokeni
     export = ['export', str(where), str(tmp_path / 'out')]
     refused(main, [*export, '--format=gguf'])
     main(export)
-    assert load_model(tmp_path / 'out')[1].ends == tokenizer.stop_ids
+    assert load_model(tmp_path / 'out')[1].stop_ids == tokenizer.stop_ids

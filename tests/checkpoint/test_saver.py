@@ -259,7 +259,7 @@ def test_after_a_background_error_only_that_checkpoint_is_missing(
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     printed = capsys.readouterr().out
     assert printed.count('warning: checkpoint of step 6 not written: ') == 1
-    assert 'No space left on device; the earlier ones are intact; training goes on' in printed
+    assert 'No space left on device; the earlier ones are intact; training continues' in printed
     assert steps(tmp_path) == [3, 9, 12]
     assert hashes(find(tmp_path, 'last')) == hashes(find(at_once, 'last'))
 

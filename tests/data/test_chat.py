@@ -970,7 +970,7 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
     ('flags', 'problem'),
     [
         (('--objective=sft',), 'contains text, for --objective=lm'),
-        (('--objective=dpo',), 'needs a model that answers: give --init_from'),
+        (('--objective=dpo',), 'needs a chat model: give --init_from'),
         (('--objective=dpo', '--init_from={base}'), 'needs preference pairs'),
         (('--dataset={talks}',), 'contains conversations, for --objective=sft'),
         (
@@ -990,11 +990,11 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
         (('--dpo_beta=0',), 'dpo_beta'),
         (
             ('--dataset={talks}', '--objective=sft', '--init_from={base}', '--short_iters=2'),
-            'are not cut',
+            'cannot be cut',
         ),
         (
             ('--init_from=resume', '--out_dir={base}', '--objective=sft'),
-            "was trained with objective='lm'",
+            'was trained with another objective',
         ),
     ],
 )

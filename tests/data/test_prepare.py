@@ -643,7 +643,7 @@ def test_an_undecodable_byte_in_a_json_line_is_reported_with_its_offset():
         (['a.txt', '--tokenizer=bpe', '--vocab_size=100'], '--vocab_size=100: must'),
         (['a.txt', '--val_fraction=0.9'], '--val_fraction=0.9: give'),
         (['a.txt', '--workers=0'], '--workers=0: give'),
-        (['one.txt', '--tokenizer=byte'], 'nothing was left for the'),
+        (['one.txt', '--tokenizer=byte'], 'split would be empty; add more text'),
     ],
 )
 def test_a_mistake_is_one_line(argv, message):

@@ -257,5 +257,5 @@ def test_invalid_batch_settings_are_one_line(out_dir, tmp_path):
     assert 'omit the prompt' in fails(here, f'--batch={path}', out, 'hello')
     assert 'rows=0' in fails(here, f'--batch={path}', out, '--rows=0')
     assert '--num_samples' in fails(here, f'--batch={path}', out, '--num_samples=2')
-    assert 'for the answers to a --batch' in fails(here, 'ab', out)
+    assert 'needs --batch; to save samples' in fails(here, 'ab', out)
     assert 'create the folder' in fails(here, f'--batch={path}', f'--out={tmp_path}/no/a.jsonl')

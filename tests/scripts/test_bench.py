@@ -87,4 +87,4 @@ def test_compare_draws_the_losses_of_runs_into_one_picture(tmp_path, monkeypatch
     assert capsys.readouterr().out == 'runs.png\n'
     assert Path('runs.png').read_bytes().startswith(b'\x89PNG')
     assert {path.name for path in tmp_path.iterdir()} == {'a', 'b', 'runs.png'}
-    assert 'c: there is no metrics.jsonl' in refused('--compare=a,c')
+    assert 'c: has no metrics.jsonl' in refused('--compare=a,c')

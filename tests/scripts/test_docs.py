@@ -184,7 +184,7 @@ def arguments_of(main, argv):
 def settings_of(script, argv):
     """The settings of one of the scripts with these arguments."""
     path = str(ROOT / script)
-    block, _ = configurator.settings_block(path)
+    block = configurator.settings_block(path)
     scope = {'__file__': path, '__doc__': ''}
     exec(compile(ast.Module(block, []), path, 'exec'), scope)
     return configure(scope, argv, positional='start' if script == 'sample.py' else None)

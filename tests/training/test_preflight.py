@@ -165,7 +165,7 @@ def test_compile_is_tried_where_it_is_on(checked, monkeypatch):
 
     monkeypatch.setattr(torch, 'compile', fails)
     status, out = checked('--compile=True')
-    assert (status, 'no compiler' in out) == (0, True)  # training goes on without it
+    assert (status, 'no compiler' in out) == (0, True)  # training continues without it
 
 
 def test_of_two_processes_each_looks_at_its_device_and_one_prints(two_ranks, tmp_path):

@@ -156,10 +156,10 @@ class Second(Runtime):
 
     first = None
 
-    def agree(self, decide):
+    def broadcast_from_rank0(self, decide):
         return self.first
 
-    def reduce(self, values, how='SUM'):
+    def all_reduce(self, values, op='SUM'):
         return values
 
     def first_mismatch(self, value):
