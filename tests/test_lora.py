@@ -370,7 +370,7 @@ def test_the_recipe_for_shakespeare_runs_from_a_local_gpt2(run_here, tmp_path, c
     recipe = ROOT / 'config' / 'finetune_shakespeare.py'
     args = (f'--init_from={tmp_path}/gpt2', f'--dataset={dataset}', '--device=cpu')
     assert run_here(f'--out_dir={tmp_path}/run', *args, '--sample_tokens=0', config=recipe) == 0
-    assert 'data: letters, 4,000 tokens, 512 a step' in capsys.readouterr().out
+    assert 'data: letters, 4,000 tokens, 512 per step' in capsys.readouterr().out
     losses = metrics(tmp_path / 'run', 'val_loss')
     assert list(losses) == [0, 5, 10, 15, 20]
     assert losses[20] < losses[0]

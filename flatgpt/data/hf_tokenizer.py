@@ -223,7 +223,8 @@ def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
         is_bytes = text in merged or (text not in added_texts and ALPHABET.keys() >= {*text})
         tokens[i] = bytes(ALPHABET[c] for c in text) if is_bytes else text.encode()
     special = {token.text: token.id for token in added if token.special and not token.merged}
-    unmerged = [text for text in model['vocab'] if text not in merged | added_texts]
+    used = merged | added_texts
+    unmerged = [text for text in model['vocab'] if text not in used]
     if unmerged and model.get('ignore_merges'):
         raise UserError(
             f'its token {unmerged[0]!r} has no merge, which ignore_merges=true does not allow; set '
