@@ -90,10 +90,12 @@ def read_files(*paths: str | Path) -> Tokenizer:
     """
     try:
         if len(paths) == 1:
-            check_model(read_json(Path(paths[0]), 'tokenizer').get('model') or {})
-        hf = (
-            tokenizers.Tokenizer.from_file(str(paths[0])) if len(paths) == 1 else gpt2_style(*paths)
-        )
+            raw = read_json(Path(paths[0]), 'tokenizer')
+            check_model(raw.get('model') or {})
+            check_ids(ids_of(raw))  # the library counts up to the largest
+            hf = tokenizers.Tokenizer.from_file(str(paths[0]))
+        else:
+            hf = gpt2_style(*paths)
         hf.no_truncation()
         hf.no_padding()
         settings = tokenizer_config(Path(paths[0]).parent)
@@ -204,10 +206,9 @@ def with_configured_eos_ids(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
     """The tokenizer of a tokenizer.json of byte-level BPE, or of single characters."""
     model, added = content['model'], content['added_tokens']
-    ids = model['vocab'] | {token['content']: token['id'] for token in added}
+    ids = ids_of(content)
+    check_ids(ids)
     size = max(ids.values()) + 1
-    if len({*ids.values()}) < len(ids) or size > 2 * len(ids):
-        raise UserError('its ids are not unique, or mostly unused; use the ids 0, 1, 2 and so on')
     if model['type'] == 'WordLevel':
         return parse_char_tokenizer(ids, added, ends)
     if missing := ALPHABET.keys() - model['vocab'].keys():
@@ -242,6 +243,17 @@ def parse_tokenizer(content: dict, ends: list[int] | None = None) -> Tokenizer:
     elif own.pattern == GPT2_PATTERN and size == 50257:
         own.kind, own.name = 'tiktoken', 'gpt2'
     return own
+
+
+def ids_of(content: dict) -> dict[str, int]:
+    """Every token of a tokenizer.json, with its id."""
+    added = {token['content']: token['id'] for token in content.get('added_tokens') or []}
+    return content['model']['vocab'] | added
+
+
+def check_ids(ids: dict[str, int]) -> None:
+    if len({*ids.values()}) < len(ids) or max(ids.values()) >= 2 * len(ids):
+        raise UserError('its ids are not unique, or mostly unused; use the ids 0, 1, 2 and so on')
 
 
 def check_merges(model: dict, ids: dict[str, int]) -> None:
