@@ -269,7 +269,7 @@ class Tokenizer:
         return None if self.eot is None else self.token_bytes[self.eot].decode(errors='replace')
 
     @functools.cached_property
-    def samplable(self) -> np.ndarray:
+    def writable(self) -> np.ndarray:
         """Whether a model may generate an id (vocab_size,): text and stop ids only."""
         mask = np.array([token is not None for token in self.token_bytes])
         mask[list(self.special.values())] = False

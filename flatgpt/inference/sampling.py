@@ -140,7 +140,7 @@ def apply_penalties(
 def suppressed_ids(tokenizer: Tokenizer, model: GPT):
     """Mask (V,) of ids never sampled: padding, gaps, special tokens that do not end a text."""
     suppressed = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.samplable)
+    suppressed[: tokenizer.vocab_size] = torch.from_numpy(~tokenizer.writable)
     return suppressed.to(model.embedding.weight.device)
 
 

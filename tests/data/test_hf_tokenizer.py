@@ -99,7 +99,7 @@ def test_every_eos_token_id_is_a_stop_id_and_generation_config_has_precedence(
     special = {'[start]': 0, '[end]': 1, '[blank]': 2}
     assert tokenizer.special == special
     assert tokenizer.eot == next((i for i in tokenizer.end_ids or [] if i < 3), None)
-    assert set(np.flatnonzero(~tokenizer.samplable)) == {0, 1, 2} - ends
+    assert set(np.flatnonzero(~tokenizer.writable)) == {0, 1, 2} - ends
     tokenizer.save(tmp_path / 'own.json')
     again = load(tmp_path / 'own.json')
     assert (again, again.stop_ids, again.eot) == (tokenizer, ends, tokenizer.eot)
@@ -236,7 +236,7 @@ def test_added_words_can_be_generated_and_special_tokens_cannot(tmp_path):
     saved(tmp_path / 'x', words=['zebra'], specials={'pad_token': '[pad]'})
     tokenizer = find_tokenizer(str(tmp_path / 'x'))
     word, pad = tokenizer.encode('zebra[pad]', allow_eot=True)
-    assert tokenizer.samplable[[word, pad, 1]].tolist() == [True, False, True]
+    assert tokenizer.writable[[word, pad, 1]].tolist() == [True, False, True]
     assert tokenizer.byte_lengths()[[word, pad, 1]].tolist() == [5, 0, 0]
     assert len(tokenizer.encode('[end]')) > 1
     other = find_tokenizer(str(tmp_path / 'x'))
@@ -251,7 +251,7 @@ def test_a_special_token_that_is_also_plain_text_stays_text(tmp_path):
     ids = ours.encode('a hare!').tolist()
     assert ids == theirs('a hare!')['input_ids']
     assert ours.decode(ids) == 'a hare!'
-    assert ours.samplable[ids[-1]]
+    assert ours.writable[ids[-1]]
 
 
 def test_word_characters_and_white_space_are_those_of_tokenizers():
@@ -295,7 +295,7 @@ def test_vocab_and_merges_with_other_files_in_the_folder(tmp_path, way):
     for text in ('a hare</s><s> zebras <pad>', f'{EOT}a{EOT}', difficult_text(), *SAID):
         assert ours.encode(text, allow_eot=True).tolist() == theirs(text)['input_ids']
     assert (ours.stop_ids, ours.eot, ours.vocab_size) == ({1}, 1, size + 2)
-    assert ours.samplable[[0, 1, 2, size, size + 1]].tolist() == [
+    assert ours.writable[[0, 1, 2, size, size + 1]].tolist() == [
         False,
         True,
         False,
@@ -311,7 +311,7 @@ def test_a_vocabulary_alone_has_special_tokens_that_no_text_makes(tmp_path):
     theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
     assert ours.encode('[end] a', allow_eot=True).tolist() == theirs('[end] a')['input_ids']
     assert (ours.stop_ids, ours.eot) == ({1}, 1)
-    assert not ours.samplable[[0, 2]].any()
+    assert not ours.writable[[0, 2]].any()
 
 
 def test_an_added_token_with_another_id_in_another_file_is_one_line(tmp_path):
