@@ -70,7 +70,7 @@ temperature = 0.8  # below 1: less random; above 1: more random; 0: always the m
 top_k: int | None = 200  # sample from this many most likely tokens; None or 0: from all
 top_p = 1.0  # sample from the fewest most likely tokens whose probabilities sum to this
 min_p = 0.0  # exclude tokens less likely than this fraction of the most likely one's probability
-repetition_penalty = 1.0  # above 1: make tokens less likely that the text already contains
+repetition_penalty = 1.0  # above 1: tokens that are already in the text become less likely
 frequency_penalty = 0.0  # subtracted from a token's logit for each time it was generated
 presence_penalty = 0.0  # subtracted from a token's logit if it was generated at all
 # -----------------------------------------------------------------------------
