@@ -63,29 +63,30 @@ from sample import checkpoint_source, load
 
 # -----------------------------------------------------------------------------
 # model
-out_dir: str | None = None  # run directory; None: the newest run in out/
-init_from = 'resume'  # without out_dir: a run directory, or gpt2, gpt2-xl ...
+out_dir: str | None = None  # run directory or other model; None: that of init_from
+init_from = 'resume'  # without out_dir: 'resume' (the newest run in out/), a run, or gpt2 ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
 tokenizer: str | None = None  # replaces the model's own: a name, tokenizer.json or meta.pkl
-device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-quantize: str | None = None  # 'int8': half the memory of 16 bits; faster on a CPU with few slots
+device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is one
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
+# 'int8': weights in half the memory of 16 bits; faster on a CPU for few completions
+quantize: str | None = None
 name: str | None = None  # the model's name for clients; None: the name of its folder
 # server
 host = '127.0.0.1'  # address to listen at; one that other machines can reach needs an API key
-port = 8000  # 0: any free port
+port = 8000  # port to listen at; 0: any free one
 api_key: str | None = None  # API key that clients must send; None: FLATGPT_API_KEY, if set
-allow_origins: str | None = None  # allowed origins; None: any with an API key, else local ones
+allow_origins: str | None = None  # allowed CORS origins; None: any if there is a key, else local
 log_prompts = False  # write prompts and completions to the log
 # limits
 max_rows: int | None = None  # completions that run at once; None: 8 on a CPU, 32 on a GPU
-max_queue = 128  # completions that wait for a slot; more get status 429
+max_queue = 128  # completions that may wait for their turn; more get status 429
 max_prompt_tokens: int | None = None  # limit for each prompt; None: the model's context
 max_new_tokens: int | None = None  # limit for each completion; None: the model's context
 max_seconds = 600.0  # time limit of a request, until its last token
 max_body = 4.0  # MiB in the body of a request
 chunk = 256  # prompt tokens per step, between decoding steps; more raises throughput and latency
-deterministic = False  # the same bits for a completion under any load; slower
+deterministic = False  # compute each completion bit for bit the same under any load; slower
 # -----------------------------------------------------------------------------
 
 # settings that load a model

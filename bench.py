@@ -13,10 +13,11 @@ $ python bench.py --serve --block_size=1024           # api.py under load, besid
 $ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
 $ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
 
-Each side is a program in its own process, with the same weights. Sides take turns, so that a
-machine's changing speed favors none. Figures are medians over the rounds, with the lowest and the
-highest. A ratio is printed only between sides that did the same amount of work with the same
-result, if there is one: the loss before training, a prompt's logits, tokens in float32.
+Each program that is compared (a side) runs in its own process, with the same weights. In each round
+every side is measured once, in turn, so that a machine's changing speed favors none. Figures are
+medians over the rounds, with the lowest and the highest. A ratio is printed only between sides that
+did the same amount of work with the same result, if there is one: the loss before training, a
+prompt's logits, tokens in float32.
 """
 
 import importlib.metadata
@@ -51,40 +52,40 @@ from sample import load
 
 # -----------------------------------------------------------------------------
 # jobs
-only = ''  # training,prefill,decode,quality,data,startup,saving,processes; '': the first six
+only = ''  # jobs: training,prefill,decode,quality,data,startup,saving,processes; '': the first six
 quick = False  # fewer rounds and, unless a shape is given, a small model
-rounds = 5  # turns per side
+rounds = 5  # repetitions: each program (side) is measured once per round
 nanogpt: str | None = None  # folder of a nanoGPT checkout to compare with
 serve = False  # load-test api.py instead of these jobs
-profile = False  # run a turn of flatGPT under torch's profiler, and write its trace
+profile = False  # measure flatGPT once under torch's profiler, and write the trace
 json = 'bench.json'  # output file with all figures
-compare: str | None = None  # run directories, a,b: plot their losses into runs.png instead
+compare: str | None = None  # run directories 'a,b': plot their losses into runs.png instead
 # training
-steps = 3  # training steps per turn
+steps = 3  # training steps per round
 optimizer = 'adamw'  # or 'muon'
 batch_size = 4  # sequences per step
 dropout = 0.0  # probability of dropping an activation
 compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, as in a long run of train.py
 # prefill and decoding
-rows = '1,8,32'  # batch sizes
+rows = '1,8,32'  # batch sizes, in sequences
 prompt_tokens = 64  # tokens in each prompt
 new_tokens = 64  # tokens generated after each prompt
 formats = 'float32,bfloat16,int8'  # number formats of the weights
 # serving
-clients = 16  # each sends its next request when the previous one is complete
+clients = 16  # concurrent clients; each sends its next request when the previous one is complete
 serve_format = 'bfloat16'  # number format of the weights
-# quality (perplexity in each format), and tasks (instead of all jobs)
+# quality (perplexity in each format), and tasks (instead of jobs)
 out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
 dataset: str | None = None  # quality: dataset to evaluate on; None: that of the run
 task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
-limit: int | None = None  # tasks: only the first examples of each; None: all
-init_from = 'resume'  # tasks, without out_dir: the newest run, or as out_dir
-checkpoint: str | None = None  # tasks: None or 'best', 'last', or a path
+limit: int | None = None  # tasks: use only this many examples of each, the first; None: all
+init_from = 'resume'  # tasks, without out_dir: 'resume' (the newest run in out/), or as out_dir
+checkpoint: str | None = None  # tasks: None or 'best' (lowest validation loss), 'last', or a path
 tokenizer: str | None = None  # tasks: tokenizer for a model without one
 quantize: str | None = None  # tasks: 'int8' for the scores of the quantized model
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
-text_bytes = 60_000_000  # most bytes of text to use
+text_bytes = 60_000_000  # maximum bytes of text to use
 # model; the defaults are GPT-2 124M
 arch = 'gpt2'  # or 'modern'
 block_size = 256  # context length in tokens
@@ -95,8 +96,8 @@ n_embd = 768  # width of the embeddings
 n_kv_head: int | None = None  # heads of keys and values, with arch='modern'; None: n_head
 bias = False  # biases in linear layers and LayerNorm
 # machine
-device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda', 'cuda:1' ...
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; auto: the fastest, but float32 for tasks
+device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is one
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest, but float32 for tasks
 seed = 1337  # seed of weights, batches and prompts
 # -----------------------------------------------------------------------------
 

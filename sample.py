@@ -47,15 +47,14 @@ from model import GPT
 
 # -----------------------------------------------------------------------------
 # model
-out_dir: str | None = None  # run directory; None: the newest run in out/
-init_from = 'resume'  # without out_dir: a run directory, or gpt2, gpt2-xl ...
+out_dir: str | None = None  # run directory or other model; None: that of init_from
+init_from = 'resume'  # without out_dir: 'resume' (the newest run in out/), a run, or gpt2 ...
 checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last', or a path
-tokenizer: str | None = None  # instead of the model's own: a name, tokenizer.json or meta.pkl
-device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...
-dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'
-quantize: str | None = (
-    None  # 'int8': half the memory of 16-bit weights; on a CPU faster for few samples
-)
+tokenizer: str | None = None  # replaces the model's own: a name, tokenizer.json or meta.pkl
+device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is one
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
+# 'int8': weights in half the memory of 16 bits; faster on a CPU for few samples
+quantize: str | None = None
 # generation
 start = '\n'  # the prompt; FILE:prompt.txt reads a file; may contain <|endoftext|>
 chat = False  # an interactive console instead of samples
@@ -63,17 +62,17 @@ batch: str | None = None  # file of prompts to complete, one per line
 out: str | None = None  # file for the completions of the batch
 rows = 16  # prompts of the batch that are computed at once
 num_samples = 10  # samples, computed as one batch
-max_new_tokens = 500  # most tokens in each sample
-stop = ''  # end a sample before this string; | separates several; escapes: \n, \t, \| and \\
+max_new_tokens = 500  # maximum tokens per sample
+stop = ''  # a sample ends before this string; '|' separates several; escapes: \n, \t, \| and \\
 # sampling
 seed = 1337  # the same seed gives the same samples
 temperature = 0.8  # below 1: less random; above 1: more random; 0: always the most likely token
 top_k: int | None = 200  # sample from this many most likely tokens; None or 0: from all
-top_p = 1.0  # sample from the most likely tokens whose probabilities sum to this
+top_p = 1.0  # sample from the fewest most likely tokens whose probabilities sum to this
 min_p = 0.0  # exclude tokens less likely than this fraction of the most likely one's probability
-repetition_penalty = 1.0  # above 1: make tokens less likely that the text already contains
-frequency_penalty = 0.0  # subtract from a token's logit for each time it was generated
-presence_penalty = 0.0  # subtract from a token's logit once it was generated
+repetition_penalty = 1.0  # above 1: tokens that are already in the text become less likely
+frequency_penalty = 0.0  # subtracted from a token's logit for each time it was generated
+presence_penalty = 0.0  # subtracted from a token's logit if it was generated at all
 # -----------------------------------------------------------------------------
 
 CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))

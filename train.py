@@ -5,7 +5,7 @@ $ python train.py config/quickstart.py                        # a small model of
 $ python train.py train_shakespeare_char --batch_size=32      # a config by name, then overrides
 $ python train.py out/my_run/config.py --init_from=resume     # resume a run
 $ torchrun --standalone --nproc_per_node=8 train.py train_gpt2
-$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d \
+$ torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d \\
       train.py train_gpt2                                     # run this on both nodes
 
 The run directory gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl-C saves and stops.
@@ -44,40 +44,41 @@ from flatgpt.training.watchdog import Watchdog
 # -----------------------------------------------------------------------------
 # run
 out_dir: str | None = None  # run directory; None: a new one, out/<name>
-init_from = 'scratch'  # or 'resume', a run directory, or a released model such as 'gpt2'
+init_from = 'scratch'  # or 'resume' (out_dir or the newest run), a run directory, 'gpt2' ...
 checkpoint: str | None = None  # 'last', 'best' or a path; None: last to resume, best to fine-tune
 auto_resume = False  # resume if out_dir has a checkpoint, otherwise start from init_from
 overwrite = False  # delete the checkpoints in out_dir when a new run starts
 seed = 1337  # for the initial weights, data order and dropout
 # evaluation and checkpoints
-eval_interval: int | None = 2000  # steps between evaluations, which also save; None: at the end
+eval_interval: int | None = 2000  # steps between evaluations (which save); None: only at the end
 eval_iters: int | None = 200  # batches per split and evaluation; None: the whole validation split
 eval_train = True  # evaluate the training split too, on as many batches
 eval_only = False  # evaluate once, print the loss and exit; writes nothing
 save_interval: int | None = None  # steps between additional checkpoints; None: only at evaluations
-always_save_checkpoint = True  # keep them all; False: only the last two and the best
-checkpoint_mirror: str | None = None  # second directory for them, such as a mounted bucket
+# keep every evaluated checkpoint; False: only the last two and the best
+always_save_checkpoint = True
+checkpoint_mirror: str | None = None  # second directory for checkpoints: a mounted bucket ...
 patience: int | None = None  # stop after this many evaluations without a new best; None: never
 log_interval = 1  # steps between lines in metrics.jsonl
 sample_tokens = 256  # tokens to generate and print at the end; 0: none
 eval_sample_tokens = 0  # tokens to generate and print at each earlier evaluation; 0: none
 # trackers
-wandb_log = False  # to wandb/ in the run directory, and to the service
-wandb_project = 'owt'  # project on wandb
+wandb_log = False  # log to Weights & Biases (wandb)
+wandb_project = 'owt'  # name of the project on wandb
 wandb_run_name = 'gpt2'  # name of the run on wandb
-tensorboard_log = False  # to tb/ in the run directory
+tensorboard_log = False  # write TensorBoard logs to tb/ in the run directory
 # data
 dataset = 'openwebtext'  # a name in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
-data_cache: str | None = None  # local directory to copy it to first
+data_cache: str | None = None  # local directory to copy the dataset to first
 gradient_accumulation_steps = 5 * 8  # micro-batches per update, summed over all processes
 batch_size = 12  # micro-batch size: sequences (objective='dpo': pairs) per process
 block_size = 1024  # tokens per sequence
-short_block_size: int | None = None  # length of shorter sequences at first: cheaper attention
-short_iters = 0  # steps with short_block_size
+short_block_size: int | None = None  # sequence length during the first short_iters steps
+short_iters = 0  # steps with short_block_size; cheaper, since attention is shorter
 mask_documents = False  # no attention across documents or conversations
 # loss
-objective = 'lm'  # 'lm': text; 'sft': assistant messages; 'dpo': preferences (chosen, rejected)
-dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the reference
+objective = 'lm'  # 'lm': text; 'sft': assistant messages; 'dpo': preference pairs
+dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the initial model
 # model (defaults: GPT-2 124M)
 arch = 'gpt2'  # or 'modern': rotary embeddings, RMSNorm, squared ReLU, as in nanochat
 n_layer = 12  # blocks
@@ -88,38 +89,39 @@ dropout = 0.0  # 0 for pretraining; 0.1 or more for fine-tuning and small datase
 bias = False  # use biases in Linear and LayerNorm, arch='gpt2'
 # parameter-efficient fine-tuning
 lora_rank: int | None = None  # train only LoRA adapters of this rank; None: no LoRA
-lora_alpha: int | None = None  # scale: lora_alpha / lora_rank; None: 2 * lora_rank
+lora_alpha: int | None = None  # the adapters' scale is lora_alpha / lora_rank; None: 2 * lora_rank
 lora_dropout = 0.0  # dropout of the adapters' input
-lora_targets = 'all'  # matrices to adapt, for example 'c_attn,mlp.c_proj'
-freeze: int | None = None  # freeze the embeddings and this many first blocks; None: nothing
+lora_targets = 'all'  # matrices to adapt, such as 'c_attn,mlp.c_proj' (modern: 'q_proj,mlp.fc2')
+freeze: int | None = None  # freeze the embeddings and the first `freeze` blocks; None: nothing
 # optimizer
 optimizer = 'adamw'  # or 'muon': Muon for the matrices of the blocks, AdamW for the rest
 learning_rate = 6e-4  # maximum learning rate of AdamW
 muon_lr = 0.02  # maximum learning rate of Muon, with the same schedule
-muon_momentum = 0.95  # of Muon: Nesterov momentum
+muon_momentum = 0.95  # Muon: Nesterov momentum
 max_iters = 600000  # total number of updates (steps)
 epochs: float | None = None  # passes over the training data; overrides max_iters and lr_decay_iters
-weight_decay = 1e-1  # of matrices and embeddings; with Muon, of the matrices of the blocks
-beta1 = 0.9  # of AdamW: decay rate of the gradient's mean
-beta2 = 0.95  # of AdamW: decay rate of the squared gradient's mean
+# applied to matrices and embeddings; with optimizer='muon', to the matrices of the blocks
+weight_decay = 1e-1
+beta1 = 0.9  # AdamW: decay rate of the first moment
+beta2 = 0.95  # AdamW: decay rate of the second moment
 grad_clip = 1.0  # maximum gradient norm; 0.0: no clipping
 # learning rate schedule
 decay_lr = True  # False: constant, without warmup
-lr_schedule = 'cosine'  # or 'constant' (after warmup), 'linear': constant, then a linear decay
+lr_schedule = 'cosine'  # or 'constant', or 'linear' (constant, then a linear decay)
 warmup_iters = 2000  # steps of linear warmup
 lr_decay_iters: int | None = 600000  # step at which min_lr is reached; None: max_iters
 min_lr = 6e-5  # final learning rate of AdamW; Muon's decays by the same factor
-cooldown = 0.4  # fraction of lr_decay_iters that 'linear' decays over
+cooldown = 0.4  # lr_schedule='linear': fraction of lr_decay_iters over which it decays
 # machine
-device = 'auto'  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:1'
-dtype = 'auto'  # 'auto', 'float32', 'bfloat16' or 'float16'
+device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is one
+dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory
 compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, for long runs
-backend = 'auto'  # for torch.distributed: 'auto', 'nccl' or 'gloo'
+backend = 'auto'  # of torch.distributed: 'nccl' or 'gloo'; 'auto': nccl on CUDA
 shard = False  # shard parameters, gradients and optimizer (FSDP2); False: DDP
-offload = False  # keep the shards and the optimizer in host memory
+offload = False  # with shard: keep parameters and optimizer state in host memory
 hang_timeout = 600.0  # seconds a rank may stall before it is reported and the job stops
-peak_tflops: float | None = None  # of one device, for MFU; None: look it up; if unknown, no MFU
+peak_tflops: float | None = None  # peak speed of one device, for MFU; None: known GPUs only
 # before a long run
 check = False  # check everything the run needs, report go or no-go, exit
 plan = False  # estimate memory, suggest savings, exit

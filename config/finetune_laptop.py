@@ -1,7 +1,7 @@
-# The quickstart's model, trained on manuals, learns Shakespeare: all parameters, a LoRA adapter
-# with a thirtieth of them or, for comparison, from scratch. The first took 22 s on 2 cores of an
-# Intel Xeon with AMX.
-# $ python data/shakespeare_char/prepare.py    # fetches input.txt
+# The quickstart's model, trained on manuals, learns Shakespeare: with all parameters, with a LoRA
+# adapter of a thirtieth of them or, for comparison, from scratch. The first command took 22 s on 2
+# cores of an Intel Xeon with AMX.
+# $ python data/shakespeare_char/prepare.py    # downloads input.txt
 # $ python data/text/prepare.py data/shakespeare_char/input.txt --name=bard --tokenizer=byte
 # $ python train.py quickstart --out_dir=out/mine
 # $ python train.py finetune_laptop --init_from=out/mine
@@ -33,5 +33,5 @@ eval_interval = 50
 eval_iters = None  # the whole validation split
 eval_train = False
 log_interval = 10
-always_save_checkpoint = False  # the best and the last two
+always_save_checkpoint = False  # keep only the last two and the best
 sample_tokens = 400

@@ -19,5 +19,5 @@ eval_iters = None  # the whole validation split: the end of each book
 eval_train = False
 eval_sample_tokens = 100
 log_interval = 1
-always_save_checkpoint = False  # the best and the last two
+always_save_checkpoint = False  # keep only the last two and the best
 patience = 5  # evaluations without a new best: 5 * 10 steps

@@ -1,8 +1,9 @@
 # GPT-2 on Google's books about site reliability engineering. The first start downloads the pages.
 # $ python train.py config/finetune_sre.py
 # $ python sample.py --chat
-# The chat console continues your text in the style of the books: ask, or begin the answer yourself.
-# Two books are soon memorized, so the checkpoint with the lowest validation loss is kept.
+# The chat console continues your text in the style of the books: type a question, or the beginning
+# of an answer.
+# Two books are memorized quickly, so the checkpoint with the lowest validation loss is kept.
 
 dataset = 'sre'
 init_from = 'gpt2'  # or gpt2-medium, gpt2-large, gpt2-xl, or a run directory
@@ -22,5 +23,5 @@ eval_iters = None  # the whole validation split: every tenth chapter
 eval_train = False
 eval_sample_tokens = 100
 log_interval = 1
-always_save_checkpoint = False  # the best and the last two
+always_save_checkpoint = False  # keep only the last two and the best
 patience = 5  # evaluations without a new best: 5 * 10 steps

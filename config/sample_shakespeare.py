@@ -10,7 +10,7 @@ num_samples = 3
 max_new_tokens = 500  # about 90 words from a character model, 375 with BPE
 
 # At temperature 1 a small model misspells a word every few words; much below 0.7 it repeats itself.
-# At 0.8, a token a tenth as likely as the best one has a weight of 0.1^(1/0.8) = 0.056, not 0.1.
+# At 0.8, a token a tenth as likely as the best one counts 0.1^(1/0.8) = 0.056 instead of 0.1.
 temperature = 0.8
 min_p = 0.02  # excludes tokens 50 times less likely than the best, which start misspellings
 top_k = None  # min_p replaces it, and adapts to how confident the model is

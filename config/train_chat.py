@@ -1,4 +1,4 @@
-# Supervised fine-tuning on conversations. Prepare them with the tokenizer of the base model,
+# Supervised fine-tuning (SFT) on conversations. Prepare them with the tokenizer of the base model,
 # then train:
 # $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
 # $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat

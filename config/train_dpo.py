@@ -1,4 +1,5 @@
-# Direct preference optimization of a chat model, on pairs of a better and a worse answer:
+# Direct preference optimization (DPO) of a chat model, on pairs of a chosen and a rejected
+# completion:
 # $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 # $ python train.py train_dpo --dataset=pairs --init_from=out/chat --out_dir=out/preferred
 
@@ -13,7 +14,7 @@ batch_size = 4
 epochs = 1
 block_size = 1024  # if the model's context is shorter, that is used
 
-# from the paper (Rafailov et al. 2023, appendix B); a higher rate soon ruins the model
+# from the paper (Rafailov et al. 2023, appendix B); a much higher rate degrades the model
 learning_rate = 1e-6
 min_lr = 0.0
 lr_schedule = 'constant'

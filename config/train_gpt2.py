@@ -17,7 +17,7 @@ max_iters = 600000
 lr_decay_iters = None  # the last step
 warmup_iters = 2000
 
-eval_interval = 1000  # saves, too: at nanoGPT's speed a power cut loses at most 12 minutes
+eval_interval = 1000  # also saves: at nanoGPT's speed, a power cut loses at most 12 minutes
 eval_iters = 200  # 200 * 12 sequences = 2.5 million tokens: the error of the loss is about 0.01
 log_interval = 10
 always_save_checkpoint = False  # 600 checkpoints of 1.5 GB would be too many

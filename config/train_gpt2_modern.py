@@ -1,8 +1,9 @@
-# The modern architecture at the size of GPT-2 124M, with Muon, on one node with 8 GPUs of 80 GB:
-# 85M parameters in the blocks, 39M each in embedding and head. 10 billion tokens instead of
-# train_gpt2's 295 billion: Muon needs about half as many as AdamW (Liu et al. 2025), and most of
-# the 295 billion bring little. Not run yet.
-# Prepare the text first: data/openwebtext/prepare.py
+# The modern architecture at the size of GPT-2 124M, with Muon, on one node with 8 GPUs of 80 GB. It
+# has 163M parameters: 85M in the blocks, 39M in the head, and 39M in an embedding of its own, where
+# GPT-2 uses the head. Without the embedding, which is only looked up, these are 124M, as train.py
+# prints. 10 billion tokens instead of train_gpt2's 295 billion: Muon needs about half as many as
+# AdamW (Liu et al. 2025), and most of the 295 billion improve the loss little. Not run yet. Prepare
+# the text first: data/openwebtext/prepare.py
 # $ torchrun --standalone --nproc_per_node=8 train.py train_gpt2_modern
 
 dataset = 'openwebtext'
@@ -22,7 +23,7 @@ block_size = 1024
 gradient_accumulation_steps = 2 * 8  # 2 on each of 8 GPUs
 
 # 19,000 steps * 524,288 tokens = 10.0 billion tokens, 1.1 epochs of OpenWebText's 9.0 billion:
-# 80 tokens per parameter, four times Chinchilla's 20 (Hoffmann et al. 2022)
+# 80 tokens for each of the 124M parameters, four times Chinchilla's 20 (Hoffmann et al. 2022)
 max_iters = 19000
 lr_decay_iters = None  # the last step
 
@@ -47,4 +48,4 @@ min_lr = 0.0
 eval_interval = 1000
 eval_iters = 80  # 80 * 32 sequences = 2.6 million tokens: the error of the loss is about 0.01
 log_interval = 10
-always_save_checkpoint = False  # the best and the last two
+always_save_checkpoint = False  # keep only the last two and the best

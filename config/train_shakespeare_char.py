@@ -6,7 +6,7 @@ dataset = 'shakespeare_char'
 eval_interval = 250  # often, because it overfits well before the end
 eval_iters = None  # the whole validation split, 111,540 characters
 log_interval = 10
-always_save_checkpoint = False  # the best and the last two
+always_save_checkpoint = False  # keep only the last two and the best
 
 # 64 sequences * 256 characters = 16,384 tokens per step; * 5,000 steps = 82 epochs
 gradient_accumulation_steps = 1

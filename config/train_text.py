@@ -28,5 +28,5 @@ beta2 = 0.99
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
-always_save_checkpoint = False  # the best and the last two
+always_save_checkpoint = False  # keep only the last two and the best
 patience = 4  # evaluations without a new best: 4 * 250 steps

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One run on all nodes of a SLURM job, in as many jobs as it takes: before the time limit it is saved
-# and requeued. From the folder of train.py, in the environment that has torch:
+# One run on all nodes of a SLURM job, in as many jobs as it takes: before the time limit, the run is saved
+# and the job requeued. From the folder of train.py, in the environment that has torch:
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --time=4:00:00 launch/slurm.sh config/train_gpt2.py
 #   sbatch --time=1:00:00 launch/slurm.sh config/quickstart.py --out_dir=out/mine   # one CPU node

@@ -1,5 +1,5 @@
 """
-Prepare your own text: files, folders, patterns and JSON lines, with any tokenizer.
+Prepare your own text: files, folders and glob patterns, with any tokenizer.
 
 $ python data/text/prepare.py novel.txt more/ --name=mine --tokenizer=byte
 $ python train.py config/train_text.py --dataset=mine

@@ -2,9 +2,11 @@
 Inspect, verify and export checkpoints.
 
 $ python -m flatgpt.checkpoint inspect out/my_run     # a table of its checkpoints
-$ python -m flatgpt.checkpoint verify out/my_run      # recompute every hash
+$ python -m flatgpt.checkpoint verify out/my_run      # the same; fails if one is damaged
 $ python -m flatgpt.checkpoint export out/my_run DIR  # for transformers; --format=gguf for
                                                       # llama.cpp, --format=peft for the adapter
+
+inspect and verify both recompute every hash. verify also exits with an error if one does not match.
 """
 
 import argparse
@@ -104,10 +106,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('out_dir', help='a run directory, or any other model --init_from takes')
     parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')
     parser.add_argument(
-        '--format', choices=['transformers', 'gguf', 'peft'], default='transformers'
+        '--format',
+        choices=['transformers', 'gguf', 'peft'],
+        default='transformers',
+        help='export: a folder for transformers (default), a file for llama.cpp, or a LoRA adapter',
     )
-    parser.add_argument('--checkpoint', default='best', help="'best', 'last', or a path")
-    parser.add_argument('--tokenizer', help='replaces its own: a name, run or tokenizer.json')
+    parser.add_argument(
+        '--checkpoint',
+        default='best',
+        help="export: 'best' (default: lowest validation loss), 'last', or a path",
+    )
+    parser.add_argument(
+        '--tokenizer', help="replaces the model's own: a name, a run or a tokenizer.json"
+    )
     args = parser.parse_args(argv)
     if args.command == 'export':
         if args.to is None:

@@ -5,8 +5,8 @@ $ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --bl
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
 
-Each line of a file is one conversation or one preference pair; a dataset has only one kind. A .json
-file can be one array of them. These formats are supported:
+Files are JSON Lines: each line is one conversation or one preference pair; a dataset has only one
+kind. A .json file can be one array of them. These formats are supported:
 
     {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
     {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}
@@ -17,17 +17,17 @@ file can be one array of them. These formats are supported:
 
 A string can also be a list of messages, whose content can be a list of text parts (one per line),
 or a dialogue, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". "system" and "history", a list of
-[question, answer] pairs, come first. A row that mixes two formats is an error.
+[question, answer] pairs, come first. A line that mixes two formats is an error.
 
 The loss covers the assistant's messages and the delimiter that ends each. It does not cover the
-prompt of a preference pair, or a message with "weight": 0, "train": false or "loss_mask": 0. Rows
+prompt of a preference pair, or a message with "weight": 0, "train": false or "loss_mask": 0. Lines
 marked this way, with "label": false, or with an empty prompt or answer are skipped and counted. Any
 other field is an error, because it might affect training: --ignore ignores it. --bad=drop skips and
-counts invalid rows.
+counts invalid lines.
 
-Conversations are packed whole into rows of --block_size tokens; a preference pair is two rows. The
-default delimiters around messages are plain text and the end-of-text token, so that the vocabulary
-stays the base model's; --template sets others.
+Whole conversations are packed into training rows of --block_size tokens; a preference pair is two
+rows. The default delimiters around messages are plain text and the end-of-text token, so that the
+vocabulary stays the base model's; --template sets others.
 """
 
 import argparse
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -110,13 +111,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help='a JSON file {"user": ["before a message", "after it"], "assistant": [...]}; default: '
         f"the tokenizer's own, otherwise {json.dumps(TEMPLATE)}",
     )
-    add('--block_size', type=int, default=1024, help='tokens per row, default %(default)s')
+    add('--block_size', type=int, default=1024, help='tokens per training row, default %(default)s')
     add(
         '--long',
         choices=('drop', 'cut', 'error'),
         default='drop',
-        help='longer conversations: skip and count them (default), truncate and count them, or '
-        'stop with an error',
+        help='conversations that do not fit into a training row: drop skips them (default) and cut '
+        'truncates them, and both count them; error stops with an error',
     )
     add(
         '--ignore',
@@ -124,17 +125,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         type=lambda text: text.split(','),
         default=[],
         metavar='A,B',
-        help='fields of rows and messages to ignore, in addition to those that are always ignored: '
+        help='fields of lines and messages to ignore, besides those that are always ignored: '
         + ', '.join(METADATA_KEYS),
     )
     add(
         '--bad',
         choices=('error', 'drop'),
         default='error',
-        help='invalid rows: stop with an error (default), or skip and count them',
+        help='invalid lines: error stops with an error (default), drop skips and counts them',
     )
-    add('--val', action='append', default=[], help='files for validation')
-    add('--val_fraction', type=float, default=0.1, help='validation fraction, default %(default)s')
+    add(
+        '--val',
+        action='append',
+        default=[],
+        help='a file, folder or glob pattern for validation; may be repeated',
+    )
+    add(
+        '--val_fraction',
+        type=float,
+        default=0.1,
+        help='fraction for validation, default %(default)s',
+    )
     args = parser.parse_intermixed_args(argv)  # files may also follow flags
     if not args.files:
         raise UserError(f'no FILES; run {COMMAND} FILES --name=talks (see --help)')

@@ -1,17 +1,17 @@
 """
-Prepare your own text: files, folders, patterns and JSON lines, with any tokenizer, on all cores.
+Prepare your own text: files, folders and glob patterns, with any tokenizer, on all cores.
 
 $ python data/text/prepare.py novel.txt more/ 'corpus/*.txt' --name=mine --tokenizer=gpt2
 $ python data/text/prepare.py posts.jsonl --field=body --name=posts --tokenizer=bpe
 $ python train.py config/train_text.py --dataset=mine
 
-A plain-text file is one document. So is each line of a .jsonl or .ndjson file (blank lines are
-skipped), each record of a .json list and each row of a .csv or .tsv file; --field names the key or
-column that has the text, and --plain reads such files as plain text. A folder stands for all files
-in it and below, including linked ones. Hidden, empty and binary files are skipped and counted.
-Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line ends
-included, is not altered. The end-of-text token separates documents; --read_eot also reads it where
-the text spells it.
+A plain-text file is one document. So is each line of a JSON Lines file (.jsonl or .ndjson; blank
+lines are skipped), each item of a .json array and each row of a .csv or .tsv file; --field names
+the key or column that has the text, and --plain reads such files as plain text. A folder stands for
+all files in it and below, including linked ones. Hidden, empty and binary files are skipped and
+counted. Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line
+ends included, is not altered. The end-of-text token separates documents; with --read_eot, it is
+also read where it is written in the text.
 
 To continue training a model of yours, give its run directory, so that the text gets the same
 tokens:
@@ -97,12 +97,13 @@ def prepare(
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog=COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add('files', nargs='*', help='files, folders and patterns, such as "corpus/**/*.md"')
+    add('files', nargs='*', help='files, folders and glob patterns, such as "corpus/**/*.md"')
     add('--name', help='name of the dataset; it is written to data/NAME')
     add(
         '--out_dir',
@@ -113,15 +114,18 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         '--val',
         action='append',
         default=[],
-        help='use these files for validation; may be repeated',
+        help='a file, folder or glob pattern to use for validation; may be repeated',
     )
-    add('--field', help='key or column that has the text in JSON and tables; default text')
-    add('--plain', action='store_true', help='read JSON lines, JSON and tables as plain text')
+    add(
+        '--field',
+        help='key or column that has the text in JSON, JSON Lines, CSV and TSV; default text',
+    )
+    add('--plain', action='store_true', help='read JSON, JSON Lines, CSV and TSV as plain text')
     add(
         '--errors',
         choices=('strict', 'replace'),
         default='strict',
-        help='invalid bytes: stop (default), or replace them with U+FFFD',
+        help='invalid bytes: strict stops with an error (default), replace inserts U+FFFD',
     )
     add('--encoding', help='encoding of files that are not UTF-8: cp1252, latin-1, utf-16-le ...')
     add(
@@ -178,12 +182,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         'or a tokenizer.json',
     )
     add('--vocab_size', type=int, help='vocabulary size for --tokenizer=bpe; default 8192')
-    add('--val_fraction', type=float, help='fraction used for validation; default 0.1')
+    add('--val_fraction', type=float, help='fraction of the text used for validation; default 0.1')
     add(
         '--split',
         choices=('auto', 'document', 'fraction'),
-        help='validate on whole documents, evenly spaced, or on the last fraction of each; '
-        'auto (default): whole documents if there are enough for val_fraction',
+        help='for validation, use evenly spaced whole documents (document) or the last fraction of '
+        'each (fraction); auto (default): document, if there are enough for val_fraction',
     )
     add('--workers', type=int, help='processes; default: one, or one per core where that is faster')
 

@@ -48,6 +48,17 @@ def anchors(path):
     return {re.sub(r'[^\w -]', '', title.lower()).replace(' ', '-') for title in titles}
 
 
+def test_the_tables_list_every_config_and_dataset():
+    page = ROOT / 'docs' / 'text.md'
+    for heading, paths in (
+        ('Configs', (ROOT / 'config').glob('*.py')),
+        ('Datasets', (path.parent for path in (ROOT / 'data').glob('*/prepare.py'))),
+    ):
+        cells = re.findall(r'^\| (`.*?) \|', section(page, heading), re.M)
+        listed = [name for cell in cells for name in re.findall(r'`(\w+)`', cell)]
+        assert sorted(listed) == sorted(path.stem for path in paths), heading
+
+
 @pytest.mark.parametrize('page', PAGES, ids=named)
 def test_every_link_leads_to_a_file_and_a_heading(page):
     links = re.findall(r'\]\(([^)\s]+)\)', read(page))
@@ -342,6 +353,9 @@ def test_own_text_is_prepared_learned_and_continued(walk, capsys):
     walk(shell(section(page, 'The run directory')))
     walk(shell(section(page, 'Sample')))
     assert len(Path('answers.jsonl').read_text().splitlines()) == 2
+    capsys.readouterr()
+    exec(re.search(r'```python\n(.*?)```', read(page), re.S)[1], {})
+    assert capsys.readouterr().out.strip('\n')
 
 
 def test_a_model_is_taught_to_chat_and_then_what_is_preferred(walk):
