@@ -22,7 +22,7 @@ result, if there is one: the loss before training, a prompt's logits, tokens in 
 import importlib.metadata
 import sys
 
-from flatgpt.errors import UserError, one_line_errors, within
+from flatgpt.errors import UserError, check_range, one_line_errors
 
 if __name__ == '__main__':
     one_line_errors()  # also for Ctrl-C during the slow imports below
@@ -137,7 +137,7 @@ def bench_jobs(settings: dict) -> None:
 
 def bench_tasks(settings: dict) -> None:
     """Score a model on tasks of lm-evaluation-harness."""
-    within(1, None, settings, 'limit')
+    check_range(1, None, settings, 'limit')
     check_used(settings, ['task'])
     check_writable(settings)
     try:

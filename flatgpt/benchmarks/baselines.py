@@ -92,7 +92,7 @@ def import_nanogpt(folder: str):
     return module
 
 
-def in_format(model: GPT, kind: str) -> GPT:
+def with_precision(model: GPT, kind: str) -> GPT:
     """The model ready to generate, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
     quantize = 'int8' if kind == 'int8' else None
     return prepare_for_inference(
@@ -169,7 +169,7 @@ def flatgpt(settings: dict, runtime: Runtime):
 class FlatGPTGeneration:
     def __init__(self, settings: dict, runtime: Runtime):
         self.settings, self.device = settings, runtime.device
-        self.model = in_format(build_model(settings).to(runtime.device), settings['format'])
+        self.model = with_precision(build_model(settings).to(runtime.device), settings['format'])
         self.tokenizer = placeholder_tokenizer(settings['vocab_size'])
         self.sampling = SamplingParams(max_new_tokens=settings['new_tokens'], temperature=0)
         self.engines: dict[int, Engine] = {}

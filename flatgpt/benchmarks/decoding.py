@@ -22,14 +22,14 @@ from flatgpt.benchmarks.baselines import (
     SMALL,
     build_model,
     build_outline,
-    in_format,
     transformers_model,
+    with_precision,
 )
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.save import save
-from flatgpt.data.dataset import DATA, Dataset, is_prepared
+from flatgpt.data.dataset import DATA_DIR, Dataset, is_prepared
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
@@ -122,7 +122,7 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
     found = {}
     for kind in formats_of(settings):
         model, tokenizer, state = load_model(settings['out_dir'], 'best', runtime.device)
-        model = in_format(model, kind)
+        model = with_precision(model, kind)
         data = Dataset(dataset_of(state, settings['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
             source = settings['out_dir']
@@ -141,7 +141,7 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
 
 def perplexity(model: GPT, data: Dataset, device: str, count: int | None) -> tuple[float, int]:
     """The perplexity of the validation split, or `count` windows of it, and its tokens."""
-    windows = data.eval_windows('val', count)
+    windows = data.eval_starts('val', count)
     total = tokens = 0
     for part in np.array_split(windows, math.ceil(len(windows) / 8)):
         x, y = (torch.from_numpy(ids).to(device) for ids in data.eval_batch('val', part))  # (B, T)
@@ -157,7 +157,7 @@ def dataset_of(state: dict, dataset: str | None) -> Path:
     name = dataset or state.get('config', {}).get('dataset')
     if not name:
         raise UserError('quality: this model has no record of its dataset; give one by --dataset=')
-    folder = Path(name) if Path(name).is_dir() else DATA / name
+    folder = Path(name) if Path(name).is_dir() else DATA_DIR / name
     if not is_prepared(folder):
         raise UserError(
             f'{folder}: no prepared dataset; prepare it, or give another one by --dataset='

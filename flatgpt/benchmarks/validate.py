@@ -8,7 +8,7 @@ from flatgpt.benchmarks.baselines import build_outline, import_nanogpt
 from flatgpt.benchmarks.decoding import dataset_of
 from flatgpt.checkpoint.convert import is_foreign
 from flatgpt.checkpoint.load import find, read_state
-from flatgpt.errors import UserError, one_of, within
+from flatgpt.errors import UserError, check_choice, check_range
 from flatgpt.runtime import DTYPES, Runtime, available_memory
 
 # settings of some jobs only; without those that train.py has as well, whose configs work here, too
@@ -53,7 +53,7 @@ def requested_jobs(settings: dict, jobs: list[str], extra: tuple[str, ...]) -> l
     """The jobs in `only`, in the order of `jobs`; by default all except `extra`."""
     named = [job for job in settings['only'].split(',') if job]
     for job in named:
-        one_of(tuple(jobs), {'only': job}, 'only')
+        check_choice(tuple(jobs), {'only': job}, 'only')
     if 'quality' in named and not settings['out_dir']:
         raise UserError('quality: needs a trained model; give --out_dir=RUN')
     if named:
@@ -84,13 +84,13 @@ def check_settings(settings: dict, jobs: list[str]) -> None:
 def check_values(settings: dict) -> None:
     """The range of each setting."""
     numbers = ('rounds', 'steps', 'prompt_tokens', 'batch_size', 'clients', 'text_bytes')
-    within(1, None, settings, *numbers)
-    within(2, None, settings, 'block_size', 'vocab_size', 'new_tokens')
-    one_of((True, False, 'auto'), settings, 'compile')
-    one_of(('adamw', 'muon'), settings, 'optimizer')
-    one_of(FORMATS, settings, 'serve_format')
+    check_range(1, None, settings, *numbers)
+    check_range(2, None, settings, 'block_size', 'vocab_size', 'new_tokens')
+    check_choice((True, False, 'auto'), settings, 'compile')
+    check_choice(('adamw', 'muon'), settings, 'optimizer')
+    check_choice(FORMATS, settings, 'serve_format')
     for kind in settings['formats'].split(','):
-        one_of(FORMATS, {'formats': kind}, 'formats')
+        check_choice(FORMATS, {'formats': kind}, 'formats')
     for count in settings['rows'].split(','):
         if not count.isdigit() or not int(count):
             raise UserError(f'rows={settings["rows"]!r}: give batch sizes, such as 1,8,32')

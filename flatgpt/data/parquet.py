@@ -34,7 +34,7 @@ from flatgpt.data.encode import (
     map_in_processes,
     split_text,
 )
-from flatgpt.data.tokenizer import Tokenizer, load
+from flatgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flatgpt.errors import UserError, reason_of
 
 # the dataset's own files, and the hub's conversion of other formats
@@ -300,7 +300,7 @@ def merge(folder: Path) -> str:
             f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}; run their jobs '
             'first'
         )
-    with Writer(folder, load(done[0] / 'tokenizer.json')) as writer:
+    with Writer(folder, load_tokenizer(done[0] / 'tokenizer.json')) as writer:
         for name in names:
             writer.include(name)
     return writer.summary()

@@ -46,7 +46,7 @@ GIGATOKEN_SCHEMES = {
 }
 
 
-def difficult_text(seed: int = 0, pieces: int = 5000) -> str:
+def self_check_text(seed: int = 0, pieces: int = 5000) -> str:
     """Contractions, white space, scripts, marks, emoji and controls in random order."""
     parts = [
         *"the and 'll 've 's 'S 'LL don't we're ing 123 4567 3.14 <|endoftext|> _x ... ://".split(),
@@ -314,7 +314,7 @@ class Tokenizer:
     def accelerate(self) -> str:
         """Use gigatoken from now on, 20 times as fast -> '', or the reason why not.
 
-        It must give the same ids as tiktoken for difficult_text().
+        It must give the same ids as tiktoken for self_check_text().
         """
         if self.accelerated:
             return ''
@@ -329,7 +329,7 @@ class Tokenizer:
             self.write_ranks(path)
             try:
                 fast = BPETokenizer.from_tiktoken(path, GIGATOKEN_SCHEMES[self.name])
-                text = difficult_text()
+                text = self_check_text()
                 same = np.array_equal(fast.encode(text), self._encode(text))
             except Exception as error:  # another version may raise anything
                 return f'gigatoken failed: {error}'
@@ -453,7 +453,7 @@ def is_word_character(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in in_circles)
 
 
-def load(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
     except FileNotFoundError:

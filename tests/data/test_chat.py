@@ -19,7 +19,14 @@ from flatgpt.data import chat as prepare
 from flatgpt.data import text
 from flatgpt.data.dataset import FIRST, PADDING, TARGET, Dataset, mask_file
 from flatgpt.data.hf_tokenizer import chat_jinja
-from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load, train_bpe
+from flatgpt.data.tokenizer import (
+    EOT,
+    Tokenizer,
+    char_tokenizer,
+    get_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from flatgpt.errors import UserError
 from flatgpt.training import loss as loss_module
 
@@ -106,7 +113,7 @@ def test_the_loss_covers_the_assistants_messages_and_the_end_of_each(tmp_path):
 
 def test_the_targets_of_a_batch_are_the_tokens_in_the_loss(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B', 'C', 'D')], size=46)
-    for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_windows('val'))):
+    for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_starts('val'))):
         assert x.shape == y.shape == (2, 46)
         answers = {data.tokenizer.decode(row[row >= 0]) for row in y}
         assert answers == {f'Hello{EOT}', f'B{EOT}D{EOT}'}
@@ -118,7 +125,7 @@ def test_the_targets_of_a_batch_are_the_tokens_in_the_loss(tmp_path):
 def test_each_conversation_of_a_row_has_its_own_number(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B'), talk('C', 'D')], size=96)
     for (_, flags), numbers in zip(
-        rows(data), data.eval_batch('val', data.eval_windows('val'), True)[2], strict=True
+        rows(data), data.eval_batch('val', data.eval_starts('val'), True)[2], strict=True
     ):
         starts = np.flatnonzero(flags & FIRST)
         assert len(starts) > 2
@@ -376,7 +383,7 @@ def test_a_custom_template_is_saved_with_the_tokenizer(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Yo')], f'--template={tmp_path / "marks.json"}')
     assert packed(data) == ['<Hi>[Yo]']
     assert loss_texts(data) == [['Yo]']]
-    assert load(data.folder / 'tokenizer.json').chat_template == TEMPLATE
+    assert load_tokenizer(data.folder / 'tokenizer.json').chat_template == TEMPLATE
     again = prepared(tmp_path, [talk('A', 'B')], tokenizer=data.folder)
     assert packed(again) == ['<A>[B]']
 
@@ -799,7 +806,7 @@ def test_text_that_replaces_conversations_leaves_no_masks(tmp_path):
     (tmp_path / 'a.txt').write_text('word ' * 50)
     text.main([str(tmp_path / 'a.txt'), f'--out_dir={data.folder}', '--tokenizer=byte'])
     assert not list(data.folder.glob('*mask*'))
-    assert Dataset(data.folder, 8).rows is None
+    assert not Dataset(data.folder, 8).is_chat
 
 
 # -----------------------------------------------------------------------------

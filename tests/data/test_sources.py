@@ -29,7 +29,7 @@ from test_prepare import (
 
 from data.sre import prepare as sre
 from flatgpt.data import bpe, download, gutenberg, shakespeare, sources, text
-from flatgpt.data.dataset import Writer, find_dataset
+from flatgpt.data.dataset import Writer, find_or_prepare_dataset
 from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, train_bpe
 from flatgpt.errors import UserError
 
@@ -321,11 +321,11 @@ def test_a_folder_that_cannot_be_written_leads_to_out_dir(tmp_path, monkeypatch)
 def test_a_dataset_of_ours_that_cannot_be_prepared_in_its_place_names_the_command(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path)
+    monkeypatch.setattr('flatgpt.data.dataset.DATA_DIR', tmp_path)
     write('fresh/prepare.py', 'def main(argv): 1 / 0')
     monkeypatch.setattr(Path, 'mkdir', denied)
     with pytest.raises(UserError, match=r'python data/fresh/prepare\.py --out_dir=FOLDER'):
-        find_dataset('fresh')
+        find_or_prepare_dataset('fresh')
 
 
 def test_what_is_fetched_is_kept_beside_the_dataset_where_the_checkout_is_read_only(monkeypatch):
