@@ -211,7 +211,7 @@ class Samples:
 
     def all_skipped(self) -> Counter:
         """Reason -> rows, except those that were too long."""
-        return self.skipped + Counter({'invalid': len(self.errors)})
+        return self.skipped + Counter({'with errors': len(self.errors)})
 
 
 def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
@@ -254,9 +254,7 @@ def is_json_lines(path: Path) -> bool:
         lines = (block for line in file if (block := strip_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
     try:
-        json.loads(
-            first.decode()
-        )  # if the first line is a whole value, a second makes it JSON Lines
+        json.loads(first.decode())  # fails if the value continues on the next line
     except (ValueError, RecursionError):
         return False
     return bool(second)
@@ -384,8 +382,8 @@ def encode_message(message: Message, number: int, tokenizer: Tokenizer) -> Seque
     is_text = tokenizer.delimiter_id(end) is None
     if is_text and message.role == ASSISTANT and end in message.content:
         raise UserError(
-            f'messages[{number}]: the answer contains {end!r}, which ends a turn; choose another '
-            'end with --template=FILE'
+            f"messages[{number}]: the assistant's message contains {end!r}, which ends a turn; "
+            'choose another end with --template=FILE'
         )
     return tokenizer.render([{'role': message.role, 'content': message.content}])
 
@@ -418,6 +416,10 @@ def write_dataset(
     print_report(args, writer, train, val, targets)
 
 
+def count_rows(number: int, reason: str) -> str:
+    return f'{number:,} row{"s" * (number != 1)} {reason}'
+
+
 def empty_split_error(
     folder: Path, split: str, args: argparse.Namespace, samples: Samples
 ) -> UserError:
@@ -429,7 +431,7 @@ def empty_split_error(
         reasons[reason] = samples.too_long
     why = 'the files have no rows'
     if reasons:
-        counts = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
+        counts = ', '.join(count_rows(number, reason) for reason, number in reasons.items())
         first = f' ({samples.errors[0]})' if samples.errors else ''
         why = f'skipped {counts}{first}'
     option = 'FILES' if split == 'train' else '--val files'
@@ -501,7 +503,7 @@ def print_report(
     truncated, too_long = train.truncated + val.truncated, train.too_long + val.too_long
     print(f'longer than a row: {truncated:,} truncated, {too_long:,} skipped')
     for reason, number in (train.all_skipped() + val.all_skipped()).items():
-        print(f'skipped: {number:,} {reason}')
+        print(f'skipped: {count_rows(number, reason)}')
     for line in (train.errors + val.errors)[:MAX_ERRORS_SHOWN]:
         print(f'    {line}')
     dataset = writer.folder.name if writer.folder.parent == DATA_DIR else writer.folder.resolve()

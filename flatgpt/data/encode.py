@@ -1,8 +1,8 @@
 """
 Tokenizes text of any length to disk on all cores, with a few chunks in memory at a time. With
-gigatoken, one core is faster than a dozen without it.
+gigatoken, one core is faster than a dozen without it. A document is given as blocks of text.
 
-    chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
+    chunks = ((0, 'train', text, len(text)) for text in split_text(document))
     with Writer(folder, tokenizer) as writer:
         write_chunks(writer, chunks)
 """
@@ -28,7 +28,8 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
 CHUNK = 2**20  # characters encoded at a time
-MAX_CHUNK = CHUNK + CHUNK // 8  # of a chunk without a boundary: BPE takes n log n for a word
+# characters of a chunk without a boundary: BPE takes O(n log n) for a word
+MAX_CHUNK = CHUNK + CHUNK // 8
 # Every tokenizer's pre-tokenization splits between a letter or digit and one of these characters,
 # so encoding a text in chunks gives the same ids as encoding it at once.
 # The last three are the Chinese comma, enumeration comma and full stop.
@@ -44,7 +45,7 @@ def cores() -> int:
 
 
 def split_text(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks that can be encoded separately."""
+    """The text of the blocks, in chunks that can be encoded separately."""
     text = ''
     for block in blocks:
         searched = len(text) - 1  # the next block decides whether the last letter is a boundary
@@ -74,7 +75,8 @@ def write_chunks(
     workers: number of processes, None for the fastest.
     read_eot: encode a literal end-of-text marker as that token.
     """
-    tokenizer, small = writer.tokenizer, total is not None and total < MIN_PARALLEL_BYTES
+    tokenizer = writer.tokenizer
+    small = total is not None and total < MIN_PARALLEL_BYTES
     if tokenizer.kind == 'tiktoken' and workers in (None, 1):
         why_not = tokenizer.accelerate()
         if why_not and not small:

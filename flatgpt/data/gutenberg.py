@@ -7,8 +7,8 @@ $ python data/gutenberg/prepare.py poe 84 --name=dark --tokenizer=byte
 
 Each book is a document. It is fetched once and kept in data/gutenberg/pages/, so an interrupted
 command can resume. Project Gutenberg's own site asks programs to use a mirror: set it with --site.
-Line ends become \n. The last tenth of each book is for validation, or with ten books or more some
-whole books.
+Line endings become \n. The last tenth of each book is for validation, or with ten books or more
+some whole books.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace, sets: dict) -> None:
         raise UserError(f'--site={args.site}: must begin with http:// or https://')
     numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word, sets))
     keep = download_folder(FOLDER, folder)
-    # fetch all before encoding any
+    # download all before encoding any
     files = [book_file(number, args.site, keep) for number in numbers]
     text.prepare(args, folder, files, [], recipe)
 
@@ -128,7 +128,7 @@ def find_problem(page: bytes, number: int) -> str | None:
 
 
 def decode_book(raw: bytes) -> str:
-    """Decode UTF-8, used by newer files, or Latin-1, by older ones; line ends become \\n."""
+    """Decode UTF-8, used by newer files, or Latin-1, by older ones; line endings become \\n."""
     try:
         book = raw.decode('utf-8-sig')
     except UnicodeDecodeError:

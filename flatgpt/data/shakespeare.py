@@ -40,7 +40,7 @@ def read_input(folder: Path, out_dir: Path) -> str:
     path = next((path for path in (own, folder / 'input.txt', *others) if path.exists()), own)
     fetch(URL, path, SHA256)
     try:
-        return path.read_bytes().decode()  # text mode changes line ends
+        return path.read_bytes().decode()  # text mode changes line endings
     except UnicodeDecodeError as error:
         raise UserError(
             f'{path}: invalid UTF-8 at byte {error.start}; save it as UTF-8, or delete it to fetch '

@@ -9,7 +9,7 @@ A plain-text file is one document. So is each line of a .jsonl or .ndjson file (
 skipped), each record of a .json list and each row of a .csv or .tsv file; --field names the key or
 column that has the text, and --plain reads such files as plain text. A folder stands for all files
 in it and below, including linked ones. Hidden, empty and binary files are skipped and counted.
-Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line ends
+Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line endings
 included, is not altered. The end-of-text token separates documents; --read_eot also reads it where
 the text spells it.
 
@@ -77,10 +77,11 @@ def prepare(
     tokenizer = make_tokenizer(args, files, val_files)
     if args.read_eot and tokenizer.eot is None:
         raise UserError(
-            f'--read_eot: the tokenizer {tokenizer.name} has no end-of-text token; leave out '
+            f'--read_eot: the tokenizer {tokenizer.name} has no end-of-text token; omit '
             '--read_eot, or use --tokenizer=byte, for example'
         )
-    start, reader = time.perf_counter(), make_reader(args)
+    reader = make_reader(args)
+    start = time.perf_counter()
     with Writer(folder, tokenizer) as writer:
         total = total_bytes(files + val_files)
         chunks = split_chunks(reader, args, files, val_files)
@@ -130,7 +131,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f'read a written {EOT} as the end-of-text token; by default it is plain text',
     )
     add_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # files may also follow flags
     if not args.files:
         raise UserError(f'no files; run {COMMAND} FILES --name=mine (see --help)')
     check_options(args)
@@ -160,7 +161,7 @@ def check_field(args: argparse.Namespace, files: list[Path]) -> None:
     reader = make_reader(args)
     if args.field is not None and all(reader.layout(path) == 'text' for path in files):
         raise UserError(
-            f'--field={args.field}: all files are plain text, without fields; leave out --field'
+            f'--field={args.field}: all files are plain text, without fields; omit --field'
         )
 
 
@@ -192,7 +193,7 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value in (('val_fraction', args.val_fraction), ('split', args.split)):
         if value is not None and getattr(args, 'val', None):
             raise UserError(
-                f'--{option}={value}: --val has already chosen the validation files; leave out '
+                f'--{option}={value}: --val has already chosen the validation files; omit '
                 f'--{option} or --val'
             )
     args.val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
@@ -200,8 +201,8 @@ def check_options(args: argparse.Namespace) -> None:
     check_val_fraction(args)
     if args.vocab_size is not None and args.tokenizer != 'bpe':
         raise UserError(
-            f'--vocab_size={args.vocab_size}: needs --tokenizer=bpe, not {args.tokenizer}; leave '
-            'out --vocab_size, or use --tokenizer=bpe'
+            f'--vocab_size={args.vocab_size}: needs --tokenizer=bpe, not {args.tokenizer}; omit '
+            '--vocab_size, or use --tokenizer=bpe'
         )
     if args.vocab_size is None:
         args.vocab_size = 8192
@@ -302,7 +303,7 @@ def split_by_fraction(chunks: Iterable[tuple], fraction: float) -> Iterator[Chun
 
 
 def boundary_near(text: str, at: int) -> int:
-    """The first place at or after `at` where `text` can be cut, else the last one before."""
+    """The first place at or after `at` where `text` can be split, else the last one before."""
     after = BOUNDARY.search(text, max(0, at - 1))
     if after:
         return after.end()

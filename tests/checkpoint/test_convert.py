@@ -21,6 +21,7 @@ from flatgpt.checkpoint.convert import export_transformers, is_foreign, read_tok
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Writer
 from flatgpt.data.hf_options import GPT2_PATTERN
 from flatgpt.data.hf_tokenizer import tokenizer_json, vocabulary_and_merges
@@ -30,7 +31,6 @@ from flatgpt.data.tokenizer import (
     char_tokenizer,
     get_tokenizer,
     self_check_text,
-    train_bpe,
 )
 from flatgpt.errors import CheckpointError, UserError
 from flatgpt.inference.engine import generate

@@ -298,7 +298,7 @@ def test_a_template_is_read_once_its_advice_is_followed(tmp_path, content, advic
     assert run(source, f'--template={template}') == {'Seven.'}
 
 
-@error_line('the answer contains {}', '{}: {}; choose another with')
+@error_line("the assistant's message contains {}", '{}: {}; choose another with')
 def test_a_template_is_chosen_that_suits_the_tokenizer_and_the_answers(tmp_path):
     char_tokenizer('How?Fine. many?Svn\n').save(tmp_path / 'letters.json')
     tokenizer = f'--tokenizer={tmp_path / "letters.json"}'
@@ -309,7 +309,7 @@ def test_a_template_is_chosen_that_suits_the_tokenizer_and_the_answers(tmp_path)
     assert 'choose another with --template=FILE' in message  # the default needs other letters
     template.write_text(json.dumps({'user': ['', '\n'], 'assistant': ['', '\n']}))
     message = refused(run, source, tokenizer, f'--template={template}')
-    assert "line 2: messages[1]: the answer contains '\\n'" in message
+    assert "line 2: messages[1]: the assistant's message contains '\\n'" in message
     assert 'choose another end with --template=FILE' in message
     template.write_text(json.dumps({'user': ['', '\n'], 'assistant': ['', '???']}))
     assert run(source, tokenizer, f'--template={template}') == {'Seven.\nSeven.???'}

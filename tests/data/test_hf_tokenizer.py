@@ -14,18 +14,18 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.data import tokenizer as tokenizer_module
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.hf_options import GPT2_PATTERN, check_regex
 from flatgpt.data.hf_tokenizer import PATTERNS, added_tokens, find_tokenizer, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
-    WHITE_SPACE,
+    WHITESPACE,
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
     is_word_character,
     load_tokenizer,
     self_check_text,
-    train_bpe,
 )
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import complete
@@ -228,7 +228,7 @@ def test_words_and_special_tokens_have_the_ids_of_transformers(tmp_path, special
         ids = ours.encode(text, allow_eot=special).tolist()
         assert ids == expected['input_ids'], text
         assert ids == again(text, split_special_tokens=not special)['input_ids'], text
-        gone = str.maketrans('', '', WHITE_SPACE)  # which lstrip and rstrip take
+        gone = str.maketrans('', '', WHITESPACE)  # which lstrip and rstrip take
         assert ours.decode(ids).translate(gone) == text.translate(gone)
 
 
@@ -265,7 +265,7 @@ def test_word_characters_and_white_space_are_those_of_tokenizers():
     for character in map(chr, codes):
         alone = any(t == 'alone' for t in words.encode(f'alone{character}').tokens)
         space = words.encode(f'r{character}').offsets[-1] == (0, 2)
-        if (alone, space) != (not is_word_character(character), character in WHITE_SPACE):
+        if (alone, space) != (not is_word_character(character), character in WHITESPACE):
             wrong.append(character)
     assert len(wrong) < 30, wrong
     assert all(ord(character) > 0x800 for character in wrong), wrong
@@ -504,7 +504,7 @@ def test_a_word_in_blocks_has_the_ids_of_all_of_it(monkeypatch, letters):
     rng = random.Random(0)
     whole = tokenizer._encoding._encode_single_piece
     for block in (24, 100):
-        monkeypatch.setattr(tokenizer_module, 'BLOCK', block)
+        monkeypatch.setattr(tokenizer_module, 'MERGE_BLOCK_BYTES', block)
         for size in (1, 23, 24, 25, 99, 100, 101, 555, 2000):
             word = ''.join(rng.choices(letters, k=size)).encode()
             assert tokenizer._encode_long_word(word) == whole(word)

@@ -21,9 +21,10 @@ from data.pydocs import prepare as pydocs
 from flatgpt.data import bpe, encode, sources, text
 from flatgpt.data import dataset as dataset_module
 from flatgpt.data import shakespeare as shakespeare_char
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.download import fetch
-from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
 SCRIPTS = (

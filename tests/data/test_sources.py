@@ -29,8 +29,9 @@ from test_prepare import (
 
 from data.sre import prepare as sre
 from flatgpt.data import bpe, download, gutenberg, shakespeare, sources, text
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Writer, find_or_prepare_dataset
-from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
 
@@ -87,7 +88,7 @@ def test_a_byte_order_mark_sets_the_encoding(encoding, monkeypatch):
     assert both() == 'Zoë, Привет. ' * 50
     message = refused(prepare_text, 'a.txt', '--tokenizer=byte', '--errors=replace')
     assert f'is {encoding.upper()} with a byte order mark' in message
-    assert 'leave out --encoding' in refused(
+    assert 'omit --encoding' in refused(
         prepare_text, 'a.txt', '--tokenizer=byte', '--encoding=cp1252'
     )
 
@@ -218,7 +219,7 @@ def test_json_that_is_not_a_list_of_records_is_text_and_counted(capsys):
     write('more/words.json', json.dumps(['a', 'b']))
     prepare_text('more', '--tokenizer=byte', '--split=fraction')
     assert (
-        'read 6 .json files as plain text, since they are no records with a field text'
+        'read 6 .json files as plain text, since they are not records with a field text'
         in capsys.readouterr().out
     )
     write('one.json', json.dumps({'text': WORDS * 20}, indent=1))

@@ -12,6 +12,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from flatgpt.data import encode as encode_module
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import (
     EOT,
@@ -23,7 +24,6 @@ from flatgpt.data.tokenizer import (
     load_tokenizer,
     self_check_text,
     tiktoken_tokenizer,
-    train_bpe,
 )
 from flatgpt.errors import UserError
 

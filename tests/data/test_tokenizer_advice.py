@@ -13,6 +13,7 @@ from error_lines import case, error_line
 from test_tokenizer import Trap
 
 from flatgpt.data import text
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.hf_options import CHARACTER_SPLIT, regex_split
 from flatgpt.data.hf_tokenizer import (
@@ -29,7 +30,6 @@ from flatgpt.data.tokenizer import (
     from_nanogpt_meta,
     get_tokenizer,
     load_tokenizer,
-    train_bpe,
 )
 from flatgpt.errors import UserError
 
