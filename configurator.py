@@ -30,7 +30,8 @@ from flatgpt import ROOT
 from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
 
 SCALARS = (bool, int, float, str, type(None))
-# removed settings, ignored in the config.py of a run made before 2026-11-28
+# An error as a flag, but ignored in a config file: the config.py of an older run has it.
+# 'published': a loss from the literature, printed beside the loss of eval_only
 REMOVED_SETTINGS = ('published',)
 TYPES = {  # type -> how an error line describes it, and an example
     'bool': ('True or False', True),
@@ -45,9 +46,9 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     """`defaults` overridden by the config files and flags in `argv`, in order.
 
     defaults: a script's globals(), or any dict of scalars.
-    positional: the setting that takes an argument which is neither a flag nor a config.
-    --help prints the settings and exits. Mistakes raise one ConfigError, which from here on ends
-    the program with one line each (see one_line_errors).
+    positional: the setting that takes an argument which is neither a flag nor a config: a prompt.
+    --help prints the settings and exits. All mistakes are raised as one ConfigError, which ends the
+    program with a line for each (see one_line_errors).
     """
     one_line_errors()
     script = defaults.get('__file__')
@@ -129,7 +130,10 @@ def read_flag(arg: str, types: dict) -> dict:
 
 
 def read_config(path: Path, values: dict, types: dict, ignored: dict, mistakes: Mistakes) -> dict:
-    """The settings that a config file changes. ignored: train.py's, if another script reads it."""
+    """The settings that a config file changes.
+
+    ignored: settings to skip: those of train.py, if another script reads its config.
+    """
     changed = {}
     for key, value in run_config(path, values).items():
         if key not in types and (key in ignored or key in REMOVED_SETTINGS):
@@ -297,8 +301,8 @@ def help_text(defaults: dict) -> str:
 def setting_comments(script: str) -> Iterator[tuple[str, str, str]]:
     """Each setting's name, the heading of the group it opens, and the comment with its meaning.
 
-    The meaning stands on a line of the assignment, which a formatter may wrap, or above it; the
-    heading of a group stands above that.
+    The meaning is on a line of the assignment, which a formatter may wrap, or on the line above it;
+    the heading of a group is above that.
     """
     with tokenize.open(script) as file:
         tokens = [t for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.COMMENT]

@@ -40,11 +40,7 @@ from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 TASKS_DIR = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
-COMMON_TASKS = (
-    'lambada',
-    'hellaswag',
-    'blimp',
-)  # folders that are indexed first
+COMMON_TASKS = ('lambada', 'hellaswag', 'blimp')  # folders that are indexed first
 ALIASES = {'lambada': 'lambada_openai'}  # our name -> the harness's
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
@@ -100,7 +96,7 @@ class Scorer(TemplateLM):
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.size, self._device = model.config.block_size, model.embedding.weight.device
         self.task = ''  # its name, for progress and errors
-        self.truncated = 0  # prompts so far that were too long and lost their beginning
+        self.truncated = 0  # prompts so far that did not fit and were truncated on the left
         self.screen = sys.stderr  # for progress: while the harness runs, sys.stderr is hidden
 
     @property
@@ -207,8 +203,8 @@ class Scorer(TemplateLM):
         seeds = [(self.seed, n) for n in batch]
         texts = [''] * len(batch)
         ids = [prompts[n] for n in batch]
-        for piece in generate(self.model, self.tokenizer, ids, sampling, seeds):
-            texts[piece.row] += piece.text
+        for output in generate(self.model, self.tokenizer, ids, sampling, seeds):
+            texts[output.row] += output.text
         return texts
 
     def with_progress(self, rows: list, length) -> Iterator[list]:
@@ -270,20 +266,20 @@ def check_names(names: list[str], manager: TaskManager) -> None:
 
 
 def load_task(name: str, manager: TaskManager) -> dict:
-    """A task with its data, from the hub or its cache -> what the harness's evaluate() takes."""
+    """A task with its data, from the Hub or its cache -> what the harness's evaluate() takes."""
     try:
         loaded = manager.load([ALIASES.get(name, name)])
     except ModuleNotFoundError as error:
         raise UserError(f'task={name}: needs pip install {error.name}') from error
     except Exception as error:  # whatever its code, its data's library or the network raises
-        said = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
         raise UserError(
-            f'task={name}: cannot be loaded ({said}); its data is downloaded once from the '
+            f'task={name}: cannot be loaded ({reason}); its data is downloaded once from the '
             'Hugging Face Hub: connect, or copy HF_HOME from a machine that has it'
         ) from error
     for task in loaded['tasks'].values():
         if getattr(task, 'UNSAFE_CODE', False):
-            raise UserError(f'task={name}: runs code that models write; choose another task')
+            raise UserError(f'task={name}: executes model-generated code; choose another task')
         if getattr(task, 'MULTIMODAL', False):
             raise UserError(f'task={name}: has images or sound; choose a task of text alone')
         if task.get_config('num_fewshot') is None:
@@ -303,10 +299,11 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
     with open(os.devnull, 'w') as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    cut, entries = lm.truncated, []  # before mistakes(), which counts prompts again
+    truncated = lm.truncated  # before mistakes(), which counts prompts again
+    entries = []
     summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
     for task, scores in found['results'].items():
-        if 'sample_len' not in scores:  # a group that adds nothing up
+        if 'sample_len' not in scores:  # a group without scores of its own
             continue
         samples = found['samples'].get(task, [])
         if task in loaded['tasks']:
@@ -317,7 +314,7 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
         entry |= {'examples': scores['sample_len'], 'metrics': metrics_of(task, scores, samples)}
         entry['part'] = summed and task in loaded['tasks']
         entries.append(entry | {'mistakes': wrong[:MAX_MISTAKES]})
-    entries[-1]['cut'] = cut
+    entries[-1]['cut'] = truncated
     return entries
 
 
@@ -449,7 +446,7 @@ def rows_of(entries: list[dict]) -> Iterator[str]:
             prompt, right, chosen = (' '.join(wrong[k].split())[-40:] for k in wrong)
             yield f'  ...{prompt!r} right: {right!r}, chosen: {chosen!r}'
     if cut := entries[-1]['cut']:
-        yield f'  {cut:,} prompts were longer than the context and lost their beginning'
+        yield f'  {cut:,} prompts were longer than the context and were truncated on the left'
 
 
 def format_figure(number: float | None) -> str:

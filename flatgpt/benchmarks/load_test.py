@@ -27,8 +27,8 @@ from pathlib import Path
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
+from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
-from flatgpt.benchmarks.sides import Side, Turn, open_sides
 from flatgpt.checkpoint.save import save
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
@@ -215,7 +215,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_sides(names, settings, 'generation') as (ours, theirs),
+        start_implementations(names, settings, 'generation') as (ours, theirs),
         Server(save_random(Path(folder), settings), **flags) as server,
     ):
         bench_throughput(settings, report, server, ours, theirs)
@@ -229,14 +229,14 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def save_random(folder: Path, settings: dict) -> Path:
-    """A run directory with the weights of all sides."""
+    """A run directory with the same weights as the other implementations."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
     save(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
     return folder
 
 
 def request_bodies(settings: dict, count: int, **fields) -> list[dict]:
-    """Requests for greedy completions of the other sides' prompts."""
+    """Requests for greedy completions of the same prompts as the other implementations."""
     prompts = random_prompts(settings, count).tolist()
     common = {'max_tokens': settings['new_tokens'], 'temperature': 0, **fields}
     return [{'prompt': prompt, **common} for prompt in prompts]
@@ -249,34 +249,34 @@ def check_all_complete(completions: list[Completion]) -> None:
         )
 
 
-def timed_loop(server: Server, bodies: list[dict], clients: int) -> Turn:
-    """A closed loop as a turn; UserError if a request failed."""
+def timed_loop(server: Server, bodies: list[dict], clients: int) -> Measurement:
+    """Measure a closed loop; UserError if a request failed."""
     begin = time.perf_counter()
     completions = closed_loop(server.address, bodies, clients)
     seconds = time.perf_counter() - begin
     check_all_complete(completions)
-    return Turn(seconds, {'tokens': sum(each.tokens for each in completions)})
+    return Measurement(seconds, {'tokens': sum(each.tokens for each in completions)})
 
 
 def bench_throughput(
-    settings: dict, report: Report, server: Server, ours: Side, theirs: Side
+    settings: dict, report: Report, server: Server, ours: Implementation, theirs: Implementation
 ) -> None:
-    """Tokens per second of the same requests, by each side."""
+    """Tokens per second of the same requests, by each implementation."""
     clients, count = settings['clients'], 4 * settings['clients']
     http_side, engine_side = f'{clients} clients, HTTP', f'{clients} clients, engine'
     bodies = request_bodies(settings, count)
     sides = {
         http_side: lambda: timed_loop(server, bodies, clients),
-        engine_side: lambda: ours.turn('serve', clients, count),
-        'transformers static': lambda: theirs.turn('generate', clients),
-        'transformers continuous': lambda: theirs.turn('serve', clients),
+        engine_side: lambda: ours.measure('serve', clients, count),
+        'transformers static': lambda: theirs.measure('generate', clients),
+        'transformers continuous': lambda: theirs.measure('serve', clients),
     }
     speeds = {side: [] for side in sides}
     for number in range(settings['rounds'] + 1):
         for side, run in sides.items():
-            turn = run()
-            if number and turn:
-                speeds[side].append(turn.tokens_per_second)
+            measurement = run()
+            if number and measurement:
+                speeds[side].append(measurement.tokens_per_second)
     each = f'{count} prompts of {settings["prompt_tokens"]}, {settings["new_tokens"]} tokens each'
     notes = {
         http_side: f"api.py: {each}, each sent when the client's previous one is complete",
@@ -297,12 +297,12 @@ def bench_throughput(
         report.add('serving', side, notes[side], **figures)
 
 
-def bench_lone_client(settings: dict, report: Report, server: Server, ours: Side) -> None:
+def bench_lone_client(settings: dict, report: Report, server: Server, ours: Implementation) -> None:
     """One client of api.py, compared with generating as sample.py does."""
     shares, speeds = [], []
     for number in range(settings['rounds'] + 1):
         over_http = timed_loop(server, request_bodies(settings, 2), 1)
-        alone = ours.turn('generate', 1)
+        alone = ours.measure('generate', 1)
         if number and alone:
             speeds.append(over_http.tokens_per_second)
             shares.append(speeds[-1] / alone.tokens_per_second)
@@ -359,8 +359,8 @@ def bench_overhead(settings: dict, report: Report, server: Server) -> None:
     """Completions of one token by a tiny model, whose time is mostly the server's overhead."""
     bodies, rates = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500, []
     for number in range(settings['rounds'] + 1):
-        turn = timed_loop(server, bodies, settings['clients'])
-        rates += [len(bodies) / turn.seconds] if number else []
+        measurement = timed_loop(server, bodies, settings['clients'])
+        rates += [len(bodies) / measurement.seconds] if number else []
     figures = format_spread(rates, ',.0f') + ' requests/s'
     print_row('serving', 'a tiny model', figures, 'completions of one token')
     report.add('serving', 'a tiny model', requests_per_second=summarize(rates))

@@ -46,7 +46,7 @@ from tqdm import tqdm
 from flatgpt.data.dataset import DATA_DIR, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
-from flatgpt.data.sources import file_id, find_files, strip_bom, total_bytes
+from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
 from flatgpt.data.text import check_val_fraction, dataset_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
         files, val_files = find_files(args.files), find_files(args.val)
-        in_val = {file_id(path) for path in val_files}
-        files = [path for path in files if file_id(path) not in in_val]
+        files = exclude_files(files, val_files)
         if not files:
             raise UserError('all FILES are also given as --val; add other files to train on')
         train = read_samples(files, args, tokenizer)

@@ -98,6 +98,12 @@ def file_id(path: Path) -> tuple:
     return status.st_dev, status.st_ino
 
 
+def exclude_files(files: list[Path], excluded: list[Path]) -> list[Path]:
+    """The files that are not among `excluded`, under any name."""
+    ids = {file_id(path) for path in excluded}
+    return [path for path in files if file_id(path) not in ids]
+
+
 def total_bytes(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 

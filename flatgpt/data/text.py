@@ -36,7 +36,7 @@ from flatgpt.data.bpe import learn_bpe
 from flatgpt.data.dataset import DATA_DIR, Writer, prepare_script
 from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.sources import Reader, file_id, find_files, total_bytes
+from flatgpt.data.sources import Reader, exclude_files, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
@@ -51,14 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
     try:
         val_files = find_files(args.val, args.encoding)
-        val_ids = {file_id(path) for path in val_files}
         found = find_files(args.files, args.encoding, folder)
         if not found:
             raise UserError(
                 f'{folder}: the text files are in the output folder; give each file by its name, '
                 f'or choose another {output_flag(args)}'
             )
-        files = [path for path in found if file_id(path) not in val_ids]
+        files = exclude_files(found, val_files)
         if not files:
             raise UserError('--val includes all files; add files to train on')
         check_field(args, files + val_files)
