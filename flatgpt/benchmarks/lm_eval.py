@@ -81,7 +81,8 @@ def windows(context: list[int], continuation: list[int], size: int) -> Iterator[
 
 def batches(rows: list, length=len) -> Iterator[list]:
     """Rows in groups of BATCH_TOKENS at most, or of one; the longest first, for little padding."""
-    rows, at = sorted(rows, key=length, reverse=True), 0
+    rows = sorted(rows, key=length, reverse=True)
+    at = 0
     while at < len(rows):
         count = max(1, BATCH_TOKENS // length(rows[at]))
         yield rows[at : at + count]
@@ -94,7 +95,8 @@ class Scorer(TemplateLM):
     def __init__(self, model: GPT, tokenizer: Tokenizer, seed: int = 1337):
         super().__init__()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.size, self._device = model.config.block_size, model.embedding.weight.device
+        self.size = model.config.block_size  # tokens
+        self._device = model.embedding.weight.device
         self.task = ''  # its name, for progress and errors
         self.truncated = 0  # prompts so far that did not fit and were truncated on the left
         self.screen = sys.stderr  # for progress: while the harness runs, sys.stderr is hidden
@@ -209,15 +211,17 @@ class Scorer(TemplateLM):
 
     def with_progress(self, rows: list, length) -> Iterator[list]:
         """The rows in batches, with a progress bar, or a line now and then without a terminal."""
-        total, done, begin = sum(map(length, rows)), 0, time.perf_counter()
-        is_terminal, printed = self.screen.isatty(), begin
+        total, done = sum(map(length, rows)), 0
+        begin = printed = time.perf_counter()
+        is_terminal = self.screen.isatty()
         options = {'desc': self.task, 'unit': 'token', 'unit_scale': True, 'leave': False}
         with tqdm(total=total, file=self.screen, disable=not is_terminal, **options) as bar:
             for batch in batches(rows, length):
                 yield batch
                 tokens = sum(map(length, batch))
                 bar.update(tokens)
-                done, now = done + tokens, time.perf_counter()
+                done += tokens
+                now = time.perf_counter()
                 if not is_terminal and now - printed > PROGRESS_SECONDS:
                     printed, left = now, (now - begin) * (total - done) / done
                     eta = f'{done / total:.0%}, ETA {tqdm.format_interval(left)}'

@@ -81,10 +81,11 @@ class Server:
 
 def request_completion(connection: http.client.HTTPConnection, body: dict) -> Completion:
     """POST /v1/completions, streamed if the body says so."""
-    completion, begin = Completion(), time.perf_counter()
+    completion = Completion()
+    begin = time.perf_counter()
     try:
-        content, headers = json.dumps(body).encode(), {'Content-Type': 'application/json'}
-        connection.request('POST', '/v1/completions', content, headers)
+        headers = {'Content-Type': 'application/json'}
+        connection.request('POST', '/v1/completions', json.dumps(body).encode(), headers)
         reply = connection.getresponse()
         completion.status = reply.status
         if body.get('stream') and reply.status == 200:
@@ -103,7 +104,8 @@ def read_stream(reply: http.client.HTTPResponse, completion: Completion, begin: 
     """Read server-sent events; status 0 for a stream that has an error or breaks off."""
     last, done = None, False
     for line in reply:
-        now, done = time.perf_counter(), done or line.startswith(b'data: [DONE]')
+        now = time.perf_counter()
+        done = done or line.startswith(b'data: [DONE]')
         if not line.startswith(b'data: {'):
             continue
         event = json.loads(line[6:])
@@ -139,14 +141,15 @@ def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Comple
 
 
 def poisson_arrivals(address: tuple, bodies: list[dict], rate: float) -> list[Completion]:
-    """Requests at random moments, `rate` per second on average, whatever is still running."""
-    draw, completions, moment = random.Random(0), [], 0.0
-    begin, tasks = time.perf_counter(), []
+    """Requests at random times, `rate` per second on average, however many are running."""
+    generator, arrival = random.Random(0), 0.0
+    completions, tasks = [], []
+    begin = time.perf_counter()
     for body in bodies:
-        moment += draw.expovariate(rate)
+        arrival += generator.expovariate(rate)
 
-        def client(body=body, moment=moment) -> None:
-            time.sleep(max(0.0, begin + moment - time.perf_counter()))
+        def client(body=body, arrival=arrival) -> None:
+            time.sleep(max(0.0, begin + arrival - time.perf_counter()))
             connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
             completions.append(request_completion(connection, body))
             connection.close()
@@ -168,7 +171,9 @@ class HealthProbe:
     """Requests /health repeatedly during the `with`; `seconds` has the time of each."""
 
     def __init__(self, address: tuple, pause: float = 0.02):
-        self.address, self.pause, self.seconds, self.failed = address, pause, [], 0
+        self.address, self.pause = address, pause
+        self.seconds: list[float] = []
+        self.failed = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -315,7 +320,7 @@ def bench_lone_client(settings: dict, report: Report, server: Server, ours: Impl
 
 
 def bench_latency(settings: dict, report: Report, server: Server) -> None:
-    """Latency of streams: in a closed loop, at random moments, and 64 at once."""
+    """Latency of streams: in a closed loop, at random times, and 64 at once."""
     clients = settings['clients']
     streamed = {'stream': True, 'stream_options': {'include_usage': True}}
     bodies = request_bodies(settings, 2 * clients, **streamed)
@@ -357,10 +362,12 @@ def format_milliseconds(found: dict[str, float]) -> str:
 
 def bench_overhead(settings: dict, report: Report, server: Server) -> None:
     """Completions of one token by a tiny model, whose time is mostly the server's overhead."""
-    bodies, rates = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500, []
+    bodies = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
+    rates = []
     for number in range(settings['rounds'] + 1):
         measurement = timed_loop(server, bodies, settings['clients'])
-        rates += [len(bodies) / measurement.seconds] if number else []
+        if number:  # the first is a warm-up
+            rates.append(len(bodies) / measurement.seconds)
     figures = format_spread(rates, ',.0f') + ' requests/s'
     print_row('serving', 'a tiny model', figures, 'completions of one token')
     report.add('serving', 'a tiny model', requests_per_second=summarize(rates))

@@ -95,30 +95,31 @@ def write_chunks(
 
 def group_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
     """Chunks in lists large enough for another process, with the bytes read for each list."""
-    last: dict[str, int] = {}
-    job, characters, read = [], 0, 0
+    last: dict[str, int] = {}  # split -> document number
+    job, characters, bytes_read = [], 0, 0
     for number, split, text, size in chunks:
-        begins = last.get(split, number) != number
+        is_new = last.get(split, number) != number  # the first document of a split is not
         last[split] = number
-        job.append((split, begins, text))
-        characters, read = characters + len(text), read + size
+        job.append((split, is_new, text))
+        characters += len(text)
+        bytes_read += size
         if characters >= CHUNK:
-            yield read, job
-            job, characters, read = [], 0, 0
+            yield bytes_read, job
+            job, characters, bytes_read = [], 0, 0
     if job:
-        yield read, job
+        yield bytes_read, job
 
 
 def encode_job(
     job: tuple[int, list], tokenizer: Tokenizer, read_eot: bool = False
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """-> bytes read, ids by split"""
+    """-> bytes read, ids by split, with the end-of-text token before each new document"""
     size, chunks = job
-    between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
+    separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
     parts: dict[str, list] = {}
-    for split, begins, text in chunks:
+    for split, is_new, text in chunks:
         ids = parts.setdefault(split, [])
-        ids += [between] * begins + [tokenizer.encode(text, allow_eot=read_eot)]
+        ids += [separator] * is_new + [tokenizer.encode(text, allow_eot=read_eot)]
     return size, {split: np.concatenate(ids) for split, ids in parts.items()}
 
 

@@ -137,7 +137,8 @@ def list_files(folder: Path) -> tuple[list[Path], int]:
     def fail(error: OSError) -> None:
         raise error
 
-    paths, seen, repeated = [], set(), 0
+    paths, repeated = [], 0
+    seen = set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         hidden = is_hidden(Path(place), folder)  # a visible link may lead to the same folder
         if (hidden, file_id(Path(place))) in seen:

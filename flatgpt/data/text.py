@@ -267,7 +267,7 @@ def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
     for number, (blocks, length, size) in enumerate(documents):
         for text in split_text(blocks):
             yield number, length, text, len(text.encode()) if size is None else size
-            size = size and 0
+            size = size and 0  # a known size is counted with the first chunk
 
 
 def count_documents(files: list[Path], reader: Reader, limit: int) -> int:
@@ -319,7 +319,8 @@ class DropUnknownCharacters:
         self.chunks, self.tokenizer, self.read_eot = chunks, tokenizer, read_eot
         self.known = known_characters(tokenizer)
         self.dropped = np.zeros(0x110000, np.int64)  # how often, by code point
-        self.characters, self.documents, self.written_eots = 0, 0, 0
+        self.characters = self.documents = 0
+        self.written_eots = 0  # occurrences of <|endoftext|>
 
     def __iter__(self) -> Iterator[Chunk]:
         for number, split, text, size in self.chunks:

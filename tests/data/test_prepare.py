@@ -361,6 +361,14 @@ def test_files_for_validation_only_are_one_line():
     assert '--val includes all files' in refused(prepare_text, 'a.txt', '--val=a.txt')
 
 
+def test_files_may_follow_flags():
+    write('a.txt', 'train this')
+    write('b.txt', 'validate this')
+    prepare_text('--tokenizer=byte', '--split=document', 'b.txt', '--val_fraction=0.5', 'a.txt')
+    assert text_of('train') == 'train this'
+    assert text_of('val') == 'validate this'
+
+
 def test_a_file_given_twice_is_read_once():
     write('more/a.txt', WORDS)
     prepare_text('more/a.txt', 'more', 'more/*.txt', '--tokenizer=byte')

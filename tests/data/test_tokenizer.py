@@ -319,7 +319,7 @@ def small_gpt2():
     return Tokenizer('tiktoken', 'gpt2', tokens, special, pattern)
 
 
-def test_gigatoken_gives_tiktokens_ids_for_difficult_text():
+def test_gigatoken_gives_tiktokens_ids_for_the_self_check_text():
     pytest.importorskip('gigatoken', reason='gigatoken is not installed')
     slow, fast = small_gpt2(), small_gpt2()
     assert fast.accelerate() == ''
