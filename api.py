@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from flatgpt.errors import ConfigError, UserError, one_line_errors, within
+from flatgpt.errors import ConfigError, UserError, check_range, one_line_errors
 
 if __name__ == '__main__':
     one_line_errors()  # before the imports, which may lack a package that only serving needs
@@ -26,7 +26,7 @@ if __name__ == '__main__':
 import flask
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from configurator import check_known, configure, read_settings, update_settings
+from configurator import check_known, configure, setting_annotations, update_settings
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import Engine
@@ -102,7 +102,7 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **changes) -> flask.
     The WSGI server must run one process, with a thread for each completion. It sets the address
     and handles signals. Depending on it, a disconnected client is detected at the next write.
     """
-    settings = {name: globals()[name] for name in read_settings(__file__)}
+    settings = {name: globals()[name] for name in setting_annotations(__file__)}
     for key in changes:
         check_known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
@@ -148,10 +148,10 @@ def build_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine
 
 
 def check_settings(settings: dict) -> None:
-    within(1, None, settings, 'max_rows', 'max_prompt_tokens', 'max_new_tokens', 'chunk')
-    within(0, None, settings, 'max_queue')
-    within(0, 65535, settings, 'port')
-    within(0.001, None, settings, 'max_seconds', 'max_body')
+    check_range(1, None, settings, 'max_rows', 'max_prompt_tokens', 'max_new_tokens', 'chunk')
+    check_range(0, None, settings, 'max_queue')
+    check_range(0, 65535, settings, 'port')
+    check_range(0.001, None, settings, 'max_seconds', 'max_body')
     Origins(settings)  # ConfigError for an invalid origin
 
 

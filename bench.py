@@ -23,7 +23,7 @@ prompt's logits, tokens in float32.
 import importlib.metadata
 import sys
 
-from flatgpt.errors import UserError, one_line_errors, within
+from flatgpt.errors import UserError, check_range, one_line_errors
 
 if __name__ == '__main__':
     one_line_errors()  # also for Ctrl-C during the slow imports below
@@ -44,7 +44,7 @@ from flatgpt.benchmarks.validate import (
     check_settings,
     check_used,
     check_writable,
-    requested_jobs,
+    requested_benchmarks,
 )
 from flatgpt.runtime import Runtime, pick_device, pick_dtype
 from flatgpt.training import metrics
@@ -101,7 +101,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest, but f
 seed = 1337  # seed of weights, batches and prompts
 # -----------------------------------------------------------------------------
 
-JOBS = {  # in this order
+BENCHMARKS = {  # in this order
     'training': bench_training,
     'prefill': bench_generation,
     'decode': bench_generation,
@@ -111,23 +111,23 @@ JOBS = {  # in this order
     'saving': bench_saving,
     'processes': bench_processes,
 }
-EXTRA_JOBS = ('saving', 'processes')  # only when `only` names them
+EXTRA_BENCHMARKS = ('saving', 'processes')  # only when `only` names them
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 
-def bench_jobs(settings: dict) -> None:
-    """Run the jobs, or the load test of api.py."""
-    jobs = requested_jobs(settings, [*JOBS], EXTRA_JOBS)
-    check_used(settings, ['serve'] if settings['serve'] else jobs)
-    check_settings(settings, jobs)
+def run_benchmarks(settings: dict) -> None:
+    """Run the benchmarks, or the load test of api.py."""
+    names = requested_benchmarks(settings, [*BENCHMARKS], EXTRA_BENCHMARKS)
+    check_used(settings, ['serve'] if settings['serve'] else names)
+    check_settings(settings, names)
     check_writable(settings)
     device = pick_device(settings['device'])
     runtime = Runtime(device, pick_dtype(settings['dtype'], device, training=True))
     settings = {**settings, 'device': device}
-    check_memory(settings, runtime, jobs)
+    check_memory(settings, runtime, names)
     report = Report(settings, measure_machine(runtime))
-    settings['jobs'] = jobs
-    functions = [bench_serving] if settings['serve'] else [JOBS[job] for job in jobs]
+    settings['benchmarks'] = names
+    functions = [bench_serving] if settings['serve'] else [BENCHMARKS[name] for name in names]
     print_row('job', 'side', 'tokens/s, median (low to high)', '')
     try:
         for bench in dict.fromkeys(functions):  # prefill and decoding share theirs
@@ -138,7 +138,7 @@ def bench_jobs(settings: dict) -> None:
 
 def bench_tasks(settings: dict) -> None:
     """Score a model on tasks of lm-evaluation-harness."""
-    within(1, None, settings, 'limit')
+    check_range(1, None, settings, 'limit')
     check_used(settings, ['task'])
     check_writable(settings)
     try:
@@ -161,7 +161,7 @@ def main(settings: dict) -> None:
     elif settings['task']:
         bench_tasks(settings)
     else:
-        bench_jobs(settings)
+        run_benchmarks(settings)
 
 
 if __name__ == '__main__':

@@ -30,8 +30,9 @@ from flatgpt import ROOT
 from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
 
 SCALARS = (bool, int, float, str, type(None))
-# removed settings, ignored in the config.py of a run made before 2026-11-28
-RETIRED = ('published',)
+# An error as a flag, but ignored in a config file: the config.py of an older run has it.
+# 'published': a loss from the literature, printed beside the loss of eval_only
+REMOVED_SETTINGS = ('published',)
 TYPES = {  # type -> how an error line describes it, and an example
     'bool': ('True or False', True),
     'int': ('a whole number', 10),
@@ -45,13 +46,13 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     """`defaults` overridden by the config files and flags in `argv`, in order.
 
     defaults: a script's globals(), or any dict of scalars.
-    positional: the setting that takes an argument which is neither a flag nor a config.
-    --help prints the settings and exits. Mistakes raise one ConfigError, which from here on ends
-    the program with one line each (see one_line_errors).
+    positional: the setting that takes an argument which is neither a flag nor a config: a prompt.
+    --help prints the settings and exits. All mistakes are raised as one ConfigError, which ends the
+    program with a line for each (see one_line_errors).
     """
     one_line_errors()
     script = defaults.get('__file__')
-    schema = read_settings(script) if script else {k: '' for k in defaults if k[0] != '_'}
+    schema = setting_annotations(script) if script else {k: '' for k in defaults if k[0] != '_'}
     schema = {k: v for k, v in schema.items() if isinstance(defaults.get(k, schema), SCALARS)}
     values = {name: defaults[name] for name in schema}
     types = {name: allowed_types(schema[name], values[name]) for name in values}
@@ -113,7 +114,7 @@ def update_settings(script: str, settings: dict, changes: dict, source: str) -> 
 
 def setting_types(script: str, settings: dict) -> dict[str, tuple[str, ...]]:
     """The types that each of these settings of a script takes."""
-    annotations = read_settings(script)
+    annotations = setting_annotations(script)
     return {name: allowed_types(annotations[name], settings[name]) for name in settings}
 
 
@@ -129,10 +130,13 @@ def read_flag(arg: str, types: dict) -> dict:
 
 
 def read_config(path: Path, values: dict, types: dict, ignored: dict, mistakes: Mistakes) -> dict:
-    """The settings that a config file changes. ignored: train.py's, if another script reads it."""
+    """The settings that a config file changes.
+
+    ignored: settings to skip: those of train.py, if another script reads its config.
+    """
     changed = {}
     for key, value in run_config(path, values).items():
-        if key not in types and (key in ignored or key in RETIRED):
+        if key not in types and (key in ignored or key in REMOVED_SETTINGS):
             continue
         with mistakes.collect():
             check_known(key, types, str(path), 'a variable of its own must start with _')
@@ -194,7 +198,7 @@ def check_known(key: str, settings, source: str, hint: str = '--help lists all s
     """Raise ConfigError for an unknown setting. hint: the advice if no name is similar."""
     if key in settings:
         return
-    if key in RETIRED:
+    if key in REMOVED_SETTINGS:
         raise ConfigError(f'{source}: the setting {key!r} was removed; omit it')
     if source.startswith('--') and key in train_settings():
         hint = 'it is a setting of train.py; omit it here'
@@ -271,7 +275,7 @@ def setting_name(node: ast.stmt) -> str:
 
 
 @functools.cache
-def read_settings(script: str) -> dict[str, str]:
+def setting_annotations(script: str) -> dict[str, str]:
     """{setting: its annotation or ''}, read from a script's source without running it."""
     return {
         setting_name(node): ast.unparse(node.annotation) if hasattr(node, 'annotation') else ''
@@ -281,24 +285,24 @@ def read_settings(script: str) -> dict[str, str]:
 
 def train_settings() -> dict[str, str]:
     train = ROOT / 'train.py'
-    return read_settings(str(train)) if train.is_file() else {}
+    return setting_annotations(str(train)) if train.is_file() else {}
 
 
 def help_text(defaults: dict) -> str:
     """The script's docstring and its settings in their groups: name, default and meaning."""
     out = [inspect.cleandoc(defaults.get('__doc__') or ''), '', 'Settings, given as --name=value:']
-    for name, heading, meaning in read_meanings(defaults['__file__']):
+    for name, heading, meaning in setting_comments(defaults['__file__']):
         if heading:
             out.append(f'\n{heading}')
         out.append(f'  {f"{name} = {defaults[name]!r}":<44} {meaning}'.rstrip())
     return '\n'.join(out)
 
 
-def read_meanings(script: str) -> Iterator[tuple[str, str, str]]:
+def setting_comments(script: str) -> Iterator[tuple[str, str, str]]:
     """Each setting's name, the heading of the group it opens, and the comment with its meaning.
 
-    The meaning stands on a line of the assignment, which a formatter may wrap, or above it; the
-    heading of a group stands above that.
+    The meaning is on a line of the assignment, which a formatter may wrap, or on the line above it;
+    the heading of a group is above that.
     """
     with tokenize.open(script) as file:
         tokens = [t for t in tokenize.generate_tokens(file.readline) if t.type == tokenize.COMMENT]

@@ -27,7 +27,14 @@ from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
-from flatgpt.errors import ConfigError, UserError, did_you_mean, one_line_errors, one_of, within
+from flatgpt.errors import (
+    ConfigError,
+    UserError,
+    check_choice,
+    check_range,
+    did_you_mean,
+    one_line_errors,
+)
 
 if __name__ == '__main__':
     one_line_errors()  # also for Ctrl-C during the slow imports below
@@ -93,7 +100,7 @@ reaches. Ctrl-C stops a reply.
 
 def sampling_params(settings: dict) -> SamplingParams:
     """The SamplingParams of these settings, whose `stop` is one string."""
-    within(1, None, settings, 'max_new_tokens')
+    check_range(1, None, settings, 'max_new_tokens')
     chosen = {name: settings[name] for name in SAMPLING_SETTINGS}
     return SamplingParams(**{**chosen, 'stop': parse_stop(settings['stop'])})
 
@@ -328,7 +335,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         keep_freed_memory()
     elif device.startswith('cuda:'):
         torch.cuda.set_device(device)
-    one_of((None, 'int8'), settings, 'quantize')
+    check_choice((None, 'int8'), settings, 'quantize')
     if settings['quantize']:
         check_int8_device(device)
     is_bfloat16 = settings['quantize'] and settings['dtype'] == 'auto'
@@ -377,13 +384,13 @@ def fewer_samples(settings: dict, model: GPT) -> str:
 
 def main(settings: dict) -> None:
     params, samples = sampling_params(settings), settings['num_samples']
-    within(1, None, settings, 'num_samples')
+    check_range(1, None, settings, 'num_samples')
     if settings['batch']:
         if settings['chat'] or settings['start'] != start:
             raise UserError('--batch reads its prompts from a file; omit the prompt and --chat')
         if samples not in (1, num_samples):
             raise UserError('--batch writes one completion per prompt; omit --num_samples')
-        within(1, None, settings, 'rows')
+        check_range(1, None, settings, 'rows')
         batch = Batch(settings, partial(sampling_params_of_line, settings), SAMPLING_SETTINGS)
     else:
         if settings['out']:

@@ -174,7 +174,7 @@ class Mistakes:
             raise ConfigError('\nerror: '.join(self.lines))
 
 
-def within(low: float, high: float | None, settings: dict, *names: str) -> None:
+def check_range(low: float, high: float | None, settings: dict, *names: str) -> None:
     """Raise ConfigError for a setting below `low` or above `high`; None is in every range."""
     for name in names:
         value = settings[name]
@@ -183,7 +183,7 @@ def within(low: float, high: float | None, settings: dict, *names: str) -> None:
             raise ConfigError(f'{name}={value}: must be {need}')
 
 
-def one_of(choices: tuple, settings: dict, name: str) -> None:
+def check_choice(choices: tuple, settings: dict, name: str) -> None:
     """Raise ConfigError for a setting that is not one of the choices."""
     if settings[name] not in choices:
         raise ConfigError(

@@ -31,7 +31,7 @@ HOLE = '{}'  # stands for what a line is filled with
 WITHOUT = {
     'the client disconnected': 'nobody receives it; it is for the log',
     'startup: {}': 'the last line of another program',
-    'serving: {}: {}': 'what made a side fail',
+    'serving: {}: {}': 'what made an implementation fail',
     'serving: api.py exited with status': 'needs a server that fails after its flags were checked',
     'processes: {}': 'an error line of train.py',
     'out of main memory while using {}': 'needs a GPU, and main memory that is full',

@@ -108,9 +108,13 @@ def test_the_package_to_install_provides_the_module(monkeypatch):
 @pytest.mark.parametrize(
     ('check', 'setting', 'advice'),
     [
-        case('{}={}: must be {}', lambda s: errors.within(1, None, s, 'n'), 0, 'at least 1'),
-        case('{}={}: must be {}', lambda s: errors.within(0, 9, s, 'n'), 10, 'between 0 and 9'),
-        case('must be one of {}', lambda s: errors.one_of((0, 'auto'), s, 'n'), 2, "0, 'auto'"),
+        case('{}={}: must be {}', lambda s: errors.check_range(1, None, s, 'n'), 0, 'at least 1'),
+        case(
+            '{}={}: must be {}', lambda s: errors.check_range(0, 9, s, 'n'), 10, 'between 0 and 9'
+        ),
+        case(
+            'must be one of {}', lambda s: errors.check_choice((0, 'auto'), s, 'n'), 2, "0, 'auto'"
+        ),
     ],
 )
 def test_a_setting_that_the_line_asks_for_is_accepted(check, setting, advice):

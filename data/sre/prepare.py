@@ -39,7 +39,7 @@ SITE = 'https://sre.google'
 CONTENTS = ('/sre-book/table-of-contents/', '/workbook/table-of-contents/')
 NO_CHAPTERS = {'table-of-contents', 'index', 'bibliography'}  # no prose
 
-# The text of a page is in <div role="main">. These elements within it are not part of the text
+# The text of a page is in <div role="main">, without these elements
 HIDDEN = (
     'script, style, noscript, template, svg, form, button, nav, footer, .header, .footer, '
     '[data-type=noteref], [data-type=indexterm]'
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     text.check_options(args)
     try:
         keep = download_folder(FOLDER, args.out_dir)
-        chapters = read_books(keep)  # fetch all before encoding any
+        chapters = read_books(keep)  # download all before encoding any
         recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
         text.prepare(args, args.out_dir, chapters, [], recipe)
     except OSError as error:
@@ -78,7 +78,7 @@ def read_books(keep: Path) -> list[Path]:
     urls = [url for contents in CONTENTS for url in read_contents(SITE + contents, keep)]
     paths = []
     for url in tqdm(urls, desc='sre', unit=' pages', disable=None):
-        page = fetch_page([url], page_of(url, keep), without_text)
+        page = fetch_page([url], page_of(url, keep), chapter_problem)
         path = keep / 'chapters' / page_of(url, keep).with_suffix('.txt').name
         path.parent.mkdir(exist_ok=True)
         path.write_text(markdown(page), encoding='utf-8', newline='')
@@ -88,7 +88,7 @@ def read_books(keep: Path) -> list[Path]:
 
 def read_contents(url: str, keep: Path) -> list[str]:
     """The pages that a table of contents lists, each once, in order."""
-    page = fetch_page([url], page_of(url, keep), lambda page: without_chapters(page, url))
+    page = fetch_page([url], page_of(url, keep), lambda page: contents_problem(page, url))
     return chapters(page, url)
 
 
@@ -104,7 +104,8 @@ def chapters(page: bytes, url: str) -> list[str]:
     return list(found)
 
 
-def without_chapters(page: bytes, url: str) -> str | None:
+def contents_problem(page: bytes, url: str) -> str | None:
+    """What is wrong with a table of contents, or None."""
     if has_open_tags(page):
         return OPEN_TAGS
     return None if chapters(page, url) else 'lists no chapters; the site may have changed'
@@ -115,7 +116,8 @@ def has_open_tags(page: bytes) -> bool:
     return any(part.count(b'<') > 200 for part in page.split(b'>'))
 
 
-def without_text(page: bytes) -> str | None:
+def chapter_problem(page: bytes) -> str | None:
+    """What is wrong with the page of a chapter, or None."""
     if has_open_tags(page):
         return OPEN_TAGS
     try:

@@ -1,1 +1,1 @@
-"""The jobs of bench.py, and the baselines it compares with."""
+"""The benchmarks of bench.py, and the baselines that it compares with."""

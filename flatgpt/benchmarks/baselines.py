@@ -4,9 +4,10 @@ flatGPT, transformers and nanoGPT as bench.py times them, from the same weights.
     program = BUILDERS['transformers'](settings, runtime)
     seconds, work = program.decode(8)
 
-A builder returns an object for the settings' `job`: 'training' has one method, training();
-'generation' has prefill(rows), decode(rows) and the methods for serving. Each method is one turn.
-It returns its seconds and its work: the number of tokens, and a result that all sides should share.
+A builder returns an object for the settings' `workload`: 'training' has one method, training();
+'generation' has prefill(rows), decode(rows) and the methods for serving. Each call is a
+measurement: it returns its seconds and its work, the number of tokens and a result that all
+implementations should share.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from flatgpt.benchmarks.machine import synchronize
 from flatgpt.checkpoint.convert import config_json, transformers_tensors
-from flatgpt.checkpoint.weights import SkipRandom
+from flatgpt.checkpoint.weights import meta_model
 from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.engine import Engine, generate
@@ -34,7 +35,8 @@ from model import GPT, GPTConfig
 
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
 SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1  # of every side that trains
+# of every implementation that trains
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1
 OPTIMIZER = {  # ours
     'learning_rate': LEARNING_RATE,
     'betas': BETAS,
@@ -45,15 +47,14 @@ OPTIMIZER = {  # ours
 
 
 # -----------------------------------------------------------------------------
-# shared by all sides
+# shared by all implementations
 
 
 def build_model(settings: dict) -> GPT:
-    """The model whose weights all sides copy."""
+    """The model whose weights all implementations copy."""
     torch.manual_seed(settings['seed'])
-    shape = {name: settings[name] for name in SHAPE}
     with as_config_error():
-        model = GPT(GPTConfig(arch=settings['arch'], n_kv_head=settings['n_kv_head'], **shape))
+        model = GPT(model_config(settings))
     if settings['arch'] == 'modern':  # its blocks are initialized as the identity
         for name, parameter in model.named_parameters():
             if name.endswith(('o_proj.weight', 'fc2.weight', 'lm_head.weight')):
@@ -61,10 +62,15 @@ def build_model(settings: dict) -> GPT:
     return model
 
 
-def build_outline(settings: dict) -> GPT:
-    """The same model, of parameters that have shapes and no values."""
-    with torch.device('meta'), SkipRandom():
-        return build_model(settings)
+def build_meta_model(settings: dict) -> GPT:
+    """The same model on the meta device: its parameters have shapes and no values."""
+    with as_config_error():
+        return meta_model(model_config(settings))
+
+
+def model_config(settings: dict) -> GPTConfig:
+    shape = {name: settings[name] for name in SHAPE}
+    return GPTConfig(arch=settings['arch'], n_kv_head=settings['n_kv_head'], **shape)
 
 
 def transformers_model(settings: dict):
@@ -92,7 +98,7 @@ def import_nanogpt(folder: str):
     return module
 
 
-def in_format(model: GPT, kind: str) -> GPT:
+def with_precision(model: GPT, kind: str) -> GPT:
     """The model ready to generate, its weights in 'float32', 'bfloat16', 'float16' or 'int8'."""
     quantize = 'int8' if kind == 'int8' else None
     return prepare_for_inference(
@@ -106,19 +112,19 @@ def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
 
 
 def random_prompts(settings: dict, rows: int) -> torch.Tensor:
-    """The same prompts for every side: (rows, prompt_tokens)."""
+    """The same prompts for every implementation: (rows, prompt_tokens)."""
     generator = torch.Generator().manual_seed(settings['seed'])
     shape = (rows, settings['prompt_tokens'])
     return torch.randint(settings['vocab_size'], shape, generator=generator)
 
 
-def comparable(tokens: list[int], settings: dict) -> list[int]:
-    """The first tokens, which sides share in float32 only: fewer bits may flip a near tie."""
+def comparable_prefix(tokens: list[int], settings: dict) -> list[int]:
+    """The first tokens, which all should generate in float32; fewer bits may flip a near tie."""
     return tokens[:16] if settings['format'] == 'float32' else []
 
 
 class Training:
-    """Training steps on one batch. loss_of(x, y): the side's own forward pass."""
+    """Training steps on one batch. loss_of(x, y): the implementation's own forward pass."""
 
     def __init__(self, settings: dict, model, loss_of: Callable, optimizers: list, autocast):
         self.model, self.loss_of, self.optimizers = model, loss_of, optimizers
@@ -157,7 +163,7 @@ class Training:
 
 
 def flatgpt(settings: dict, runtime: Runtime):
-    if settings['job'] != 'training':
+    if settings['workload'] != 'training':
         return FlatGPTGeneration(settings, runtime)
     model = build_model(settings).to(runtime.device)
     compiled = runtime.wants_compile(settings['compile'])
@@ -169,7 +175,7 @@ def flatgpt(settings: dict, runtime: Runtime):
 class FlatGPTGeneration:
     def __init__(self, settings: dict, runtime: Runtime):
         self.settings, self.device = settings, runtime.device
-        self.model = in_format(build_model(settings).to(runtime.device), settings['format'])
+        self.model = with_precision(build_model(settings).to(runtime.device), settings['format'])
         self.tokenizer = placeholder_tokenizer(settings['vocab_size'])
         self.sampling = SamplingParams(max_new_tokens=settings['new_tokens'], temperature=0)
         self.engines: dict[int, Engine] = {}
@@ -186,21 +192,22 @@ class FlatGPTGeneration:
     def decode(self, rows: int) -> tuple[float, dict]:
         """From the first new token of every row to the last."""
         prompts = random_prompts(self.settings, rows).tolist()
-        pieces, begin = [], None
-        for piece in generate(self.model, self.tokenizer, prompts, self.sampling):
-            pieces.append(piece)
-            if len(pieces) == rows:
+        outputs, begin = [], None
+        for output in generate(self.model, self.tokenizer, prompts, self.sampling):
+            outputs.append(output)
+            if len(outputs) == rows:
                 begin = time.perf_counter()
         seconds = time.perf_counter() - begin
-        first_row = [piece.token for piece in pieces if piece.row == 0]
-        result = comparable(first_row, self.settings)
-        return seconds, {'tokens': len(pieces) - rows, 'result': result}
+        first_row = [output.token for output in outputs if output.row == 0]
+        result = comparable_prefix(first_row, self.settings)
+        return seconds, {'tokens': len(outputs) - rows, 'result': result}
 
     def generate(self, rows: int) -> tuple[float, dict]:
         """Prefill and decoding of one batch."""
-        prompts, begin = random_prompts(self.settings, rows).tolist(), time.perf_counter()
-        pieces = generate(self.model, self.tokenizer, prompts, self.sampling)
-        tokens = sum(1 for _ in pieces)
+        prompts = random_prompts(self.settings, rows).tolist()
+        begin = time.perf_counter()
+        outputs = generate(self.model, self.tokenizer, prompts, self.sampling)
+        tokens = sum(1 for _ in outputs)
         return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
 
     def serve(self, clients: int, requests: int) -> tuple[float, dict]:
@@ -210,14 +217,14 @@ class FlatGPTGeneration:
         engine, tokens = self.engines[clients], []
         prompts = random_prompts(self.settings, requests).tolist()
 
-        def take(piece: TokenOutput) -> None:
-            tokens.append(piece.token)
-            if piece.finish and prompts:
-                engine.submit(Request(prompts.pop(), self.sampling, take))
+        def on_output(output: TokenOutput) -> None:
+            tokens.append(output.token)
+            if output.finish and prompts:
+                engine.submit(Request(prompts.pop(), self.sampling, on_output))
 
         begin = time.perf_counter()
         for _ in range(clients):
-            engine.submit(Request(prompts.pop(), self.sampling, take))
+            engine.submit(Request(prompts.pop(), self.sampling, on_output))
         while engine.step():
             pass
         return time.perf_counter() - begin, {'tokens': len(tokens), 'result': []}
@@ -231,7 +238,7 @@ def transformers(settings: dict, runtime: Runtime):
     if settings['arch'] == 'modern' and settings['dropout']:
         raise UserError("transformers has no dropout with arch='modern'; use --dropout=0")
     model = transformers_model(settings)
-    if settings['job'] != 'training':
+    if settings['workload'] != 'training':
         return TransformersGeneration(settings, model)
     # its Trainer's default optimizer, clipping and autocast
     adamw = torch.optim.AdamW(
@@ -262,53 +269,53 @@ class TransformersGeneration:
 
     def decode(self, rows: int) -> tuple[float, dict]:
         """From the first new token of every row to the last."""
-        moments = []
+        times = []
         prompts = random_prompts(self.settings, rows).to(self.device)
-        written = self.generate_batch_at_once(prompts, streamer=clock(moments))
-        tokens = rows * (written.size(1) - prompts.size(1) - 1)
-        result = comparable(written[0, prompts.size(1) :].tolist(), self.settings)
+        output = self.generate_batch_at_once(prompts, streamer=token_timer(times))
+        tokens = rows * (output.size(1) - prompts.size(1) - 1)
+        result = comparable_prefix(output[0, prompts.size(1) :].tolist(), self.settings)
         # the streamer gets the prompts first
-        return moments[-1] - moments[1], {'tokens': tokens, 'result': result}
+        return times[-1] - times[1], {'tokens': tokens, 'result': result}
 
     def generate(self, rows: int) -> tuple[float, dict]:
         """generate() of one static batch: prompts of the same length."""
         prompts = random_prompts(self.settings, rows).to(self.device)
         begin = time.perf_counter()
-        written = self.generate_batch_at_once(prompts)
-        tokens = rows * (written.size(1) - prompts.size(1))
+        output = self.generate_batch_at_once(prompts)
+        tokens = rows * (output.size(1) - prompts.size(1))
         return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
 
     @torch.inference_mode()
     def generate_batch_at_once(self, prompts: torch.Tensor, **options) -> torch.Tensor:
-        mask, at_least = torch.ones_like(prompts), self.settings['new_tokens']
-        options |= {**self.greedy, 'min_new_tokens': at_least}
-        return self.model.generate(prompts, attention_mask=mask, **options)
+        options |= {**self.greedy, 'min_new_tokens': self.settings['new_tokens']}
+        return self.model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
 
     def serve(self, rows: int) -> tuple[float, dict]:
         """generate_batch(): its continuous batching."""
         from transformers import GenerationConfig
 
         config = GenerationConfig(**self.greedy, eos_token_id=-1)
-        prompts, begin = random_prompts(self.settings, rows).tolist(), time.perf_counter()
-        written = self.model.generate_batch(
+        prompts = random_prompts(self.settings, rows).tolist()
+        begin = time.perf_counter()
+        outputs = self.model.generate_batch(
             inputs=prompts, generation_config=config, progress_bar=False
         )
-        tokens = sum(len(output.generated_tokens) for output in written.values())
+        tokens = sum(len(output.generated_tokens) for output in outputs.values())
         return time.perf_counter() - begin, {'tokens': tokens, 'result': []}
 
 
-def clock(moments: list[float]):
+def token_timer(times: list[float]):
     """A streamer for generate() that records the time of each token."""
     from transformers.generation.streamers import BaseStreamer
 
-    class Clock(BaseStreamer):
+    class TokenTimer(BaseStreamer):
         def put(self, tokens):
-            moments.append(time.perf_counter())
+            times.append(time.perf_counter())
 
         def end(self):
             pass
 
-    return Clock()
+    return TokenTimer()
 
 
 # -----------------------------------------------------------------------------

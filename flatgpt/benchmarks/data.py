@@ -1,5 +1,5 @@
 """
-bench.py's data job: preparing a dataset from text, and reading batches from many files.
+bench.py's data benchmark: preparing a dataset from text, and reading batches from many files.
 
 $ python bench.py --only=data                    # on the source of Python's library and packages
 $ python bench.py --only=data --text=corpus/     # on your own text
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flatgpt.benchmarks.implementations import Measurement
 from flatgpt.benchmarks.report import Report, print_row
-from flatgpt.benchmarks.sides import Turn
 from flatgpt.data import text as prepare
 from flatgpt.data.dataset import SPLITS, Dataset, Writer, read_meta
 from flatgpt.data.encode import cores
@@ -30,7 +30,7 @@ TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')
 ROUNDS = 3  # of preparing data, at most
 SHARDS = (1, 100, 10_000)  # files to read batches from; quick: the first two
 SHARD_TOKENS = 50_000_000  # in all of them
-BATCHES, ROWS, BLOCK_SIZE = 20, 64, 1024  # of a turn of reading
+BATCHES, ROWS, BLOCK_SIZE = 20, 64, 1024  # of a measurement of reading
 
 
 def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
@@ -46,9 +46,10 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
                 print_row(f'data {tokenizer}', '', '', reason_of(error))
     for shards in SHARDS[:2] if settings['quick'] else SHARDS:
         with tempfile.TemporaryDirectory() as folder:
-            turns = read_batches(write_shards(Path(folder), shards), settings['rounds'])
-        side, note = f'{shards:,} files', 'batches of 64 x 1,024, in time of one core'
-        report.compare('data reading', {side: turns}, {side: note}, {})
+            measurements = read_batches(write_shards(Path(folder), shards), settings['rounds'])
+        side = f'{shards:,} files'
+        note = 'batches of 64 x 1,024, in CPU time of one core'
+        report.compare('data reading', {side: measurements}, {side: note}, {})
 
 
 # -----------------------------------------------------------------------------
@@ -60,18 +61,18 @@ def bench_preparing(
 ) -> None:
     """Time data/text/prepare.py; for GPT-2's tokenizer also baselines that only encode."""
     sides = {'flatGPT': lambda: time_preparation(tokenizer, folder)}
-    notes = {'flatGPT': 'read, split, encoded, written, sealed'}
+    notes = {'flatGPT': 'read, split, encoded, written, hashed, synced'}
     if tokenizer == 'gpt2':
         gpt2 = get_tokenizer('gpt2')
         slow = gpt2.accelerate()
         notes['flatGPT'] += ', by ' + (f'tiktoken: {slow}' if slow else 'gigatoken')
         add_baselines(sides, notes, gpt2, texts)
-    turns = {side: [] for side in notes}  # also of a side that is not installed
+    measurements = {side: [] for side in notes}  # also of one that is not installed
     for _ in range(min(ROUNDS, settings['rounds'])):
         for side, run in sides.items():
-            turns[side].append(Turn(*run()))
+            measurements[side].append(Measurement(*run()))
     tolerances = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
-    report.compare(f'data {tokenizer}', turns, notes, tolerances)
+    report.compare(f'data {tokenizer}', measurements, notes, tolerances)
 
 
 def copy_texts(settings: dict, folder: Path) -> list[str]:
@@ -172,7 +173,7 @@ def timed(encode: Callable[[], list[list[int]]]) -> tuple[float, dict]:
 
 
 def write_shards(folder: Path, shards: int) -> Dataset:
-    """A dataset of random ids in `shards` files, written without an fsync for each."""
+    """A dataset of random ids in `shards` files, copied, which is faster than a Writer."""
     ids = np.random.default_rng(0).integers(0, 256, SHARD_TOKENS // shards)
     with Writer(folder, byte_tokenizer()) as writer:
         for split in SPLITS:
@@ -187,12 +188,12 @@ def write_shards(folder: Path, shards: int) -> Dataset:
     return Dataset(folder, BLOCK_SIZE)
 
 
-def read_batches(data: Dataset, rounds: int) -> list[Turn]:
-    turns = []
+def read_batches(data: Dataset, rounds: int) -> list[Measurement]:
+    measurements = []
     for number in range(rounds + 1):
         begin = time.thread_time()
         for batch in range(BATCHES):
             data.batch((BATCHES * number + batch) * ROWS, ROWS)
         work = {'tokens': BATCHES * ROWS * BLOCK_SIZE}
-        turns.append(Turn(time.thread_time() - begin, work))
-    return turns[1:]  # the first one maps the files
+        measurements.append(Measurement(time.thread_time() - begin, work))
+    return measurements[1:]  # the first is a warm-up

@@ -1,5 +1,5 @@
 """
-bench.py's generation jobs: speed, perplexity in each number format, and start-up time.
+bench.py's generation benchmarks: speed, perplexity in each number format, and start-up time.
 
 $ python bench.py --only=prefill,decode --rows=1,16      # beside transformers
 $ python bench.py --only=quality --out_dir=out/mine      # perplexity in 32, 16 and 8 bits
@@ -20,16 +20,22 @@ import torch
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import (
     SMALL,
+    build_meta_model,
     build_model,
-    build_outline,
-    in_format,
     transformers_model,
+    with_precision,
+)
+from flatgpt.benchmarks.implementations import (
+    Implementation,
+    Measurement,
+    measure_in_turns,
+    print_profile,
+    start_implementations,
 )
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
-from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.save import save
-from flatgpt.data.dataset import DATA, Dataset, is_prepared
+from flatgpt.data.dataset import DATA_DIR, Dataset, is_prepared
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
@@ -49,20 +55,20 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', kind) for kind in formats]
     names += [('transformers', kind) for kind in formats if kind != 'int8']
     row_counts = [int(count) for count in settings['rows'].split(',')]
-    with open_sides(names, settings, 'generation') as sides:
+    with start_implementations(names, settings, 'generation') as sides:
         for job in ('prefill', 'decode'):
-            if job not in settings['jobs']:
+            if job not in settings['benchmarks']:
                 continue
             for rows in row_counts:
-                turns = take_turns(sides, settings, job, rows)
+                measurements = measure_in_turns(sides, settings, job, rows)
                 notes = {}
                 for side in sides:
-                    own = turns[side.label] if side.name == 'flatGPT' else []
+                    own = measurements[side.label] if side.name == 'flatGPT' else []
                     share = [share_of_limit(settings, report, job, side, rows, own)] if own else []
                     notes[side.label] = ', '.join(filter(None, [*share, side.failure]))
                 name = f'{job} {rows} row{"s" * (rows > 1)}'
-                report.compare(name, turns, notes, tolerances_of(formats))
-            profile_turn(sides[0], settings, job, row_counts[0])
+                report.compare(name, measurements, notes, tolerances_of(formats))
+            print_profile(sides[0], settings, job, row_counts[0])
 
 
 def formats_of(settings: dict) -> list[str]:
@@ -82,14 +88,19 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
 
 
 def share_of_limit(
-    settings: dict, report: Report, job: str, side: Side, rows: int, turns: list[Turn]
+    settings: dict,
+    report: Report,
+    job: str,
+    side: Implementation,
+    rows: int,
+    measurements: list[Measurement],
 ) -> str:
-    """A step's share of the roofline: the time for reading weights and cache, or for the FLOPs.
+    """A step's share of the roofline: of reading weights and cache from memory, or of computing.
 
     A step computes the whole prompt in prefill, and one token per row in decoding.
     """
     machine, prefill = report.machine, job == 'prefill'
-    model = build_outline(settings)
+    model = build_meta_model(settings)
     steps = 1 if prefill else settings['new_tokens'] - 1
     cache = 0 if prefill else rows * cache_bytes(settings, machine, side.format)
     weights = model.num_params() * WEIGHT_BYTES[side.format]
@@ -98,10 +109,10 @@ def share_of_limit(
     tokens = settings['prompt_tokens'] if prefill else 1
     flops = 2 * rows * ((model.num_params() - head) * tokens + head)
     dtype = 'bfloat16' if side.format == 'int8' else side.format
-    multiplying = flops / machine.get(f'flops_{dtype}', math.inf)
-    seconds = statistics.median(turn.seconds for turn in turns) / steps
-    what = 'reading' if reading > multiplying else 'multiplying'
-    return f'{max(reading, multiplying) / seconds:.0%} of the limit by {what}'
+    computing = flops / machine.get(f'flops_{dtype}', math.inf)
+    seconds = statistics.median(measurement.seconds for measurement in measurements) / steps
+    limit = 'memory-bandwidth' if reading > computing else 'compute'
+    return f'{max(reading, computing) / seconds:.0%} of the {limit} limit'
 
 
 def cache_bytes(settings: dict, machine: dict, kind: str) -> float:
@@ -122,7 +133,7 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
     found = {}
     for kind in formats_of(settings):
         model, tokenizer, state = load_model(settings['out_dir'], 'best', runtime.device)
-        model = in_format(model, kind)
+        model = with_precision(model, kind)
         data = Dataset(dataset_of(state, settings['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
             source = settings['out_dir']
@@ -141,10 +152,10 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
 
 def perplexity(model: GPT, data: Dataset, device: str, count: int | None) -> tuple[float, int]:
     """The perplexity of the validation split, or `count` windows of it, and its tokens."""
-    windows = data.eval_windows('val', count)
+    starts = data.eval_starts('val', count)
     total = tokens = 0
-    for part in np.array_split(windows, math.ceil(len(windows) / 8)):
-        x, y = (torch.from_numpy(ids).to(device) for ids in data.eval_batch('val', part))  # (B, T)
+    for batch in np.array_split(starts, math.ceil(len(starts) / 8)):
+        x, y = (torch.from_numpy(ids).to(device) for ids in data.eval_batch('val', batch))  # (B, T)
         with torch.inference_mode():
             loss = model(x, y)[1].item()
         targets = int((y >= 0).sum())
@@ -157,7 +168,7 @@ def dataset_of(state: dict, dataset: str | None) -> Path:
     name = dataset or state.get('config', {}).get('dataset')
     if not name:
         raise UserError('quality: this model has no record of its dataset; give one by --dataset=')
-    folder = Path(name) if Path(name).is_dir() else DATA / name
+    folder = Path(name) if Path(name).is_dir() else DATA_DIR / name
     if not is_prepared(folder):
         raise UserError(
             f'{folder}: no prepared dataset; prepare it, or give another one by --dataset='
@@ -191,21 +202,21 @@ def bench_startup(settings: dict, runtime: Runtime, report: Report) -> None:
         commands = startup_commands({**settings, **shape, 'device': 'cpu'}, Path(folder))
         if 'transformers' not in commands:
             print_row('startup', 'transformers', '', 'not installed')
-        turns = {side: [] for side in commands}
+        measurements = {side: [] for side in commands}
         for _ in range(settings['rounds']):
             for side, command in commands.items():
-                turns[side].append(first_token(command))
-    for side, own in turns.items():
+                measurements[side].append(first_token(command))
+    for side, own in measurements.items():
         note = notes[side]
         if side != 'flatGPT':
-            note += f', {compare_startup(turns["flatGPT"], own)}'
+            note += f', {compare_startup(measurements["flatGPT"], own)}'
         seconds = [seconds for seconds, _ in own]
         print_row('startup', side, format_spread(seconds, '.2f') + ' seconds', note)
         report.add('startup', side, note, seconds=summarize(seconds))
 
 
 def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
-    """Save a model for each side -> the commands that generate one token."""
+    """Save a model for each implementation -> the commands that generate one token."""
     letters = [chr(0x4E00 + i) for i in range(settings['vocab_size'])]
     run, exported = folder / 'run', folder / 'transformers'
     tokenizer = char_tokenizer(letters)
@@ -234,6 +245,6 @@ def first_token(command: list) -> tuple[float, str]:
 
 def compare_startup(ours: list[tuple], theirs: list[tuple]) -> str:
     if theirs[0][1] != ours[0][1]:
-        return 'no ratio to flatGPT: it wrote another token'
+        return 'no ratio to flatGPT: it generated another token'
     ratios = [their[0] / our[0] for our, their in zip(ours, theirs, strict=True)]
     return f'flatGPT is {format_spread(ratios, ".2f")} times as fast'

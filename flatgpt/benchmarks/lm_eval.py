@@ -40,11 +40,7 @@ from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
 TASKS_DIR = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
-COMMON_TASKS = (
-    'lambada',
-    'hellaswag',
-    'blimp',
-)  # folders that are indexed first
+COMMON_TASKS = ('lambada', 'hellaswag', 'blimp')  # folders that are indexed first
 ALIASES = {'lambada': 'lambada_openai'}  # our name -> the harness's
 SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
@@ -85,7 +81,8 @@ def windows(context: list[int], continuation: list[int], size: int) -> Iterator[
 
 def batches(rows: list, length=len) -> Iterator[list]:
     """Rows in groups of BATCH_TOKENS at most, or of one; the longest first, for little padding."""
-    rows, at = sorted(rows, key=length, reverse=True), 0
+    rows = sorted(rows, key=length, reverse=True)
+    at = 0
     while at < len(rows):
         count = max(1, BATCH_TOKENS // length(rows[at]))
         yield rows[at : at + count]
@@ -98,9 +95,10 @@ class Scorer(TemplateLM):
     def __init__(self, model: GPT, tokenizer: Tokenizer, seed: int = 1337):
         super().__init__()
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.size, self._device = model.config.block_size, model.embedding.weight.device
+        self.size = model.config.block_size  # tokens
+        self._device = model.embedding.weight.device
         self.task = ''  # its name, for progress and errors
-        self.truncated = 0  # prompts so far that were too long and lost their beginning
+        self.truncated = 0  # prompts so far that did not fit and were truncated on the left
         self.screen = sys.stderr  # for progress: while the harness runs, sys.stderr is hidden
 
     @property
@@ -207,21 +205,23 @@ class Scorer(TemplateLM):
         seeds = [(self.seed, n) for n in batch]
         texts = [''] * len(batch)
         ids = [prompts[n] for n in batch]
-        for piece in generate(self.model, self.tokenizer, ids, sampling, seeds):
-            texts[piece.row] += piece.text
+        for output in generate(self.model, self.tokenizer, ids, sampling, seeds):
+            texts[output.row] += output.text
         return texts
 
     def with_progress(self, rows: list, length) -> Iterator[list]:
         """The rows in batches, with a progress bar, or a line now and then without a terminal."""
-        total, done, begin = sum(map(length, rows)), 0, time.perf_counter()
-        is_terminal, printed = self.screen.isatty(), begin
+        total, done = sum(map(length, rows)), 0
+        begin = printed = time.perf_counter()
+        is_terminal = self.screen.isatty()
         options = {'desc': self.task, 'unit': 'token', 'unit_scale': True, 'leave': False}
         with tqdm(total=total, file=self.screen, disable=not is_terminal, **options) as bar:
             for batch in batches(rows, length):
                 yield batch
                 tokens = sum(map(length, batch))
                 bar.update(tokens)
-                done, now = done + tokens, time.perf_counter()
+                done += tokens
+                now = time.perf_counter()
                 if not is_terminal and now - printed > PROGRESS_SECONDS:
                     printed, left = now, (now - begin) * (total - done) / done
                     eta = f'{done / total:.0%}, ETA {tqdm.format_interval(left)}'
@@ -270,20 +270,20 @@ def check_names(names: list[str], manager: TaskManager) -> None:
 
 
 def load_task(name: str, manager: TaskManager) -> dict:
-    """A task with its data, from the hub or its cache -> what the harness's evaluate() takes."""
+    """A task with its data, from the Hub or its cache -> what the harness's evaluate() takes."""
     try:
         loaded = manager.load([ALIASES.get(name, name)])
     except ModuleNotFoundError as error:
         raise UserError(f'task={name}: needs pip install {error.name}') from error
     except Exception as error:  # whatever its code, its data's library or the network raises
-        said = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
         raise UserError(
-            f'task={name}: cannot be loaded ({said}); its data is downloaded once from the '
+            f'task={name}: cannot be loaded ({reason}); its data is downloaded once from the '
             'Hugging Face Hub: connect, or copy HF_HOME from a machine that has it'
         ) from error
     for task in loaded['tasks'].values():
         if getattr(task, 'UNSAFE_CODE', False):
-            raise UserError(f'task={name}: runs code that models write; choose another task')
+            raise UserError(f'task={name}: executes model-generated code; choose another task')
         if getattr(task, 'MULTIMODAL', False):
             raise UserError(f'task={name}: has images or sound; choose a task of text alone')
         if task.get_config('num_fewshot') is None:
@@ -303,10 +303,11 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
     with open(os.devnull, 'w') as nowhere:
         with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             found = evaluator.evaluate(lm, loaded, limit=limit, bootstrap_iters=BOOTSTRAP)
-    cut, entries = lm.truncated, []  # before mistakes(), which counts prompts again
+    truncated = lm.truncated  # before mistakes(), which counts prompts again
+    entries = []
     summed = any('sample_len' in found['results'].get(group, {}) for group in loaded['groups'])
     for task, scores in found['results'].items():
-        if 'sample_len' not in scores:  # a group that adds nothing up
+        if 'sample_len' not in scores:  # a group without scores of its own
             continue
         samples = found['samples'].get(task, [])
         if task in loaded['tasks']:
@@ -317,7 +318,7 @@ def evaluate_task(lm: Scorer, name: str, loaded: dict, limit: int | None) -> lis
         entry |= {'examples': scores['sample_len'], 'metrics': metrics_of(task, scores, samples)}
         entry['part'] = summed and task in loaded['tasks']
         entries.append(entry | {'mistakes': wrong[:MAX_MISTAKES]})
-    entries[-1]['cut'] = cut
+    entries[-1]['cut'] = truncated
     return entries
 
 
@@ -449,7 +450,7 @@ def rows_of(entries: list[dict]) -> Iterator[str]:
             prompt, right, chosen = (' '.join(wrong[k].split())[-40:] for k in wrong)
             yield f'  ...{prompt!r} right: {right!r}, chosen: {chosen!r}'
     if cut := entries[-1]['cut']:
-        yield f'  {cut:,} prompts were longer than the context and lost their beginning'
+        yield f'  {cut:,} prompts were longer than the context and were truncated on the left'
 
 
 def format_figure(number: float | None) -> str:

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
+from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
-from flatgpt.benchmarks.sides import Side, Turn, open_sides
 from flatgpt.checkpoint.save import save
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
@@ -81,10 +81,11 @@ class Server:
 
 def request_completion(connection: http.client.HTTPConnection, body: dict) -> Completion:
     """POST /v1/completions, streamed if the body says so."""
-    completion, begin = Completion(), time.perf_counter()
+    completion = Completion()
+    begin = time.perf_counter()
     try:
-        content, headers = json.dumps(body).encode(), {'Content-Type': 'application/json'}
-        connection.request('POST', '/v1/completions', content, headers)
+        headers = {'Content-Type': 'application/json'}
+        connection.request('POST', '/v1/completions', json.dumps(body).encode(), headers)
         reply = connection.getresponse()
         completion.status = reply.status
         if body.get('stream') and reply.status == 200:
@@ -103,7 +104,8 @@ def read_stream(reply: http.client.HTTPResponse, completion: Completion, begin: 
     """Read server-sent events; status 0 for a stream that has an error or breaks off."""
     last, done = None, False
     for line in reply:
-        now, done = time.perf_counter(), done or line.startswith(b'data: [DONE]')
+        now = time.perf_counter()
+        done = done or line.startswith(b'data: [DONE]')
         if not line.startswith(b'data: {'):
             continue
         event = json.loads(line[6:])
@@ -139,14 +141,15 @@ def closed_loop(address: tuple, bodies: list[dict], clients: int) -> list[Comple
 
 
 def poisson_arrivals(address: tuple, bodies: list[dict], rate: float) -> list[Completion]:
-    """Requests at random moments, `rate` per second on average, whatever is still running."""
-    draw, completions, moment = random.Random(0), [], 0.0
-    begin, tasks = time.perf_counter(), []
+    """Requests at random times, `rate` per second on average, however many are running."""
+    generator, arrival = random.Random(0), 0.0
+    completions, tasks = [], []
+    begin = time.perf_counter()
     for body in bodies:
-        moment += draw.expovariate(rate)
+        arrival += generator.expovariate(rate)
 
-        def client(body=body, moment=moment) -> None:
-            time.sleep(max(0.0, begin + moment - time.perf_counter()))
+        def client(body=body, arrival=arrival) -> None:
+            time.sleep(max(0.0, begin + arrival - time.perf_counter()))
             connection = http.client.HTTPConnection(*address, timeout=TIMEOUT)
             completions.append(request_completion(connection, body))
             connection.close()
@@ -168,7 +171,9 @@ class HealthProbe:
     """Requests /health repeatedly during the `with`; `seconds` has the time of each."""
 
     def __init__(self, address: tuple, pause: float = 0.02):
-        self.address, self.pause, self.seconds, self.failed = address, pause, [], 0
+        self.address, self.pause = address, pause
+        self.seconds: list[float] = []
+        self.failed = 0
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.run, daemon=True)
 
@@ -215,7 +220,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_sides(names, settings, 'generation') as (ours, theirs),
+        start_implementations(names, settings, 'generation') as (ours, theirs),
         Server(save_random(Path(folder), settings), **flags) as server,
     ):
         bench_throughput(settings, report, server, ours, theirs)
@@ -229,14 +234,14 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def save_random(folder: Path, settings: dict) -> Path:
-    """A run directory with the weights of all sides."""
+    """A run directory with the same weights as the other implementations."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
     save(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
     return folder
 
 
 def request_bodies(settings: dict, count: int, **fields) -> list[dict]:
-    """Requests for greedy completions of the other sides' prompts."""
+    """Requests for greedy completions of the same prompts as the other implementations."""
     prompts = random_prompts(settings, count).tolist()
     common = {'max_tokens': settings['new_tokens'], 'temperature': 0, **fields}
     return [{'prompt': prompt, **common} for prompt in prompts]
@@ -249,34 +254,34 @@ def check_all_complete(completions: list[Completion]) -> None:
         )
 
 
-def timed_loop(server: Server, bodies: list[dict], clients: int) -> Turn:
-    """A closed loop as a turn; UserError if a request failed."""
+def timed_loop(server: Server, bodies: list[dict], clients: int) -> Measurement:
+    """Measure a closed loop; UserError if a request failed."""
     begin = time.perf_counter()
     completions = closed_loop(server.address, bodies, clients)
     seconds = time.perf_counter() - begin
     check_all_complete(completions)
-    return Turn(seconds, {'tokens': sum(each.tokens for each in completions)})
+    return Measurement(seconds, {'tokens': sum(each.tokens for each in completions)})
 
 
 def bench_throughput(
-    settings: dict, report: Report, server: Server, ours: Side, theirs: Side
+    settings: dict, report: Report, server: Server, ours: Implementation, theirs: Implementation
 ) -> None:
-    """Tokens per second of the same requests, by each side."""
+    """Tokens per second of the same requests, by each implementation."""
     clients, count = settings['clients'], 4 * settings['clients']
     http_side, engine_side = f'{clients} clients, HTTP', f'{clients} clients, engine'
     bodies = request_bodies(settings, count)
     sides = {
         http_side: lambda: timed_loop(server, bodies, clients),
-        engine_side: lambda: ours.turn('serve', clients, count),
-        'transformers static': lambda: theirs.turn('generate', clients),
-        'transformers continuous': lambda: theirs.turn('serve', clients),
+        engine_side: lambda: ours.measure('serve', clients, count),
+        'transformers static': lambda: theirs.measure('generate', clients),
+        'transformers continuous': lambda: theirs.measure('serve', clients),
     }
     speeds = {side: [] for side in sides}
     for number in range(settings['rounds'] + 1):
         for side, run in sides.items():
-            turn = run()
-            if number and turn:
-                speeds[side].append(turn.tokens_per_second)
+            measurement = run()
+            if number and measurement:
+                speeds[side].append(measurement.tokens_per_second)
     each = f'{count} prompts of {settings["prompt_tokens"]}, {settings["new_tokens"]} tokens each'
     notes = {
         http_side: f"api.py: {each}, each sent when the client's previous one is complete",
@@ -297,12 +302,12 @@ def bench_throughput(
         report.add('serving', side, notes[side], **figures)
 
 
-def bench_lone_client(settings: dict, report: Report, server: Server, ours: Side) -> None:
+def bench_lone_client(settings: dict, report: Report, server: Server, ours: Implementation) -> None:
     """One client of api.py, compared with generating as sample.py does."""
     shares, speeds = [], []
     for number in range(settings['rounds'] + 1):
         over_http = timed_loop(server, request_bodies(settings, 2), 1)
-        alone = ours.turn('generate', 1)
+        alone = ours.measure('generate', 1)
         if number and alone:
             speeds.append(over_http.tokens_per_second)
             shares.append(speeds[-1] / alone.tokens_per_second)
@@ -315,7 +320,7 @@ def bench_lone_client(settings: dict, report: Report, server: Server, ours: Side
 
 
 def bench_latency(settings: dict, report: Report, server: Server) -> None:
-    """Latency of streams: in a closed loop, at random moments, and 64 at once."""
+    """Latency of streams: in a closed loop, at random times, and 64 at once."""
     clients = settings['clients']
     streamed = {'stream': True, 'stream_options': {'include_usage': True}}
     bodies = request_bodies(settings, 2 * clients, **streamed)
@@ -357,10 +362,12 @@ def format_milliseconds(found: dict[str, float]) -> str:
 
 def bench_overhead(settings: dict, report: Report, server: Server) -> None:
     """Completions of one token by a tiny model, whose time is mostly the server's overhead."""
-    bodies, rates = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500, []
+    bodies = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
+    rates = []
     for number in range(settings['rounds'] + 1):
-        turn = timed_loop(server, bodies, settings['clients'])
-        rates += [len(bodies) / turn.seconds] if number else []
+        measurement = timed_loop(server, bodies, settings['clients'])
+        if number:  # the first is a warm-up
+            rates.append(len(bodies) / measurement.seconds)
     figures = format_spread(rates, ',.0f') + ' requests/s'
     print_row('serving', 'a tiny model', figures, 'completions of one token')
     report.add('serving', 'a tiny model', requests_per_second=summarize(rates))

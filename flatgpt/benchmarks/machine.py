@@ -18,7 +18,7 @@ MATRIX_SIZE = {'cpu': 2048, 'gpu': 8192}
 
 
 def measure_machine(runtime: Runtime) -> dict:
-    """The limits of any program: memory bandwidth in bytes/s, matrix products in FLOP/s."""
+    """The limits of any program: memory bandwidth in bytes/s, matrix multiplication in FLOP/s."""
     device = runtime.device
     found = {'device': device, 'python': platform.python_version(), 'torch': torch.__version__}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -26,19 +26,21 @@ def measure_machine(runtime: Runtime) -> dict:
     found['threads'] = torch.get_num_threads() if device == 'cpu' else None
     on_cuda = runtime.device_type == 'cuda'
     found['name'] = torch.cuda.get_device_name(device) if on_cuda else processor_name()
-    found['read_bytes_per_second'] = measure_reading(device)
+    found['read_bytes_per_second'] = measure_bandwidth(device)
     for dtype in {torch.float32, torch.bfloat16, runtime.dtype}:
-        found[f'flops_{str(dtype).removeprefix("torch.")}'] = measure_products(device, dtype)
+        found[f'flops_{str(dtype).removeprefix("torch.")}'] = measure_matmul(device, dtype)
     print_machine(found)
     return found
 
 
-def measure_reading(device: str) -> float:
+def measure_bandwidth(device: str) -> float:
+    """Bytes per second of reading memory."""
     numbers = torch.ones(READ_BYTES['cpu' if device == 'cpu' else 'gpu'] // 4, device=device)
     return numbers.numel() * 4 / time_repeatedly(numbers.sum, device)
 
 
-def measure_products(device: str, dtype: torch.dtype) -> float:
+def measure_matmul(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of multiplying square matrices."""
     size = MATRIX_SIZE['cpu' if device == 'cpu' else 'gpu']
     a = torch.randn(size, size, device=device).to(dtype)
     return 2 * size**3 / time_repeatedly(lambda: a @ a, device)
@@ -46,11 +48,11 @@ def measure_products(device: str, dtype: torch.dtype) -> float:
 
 def print_machine(found: dict) -> None:
     flops = {name: found[name] / 1e9 for name in sorted(found) if name.startswith('flops_')}
-    products = ', '.join(f'{name.removeprefix("flops_")} {n:,.0f}' for name, n in flops.items())
+    matmul = ', '.join(f'{name.removeprefix("flops_")} {n:,.0f}' for name, n in flops.items())
     threads = f', {found["threads"]} threads' if found['threads'] else ''
     print(f'{found["name"]}{threads}, torch {torch.__version__}')
-    read = found['read_bytes_per_second'] / 1e9
-    print(f'reads {read:.0f} GB/s; products, GFLOP/s: {products}')
+    bandwidth = found['read_bytes_per_second'] / 1e9
+    print(f'memory bandwidth {bandwidth:.0f} GB/s; matmul GFLOP/s: {matmul}')
 
 
 def processor_name() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt.benchmarks.sides import Turn
+from flatgpt.benchmarks.implementations import Measurement
 from flatgpt.errors import UserError
 
 
@@ -15,28 +15,35 @@ class Report:
     """Prints figures as they arrive, and writes all of them as JSON."""
 
     def __init__(self, settings: dict, machine: dict):
-        self.path, self.machine, self.entries = settings['json'], machine, []
+        self.path, self.machine = settings['json'], machine
+        self.entries: list[dict] = []
         self.settings = {name: settings[name] for name in settings if name != 'json'}
         self.command = ' '.join(['python bench.py', *sys.argv[1:]])
 
     def add(self, job: str, side: str, note: str = '', **figures) -> None:
         self.entries.append({'job': job, 'side': side, 'note': note, **figures})
 
-    def compare(self, job: str, turns: dict[str, list[Turn]], notes: dict, tolerances: dict):
-        """Print and store a job's rows: the speed of each side, and its ratios to other sides.
+    def compare(
+        self, job: str, measurements: dict[str, list[Measurement]], notes: dict, tolerances: dict
+    ):
+        """Print and store a benchmark's rows: the speed of each side, its ratios to other sides.
 
-        tolerances: side -> {another side: the relative tolerance of their results}.
+        A side is an implementation, or a variant of the workload. tolerances: side -> {another
+        side: the relative tolerance of their results}.
         """
-        for side, own in turns.items():
-            note, figures = notes.get(side) or '', {}
-            speeds = [turn.tokens_per_second for turn in own]
+        for side, own in measurements.items():
+            note = notes.get(side) or ''
+            figures = {}
+            speeds = [measurement.tokens_per_second for measurement in own]
             if own:
                 figures['tokens_per_second'] = summarize(speeds)
-                figures['milliseconds'] = summarize([turn.seconds * 1e3 for turn in own])
+                figures['milliseconds'] = summarize(
+                    [measurement.seconds * 1e3 for measurement in own]
+                )
             print_row(job, side, format_spread(speeds, ',.0f') if own else '', note)
             for other, tolerance in tolerances.get(side, {}).items():
-                if own and turns.get(other):
-                    figures |= compare_with(other, turns[other], own, tolerance)
+                if own and measurements.get(other):
+                    figures |= compare_with(other, measurements[other], own, tolerance)
             self.add(job, side, note, **figures)
 
     def write(self) -> None:
@@ -47,10 +54,12 @@ class Report:
         except OSError as error:
             text = f'json={self.path}: cannot be written ({error.strerror}); give another --json='
             raise UserError(text) from error
-        print(f'written: {self.path}')
+        print(f'wrote {self.path}')
 
 
-def compare_with(other: str, others: list[Turn], own: list[Turn], tolerance: float) -> dict:
+def compare_with(
+    other: str, others: list[Measurement], own: list[Measurement], tolerance: float
+) -> dict:
     """Print how many times as fast another side is, or why there is no ratio -> the figure."""
     if reason := difference(others[0].work, own[0].work, tolerance):
         print(f'{"":<16} no ratio to {other}: {reason}', flush=True)
@@ -61,7 +70,7 @@ def compare_with(other: str, others: list[Turn], own: list[Turn], tolerance: flo
 
 
 def difference(a: dict, b: dict, tolerance: float) -> str:
-    """What differs between the work of two turns or its results, '' if nothing does."""
+    """What differs between the work of two measurements or its results, '' if nothing does."""
     if a['tokens'] != b['tokens']:
         return f'{a["tokens"]:,} against {b["tokens"]:,} tokens'
     if a.get('optimizer') != b.get('optimizer'):

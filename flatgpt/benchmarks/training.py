@@ -1,5 +1,5 @@
 """
-bench.py's training jobs: the speed of a step, the cost of checkpoints and of a second process.
+bench.py's training benchmarks: a step's speed, the cost of checkpoints and of a second process.
 
 $ python bench.py --only=training     # compared with transformers, and nanoGPT by --nanogpt=PATH
 $ python bench.py --only=saving       # how long saving a checkpoint takes and pauses training
@@ -17,9 +17,15 @@ from pathlib import Path
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import OPTIMIZER, build_model, build_outline
+from flatgpt.benchmarks.baselines import OPTIMIZER, build_meta_model, build_model
+from flatgpt.benchmarks.implementations import (
+    Implementation,
+    Measurement,
+    measure_in_turns,
+    print_profile,
+    start_implementations,
+)
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
-from flatgpt.benchmarks.sides import Side, Turn, open_sides, profile_turn, take_turns
 from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer
@@ -51,30 +57,36 @@ def bench_training(settings: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', ''), ('transformers', '')]
     if settings['nanogpt']:
         names.append(('nanoGPT', ''))
-    with open_sides(names, settings, 'training') as sides:
-        turns = take_turns(sides, settings, 'training')
+    with start_implementations(names, settings, 'training') as sides:
+        measurements = measure_in_turns(sides, settings, 'training')
         notes = {}
         for side in sides:
-            own = turns[side.label]
+            own = measurements[side.label]
             details = [describe_step(side, own, settings, runtime, report)] if own else []
             notes[side.label] = ', '.join(filter(None, [*details, side.failure]))
-        job = f'training {settings["batch_size"]}x{settings["block_size"]}'
+        name = f'training {settings["batch_size"]}x{settings["block_size"]}'
         tolerances = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
-        report.compare(job, turns, notes, tolerances)
-        profile_turn(sides[0], settings, 'training')
+        report.compare(name, measurements, notes, tolerances)
+        print_profile(sides[0], settings, 'training')
 
 
 def describe_step(
-    side: Side, turns: list[Turn], settings: dict, runtime: Runtime, report: Report
+    side: Implementation,
+    measurements: list[Measurement],
+    settings: dict,
+    runtime: Runtime,
+    report: Report,
 ) -> str:
-    """The step of the median turn: its milliseconds, MFU, memory and number format."""
-    turn = sorted(turns, key=lambda turn: turn.seconds)[len(turns) // 2]
-    flops_per_token = build_outline(settings).flops_per_token()
+    """The step of the median measurement: its milliseconds, MFU, memory and number format."""
+    measurement = sorted(measurements, key=lambda measurement: measurement.seconds)[
+        len(measurements) // 2
+    ]
+    flops_per_token = build_meta_model(settings).flops_per_token()
     peak = runtime.peak_flops() or report.machine.get(f'flops_{runtime.dtype_name}')
-    mfu = turn.tokens_per_second * flops_per_token / peak
-    parts = [f'{turn.seconds / settings["steps"] * 1e3:,.0f} ms a step', f'MFU {mfu:.0%}']
-    if turn.memory:
-        parts.append(f'{turn.memory / 2**30:.1f} GiB')
+    mfu = measurement.tokens_per_second * flops_per_token / peak
+    parts = [f'{measurement.seconds / settings["steps"] * 1e3:,.0f} ms a step', f'MFU {mfu:.0%}']
+    if measurement.memory:
+        parts.append(f'{measurement.memory / 2**30:.1f} GiB')
     float32 = side.name == 'nanoGPT' and runtime.device_type == 'cpu'  # without autocast
     parts.append('float32' if float32 else runtime.dtype_name)
     if side.name != 'transformers' and runtime.wants_compile(settings['compile']):

@@ -4,14 +4,14 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from flatgpt.benchmarks.baselines import build_outline, import_nanogpt
+from flatgpt.benchmarks.baselines import build_meta_model, import_nanogpt
 from flatgpt.benchmarks.decoding import dataset_of
 from flatgpt.checkpoint.convert import is_foreign
 from flatgpt.checkpoint.load import find, read_state
-from flatgpt.errors import UserError, one_of, within
+from flatgpt.errors import UserError, check_choice, check_range
 from flatgpt.runtime import DTYPES, Runtime, available_memory
 
-# settings of some jobs only; without those that train.py has as well, whose configs work here, too
+# settings of some benchmarks only; not those that train.py has too, whose configs work here
 USED_BY = {
     'nanogpt': ('training',),
     'text': ('data',),
@@ -32,15 +32,15 @@ def check_modes(settings: dict) -> None:
     if settings['serve'] and (missing := [name for name in SERVING if not find_spec(name)]):
         raise UserError(f'--serve: api.py needs pip install {" ".join(missing)}')
     if settings['serve'] and settings['out_dir']:
-        raise UserError('--serve: measures random weights of the given shape; leave out --out_dir')
+        raise UserError('--serve: measures random weights of the given shape; omit --out_dir')
 
 
-def check_used(settings: dict, jobs: list[str]) -> None:
-    """UserError for a setting that none of the jobs uses."""
+def check_used(settings: dict, benchmarks: list[str]) -> None:
+    """UserError for a setting that none of the benchmarks uses."""
     for name, users in USED_BY.items():
-        if settings[name] and not {*users} & {*jobs}:
-            flags = ' or '.join('--task=' if job == 'task' else f'--only={job}' for job in users)
-            raise UserError(f'{name}={settings[name]!r}: is only for {flags}; leave it out')
+        if settings[name] and not {*users} & {*benchmarks}:
+            flags = ' or '.join('--task=' if user == 'task' else f'--only={user}' for user in users)
+            raise UserError(f'{name}={settings[name]!r}: is only for {flags}; omit it')
 
 
 def check_writable(settings: dict) -> None:
@@ -49,19 +49,22 @@ def check_writable(settings: dict) -> None:
         raise UserError(f'json={path}: not a file that can be written; give another path')
 
 
-def requested_jobs(settings: dict, jobs: list[str], extra: tuple[str, ...]) -> list[str]:
-    """The jobs in `only`, in the order of `jobs`; by default all except `extra`."""
-    named = [job for job in settings['only'].split(',') if job]
-    for job in named:
-        one_of(tuple(jobs), {'only': job}, 'only')
+def requested_benchmarks(
+    settings: dict, benchmarks: list[str], extra: tuple[str, ...]
+) -> list[str]:
+    """The benchmarks in `only`, in their own order; by default all except `extra`."""
+    named = [name for name in settings['only'].split(',') if name]
+    for name in named:
+        check_choice(tuple(benchmarks), {'only': name}, 'only')
     if 'quality' in named and not settings['out_dir']:
         raise UserError('quality: needs a trained model; give --out_dir=RUN')
     if named:
-        return [job for job in jobs if job in named]
-    return [job for job in jobs if job not in extra and (job != 'quality' or settings['out_dir'])]
+        return [name for name in benchmarks if name in named]
+    without = (*extra, *([] if settings['out_dir'] else ['quality']))
+    return [name for name in benchmarks if name not in without]
 
 
-def check_settings(settings: dict, jobs: list[str]) -> None:
+def check_settings(settings: dict, benchmarks: list[str]) -> None:
     check_values(settings)
     if settings['out_dir']:
         foreign = is_foreign(settings['out_dir'])
@@ -70,49 +73,54 @@ def check_settings(settings: dict, jobs: list[str]) -> None:
     if settings['text'] and not Path(settings['text']).is_dir():
         raise UserError(f'text={settings["text"]}: no such folder; give an existing one')
     prompt, new, size = (settings[k] for k in ('prompt_tokens', 'new_tokens', 'block_size'))
-    if {'prefill', 'decode'} & {*jobs} and prompt + new > size:
+    if {'prefill', 'decode'} & {*benchmarks} and prompt + new > size:
         raise UserError(
             f'prompt_tokens={prompt} and new_tokens={new} do not fit into block_size={size}; '
             f'lower one of them, or use --block_size={prompt + new}'
         )
     if settings['nanogpt']:
         if settings['arch'] != 'gpt2':
-            raise UserError('nanogpt: only has GPT-2; use --arch=gpt2, or leave out --nanogpt')
+            raise UserError('nanogpt: only has GPT-2; use --arch=gpt2, or omit --nanogpt')
         import_nanogpt(settings['nanogpt'])
 
 
 def check_values(settings: dict) -> None:
     """The range of each setting."""
     numbers = ('rounds', 'steps', 'prompt_tokens', 'batch_size', 'clients', 'text_bytes')
-    within(1, None, settings, *numbers)
-    within(2, None, settings, 'block_size', 'vocab_size', 'new_tokens')
-    one_of((True, False, 'auto'), settings, 'compile')
-    one_of(('adamw', 'muon'), settings, 'optimizer')
-    one_of(FORMATS, settings, 'serve_format')
+    check_range(1, None, settings, *numbers)
+    check_range(2, None, settings, 'block_size', 'vocab_size', 'new_tokens')
+    check_choice((True, False, 'auto'), settings, 'compile')
+    check_choice(('adamw', 'muon'), settings, 'optimizer')
+    check_choice(FORMATS, settings, 'serve_format')
     for kind in settings['formats'].split(','):
-        one_of(FORMATS, {'formats': kind}, 'formats')
+        check_choice(FORMATS, {'formats': kind}, 'formats')
     for count in settings['rows'].split(','):
         if not count.isdigit() or not int(count):
             raise UserError(f'rows={settings["rows"]!r}: give batch sizes, such as 1,8,32')
 
 
-def check_memory(settings: dict, runtime: Runtime, jobs: list[str]) -> None:
+def check_memory(settings: dict, runtime: Runtime, benchmarks: list[str]) -> None:
     """UserError for a model that does not fit on this device, before minutes of measuring."""
     parameters = count_parameters(settings)
-    training = 16 * (2 + bool(settings['nanogpt']))  # parameters, gradients and AdamW, per side
-    bytes_each = {'training': training, 'prefill': 16, 'decode': 16}  # of all sides together
-    needed = parameters * max(bytes_each.get(job, 4) for job in jobs)
+    training = 16 * (2 + bool(settings['nanogpt']))  # parameters, gradients and AdamW, of each
+    bytes_each = {
+        'training': training,
+        'prefill': 16,
+        'decode': 16,
+    }  # of all implementations together
+    needed = parameters * max(bytes_each.get(name, 4) for name in benchmarks)
     free = available_memory(runtime)
     if free is not None and needed > free:
         raise UserError(
-            f'{parameters / 1e6:,.0f}M parameters on all sides need {needed / 2**30:.0f} GiB and '
-            f'{runtime.device} has {free / 2**30:.0f} GiB free; lower --n_layer or --n_embd'
+            f'{parameters / 1e6:,.0f}M parameters in each implementation need '
+            f'{needed / 2**30:.0f} GiB and {runtime.device} has {free / 2**30:.0f} GiB free; '
+            'lower --n_layer or --n_embd'
         )
 
 
 def count_parameters(settings: dict) -> int:
     one, two = (  # extrapolated from two layers
-        sum(p.numel() for p in build_outline({**settings, 'n_layer': n}).parameters())
+        sum(p.numel() for p in build_meta_model({**settings, 'n_layer': n}).parameters())
         for n in (1, 2)
     )
     return one + (two - one) * (settings['n_layer'] - 1)

@@ -29,7 +29,7 @@ from flatgpt.data.hf_tokenizer import (
     with_configured_eos_ids,
     with_saved_chat_template,
 )
-from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
+from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load_tokenizer
 from flatgpt.errors import CheckpointError, did_you_mean
 from flatgpt.files import atomic_folder, read_json
 from model import GPT, TRANSPOSED
@@ -324,7 +324,7 @@ def find_nanogpt_tokenizer(path: Path, dataset: str, vocab_size: int) -> Tokeniz
     """The tokenizer of its dataset in data/, of a folder above the checkpoint or of this clone."""
     roots = [*path.resolve().parents, ROOT]
     for root in roots if re.fullmatch(r'[\w.-]+', dataset) else ():
-        for name, read in (('meta.pkl', from_nanogpt_meta), ('tokenizer.json', load)):
+        for name, read in (('meta.pkl', from_nanogpt_meta), ('tokenizer.json', load_tokenizer)):
             file = root / 'data' / dataset / name
             if file.is_file() and (found := read(file)).vocab_size == vocab_size:
                 return found

@@ -1,5 +1,5 @@
 """
-Byte-pair encoding (BPE) learned from a lot of text.
+Trains byte-pair encoding (BPE) on a lot of text.
 
     tokenizer = learn_bpe(texts, vocab_size=8192)   # Ctrl-C works, and long words are no slower
 """
@@ -11,8 +11,15 @@ from concurrent.futures import Future, wait
 
 import regex
 
-from flatgpt.data.tokenizer import Tokenizer, train_bpe
+from flatgpt.data.tokenizer import EOT, Tokenizer, byte_alphabet
+from flatgpt.errors import UserError
 
+# How this BPE splits text before merging: words with their contractions, numbers of up to three
+# digits, other signs; each with the space before it.
+BPE_PATTERN = (
+    r" ?[\p{L}\p{M}]+(?:'\p{L}{1,2}(?!\p{L}))?"
+    r'| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+'
+)
 # Training time grows with the square of a word's length, so longer words are split into pieces.
 LONGEST_WORD = 256
 LONG_WORD = regex.compile(
@@ -25,7 +32,7 @@ MAX_PIECES = 2**14  # of all long words together
 
 
 def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """train_bpe() that Ctrl-C can interrupt, and that long words do not slow down."""
+    """train_bpe(), but Ctrl-C interrupts it, and long words do not slow it down."""
     stop = threading.Event()
     words = SplitLongWords(itertools.takewhile(lambda _: not stop.is_set(), texts))
     tokenizer = run_interruptibly(stop, train_bpe, words, vocab_size)
@@ -38,11 +45,41 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """
+    BPE trained on `texts`. Its ids: the 256 bytes, then merges from frequent to rare, then the end
+    of text. Fewer than vocab_size if the texts have fewer pairs to merge.
+    """
+    if vocab_size < 258:
+        raise UserError(
+            f'--vocab_size={vocab_size}: must be at least 258: 256 bytes, a merge, the end of text'
+        )
+    import tokenizers
+
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(BPE_PATTERN), 'isolated')
+    to_alphabet = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_alphabet])
+    alphabet = byte_alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=list(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    vocabulary = bpe.get_vocab()
+    merged = [token for token in sorted(vocabulary, key=vocabulary.get) if len(token) > 1]
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [bytes(alphabet[letter] for letter in token) for token in merged]
+    return Tokenizer('bpe', 'bpe', tokens + [EOT.encode()], {EOT: len(tokens)}, BPE_PATTERN)
+
+
 class SplitLongWords:
-    """Texts in which long words are split into pieces, and counts of both."""
+    """The texts, with long words split into pieces."""
 
     def __init__(self, texts: Iterable[str]):
-        self.texts, self.split, self.pieces, self.ignored = texts, 0, 0, 0
+        self.texts = texts
+        self.split = 0  # words
+        self.pieces = 0  # of them
+        self.ignored = 0  # pieces beyond MAX_PIECES
 
     def __iter__(self) -> Iterator[str]:
         for text in self.texts:

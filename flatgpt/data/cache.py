@@ -47,7 +47,9 @@ class Progress:
     """Bytes copied or verified by all threads, and whether they should stop."""
 
     def __init__(self):
-        self.bytes, self.lock, self.stop = 0, threading.Lock(), threading.Event()
+        self.bytes = 0
+        self.lock = threading.Lock()
+        self.stop = threading.Event()
 
     def add(self, count: int) -> None:
         with self.lock:
@@ -60,8 +62,8 @@ def is_url(name: str) -> bool:
 
 def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
     """
-    A complete copy of the dataset at `source`, a URL or a folder -> its folder. One process copies;
-    others on this machine wait for it.
+    Copy the dataset at `source`, a URL or a folder -> the copy's folder. One process copies; others
+    on this machine wait for it.
 
     alive: called while bytes arrive, or while another process copies.
     """
@@ -182,22 +184,23 @@ def copy_files(source: str, folder: Path, files: list[FileEntry], alive: Callabl
 
 def show_progress(jobs: set, progress: Progress, total: int, alive: Callable) -> None:
     """Show progress until all jobs are done. Raises the error of a failed job."""
-    began, line_at = time.monotonic(), time.monotonic() + LOG_INTERVAL
+    began = time.monotonic()
+    next_line = began + LOG_INTERVAL
     with tqdm(total=total, unit='B', unit_scale=True, desc='copying', disable=None) as bar:
         shown = 0
         while jobs:
             done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_EXCEPTION)
             for job in done:
                 job.result()
-            now, step = progress.bytes, progress.bytes - shown
-            if step:
+            now = progress.bytes
+            if now != shown:
                 alive()
-            bar.update(step)
+            bar.update(now - shown)
             shown = now
-            if bar.disable and time.monotonic() > line_at:
+            if bar.disable and time.monotonic() > next_line:
                 left = (time.monotonic() - began) * (total / max(1, now) - 1)
                 print(f'copying: {now / total:.0%}, ETA {tqdm.format_interval(left)}', flush=True)
-                line_at = time.monotonic() + LOG_INTERVAL
+                next_line = time.monotonic() + LOG_INTERVAL
 
 
 def copy_file(source: str, folder: Path, file: FileEntry, progress: Progress) -> None:

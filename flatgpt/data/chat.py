@@ -43,10 +43,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
+from flatgpt.data.dataset import DATA_DIR, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
-from flatgpt.data.sources import file_id, find_files, strip_bom, total_bytes
+from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
 from flatgpt.data.text import check_val_fraction, dataset_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.errors import UserError
@@ -73,8 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
         files, val_files = find_files(args.files), find_files(args.val)
-        in_val = {file_id(path) for path in val_files}
-        files = [path for path in files if file_id(path) not in in_val]
+        files = exclude_files(files, val_files)
         if not files:
             raise UserError('all FILES are also given as --val; add other files to train on')
         train = read_samples(files, args, tokenizer)
@@ -222,7 +221,7 @@ class Samples:
 
     def all_skipped(self) -> Counter:
         """Reason -> rows, except those that were too long."""
-        return self.skipped + Counter({'invalid': len(self.errors)})
+        return self.skipped + Counter({'with errors': len(self.errors)})
 
 
 def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
@@ -265,9 +264,7 @@ def is_json_lines(path: Path) -> bool:
         lines = (block for line in file if (block := strip_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
     try:
-        json.loads(
-            first.decode()
-        )  # if the first line is a whole value, a second makes it JSON Lines
+        json.loads(first.decode())  # fails if the value continues on the next line
     except (ValueError, RecursionError):
         return False
     return bool(second)
@@ -395,8 +392,8 @@ def encode_message(message: Message, number: int, tokenizer: Tokenizer) -> Seque
     is_text = tokenizer.delimiter_id(end) is None
     if is_text and message.role == ASSISTANT and end in message.content:
         raise UserError(
-            f'messages[{number}]: the answer contains {end!r}, which ends a turn; choose another '
-            'end with --template=FILE'
+            f"messages[{number}]: the assistant's message contains {end!r}, which ends a turn; "
+            'choose another end with --template=FILE'
         )
     return tokenizer.render([{'role': message.role, 'content': message.content}])
 
@@ -429,6 +426,10 @@ def write_dataset(
     print_report(args, writer, train, val, targets)
 
 
+def count_rows(number: int, reason: str) -> str:
+    return f'{number:,} row{"s" * (number != 1)} {reason}'
+
+
 def empty_split_error(
     folder: Path, split: str, args: argparse.Namespace, samples: Samples
 ) -> UserError:
@@ -440,7 +441,7 @@ def empty_split_error(
         reasons[reason] = samples.too_long
     why = 'the files have no rows'
     if reasons:
-        counts = ', '.join(f'{number:,} {reason}' for reason, number in reasons.items())
+        counts = ', '.join(count_rows(number, reason) for reason, number in reasons.items())
         first = f' ({samples.errors[0]})' if samples.errors else ''
         why = f'skipped {counts}{first}'
     option = 'FILES' if split == 'train' else '--val files'
@@ -512,10 +513,10 @@ def print_report(
     truncated, too_long = train.truncated + val.truncated, train.too_long + val.too_long
     print(f'longer than a row: {truncated:,} truncated, {too_long:,} skipped')
     for reason, number in (train.all_skipped() + val.all_skipped()).items():
-        print(f'skipped: {number:,} {reason}')
+        print(f'skipped: {count_rows(number, reason)}')
     for line in (train.errors + val.errors)[:MAX_ERRORS_SHOWN]:
         print(f'    {line}')
-    dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
+    dataset = writer.folder.name if writer.folder.parent == DATA_DIR else writer.folder.resolve()
     config = 'train_dpo' if train.pairs else 'train_chat'
     base = args.tokenizer if Path(args.tokenizer).is_dir() or args.tokenizer == 'gpt2' else '...'
     print(f'Train on it: python train.py {config} --dataset={dataset} --init_from={base}')

@@ -9,8 +9,8 @@ written last:
 The shards of a large dataset are in the folders of its parts (see data/parquet.py).
 Conversations (see data/chat/prepare.py) are packed into rows of fixed length: meta.json has "rows":
 {"length", "pairs"}, and train.mask.bin beside train.bin has one byte of flags per id: TARGET, FIRST
-(of a conversation, or of the padding), PADDING. With pairs, the row with the chosen answer comes
-before the row with the rejected one.
+(of a conversation, or of the padding), PADDING. With pairs, the row with the chosen completion
+precedes the row with the rejected one.
 A nanoGPT folder with only train.bin, val.bin and perhaps meta.pkl can be read, too.
 
     with Writer(folder, tokenizer) as writer:        # publishes nothing if this raises
@@ -31,19 +31,20 @@ from collections.abc import Callable, Iterator
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import filelock
 import numpy as np
 
 from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
-from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load
+from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load_tokenizer
 from flatgpt.errors import DISK_ERRORS, UserError, did_you_mean
 from flatgpt.files import atomic_file
 
-DATA = ROOT / 'data'
+DATA_DIR = ROOT / 'data'
 SPLITS = ('train', 'val')
-TARGET, FIRST, PADDING = 1, 2, 4  # flags of an id in a row
+TARGET, FIRST, PADDING = 1, 2, 4  # flags of an id in a row of chat data
 UNFINISHED = '.unfinished'  # exists while new files replace an older dataset
 QUICKSTART = 'python train.py config/quickstart.py'
 TEXT_COMMAND = 'python data/text/prepare.py FILES'
@@ -56,7 +57,7 @@ class Writer:
 
     source: what a part of a larger dataset is made from, recorded in its meta.json; a split of a
     part may be empty.
-    rows: {'length', 'pairs'} of conversation rows, which are written with their flags.
+    rows: {'length', 'pairs'} for chat data, whose rows are written with their flags; None for text.
     """
 
     def __init__(
@@ -67,14 +68,16 @@ class Writer:
         source: dict | None = None,
         rows: dict | None = None,
     ):
-        self.folder, self.tokenizer, self.shard_tokens = Path(folder), tokenizer, shard_tokens
+        self.folder, self.tokenizer = Path(folder), tokenizer
+        self.shard_tokens = shard_tokens
         self.source, self.rows = source, rows
         if rows:  # no row or pair may cross shards
             unit = row_unit(rows)
             self.shard_tokens = max(1, shard_tokens // unit) * unit
         self.shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
-        self._files: dict[str, list] = {}  # split: [(file, sha256)], the open shard and its flags
+        # split -> [(file, sha256)] of the open shard and its flags
+        self._files: dict[str, list] = {}
         self._byte_lengths = tokenizer.byte_lengths()
         self._lock = filelock.FileLock(self.folder / '.write.lock', timeout=0)
 
@@ -241,6 +244,11 @@ def temporary_files(folder: Path) -> list[Path]:
     return [part for pattern in patterns for part in folder.glob(pattern)]
 
 
+class MixturePart(NamedTuple):
+    share: float  # of the samples
+    data: 'Dataset'
+
+
 class Dataset:
     """
     Batches of a prepared folder. A batch depends only on its sample numbers: it is the same for
@@ -248,19 +256,21 @@ class Dataset:
 
     objective: 'lm' for text, in windows of block_size; 'sft' for rows of conversations, 'dpo' for
     pairs of rows. Rows keep their length, which must be at most block_size and replaces it.
+    A window is what one sample is read from: block_size tokens, or a row or pair of chat data.
     """
 
     def __init__(
         self, folder: str | Path, block_size: int, seed: int = 1337, objective: str = 'lm'
     ):
         self.folder, self.seed = Path(folder), seed
-        self.name, self.parts = self.folder.name, [(1.0, self)]  # as Mixture.parts
+        self.name = self.folder.name
+        self.parts = [MixturePart(1.0, self)]  # like those of a Mixture
         meta = read_meta(self.folder)
-        self.rows: dict | None = meta.get('rows')
+        self._rows: dict | None = meta.get('rows')
         self._check_objective(objective)
         self._check_row(block_size)
-        self.block_size = block_size = self.rows['length'] if self.rows else block_size
-        self.stride = row_unit(self.rows) if self.rows else block_size
+        self.block_size = block_size = self._rows['length'] if self.is_chat else block_size
+        self.stride = row_unit(self._rows) if self.is_chat else block_size  # tokens per window
         self.vocab_size: int = meta['vocab_size']
         self._dtype = np.dtype(meta['dtype']).newbyteorder('<')
         self._splits = splits = {split: meta['splits'][split] for split in SPLITS}
@@ -272,7 +282,7 @@ class Dataset:
         check_files(self.folder, meta)
         self._check_lengths()
         names = [name for split in SPLITS for name, _ in self._shards[split]]
-        masks = [mask_file(name) for name in names] if self.rows else []
+        masks = [mask_file(name) for name in names] if self.is_chat else []
         self._files = ShardFiles(self.folder, names + masks)
         sizes = np.array(lengths['train'])
         self._first_token = self._ends['train'] - sizes
@@ -280,32 +290,42 @@ class Dataset:
         # the window boundaries can shift by up to a window from epoch to epoch.
         fit = (sizes - 1) // block_size
         self._windows = np.maximum((sizes - block_size) // block_size, np.minimum(fit, 1))
-        self._phases = np.minimum(block_size, sizes - self._windows * block_size)
-        if self.rows:  # fixed boundaries, and no target after the last token
-            self._windows, self._phases = sizes // self.stride, np.ones_like(sizes)
+        self._offsets = np.minimum(block_size, sizes - self._windows * block_size)  # their number
+        if self.is_chat:  # fixed boundaries, and no target after the last token
+            self._windows, self._offsets = sizes // self.stride, np.ones_like(sizes)
         self._last_window = np.cumsum(self._windows)
         self.n_windows = int(self._windows.sum())
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the samples are conversations or preference pairs, in rows of fixed length."""
+        return bool(self._rows)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the samples are preference pairs."""
+        return self.is_chat and bool(self._rows['pairs'])
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the content: a hash of the shards' hashes, or of their sizes (nanoGPT)."""
-        made_of = [self._splits, self.rows] if self.rows else self._splits
+        made_of = [self._splits, self._rows] if self.is_chat else self._splits
         return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The dataset's tokenizer; of a nanoGPT folder, meta.pkl's characters or else gpt2."""
         if (self.folder / 'meta.json').exists():
-            return load(self.folder / 'tokenizer.json')
+            return load_tokenizer(self.folder / 'tokenizer.json')
         pickled = self.folder / 'meta.pkl'
         return from_nanogpt_meta(pickled) if pickled.exists() else get_tokenizer('gpt2')
 
     def text_bytes(self, split: str) -> int | None:
         """Bytes of text in a split; for nanoGPT folders counted with their tokenizer.
 
-        None if that is unavailable, and for rows, since only part of their text is a target.
+        None if that is unavailable, and for chat data, since only part of its text is a target.
         """
-        if self.rows:
+        if self.is_chat:
             return None
         if self.bytes[split] is None:
             try:
@@ -329,7 +349,7 @@ class Dataset:
     @functools.cached_property
     def window_tokens(self) -> float:
         """The mean number of tokens in a training window, without padding."""
-        if not self.rows:
+        if not self.is_chat:
             return self.block_size
         return sum(int((flags & PADDING == 0).sum()) for flags in self._flags()) / self.n_windows
 
@@ -354,7 +374,7 @@ class Dataset:
         """The window of each sample, and the random key of its epoch."""
         sample = np.arange(first, first + count, dtype=np.int64)
         epoch = sample // self.n_windows
-        key = mix(np.full(count, self.seed % 2**64, np.uint64), epoch.astype(np.uint64))
+        key = hash_uint64(np.full(count, self.seed % 2**64, np.uint64), epoch.astype(np.uint64))
         return permute(sample % self.n_windows, self.n_windows, key), key
 
     def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
@@ -368,8 +388,8 @@ class Dataset:
         window, key = self._sample_windows(first, count)
         shard = np.searchsorted(self._last_window, window, side='right')
         window -= (self._last_window - self._windows)[shard]
-        phase = (key % self._phases[shard].astype(np.uint64)).astype(np.int64)
-        starts = self._first_token[shard] + phase + window * self.stride
+        offset = (key % self._offsets[shard].astype(np.uint64)).astype(np.int64)
+        starts = self._first_token[shard] + offset + window * self.stride
         return self._inputs_and_targets('train', self._sequences(starts), documents)
 
     def _sequences(self, starts: np.ndarray) -> np.ndarray:
@@ -381,24 +401,24 @@ class Dataset:
     ) -> tuple[np.ndarray, ...]:
         ids = self._read(split, starts)
         x, y = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
-        if self.rows:
+        if self.is_chat:
             flags = self._read_files(split, starts, np.dtype(np.uint8), mask_file)
             y[flags[:, 1:] & TARGET == 0] = -1
         if not documents:
             return x, y
-        begins = flags[:, :-1] & FIRST > 0 if self.rows else x == self.tokenizer.eot
+        begins = flags[:, :-1] & FIRST > 0 if self.is_chat else x == self.tokenizer.eot
         return x, y, begins.cumsum(1)
 
-    def eval_windows(self, split: str, count: int | None = None) -> np.ndarray:
+    def eval_starts(self, split: str, count: int | None = None) -> np.ndarray:
         """
-        The first positions of `count` fixed, evenly spaced, disjoint windows of a split.
+        The first token positions of `count` fixed, evenly spaced, disjoint windows of a split.
         None, or more than exist: all, so that every token but the first is a target once.
         """
-        last = self.tokens[split] - (0 if self.rows else 1)
-        whole = last // self.stride
-        if count is None or count > whole:
-            return np.arange(0, last, self.stride)
-        return np.arange(count) * whole // count * self.stride
+        end = self.tokens[split] - (0 if self.is_chat else 1)
+        full_windows = end // self.stride
+        if count is None or count > full_windows:
+            return np.arange(0, end, self.stride)
+        return np.arange(count) * full_windows // count * self.stride
 
     def eval_batch(
         self, split: str, starts: np.ndarray, documents: bool = False
@@ -467,25 +487,26 @@ class Dataset:
 
     def _check_objective(self, objective: str) -> None:
         holds = {'lm': 'text', 'sft': 'conversations', 'dpo': 'preference pairs'}
-        fits = ('dpo' if self.rows['pairs'] else 'sft') if self.rows else 'lm'
+        fits = ('dpo' if self.has_pairs else 'sft') if self.is_chat else 'lm'
         if objective != fits:
-            maker = 'text' if objective == 'lm' else 'chat'
+            script = 'text' if objective == 'lm' else 'chat'
             raise UserError(
                 f'{self.folder}: contains {holds[fits]}, for --objective={fits}; '
                 f'objective={objective!r} needs {holds[objective]}: prepare them with '
-                f'data/{maker}/prepare.py'
+                f'data/{script}/prepare.py'
             )
 
     def _check_row(self, block_size: int) -> None:
-        if self.rows and self.rows['length'] > block_size:
+        if self.is_chat and self._rows['length'] > block_size:
+            length = self._rows['length']
             raise UserError(
-                f'{self.folder}: its rows of {self.rows["length"]} tokens exceed block_size='
-                f'{block_size}; use --block_size={self.rows["length"]} if the model supports it, '
+                f'{self.folder}: its rows of {length} tokens exceed block_size='
+                f'{block_size}; use --block_size={length} if the model supports it, '
                 f'or prepare the dataset again with --block_size={block_size}'
             )
 
     def _check_lengths(self) -> None:
-        if self.rows:
+        if self.is_chat:
             return  # rows have a fixed length
         # A training window must fit in a shard, an evaluation window in the whole split.
         longest = {
@@ -502,7 +523,7 @@ class Dataset:
                 )
 
 
-def mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def hash_uint64(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Hash two uint64 into one (the finalizer of SplitMix64, Steele et al. 2014)."""
     x = (x + (y + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -522,7 +543,7 @@ def permute(position: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     while len(todo):
         left, right = out[todo] >> half, out[todo] & mask
         for salt in range(4):
-            scrambled = mix(key[todo] + np.uint64(salt), right)
+            scrambled = hash_uint64(key[todo] + np.uint64(salt), right)
             left, right = right, left ^ (scrambled & mask)
         out[todo] = (left << half) | right
         todo = todo[out[todo] >= n]
@@ -595,10 +616,10 @@ def nanogpt_meta(folder: Path) -> dict:
     return {'vocab_size': vocab_size, 'dtype': 'uint16', 'splits': splits}
 
 
-def find_dataset(name: str) -> Path:
+def find_or_prepare_dataset(name: str) -> Path:
     """
-    The dataset in data/<name>, or in the folder `name` if that is a path. A dataset that comes
-    with flatGPT is prepared if necessary, unless it is a large download.
+    The folder of a dataset: data/<name>, or `name` if that is a path. A dataset that comes with
+    flatGPT is prepared if necessary, unless it is a large download.
     """
     folder, is_path = resolve_dataset(name)
     if not is_prepared(folder):
@@ -612,12 +633,12 @@ def find_dataset(name: str) -> Path:
 def resolve_dataset(name: str) -> tuple[Path, bool]:
     """The folder of a dataset, which need not exist, and whether its name is a path."""
     is_path = os.path.basename(name) != name or name in ('', '.', '..')
-    return Path(name) if is_path else DATA / name, is_path
+    return Path(name) if is_path else DATA_DIR / name, is_path
 
 
 def is_prepared(folder: Path) -> bool:
-    there = (folder / 'meta.json').exists() or (folder / 'train.bin').exists()
-    return there and not (folder / UNFINISHED).exists()
+    has_data = (folder / 'meta.json').exists() or (folder / 'train.bin').exists()
+    return has_data and not (folder / UNFINISHED).exists()
 
 
 def prepare(folder: Path) -> None:
@@ -630,10 +651,10 @@ def prepare(folder: Path) -> None:
         )
     try:
         folder.mkdir(exist_ok=True)
-        held = filelock.FileLock(folder / '.prepare.lock').acquire()
+        lock = filelock.FileLock(folder / '.prepare.lock').acquire()
     except OSError as error:  # a read-only clone
         raise write_error(folder, error, f'{prepare_command(folder)} ') from error
-    with held:
+    with lock:
         if not is_prepared(folder):
             import_script(script).main(arguments)
 
@@ -650,13 +671,13 @@ def prepare_script(folder: Path) -> tuple[Path, list[str]] | None:
     """
     if (folder / 'prepare.py').exists():
         return folder / 'prepare.py', []
-    if folder.parent == DATA and folder.name in book_sets():
-        return DATA / 'gutenberg' / 'prepare.py', [folder.name]
+    if folder.parent == DATA_DIR and folder.name in book_sets():
+        return DATA_DIR / 'gutenberg' / 'prepare.py', [folder.name]
     return None
 
 
 def book_sets() -> list[str]:
-    script = DATA / 'gutenberg' / 'prepare.py'
+    script = DATA_DIR / 'gutenberg' / 'prepare.py'
     return list(import_script(script).SETS) if script.exists() else []
 
 
@@ -682,7 +703,7 @@ def import_script(script: Path) -> ModuleType:
 def missing_dataset(name: str, is_path: bool) -> str:
     if is_path:
         return f'{name}: no such folder; prepare your own text: {TEXT_COMMAND} --out_dir={name}'
-    folders = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
+    folders = [f.name for f in DATA_DIR.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
     names = sorted({*folders, *book_sets()} - {'chat', 'gutenberg', 'text'})  # these need arguments
     hint = did_you_mean(name, names)
     return (

@@ -1,8 +1,8 @@
 """
 Tokenizes text of any length to disk on all cores, with a few chunks in memory at a time. With
-gigatoken, one core is faster than a dozen without it.
+gigatoken, one core is faster than a dozen without it. A document is given as blocks of text.
 
-    chunks = ((0, 'train', text, len(text)) for text in cut(blocks_of_one_document))
+    chunks = ((0, 'train', text, len(text)) for text in split_text(document))
     with Writer(folder, tokenizer) as writer:
         write_chunks(writer, chunks)
 """
@@ -28,7 +28,8 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 
 CHUNK = 2**20  # characters encoded at a time
-MAX_CHUNK = CHUNK + CHUNK // 8  # of a chunk without a boundary: BPE takes n log n for a word
+# characters of a chunk without a boundary: BPE takes O(n log n) for a word
+MAX_CHUNK = CHUNK + CHUNK // 8
 # Every tokenizer's pre-tokenization splits between a letter or digit and one of these characters,
 # so encoding a text in chunks gives the same ids as encoding it at once.
 # The last three are the Chinese comma, enumeration comma and full stop.
@@ -44,7 +45,7 @@ def cores() -> int:
 
 
 def split_text(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in chunks that can be encoded separately."""
+    """The text of the blocks, in chunks that can be encoded separately."""
     text = ''
     for block in blocks:
         searched = len(text) - 1  # the next block decides whether the last letter is a boundary
@@ -74,7 +75,8 @@ def write_chunks(
     workers: number of processes, None for the fastest.
     read_eot: encode a literal end-of-text marker as that token.
     """
-    tokenizer, small = writer.tokenizer, total is not None and total < MIN_PARALLEL_BYTES
+    tokenizer = writer.tokenizer
+    small = total is not None and total < MIN_PARALLEL_BYTES
     if tokenizer.kind == 'tiktoken' and workers in (None, 1):
         why_not = tokenizer.accelerate()
         if why_not and not small:
@@ -93,30 +95,31 @@ def write_chunks(
 
 def group_chunks(chunks: Iterable[Chunk]) -> Iterator[tuple[int, list]]:
     """Chunks in lists large enough for another process, with the bytes read for each list."""
-    last: dict[str, int] = {}
-    job, characters, read = [], 0, 0
+    last: dict[str, int] = {}  # split -> document number
+    job, characters, bytes_read = [], 0, 0
     for number, split, text, size in chunks:
-        begins = last.get(split, number) != number
+        is_new = last.get(split, number) != number  # the first document of a split is not
         last[split] = number
-        job.append((split, begins, text))
-        characters, read = characters + len(text), read + size
+        job.append((split, is_new, text))
+        characters += len(text)
+        bytes_read += size
         if characters >= CHUNK:
-            yield read, job
-            job, characters, read = [], 0, 0
+            yield bytes_read, job
+            job, characters, bytes_read = [], 0, 0
     if job:
-        yield read, job
+        yield bytes_read, job
 
 
 def encode_job(
     job: tuple[int, list], tokenizer: Tokenizer, read_eot: bool = False
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """-> bytes read, ids by split"""
+    """-> bytes read, ids by split, with the end-of-text token before each new document"""
     size, chunks = job
-    between = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
+    separator = np.array([] if tokenizer.eot is None else [tokenizer.eot], tokenizer.dtype)
     parts: dict[str, list] = {}
-    for split, begins, text in chunks:
+    for split, is_new, text in chunks:
         ids = parts.setdefault(split, [])
-        ids += [between] * begins + [tokenizer.encode(text, allow_eot=read_eot)]
+        ids += [separator] * is_new + [tokenizer.encode(text, allow_eot=read_eot)]
     return size, {split: np.concatenate(ids) for split, ids in parts.items()}
 
 

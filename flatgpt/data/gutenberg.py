@@ -7,8 +7,8 @@ $ python data/gutenberg/prepare.py poe 84 --name=dark --tokenizer=byte
 
 Each book is a document. It is fetched once and kept in data/gutenberg/pages/, so an interrupted
 command can resume. Project Gutenberg's own site asks programs to use a mirror: set it with --site.
-Line ends become \n. The last tenth of each book is for validation, or with ten books or more some
-whole books.
+Line endings become \n. The last tenth of each book is for validation, or with ten books or more
+some whole books.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import re
 from pathlib import Path
 
 from flatgpt.data import text
-from flatgpt.data.dataset import DATA
+from flatgpt.data.dataset import DATA_DIR
 from flatgpt.data.download import download_folder, fetch_page
 from flatgpt.errors import UserError
 
-FOLDER = DATA / 'gutenberg'
+FOLDER = DATA_DIR / 'gutenberg'
 SITE = 'https://gutenberg.pglaf.org'  # Project Gutenberg's own mirror
 # the newest version of a book, then its older files; the digits of 134 are 1/3
 URL_PATHS = (
@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace, sets: dict) -> None:
         raise UserError(f'--site={args.site}: must begin with http:// or https://')
     numbers = dict.fromkeys(number for word in args.books for number in numbers_of(word, sets))
     keep = download_folder(FOLDER, folder)
-    # fetch all before encoding any
+    # download all before encoding any
     files = [book_file(number, args.site, keep) for number in numbers]
     text.prepare(args, folder, files, [], recipe)
 
@@ -84,7 +84,7 @@ def output_and_config(args: argparse.Namespace, sets: dict) -> tuple[Path, str]:
     name = args.books[0] if len(args.books) == 1 and args.books[0] in sets else None
     recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'train_text'
     if name and not (args.name or args.out_dir):
-        return DATA / name, recipe
+        return DATA_DIR / name, recipe
     if not (args.name or args.out_dir):
         books = ' '.join(args.books)
         raise UserError(f'give the dataset a name: {COMMAND} {books} --name=novels')
@@ -128,7 +128,7 @@ def find_problem(page: bytes, number: int) -> str | None:
 
 
 def decode_book(raw: bytes) -> str:
-    """Decode UTF-8, used by newer files, or Latin-1, by older ones; line ends become \\n."""
+    """Decode UTF-8, used by newer files, or Latin-1, by older ones; line endings become \\n."""
     try:
         book = raw.decode('utf-8-sig')
     except UnicodeDecodeError:

@@ -28,10 +28,10 @@ from flatgpt.data.tokenizer import (
     Tokenizer,
     byte_alphabet,
     byte_tokenizer,
-    difficult_text,
     from_nanogpt_meta,
     get_tokenizer,
-    load,
+    load_tokenizer,
+    self_check_text,
     tokenizer_names,
 )
 from flatgpt.errors import UserError
@@ -62,7 +62,7 @@ def find_tokenizer(where: str) -> Tokenizer:
         return get_tokenizer(where)
     if path.suffix == '.pkl':
         return from_nanogpt_meta(path)
-    return load(path) if 'kind' in read_json(path, 'tokenizer') else read_files(path)
+    return load_tokenizer(path) if 'kind' in read_json(path, 'tokenizer') else read_files(path)
 
 
 def read_folder(folder: Path) -> Tokenizer:
@@ -86,7 +86,7 @@ def read_files(*paths: str | Path) -> Tokenizer:
 
     Other files in the folder have the special tokens and eos_token_id. UserError unless both encode
     alike: all options must be supported, and the merges must follow from the tokens. Last, both
-    encode difficult_text(), in case of differences that no option shows.
+    encode self_check_text(), in case of differences that no option shows.
     """
     try:
         if len(paths) == 1:
@@ -103,7 +103,7 @@ def read_files(*paths: str | Path) -> Tokenizer:
         content = json.loads(hf.to_str())
         check_supported(content, settings)
         own = parse_tokenizer(content, find_eos_ids(Path(paths[0]).parent, settings, hf))
-        text = 'x' + difficult_text()
+        text = 'x' + self_check_text()
         if own.kind == 'char':
             text = ''.join(map(bytes.decode, own.token_bytes[: own.vocab_size - len(own.special)]))
         ids = own.encode(text, allow_eot=True).tolist()

@@ -19,10 +19,17 @@ from pathlib import Path
 
 import numpy as np
 
-from flatgpt.data.dataset import SPLITS, Dataset, find_dataset, mix, permute
+from flatgpt.data.dataset import (
+    SPLITS,
+    Dataset,
+    MixturePart,
+    find_or_prepare_dataset,
+    hash_uint64,
+    permute,
+)
 from flatgpt.errors import UserError
 
-BLOCK = 1000  # the shares are exact in each block of so many samples
+SHARE_BLOCK = 1000  # samples; every block of so many has exactly the shares
 
 
 def open_data(
@@ -53,14 +60,14 @@ def open_data(
 def local_folder(name: str, cache: str | None, alive: Callable) -> Path:
     """The folder that a dataset is read from."""
     if not cache and '://' not in name:
-        return find_dataset(name)
+        return find_or_prepare_dataset(name)
     from flatgpt.data.cache import copy_to_cache, is_url  # requests is slow to import
 
     if is_url(name) and not cache:
         raise UserError(
             f'dataset={name!r}: a URL needs --data_cache=FOLDER, a local folder to copy it to'
         )
-    source = name if is_url(name) else find_dataset(name)
+    source = name if is_url(name) else find_or_prepare_dataset(name)
     return copy_to_cache(source, cache, alive) if cache else source
 
 
@@ -96,23 +103,24 @@ def parse_weights(setting: str) -> dict[str, float]:
 
 def quotas_of(weights: list[float]) -> list[int]:
     """The number of samples of each part in a block, by the largest remainder method."""
-    exact = np.array(weights) / sum(weights) * BLOCK
+    exact = np.array(weights) / sum(weights) * SHARE_BLOCK
     quotas = exact.astype(int)
     most = np.argsort(quotas - exact, kind='stable')  # the largest remainder first
-    quotas[most[: BLOCK - quotas.sum()]] += 1
+    quotas[most[: SHARE_BLOCK - quotas.sum()]] += 1
     return quotas.tolist()
 
 
 @functools.lru_cache(maxsize=8)
 def block_order(block: int, quotas: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The part of each sample in a block, and its sample number in that part, (BLOCK,) each."""
-    key = mix(np.full(BLOCK, seed % 2**64, np.uint64), np.full(BLOCK, block, np.uint64))
+    """The part of each sample in a block, and its number there, (SHARE_BLOCK,) each."""
+    seeds, blocks = (np.full(SHARE_BLOCK, n, np.uint64) for n in (seed % 2**64, block))
+    key = hash_uint64(seeds, blocks)
     parts = np.repeat(np.arange(len(quotas)), quotas)  # sorted by part
-    source = parts[permute(np.arange(BLOCK), BLOCK, key)]
-    number = np.empty(BLOCK, np.int64)
+    source = parts[permute(np.arange(SHARE_BLOCK), SHARE_BLOCK, key)]
+    number = np.empty(SHARE_BLOCK, np.int64)
     begins = np.cumsum(quotas) - quotas
     # number the samples of each part in their order in the block
-    number[np.argsort(source, kind='stable')] = np.arange(BLOCK) - begins[parts]
+    number[np.argsort(source, kind='stable')] = np.arange(SHARE_BLOCK) - begins[parts]
     return source, number + block * np.array(quotas)[source]
 
 
@@ -120,101 +128,111 @@ class Mixture:
     """
     A weighted mixture of datasets with the same tokenizer and objective; used like a Dataset.
 
-    parts: [(share of the samples, dataset)]. An epoch, n_windows samples, ends when every part has
-    completed an epoch; others may have completed several by then.
+    quotas: the number of samples of each part in a block of SHARE_BLOCK. An epoch, n_windows
+    samples, ends when every part has completed an epoch; others may have completed several by then.
     """
 
-    def __init__(self, parts: list[Dataset], weights: list[float], seed: int = 1337):
-        self.seed, self.quotas = seed, tuple(quotas_of(weights))
-        self.parts = [(q / BLOCK, part) for q, part in zip(self.quotas, parts, strict=True)]
+    def __init__(self, datasets: list[Dataset], weights: list[float], seed: int = 1337):
+        self.seed = seed
+        self.quotas = tuple(quotas_of(weights))
+        self.parts = [
+            MixturePart(quota / SHARE_BLOCK, data)
+            for quota, data in zip(self.quotas, datasets, strict=True)
+        ]
         self._check()
-        first = parts[0]
-        self.block_size, self.rows = first.block_size, first.rows
+        first = datasets[0]
+        self.block_size, self.is_chat = first.block_size, first.is_chat
         self.vocab_size, self.tokenizer = first.vocab_size, first.tokenizer
-        self.tokens = {split: sum(part.tokens[split] for part in parts) for split in SPLITS}
-        self.name = ', '.join(f'{share:.1%} {part.name}' for share, part in self.parts)
+        self.tokens = {split: sum(data.tokens[split] for data in datasets) for split in SPLITS}
+        self.name = ', '.join(f'{share:.1%} {data.name}' for share, data in self.parts)
 
     def _check(self) -> None:
-        first, names = self.parts[0][1], [part.name for _, part in self.parts]
-        for share, part in self.parts:
+        first = self.parts[0].data
+        names = [data.name for _, data in self.parts]
+        for share, data in self.parts:
             if not share:
                 raise UserError(
-                    f'{part.folder}: its weight is below 1/{BLOCK} of the total; raise it, or '
-                    'remove the dataset'
+                    f'{data.folder}: its weight is below 1/{SHARE_BLOCK} of the total; raise it, '
+                    'or omit the dataset'
                 )
-            if names.count(part.name) > 1:
+            if names.count(data.name) > 1:
                 raise UserError(
-                    f'{part.folder}: another dataset of the mixture is also called {part.name}; '
+                    f'{data.folder}: another dataset of the mixture is also called {data.name}; '
                     'rename one of the folders'
                 )
-            if part.tokenizer != first.tokenizer or part.vocab_size != first.vocab_size:
+            if data.tokenizer != first.tokenizer or data.vocab_size != first.vocab_size:
                 raise UserError(
-                    f'{part.folder} uses the tokenizer {part.tokenizer.name} and {first.folder} '
+                    f'{data.folder} uses the tokenizer {data.tokenizer.name} and {first.folder} '
                     f'{first.tokenizer.name}, with other tokens; prepare both with the same '
                     'tokenizer'
                 )
-            if part.tokenizer.chat_template != first.tokenizer.chat_template:
+            if data.tokenizer.chat_template != first.tokenizer.chat_template:
                 raise UserError(
-                    f'{part.folder} and {first.folder} have different chat templates; prepare '
+                    f'{data.folder} and {first.folder} have different chat templates; prepare '
                     'both with the same one'
                 )
-            if part.block_size != first.block_size:  # the length of their rows
+            if data.block_size != first.block_size:  # the length of their rows
                 raise UserError(
-                    f'{part.folder} has rows of {part.block_size} tokens and {first.folder} of '
+                    f'{data.folder} has rows of {data.block_size} tokens and {first.folder} of '
                     f'{first.block_size}; prepare both with the same --block_size'
                 )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         made_of = [
-            [q, part.fingerprint] for q, (_, part) in zip(self.quotas, self.parts, strict=True)
+            [quota, part.data.fingerprint]
+            for quota, part in zip(self.quotas, self.parts, strict=True)
         ]
         return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
     @functools.cached_property
     def window_tokens(self) -> float:
-        return sum(share * part.window_tokens for share, part in self.parts)
+        return sum(share * data.window_tokens for share, data in self.parts)
 
     @functools.cached_property
     def n_windows(self) -> int:
-        return max(self._samples_until(k, part.n_windows) for k, (_, part) in enumerate(self.parts))
+        windows = [part.data.n_windows for part in self.parts]
+        return max(self._samples_until(k, n) for k, n in enumerate(windows))
 
     def _samples_until(self, k: int, windows: int) -> int:
         """The number of samples of the mixture that contain so many of part k."""
         blocks, rest = divmod(windows - 1, self.quotas[k])
         source, _ = block_order(blocks, self.quotas, self.seed)
-        return blocks * BLOCK + int(np.flatnonzero(source == k)[rest]) + 1
+        return blocks * SHARE_BLOCK + int(np.flatnonzero(source == k)[rest]) + 1
 
     def text_bytes(self, split: str) -> int | None:
         """Bytes for as many tokens as the split has, in the proportions of the mixture."""
-        sizes = [part.text_bytes(split) for _, part in self.parts]
+        sizes = [part.data.text_bytes(split) for part in self.parts]
         if None in sizes:
             return None
-        each = zip(self.parts, sizes, strict=True)
-        return round(self.tokens[split] * sum(s * n / p.tokens[split] for (s, p), n in each))
+        bytes_per_token = sum(
+            part.share * size / part.data.tokens[split]
+            for part, size in zip(self.parts, sizes, strict=True)
+        )
+        return round(self.tokens[split] * bytes_per_token)
 
     def batch(self, first: int, count: int, documents: bool = False) -> tuple[np.ndarray, ...]:
         """Like Dataset.batch(), for count >= 1."""
         batch = None
-        for part, rows, number in self._samples_by_part(first, count):
-            arrays = part.batch(number, len(rows), documents)
+        for data, rows, number in self._samples_by_part(first, count):
+            arrays = data.batch(number, len(rows), documents)
             if batch is None:
                 batch = tuple(np.empty((count, self.block_size), np.int64) for _ in arrays)
-            for whole, some in zip(batch, arrays, strict=True):
-                whole[rows] = some
+            for whole, of_part in zip(batch, arrays, strict=True):
+                whole[rows] = of_part
         return batch
 
     def count_targets(self, first: int, count: int) -> int:
-        shared = self._samples_by_part(first, count)
-        return sum(part.count_targets(number, len(rows)) for part, rows, number in shared)
+        parts = self._samples_by_part(first, count)
+        return sum(data.count_targets(number, len(rows)) for data, rows, number in parts)
 
     def _samples_by_part(self, first: int, count: int):
-        """Each part in these samples, its rows, and the number of its first sample there."""
-        blocks = range(first // BLOCK, (first + count - 1) // BLOCK + 1)
+        """Each part in these samples, its rows of the batch, and its first sample number there."""
+        blocks = range(first // SHARE_BLOCK, (first + count - 1) // SHARE_BLOCK + 1)
         orders = [block_order(block, self.quotas, self.seed) for block in blocks]
-        window = slice(first % BLOCK, first % BLOCK + count)
+        window = slice(first % SHARE_BLOCK, first % SHARE_BLOCK + count)
         source, number = (np.concatenate(each)[window] for each in zip(*orders, strict=True))
-        for k, (_, part) in enumerate(self.parts):
+        for k, part in enumerate(self.parts):
             rows = np.flatnonzero(source == k)
             if len(rows):  # their numbers are consecutive
-                yield part, rows, int(number[rows[0]])
+                yield part.data, rows, int(number[rows[0]])

@@ -34,10 +34,10 @@ from flatgpt.data.encode import (
     map_in_processes,
     split_text,
 )
-from flatgpt.data.tokenizer import Tokenizer, load
+from flatgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flatgpt.errors import UserError, reason_of
 
-# the dataset's own files, and the hub's conversion of other formats
+# the dataset's own files, and the Hub's conversion of other formats
 REVISIONS = ('main', 'refs/convert/parquet')
 COLUMN = 'text'
 BATCH_ROWS = 1000  # documents read at a time
@@ -97,7 +97,7 @@ def local_path(path: Path, folder: Path) -> Path:
 
 
 def hub_files(repository: str) -> list[SourceFile]:
-    """The parquet files of a dataset on the hub, or offline those in the hub's cache."""
+    """The parquet files of a dataset on the Hub, or offline those in the Hub's cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
@@ -120,13 +120,13 @@ def hub_files(repository: str) -> list[SourceFile]:
         if files and not is_partial(files):
             return files
     raise UserError(
-        f'{repository}: the hub has no complete set of .parquet files; get them elsewhere and use '
+        f'{repository}: the Hub has no complete set of .parquet files; get them elsewhere and use '
         '--source=FOLDER'
     )
 
 
 def is_partial(files: list[SourceFile]) -> bool:
-    """Whether files are missing: the hub converts only the first 5 GB of a large dataset."""
+    """Whether files are missing: the Hub converts only the first 5 GB of a large dataset."""
     return any('partial-' in file.name for file in files)
 
 
@@ -151,7 +151,7 @@ def cached_files(repository: str, error: Exception) -> list[SourceFile]:
 
 
 def fetch_from_hub(repository: str, revision: str, name: str, folder: Path) -> Path:
-    """Fetch a file from the hub, or copy it from the hub's cache, to `folder` -> its path."""
+    """Fetch a file from the Hub, or copy it from the Hub's cache, to `folder` -> its path."""
     from huggingface_hub import hf_hub_download
 
     for attempt in range(ATTEMPTS):
@@ -300,7 +300,7 @@ def merge(folder: Path) -> str:
             f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}; run their jobs '
             'first'
         )
-    with Writer(folder, load(done[0] / 'tokenizer.json')) as writer:
+    with Writer(folder, load_tokenizer(done[0] / 'tokenizer.json')) as writer:
         for name in names:
             writer.include(name)
     return writer.summary()

@@ -1,5 +1,5 @@
 """
-Find the text files that a command names, detect their format, and read their documents.
+Find text files from a command's arguments, detect their format, and read their documents.
 
     files = find_files(['novel.txt', 'more/', 'corpus/**/*.md'])
     for document in Reader(field='body').documents(files[0]): ...
@@ -65,7 +65,7 @@ CHAT_FIELDS = {'messages', 'conversations', 'instruction', 'prompt', 'chosen'}
 def find_files(
     patterns: list[str], encoding: str | None = None, output: Path | None = None
 ) -> list[Path]:
-    """The files that the arguments stand for, each once, in the order of the arguments.
+    """The files that these paths and glob patterns match, each once, in the order of the arguments.
 
     Files in the output folder, such as an earlier dataset, must be given by their names.
     """
@@ -98,6 +98,12 @@ def file_id(path: Path) -> tuple:
     return status.st_dev, status.st_ino
 
 
+def exclude_files(files: list[Path], excluded: list[Path]) -> list[Path]:
+    """The files that are not among `excluded`, under any name."""
+    ids = {file_id(path) for path in excluded}
+    return [path for path in files if file_id(path) not in ids]
+
+
 def total_bytes(files: list[Path]) -> int:
     return sum(path.stat().st_size for path in files)
 
@@ -109,7 +115,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 def text_files_in(folder: Path, encoding: str | None = None) -> list[Path]:
     """The text files in a folder and below it, including linked ones; prints what it skips."""
-    paths, skipped = list_files(folder)
+    paths, repeated = list_files(folder)
     reasons = {path: skip_reason(path, folder, encoding) for path in paths}
     taken = [path for path, reason in reasons.items() if reason is None]
     others = Counter(reason for reason in reasons.values() if reason is not None)
@@ -120,19 +126,19 @@ def text_files_in(folder: Path, encoding: str | None = None) -> list[Path]:
     )
     kinds = ', '.join(f'{kind}: {count}' for kind, count in sorted(others.items()) if kind)
     print(f' ({kinds})' if kinds else '', end='')
-    loops = 'links to folders already read'
-    links = ((BROKEN_LINK, broken), (loops, skipped))
+    links = ((BROKEN_LINK, broken), ('links to folders already read', repeated))
     print(''.join(f'; {what}: {count}' for what, count in links if count))
     return taken
 
 
 def list_files(folder: Path) -> tuple[list[Path], int]:
-    """All files in a folder and below, following links; and how many folders were met again."""
+    """All files in a folder and below, following links; and how many folders were reached again."""
 
     def fail(error: OSError) -> None:
         raise error
 
-    paths, seen, repeated = [], set(), 0
+    paths, repeated = [], 0
+    seen = set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         hidden = is_hidden(Path(place), folder)  # a visible link may lead to the same folder
         if (hidden, file_id(Path(place))) in seen:
@@ -251,7 +257,7 @@ class Reader:
         self.encoding, self.plain = encoding, plain
         self.without_text = 0  # rows
         self.json_as_text = 0  # files
-        self.unused: dict[str, None] = {}  # fields of rows, in the order met
+        self.unused: dict[str, None] = {}  # other fields of rows, in the order they were first seen
 
     def documents(self, path: Path) -> Iterator[Document]:
         head = read_head(path)
@@ -292,7 +298,7 @@ class Reader:
             lines.append(f'used {self.field} of each row, not {", ".join(names[:20])}{more}')
         if self.json_as_text:
             lines.append(
-                f'read {self.json_as_text:,} .json files as plain text, since they are no records '
+                f'read {self.json_as_text:,} .json files as plain text, since they are not records '
                 f'with a field {self.field}'
             )
         return lines
@@ -305,7 +311,7 @@ class Reader:
         encoding = encoding or self.encoding or 'utf-8'
         decoder = codecs.getincrementaldecoder(encoding)(self.errors)
         position = len(mark)
-        with path.open('rb') as file:  # text mode would change line ends
+        with path.open('rb') as file:  # text mode would change line endings
             file.seek(position)
             for block in itertools.chain(iter(lambda: file.read(BLOCK), b''), [b'']):
                 yield self._decode(decoder, block, path, position, encoding)
@@ -334,13 +340,13 @@ class Reader:
     def _check_encoding(self, path: Path, bom_encoding: str) -> None:
         if bom_encoding and self.encoding and not self.encoding.startswith(bom_encoding):
             raise UserError(
-                f'{path}: its byte order mark says {bom_encoding.upper()}, not {self.encoding}; '
-                'leave out --encoding, or convert the file'
+                f'{path}: has a {bom_encoding.upper()} byte order mark, but --encoding='
+                f'{self.encoding}; omit --encoding, or convert the file'
             )
         if bom_encoding not in ('', 'utf-8') and self.errors == 'replace':
             raise UserError(
                 f'{path}: is {bom_encoding.upper()} with a byte order mark, and --errors=replace '
-                'is not supported for it; leave out --errors=replace'
+                'is not supported for it; omit --errors=replace'
             )
 
     def _length(self, path: Path, bom_encoding: str) -> int:
@@ -416,7 +422,7 @@ class Reader:
             ) from error
 
     def _text_of(self, record, where: str) -> str:
-        """The text of a row; '' where it has none (counted)."""
+        """The text of a row; '' if it has none, which is counted."""
         if not isinstance(record, dict) or self.field not in record:
             raise UserError(f'{where}: {self._no_field(record)}')
         self.unused |= dict.fromkeys(name for name in record if name != self.field)

@@ -5,13 +5,13 @@ $ python data/text/prepare.py novel.txt more/ 'corpus/*.txt' --name=mine --token
 $ python data/text/prepare.py posts.jsonl --field=body --name=posts --tokenizer=bpe
 $ python train.py config/train_text.py --dataset=mine
 
-A plain-text file is one document. So is each line of a JSON Lines file (.jsonl or .ndjson; blank
-lines are skipped), each item of a .json array and each row of a .csv or .tsv file; --field names
-the key or column that has the text, and --plain reads such files as plain text. A folder stands for
-all files in it and below, including linked ones. Hidden, empty and binary files are skipped and
-counted. Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line
-ends included, is not altered. The end-of-text token separates documents; with --read_eot, it is
-also read where it is written in the text.
+A plain-text file is one document. So is each line of a .jsonl or .ndjson file (blank lines are
+skipped), each record of a .json list and each row of a .csv or .tsv file; --field names the key or
+column that has the text, and --plain reads such files as plain text. A folder stands for all files
+in it and below, including linked ones. Hidden, empty and binary files are skipped and counted.
+Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line endings
+included, is not altered. The end-of-text token separates documents; --read_eot also reads it where
+the text spells it.
 
 To continue training a model of yours, give its run directory, so that the text gets the same
 tokens:
@@ -33,10 +33,10 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.bpe import learn_bpe
-from flatgpt.data.dataset import DATA, Writer, prepare_script
+from flatgpt.data.dataset import DATA_DIR, Writer, prepare_script
 from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.sources import Reader, file_id, find_files, total_bytes
+from flatgpt.data.sources import Reader, exclude_files, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
@@ -51,14 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
     try:
         val_files = find_files(args.val, args.encoding)
-        val_ids = {file_id(path) for path in val_files}
         found = find_files(args.files, args.encoding, folder)
         if not found:
             raise UserError(
                 f'{folder}: the text files are in the output folder; give each file by its name, '
                 f'or choose another {output_flag(args)}'
             )
-        files = [path for path in found if file_id(path) not in val_ids]
+        files = exclude_files(found, val_files)
         if not files:
             raise UserError('--val includes all files; add files to train on')
         check_field(args, files + val_files)
@@ -77,10 +76,11 @@ def prepare(
     tokenizer = make_tokenizer(args, files, val_files)
     if args.read_eot and tokenizer.eot is None:
         raise UserError(
-            f'--read_eot: the tokenizer {tokenizer.name} has no end-of-text token; leave out '
+            f'--read_eot: the tokenizer {tokenizer.name} has no end-of-text token; omit '
             '--read_eot, or use --tokenizer=byte, for example'
         )
-    start, reader = time.perf_counter(), make_reader(args)
+    reader = make_reader(args)
+    start = time.perf_counter()
     with Writer(folder, tokenizer) as writer:
         total = total_bytes(files + val_files)
         chunks = split_chunks(reader, args, files, val_files)
@@ -90,7 +90,7 @@ def prepare(
         print(line)
     print(writer.summary())
     speed = sum(map(writer.tokens, ('train', 'val'))) / (time.perf_counter() - start)
-    dataset = folder.name if folder.parent == DATA else folder.resolve()
+    dataset = folder.name if folder.parent == DATA_DIR else folder.resolve()
     print(f'{speed:,.0f} tokens per second')
     print(f'Train on it: python train.py config/{recipe}.py --dataset={dataset}')
 
@@ -134,7 +134,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f'read a written {EOT} as the end-of-text token; by default it is plain text',
     )
     add_options(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # files may also follow flags
     if not args.files:
         raise UserError(f'no files; run {COMMAND} FILES --name=mine (see --help)')
     check_options(args)
@@ -164,7 +164,7 @@ def check_field(args: argparse.Namespace, files: list[Path]) -> None:
     reader = make_reader(args)
     if args.field is not None and all(reader.layout(path) == 'text' for path in files):
         raise UserError(
-            f'--field={args.field}: all files are plain text, without fields; leave out --field'
+            f'--field={args.field}: all files are plain text, without fields; omit --field'
         )
 
 
@@ -196,7 +196,7 @@ def check_options(args: argparse.Namespace) -> None:
     for option, value in (('val_fraction', args.val_fraction), ('split', args.split)):
         if value is not None and getattr(args, 'val', None):
             raise UserError(
-                f'--{option}={value}: --val has already chosen the validation files; leave out '
+                f'--{option}={value}: --val has already chosen the validation files; omit '
                 f'--{option} or --val'
             )
     args.val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
@@ -204,8 +204,8 @@ def check_options(args: argparse.Namespace) -> None:
     check_val_fraction(args)
     if args.vocab_size is not None and args.tokenizer != 'bpe':
         raise UserError(
-            f'--vocab_size={args.vocab_size}: needs --tokenizer=bpe, not {args.tokenizer}; leave '
-            'out --vocab_size, or use --tokenizer=bpe'
+            f'--vocab_size={args.vocab_size}: needs --tokenizer=bpe, not {args.tokenizer}; omit '
+            '--vocab_size, or use --tokenizer=bpe'
         )
     if args.vocab_size is None:
         args.vocab_size = 8192
@@ -230,7 +230,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 def dataset_folder(args: argparse.Namespace) -> Path:
     """The output folder; UserError for that of a dataset that comes with flatGPT."""
-    folder = args.out_dir or DATA / args.name
+    folder = args.out_dir or DATA_DIR / args.name
     if prepare_script(folder):
         raise UserError(
             f'{folder.name} is a dataset that comes with flatGPT; choose another '
@@ -271,7 +271,7 @@ def read_chunks(files: list[Path], reader: Reader) -> Iterator[tuple]:
     for number, (blocks, length, size) in enumerate(documents):
         for text in split_text(blocks):
             yield number, length, text, len(text.encode()) if size is None else size
-            size = size and 0
+            size = size and 0  # a known size is counted with the first chunk
 
 
 def count_documents(files: list[Path], reader: Reader, limit: int) -> int:
@@ -306,7 +306,7 @@ def split_by_fraction(chunks: Iterable[tuple], fraction: float) -> Iterator[Chun
 
 
 def boundary_near(text: str, at: int) -> int:
-    """The first place at or after `at` where `text` can be cut, else the last one before."""
+    """The first place at or after `at` where `text` can be split, else the last one before."""
     after = BOUNDARY.search(text, max(0, at - 1))
     if after:
         return after.end()
@@ -323,7 +323,8 @@ class DropUnknownCharacters:
         self.chunks, self.tokenizer, self.read_eot = chunks, tokenizer, read_eot
         self.known = known_characters(tokenizer)
         self.dropped = np.zeros(0x110000, np.int64)  # how often, by code point
-        self.characters, self.documents, self.written_eots = 0, 0, 0
+        self.characters = self.documents = 0
+        self.written_eots = 0  # occurrences of <|endoftext|>
 
     def __iter__(self) -> Iterator[Chunk]:
         for number, split, text, size in self.chunks:

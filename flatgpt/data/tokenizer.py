@@ -1,9 +1,9 @@
 """
-Tokenizers: characters, bytes, tiktoken encodings and BPE learned from text, in one class.
+Tokenizers: characters, bytes, tiktoken encodings and BPE trained on text, in one class.
 
     tokenizer = get_tokenizer('gpt2')       # or 'byte', 'cl100k_base', ...
     tokenizer.decode(tokenizer.encode('To be, or not'))
-    tokenizer.save('tokenizer.json')        # self-contained: load() needs no network
+    tokenizer.save('tokenizer.json')        # self-contained: load_tokenizer() needs no network
 """
 
 import base64
@@ -26,16 +26,12 @@ from flatgpt.errors import UserError, did_you_mean, reason_of
 from flatgpt.files import atomic_file
 
 EOT = '<|endoftext|>'
-LONG, BLOCK = 2**18, 2**16  # bytes: longer words are merged in blocks of this size
+LONG_WORD_BYTES = 2**18  # a longer word is merged in blocks
+MERGE_BLOCK_BYTES = 2**16
 ASSISTANT = 'assistant'
-WHITE_SPACE = '\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000' + ''.join(
+# as in Unicode; Python has four control characters more
+WHITESPACE = '\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000' + ''.join(
     map(chr, range(0x2000, 0x200B))
-)  # as in Unicode; Python has four control characters more
-# How learned BPE splits text before merging: words with their contractions, numbers of up to three
-# digits, other signs; each with the space before it.
-BPE_PATTERN = (
-    r" ?[\p{L}\p{M}]+(?:'\p{L}{1,2}(?!\p{L}))?"
-    r'| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+'
 )
 # gigatoken's names for how these encodings split text
 GIGATOKEN_SCHEMES = {
@@ -46,8 +42,11 @@ GIGATOKEN_SCHEMES = {
 }
 
 
-def difficult_text(seed: int = 0, pieces: int = 5000) -> str:
-    """Contractions, white space, scripts, marks, emoji and controls in random order."""
+def self_check_text(seed: int = 0, pieces: int = 5000) -> str:
+    """Text that is hard to split: contractions, whitespace, scripts, emoji ... in random order.
+
+    Two implementations of a tokenizer must give the same ids for it.
+    """
     parts = [
         *"the and 'll 've 's 'S 'LL don't we're ing 123 4567 3.14 <|endoftext|> _x ... ://".split(),
         *(' ', ' ', '  ', '   ', '\n', '\n\n', '\r\n', ' \n', '\t', '\u00a0', '\u2003', '\u200b'),
@@ -69,10 +68,10 @@ def difficult_text(seed: int = 0, pieces: int = 5000) -> str:
 class AddedToken(NamedTuple):
     """A text that always becomes one token, before the rest is split and merged.
 
-    The fields, and the ids they lead to, are those of `tokenizers.AddedToken`. special: only read
-    where encode() allows it; single_word: not beside a letter; lstrip, rstrip: includes the white
-    space before, after it; normalized: matched after all others. merged: merging gives the same
-    id, as for a word of the vocabulary that was added again.
+    The fields are those of `tokenizers.AddedToken`. special: only read where encode() allows it;
+    single_word: not beside a letter; lstrip, rstrip: includes the whitespace before, after it;
+    normalized: matched after all others. One is ours, merged: merging gives the same id, as for a
+    word of the vocabulary that was added again.
     """
 
     text: str
@@ -133,13 +132,13 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:  # half a surrogate pair, from a shell or a JSON escape
             text = text.encode(errors='replace').decode()
-        ids, at = [], 0
+        parts, at = [], 0
         for start, end, token in self.find_added_tokens(text, allow_eot):
-            ids += [self._encode(text[at:start], at), [token]]
+            parts += [self._encode(text[at:start], at), [token]]
             at = end
-        ids.append(self._encode(text[at:], at))
-        whole = ids[0] if len(ids) == 1 else np.concatenate(ids)
-        return whole.astype(self.dtype)
+        parts.append(self._encode(text[at:], at))
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return ids.astype(self.dtype)
 
     def find_added_tokens(self, text: str, special: bool) -> list[tuple[int, int, int]]:
         """(start, end, id) of the added tokens in a text; special: including special tokens."""
@@ -192,18 +191,19 @@ class Tokenizer:
         return np.fromiter(itertools.chain.from_iterable(ids), np.int64, sum(map(len, ids)))
 
     def _encode_long_word(self, word: bytes) -> list[int]:
-        """The ids of a word, block by block: the time to merge it whole is not linear.
+        """The ids of a word, block by block: merging it at once would not take linear time.
 
         Tokens are those of a word if each two neighbors are the tokens of their joint text. So a
         block may end where its last token and the first of the next block are such neighbors.
         """
         encode, tokens = self._encoding._encode_single_piece, self.token_bytes
-        ids, at, block = [], 0, encode(word[:BLOCK])
-        while at + BLOCK < len(word):
-            end = at + BLOCK
+        size = MERGE_BLOCK_BYTES
+        ids, at, block = [], 0, encode(word[:size])
+        while at + size < len(word):
+            end = at + size
             for keep in range(len(block) - 1, max(0, len(block) - 64), -1):
                 end -= len(tokens[block[keep]])
-                following = encode(word[end : end + BLOCK])
+                following = encode(word[end : end + size])
                 pair = [block[keep - 1], following[0]]
                 if encode(b''.join(tokens[i] for i in pair)) == pair:
                     break
@@ -214,8 +214,8 @@ class Tokenizer:
         return ids + block
 
     def _encode_characters(self, text: str, position: int) -> np.ndarray:
-        codes = np.frombuffer(text.encode('utf-32-le'), '<u4')
-        ids = self._id_of_character[np.minimum(codes, len(self._id_of_character) - 1)]
+        code_points = np.frombuffer(text.encode('utf-32-le'), '<u4')
+        ids = self._id_of_character[np.minimum(code_points, len(self._id_of_character) - 1)]
         unknown = np.flatnonzero(ids < 0)
         if len(unknown):
             at = int(unknown[0])
@@ -229,7 +229,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _id_of_character(self) -> np.ndarray:
-        """Code point -> id, -1 where there is none; the last is for all higher ones."""
+        """Code point -> id, -1 where there is none; the last entry is for all higher ones."""
         characters = self.token_bytes[: self.vocab_size - len(self.special)]
         codes = [ord(character.decode()) for character in characters]
         table = np.full(max(codes, default=0) + 2, -1, np.int32)
@@ -314,7 +314,7 @@ class Tokenizer:
     def accelerate(self) -> str:
         """Use gigatoken from now on, 20 times as fast -> '', or the reason why not.
 
-        It must give the same ids as tiktoken for difficult_text().
+        It must give the same ids as tiktoken for self_check_text().
         """
         if self.accelerated:
             return ''
@@ -329,7 +329,7 @@ class Tokenizer:
             self.write_ranks(path)
             try:
                 fast = BPETokenizer.from_tiktoken(path, GIGATOKEN_SCHEMES[self.name])
-                text = difficult_text()
+                text = self_check_text()
                 same = np.array_equal(fast.encode(text), self._encode(text))
             except Exception as error:  # another version may raise anything
                 return f'gigatoken failed: {error}'
@@ -418,12 +418,13 @@ class Tokenizer:
 
 
 def has_long_run(text: str) -> bool:
-    """Whether the text has more than LONG bytes in a row that are all blank, or all not."""
-    if len(text) <= LONG:
+    """Whether the text has more than LONG_WORD_BYTES bytes of whitespace, or of other text, in a
+    row."""
+    if len(text) <= LONG_WORD_BYTES:
         return False
     blank = np.isin(np.frombuffer(text.encode(), np.uint8), tuple(b' \t\n\v\f\r'))
     borders = np.flatnonzero(np.diff(blank, prepend=~blank[0], append=~blank[-1]))
-    return bool(np.diff(borders).max() > LONG)
+    return bool(np.diff(borders).max() > LONG_WORD_BYTES)
 
 
 def match_added_tokens(
@@ -436,9 +437,9 @@ def match_added_tokens(
         beside = text[max(0, start - 1) : start] + text[end : end + 1]
         if token.special > special or (token.single_word and any(map(is_word_character, beside))):
             continue
-        while token.lstrip and start > last and text[start - 1] in WHITE_SPACE:
+        while token.lstrip and start > last and text[start - 1] in WHITESPACE:
             start -= 1
-        while token.rstrip and end < len(text) and text[end] in WHITE_SPACE:
+        while token.rstrip and end < len(text) and text[end] in WHITESPACE:
             end += 1
         yield start, end, token.id
         last = end
@@ -453,7 +454,7 @@ def is_word_character(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in in_circles)
 
 
-def load(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
     except FileNotFoundError:
@@ -522,33 +523,6 @@ def load_encoding(name: str):
         ) from error
     finally:
         tiktoken.load.read_file = read_local
-
-
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """
-    Byte-pair encoding learned from `texts`: the 256 bytes, then merges from frequent to rare, then
-    the end of text. Smaller than vocab_size if the texts have fewer pairs to merge.
-    """
-    if vocab_size < 258:
-        raise UserError(
-            f'--vocab_size={vocab_size}: must be at least 258: 256 bytes, a merge, the end of text'
-        )
-    import tokenizers
-
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(BPE_PATTERN), 'isolated')
-    to_alphabet = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_alphabet])
-    alphabet = byte_alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=list(alphabet), show_progress=False
-    )
-    bpe.train_from_iterator(texts, trainer)
-    vocabulary = bpe.get_vocab()
-    merged = [token for token in sorted(vocabulary, key=vocabulary.get) if len(token) > 1]
-    tokens = [bytes([b]) for b in range(256)]
-    tokens += [bytes(alphabet[letter] for letter in token) for token in merged]
-    return Tokenizer('bpe', 'bpe', tokens + [EOT.encode()], {EOT: len(tokens)}, BPE_PATTERN)
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -56,10 +56,10 @@ def estimate_loss(
 def sum_losses(model, batches, part, split, share, config, runtime, stop) -> torch.Tensor:
     """This rank's sums over its windows of one dataset: of each metric, and of the weights."""
     batch_size, sharded = config['batch_size'], config['shard']
-    count = len(part.eval_windows('val'))  # of the training split, too
+    count = len(part.eval_starts('val'))  # of the training split, too
     if config['eval_iters'] is not None:
         count = math.ceil(share * config['eval_iters'] * batch_size)
-    windows = part.eval_windows(split, count)
+    windows = part.eval_starts(split, count)
     size = len(METRIC_NAMES[config['objective']]) + 1
     total = torch.zeros(size, dtype=runtime.sum_dtype, device=runtime.device)
     starts = range(0, len(windows), runtime.world_size * batch_size)
@@ -79,8 +79,8 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
 def training_sample(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
     """About `tokens` generated tokens. The prompt is end of text, or the first token of the
     validation split; for chat data, the first conversation of that split up to the reply."""
-    x, y = data.parts[0][1].eval_batch('val', [0])
+    x, y = data.parts[0].data.eval_batch('val', [0])
     prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
-    if data.rows:  # up to the assistant message
+    if data.is_chat:  # up to the assistant message
         prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
-    return generate_sample(model.eval(), tokenizer, prompt, tokens, seed, answer=bool(data.rows))
+    return generate_sample(model.eval(), tokenizer, prompt, tokens, seed, answer=data.is_chat)

@@ -98,7 +98,7 @@ def reference_logps(
     model.eval()
     logps = {}
     for split in SPLITS:
-        windows = data.eval_windows(split)
+        windows = data.eval_starts(split)
         found = np.zeros((len(windows), 2), np.float32)
         starts = range(0, len(windows), runtime.world_size * pairs_at_once)
         for i in tqdm(

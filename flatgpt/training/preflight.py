@@ -441,7 +441,7 @@ def check_shards(data: Dataset, live: bool, fix: str) -> Iterator[tuple[str, str
     meta = read_meta(data.folder)
     shards = [shard for split in SPLITS for shard in meta['splits'][split]['shards']]
     files = [(data.folder / s['file'], s.get('sha256'), True) for s in shards]
-    if data.rows:
+    if data.is_chat:
         masks = ((mask_file(s['file']), s.get('mask_sha256')) for s in shards)
         files += [(data.folder / name, digest, False) for name, digest in masks]
     size = sum(path.stat().st_size for path, _, _ in files)

@@ -262,8 +262,8 @@ def build_model(
         raise UserError(
             f'dataset {dataset} has the {data.tokenizer.name} tokenizer, and {where} another one '
             f'({tokenizer.name}): prepare the dataset with {option}, for example python '
-            f'data/{"chat" if data.rows else "text"}/prepare.py FILES {option} --out_dir=FOLDER, '
-            'and train with --dataset=./FOLDER'
+            f'data/{"chat" if data.is_chat else "text"}/prepare.py FILES {option} '
+            '--out_dir=FOLDER, and train with --dataset=./FOLDER'
         )
     if data.vocab_size > model.config.vocab_size:
         raise UserError(

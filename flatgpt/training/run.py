@@ -179,7 +179,7 @@ class Run:
         whole = self._load_saved_model() if self.config['shard'] else model
         text = training_sample(whole, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
-        verb = 'answers' if data.rows else 'writes'
+        verb = 'answers' if data.is_chat else 'writes'
         self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
 
     def _load_saved_model(self) -> GPT:

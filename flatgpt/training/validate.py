@@ -19,7 +19,7 @@ import torch
 
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
-from flatgpt.errors import ConfigError, Mistakes, as_config_error, one_of, within
+from flatgpt.errors import ConfigError, Mistakes, as_config_error, check_choice, check_range
 from flatgpt.files import is_utf8_path
 from flatgpt.runtime import Runtime
 from model import GPTConfig
@@ -71,9 +71,11 @@ def is_resuming(config: dict) -> bool:
 def validate(config: dict) -> None:
     """Check each setting alone and against the others; one ConfigError lists all mistakes."""
     rules = [
-        partial(within, low, high, config, name) for low, high, names in RANGES for name in names
+        partial(check_range, low, high, config, name)
+        for low, high, names in RANGES
+        for name in names
     ]
-    rules += [partial(one_of, choices, config, name) for name, choices in CHOICES.items()]
+    rules += [partial(check_choice, choices, config, name) for name, choices in CHOICES.items()]
     rules += [partial(rule, config) for rule in RULES]
     if not is_resuming(config) and config['init_from'] == 'scratch':
         rules += [partial(rule, config) for rule in NEW_MODEL_RULES]
@@ -191,7 +193,7 @@ def validate_machine(config: dict, runtime: Runtime) -> None:
 def validate_data(config: dict, data: Dataset) -> None:
     """Reject what this dataset cannot be used for."""
     name = config['dataset']
-    if config['short_iters'] and data.rows:
+    if config['short_iters'] and data.is_chat:
         raise ConfigError(
             f'short_iters={config["short_iters"]}: conversations, as in {name}, cannot be cut; '
             'use --short_iters=0'
@@ -204,7 +206,7 @@ def validate_data(config: dict, data: Dataset) -> None:
             "mask_documents=True: with objective='dpo' a sequence is one conversation; "
             'use --mask_documents=False'
         )
-    if not data.rows and data.tokenizer.eot is None:
+    if not data.is_chat and data.tokenizer.eot is None:
         raise ConfigError(
             f'mask_documents=True: nothing separates the documents of {name}, because its '
             f'{data.tokenizer.name} tokenizer has no end-of-text token; use --mask_documents=False'

@@ -4,7 +4,7 @@ import pytest
 import torch
 from benches import settings
 
-from flatgpt.benchmarks import baselines, sides
+from flatgpt.benchmarks import baselines, implementations
 from flatgpt.benchmarks.decoding import bench_generation
 from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report
@@ -13,8 +13,8 @@ from flatgpt.runtime import Runtime
 RUNTIME = Runtime('cpu', torch.float32)
 
 
-class SideHere(sides.Side):
-    """A side in this process: importing torch and transformers takes its own some seconds."""
+class ImplementationHere(implementations.Implementation):
+    """One in this process: importing torch and transformers takes another some seconds."""
 
     def __init__(self, name, settings):
         self.name, self.format, self.failure = name, settings['format'], None
@@ -23,8 +23,8 @@ class SideHere(sides.Side):
     def wait_until_ready(self):
         pass
 
-    def turn(self, job, *arguments):
-        return sides.Turn(*getattr(self.program, job)(*arguments))
+    def measure(self, method, *arguments):
+        return implementations.Measurement(*getattr(self.program, method)(*arguments))
 
     def dismiss(self):
         pass
@@ -35,12 +35,12 @@ class SideHere(sides.Side):
 
 @pytest.mark.usefixtures('small_machine')
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
-def test_the_sides_write_as_many_tokens_from_the_same_weights(arch, monkeypatch):
+def test_all_implementations_generate_as_many_tokens_from_the_same_weights(arch, monkeypatch):
     pytest.importorskip('transformers', reason='transformers is not installed')
-    monkeypatch.setattr(sides, 'Side', SideHere)
+    monkeypatch.setattr(implementations, 'Implementation', ImplementationHere)
     config = settings(f'--arch={arch}', '--rows=1,3', '--formats=float32')
     report = Report(config, measure_machine(RUNTIME))
-    bench_generation({**config, 'jobs': ['prefill', 'decode']}, RUNTIME, report)
+    bench_generation({**config, 'benchmarks': ['prefill', 'decode']}, RUNTIME, report)
     results = report.entries
     assert [entry['job'] for entry in results[::2]] == [
         'prefill 1 row',
@@ -51,4 +51,4 @@ def test_the_sides_write_as_many_tokens_from_the_same_weights(arch, monkeypatch)
     for ours, theirs in zip(results[::2], results[1::2], strict=True):
         assert ours['side'] == 'flatGPT float32'
         assert theirs['times as fast is flatGPT float32']['median'] > 0
-    assert 'of the limit by' in results[4]['note']
+    assert results[4]['note'].endswith(('of the memory-bandwidth limit', 'of the compute limit'))

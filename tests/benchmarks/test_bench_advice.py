@@ -10,7 +10,7 @@ from benches import settings
 from error_lines import case, error_line
 
 import bench
-from flatgpt.benchmarks import baselines, data, decoding, load_test, sides, validate
+from flatgpt.benchmarks import baselines, data, decoding, implementations, load_test, validate
 from flatgpt.benchmarks.report import Report
 from flatgpt.checkpoint import save
 from flatgpt.data.dataset import Writer
@@ -27,11 +27,11 @@ def check(*flags):
     """The checks that bench.py makes before it measures."""
     config = settings(*flags)
     validate.check_modes(config)
-    jobs = validate.requested_jobs(config, [*bench.JOBS], bench.EXTRA_JOBS)
-    validate.check_used(config, ['serve'] if config['serve'] else jobs)
-    validate.check_settings(config, jobs)
+    names = validate.requested_benchmarks(config, [*bench.BENCHMARKS], bench.EXTRA_BENCHMARKS)
+    validate.check_used(config, ['serve'] if config['serve'] else names)
+    validate.check_settings(config, names)
     validate.check_writable(config)
-    validate.check_memory(config, RUNTIME, jobs)
+    validate.check_memory(config, RUNTIME, names)
 
 
 def line_of(check, *args):
@@ -73,11 +73,11 @@ def dataset(folder, tokenizer):
         case('no such folder; give an existing', '--text=no', '--text=texts'),
         case('do not fit into block_size', '--prompt_tokens=13', '--prompt_tokens=11'),
         case('GiB free; lower --n_layer or', '--n_layer=9 --n_embd=65536', '--n_embd=64'),
-        case('is only for {}; leave it out', '--limit=3', ''),
-        case('is only for {}; leave it out', '--only=data --profile', '--only=decode --profile'),
-        case('use --arch=gpt2, or leave out', '--nanogpt=nanogpt --arch=modern', '--arch=modern'),
+        case('is only for {}; omit it', '--limit=3', ''),
+        case('is only for {}; omit it', '--only=data --profile', '--only=decode --profile'),
+        case('use --arch=gpt2, or omit', '--nanogpt=nanogpt --arch=modern', '--arch=modern'),
         case(
-            'use --arch=gpt2, or leave out',
+            'use --arch=gpt2, or omit',
             '--nanogpt=nanogpt --arch=modern',
             '--nanogpt=nanogpt --arch=gpt2',
         ),
@@ -130,7 +130,7 @@ def test_tasks_run_once_the_harness_is_installed(monkeypatch, here):
 def test_transformers_is_compared_without_dropout(monkeypatch):
     monkeypatch.setattr(baselines, 'transformers_model', lambda settings: torch.nn.Linear(1, 1))
     monkeypatch.setattr(baselines, 'Training', lambda *args: 'built')
-    config = {**settings('--arch=modern', '--dropout=0.1'), 'job': 'training'}
+    config = {**settings('--arch=modern', '--dropout=0.1'), 'workload': 'training'}
     (flag,) = re.findall('--dropout=.*$', line_of(baselines.transformers, config, RUNTIME))
     config |= {'dropout': settings(flag)['dropout']}
     assert baselines.transformers(config, RUNTIME) == 'built'
@@ -197,5 +197,5 @@ def test_a_trace_is_written_beside_the_report(tmp_path, monkeypatch):
             return 'aten::mm'
 
     monkeypatch.setattr(torch.profiler, 'profile', Profile)
-    line_of(sides.profiled, print, str(tmp_path / 'no' / 'trace.json'))
-    assert sides.profiled(print, str(tmp_path / 'trace.json')) == 'aten::mm'
+    line_of(implementations.profiled, print, str(tmp_path / 'no' / 'trace.json'))
+    assert implementations.profiled(print, str(tmp_path / 'trace.json')) == 'aten::mm'

@@ -42,6 +42,8 @@ def test_batches_are_read_from_as_many_files_as_were_asked_for(tmp_path, monkeyp
     dataset = data.write_shards(tmp_path, 20)
     assert len(list(tmp_path.glob('train-*.bin'))) == 20
     assert dataset.tokens['train'] == 200_000
-    turns = data.read_batches(dataset, 2)
-    assert len(turns) == 2
-    assert all(seconds > 0 and work['tokens'] == 20 * 64 * 1024 for seconds, work, _ in turns)
+    measurements = data.read_batches(dataset, 2)
+    assert len(measurements) == 2
+    assert all(
+        seconds > 0 and work['tokens'] == 20 * 64 * 1024 for seconds, work, _ in measurements
+    )

@@ -572,7 +572,7 @@ def test_data_that_cannot_be_had_offline_ends_the_command_in_a_line(script, run,
 @pytest.mark.parametrize(
     'flag',
     [
-        case('runs code that models write; choose', 'UNSAFE_CODE'),
+        case('executes model-generated code; choose', 'UNSAFE_CODE'),
         case('choose a task of text alone', 'MULTIMODAL'),
     ],
 )

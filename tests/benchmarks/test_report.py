@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from flatgpt.benchmarks.implementations import Measurement
 from flatgpt.benchmarks.report import Report, difference
-from flatgpt.benchmarks.sides import Turn
 from flatgpt.errors import ConfigError, UserError
 
 
-def turns(tokens, seconds, result=(1.0, -2.0)):
-    return [Turn(s, {'tokens': tokens, 'result': list(result)}) for s in seconds]
+def measurements(tokens, seconds, result=(1.0, -2.0)):
+    return [Measurement(s, {'tokens': tokens, 'result': list(result)}) for s in seconds]
 
 
 @pytest.fixture
@@ -20,7 +20,10 @@ def report(tmp_path):
 
 
 def test_every_figure_and_ratio_carries_its_spread(report, capsys):
-    sides = {'flatGPT': turns(100, [1.0, 2.0, 4.0]), 'other': turns(100, [3.0, 4.0, 8.0])}
+    sides = {
+        'flatGPT': measurements(100, [1.0, 2.0, 4.0]),
+        'other': measurements(100, [3.0, 4.0, 8.0]),
+    }
     report.compare('job', sides, {'other': 'as documented'}, {'other': {'flatGPT': 0.01}})
     out = capsys.readouterr().out
     assert '50 (25 to 100)' in out
@@ -34,12 +37,12 @@ def test_every_figure_and_ratio_carries_its_spread(report, capsys):
 @pytest.mark.parametrize(
     ('theirs', 'reason'),
     [
-        (turns(99, [1.0]), '100 against 99 tokens'),
-        (turns(100, [1.0], (1.0, -2.5)), 'results differ'),
+        (measurements(99, [1.0]), '100 against 99 tokens'),
+        (measurements(100, [1.0], (1.0, -2.5)), 'results differ'),
     ],
 )
 def test_no_ratio_between_sides_that_did_different_work(report, capsys, theirs, reason):
-    sides = {'flatGPT': turns(100, [1.0]), 'other': theirs}
+    sides = {'flatGPT': measurements(100, [1.0]), 'other': theirs}
     report.compare('job', sides, {}, {'other': {'flatGPT': 0.01}})
     out = capsys.readouterr().out
     assert reason in out
@@ -60,7 +63,7 @@ def test_other_optimizers_are_not_compared():
 
 
 def test_a_missing_baseline_is_a_row_of_the_table(report, capsys):
-    sides = {'flatGPT': turns(1, [1.0]), 'other': []}
+    sides = {'flatGPT': measurements(1, [1.0]), 'other': []}
     report.compare('job', sides, {'other': 'is not installed'}, {})
     assert 'is not installed' in capsys.readouterr().out
 

@@ -24,7 +24,8 @@ from flatgpt.checkpoint.load import ADAPTER, find, load, load_model, verify
 from flatgpt.checkpoint.mirror import check_mirror, copy_if_missing, fetch, probe_mirror, send
 from flatgpt.checkpoint.save import save
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
-from flatgpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.bpe import train_bpe
+from flatgpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.lora import add_lora, lora_layers
 from model import GPTConfig

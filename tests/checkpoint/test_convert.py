@@ -21,6 +21,7 @@ from flatgpt.checkpoint.convert import export_transformers, is_foreign, read_tok
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Writer
 from flatgpt.data.hf_options import GPT2_PATTERN
 from flatgpt.data.hf_tokenizer import tokenizer_json, vocabulary_and_merges
@@ -28,9 +29,8 @@ from flatgpt.data.tokenizer import (
     EOT,
     byte_tokenizer,
     char_tokenizer,
-    difficult_text,
     get_tokenizer,
-    train_bpe,
+    self_check_text,
 )
 from flatgpt.errors import CheckpointError, UserError
 from flatgpt.inference.engine import generate
@@ -411,7 +411,7 @@ def test_memory_holds_the_weights_about_once(tmp_path, script, kind):
 
 @pytest.fixture(scope='module')
 def bpe():
-    return train_bpe([TEXT, difficult_text()], 600)
+    return train_bpe([TEXT, self_check_text()], 600)
 
 
 def tokenizers(bpe):
@@ -428,7 +428,7 @@ def test_autotokenizer_encodes_an_export_the_same_and_it_can_be_read_back(tmp_pa
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
     texts = [TEXT, ' two  spaces\n\n\tand it', '']
     texts = [''.join(c for c in text if c in TEXT) for text in texts]
-    texts += [] if 'char' in kind else [difficult_text(7).replace(EOT, '')]
+    texts += [] if 'char' in kind else [self_check_text(7).replace(EOT, '')]
     for text in texts:
         ids = tokenizer.encode(text).tolist()
         assert theirs(text, add_special_tokens=False)['input_ids'] == ids
@@ -444,7 +444,7 @@ def test_gpt2s_tokenizer_is_exported_and_read_back(tmp_path):
     tokenizer = get_tokenizer('gpt2')
     export_transformers(own(vocab_size=50304), tokenizer, {}, tmp_path / 'out')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
-    text = difficult_text().replace(EOT, '') + TEXT
+    text = self_check_text().replace(EOT, '') + TEXT
     assert theirs(text)['input_ids'] == tokenizer.encode(text).tolist()
     back = read_tokenizer(tmp_path / 'out', 'out', 50304)
     assert back == tokenizer

@@ -17,9 +17,10 @@ from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import list_checkpoints, load_model
 from flatgpt.data import chat as prepare
 from flatgpt.data import text
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import FIRST, PADDING, TARGET, Dataset, mask_file
 from flatgpt.data.hf_tokenizer import chat_jinja
-from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load, train_bpe
+from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.training import loss as loss_module
 
@@ -106,7 +107,7 @@ def test_the_loss_covers_the_assistants_messages_and_the_end_of_each(tmp_path):
 
 def test_the_targets_of_a_batch_are_the_tokens_in_the_loss(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B', 'C', 'D')], size=46)
-    for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_windows('val'))):
+    for x, y in (data.batch(0, data.n_windows), data.eval_batch('val', data.eval_starts('val'))):
         assert x.shape == y.shape == (2, 46)
         answers = {data.tokenizer.decode(row[row >= 0]) for row in y}
         assert answers == {f'Hello{EOT}', f'B{EOT}D{EOT}'}
@@ -118,7 +119,7 @@ def test_the_targets_of_a_batch_are_the_tokens_in_the_loss(tmp_path):
 def test_each_conversation_of_a_row_has_its_own_number(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Hello'), talk('A', 'B'), talk('C', 'D')], size=96)
     for (_, flags), numbers in zip(
-        rows(data), data.eval_batch('val', data.eval_windows('val'), True)[2], strict=True
+        rows(data), data.eval_batch('val', data.eval_starts('val'), True)[2], strict=True
     ):
         starts = np.flatnonzero(flags & FIRST)
         assert len(starts) > 2
@@ -241,9 +242,9 @@ def test_an_answer_that_is_excluded_is_read_but_not_in_the_loss(tmp_path, mark):
 def test_a_row_with_nothing_to_train_on_is_skipped_and_counted(tmp_path, capsys, row, why):
     data = prepared(tmp_path, [row, [ASK, TELL], row])
     assert len(packed(data)) == 1
-    assert f'skipped: 4 {why}' in capsys.readouterr().out.splitlines()  # of both splits
+    assert f'skipped: 4 rows {why}' in capsys.readouterr().out.splitlines()  # of both splits
     message = refused(prepared, tmp_path, [row])
-    assert f'no samples for train: skipped 1 {why}; ' in message
+    assert f'no samples for train: skipped 1 row {why}; ' in message
 
 
 def test_an_ignored_field_is_ignored_in_rows_and_messages(tmp_path):
@@ -257,10 +258,10 @@ def test_invalid_rows_are_skipped_with_bad_drop(tmp_path, capsys):
     data = prepared(tmp_path, [bad, [ASK, TELL], {'prompt': 'a'}, 7], '--bad=drop')
     assert len(packed(data)) == 1
     out = capsys.readouterr().out
-    assert 'skipped: 6 invalid' in out.splitlines()
+    assert 'skipped: 6 rows with errors' in out.splitlines()
     assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: has unknown fields' in out
     message = refused(prepared, tmp_path, [bad], '--bad=drop')
-    assert 'skipped 1 invalid (' in message
+    assert 'skipped 1 row with errors (' in message
     assert 'tool_calls' in message
 
 
@@ -376,7 +377,7 @@ def test_a_custom_template_is_saved_with_the_tokenizer(tmp_path):
     data = prepared(tmp_path, [talk('Hi', 'Yo')], f'--template={tmp_path / "marks.json"}')
     assert packed(data) == ['<Hi>[Yo]']
     assert loss_texts(data) == [['Yo]']]
-    assert load(data.folder / 'tokenizer.json').chat_template == TEMPLATE
+    assert load_tokenizer(data.folder / 'tokenizer.json').chat_template == TEMPLATE
     again = prepared(tmp_path, [talk('A', 'B')], tokenizer=data.folder)
     assert packed(again) == ['<A>[B]']
 
@@ -388,7 +389,8 @@ def test_a_tokenizer_without_end_of_text_ends_a_turn_with_a_blank_line(tmp_path)
     assert loss_texts(data) == [['hello\n\n']]
     blank = [talk('hello', 'hel\n\nlo')]
     message = refused(prepared, tmp_path, blank, tokenizer=tmp_path / 'letters.json')
-    assert "source.jsonl, line 1: messages[1]: the answer contains '\\n\\n', which ends" in message
+    assert 'source.jsonl, line 1: messages[1]: the assistant' in message
+    assert "message contains '\\n\\n', which ends" in message
 
 
 @pytest.mark.parametrize(
@@ -700,7 +702,7 @@ def test_a_context_beside_a_dialogue_is_refused(tmp_path):
 
 def test_a_conversation_without_messages_is_skipped_as_empty(tmp_path, capsys):
     prepared(tmp_path, [[ASK, TELL], {'messages': []}])
-    assert 'skipped: 2 with empty text' in capsys.readouterr().out
+    assert 'skipped: 2 rows with empty text' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -716,7 +718,7 @@ def test_only_the_invalid_row_of_a_json_file_is_skipped(tmp_path, capsys, layout
     prepare.main([*command, '--bad=drop', '--val_fraction=0.5'])
     out = capsys.readouterr().out
     assert '2 conversations' in out
-    assert 'skipped: 1 invalid' in out.splitlines()
+    assert 'skipped: 1 row with errors' in out.splitlines()
 
 
 MEGABYTE = 2**20
@@ -765,7 +767,7 @@ def test_a_conversation_that_is_too_long_is_reported_with_long_error(tmp_path):
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)], '--long=error')
     assert 'line 1: 120 tokens, but a row holds 64' in message
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)])
-    assert 'no samples for train: skipped 1 longer than --block_size=64' in message
+    assert 'no samples for train: skipped 1 row longer than --block_size=64' in message
 
 
 @pytest.mark.parametrize(
@@ -799,7 +801,7 @@ def test_text_that_replaces_conversations_leaves_no_masks(tmp_path):
     (tmp_path / 'a.txt').write_text('word ' * 50)
     text.main([str(tmp_path / 'a.txt'), f'--out_dir={data.folder}', '--tokenizer=byte'])
     assert not list(data.folder.glob('*mask*'))
-    assert Dataset(data.folder, 8).rows is None
+    assert not Dataset(data.folder, 8).is_chat
 
 
 # -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from flatgpt.data import chat as prepare
 from flatgpt.data import text
 from flatgpt.data.dataset import TARGET, mask_file
 from flatgpt.data.messages import content_text, template_role
-from flatgpt.data.tokenizer import EOT, char_tokenizer, load
+from flatgpt.data.tokenizer import EOT, char_tokenizer, load_tokenizer
 
 FINE = {'messages': talk('How?', 'Fine.')}
 BETTER = {'prompt': 'How?', 'chosen': 'Fine.', 'rejected': 'Bad.'}
@@ -33,7 +33,7 @@ def run(source, *flags):
 def trained_on(folder, split='train'):
     ids = np.fromfile(folder / f'{split}.bin', '<u2')
     flags = np.fromfile(folder / mask_file(f'{split}.bin'), np.uint8)
-    tokenizer = load(folder / 'tokenizer.json')
+    tokenizer = load_tokenizer(folder / 'tokenizer.json')
     return {*tokenizer.decode(ids[flags & TARGET > 0]).split(EOT)} - {''}
 
 
@@ -298,7 +298,7 @@ def test_a_template_is_read_once_its_advice_is_followed(tmp_path, content, advic
     assert run(source, f'--template={template}') == {'Seven.'}
 
 
-@error_line('the answer contains {}', '{}: {}; choose another with')
+@error_line("the assistant's message contains {}", '{}: {}; choose another with')
 def test_a_template_is_chosen_that_suits_the_tokenizer_and_the_answers(tmp_path):
     char_tokenizer('How?Fine. many?Svn\n').save(tmp_path / 'letters.json')
     tokenizer = f'--tokenizer={tmp_path / "letters.json"}'
@@ -309,7 +309,7 @@ def test_a_template_is_chosen_that_suits_the_tokenizer_and_the_answers(tmp_path)
     assert 'choose another with --template=FILE' in message  # the default needs other letters
     template.write_text(json.dumps({'user': ['', '\n'], 'assistant': ['', '\n']}))
     message = refused(run, source, tokenizer, f'--template={template}')
-    assert "line 2: messages[1]: the answer contains '\\n'" in message
+    assert "line 2: messages[1]: the assistant's message contains '\\n'" in message
     assert 'choose another end with --template=FILE' in message
     template.write_text(json.dumps({'user': ['', '\n'], 'assistant': ['', '???']}))
     assert run(source, tokenizer, f'--template={template}') == {'Seven.\nSeven.???'}
@@ -323,7 +323,7 @@ def prepare_in(tmp_path, monkeypatch, *flags):
     """Prepare rows.jsonl of the current folder, with data/ there."""
     monkeypatch.chdir(tmp_path)
     for module in (text, prepare):
-        monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
+        monkeypatch.setattr(module, 'DATA_DIR', tmp_path / 'data')
     lines(tmp_path / 'rows.jsonl', [FINE, GOOD])
     prepare.main(['--tokenizer=byte', *flags])
     return trained_on(tmp_path / 'data' / 'talks')

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from flatgpt.data import dataset as dataset_module
 from flatgpt.data import shard_files
-from flatgpt.data.dataset import Dataset, Writer, mix, permute
+from flatgpt.data.dataset import Dataset, Writer, hash_uint64, permute
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
@@ -101,7 +101,7 @@ def test_batches_do_not_depend_on_earlier_calls(tmp_path):
     dataset = make(tmp_path)
     ids = [7, 100000, 3, 7, 0, 12345678901]
     batches = [dataset.batch(i, 4)[0] for i in ids]
-    dataset.eval_batch('val', dataset.eval_windows('val', 3))
+    dataset.eval_batch('val', dataset.eval_starts('val', 3))
     for i, x in reversed(list(zip(ids, batches, strict=True))):
         assert np.array_equal(Dataset(tmp_path, 8).batch(i, 4)[0], x)
         assert np.array_equal(dataset.batch(i, 4)[0], x)
@@ -130,13 +130,13 @@ def test_a_single_window_is_enough_to_train_on(tmp_path):
 def test_the_permutation_visits_every_position_once():
     for n in [*range(1, 70), 1000, 4097]:
         for seed in range(3):
-            key = mix(np.full(n, seed, np.uint64), np.arange(1, dtype=np.uint64))
+            key = hash_uint64(np.full(n, seed, np.uint64), np.arange(1, dtype=np.uint64))
             assert sorted(permute(np.arange(n), n, key)) == list(range(n))
 
 
 def test_the_permutation_separates_neighbors():
     n = 10000
-    key = mix(np.full(n, 1337, np.uint64), np.zeros(n, np.uint64))
+    key = hash_uint64(np.full(n, 1337, np.uint64), np.zeros(n, np.uint64))
     steps = np.abs(np.diff(permute(np.arange(n), n, key)))
     assert abs(steps.mean() / n - 1 / 3) < 0.01  # as for a uniform shuffle
     assert (steps == 1).mean() < 0.001
@@ -161,7 +161,7 @@ def test_an_end_of_text_begins_the_document_after_it(tmp_path):
         for split in ('train', 'val'):
             writer.write(split, ids)
     dataset = Dataset(tmp_path, 16)
-    starts = dataset.eval_windows('val')
+    starts = dataset.eval_starts('val')
     for read, args in ((dataset.batch, (3, 40)), (dataset.eval_batch, ('val', starts))):
         x, y, numbers = read(*args, documents=True)
         assert numbers.shape == x.shape
@@ -181,7 +181,7 @@ def test_every_token_but_the_first_of_a_whole_split_is_a_target_once(
 ):
     dataset = make(tmp_path, val=tokens, shard_tokens=shard_tokens)
     for count in (None, 10**6):
-        x, y = dataset.eval_batch('val', dataset.eval_windows('val', count))
+        x, y = dataset.eval_batch('val', dataset.eval_starts('val', count))
         assert y[y >= 0].tolist() == list(range(1, tokens))
         assert np.array_equal(x[y >= 0] + 1, y[y >= 0])
         assert not x[y < 0].any()
@@ -191,19 +191,19 @@ def test_every_token_but_the_first_of_a_whole_split_is_a_target_once(
 def test_fixed_windows_are_evenly_spaced_and_do_not_overlap(tmp_path):
     dataset = make(tmp_path, val=1001)
     for count in (1, 2, 7, 124, 125):
-        starts = dataset.eval_windows('val', count)
+        starts = dataset.eval_starts('val', count)
         gaps = np.diff(starts)
         assert len(starts) == count
         assert (gaps >= 8).all()
         assert gaps.max(initial=8) - gaps.min(initial=10**6 if count > 1 else 8) <= 8
         assert (dataset.eval_batch('val', starts)[1] >= 0).all()
-        assert np.array_equal(starts, dataset.eval_windows('val', count))
+        assert np.array_equal(starts, dataset.eval_starts('val', count))
 
 
 def test_the_train_split_can_be_evaluated_too(tmp_path):
     dataset = make(tmp_path, shard_tokens=300)
-    x, _ = dataset.eval_batch('train', dataset.eval_windows('train', 5))
-    assert x[:, 0].tolist() == dataset.eval_windows('train', 5).tolist()
+    x, _ = dataset.eval_batch('train', dataset.eval_starts('train', 5))
+    assert x[:, 0].tolist() == dataset.eval_starts('train', 5).tolist()
 
 
 # --- writing
@@ -353,7 +353,7 @@ def test_the_error_for_a_short_split_suggests_a_block_size_that_works(tmp_path):
     assert 'val split has 30 tokens' in message
     assert '--block_size=29' in message
     assert Dataset(tmp_path, 29).batch(0, 1)
-    assert len(Dataset(tmp_path, 29).eval_windows('val')) == 1
+    assert len(Dataset(tmp_path, 29).eval_starts('val')) == 1
     assert '--block_size=29' in refusal(tmp_path, block_size=30)
 
 
@@ -445,7 +445,7 @@ def test_a_nanogpt_pickle_that_would_run_code_is_refused(tmp_path):
 
 @pytest.fixture
 def data_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path)
+    monkeypatch.setattr('flatgpt.data.dataset.DATA_DIR', tmp_path)
     return tmp_path
 
 
@@ -490,7 +490,7 @@ def test_a_missing_dataset_is_prepared_by_one_of_several_processes(tmp_path):
     code = """
         import sys, pathlib
         from flatgpt.data import dataset, mixture
-        dataset.DATA = pathlib.Path(sys.argv[1])
+        dataset.DATA_DIR = pathlib.Path(sys.argv[1])
         print(mixture.open_data('fresh', 8).tokens['train'])
         """
     command = [sys.executable, '-c', textwrap.dedent(code), str(tmp_path)]
@@ -572,7 +572,7 @@ def test_a_prepare_script_outside_this_clone_is_not_run(tmp_path):
 
 def batches_of(dataset):
     """All training and evaluation batches of a run."""
-    read = [dataset.batch(0, 40), dataset.eval_batch('val', dataset.eval_windows('val'))]
+    read = [dataset.batch(0, 40), dataset.eval_batch('val', dataset.eval_starts('val'))]
     return np.concatenate([array.ravel() for arrays in read for array in arrays]).tolist()
 
 

@@ -14,18 +14,18 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.data import tokenizer as tokenizer_module
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.hf_options import GPT2_PATTERN, check_regex
 from flatgpt.data.hf_tokenizer import PATTERNS, added_tokens, find_tokenizer, tokenizer_json
 from flatgpt.data.tokenizer import (
     EOT,
-    WHITE_SPACE,
+    WHITESPACE,
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
-    difficult_text,
     is_word_character,
-    load,
-    train_bpe,
+    load_tokenizer,
+    self_check_text,
 )
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import complete
@@ -101,7 +101,7 @@ def test_every_eos_token_id_is_a_stop_id_and_generation_config_has_precedence(
     assert tokenizer.eot == next((i for i in tokenizer.end_ids or [] if i < 3), None)
     assert set(np.flatnonzero(~tokenizer.writable)) == {0, 1, 2} - ends
     tokenizer.save(tmp_path / 'own.json')
-    again = load(tmp_path / 'own.json')
+    again = load_tokenizer(tmp_path / 'own.json')
     assert (again, again.stop_ids, again.eot) == (tokenizer, ends, tokenizer.eot)
 
 
@@ -223,12 +223,12 @@ def test_words_and_special_tokens_have_the_ids_of_transformers(tmp_path, special
     rng = random.Random(0)
     parts = [*SAID, *map(str, WORDS), ' ', '  ', '\n', 'x', '²', '[pad]', '[cut] ', '[end]']
     mixed = [''.join(rng.choices(parts, k=12)) for _ in range(300)]
-    for text in [*SAID, *mixed, difficult_text()]:
+    for text in [*SAID, *mixed, self_check_text()]:
         expected = theirs(text, add_special_tokens=False, split_special_tokens=not special)
         ids = ours.encode(text, allow_eot=special).tolist()
         assert ids == expected['input_ids'], text
         assert ids == again(text, split_special_tokens=not special)['input_ids'], text
-        gone = str.maketrans('', '', WHITE_SPACE)  # which lstrip and rstrip take
+        gone = str.maketrans('', '', WHITESPACE)  # which lstrip and rstrip take
         assert ours.decode(ids).translate(gone) == text.translate(gone)
 
 
@@ -265,7 +265,7 @@ def test_word_characters_and_white_space_are_those_of_tokenizers():
     for character in map(chr, codes):
         alone = any(t == 'alone' for t in words.encode(f'alone{character}').tokens)
         space = words.encode(f'r{character}').offsets[-1] == (0, 2)
-        if (alone, space) != (not is_word_character(character), character in WHITE_SPACE):
+        if (alone, space) != (not is_word_character(character), character in WHITESPACE):
             wrong.append(character)
     assert len(wrong) < 30, wrong
     assert all(ord(character) > 0x800 for character in wrong), wrong
@@ -292,7 +292,7 @@ def test_vocab_and_merges_with_other_files_in_the_folder(tmp_path, way):
     (folder / 'config.json').write_text(json.dumps({'model_type': 'gpt2', 'eos_token_id': 1}))
     ours = find_tokenizer(str(folder))
     theirs = transformers.GPT2Tokenizer.from_pretrained(folder)
-    for text in ('a hare</s><s> zebras <pad>', f'{EOT}a{EOT}', difficult_text(), *SAID):
+    for text in ('a hare</s><s> zebras <pad>', f'{EOT}a{EOT}', self_check_text(), *SAID):
         assert ours.encode(text, allow_eot=True).tolist() == theirs(text)['input_ids']
     assert (ours.stop_ids, ours.eot, ours.vocab_size) == ({1}, 1, size + 2)
     assert ours.writable[[0, 1, 2, size, size + 1]].tolist() == [
@@ -388,7 +388,7 @@ def test_an_option_is_supported_or_refused_by_name(tmp_path, change, line):
         assert line in message
         return
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'x')
-    for text in (TEXT, difficult_text(3)):
+    for text in (TEXT, self_check_text(3)):
         assert find_tokenizer(str(path)).encode(text).tolist() == theirs(text)['input_ids']
 
 
@@ -442,12 +442,12 @@ def test_merges_that_differ_from_merging_by_rank_are_refused(tmp_path):
 def test_both_engines_split_text_alike():
     """By the patterns of GPT-4, GPT-2 and our own BPE, in difficult text."""
     gpt4 = PATTERNS['cl100k_base']
-    own = train_bpe([TEXT, difficult_text()], 500)
+    own = train_bpe([TEXT, self_check_text()], 500)
     for pattern in (GPT2_PATTERN, gpt4, own.pattern):
         tokenizer = Tokenizer('bpe', 'mine', own.token_bytes, own.special, check_regex(pattern))
         theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
         for seed in range(5):
-            text = difficult_text(seed) + "I'\u017f we'LL'\u017ft'K x\x85\x0b"
+            text = self_check_text(seed) + "I'\u017f we'LL'\u017ft'K x\x85\x0b"
             ids = theirs.encode(text, add_special_tokens=False).ids
             assert ids == tokenizer.encode(text, allow_eot=True).tolist()
 
@@ -456,7 +456,7 @@ def test_an_encoding_of_tiktoken_is_written_with_a_portable_pattern():
     """Its own regular expressions have syntax with another meaning for `tokenizers`."""
     import tiktoken_ext.openai_public as public
 
-    own = train_bpe([TEXT, difficult_text()], 500)
+    own = train_bpe([TEXT, self_check_text()], 500)
     pattern = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+|"
     pattern += r' ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s'
     special = own.special | {'<|fim|>': own.vocab_size + 3}  # after ids that stand for nothing
@@ -464,7 +464,7 @@ def test_an_encoding_of_tiktoken_is_written_with_a_portable_pattern():
     tokenizer = Tokenizer('tiktoken', 'cl100k_base', tokens, special, pattern)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
     for seed in range(5):
-        text = difficult_text(seed).replace(EOT, '') + '1234567 \n  '
+        text = self_check_text(seed).replace(EOT, '') + '1234567 \n  '
         assert theirs.encode(text, add_special_tokens=False).ids == tokenizer.encode(text).tolist()
     assert theirs.token_to_id('<|fim|>') == special['<|fim|>']
     assert public.r50k_pat_str not in PATTERNS.values()
@@ -504,7 +504,7 @@ def test_a_word_in_blocks_has_the_ids_of_all_of_it(monkeypatch, letters):
     rng = random.Random(0)
     whole = tokenizer._encoding._encode_single_piece
     for block in (24, 100):
-        monkeypatch.setattr(tokenizer_module, 'BLOCK', block)
+        monkeypatch.setattr(tokenizer_module, 'MERGE_BLOCK_BYTES', block)
         for size in (1, 23, 24, 25, 99, 100, 101, 555, 2000):
             word = ''.join(rng.choices(letters, k=size)).encode()
             assert tokenizer._encode_long_word(word) == whole(word)
@@ -513,5 +513,5 @@ def test_a_word_in_blocks_has_the_ids_of_all_of_it(monkeypatch, letters):
 def test_long_words_have_the_ids_of_tokenizers():
     tokenizer = train_bpe([TEXT, ' ' * 64, 'ACGTTGCA' * 9], 400)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(tokenizer)))
-    text = TEXT + ' ' * 1_100_000 + 'x ' + 'ACGT' * 300_000 + difficult_text().replace(EOT, '')
+    text = TEXT + ' ' * 1_100_000 + 'x ' + 'ACGT' * 300_000 + self_check_text().replace(EOT, '')
     assert np.array_equal(tokenizer.encode(text), theirs.encode(text).ids)

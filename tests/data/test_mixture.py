@@ -9,7 +9,7 @@ from conftest import hashes, make_dataset, metrics
 
 from flatgpt.checkpoint.load import find, load_model
 from flatgpt.data.dataset import FIRST, TARGET, Dataset, Writer
-from flatgpt.data.mixture import BLOCK, Mixture, open_data, quotas_of
+from flatgpt.data.mixture import SHARE_BLOCK, Mixture, open_data, quotas_of
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
@@ -56,14 +56,14 @@ def refused(call, *args, **options):
 
 
 def test_every_thousand_samples_have_exactly_the_shares(mixture):
-    for first in (0, BLOCK, 10**9 * BLOCK):
-        x, y = mixture.batch(first, BLOCK)
+    for first in (0, SHARE_BLOCK, 10**9 * SHARE_BLOCK):
+        x, y = mixture.batch(first, SHARE_BLOCK)
         assert np.bincount(source_of(x)).tolist() == [700, 250, 50]
         assert np.array_equal(y, x + 1)
 
 
 def test_the_parts_are_shuffled_differently_in_each_thousand(mixture):
-    orders = [source_of(mixture.batch(n * BLOCK, BLOCK)[0]) for n in range(3)]
+    orders = [source_of(mixture.batch(n * SHARE_BLOCK, SHARE_BLOCK)[0]) for n in range(3)]
     assert not np.array_equal(orders[0], orders[1])
     for order in orders:
         tens = order.reshape(10, 100)
@@ -74,8 +74,8 @@ def test_the_parts_are_shuffled_differently_in_each_thousand(mixture):
 @pytest.mark.parametrize('weights', [[1, 1, 1], [0.7, 0.3], [1e-3, 1], [3, 3, 1, 1, 1, 1, 1]])
 def test_quotas_are_the_nearest_integers(weights):
     quotas = np.array(quotas_of(weights))
-    assert quotas.sum() == BLOCK
-    assert (abs(quotas - np.array(weights) / sum(weights) * BLOCK) < 1).all()
+    assert quotas.sum() == SHARE_BLOCK
+    assert (abs(quotas - np.array(weights) / sum(weights) * SHARE_BLOCK) < 1).all()
 
 
 def test_the_samples_of_a_part_keep_their_order(mixture, folders):
@@ -114,7 +114,9 @@ def test_an_epoch_ends_when_every_part_has_completed_one(mixture):
         return [n >= part.n_windows for n, (_, part) in zip(each, mixture.parts, strict=True)]
 
     # a window of a later epoch begins elsewhere, so only the slowest part is counted here
-    slowest = max(range(3), key=lambda k: mixture._samples_until(k, mixture.parts[k][1].n_windows))
+    slowest = max(
+        range(3), key=lambda k: mixture._samples_until(k, mixture.parts[k].data.n_windows)
+    )
     assert seen(mixture.n_windows)[slowest]
     assert not seen(mixture.n_windows - 1)[slowest]
 
@@ -166,7 +168,7 @@ def test_a_mixture_is_evaluated_part_by_part_and_by_its_shares(run_here, tmp_pat
     model, expected = load_model(tmp_path, 'last')[0], {}
     for name in ('words', 'noise'):
         data = Dataset(texts / name, 16)
-        batch = data.eval_batch('val', data.eval_windows('val'))
+        batch = data.eval_batch('val', data.eval_starts('val'))
         with torch.no_grad():
             expected[name] = model(*map(torch.from_numpy, batch))[1].item()
         assert metrics(tmp_path, f'val_loss_on_{name}')[10] == pytest.approx(

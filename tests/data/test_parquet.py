@@ -110,7 +110,7 @@ def test_a_sample_has_500_of_10000_documents_for_validation():
 
 
 def test_a_sample_goes_to_a_dataset_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(openwebtext, 'DATA', tmp_path)
+    monkeypatch.setattr(openwebtext, 'DATA_DIR', tmp_path)
     parquet('source/0.parquet', stories(0, 30))
     openwebtext.main(['--source=source', '--dev', '--workers=1'])
     assert Dataset(tmp_path / 'openwebtext_dev', 64).n_windows
@@ -232,7 +232,7 @@ def test_a_finished_dataset_is_not_changed(source, monkeypatch):
 def test_the_result_trains_and_is_evaluated_across_its_parts(source, run_here):
     dataset = prepare(source)
     assert len(read_meta(Path('out'))['splits']['val']['shards']) == 3
-    _, targets = dataset.eval_batch('val', dataset.eval_windows('val'))
+    _, targets = dataset.eval_batch('val', dataset.eval_starts('val'))
     assert BYTES.decode(targets[:, 0]) == text_of('val')[1:]
     assert run_here(f'--dataset={Path("out").resolve()}', '--out_dir=run', '--max_iters=1') == 0
     assert list(Path('run/checkpoints').iterdir())

@@ -21,9 +21,10 @@ from data.pydocs import prepare as pydocs
 from flatgpt.data import bpe, encode, sources, text
 from flatgpt.data import dataset as dataset_module
 from flatgpt.data import shakespeare as shakespeare_char
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.download import fetch
-from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
 SCRIPTS = (
@@ -251,7 +252,7 @@ def prepare_shakespeare(folder: Path, out_dir: str) -> Dataset:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(shakespeare_char, 'DATA', tmp_path / 'data')
+    monkeypatch.setattr(shakespeare_char, 'DATA_DIR', tmp_path / 'data')
     for name in ('shakespeare', 'shakespeare_char'):
         (tmp_path / 'data' / name).mkdir(parents=True)
     return tmp_path / 'data'
@@ -360,6 +361,14 @@ def test_files_for_validation_only_are_one_line():
     assert '--val includes all files' in refused(prepare_text, 'a.txt', '--val=a.txt')
 
 
+def test_files_may_follow_flags():
+    write('a.txt', 'train this')
+    write('b.txt', 'validate this')
+    prepare_text('--tokenizer=byte', '--split=document', 'b.txt', '--val_fraction=0.5', 'a.txt')
+    assert text_of('train') == 'train this'
+    assert text_of('val') == 'validate this'
+
+
 def test_a_file_given_twice_is_read_once():
     write('more/a.txt', WORDS)
     prepare_text('more/a.txt', 'more', 'more/*.txt', '--tokenizer=byte')
@@ -387,7 +396,7 @@ def test_a_pattern_finds_files_in_folders_below():
 
 
 def test_the_last_line_printed_is_the_next_command(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(text, 'DATA', tmp_path / 'data')
+    monkeypatch.setattr(text, 'DATA_DIR', tmp_path / 'data')
     write('novel.txt', WORDS * 100)
     text.main(['novel.txt', '--name=mine', '--tokenizer=byte'])
     out = capsys.readouterr().out
@@ -677,7 +686,7 @@ def test_the_datasets_that_come_with_flatgpt_are_not_overwritten(name):
     write('a.txt', WORDS)
     message = refused(text.main, ['a.txt', f'--name={name}', '--tokenizer=byte'])
     assert 'comes with flatGPT' in message
-    message = refused(text.main, ['a.txt', f'--out_dir={dataset_module.DATA / name}'])
+    message = refused(text.main, ['a.txt', f'--out_dir={dataset_module.DATA_DIR / name}'])
     assert 'comes with flatGPT' in message
 
 

@@ -29,8 +29,9 @@ from test_prepare import (
 
 from data.sre import prepare as sre
 from flatgpt.data import bpe, download, gutenberg, shakespeare, sources, text
-from flatgpt.data.dataset import Writer, find_dataset
-from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.bpe import train_bpe
+from flatgpt.data.dataset import Writer, find_or_prepare_dataset
+from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
 
 
@@ -87,7 +88,7 @@ def test_a_byte_order_mark_sets_the_encoding(encoding, monkeypatch):
     assert both() == 'Zoë, Привет. ' * 50
     message = refused(prepare_text, 'a.txt', '--tokenizer=byte', '--errors=replace')
     assert f'is {encoding.upper()} with a byte order mark' in message
-    assert 'leave out --encoding' in refused(
+    assert 'omit --encoding' in refused(
         prepare_text, 'a.txt', '--tokenizer=byte', '--encoding=cp1252'
     )
 
@@ -218,7 +219,7 @@ def test_json_that_is_not_a_list_of_records_is_text_and_counted(capsys):
     write('more/words.json', json.dumps(['a', 'b']))
     prepare_text('more', '--tokenizer=byte', '--split=fraction')
     assert (
-        'read 6 .json files as plain text, since they are no records with a field text'
+        'read 6 .json files as plain text, since they are not records with a field text'
         in capsys.readouterr().out
     )
     write('one.json', json.dumps({'text': WORDS * 20}, indent=1))
@@ -321,11 +322,11 @@ def test_a_folder_that_cannot_be_written_leads_to_out_dir(tmp_path, monkeypatch)
 def test_a_dataset_of_ours_that_cannot_be_prepared_in_its_place_names_the_command(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path)
+    monkeypatch.setattr('flatgpt.data.dataset.DATA_DIR', tmp_path)
     write('fresh/prepare.py', 'def main(argv): 1 / 0')
     monkeypatch.setattr(Path, 'mkdir', denied)
     with pytest.raises(UserError, match=r'python data/fresh/prepare\.py --out_dir=FOLDER'):
-        find_dataset('fresh')
+        find_or_prepare_dataset('fresh')
 
 
 def test_what_is_fetched_is_kept_beside_the_dataset_where_the_checkout_is_read_only(monkeypatch):

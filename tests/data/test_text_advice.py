@@ -8,7 +8,7 @@ import pytest
 from error_lines import case, error_line
 
 from flatgpt.data import text
-from flatgpt.data.tokenizer import char_tokenizer, load
+from flatgpt.data.tokenizer import char_tokenizer, load_tokenizer
 from flatgpt.errors import UserError
 
 WORDS = 'The cat sat on the mat, and the dog ran off. '
@@ -45,7 +45,7 @@ TWO = ' --split=document --val_fraction=0.5'  # of two documents, one for each s
 def folder(tmp_path, monkeypatch):
     """A folder with the files, in which --name=x goes to data/x, and poe is a dataset of ours."""
     monkeypatch.chdir(tmp_path)
-    for name in ('flatgpt.data.dataset.DATA', 'flatgpt.data.text.DATA'):
+    for name in ('flatgpt.data.dataset.DATA_DIR', 'flatgpt.data.text.DATA_DIR'):
         monkeypatch.setattr(name, Path('data'))
     for name, content in FILES.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def prepare(argv: str) -> str:
         args.append('--tokenizer=byte')
     text.main(args)
     folder = next(Path().rglob('meta.json')).parent
-    tokenizer = load(folder / 'tokenizer.json')
+    tokenizer = load_tokenizer(folder / 'tokenizer.json')
     ids = [np.fromfile(folder / f'{split}.bin', '<u2') for split in ('train', 'val')]
     return ''.join(map(tokenizer.decode, ids))
 
@@ -107,8 +107,8 @@ def test_the_advice_about_the_output_works(bad, good, result):
              '1252.txt --encoding=ascii --errors=replace', 'na\ufffdve ' * 50),
         case('{}: not {} at byte {}; {}', 'bom8.txt', 'bom8.txt --errors=replace', 'na\ufffdve '),
         case('{}: not {} at byte {}; {}', 'bom16.txt', 'bom16-as-utf-8.txt', 'naïve ' * 50),
-        case('its byte order mark says', '16.txt --encoding=cp1252', '16.txt', 'naïve ' * 50),
-        case('its byte order mark says', '16.txt --encoding=cp1252',
+        case('byte order mark, but', '16.txt --encoding=cp1252', '16.txt', 'naïve ' * 50),
+        case('byte order mark, but', '16.txt --encoding=cp1252',
              '1252.txt --encoding=cp1252', 'naïve ' * 50),
         case('is not supported for it', '16.txt --errors=replace', '16.txt', 'naïve ' * 50),
         case('choose another field', 'rows.jsonl', 'rows.jsonl --field=body', 'row 1. '),
@@ -138,9 +138,9 @@ def test_the_advice_about_files_works(bad, good, result):
         case('give 1 or more processes', '--workers=0', '--workers=1', WORDS * 20),
         case('give a number above 0', '--val_fraction=0.9', '--val_fraction=0.5', WORDS * 20),
         case('give a number above 0', '--val_fraction=0', '--val_fraction=0.001', WORDS * 20),
-        case('no end-of-text token; leave out', '--tokenizer=char --read_eot', '--tokenizer=char',
+        case('no end-of-text token; omit', '--tokenizer=char --read_eot', '--tokenizer=char',
              WORDS * 20),
-        case('no end-of-text token; leave out', '--tokenizer=char --read_eot',
+        case('no end-of-text token; omit', '--tokenizer=char --read_eot',
              '--tokenizer=byte --read_eot', WORDS * 20),
         case('needs --tokenizer=bpe', '--tokenizer=char --vocab_size=300', '--tokenizer=char',
              WORDS * 20),

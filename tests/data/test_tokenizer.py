@@ -12,18 +12,18 @@ import tiktoken
 import tiktoken_ext.openai_public
 
 from flatgpt.data import encode as encode_module
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import (
     EOT,
     Tokenizer,
     byte_tokenizer,
     char_tokenizer,
-    difficult_text,
     from_nanogpt_meta,
     get_tokenizer,
-    load,
+    load_tokenizer,
+    self_check_text,
     tiktoken_tokenizer,
-    train_bpe,
 )
 from flatgpt.errors import UserError
 
@@ -167,7 +167,7 @@ def test_ids_above_65535_are_uint32():
 def test_a_saved_tokenizer_needs_no_network(bpe, tmp_path, no_network):
     for tokenizer in every_kind(bpe):
         tokenizer.save(tmp_path / 'tokenizer.json')
-        loaded = load(tmp_path / 'tokenizer.json')
+        loaded = load_tokenizer(tmp_path / 'tokenizer.json')
         assert loaded == tokenizer
         assert loaded.to_dict() == tokenizer.to_dict()
         assert loaded.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
@@ -184,7 +184,7 @@ def test_a_failed_save_keeps_the_old_file(bpe, tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='full'):
         byte_tokenizer().save(path)
-    assert load(path) == bpe
+    assert load_tokenizer(path) == bpe
 
 
 def test_tokenizers_that_encode_alike_are_equal(bpe):
@@ -258,13 +258,13 @@ def test_a_damaged_tokenizer_file_is_refused(tmp_path, content):
     path = tmp_path / 'tokenizer.json'
     path.write_text(content)
     with pytest.raises(UserError) as error:
-        load(path)
+        load_tokenizer(path)
     assert str(path) in one_line(error)
 
 
 def test_a_missing_tokenizer_file_is_reported(tmp_path):
     with pytest.raises(UserError, match='no such file; prepare'):
-        load(tmp_path / 'tokenizer.json')
+        load_tokenizer(tmp_path / 'tokenizer.json')
 
 
 def test_nanogpts_characters_are_read(tmp_path):
@@ -319,12 +319,12 @@ def small_gpt2():
     return Tokenizer('tiktoken', 'gpt2', tokens, special, pattern)
 
 
-def test_gigatoken_gives_tiktokens_ids_for_difficult_text():
+def test_gigatoken_gives_tiktokens_ids_for_the_self_check_text():
     pytest.importorskip('gigatoken', reason='gigatoken is not installed')
     slow, fast = small_gpt2(), small_gpt2()
     assert fast.accelerate() == ''
     for seed in range(20):
-        text = difficult_text(seed, pieces=1000)
+        text = self_check_text(seed, pieces=1000)
         assert np.array_equal(fast.encode(text), slow.encode(text))
         assert np.array_equal(fast.encode(text, allow_eot=True), slow.encode(text, allow_eot=True))
     assert fast.encode('').tolist() == []
@@ -336,7 +336,7 @@ def test_gigatoken_gives_gpt2s_ids():
     pytest.importorskip('gigatoken', reason='gigatoken is not installed')
     slow, fast = get_tokenizer('gpt2'), get_tokenizer('gpt2')
     assert fast.accelerate() == ''
-    text = ''.join(difficult_text(seed) for seed in range(5))
+    text = ''.join(self_check_text(seed) for seed in range(5))
     assert np.array_equal(fast.encode(text), slow.encode(text))
 
 

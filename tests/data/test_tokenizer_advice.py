@@ -13,6 +13,7 @@ from error_lines import case, error_line
 from test_tokenizer import Trap
 
 from flatgpt.data import text
+from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.hf_options import CHARACTER_SPLIT, regex_split
 from flatgpt.data.hf_tokenizer import (
@@ -28,8 +29,7 @@ from flatgpt.data.tokenizer import (
     char_tokenizer,
     from_nanogpt_meta,
     get_tokenizer,
-    load,
-    train_bpe,
+    load_tokenizer,
 )
 from flatgpt.errors import UserError
 
@@ -67,7 +67,7 @@ def test_the_roles_of_the_line_are_rendered():
 
 @error_line('must be made from text')
 def test_the_command_of_the_line_makes_a_char_or_bpe_tokenizer(monkeypatch):
-    for name in ('flatgpt.data.dataset.DATA', 'flatgpt.data.text.DATA'):
+    for name in ('flatgpt.data.dataset.DATA_DIR', 'flatgpt.data.text.DATA_DIR'):
         monkeypatch.setattr(name, Path('data'))
     Path('a.txt').write_text(WORDS * 20)
     for name in ('char', 'bpe'):
@@ -119,9 +119,9 @@ ADDED = {'text': 'cat', 'id': 5}
 def test_a_tokenizer_file_without_the_mistake_of_the_line_is_read(bad, good):
     fields, path = byte_tokenizer().to_dict(), Path('tokenizer.json')
     path.write_text(json.dumps(fields | bad))
-    assert str(path) in refused(load, path)
+    assert str(path) in refused(load_tokenizer, path)
     path.write_text(json.dumps(fields | good))
-    assert load(path).encode('a').tolist() == [97]
+    assert load_tokenizer(path).encode('a').tolist() == [97]
 
 
 @error_line('not the meta.pkl of a character dataset')

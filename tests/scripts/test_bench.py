@@ -42,7 +42,7 @@ def test_figures_are_written_even_if_a_later_job_fails(tmp_path, monkeypatch):
     def broken(*args):
         raise UserError('no text')
 
-    monkeypatch.setitem(bench.JOBS, 'data', broken)
+    monkeypatch.setitem(bench.BENCHMARKS, 'data', broken)
     assert refused('--only=data') == 'no text'
     assert json.loads((tmp_path / 'bench.json').read_text())['machine']['read_bytes_per_second']
 
@@ -65,7 +65,7 @@ def test_figures_are_written_even_if_a_later_job_fails(tmp_path, monkeypatch):
         (['--json=nowhere/bench.json'], 'json=nowhere'),
         (['--n_layer=8', '--n_embd=65536'], 'GiB'),
         (['--rounds=0'], 'rounds'),
-        (['--limit=3'], 'limit=3: is only for --task=; leave it out'),
+        (['--limit=3'], 'limit=3: is only for --task=; omit it'),
         (['--only=decode', '--nanogpt=x'], "nanogpt='x': is only for --only=training"),
         (['--only=training', '--text=x'], "text='x': is only for --only=data"),
         (['--serve', '--profile'], 'profile=True: is only for --only=training or --only=prefill'),

@@ -10,7 +10,7 @@ from conftest import ROOT
 from error_lines import case, error_line
 
 import configurator
-from configurator import configure, read_meanings, read_settings
+from configurator import configure, setting_annotations, setting_comments
 from flatgpt.errors import ConfigError, UserError
 from model import GPTConfig
 
@@ -622,14 +622,14 @@ def test_a_mistake_ends_a_script_with_one_line_on_standard_error(script, name):
     ],
 )
 def test_each_script_s_settings_are_found(name, settings):
-    assert settings <= {*read_settings(str(ROOT / name))}
+    assert settings <= {*setting_annotations(str(ROOT / name))}
 
 
 @pytest.mark.parametrize('name', ['train.py', 'sample.py', 'bench.py', 'api.py'])
 def test_every_setting_has_a_meaning_in_the_help(name):
     path = str(ROOT / name)
-    meanings = {setting: meaning for setting, _, meaning in read_meanings(path)}
-    assert [*meanings] == [*read_settings(path)]
+    meanings = {setting: meaning for setting, _, meaning in setting_comments(path)}
+    assert [*meanings] == [*setting_annotations(path)]
     assert [setting for setting, meaning in meanings.items() if not meaning] == []
 
 
@@ -656,7 +656,7 @@ f = 6
 
 def test_a_meaning_is_found_wherever_a_formatter_moves_it(tmp_path):
     (tmp_path / 'thing.py').write_text(WRAPPED, encoding='utf-8')
-    assert [*read_meanings(str(tmp_path / 'thing.py'))] == [
+    assert [*setting_comments(str(tmp_path / 'thing.py'))] == [
         ('a', 'group', 'on its own line'),
         ('b', '', 'on the first line'),
         ('c', '', 'on the last line'),

@@ -204,8 +204,10 @@ def settings_of(script, argv):
 def check_bench(settings):
     bench_rules.check_modes(settings)
     if not (settings['compare'] or settings['task']):
-        jobs = bench_rules.requested_jobs(settings, [*bench.JOBS], bench.EXTRA_JOBS)
-        bench_rules.check_used(settings, ['serve'] if settings['serve'] else jobs)
+        names = bench_rules.requested_benchmarks(
+            settings, [*bench.BENCHMARKS], bench.EXTRA_BENCHMARKS
+        )
+        bench_rules.check_used(settings, ['serve'] if settings['serve'] else names)
         bench_rules.check_values(settings)
 
 

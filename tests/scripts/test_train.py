@@ -400,7 +400,7 @@ def test_an_evaluation_masks_documents_as_the_training_does(run_here, tmp_path, 
     args = (f'--dataset={stories}', '--mask_documents', '--eval_iters=None', '--eval_train=False')
     run_here(f'--out_dir={tmp_path}', *args, *settings)
     data = Dataset(stories, 16)
-    batch = data.eval_batch('val', data.eval_windows('val'), documents=True)
+    batch = data.eval_batch('val', data.eval_starts('val'), documents=True)
     loss = masked_loss(load_model(tmp_path, 'last')[0], *batch)
     assert metrics(tmp_path, 'val_loss')[4] == pytest.approx(loss, rel=1e-5)
 

@@ -18,7 +18,8 @@ from server import (
     write,
 )
 
-from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer, train_bpe
+from flatgpt.data.bpe import train_bpe
+from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 
 pytest_plugins = ['server']
 webdriver = pytest.importorskip('selenium.webdriver', reason='needs selenium, of [dev]')

@@ -58,7 +58,7 @@ def models():
 
 
 def whole_split(data, split='val'):
-    return [torch.from_numpy(part) for part in data.eval_batch(split, data.eval_windows(split))]
+    return [torch.from_numpy(part) for part in data.eval_batch(split, data.eval_starts(split))]
 
 
 # -----------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_the_better_answer_is_pushed_up_and_the_worse_down():
 
 @torch.no_grad()
 def test_what_is_cut_off_behind_the_last_target_changes_nothing(pairs, models):
-    x, y = pairs.eval_batch('val', pairs.eval_windows('val')[:1])
+    x, y = pairs.eval_batch('val', pairs.eval_starts('val')[:1])
     short = [torch.from_numpy(part) for part in trim_padding(x, y, step=8)]
     assert short[0].size(1) % 8 == 0
     assert short[0].size(1) < x.shape[1]

@@ -96,8 +96,8 @@ def test_what_this_machine_cannot_do_is_accepted_without_the_setting(configured,
             rules.validate_machine(configured(bad), CPU)
 
 
-TEXT = SimpleNamespace(rows=0, tokenizer=SimpleNamespace(name='char', eot=None))
-CHAT = SimpleNamespace(rows=64, tokenizer=SimpleNamespace(name='byte', eot=256))
+TEXT = SimpleNamespace(is_chat=False, tokenizer=SimpleNamespace(name='char', eot=None))
+CHAT = SimpleNamespace(is_chat=True, tokenizer=SimpleNamespace(name='byte', eot=256))
 
 
 @pytest.mark.parametrize(

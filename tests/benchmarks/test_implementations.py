@@ -1,16 +1,16 @@
-"""Sides: processes that take turns, and end in a line where they cannot."""
+"""Implementations: processes measured in turns, and one line for each that fails."""
 
 import multiprocessing
 
 import pytest
 import torch
 
-from flatgpt.benchmarks import baselines, sides
+from flatgpt.benchmarks import baselines, implementations
 from flatgpt.errors import UserError
 
 
 class Pipe:
-    """What a side's process sends, without a process."""
+    """What an implementation's process sends, without a process."""
 
     def __init__(self, requests=()):
         self.requests, self.sent = [*requests, None], []
@@ -31,23 +31,23 @@ class Pipe:
         (RuntimeError('something\nlong'), 'RuntimeError: something'),
     ],
 )
-def test_a_side_that_cannot_be_built_reports_why_in_a_line(monkeypatch, error, line):
+def test_an_implementation_that_cannot_be_built_reports_why_in_a_line(monkeypatch, error, line):
     def build(settings, runtime):
         raise error
 
     monkeypatch.setitem(baselines.BUILDERS, 'transformers', build)
     pipe = Pipe()
-    sides.run_side(pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32'})
+    implementations.run_implementation(pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32'})
     assert len(pipe.sent) == 1
-    assert isinstance(pipe.sent[0], sides.SideFailure)
+    assert isinstance(pipe.sent[0], implementations.Failure)
     assert line in pipe.sent[0]
     assert '\n' not in pipe.sent[0]
 
 
-def test_a_side_that_was_killed_is_a_line_and_not_a_broken_pipe():
-    side = sides.Side.__new__(sides.Side)
-    side.pipe, other = multiprocessing.Pipe()
+def test_an_implementation_that_was_killed_is_a_line_and_not_a_broken_pipe():
+    implementation = implementations.Implementation.__new__(implementations.Implementation)
+    implementation.pipe, other = multiprocessing.Pipe()
     other.close()
-    side.failure = None
-    assert side.turn('decode', 1) is None
-    assert 'was killed' in side.failure
+    implementation.failure = None
+    assert implementation.measure('decode', 1) is None
+    assert 'was killed' in implementation.failure
