@@ -5,13 +5,13 @@ $ python data/text/prepare.py novel.txt more/ 'corpus/*.txt' --name=mine --token
 $ python data/text/prepare.py posts.jsonl --field=body --name=posts --tokenizer=bpe
 $ python train.py config/train_text.py --dataset=mine
 
-A plain-text file is one document. So is each line of a .jsonl or .ndjson file (blank lines are
-skipped), each record of a .json list and each row of a .csv or .tsv file; --field names the key or
-column that has the text, and --plain reads such files as plain text. A folder stands for all files
-in it and below, including linked ones. Hidden, empty and binary files are skipped and counted.
-Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line endings
-included, is not altered. The end-of-text token separates documents; --read_eot also reads it where
-the text spells it.
+A plain-text file is one document. So is each line of a JSON Lines file (.jsonl or .ndjson; blank
+lines are skipped), each item of a .json array and each row of a .csv or .tsv file; --field names
+the key or column that has the text, and --plain reads such files as plain text. A folder stands for
+all files in it and below, including linked ones. Hidden, empty and binary files are skipped and
+counted. Files must be UTF-8 or have a byte order mark, unless --encoding is given. The text, line
+endings included, is not altered. The end-of-text token separates documents; with --read_eot, it is
+also read where it is written in the text.
 
 To continue training a model of yours, give its run directory, so that the text gets the same
 tokens:
