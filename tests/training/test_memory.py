@@ -17,7 +17,7 @@ from flatgpt.training import memory as memory_module
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import (
-    Workload,
+    MemoryWorkload,
     build_fake_batch,
     build_fake_model,
     build_fake_optimizers,
@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, bias=True)
 SEVEN_B = GPTConfig(2048, 65536, arch='modern', n_layer=32, n_head=32, n_embd=4096)
-SMALL = Workload(
+SMALL = MemoryWorkload(
     GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=64), 'cpu', torch.float32, 'adamw', 4
 )
 CPU = Runtime('cpu', torch.float32)
@@ -234,7 +234,9 @@ def test_where_nothing_fits_the_nearest_is_named():
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
     monkeypatch.setattr(memory_module, 'available_memory', lambda runtime: 24e9)
-    workload = Workload(shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False)
+    workload = MemoryWorkload(
+        shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False
+    )
     assert memory_module.min_bytes(workload) > 24e9
     monkeypatch.setattr(memory_module, 'changes', lambda workload: [])  # each takes a second
     fits, table = memory_module.check_fit(workload, CPU)
@@ -246,7 +248,7 @@ def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_built_steps_and_has_a_checkpoint_without_memory(shape):
     optimizer = 'adamw' if shape.arch == 'gpt2' else 'muon'
-    workload = Workload(shape, 'cpu', torch.bfloat16, optimizer, micro_batch_size=1)
+    workload = MemoryWorkload(shape, 'cpu', torch.bfloat16, optimizer, micro_batch_size=1)
     with FakeTensorMode():
         model = build_fake_model(workload)
         optimizers = build_fake_optimizers(workload, model)
