@@ -169,14 +169,14 @@ class Runtime:
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
         return tensor.tolist()
 
-    def broadcast_from_rank0(self, decide):
-        """The result of decide(), which runs on rank 0, on every rank; so is its UserError."""
+    def broadcast_from_rank0(self, function: Callable):
+        """The result, on every rank, of calling function() on rank 0; or its UserError."""
         if self.world_size == 1:
-            return decide()
+            return function()
         outcome = [None, None]  # result, error
         if self.is_main:
             try:
-                outcome[0] = decide()
+                outcome[0] = function()
             except UserError as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, device=torch.device(self.device))

@@ -289,9 +289,8 @@ def test_compiling_pays_sooner_on_a_slower_gpu():
     assert not runtime.compile_pays(middling, 989e12)[0]
     assert runtime.compile_pays(middling, 65e12)[0]
     assert not runtime.compile_pays(middling._replace(batch_shapes=6), 65e12)[0]
-    assert not runtime.compile_pays(middling._replace(passes=-5), None)[
-        0
-    ]  # past the end of the run
+    past_the_end = middling._replace(passes=-5)
+    assert not runtime.compile_pays(past_the_end, None)[0]
 
 
 def test_nothing_is_estimated_without_auto_or_cuda():

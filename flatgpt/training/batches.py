@@ -61,10 +61,10 @@ class BatchLoader:
     def __next__(self) -> tuple[dict, float]:
         while len(self._upcoming) < PREFETCH:
             self._submit()
-        asked = time.perf_counter()
+        started = time.perf_counter()
         with self._repeat_last_on_error(self._last):
             self._last = self._upcoming.popleft().result()
-        self._waited += time.perf_counter() - asked
+        self._waited += time.perf_counter() - started
         self._submit()
         return self._last
 
@@ -109,9 +109,9 @@ class BatchLoader:
             short_block = min(c['short_block_size'], c['block_size'])
             batch = [array.reshape(-1, short_block) for array in batch]
         if c['objective'] == 'sft':  # the number of targets differs between conversations
-            here = self.data.count_targets(mine, self.micro_batch_size)
-            total = self.data.count_targets(first, self.global_batch_size)
-            divisor = total / (here * self.runtime.world_size)
+            targets = self.data.count_targets(mine, self.micro_batch_size)
+            all_targets = self.data.count_targets(first, self.global_batch_size)
+            divisor = all_targets / (targets * self.runtime.world_size)
         if c['objective'] == 'dpo':
             if not self.fixed_width:
                 batch = trim_padding(*batch)

@@ -287,19 +287,19 @@ class Preflight:
         if self.data is None:
             return
         source = self.model_source()
-        its = tokenizer_in(source) if isinstance(source, Path) else None
+        model_tokenizer = tokenizer_in(source) if isinstance(source, Path) else None
         try:
             name = self.data.tokenizer.name
         except UserError as error:
             yield 'warning', f'{error}; until then, the checkpoints have no tokenizer'
             return
-        if its is not None and its != self.data.tokenizer:
+        if model_tokenizer is not None and model_tokenizer != self.data.tokenizer:
             yield (
                 'no',
-                f'the dataset has the {name} tokenizer, and {source} another one ({its.name}): '
-                f'prepare the dataset with --tokenizer={shlex.quote(str(source))}',
+                f'the dataset has the {name} tokenizer, and {source} another one '
+                f'({model_tokenizer.name}): prepare the dataset with --tokenizer={shlex.quote(str(source))}',
             )
-        elif its is None and source != 'scratch':
+        elif model_tokenizer is None and source != 'scratch':
             yield (
                 'warning',
                 f"the dataset's is {name}; that of {source} is checked when it is loaded",

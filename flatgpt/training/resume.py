@@ -166,7 +166,7 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
     run.first_step = run.state.step
     if model and (kept := adopt_model_shape(model, config)):
         where = run.resume_from or config['init_from']
-        print0(f'{", ".join(kept)} are taken from {where}; the settings are ignored')
+        print0(f'using the {", ".join(kept)} of {where}; the settings are ignored')
     data = open_dataset(config, runtime, run.watchdog)
     if run.resume_from and run.state.data != data.fingerprint:
         print0(
@@ -307,6 +307,6 @@ def set_trainable(model: GPT, config: dict, print0: Callable) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained < whole:
         print0(
-            f'trained: {trained / 1e6:,.2f}M of {whole / 1e6:,.2f}M parameters '
-            f'({trained / whole:.1%})' + (f', LoRA of rank {rank}' if rank else '')
+            f'trained: {trained / 1e6:,.2f}M of {whole / 1e6:,.2f}M parameters with all '
+            f'embeddings ({trained / whole:.1%})' + (f', LoRA of rank {rank}' if rank else '')
         )

@@ -147,7 +147,7 @@ class Run:
         return bool(new and (losses or last or (interval and step % interval == 0)))
 
     def can_save(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
-        """Whether the weights may be saved: a run cannot recover from NaN. All ranks call."""
+        """Whether the weights are finite: a run cannot recover from NaN. All ranks must call it."""
         if losses:
             return math.isfinite(losses['val_loss'])
         if self.state.skipped and stopping:  # a skipped update changed nothing

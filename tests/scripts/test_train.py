@@ -598,7 +598,7 @@ def test_a_dataset_that_was_prepared_anew_is_noticed(copied, run_here, monkeypat
 
 def test_a_model_from_elsewhere_says_which_settings_it_brings(source, run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--n_layer=3', '--max_iters=1')
-    assert f'{source} keeps its own n_layer, whatever' in capsys.readouterr().out
+    assert f'using the n_layer of {source}; the' in capsys.readouterr().out
 
 
 def test_a_run_that_ends_in_nan_is_no_success(run_here, tmp_path):
@@ -1070,7 +1070,7 @@ def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path,
     capsys.readouterr()
     args = (f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6')
     assert run_here(*args, '--n_layer=7', '--arch=modern') == 0
-    assert 'arch, n_layer are taken from' in capsys.readouterr().out
+    assert 'using the arch, n_layer of ' in capsys.readouterr().out
 
 
 def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, capsys):

@@ -65,9 +65,8 @@ def test_activations_grow_with_the_rows_and_shrink_with_gradient_checkpointing()
 def test_a_step_of_a_model_that_is_partly_frozen_is_counted(changed):
     workload = replace(SMALL, **changed)
     parameters, gradients, optimizer = memory_module.state_bytes(workload)
-    peak = step_peak(
-        replace(workload, micro_steps=2)
-    )  # the second micro-batch meets the first's gradients
+    # the second micro-batch meets the first's gradients
+    peak = step_peak(replace(workload, micro_steps=2))
     assert (peak['parameters'], peak['gradients']) == (parameters, gradients)
     assert optimizer <= peak['optimizer'] <= optimizer + 1000
 
