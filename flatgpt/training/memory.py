@@ -446,8 +446,8 @@ def report(
         return True, '\n'.join([*lines, f'the memory of {where} is unknown'])
     fits = libraries + high * peak.total() <= memory
     lines += [
-        f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB of {where} that '
-        f'{"each process can have" if workload.ranks > 1 else "are free"}'
+        f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB '
+        f'{"available to each process" if workload.ranks > 1 else "free"} on {where}'
     ]
     if not fits:
         options = suggest_savings(workload, memory, fresh)

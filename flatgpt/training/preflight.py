@@ -297,7 +297,8 @@ class Preflight:
             yield (
                 'no',
                 f'the dataset has the {name} tokenizer, and {source} another one '
-                f'({model_tokenizer.name}): prepare the dataset with --tokenizer={shlex.quote(str(source))}',
+                f'({model_tokenizer.name}): prepare the dataset with '
+                f'--tokenizer={shlex.quote(str(source))}',
             )
         elif model_tokenizer is None and source != 'scratch':
             yield (

@@ -240,7 +240,7 @@ def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
     monkeypatch.setattr(memory_module, 'changes', lambda workload: [])  # each takes a second
     fits, table = memory_module.check_fit(workload, CPU)
     assert not fits
-    assert 'does not fit in the 24.0 GB of cpu' in table
+    assert 'does not fit in the 24.0 GB free on cpu' in table
     assert '--n_layer=' in table
 
 
