@@ -31,6 +31,7 @@ from flatgpt.parallel import apply_fsdp, sync_gradients
 from flatgpt.runtime import Runtime, available_host_memory, available_memory
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
+from flatgpt.training.validate import global_batch_size
 from model import GPT, GPTConfig
 
 KINDS = {  # printed name: the names of the trackers; the training state comes first
@@ -73,9 +74,7 @@ class MemoryWorkload:
 
 def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkload:
     """The workload of these settings on this machine."""
-    batch, rows = runtime.split_batch(
-        config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
-    )
+    batch, rows = runtime.split_batch(global_batch_size(config), config['batch_size'])
     every = config['eval_interval'], config['save_interval']
     rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
     return MemoryWorkload(
