@@ -1,6 +1,8 @@
 """
 Two architectures in one file, each with a forward pass for training and one over a KV cache.
 
+    from flatgpt.inference.kv_cache import KVCache
+
     model = GPT(GPTConfig(arch='modern', n_layer=6, n_head=6, n_embd=384))
     logits, loss = model(idx, targets)                     # training and evaluation
     logits, _ = model(idx, cache=KVCache(model, rows=8))   # generation: logits of the next token

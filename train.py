@@ -26,12 +26,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from flatgpt.parallel import apply_fsdp, compile_blocks, full_tensor, reshard, sync_gradients
-from flatgpt.runtime import StopSignal, on_out_of_memory, start
+from flatgpt.runtime import StopSignal, init_runtime, on_out_of_memory
 from flatgpt.streams import ignore_output_errors
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish
-from flatgpt.training.loss import find_or_compute_reference, fingerprint, loss_of
+from flatgpt.training.loss import find_or_compute_reference, loss_of, reference_fingerprint
 from flatgpt.training.memory import suggest_smaller_model
 from flatgpt.training.metrics import format_losses, format_setup
 from flatgpt.training.optim import build_optimizers
@@ -134,14 +134,14 @@ globals().update(config)
 ignore_output_errors()  # a closed pipe or a full disk behind a log file must not stop training
 
 # -----------------------------------------------------------------------------
-# setup: nothing on disk changes before run.open(), so a mistake costs nothing
+# setup: no checkpoint or log is overwritten before run.open(), so a mistake costs nothing
 
-runtime = start(device, dtype, backend, hang_timeout, config, offload)
+runtime = init_runtime(device, dtype, backend, hang_timeout, config, offload)
 watchdog = Watchdog(runtime, hang_timeout)
 validate_machine(config, runtime)
 on_out_of_memory(runtime.device, lambda: suggest_smaller_model(config))
 if check or plan:
-    watchdog.at(0, 'the check')
+    watchdog.enter_phase(0, 'running the checks')
     status = preflight(config, runtime)
     watchdog.close()
     runtime.exit(status)
@@ -159,7 +159,7 @@ runtime.print0(format_setup(config, raw_model, data, runtime, batches.tokens_per
 set_trainable(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
     state.reference = runtime.broadcast_from_rank0(
-        lambda: fingerprint(raw_model, runtime.dtype_name)
+        lambda: reference_fingerprint(raw_model, runtime.dtype_name)
     )
 state.start_clock()  # the logged seconds include compilation and evaluation
 
@@ -177,9 +177,8 @@ if objective == 'dpo':  # log-probabilities before training
     batches.reference = find_or_compute_reference(raw_model, batches, run, config)
 if should_compile and not shard:
     trial_loss, shapes = partial(loss_of, beta=dpo_beta), batches.shapes_to_compile()
-    model, compiled = runtime.try_compile(
-        torch.compile, raw_model, shapes, runtime.print0, trial_loss
-    )  # (raw_model, False) if that fails
+    # (raw_model, False) if that fails
+    model, compiled = runtime.try_compile(raw_model, shapes, runtime.print0, trial_loss)
 if runtime.world_size > 1 and not shard and not eval_only:
     gpu = [runtime.device] if runtime.device_type == 'cuda' else None
     model = DistributedDataParallel(model, device_ids=gpu)
@@ -222,14 +221,14 @@ def get_lr(step: int) -> float:
 # -----------------------------------------------------------------------------
 # the loop
 
-stop = StopSignal(runtime)  # from here on a signal finishes the step, saves and exits
+stop_signal = StopSignal(runtime)  # from here on a signal finishes the step, saves and exits
 if eval_only:
-    if losses := estimate_loss(raw_model, batches, config, runtime, stop):
+    if losses := estimate_loss(raw_model, batches, config, runtime, stop_signal):
         runtime.print0(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
-    runtime.exit(stop.status)
+    runtime.exit(stop_signal.status)
 run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
-batches.on_read_error = stop.fail  # a read error stops the run as a signal does
+batches.on_read_error = stop_signal.fail  # a read error stops the run as a signal does
 stopping = False
 
 while True:
@@ -237,8 +236,8 @@ while True:
     losses, step = None, state.step
     should_evaluate = step >= max_iters or (eval_interval and step % eval_interval == 0)
     if should_evaluate and not state.is_evaluated and not stopping:
-        watchdog.at(step, 'the evaluation')
-        losses = estimate_loss(raw_model, batches, config, runtime, stop)
+        watchdog.enter_phase(step, 'evaluating')
+        losses = estimate_loss(raw_model, batches, config, runtime, stop_signal)
         stopping = losses is None
     if losses:
         state.record_evaluation(losses)
@@ -246,41 +245,42 @@ while True:
         run.log_evaluation(losses)
     finished = state.is_finished(max_iters, patience)
     # several ranks agree on a signal at the end of an update
-    stopping = stopping or (runtime.world_size == 1 and stop.signal > 0)
+    stopping = stopping or (runtime.world_size == 1 and stop_signal.signal > 0)
 
     # once in a while: save a checkpoint, print a sample
-    is_finite = run.weights_are_finite(raw_model, losses, stopping)
-    if is_finite and run.is_due_to_save(losses, last=finished or stopping):
-        watchdog.at(step, 'the checkpoint')
+    can_save = run.can_save(raw_model, losses, stopping)
+    if can_save and run.is_due_to_save(losses, last=finished or stopping):
+        watchdog.enter_phase(step, 'saving a checkpoint')
         run.save(raw_model, optimizers, tokenizer, scaler)
     run.report_problems('; training continues')
     if finished or stopping:
         break
-    if runtime.is_main and losses and is_finite:
-        watchdog.at(step, 'the sample')
+    if runtime.is_main and losses and can_save:
+        watchdog.enter_phase(step, 'generating a sample')
         run.show_sample(raw_model, tokenizer, data, eval_sample_tokens)
 
     # one update: the gradient of the mean loss over all micro-batches and all ranks
     started = time.perf_counter()
     runtime.seed(seed, step)
     lr = get_lr(step)
-    for each in optimizers:
-        for group in each.param_groups:
+    for opt in optimizers:
+        for group in opt.param_groups:
             group['lr'] = lr * group['lr_ratio']  # 1, or muon_lr / learning_rate
     mean_loss = 0.0
     for micro_step in range(batches.micro_steps):
-        watchdog.at(step, 'the data')
-        batch, divisor = next(batches)  # makes the sum over all ranks the mean
-        watchdog.at(step, 'the gradients')
+        watchdog.enter_phase(step, 'reading data')
+        # loss / divisor, summed over micro-batches and averaged over ranks, is the mean
+        batch, divisor = next(batches)
+        watchdog.enter_phase(step, 'computing gradients')
         if runtime.world_size > 1:  # all-reduce once, with the last micro-batch
             sync_gradients(model, last=micro_step == batches.micro_steps - 1)
         with runtime.autocast():
             loss = loss_of(model, **batch, beta=dpo_beta) / divisor
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
-    for each in optimizers:
-        scaler.unscale_(each)
-    watchdog.at(step, 'the update')
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    watchdog.enter_phase(step, 'updating the weights')
     norm = full_tensor(
         torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     )
@@ -289,16 +289,16 @@ while True:
     # a non-finite update is skipped, by all ranks or none; in float16 it may be an overflow, which
     # the scaler handles by lowering the scale
     overflow = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(mean_loss)
-    finite = math.isfinite(mean_loss + norm)
-    skip = not (finite or overflow)
-    skip, stopping = (flag > 0 for flag in runtime.all_reduce([skip, stop.signal], 'MAX'))
+    update_is_finite = math.isfinite(mean_loss + norm)
+    skip = not (update_is_finite or overflow)
+    skip, stopping = (flag > 0 for flag in runtime.all_reduce([skip, stop_signal.signal], 'MAX'))
     if stopping:
-        stop.sync_ranks()
-    if stop.failed:
+        stop_signal.sync_ranks()
+    if stop_signal.failed:
         continue  # there was no batch for this update
-    if finite and not skip:
-        for each in optimizers:
-            each.step()
+    if update_is_finite and not skip:
+        for opt in optimizers:
+            opt.step()  # not scaler.step(): whether to skip is already decided, for all ranks
     scaler.update()
     raw_model.zero_grad(set_to_none=True)
     state.record_update(norm, skip, batches.global_batch_size)
@@ -316,4 +316,4 @@ while True:
         run.log_update(loss=mean_loss, **values, data_wait=data_wait)
 
 batches.close()
-finish(run, raw_model, tokenizer, data, stop, finished)
+finish(run, raw_model, tokenizer, data, stop_signal, finished)

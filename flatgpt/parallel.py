@@ -41,9 +41,8 @@ def compile_blocks(model: GPT, runtime: Runtime, print0: Callable) -> bool:
     """
     small = GPT(replace(model.config, n_layer=1, vocab_size=64)).to(runtime.device)
     x = torch.zeros(1, model.config.block_size, dtype=torch.long, device=runtime.device)
-    _, works = runtime.try_compile(
-        torch.compile, small, [{'x': x, 'y': x}], print0, lambda m, x, y: m(x, y)[1]
-    )
+    batches = [{'x': x, 'y': x}]
+    _, works = runtime.try_compile(small, batches, print0, lambda m, x, y: m(x, y)[1])
     for block in model.blocks if works else ():
         block.compile(dynamic=False)
     return works
@@ -73,7 +72,7 @@ def full_tensor(tensor):
     return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
-def are_finite(model: GPT, runtime: Runtime) -> bool:
+def weights_are_finite(model: GPT, runtime: Runtime) -> bool:
     """Whether all weights of all ranks are finite. A collective: every rank must call it."""
     bad = any(not to_local(p.detach()).isfinite().all() for p in model.parameters())
     return runtime.all_reduce([bad], 'MAX')[0] == 0

@@ -1,7 +1,7 @@
 """
 The runtime of a script: device, dtype, process group and collectives.
 
-    runtime = start(device='auto', dtype='auto', backend='auto')
+    runtime = init_runtime(device='auto', dtype='auto', backend='auto')
     with runtime.autocast(): ...
 """
 
@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -83,19 +83,17 @@ PEAK_TFLOPS = {
 COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 20, 1  # per batch shape; per layer in each
 COMPILE_SAVING = 1 / 3  # of a run's time
 EAGER_MFU = 0.25  # of large models without it
-EAGER_LAYER_SECONDS = (
-    3e-4  # to launch a layer's 60 kernels, forward and backward: limits small models
-)
+EAGER_LAYER_SECONDS = 3e-4  # to launch a layer's 60 kernels, forward and backward
 ASSUMED_TFLOPS = 50  # if a GPU's peak is unknown
 
 
-class Workload(NamedTuple):
+class ComputeWorkload(NamedTuple):
     """What a process computes in a run."""
 
     passes: int  # forward and backward
     flops: float  # of one pass
     layers: int
-    widths: int = 1  # sequence lengths of the batches; torch.compile makes kernels for each
+    batch_shapes: int = 1  # torch.compile makes kernels for each
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,9 @@ class Runtime:
     @property
     def launch_command(self) -> str:
         """The command that starts as many processes; ... stands for multi-node flags."""
-        here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         if self.store is None:
             return 'python'
+        here = local_world_size()
         flags = '--standalone' if here == self.world_size else '...'
         return f'torchrun {flags} --nproc_per_node={here}'
 
@@ -171,14 +169,14 @@ class Runtime:
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
         return tensor.tolist()
 
-    def broadcast_from_rank0(self, decide):
-        """The result of decide(), which runs on rank 0, on every rank; so is its UserError."""
+    def broadcast_from_rank0(self, function: Callable):
+        """The result, on every rank, of calling function() on rank 0; or its UserError."""
         if self.world_size == 1:
-            return decide()
+            return function()
         outcome = [None, None]  # result, error
         if self.is_main:
             try:
-                outcome[0] = decide()
+                outcome[0] = function()
             except UserError as error:
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0, device=torch.device(self.device))
@@ -193,15 +191,16 @@ class Runtime:
         distance = self.all_reduce([(self.world_size - self.rank) * differs], 'MAX')[0]
         return (self.world_size - int(distance)) % self.world_size
 
-    def wait_for_all(self, do: Callable, alive: Callable):
-        """The result of do(), once it has returned on every rank, however long that takes.
+    def wait_for_all(self, function: Callable, keep_alive: Callable):
+        """The result of function(), once it has returned on every rank, however long that takes.
 
-        An error on one rank is a UserError on the others. alive() is called while this rank waits.
+        An error on one rank is a UserError on the others. keep_alive() is called while this rank
+        waits.
         """
         if self.store is None:
-            return do()
+            return function()
         try:
-            result = do()
+            result = function()
         except BaseException as error:
             kind = '' if isinstance(error, UserError) else f'{type(error).__name__}: '
             with suppress(dist.DistError):  # the store itself may have failed
@@ -212,7 +211,7 @@ class Runtime:
         while self.store.add('ready', 0) < self.world_size:
             if self.store.check(['failed']):
                 raise UserError(self.store.get('failed').decode())
-            alive()
+            keep_alive()
             time.sleep(0.1)
         return result
 
@@ -244,6 +243,19 @@ class Runtime:
             return peak if sys.platform == 'darwin' else peak * 1024
         return None
 
+    def rank_batches(self, windows, batch_size: int, title: str) -> Iterator[tuple]:
+        """This rank's batches of `windows`, with a progress bar: (index of the first, windows of
+        the batch, how many of them count).
+
+        Every rank gets as many batches, since with a sharded model all must compute: one that has
+        none left gets the first window, with a count of 0.
+        """
+        starts = range(0, len(windows), self.world_size * batch_size)
+        for start in tqdm(starts, title, leave=False, disable=not self.is_interactive):
+            first = start + self.rank * batch_size
+            mine = windows[first : first + batch_size]
+            yield first, mine if len(mine) else windows[:1], len(mine)
+
     def split_batch(self, rows: int, batch_size: int) -> tuple[int, int]:
         """Rows per rank, and rows of its equal micro-batches, at most batch_size.
 
@@ -266,25 +278,27 @@ class Runtime:
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
     def decide_compile(
-        self, setting: bool | str, work: Workload, peak: float | None, report: Callable
+        self,
+        setting: bool | str,
+        work: ComputeWorkload,
+        peak_flops: float | None,
+        print0: Callable,
     ) -> bool:
-        """Whether to compile for this work, the same on all ranks; reports why 'auto' does or not.
+        """Whether to compile for this work, the same on all ranks; prints why 'auto' does or not.
 
-        peak: FLOP/s of the device, None if unknown.
+        peak_flops: FLOP/s of the device, None if unknown.
         """
         if setting != 'auto' or not self.wants_compile(setting):
             return self.wants_compile(setting)
-        pays, why = self.broadcast_from_rank0(lambda: compile_pays(work, peak))
-        report(f'torch.compile: {"on" if pays else "off"}, {why}')
+        pays, why = self.broadcast_from_rank0(lambda: compile_pays(work, peak_flops))
+        print0(f'torch.compile: {"on" if pays else "off"}, {why}')
         return pays
 
-    def try_compile(
-        self, compile: Callable, model, batches: list, report: Callable, loss_of: Callable
-    ):
+    def try_compile(self, model, batches: list, print0: Callable, loss_of: Callable):
         """(the compiled model, True) after a pass over each batch; (model, False) if one fails."""
-        report('compiling the model, which takes about a minute ...')
+        print0('compiling the model, which takes about a minute ...')
         try:
-            compiled = compile(model, dynamic=False)
+            compiled = torch.compile(model, dynamic=False)
             for batch in batches:
                 with self.autocast():
                     loss = loss_of(compiled, **batch)
@@ -294,7 +308,7 @@ class Runtime:
             if is_out_of_memory(error):
                 raise
             reason = (str(error).strip().splitlines() or [''])[0][:100]
-            report(
+            print0(
                 f'training without torch.compile, which failed: {type(error).__name__}: {reason}'
             )
             return model, False
@@ -312,16 +326,16 @@ class Runtime:
         raise SystemExit(status)
 
 
-def compile_pays(work: Workload, peak: float | None) -> tuple[bool, str]:
+def compile_pays(work: ComputeWorkload, peak_flops: float | None) -> tuple[bool, str]:
     """Whether torch.compile is estimated to save more time than it takes, and the reason."""
-    speed = EAGER_MFU * (peak or ASSUMED_TFLOPS * 1e12)
+    speed = EAGER_MFU * (peak_flops or ASSUMED_TFLOPS * 1e12)
     seconds = max(0, work.passes) * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
-    takes = work.widths * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
+    takes = work.batch_shapes * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
     pays, short = COMPILE_SAVING * seconds > takes, tqdm.format_interval
     why = (
         f'since the run would take about {short(seconds)} without it, and compiling {short(takes)}'
     )
-    if not peak:
+    if not peak_flops:
         why += f' (assuming {ASSUMED_TFLOPS} TFLOP/s for this GPU; set --peak_tflops)'
     return pays, why + ('' if pays else '; --compile=True compiles anyway')
 
@@ -418,7 +432,7 @@ def out_of_memory(error: BaseException, device: str, advice: str) -> UserError:
     return UserError(f'out of memory on {device}; try {advice}')
 
 
-def start(
+def init_runtime(
     device: str = 'auto',
     dtype: str = 'auto',
     backend: str = 'auto',
@@ -459,7 +473,7 @@ def start(
     found |= {'torch': torch.__version__}
     # `found` has the values that 'auto' resolved to
     check_ranks_match(runtime, store, {'code': code_hash(), **(facts or {}), **found})
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    here = local_world_size()
     if kind == 'mps' and world_size > 1:
         raise ConfigError(
             "device='mps': Apple GPUs train in one process; use --device=cpu or omit torchrun"
@@ -476,6 +490,11 @@ def start(
         backend = 'cpu:gloo,cuda:nccl'
     dist.init_process_group(backend, store=store, timeout=limit, **where)
     return replace(runtime, store=store)
+
+
+def local_world_size() -> int:
+    """Processes that torchrun started on this machine; 1 without torchrun."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
 def code_hash() -> str:
@@ -521,6 +540,11 @@ def check_ranks_match(runtime: Runtime, store: dist.Store, facts: dict) -> None:
         if rank == 0:
             first_host, first_now, first = other_host, other_now, others
         for name in first:
+            if others.get(name) != first[name] and name == 'code':
+                raise UserError(
+                    f'rank {rank} on {other_host} runs another version of the code than rank 0 on '
+                    f'{first_host}; run the same version on all ranks'
+                )
             if others.get(name) != first[name]:
                 raise UserError(
                     f'rank {rank} on {other_host} has {name} {others.get(name)!r}, but rank 0 on '
@@ -577,7 +601,7 @@ def pick_device(name: str) -> str:
 
 def check_architecture(index: int) -> None:
     """ConfigError for an old GPU that this torch has no kernels for."""
-    if index >= torch.cuda.device_count():  # start() reports that
+    if index >= torch.cuda.device_count():  # init_runtime() reports that
         return
     major, minor = torch.cuda.get_device_capability(index)
     # kernels run on later GPUs of their generation; only NVIDIA's are named like this
@@ -670,8 +694,7 @@ def available_host_memory() -> float | None:
     if not free:
         with suppress(ValueError, OSError, AttributeError):  # Windows has no sysconf
             free.append(os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE'))
-    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    return min(free) / here + resident_memory() if free else None
+    return min(free) / local_world_size() + resident_memory() if free else None
 
 
 def resident_memory() -> int:

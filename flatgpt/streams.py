@@ -70,9 +70,9 @@ class BestEffortStream:
     def flush(self) -> None:
         self._try(self._stream.flush)
 
-    def _try(self, do: Callable, *arguments) -> None:
+    def _try(self, function: Callable, *arguments) -> None:
         try:
-            do(*arguments)
+            function(*arguments)
         except BrokenPipeError:  # the reader has exited
             silence(self._stream)
         except (OSError, ValueError):  # a full disk may have room again

@@ -16,12 +16,12 @@ from error_lines import case, error_line
 from flatgpt import ROOT, runtime
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import (
+    ComputeWorkload,
     Runtime,
-    Workload,
+    init_runtime,
     pick_backend,
     pick_device,
     pick_dtype,
-    start,
     to_device,
 )
 from flatgpt.training.batches import BatchLoader
@@ -147,7 +147,7 @@ def test_a_backend_fits_the_device(gpus):
 def test_start_without_torchrun_is_one_process(no_gpu, monkeypatch):
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name, raising=False)
-    machine = start('cpu', 'float32')
+    machine = init_runtime('cpu', 'float32')
     assert (machine.device, machine.rank, machine.world_size) == ('cpu', 0, 1)
     assert machine.is_main
 
@@ -156,15 +156,15 @@ def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
     gpus()
     monkeypatch.setenv('LOCAL_RANK', '2')
     monkeypatch.setenv('WORLD_SIZE', '3')
-    assert '--nproc_per_node' in refused(start, 'cuda')
+    assert '--nproc_per_node' in refused(init_runtime, 'cuda')
 
 
 def test_each_process_gets_its_gpu(gpus, monkeypatch):
     gpus()
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setenv('LOCAL_RANK', '1')
-    assert start('auto', 'float32').device == 'cuda:1'
-    assert start('cuda:0', 'float32').device == 'cuda:0'
+    assert init_runtime('auto', 'float32').device == 'cuda:1'
+    assert init_runtime('cuda:0', 'float32').device == 'cuda:0'
 
 
 def test_collectives_of_one_process_return_its_own_values():
@@ -247,7 +247,7 @@ def test_the_peak_is_unknown_for_a_cpu_and_for_float32(gpus):
 
 
 def work_of(config, steps):
-    """The Workload of a process in `steps` steps of a shipped config."""
+    """The ComputeWorkload of a process in `steps` steps of a shipped config."""
     declared = (ROOT / 'train.py').read_text(encoding='utf-8').split('config = configure')[0]
     c: dict = {}
     exec(declared[declared.index('out_dir: str') :], c)
@@ -285,13 +285,12 @@ def test_auto_compiles_long_runs_only(gpus, name, config, steps, pays):
 
 
 def test_compiling_pays_sooner_on_a_slower_gpu():
-    middling = Workload(passes=2000, flops=1e12, layers=6)
+    middling = ComputeWorkload(passes=2000, flops=1e12, layers=6)
     assert not runtime.compile_pays(middling, 989e12)[0]
     assert runtime.compile_pays(middling, 65e12)[0]
-    assert not runtime.compile_pays(middling._replace(widths=6), 65e12)[0]
-    assert not runtime.compile_pays(middling._replace(passes=-5), None)[
-        0
-    ]  # past the end of the run
+    assert not runtime.compile_pays(middling._replace(batch_shapes=6), 65e12)[0]
+    past_the_end = middling._replace(passes=-5)
+    assert not runtime.compile_pays(past_the_end, None)[0]
 
 
 def test_nothing_is_estimated_without_auto_or_cuda():
@@ -472,18 +471,18 @@ def test_several_processes_on_an_apple_gpu_are_refused_until_they_use_the_cpu(
     no_gpu, torchrun, monkeypatch
 ):
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    refused(start, 'mps')
-    assert start('cpu', 'float32').world_size == 2
+    refused(init_runtime, 'mps')
+    assert init_runtime('cpu', 'float32').world_size == 2
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
         monkeypatch.delenv(name)
-    assert start('mps').device == 'mps'
+    assert init_runtime('mps').device == 'mps'
 
 
 @error_line('NCCL needs a GPU for each; use --device=cuda')
 def test_several_processes_on_one_gpu_are_refused_until_each_uses_its_own(torchrun, gpus):
     gpus()
-    refused(start, 'cuda:1', 'float32')
-    assert start('cuda', 'float32').device == 'cuda:0'
+    refused(init_runtime, 'cuda:1', 'float32')
+    assert init_runtime('cuda', 'float32').device == 'cuda:0'
 
 
 @error_line('torchrun started a process for GPU {}')
@@ -491,10 +490,10 @@ def test_following_the_advice_each_process_has_a_gpu(gpus, monkeypatch):
     gpus()
     monkeypatch.delenv('RANK', raising=False)
     monkeypatch.setenv('LOCAL_RANK', '2')
-    processes = int(re.search(r'--nproc_per_node=(\d+)', refused(start, 'cuda'))[1])
+    processes = int(re.search(r'--nproc_per_node=(\d+)', refused(init_runtime, 'cuda'))[1])
     for rank in range(processes):
         monkeypatch.setenv('LOCAL_RANK', str(rank))
-        assert start('cuda', 'float32').device == f'cuda:{rank}'
+        assert init_runtime('cuda', 'float32').device == f'cuda:{rank}'
 
 
 @error_line('which cannot be split equally over {} processes')
@@ -527,19 +526,20 @@ def test_a_port_in_use_is_refused_and_a_free_one_works(monkeypatch):
 
 @error_line(
     'rank {} on {} has {} {}, but rank 0 on {} has {}; use the same on all ranks',
+    'runs another version of the code than',
     'rank {} did not start; check its output, and start all',
 )
 def test_ranks_must_all_start_with_the_same_facts():
     distributed = pytest.importorskip('torch.distributed', reason='torch was built without it')
 
-    def check(facts):
+    def check(facts, name='seed'):
         store, errors = distributed.HashStore(), []
         store.set_timeout(timedelta(seconds=5 if len(facts) == 2 else 0.05))
 
         def run(rank):
             try:
                 ranks = Runtime('cpu', torch.float32, rank, 2)
-                runtime.check_ranks_match(ranks, store, {'code': facts[rank]})
+                runtime.check_ranks_match(ranks, store, {name: facts[rank]})
             except UserError as error:
                 errors.append(str(error))
 
@@ -554,8 +554,11 @@ def test_ranks_must_all_start_with_the_same_facts():
     assert 'rank 1 did not start' in line
     lines = check(['a', 'b'])
     assert len(lines) == 2
-    assert all("has code 'b', but rank 0" in line for line in lines)
-    assert check(['a', 'a']) == []
+    assert all("has seed 'b', but rank 0" in line for line in lines)
+    lines = check(['a', 'b'], 'code')
+    assert len(lines) == 2
+    assert all('runs another version of the code than rank 0' in line for line in lines)
+    assert check(['a', 'a'], 'code') == check(['a', 'a']) == []
 
 
 def test_the_first_mismatch_is_the_lowest_rank_that_differs(monkeypatch):

@@ -60,12 +60,14 @@ def is_url(name: str) -> bool:
     return name.startswith(('http://', 'https://'))
 
 
-def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambda: None) -> Path:
+def copy_to_cache(
+    source: str | Path, cache: str | Path, keep_alive: Callable = lambda: None
+) -> Path:
     """
     Copy the dataset at `source`, a URL or a folder -> the copy's folder. One process copies; others
     on this machine wait for it.
 
-    alive: called while bytes arrive, or while another process copies.
+    keep_alive: called while bytes arrive, or while another process copies.
     """
     source = str(source)
     if not is_url(source):
@@ -74,9 +76,9 @@ def copy_to_cache(source: str | Path, cache: str | Path, alive: Callable = lambd
     folder = cache_folder(cache, source, raw)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock_folder(folder, alive):
+        with lock_folder(folder, keep_alive):
             if not is_complete(folder):
-                copy_dataset(source, folder, raw, alive)
+                copy_dataset(source, folder, raw, keep_alive)
     except OSError as error:
         raise copy_error(folder, error) from error
     return folder
@@ -107,14 +109,14 @@ def location(source: str, name: str) -> str:
     return url._replace(path=f'{url.path.rstrip("/")}/{name}').geturl()
 
 
-def lock_folder(folder: Path, alive: Callable):
+def lock_folder(folder: Path, keep_alive: Callable):
     """Wait for a lock on the folder -> a context manager that releases it."""
     lock = filelock.FileLock(folder / '.copy.lock')
     while True:
         try:
             return lock.acquire(timeout=1)
         except filelock.Timeout:
-            alive()
+            keep_alive()
 
 
 def is_complete(folder: Path) -> bool:
@@ -127,10 +129,10 @@ def is_complete(folder: Path) -> bool:
     return False
 
 
-def copy_dataset(source: str, folder: Path, raw: bytes, alive: Callable) -> None:
+def copy_dataset(source: str, folder: Path, raw: bytes, keep_alive: Callable) -> None:
     files = listed_files(source, raw)
     (folder / 'meta.json').unlink(missing_ok=True)
-    copy_files(source, folder, files, alive)
+    copy_files(source, folder, files, keep_alive)
     for name, content in (
         ('tokenizer.json', read_small_file(source, 'tokenizer.json')),
         ('meta.json', raw),
@@ -162,7 +164,7 @@ def listed_files(source: str, raw: bytes) -> list[FileEntry]:
         ) from error
 
 
-def copy_files(source: str, folder: Path, files: list[FileEntry], alive: Callable) -> None:
+def copy_files(source: str, folder: Path, files: list[FileEntry], keep_alive: Callable) -> None:
     """Copy missing files in parallel. The first error stops all."""
     missing = sum(file.size for file in files if file_size(folder / file.name) != file.size)
     free = shutil.disk_usage(folder).free
@@ -176,13 +178,13 @@ def copy_files(source: str, folder: Path, files: list[FileEntry], alive: Callabl
     with ThreadPoolExecutor(PARALLEL_COPIES) as pool:
         jobs = {pool.submit(copy_file, source, folder, file, progress) for file in files}
         try:
-            show_progress(jobs, progress, sum(file.size for file in files), alive)
+            show_progress(jobs, progress, sum(file.size for file in files), keep_alive)
         finally:
             progress.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def show_progress(jobs: set, progress: Progress, total: int, alive: Callable) -> None:
+def show_progress(jobs: set, progress: Progress, total: int, keep_alive: Callable) -> None:
     """Show progress until all jobs are done. Raises the error of a failed job."""
     began = time.monotonic()
     next_line = began + LOG_INTERVAL

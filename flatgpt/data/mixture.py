@@ -38,26 +38,26 @@ def open_data(
     seed: int = 1337,
     objective: str = 'lm',
     cache: str | None = None,
-    alive: Callable = lambda: None,
+    keep_alive: Callable = lambda: None,
 ) -> 'Dataset | Mixture':
     """
     The dataset with this name, path or URL, or the mixture 'NAME:WEIGHT,NAME:WEIGHT'.
 
-    cache: a local folder to copy the data to; for it and `alive` see data/cache.py.
+    cache: a local folder to copy the data to; for it and `keep_alive` see data/cache.py.
     """
     if not is_mixture(name):
-        return Dataset(local_folder(name, cache, alive), block_size, seed, objective)
+        return Dataset(local_folder(name, cache, keep_alive), block_size, seed, objective)
     if objective == 'dpo':
         raise UserError(
             f"dataset={name!r}: objective='dpo' does not support mixtures; choose one dataset"
         )
     weights = parse_weights(name)
-    folders = [local_folder(part, cache, alive) for part in weights]
+    folders = [local_folder(part, cache, keep_alive) for part in weights]
     parts = [Dataset(folder, block_size, seed, objective) for folder in folders]
     return Mixture(parts, list(weights.values()), seed)
 
 
-def local_folder(name: str, cache: str | None, alive: Callable) -> Path:
+def local_folder(name: str, cache: str | None, keep_alive: Callable) -> Path:
     """The folder that a dataset is read from."""
     if not cache and '://' not in name:
         return find_or_prepare_dataset(name)

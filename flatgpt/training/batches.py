@@ -19,9 +19,10 @@ import torch
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
-from flatgpt.runtime import Runtime, Workload, to_device
+from flatgpt.runtime import ComputeWorkload, Runtime, to_device
 from flatgpt.training.loss import trim_padding
 from flatgpt.training.state import TrainState
+from flatgpt.training.validate import global_batch_size
 from model import GPT
 
 PREFETCH = 8  # micro-batches read ahead, so that a slow read does not stall training
@@ -39,13 +40,12 @@ class BatchLoader:
     def __init__(self, data: Dataset, state: TrainState, config: dict, runtime: Runtime):
         self.data, self.config, self.runtime = data, config, runtime
         self.first_step, self.first_sample = state.step, state.samples
-        self.global_batch_size = config['gradient_accumulation_steps'] * config['batch_size']
+        self.global_batch_size = global_batch_size(config)
         self.rank_batch_size, self.micro_batch_size = runtime.split_batch(
             self.global_batch_size, config['batch_size']
         )
-        self.micro_steps = (
-            self.rank_batch_size // self.micro_batch_size
-        )  # micro-batches of an update
+        # micro-batches per update
+        self.micro_steps = self.rank_batch_size // self.micro_batch_size
         self.tokens_per_step = round(self.global_batch_size * data.window_tokens)
         self.reference: dict | None = None
         self.fixed_width = False  # do not trim batches: a compiled model needs one shape
@@ -61,10 +61,10 @@ class BatchLoader:
     def __next__(self) -> tuple[dict, float]:
         while len(self._upcoming) < PREFETCH:
             self._submit()
-        asked = time.perf_counter()
+        started = time.perf_counter()
         with self._repeat_last_on_error(self._last):
             self._last = self._upcoming.popleft().result()
-        self._waited += time.perf_counter() - asked
+        self._waited += time.perf_counter() - started
         self._submit()
         return self._last
 
@@ -96,8 +96,9 @@ class BatchLoader:
         self._reader.shutdown(cancel_futures=True)
 
     def micro_batch(self, number: int) -> tuple[dict, float]:
-        """Micro-batch `number`, from the first step -> the arguments of loss_of(), x and y (B, T);
-        the divisor of its loss, with which the sum over a step and all ranks is the mean.
+        """Micro-batch `number` of this rank, counted from the first step: the arguments of
+        loss_of(), x and y (B, T), and a divisor. loss / divisor, summed over the micro-batches of
+        an update and averaged over the ranks, is the mean.
         """
         c, steps, part = self.config, *divmod(number, self.micro_steps)
         first = self.first_sample + steps * self.global_batch_size
@@ -108,9 +109,9 @@ class BatchLoader:
             short_block = min(c['short_block_size'], c['block_size'])
             batch = [array.reshape(-1, short_block) for array in batch]
         if c['objective'] == 'sft':  # the number of targets differs between conversations
-            here = self.data.count_targets(mine, self.micro_batch_size)
-            total = self.data.count_targets(first, self.global_batch_size)
-            divisor = total / (here * self.runtime.world_size)
+            targets = self.data.count_targets(mine, self.micro_batch_size)
+            all_targets = self.data.count_targets(first, self.global_batch_size)
+            divisor = all_targets / (targets * self.runtime.world_size)
         if c['objective'] == 'dpo':
             if not self.fixed_width:
                 batch = trim_padding(*batch)
@@ -148,13 +149,13 @@ class BatchLoader:
             {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
         ]
 
-    def work(self, model: GPT, max_iters: int) -> Workload:
+    def work(self, model: GPT, max_iters: int) -> ComputeWorkload:
         """The work of this rank up to step max_iters."""
         c, pairs = self.config, self.config['objective'] == 'dpo'
         tokens = self.micro_batch_size * (1 + pairs) * self.data.block_size
         passes = (max_iters - self.first_step) * self.micro_steps
-        widths = 1 + (self.first_step < c['short_iters'])
-        return Workload(passes, tokens * model.flops_per_token(), len(model.blocks), widths)
+        shapes = 1 + (self.first_step < c['short_iters'])
+        return ComputeWorkload(passes, tokens * model.flops_per_token(), len(model.blocks), shapes)
 
     def suggest_smaller_batch(self) -> str:
         """Flags that reduce memory, if possible with the same global batch."""

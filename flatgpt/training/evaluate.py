@@ -1,7 +1,7 @@
 """
 Evaluation during training: the loss on fixed windows of each split, and a generated sample.
 
-    losses = estimate_loss(model, batches, config, runtime, stop)     # {'val_loss': 2.1, ...}
+    losses = estimate_loss(model, batches, config, runtime, stop_signal)  # {'val_loss': 2.1, ...}
     text = training_sample(model, tokenizer, data, tokens=256, seed=1337)
 """
 
@@ -9,7 +9,6 @@ import math
 from itertools import product
 
 import torch
-from tqdm import tqdm
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
@@ -22,7 +21,7 @@ from model import GPT
 
 @torch.no_grad()
 def estimate_loss(
-    model: GPT, batches: BatchLoader, config: dict, runtime: Runtime, stop: StopSignal
+    model: GPT, batches: BatchLoader, config: dict, runtime: Runtime, stop_signal: StopSignal
 ) -> dict[str, float] | None:
     """Mean loss of each split in nats per token (objective='dpo': per pair, with reward metrics),
     over fixed windows split over all ranks. For a mixture, also the loss on each dataset; the total
@@ -34,16 +33,16 @@ def estimate_loss(
     data, losses = batches.data, {}
     splits = ('train', 'val') if config['eval_train'] else ('val',)
     for split, (share, part) in product(splits, data.parts):
-        sums = sum_losses(model, batches, part, split, share, config, runtime, stop)
+        sums = sum_losses(model, batches, part, split, share, config, runtime, stop_signal)
         # weight: the number of targets or pairs
-        *sums, weight, stopped = runtime.all_reduce([*sums.tolist(), stop.signal])
+        *sums, weight, stopped = runtime.all_reduce([*sums.tolist(), stop_signal.signal])
         if stopped:
-            stop.sync_ranks()
+            stop_signal.sync_ranks()
             model.train()
             return None
         names = [f'{split}_{name}' for name in METRIC_NAMES[config['objective']]]
-        for name, each in zip(names, sums, strict=True):
-            losses[name] = losses.get(name, 0.0) + share * each / weight
+        for name, total in zip(names, sums, strict=True):
+            losses[name] = losses.get(name, 0.0) + share * total / weight
         if part is not data:
             losses[f'{split}_loss_on_{part.name}'] = sums[0] / weight
     model.train()
@@ -53,8 +52,9 @@ def estimate_loss(
     return losses
 
 
-def sum_losses(model, batches, part, split, share, config, runtime, stop) -> torch.Tensor:
-    """This rank's sums over its windows of one dataset: of each metric, and of the weights."""
+def sum_losses(model, batches, part, split, share, config, runtime, stop_signal) -> torch.Tensor:
+    """This rank's sums over its windows of one dataset: of each metric, times its weight, and of
+    the weights, which are the numbers of targets or pairs."""
     batch_size, sharded = config['batch_size'], config['shard']
     count = len(part.eval_starts('val'))  # of the training split, too
     if config['eval_iters'] is not None:
@@ -62,16 +62,13 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop) -> tor
     windows = part.eval_starts(split, count)
     size = len(METRIC_NAMES[config['objective']]) + 1
     total = torch.zeros(size, dtype=runtime.sum_dtype, device=runtime.device)
-    starts = range(0, len(windows), runtime.world_size * batch_size)
-    for i in tqdm(starts, f'evaluating {split}', leave=False, disable=not runtime.is_interactive):
-        mine = windows[i + runtime.rank * batch_size :][:batch_size]
-        # all ranks of a sharded model must compute, even without a window left
-        batch = batches.eval_batch(part, split, mine if len(mine) else windows[:1])
+    for _, mine, count in runtime.rank_batches(windows, batch_size, f'evaluating {split}'):
+        batch = batches.eval_batch(part, split, mine)
         with runtime.autocast():
             means, weight = compute_metrics(model, **batch, beta=config['dpo_beta'])
-        if len(mine):
+        if count:
             total += torch.stack([mean * weight for mean in means] + [weight])
-        if stop.signal and not sharded:
+        if stop_signal.signal and not sharded:
             break
     return total
 

@@ -1,7 +1,7 @@
 """
 The end of a run: report the result, where it is, and how to resume.
 
-    finish(run, model, tokenizer, data, stop, finished=True)
+    finish(run, model, tokenizer, data, stop_signal, finished=True)
 """
 
 import math
@@ -23,7 +23,7 @@ def finish(
     model: GPT,
     tokenizer: Tokenizer | None,
     data: Dataset,
-    stop: StopSignal,
+    stop_signal: StopSignal,
     finished: bool,
 ) -> None:
     """Report the result, where it is and how to resume; exit.
@@ -41,16 +41,17 @@ def finish(
             require_saved_weights(run, finished)
             if finished:
                 run.mark_done()
-            stop.raise_interrupts()  # all is saved: a signal now only skips the plot and the sample
+            # all is saved: a signal now only skips the plot and the sample
+            stop_signal.raise_interrupts()
             with warn_on_failure('no loss curve', run.runtime.print0):
                 run.runtime.print0(f'loss curve: {draw_loss(run.out_dir)}')
             if finished:
                 report_end(run, model, tokenizer, data, peak)
             else:
                 report_stop(run)
-    if stop.error:
-        raise stop.error
-    run.runtime.exit(0 if finished else stop.status)
+    if stop_signal.error:
+        raise stop_signal.error
+    run.runtime.exit(0 if finished else stop_signal.status)
 
 
 def require_saved_weights(run: Run, finished: bool) -> None:
@@ -66,26 +67,26 @@ def require_saved_weights(run: Run, finished: bool) -> None:
 
 
 def report_end(run: Run, model: GPT, tokenizer, data: Dataset, peak: int | None) -> None:
-    report = run.runtime.print0
-    report(format_result(run.state, run.config['objective']))
+    print0 = run.runtime.print0
+    print0(format_result(run.state, run.config['objective']))
     if peak:
         each = ' in each process' if run.runtime.world_size > 1 else ''
-        report(f'peak memory {peak / 1e6:,.0f} MB{each}')
+        print0(f'peak memory {peak / 1e6:,.0f} MB{each}')
     run.show_sample(model, tokenizer, data, run.config['sample_tokens'])
     if not run.checkpoints:
-        report(f'no step was trained, so there is no checkpoint in {run.out_dir}')
+        print0(f'no step was trained, so there is no checkpoint in {run.out_dir}')
     for path in run.checkpoints[-1:]:
-        report(f'checkpoint: {path}')
-        report(f'more: python sample.py --out_dir={shlex.quote(str(run.out_dir))}')
+        print0(f'checkpoint: {path}')
+        print0(f'generate text: python sample.py --out_dir={shlex.quote(str(run.out_dir))}')
 
 
 def report_stop(run: Run) -> None:
-    step, report = run.state.step, run.runtime.print0
+    step, print0 = run.state.step, run.runtime.print0
     if not run.checkpoints:
-        return report(
+        return print0(
             f'stopped at step {step} with nothing to save; run the same command to start again'
         )
     last, config_file = run.checkpoints[-1], shlex.quote(str(run.out_dir / 'config.py'))
     command = f'{run.runtime.launch_command} train.py {config_file} --init_from=resume'
     kept = 'is saved' if step_of(last) == step else 'is the last good checkpoint'
-    report(f'stopped at step {step}; {last.name} {kept}, resume with: {command}')
+    print0(f'stopped at step {step}; {last.name} {kept}, resume with: {command}')

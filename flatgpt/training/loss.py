@@ -6,8 +6,8 @@ et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a 
     loss = loss_of(model, x, y, documents=numbers)      # no attention across documents
     loss = loss_of(model, x, y, reference, beta=0.1)    # 'dpo': rows chosen, rejected, chosen, ...
 
-`reference` has the log-probabilities of the same completions before training. All ranks compute it
-once; it is kept in the run directory, for a resumed run.
+`reference` has the log-probabilities of the same completions under the initial model. All ranks
+compute it once; REFERENCE_FILE keeps it for a resumed run.
 """
 
 import hashlib
@@ -21,7 +21,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, Dataset
 from flatgpt.errors import UserError
@@ -34,22 +33,22 @@ METRIC_NAMES = {
     'sft': ['loss'],
     'dpo': ['loss', 'reward_accuracy', 'reward_margin'],
 }
-REFERENCE = 'reference.safetensors'  # in the run directory
+REFERENCE_FILE = 'reference.safetensors'  # in the run directory
 
 
 def loss_of(model, x, y, reference=None, beta: float | None = None, documents=None):
     """Mean loss of a batch, in nats per target; with a reference, per pair."""
     if reference is None:
         return model(x, y, documents=documents)[1]
-    return dpo(completion_logps(model, x, y), reference, beta)[0].mean()
+    return dpo_loss(completion_logps(model, x, y), reference, beta)[0].mean()
 
 
 def compute_metrics(model, x, y, reference=None, beta: float | None = None, documents=None):
     """The batch means of METRIC_NAMES, and the number of targets or pairs that they are over."""
     if reference is None:
         return [model(x, y, documents=documents)[1]], (y >= 0).sum()
-    losses, margins = dpo(completion_logps(model, x, y), reference, beta)
-    means = [each.mean() for each in (losses, (margins > 0).float(), margins)]
+    losses, margins = dpo_loss(completion_logps(model, x, y), reference, beta)
+    means = [values.mean() for values in (losses, (margins > 0).float(), margins)]
     return means, losses.new_tensor(len(losses))
 
 
@@ -60,11 +59,11 @@ def completion_logps(model, x, y):
     return -nats.view_as(y).sum(1)
 
 
-def dpo(logps, reference, beta: float):
-    """
-    The loss of each pair (equation 7) and its margin: the reward of the chosen completion,
-    beta * log(p / p_reference), minus that of the rejected one. logps, reference: (2 pairs,),
-    chosen and rejected alternating.
+def dpo_loss(logps, reference, beta: float):
+    """The loss of each pair (equation 7) and its reward margin.
+
+    The reward of a completion is beta * log(p / p_reference); the margin is that of the chosen one
+    minus that of the rejected one. logps, reference: (2 pairs,), chosen and rejected alternating.
     """
     chosen, rejected = (beta * (logps - reference)).view(-1, 2).unbind(1)
     return -F.logsigmoid(chosen - rejected), chosen - rejected
@@ -78,10 +77,10 @@ def trim_padding(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarra
 
 
 # -----------------------------------------------------------------------------
-# the reference
+# the reference log-probabilities
 
 
-def fingerprint(model: GPT, dtype: str) -> str:
+def reference_fingerprint(model: GPT, dtype: str) -> str:
     """A hash that identifies a reference model: its weights and dtype."""
     digest = hashlib.sha256(dtype.encode())
     for name, parameter in model.named_parameters():
@@ -100,28 +99,22 @@ def reference_logps(
     for split in SPLITS:
         windows = data.eval_starts(split)
         found = np.zeros((len(windows), 2), np.float32)
-        starts = range(0, len(windows), runtime.world_size * pairs_at_once)
-        for i in tqdm(
-            starts, f'reference of {split}', leave=False, disable=not runtime.is_interactive
-        ):
-            first = i + runtime.rank * pairs_at_once
-            mine = windows[first:][:pairs_at_once]
-            # all ranks of a sharded model must compute, even without a window left
-            x, y = to_device(
-                *trim_padding(*data.eval_batch(split, mine if len(mine) else windows[:1]))
-            )
+        title = f'reference of {split}'
+        for first, mine, count in runtime.rank_batches(windows, pairs_at_once, title):
+            x, y = to_device(*trim_padding(*data.eval_batch(split, mine)))
             with runtime.autocast():
-                answers = completion_logps(model, x, y).view(-1, 2).cpu().numpy()
-            found[first : first + len(mine)] = answers[: len(mine)]
-        every = runtime.all_reduce(found.ravel().tolist())  # zero except for this rank's own
-        logps[split] = np.array(every, np.float32).reshape(-1, 2)
+                pairs = completion_logps(model, x, y).view(-1, 2).cpu().numpy()
+            found[first : first + count] = pairs[:count]
+        summed = runtime.all_reduce(found.ravel().tolist())  # each rank has zeros for the others'
+        logps[split] = np.array(summed, np.float32).reshape(-1, 2)
     model.train()
     return logps
 
 
 def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[str, np.ndarray]:
-    """The reference, from the run directory or, for a new run, computed by all ranks."""
-    path, key, runtime = run.out_dir / REFERENCE, run.state.reference_key, run.runtime
+    """The reference log-probabilities of each split, (pairs, 2): from the run directory or, for a
+    new run, computed by all ranks."""
+    path, key, runtime = run.out_dir / REFERENCE_FILE, run.state.reference_key, run.runtime
     logps = runtime.broadcast_from_rank0(lambda: read_reference(path, key))
     if logps is None and run.resume_from:
         raise UserError(

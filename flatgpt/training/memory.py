@@ -16,6 +16,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from flatgpt.parallel import apply_fsdp, sync_gradients
 from flatgpt.runtime import Runtime, available_host_memory, available_memory
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
+from flatgpt.training.validate import global_batch_size
 from model import GPT, GPTConfig
 
 KINDS = {  # printed name: the names of the trackers; the training state comes first
@@ -50,7 +52,7 @@ TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
 
 
 @dataclass(frozen=True)
-class Workload:
+class MemoryWorkload:
     """Everything that the memory of one process depends on."""
 
     shape: GPTConfig
@@ -70,14 +72,12 @@ class Workload:
     compiled: bool = False  # by torch.compile; see step_peak()
 
 
-def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
+def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkload:
     """The workload of these settings on this machine."""
-    batch, rows = runtime.split_batch(
-        config['gradient_accumulation_steps'] * config['batch_size'], config['batch_size']
-    )
+    batch, rows = runtime.split_batch(global_batch_size(config), config['batch_size'])
     every = config['eval_interval'], config['save_interval']
     rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
-    return Workload(
+    return MemoryWorkload(
         shape=shape,
         device=runtime.device_type,
         dtype=runtime.dtype,
@@ -92,7 +92,7 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> Workload:
     )
 
 
-def step_peak(workload: Workload) -> Counter[str]:
+def step_peak(workload: MemoryWorkload) -> Counter[str]:
     """Bytes of tensors on the device at the peak of a step, by kind.
 
     The step is eager. A compiled one keeps other activations; its peak on CUDA has not been
@@ -115,8 +115,8 @@ def step_peak(workload: Workload) -> Counter[str]:
             with tracker:
                 run_step(workload, model, optimizers, batch, tracker.reset_mod_stats)
     (peak,) = (
-        {kind.value: size for kind, size in held.items() if kind != 'Total'}
-        for device, held in tracker.get_tracker_snapshot('peak').items()
+        {kind.value: size for kind, size in sizes.items() if kind != 'Total'}
+        for device, sizes in tracker.get_tracker_snapshot('peak').items()
         if device.type == workload.device
     )
     # fake tensors cannot be pinned: offloaded state is omitted here instead
@@ -124,7 +124,7 @@ def step_peak(workload: Workload) -> Counter[str]:
     return Counter({kind: sum(peak.get(name, 0) for name in KINDS[kind]) for kind in kinds})
 
 
-def build_fake_model(workload: Workload) -> GPT:
+def build_fake_model(workload: MemoryWorkload) -> GPT:
     """The model without random initialization; on device 'meta' without memory."""
     with torch.device(workload.device), SkipRandom():
         model = GPT(workload.shape)
@@ -138,12 +138,12 @@ def build_fake_model(workload: Workload) -> GPT:
     return model.train()
 
 
-def build_fake_optimizers(workload: Workload, model: GPT) -> list:
+def build_fake_optimizers(workload: MemoryWorkload, model: GPT) -> list:
     rates = {'learning_rate': 1e-3, 'muon_lr': 1e-3, 'muon_momentum': 0.9, 'weight_decay': 0.0}
     return build_optimizers(workload.optimizer, model, betas=(0.9, 0.95), **rates)
 
 
-def build_fake_batch(workload: Workload) -> list:
+def build_fake_batch(workload: MemoryWorkload) -> list:
     """The arguments of loss_of() after the model."""
     pairs = workload.objective == 'dpo'
     rows = workload.micro_batch_size * (1 + pairs)
@@ -152,13 +152,13 @@ def build_fake_batch(workload: Workload) -> list:
 
 
 def run_step(
-    workload: Workload, model: GPT, optimizers: list, batch: list, before=lambda: None
+    workload: MemoryWorkload, model: GPT, optimizers: list, batch: list, before=lambda: None
 ) -> None:
-    """One update as in train.py; a third micro-batch would need as much as the second."""
-    parts = min(workload.micro_steps, 2)
-    for part in range(parts):
+    """One update as in train.py, with at most two micro-batches: more need no more memory."""
+    micro_steps = min(workload.micro_steps, 2)
+    for micro_step in range(micro_steps):
         before()
-        sync_gradients(model, part == parts - 1)
+        sync_gradients(model, last=micro_step == micro_steps - 1)
         with torch.autocast(
             workload.device, workload.dtype, enabled=workload.dtype != torch.float32
         ):
@@ -183,17 +183,15 @@ def fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build_memory_tracker(workload: Workload, model: GPT, optimizers: list):
+def build_memory_tracker(workload: MemoryWorkload, model: GPT, optimizers: list):
     """torch's memory tracker, with the tensors that exist before the step."""
     if workload.shard:
         from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
         tracker = FSDPMemTracker(model)  # it takes only one optimizer, and Muon needs two
-        tracker.track_inputs([list(s.values()) for each in optimizers for s in each.state.values()])
+        tracker.track_inputs([list(s.values()) for opt in optimizers for s in opt.state.values()])
         return tracker
-    from torch.distributed._tools.mem_tracker import (
-        MemTracker,  # takes a second: it imports DTensor
-    )
+    from torch.distributed._tools.mem_tracker import MemTracker  # imports DTensor: takes a second
 
     tracker = MemTracker()
     tracker.track_external(model, *optimizers)
@@ -203,87 +201,89 @@ def build_memory_tracker(workload: Workload, model: GPT, optimizers: list):
     return tracker
 
 
-def estimate(workload: Workload) -> Counter[str]:
+def estimate(workload: MemoryWorkload) -> Counter[str]:
     """Peak bytes of tensors in one process, by kind."""
     shape, (few, more) = workload.shape, SHALLOW
     if shape.n_layer <= MAX_EXACT_LAYERS or workload.freeze:
-        held = step_peak(workload)
+        peak = step_peak(workload)
     else:  # all blocks need the same
         low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
         times = (shape.n_layer - few) / (more - few)
-        held = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
-    state, cut = state_bytes(workload), workload.ranks if workload.shard else 1
+        peak = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+    state, shards = state_bytes(workload), workload.ranks if workload.shard else 1
     if not workload.offload:  # at the update all gradients exist: the peak of some deep models
-        update = dict(zip(KINDS, (size / cut for size in state), strict=False))
-        held = max(held, Counter(update), key=Counter.total)
+        update = dict(zip(KINDS, (size / shards for size in state), strict=False))
+        peak = max(peak, Counter(update), key=Counter.total)
     if workload.ranks > 1 and not workload.shard:
-        held['communication'] += state[1]  # DDP's buckets of gradients
-    saved = (state[0] + state[2]) / cut
-    if (
-        workload.device == 'cpu' and workload.saves and saved >= SMALL
-    ):  # written while training continues
-        held['copy to save'] = saved
-    if (
-        workload.device == 'cpu' and workload.shard
-    ):  # every rank builds the whole model before sharding
-        held = max(held, Counter(parameters=state[0]), key=Counter.total)
-    return held
+        peak['communication'] += state.gradients  # DDP's buckets
+    if workload.device == 'cpu':
+        saved = (state.parameters + state.optimizer) / shards
+        if workload.saves and saved >= SMALL:  # a copy is written while training continues
+            peak['copy to save'] = saved
+        if workload.shard:  # every rank builds the whole model before sharding
+            peak = max(peak, Counter(parameters=state.parameters), key=Counter.total)
+    return peak
 
 
-def process_overhead(workload: Workload) -> tuple[float, float, float]:
+def process_overhead(workload: MemoryWorkload) -> tuple[float, float, float]:
     """Bytes of libraries, and the minimum and maximum factor from tensors to process memory."""
     if workload.device != 'cpu':
         return 0, 1, 1
-    growth = (
-        TENSOR_FACTOR_FRAGMENTED
-        if workload.gradient_checkpointing or workload.shard
-        else TENSOR_FACTOR
-    )
-    return LIBRARY_BYTES if workload.ranks == 1 else LIBRARY_BYTES_RANKS, *growth
+    fragmented = workload.gradient_checkpointing or workload.shard
+    libraries = LIBRARY_BYTES if workload.ranks == 1 else LIBRARY_BYTES_RANKS
+    return libraries, *(TENSOR_FACTOR_FRAGMENTED if fragmented else TENSOR_FACTOR)
 
 
-def max_bytes(workload: Workload) -> float:
+def max_bytes(workload: MemoryWorkload) -> float:
     """Maximum bytes of one process."""
     libraries, _, most = process_overhead(workload)
     return libraries + most * estimate(workload).total()
 
 
-def state_bytes(workload: Workload) -> tuple[int, int, int]:
-    """Bytes of the parameters, the gradients and the optimizer's state, by arithmetic."""
+class StateBytes(NamedTuple):
+    """Bytes of the training state of the whole model, unsharded."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def state_bytes(workload: MemoryWorkload) -> StateBytes:
+    """Bytes of the training state, by arithmetic."""
     model = build_fake_model(replace(workload, device='meta'))
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     muon = workload.optimizer == 'muon'
     matrices = sum(trained[id(p)] for p in model.block_matrices()) if muon else 0
     count = sum(trained.values())
-    return 4 * sum(p.numel() for p in model.parameters()), 4 * count, 8 * count - 4 * matrices
+    whole = sum(p.numel() for p in model.parameters())
+    return StateBytes(4 * whole, 4 * count, 8 * count - 4 * matrices)
 
 
-def checkpoint_size(workload: Workload) -> int:
+def checkpoint_size(workload: MemoryWorkload) -> int:
     """Approximate bytes of a checkpoint; save.size_of() counts those of real tensors."""
-    parameters, _, optimizer = state_bytes(workload)
-    return parameters + optimizer + 2**22
-
-
-def min_bytes(workload: Workload) -> float:
-    """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
     state = state_bytes(workload)
-    held = state[0] if workload.shard and workload.device == 'cpu' else 0  # whole, before sharding
-    kept = (
-        0 if workload.offload else max(held, sum(state) / (workload.ranks if workload.shard else 1))
-    )
-    return (
-        kept + 4 * workload.micro_batch_size * workload.shape.block_size * workload.shape.vocab_size
-    )  # the logits
+    return state.parameters + state.optimizer + 2**22
 
 
-def host_memory_problem(workload: Workload) -> str | None:
+def min_bytes(workload: MemoryWorkload) -> float:
+    """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
+    state, shape = state_bytes(workload), workload.shape
+    logits = 4 * workload.micro_batch_size * shape.block_size * shape.vocab_size
+    if workload.offload:
+        return logits
+    on_cpu = workload.shard and workload.device == 'cpu'
+    whole = state.parameters if on_cpu else 0  # built there before sharding
+    return logits + max(whole, sum(state) / (workload.ranks if workload.shard else 1))
+
+
+def host_memory_problem(workload: MemoryWorkload) -> str | None:
     """The problem with host memory, if any: too little for what is built or offloaded there."""
     if workload.device != 'cuda' or not workload.shard:
         return None
     state, free = state_bytes(workload), available_host_memory()
-    held = sum(state) / workload.ranks if workload.offload else 0
-    copied = (state[0] + state[2]) / workload.ranks  # while a checkpoint is saved
-    need = max(state[0], held + copied)  # whole in each process, before sharding
+    offloaded = sum(state) / workload.ranks if workload.offload else 0
+    copied = (state.parameters + state.optimizer) / workload.ranks  # while a checkpoint is saved
+    need = max(state.parameters, offloaded + copied)  # whole in each process, before sharding
     if free is None or need <= free:
         return None
     return (
@@ -293,7 +293,7 @@ def host_memory_problem(workload: Workload) -> str | None:
 
 
 def suggest_savings(
-    workload: Workload, memory: float, fresh: bool = True
+    workload: MemoryWorkload, memory: float, fresh: bool = True
 ) -> list[tuple[str, float]]:
     """Changes that reduce a workload to `memory` bytes -> their flags and bytes. If none does, the
     one that comes closest.
@@ -302,24 +302,24 @@ def suggest_savings(
     """
     found, others = [], []
 
-    def attempt(changed: Workload) -> bool:
+    def add_if_it_fits(changed: MemoryWorkload) -> bool:
         size = min_bytes(changed)
         size = size if size > memory else max_bytes(changed)
         (found if size <= memory else others).append((flags(workload, changed), size))
         return size <= memory
 
     for group in changes(workload):  # the smallest sufficient change of each kind
-        any(attempt(changed) for changed in group)
+        any(add_if_it_fits(changed) for changed in group)
     if not found and fresh:
         layers = [replace(workload.shape, n_layer=n) for n in halvings(workload.shape.n_layer)]
         any(
-            attempt(with_batch_size(workload, 1, gradient_checkpointing=True, shape=shape))
+            add_if_it_fits(with_batch_size(workload, 1, gradient_checkpointing=True, shape=shape))
             for shape in layers
         )
-    return found or sorted(others, key=lambda each: each[1])[:1]
+    return found or sorted(others, key=lambda other: other[1])[:1]
 
 
-def changes(workload: Workload) -> Iterator[list[Workload]]:
+def changes(workload: MemoryWorkload) -> Iterator[list[MemoryWorkload]]:
     """Possible changes, a list for each kind, the smallest first."""
     batch, shape = workload.micro_batch_size * workload.micro_steps, workload.shape
     rows = [n for n in halvings(workload.micro_batch_size) if batch % n == 0]
@@ -357,17 +357,17 @@ def halvings(n: int) -> list[int]:
     return [n >> by for by in range(1, n.bit_length())]
 
 
-def with_batch_size(workload: Workload, rows: int, **changed) -> Workload:
+def with_batch_size(workload: MemoryWorkload, rows: int, **changed) -> MemoryWorkload:
     """The workload with a micro-batch of at most `rows` and the same global batch."""
     other = replace(workload, **changed)
     batch = max(1, workload.micro_batch_size * workload.micro_steps * workload.ranks // other.ranks)
     return replace(other, micro_batch_size=min(rows, batch), micro_steps=batch // min(rows, batch))
 
 
-def flags(before: Workload, workload: Workload) -> str:
+def flags(before: MemoryWorkload, workload: MemoryWorkload) -> str:
     """The flags that change `before` into `workload`."""
 
-    def settings(workload: Workload) -> dict:
+    def settings(workload: MemoryWorkload) -> dict:
         return {
             '--batch_size': workload.micro_batch_size,
             '--gradient_accumulation_steps': workload.micro_steps * workload.ranks,
@@ -386,12 +386,10 @@ def flags(before: Workload, workload: Workload) -> str:
     )
 
 
-def check_fit(workload: Workload, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
+def check_fit(workload: MemoryWorkload, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
     """Whether the workload fits this device, and the table to print."""
-    lack, asked = (
-        host_memory_problem(workload),
-        (workload, str(runtime.device), available_memory(runtime), fresh),
-    )
+    problem = host_memory_problem(workload)
+    asked = workload, str(runtime.device), available_memory(runtime), fresh
     if dist.is_initialized():  # by torchrun: a fake process group then needs another process
         code = 'from flatgpt.training import memory; memory.report_to_parent()'
         case_given = {**asdict(workload), 'dtype': runtime.dtype_name}
@@ -401,54 +399,54 @@ def check_fit(workload: Workload, runtime: Runtime, fresh: bool = True) -> tuple
         fits, table = json.loads(done.stdout)
     else:
         fits, table = report(*asked)
-    return fits and not lack, f'{table}\n{lack}' if lack else table
+    return fits and not problem, f'{table}\n{problem}' if problem else table
 
 
 def report_to_parent() -> None:
     """Run report() with JSON from standard input -> JSON on standard output."""
     given, *others = json.load(sys.stdin)
     given |= {'shape': GPTConfig(**given['shape']), 'dtype': getattr(torch, given['dtype'])}
-    print(json.dumps(report(Workload(**given), *others)))
+    print(json.dumps(report(MemoryWorkload(**given), *others)))
 
 
-def report(workload: Workload, where: str, memory: float | None, fresh: bool) -> tuple[bool, str]:
-    held, shape, (libraries, low, high) = (
-        estimate(workload),
-        workload.shape,
-        process_overhead(workload),
-    )
+def report(
+    workload: MemoryWorkload, where: str, memory: float | None, fresh: bool
+) -> tuple[bool, str]:
+    """Whether the workload fits, and the table to print. fresh: see suggest_savings()."""
+    peak, shape = estimate(workload), workload.shape
+    libraries, low, high = process_overhead(workload)
     whole, trained, _ = (size // 4 for size in state_bytes(workload))
     of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
-    each = f'each of {workload.ranks} processes' if workload.ranks > 1 else 'one process'
-    size = shape.n_embd // shape.n_head  # of a head
-    kept = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * size
+    process = f'each of {workload.ranks} processes' if workload.ranks > 1 else 'one process'
+    head_size = shape.n_embd // shape.n_head
+    kv_cache = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * head_size
     lines = [
-        f'memory of {each} on {where}: {whole / 1e6:,.1f}M parameters{of}; '
+        f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings{of}; '
         f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
-        *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in held.items() if size),
-        f'  {"total tensors at the peak":<28}{held.total() / 1e6:10,.0f} MB',
+        *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
+        f'  {"total tensors at the peak":<28}{peak.total() / 1e6:10,.0f} MB',
     ]
     if workload.device == 'cpu':
-        span = ' to '.join(f'{(libraries + by * held.total()) / 1e6:,.0f}' for by in (low, high))
+        span = ' to '.join(f'{(libraries + by * peak.total()) / 1e6:,.0f}' for by in (low, high))
         lines += [
-            f'measured: a CPU process takes {low} to {high} times that plus '
-            f'{libraries / 1e6:.0f} MB of libraries: {span} MB'
+            f'estimated process memory: {span} MB ({low} to {high} times the total, plus '
+            f'{libraries / 1e6:.0f} MB of libraries)'
         ]
     if workload.device == 'cuda':
         lines += ['not included: CUDA context, cuBLAS workspace, fragmentation of the allocator']
     if workload.compiled:
         lines += ['not included: torch.compile, which keeps other activations']
     lines += [
-        f'KV cache for inference: {kept / 1e6:,.1f} MB per sequence of {shape.block_size} tokens '
-        'in float32'
+        f'KV cache for inference: {kv_cache / 1e6:,.1f} MB per sequence of '
+        f'{shape.block_size} tokens in float32'
     ]
     if memory is None:
         return True, '\n'.join([*lines, f'the memory of {where} is unknown'])
-    fits = libraries + high * held.total() <= memory
+    fits = libraries + high * peak.total() <= memory
     lines += [
-        f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB of {where} that '
-        f'{"each process can have" if workload.ranks > 1 else "are free"}'
+        f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB '
+        f'{"available to each process" if workload.ranks > 1 else "free"} on {where}'
     ]
     if not fits:
         options = suggest_savings(workload, memory, fresh)

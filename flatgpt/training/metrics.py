@@ -16,6 +16,8 @@ from flatgpt.errors import UserError, reason_of
 from flatgpt.files import atomic_file
 from flatgpt.training.state import TrainState
 
+ON = 'val_loss_on_'  # followed by the name of a dataset of the mixture
+
 
 def read_metrics(out_dir: str | Path) -> list[dict]:
     """The lines of metrics.jsonl, without invalid ones, such as one cut short by a kill."""
@@ -41,10 +43,11 @@ def format_setup(config: dict, model, data, runtime, tokens_per_step: int) -> st
 
 def format_losses(step: int, losses: dict[str, float]) -> str:
     """'step 0: train loss 4.1, val loss 4.2, on books 4.3, reward margin 0.1'"""
-    shown = [f'{k[:-5]} loss {v:.4f}' for k, v in losses.items() if k.endswith('_loss')]
-    shown += [f'on {k[12:]} {v:.4f}' for k, v in losses.items() if k[:12] == 'val_loss_on_']
-    rewards = [k for k in losses if k[:7] == 'val_rew']
-    shown += [f'{k[4:].replace("_", " ")} {losses[k]:.4f}' for k in rewards]
+    labels = {'train_loss': 'train loss', 'val_loss': 'val loss'}
+    labels |= {k: f'on {k.removeprefix(ON)}' for k in losses if k.startswith(ON)}
+    rewards = [k for k in losses if k.startswith('val_reward_')]
+    labels |= {k: k.removeprefix('val_').replace('_', ' ') for k in rewards}
+    shown = [f'{label} {losses[k]:.4f}' for k, label in labels.items() if k in losses]
     return f'step {step}: {", ".join(shown)}'
 
 
@@ -96,13 +99,13 @@ class Tracker:
     """
 
     def __init__(
-        self, out_dir: str | Path, config: dict, step: int, report: Callable[[str], object] = print
+        self, out_dir: str | Path, config: dict, step: int, print0: Callable[[str], object] = print
     ):
         """step: the current step. Later lines are dropped: their steps are trained again.
 
         UserError if a tracker is not installed or the directory cannot be written.
         """
-        self.report, self.warned, self.sinks = report, set(), {}
+        self.print0, self.warned, self.sinks = print0, set(), {}
         for name in SINKS:
             if config[f'{name}_log']:
                 self._try(name, self._open, name, out_dir, config, step)
@@ -114,16 +117,16 @@ class Tracker:
         except ImportError as error:
             raise UserError(f'{name}_log=True needs: pip install -e ".[all]"') from error
 
-    def _try(self, name: str, do: Callable, *arguments) -> None:
-        """Call do(); report only the first failure of each sink."""
+    def _try(self, name: str, function: Callable, *arguments) -> None:
+        """Call function(); report only the first failure of each sink."""
         try:
-            do(*arguments)
+            function(*arguments)
         except UserError:
             raise
         except Exception as error:
             if name not in self.warned:
                 self.warned.add(name)
-                self.report(f'warning: {name}: {reason_of(error)}; {SINK_TROUBLE[name]}')
+                self.print0(f'warning: {name}: {reason_of(error)}; {SINK_TROUBLE[name]}')
 
     def log(self, step: int, **values) -> None:
         """values: numbers. None is omitted; the file has null for non-finite values."""

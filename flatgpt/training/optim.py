@@ -27,9 +27,8 @@ def orthogonalize(stack, steps: int = 5):
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = stack.bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(
-        min=1e-7
-    )  # the largest singular value is now at most 1
+    # the largest singular value becomes at most 1
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT  # (N, R, R)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -71,9 +70,8 @@ class Muon(UnwrappedOptimizer):
     def step(self):
         for group in self.param_groups:
             lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
-            by_shape = defaultdict(
-                list
-            )  # tall matrices are transposed, to share a stack with wide ones
+            # tall matrices are transposed, to share a stack with wide ones
+            by_shape = defaultdict(list)
             for parameter in group['params']:
                 if parameter.grad is not None:
                     by_shape[tuple(sorted(parameter.shape))].append(parameter)

@@ -64,6 +64,7 @@ from flatgpt.training.validate import (
     check_new_model,
     check_short_blocks,
     check_unchanged,
+    global_batch_size,
     is_resuming,
     lint_settings,
     padded_vocab_size,
@@ -86,9 +87,9 @@ def preflight(config: dict, runtime: Runtime) -> int:
     asked = ['memory'] if not config['check'] else list(CHECKS)
     asked = asked if runtime.is_main else [name for name in asked if name in ('device', 'memory')]
     mine = [(name, *line) for name in asked for line in checks.run_check(name)]
-    worst, printed = any(level == 'no' for _, level, _ in mine), set()
+    failed, printed = any(level == 'no' for _, level, _ in mine), set()
     for rank, lines in enumerate(gather_from_ranks(mine, runtime)):
-        worst = worst or any(level == 'no' for _, level, _ in lines)
+        failed = failed or any(level == 'no' for _, level, _ in lines)
         for name, level, text in lines if runtime.is_main else ():
             if level == 'no' and text in printed:  # one mistake can fail several checks
                 continue
@@ -98,8 +99,8 @@ def preflight(config: dict, runtime: Runtime) -> int:
             if not rank or level != 'ok':
                 print(text if plain else f'{level:<8} {name}{of}: {text}', flush=True)
     if runtime.is_main and config['check']:
-        print('no-go: see the lines that begin with no' if worst else 'go')
-    return 2 if worst else 0
+        print("no-go: fix the problems in the lines that start with 'no'" if failed else 'go')
+    return 2 if failed else 0
 
 
 def gather_from_ranks(mine: list, runtime: Runtime) -> list[list]:
@@ -195,7 +196,7 @@ class Preflight:
 
     def check_batch(self) -> Iterator[tuple[str, str]]:
         config = self.config
-        rows = config['gradient_accumulation_steps'] * config['batch_size']
+        rows = global_batch_size(config)
         mine, at_once = self.runtime.split_batch(rows, config['batch_size'])
         tokens = rows * self.model_shape().block_size
         yield (
@@ -223,9 +224,7 @@ class Preflight:
         idx = torch.zeros(2, 64, dtype=torch.long, device=self.runtime.device)
         lines: list[str] = []
         model = GPT(small).to(self.runtime.device)
-        _, good = self.runtime.try_compile(
-            torch.compile, model, [{'x': idx, 'y': idx}], lines.append, loss_of
-        )
+        _, good = self.runtime.try_compile(model, [{'x': idx, 'y': idx}], lines.append, loss_of)
         yield ('ok', 'works on a small model') if good else ('warning', lines[-1])
 
     # --- the data
@@ -269,10 +268,8 @@ class Preflight:
             )
 
     def check_cached_copy(self, source: Path) -> Iterator[tuple[str, str]]:
-        from flatgpt.data.cache import (  # requests is slow to import
-            cache_folder,
-            is_complete,
-        )
+        # requests is slow to import
+        from flatgpt.data.cache import cache_folder, is_complete
 
         cache = self.config['data_cache']
         copy = cache_folder(cache, source, read_small_file(str(source), 'meta.json'))
@@ -290,19 +287,20 @@ class Preflight:
         if self.data is None:
             return
         source = self.model_source()
-        its = tokenizer_in(source) if isinstance(source, Path) else None
+        model_tokenizer = tokenizer_in(source) if isinstance(source, Path) else None
         try:
             name = self.data.tokenizer.name
         except UserError as error:
             yield 'warning', f'{error}; until then, the checkpoints have no tokenizer'
             return
-        if its is not None and its != self.data.tokenizer:
+        if model_tokenizer is not None and model_tokenizer != self.data.tokenizer:
             yield (
                 'no',
-                f'the dataset has the {name} tokenizer, and {source} another one ({its.name}): '
-                f'prepare the dataset with --tokenizer={shlex.quote(str(source))}',
+                f'the dataset has the {name} tokenizer, and {source} another one '
+                f'({model_tokenizer.name}): prepare the dataset with '
+                f'--tokenizer={shlex.quote(str(source))}',
             )
-        elif its is None and source != 'scratch':
+        elif model_tokenizer is None and source != 'scratch':
             yield (
                 'warning',
                 f"the dataset's is {name}; that of {source} is checked when it is loaded",
@@ -315,7 +313,7 @@ class Preflight:
             return
         validate_data({**self.config, 'block_size': self.model_shape().block_size}, self.data)
         steps = steps_of(self.config, self.data)
-        rows = self.config['gradient_accumulation_steps'] * self.config['batch_size']
+        rows = global_batch_size(self.config)
         yield 'ok', f'{steps:,} steps, {steps * rows / self.data.n_windows:,.2f} epochs'
         for warning in lint_settings(self.config, self.data):
             yield 'warning', warning
@@ -341,7 +339,7 @@ class Preflight:
             raise UserError(f'{self.out_dir}: is not writable; choose another --out_dir')
         if not self.resuming:
             if not config['overwrite']:
-                run_directory.refuse_used(self.out_dir, config['checkpoint_mirror'])
+                run_directory.reject_used(self.out_dir, config['checkpoint_mirror'])
             gone = len(list_checkpoints(self.out_dir))
             yield (
                 ('warning', f'its {gone} checkpoints will be deleted') if gone else ('ok', 'free')
@@ -514,7 +512,7 @@ def wandb_credentials() -> bool:
 
 
 def early_warnings(shape: GPTConfig, config: dict, runtime: Runtime) -> Iterator[str]:
-    """What of this can be printed at no cost, for the real run to warn of."""
+    """Warnings from the cheap checks, which every run prints at its start."""
     workload, memory = workload_of(config, shape, runtime), available_memory(runtime)
     if memory is not None and min_bytes(workload) > memory:
         yield (

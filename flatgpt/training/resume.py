@@ -83,7 +83,7 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
             lock = run_directory.lock(out_dir)
         if is_resuming(config):
             return find_or_restore(out_dir, config, runtime)
-        refuse_existing_run(out_dir, config)
+        reject_existing_run(out_dir, config)
         return None
 
     path = runtime.broadcast_from_rank0(find_on_rank_0)
@@ -92,7 +92,7 @@ def find_resume_checkpoint(config: dict, runtime: Runtime) -> tuple[Path | None,
     return path, lock
 
 
-def refuse_existing_run(out_dir: Path, config: dict) -> None:
+def reject_existing_run(out_dir: Path, config: dict) -> None:
     """Reject a new run in a directory that has one."""
     if config['eval_only'] and list_checkpoints(out_dir):
         raise ConfigError(
@@ -100,7 +100,7 @@ def refuse_existing_run(out_dir: Path, config: dict) -> None:
             'the model of init_from, choose another --out_dir'
         )
     if not config['overwrite']:
-        run_directory.refuse_used(out_dir, config['checkpoint_mirror'])
+        run_directory.reject_used(out_dir, config['checkpoint_mirror'])
 
 
 def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | None:
@@ -120,10 +120,11 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
 def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
     """Copy rank 0's checkpoint to this machine, since each rank loads the optimizer state."""
     mirror, reason = config['checkpoint_mirror'], ''
-    manifest, stamp = runtime.broadcast_from_rank0(
+    manifest, rank0_file = runtime.broadcast_from_rank0(
         lambda: (sha256(path / MANIFEST), file_identity(path))
     )
-    if mirror and runtime.is_local_main and file_identity(path) != stamp:  # not the disk of rank 0
+    on_disk_of_rank_0 = file_identity(path) == rank0_file
+    if mirror and runtime.is_local_main and not on_disk_of_rank_0:
         try:
             fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
             if not config['eval_only']:  # only rank 0 does this on its disk
@@ -157,18 +158,18 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
 
     Sets init_from in config to how the run started, and the shape to that of a loaded model.
     """
-    runtime, report = run.runtime, run.runtime.print0
+    runtime, print0 = run.runtime, run.runtime.print0
     model, tokenizer, saved = load_initial_model(config, run.resume_from)
     run.state = TrainState.from_saved(
-        saved, run=runtime.broadcast_from_rank0(lambda: secrets.token_hex(8))
+        saved, run_id=runtime.broadcast_from_rank0(lambda: secrets.token_hex(8))
     )
     run.first_step = run.state.step
     if model and (kept := adopt_model_shape(model, config)):
         where = run.resume_from or config['init_from']
-        report(f'{where} keeps its own {", ".join(kept)}, whatever the settings say')
+        print0(f'using the {", ".join(kept)} of {where}; the settings are ignored')
     data = open_dataset(config, runtime, run.watchdog)
     if run.resume_from and run.state.data != data.fingerprint:
-        report(
+        print0(
             f'warning: dataset {config["dataset"]} has changed since {run.resume_from.name} '
             'was saved; earlier losses, including the best, are not comparable'
         )
@@ -178,8 +179,8 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
     for lint in (early_warnings(shape, config, runtime), lint_settings(config, data)):
         with suppress(OSError):  # free space or memory may be unknown
             for warning in lint:
-                report(f'warning: {warning}')
-    model, tokenizer = build_model(model, tokenizer, data, config, report)
+                print0(f'warning: {warning}')
+    model, tokenizer = build_model(model, tokenizer, data, config, print0)
     if not config['shard']:  # the whole model may not fit on one device
         model.to(runtime.device)
     return model.train(), tokenizer, data
@@ -230,14 +231,14 @@ def adopt_model_shape(model: GPT, config: dict) -> list[str]:
 
 def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
     """The dataset, verified to be the same on all ranks; copied to data_cache first, if set."""
-    copying = partial(watchdog.keep_alive, 0, 'the dataset copy')
-    copying()
+    keep_alive = partial(watchdog.keep_alive, 0, 'copying the dataset')
+    keep_alive()
     where = config['dataset'], config['block_size'], config['seed'], config['objective']
     data = runtime.wait_for_all(
-        lambda: open_data(*where, config['data_cache'], copying),
-        partial(watchdog.keep_alive, 0, 'the dataset opening'),
+        lambda: open_data(*where, config['data_cache'], keep_alive),
+        partial(watchdog.keep_alive, 0, 'opening the dataset'),
     )
-    watchdog.at(0, 'the setup')
+    watchdog.enter_phase(0, 'setting up')
     if rank := runtime.first_mismatch(data.fingerprint):
         raise UserError(
             f'dataset {config["dataset"]} of rank {rank} differs from that of rank 0: copy it from '
@@ -247,14 +248,14 @@ def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
 
 
 def build_model(
-    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, report: Callable
+    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, print0: Callable
 ) -> tuple[GPT, Tokenizer | None]:
     """The given model, if its tokenizer matches the dataset; a new one for None."""
     dataset, where = config['dataset'], config['init_from']
     if where == 'scratch':  # a resumed run
         where = config['out_dir']
     if model is None:
-        return GPT(new_model_config(data, config)), dataset_tokenizer(data, report)
+        return GPT(new_model_config(data, config)), dataset_tokenizer(data, print0)
     if tokenizer is None:  # the model came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
@@ -272,7 +273,7 @@ def build_model(
         )
     if data.tokenizer.chat_template:
         if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
-            report(f'warning: the chat template of dataset {dataset} replaces that of {where}')
+            print0(f'warning: the chat template of dataset {dataset} replaces that of {where}')
         tokenizer = data.tokenizer  # the same, with the chat template for sampling
     return model, tokenizer
 
@@ -284,15 +285,15 @@ def new_model_config(data: Dataset, config: dict) -> GPTConfig:
         return GPTConfig(**shape)
 
 
-def dataset_tokenizer(data: Dataset, report: Callable) -> Tokenizer | None:
+def dataset_tokenizer(data: Dataset, print0: Callable) -> Tokenizer | None:
     try:
         return data.tokenizer
     except UserError as error:  # nanoGPT's datasets need GPT-2's vocabulary, which is downloaded
-        report(f'warning: {error}; until then, the checkpoints have no tokenizer')
+        print0(f'warning: {error}; until then, the checkpoints have no tokenizer')
         return None
 
 
-def set_trainable(model: GPT, config: dict, report: Callable) -> None:
+def set_trainable(model: GPT, config: dict, print0: Callable) -> None:
     """Add LoRA adapters, unless the model has them, or freeze the blocks not to be trained."""
     rank, freeze = config['lora_rank'], config['freeze']
     if rank and not lora_layers(model):
@@ -305,7 +306,7 @@ def set_trainable(model: GPT, config: dict, report: Callable) -> None:
     whole = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained < whole:
-        report(
-            f'trained: {trained / 1e6:,.2f}M of {whole / 1e6:,.2f}M parameters '
-            f'({trained / whole:.1%})' + (f', LoRA of rank {rank}' if rank else '')
+        print0(
+            f'trained: {trained / 1e6:,.2f}M of {whole / 1e6:,.2f}M parameters with all '
+            f'embeddings ({trained / whole:.1%})' + (f', LoRA of rank {rank}' if rank else '')
         )

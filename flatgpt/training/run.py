@@ -15,11 +15,11 @@ from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, warn_on_failure
-from flatgpt.parallel import are_finite
+from flatgpt.parallel import weights_are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
 from flatgpt.training.evaluate import training_sample
-from flatgpt.training.loss import REFERENCE, write_reference
+from flatgpt.training.loss import REFERENCE_FILE, write_reference
 from flatgpt.training.metrics import Progress, Tracker
 from flatgpt.training.resume import find_resume_checkpoint
 from flatgpt.training.state import TrainState
@@ -97,7 +97,7 @@ class Run:
         if c['checkpoint_mirror']:
             remove_later(c['checkpoint_mirror'], step)
         if reference:
-            write_reference(self.out_dir / REFERENCE, self.state.reference_key, reference)
+            write_reference(self.out_dir / REFERENCE_FILE, self.state.reference_key, reference)
         here = {'device': self.runtime.device, 'dtype': self.runtime.dtype_name}
         run_directory.write_config(self.out_dir, {**c, 'overwrite': False}, here)
 
@@ -146,12 +146,12 @@ class Run:
         new = step > self.first_step or (losses and step > 0)
         return bool(new and (losses or last or (interval and step % interval == 0)))
 
-    def weights_are_finite(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
-        """Whether the weights may be saved: a run cannot recover from NaN. All ranks call."""
+    def can_save(self, model: GPT, losses: dict | None, stopping: bool) -> bool:
+        """Whether the weights are finite: a run cannot recover from NaN. All ranks must call it."""
         if losses:
             return math.isfinite(losses['val_loss'])
         if self.state.skipped and stopping:  # a skipped update changed nothing
-            return are_finite(model, self.runtime)
+            return weights_are_finite(model, self.runtime)
         return not self.state.skipped
 
     def save(self, model: GPT, optimizers: list, tokenizer: Tokenizer | None, scaler) -> None:
@@ -179,8 +179,8 @@ class Run:
         whole = self._load_saved_model() if self.config['shard'] else model
         text = training_sample(whole, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
-        verb = 'answers' if data.is_chat else 'writes'
-        self.runtime.print0(f'what it {verb}:\n{RULE}\n{text}\n{RULE}')
+        title = 'sample reply' if data.rows else 'sample'
+        self.runtime.print0(f'{title}:\n{RULE}\n{text}\n{RULE}')
 
     def _load_saved_model(self) -> GPT:
         """The model just saved: of a sharded one, rank 0 holds only its shard."""

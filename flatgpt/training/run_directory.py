@@ -30,10 +30,11 @@ def new_name() -> str:
 
 def lock(out_dir: Path) -> FileLock:
     """Create the directory and keep other runs out of it while the lock is held."""
-    held = FileLock(out_dir / '.lock', is_singleton=True)  # a second call returns the same lock
+    # a singleton: a second call returns the same lock
+    file_lock = FileLock(out_dir / '.lock', is_singleton=True)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
+        file_lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
             f'{out_dir}: another run is writing here; wait for its end or choose another --out_dir'
@@ -42,7 +43,7 @@ def lock(out_dir: Path) -> FileLock:
         raise UserError(
             f'{out_dir}: cannot be written: {error.strerror}; choose another --out_dir'
         ) from error
-    return held
+    return file_lock
 
 
 def saved_settings_in(out_dir: str | Path | None) -> dict:
@@ -61,7 +62,7 @@ def resume_point(out_dir: Path, config: dict) -> Path | None:
         return None
 
 
-def refuse_used(out_dir: str | Path, mirror: str | Path | None) -> None:
+def reject_used(out_dir: str | Path, mirror: str | Path | None) -> None:
     """Reject a new run if its run directory or its mirror already has checkpoints."""
     for where, flag in ((out_dir, '--out_dir'), (mirror, '--checkpoint_mirror')):
         if where and list_checkpoints(where):

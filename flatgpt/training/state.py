@@ -3,7 +3,7 @@ The state of a run besides weights and optimizer, kept in state.json of a checkp
 
     state = TrainState.from_saved(saved, fresh_id)
     state.record_evaluation({'train_loss': 1.9, 'val_loss': 2.0})
-    state.record_update(norm=0.7, skipped=False)
+    state.record_update(norm=0.7, skipped=False, samples=480)
 """
 
 import math
@@ -33,12 +33,12 @@ class TrainState:
     losses: dict = field(default_factory=dict)  # of the last evaluation: val_loss and others
 
     @classmethod
-    def from_saved(cls, saved: dict, run: str) -> 'TrainState':
-        """The state in a checkpoint's state.json. run: the id, if it has none."""
-        known = {each.name for each in fields(cls)} - {'losses'}
+    def from_saved(cls, saved: dict, run_id: str) -> 'TrainState':
+        """The state in a checkpoint's state.json. run_id: for a new run, which has none."""
+        known = {field.name for field in fields(cls)} - {'losses'}
         losses = {k: v for k, v in saved.items() if k not in known and k not in NON_STATE_KEYS}
         state = {name: saved[name] for name in known if name in saved}
-        return cls(**{'run': run, **state}, losses=losses)
+        return cls(**{'run': run_id, **state}, losses=losses)
 
     def to_dict(self) -> dict:
         """The values of state.json, as JSON types."""

@@ -221,8 +221,8 @@ def check_short_blocks(config: dict, block_size: int) -> None:
         most = min(short or block_size // 4 or 1, block_size)
         fits = next(size for size in range(most, 0, -1) if block_size % size == 0)
         raise ConfigError(
-            f'short_iters={iters}: short_block_size={short} does not cut '
-            f'block_size={block_size} into equal parts; try --short_block_size={fits}'
+            f'short_iters={iters}: short_block_size={short} must divide '
+            f'block_size={block_size}; try --short_block_size={fits}'
         )
 
 
@@ -231,12 +231,16 @@ def padded_vocab_size(size: int) -> int:
     return -(-size // 64) * 64 if size > 1024 else size
 
 
+def global_batch_size(config: dict) -> int:
+    """Sequences (objective='dpo': pairs) per update, over all processes."""
+    return config['gradient_accumulation_steps'] * config['batch_size']
+
+
 def steps_of(config: dict, data: Dataset) -> int:
     """The total number of updates: as many as `epochs` takes, otherwise max_iters."""
     if config['epochs'] is None:
         return config['max_iters']
-    rows = config['gradient_accumulation_steps'] * config['batch_size']
-    return math.ceil(config['epochs'] * data.n_windows / rows)
+    return math.ceil(config['epochs'] * data.n_windows / global_batch_size(config))
 
 
 def lint_settings(config: dict, data: Dataset) -> Iterator[str]:

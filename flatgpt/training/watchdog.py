@@ -2,7 +2,7 @@
 Detects a rank that hangs or died, reports which one and in what phase, and stops the job.
 
     watchdog = Watchdog(runtime, timeout=600)
-    watchdog.at(step, 'the gradients')    # at each phase in which a rank may wait for others
+    watchdog.enter_phase(step, 'computing gradients')  # before anything that may wait for others
 
 Each rank writes heartbeats with its phase to the shared store. A rank that stays in one phase for
 longer than the timeout, or loses a connection, reads all heartbeats twice: a rank whose heartbeat
@@ -19,23 +19,45 @@ import socket
 import threading
 import time
 from contextlib import suppress
+from typing import NamedTuple
 
 from flatgpt.errors import explain_errors
 from flatgpt.runtime import Runtime, is_lost_connection
 
+# in the order of train.py: the first five before the loop, at step 0; the others in each step
 PHASES = (
-    'the start, the check, the dataset copy, the dataset opening, the setup, '
-    'the evaluation, the checkpoint, the sample, the data, the gradients, the update'
-).split(', ')  # of a step, in the order of train.py
+    'starting up',
+    'running the checks',
+    'copying the dataset',
+    'opening the dataset',
+    'setting up',
+    'evaluating',
+    'saving a checkpoint',
+    'generating a sample',
+    'reading data',
+    'computing gradients',
+    'updating the weights',
+)
+
+
+class Heartbeat(NamedTuple):
+    """What a rank last wrote to the store, as JSON."""
+
+    time: float  # on its own clock: only a change matters
+    host: str
+    pid: int
+    step: int
+    phase: str
+    seconds: float  # in this phase
 
 
 class Watchdog:
     def __init__(self, runtime: Runtime, timeout: float):
         self.runtime, self.timeout = runtime, timeout
         self.interval = min(0.5, timeout / 10)  # seconds between heartbeats
-        self.at(0, PHASES[0])
+        self.enter_phase(0, PHASES[0])
         self.last_reply = time.monotonic()  # when the store last answered
-        self.seen_heartbeats: set = set()  # of the others, when keep_alive() last saw new ones
+        self.seen_heartbeats: set = set()  # (rank, time) that keep_alive() last saw
         self.closed, self.exit_lock = threading.Event(), threading.Lock()
         self.frozen: list[int] = []  # processes of this machine
         if runtime.world_size > 1:
@@ -46,25 +68,25 @@ class Watchdog:
         if runtime.store:
             threading.Thread(target=self._watch_ranks, daemon=True).start()
 
-    def at(self, step: int, what: str) -> None:
-        """Enter the phase `what` of a step."""
-        assert what in PHASES
-        self.phase, self.since = (step, what), time.monotonic()
+    def enter_phase(self, step: int, phase: str) -> None:
+        assert phase in PHASES
+        self.phase, self.since = (step, phase), time.monotonic()
 
-    def keep_alive(self, step: int, what: str) -> None:
+    def keep_alive(self, step: int, phase: str) -> None:
         """Enter or stay in a phase that may take long: the timeout restarts whenever all other
         ranks have sent new heartbeats and none of them has stalled."""
-        if self.runtime.world_size > 1 and self.phase == (step, what):
+        if self.runtime.world_size > 1 and self.phase == (step, phase):
             if time.monotonic() - self.since < self.interval:
                 return
             others = [
                 beat for rank, beat in enumerate(self._heartbeats()) if rank != self.runtime.rank
             ]
-            heartbeats = {(rank, beat[0]) for rank, beat in enumerate(others)}
-            if heartbeats & self.seen_heartbeats or max(beat[5] for beat in others) > self.timeout:
+            times = {(rank, beat.time) for rank, beat in enumerate(others)}
+            longest = max(beat.seconds for beat in others)
+            if times & self.seen_heartbeats or longest > self.timeout:
                 return  # one is frozen or has stalled: then this rank will stall, too
-            self.seen_heartbeats = heartbeats
-        self.at(step, what)
+            self.seen_heartbeats = times
+        self.enter_phase(step, phase)
 
     def close(self) -> None:
         self.closed.set()
@@ -101,11 +123,14 @@ class Watchdog:
     def _unreachable_store(self) -> str:
         at_torchrun = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
         keeper = 'torchrun' if at_torchrun else 'rank 0'
-        step, what = self.phase
         return (
             f'{keeper} on {os.environ["MASTER_ADDR"]}, or the network to it, does not answer; '
-            f'this rank waited in {what} of step {step}'
+            + self._own_phase()
         )
+
+    def _own_phase(self) -> str:
+        step, phase = self.phase
+        return f'this rank was {phase} in step {step}'
 
     def _catch_lost_connections(self) -> None:
         """Exit with one line instead of torch's traceback."""
@@ -130,15 +155,15 @@ class Watchdog:
 
     def _send_heartbeat(self) -> None:
         seconds = time.monotonic() - self.since
-        beat = [time.monotonic(), socket.gethostname(), os.getpid(), *self.phase, seconds]
+        beat = Heartbeat(time.monotonic(), socket.gethostname(), os.getpid(), *self.phase, seconds)
         key = f'heartbeat/{self.runtime.rank}'
         self.runtime.store.set(key, json.dumps(beat))
         self.runtime.store.get(key)  # waits for the answer of the store; set() does not
         self.last_reply = time.monotonic()
 
-    def _heartbeats(self) -> list[list]:
+    def _heartbeats(self) -> list[Heartbeat]:
         keys = [f'heartbeat/{rank}' for rank in range(self.runtime.world_size)]
-        return [json.loads(beat) for beat in self.runtime.store.multi_get(keys)]
+        return [Heartbeat(*json.loads(beat)) for beat in self.runtime.store.multi_get(keys)]
 
     def _find_stalled_ranks(self) -> str:
         """The ranks that are frozen or dead, or else furthest behind, in one line.
@@ -150,20 +175,21 @@ class Watchdog:
         for _ in range(max(3, round(1 / self.interval))):  # with new heartbeats for the others
             self._send_heartbeat()
             time.sleep(self.interval)
-        gone, places = [], {}
+        dead, places = [], {}  # places: (step, phase) -> {rank: text}
         for rank, (old, new) in enumerate(zip(before, self._heartbeats(), strict=True)):
-            at, host, pid, step, what, seconds = new
-            who = f'rank {rank} (process {pid} on {host})'
-            if rank != me and at == old[0]:
-                self.frozen += [pid] if host == socket.gethostname() and is_sibling(pid) else []
-                gone.append(f'{who} sends no heartbeat, last in {what} of step {step}')
+            who = f'rank {rank} (process {new.pid} on {new.host})'
+            if rank != me and new.time == old.time:
+                here = new.host == socket.gethostname() and is_sibling(new.pid)
+                self.frozen += [new.pid] if here else []
+                dead.append(
+                    f'{who} sends no heartbeat (the last while {new.phase} in step {new.step})'
+                )
                 continue
-            entry = f'{who} has been in {what} of step {step} for {seconds:.0f} s'
-            places.setdefault((step, PHASES.index(what)), {})[rank] = entry
+            text = f'{who} has been {new.phase} in step {new.step} for {new.seconds:.0f} s'
+            places.setdefault((new.step, PHASES.index(new.phase)), {})[rank] = text
         last = places[min(places)]
-        blamed = gone or ([] if me in last else list(last.values()))
-        step, what = self.phase
-        return '; '.join([*blamed, f'this rank waited in {what} of step {step}']) if blamed else ''
+        blamed = dead or ([] if me in last else list(last.values()))
+        return '; '.join([*blamed, self._own_phase()]) if blamed else ''
 
     def _another_rank_reports(self) -> bool:
         store, me = self.runtime.store, str(self.runtime.rank).encode()

@@ -885,7 +885,7 @@ def test_a_tuned_model_answers_in_the_template(chatty, script):
 def test_the_sample_at_the_end_answers_a_question(run_here, base, talks, tmp_path, capsys):
     flags = (*tuning(base, talks, 'sft'), '--max_iters=0')
     run_here(f'--out_dir={tmp_path}', *flags, '--sample_tokens=5')
-    shown = capsys.readouterr().out.partition('what it answers:')[2].split('-' * 64)[1]
+    shown = capsys.readouterr().out.partition('sample reply:')[2].split('-' * 64)[1]
     assert shown.startswith(f'\n{prepare.TEMPLATE["user"][0]}')
     assert prepare.TEMPLATE['assistant'][0] in shown
 
@@ -943,7 +943,7 @@ def test_a_resumed_run_keeps_the_reference_of_the_first_model(
     again = tmp_path / 'parts' / 'config.py'
     run_here('--init_from=resume', '--max_iters=6', config=again)
     assert metrics(tmp_path / 'parts') == metrics(tmp_path / 'whole')
-    (tmp_path / 'parts' / loss_module.REFERENCE).unlink()
+    (tmp_path / 'parts' / loss_module.REFERENCE_FILE).unlink()
     message = refused(run_here, '--init_from=resume', '--max_iters=8', config=again)
     assert 'reference.safetensors: is missing' in message
 

@@ -141,7 +141,7 @@ def test_a_sample_at_each_evaluation_is_printed_and_logged_and_changes_nothing(
 
     flags = ('--max_iters=6', '--dropout=0.2')
     run_here(f'--out_dir={tmp_path}/without', *flags)
-    assert 'what it writes' not in capsys.readouterr().out
+    assert 'sample:' not in capsys.readouterr().out
     samples = ('--eval_sample_tokens=20', '--sample_tokens=30', '--tensorboard_log')
     run_here(f'--out_dir={tmp_path}/with', *flags, *samples, '--peak_tflops=1')
     texts = capsys.readouterr().out.split('-' * 64 + '\n')[1::2]
@@ -598,7 +598,7 @@ def test_a_dataset_that_was_prepared_anew_is_noticed(copied, run_here, monkeypat
 
 def test_a_model_from_elsewhere_says_which_settings_it_brings(source, run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--n_layer=3', '--max_iters=1')
-    assert f'{source} keeps its own n_layer, whatever' in capsys.readouterr().out
+    assert f'using the n_layer of {source}; the' in capsys.readouterr().out
 
 
 def test_a_run_that_ends_in_nan_is_no_success(run_here, tmp_path):
@@ -670,7 +670,7 @@ def test_a_signal_while_a_finished_run_draws_and_writes_is_no_failure(
     )
     assert run_here(f'--out_dir={tmp_path}', '--sample_tokens=5') == 0
     assert (tmp_path / 'DONE').exists()
-    assert 'what it writes' not in capsys.readouterr().out
+    assert 'sample:' not in capsys.readouterr().out
 
 
 def test_a_tracker_that_fails_is_one_warning(run_here, tmp_path, monkeypatch, capsys):
@@ -1070,7 +1070,7 @@ def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path,
     capsys.readouterr()
     args = (f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6')
     assert run_here(*args, '--n_layer=7', '--arch=modern') == 0
-    assert 'keeps its own arch, n_layer, whatever the settings say' in capsys.readouterr().out
+    assert 'using the arch, n_layer of ' in capsys.readouterr().out
 
 
 def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, capsys):
@@ -1477,7 +1477,7 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp
             return values
 
     three = Three('cpu', torch.float32, 0, 3)
-    monkeypatch.setattr(runtime, 'start', lambda *args: three)
+    monkeypatch.setattr(runtime, 'init_runtime', lambda *args: three)
     text = refused(run_here, f'--out_dir={tmp_path}/new')
     assert 'is 8 sequences, which cannot be split equally over 3 processes' in text
     assert 'use --gradient_accumulation_steps=3' in text

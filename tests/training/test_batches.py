@@ -39,9 +39,8 @@ ARGS = ('--max_iters=6', '--eval_interval=2', '--eval_train=False')
 
 
 @error_line('the data cannot be read: {}; restore')
-@pytest.mark.parametrize(
-    ('fault', 'step'), [({'sample': 3 * 8 + 4}, 3), ({'evaluation': 2}, 4)]
-)  # in the middle of the fourth step, and in the evaluation after it
+# in the middle of the fourth step, and in the evaluation after it
+@pytest.mark.parametrize(('fault', 'step'), [({'sample': 3 * 8 + 4}, 3), ({'evaluation': 2}, 4)])
 def test_a_run_whose_data_is_lost_saves_says_so_and_resumes_as_if_nothing_had_been(
     run_here, fails_from, tmp_path, capsys, monkeypatch, fault, step
 ):

@@ -381,12 +381,12 @@ def test_a_mirror_that_becomes_read_only_does_not_end_the_training(
 
     def change(self, step, **values):
         if step == 5 and 'loss' in values:
+            remount = ['mount', '-o', 'remount,ro', str(disk)]
             while (
                 steps(disk / 'mirror')[-1:] != [4]
-                or subprocess.run(
-                    ['mount', '-o', 'remount,ro', str(disk)], capture_output=True
-                ).returncode
-            ):  # while a file is still being written there
+                # fails while a file is still being written there
+                or subprocess.run(remount, capture_output=True).returncode
+            ):
                 time.sleep(0.01)
         log(self, step, **values)
 

@@ -12,7 +12,7 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.data import chat as prepare
 from flatgpt.data.dataset import TARGET, Dataset, mask_file
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.training.loss import completion_logps, compute_metrics, dpo, loss_of, trim_padding
+from flatgpt.training.loss import completion_logps, compute_metrics, dpo_loss, loss_of, trim_padding
 
 BETA = 0.3
 TALKS = [
@@ -106,14 +106,14 @@ def test_the_loss_on_pairs_is_equation_7_of_the_paper(pairs, models):
 
 def test_a_model_that_has_not_moved_has_the_loss_of_a_coin():
     logps = torch.tensor([-3.0, -5.0, -2.0, -1.0])
-    losses, margins = dpo(logps, logps, BETA)
+    losses, margins = dpo_loss(logps, logps, BETA)
     assert losses.tolist() == pytest.approx([math.log(2)] * 2)
     assert margins.tolist() == [0, 0]
 
 
 def test_the_better_answer_is_pushed_up_and_the_worse_down():
     logps = torch.zeros(4, requires_grad=True)
-    dpo(logps, torch.zeros(4), BETA)[0].mean().backward()
+    dpo_loss(logps, torch.zeros(4), BETA)[0].mean().backward()
     assert logps.grad.tolist() == pytest.approx([-BETA / 4, BETA / 4] * 2)
 
 

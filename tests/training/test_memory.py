@@ -17,7 +17,7 @@ from flatgpt.training import memory as memory_module
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import (
-    Workload,
+    MemoryWorkload,
     build_fake_batch,
     build_fake_model,
     build_fake_optimizers,
@@ -28,7 +28,7 @@ from model import GPT, GPTConfig
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 XL = GPTConfig(vocab_size=50257, n_layer=48, n_head=25, n_embd=1600, bias=True)
 SEVEN_B = GPTConfig(2048, 65536, arch='modern', n_layer=32, n_head=32, n_embd=4096)
-SMALL = Workload(
+SMALL = MemoryWorkload(
     GPTConfig(64, 256, n_layer=2, n_head=2, n_embd=64), 'cpu', torch.float32, 'adamw', 4
 )
 CPU = Runtime('cpu', torch.float32)
@@ -65,9 +65,8 @@ def test_activations_grow_with_the_rows_and_shrink_with_gradient_checkpointing()
 def test_a_step_of_a_model_that_is_partly_frozen_is_counted(changed):
     workload = replace(SMALL, **changed)
     parameters, gradients, optimizer = memory_module.state_bytes(workload)
-    peak = step_peak(
-        replace(workload, micro_steps=2)
-    )  # the second micro-batch meets the first's gradients
+    # the second micro-batch meets the first's gradients
+    peak = step_peak(replace(workload, micro_steps=2))
     assert (peak['parameters'], peak['gradients']) == (parameters, gradients)
     assert optimizer <= peak['optimizer'] <= optimizer + 1000
 
@@ -234,19 +233,21 @@ def test_where_nothing_fits_the_nearest_is_named():
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
     monkeypatch.setattr(memory_module, 'available_memory', lambda runtime: 24e9)
-    workload = Workload(shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False)
+    workload = MemoryWorkload(
+        shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False
+    )
     assert memory_module.min_bytes(workload) > 24e9
     monkeypatch.setattr(memory_module, 'changes', lambda workload: [])  # each takes a second
     fits, table = memory_module.check_fit(workload, CPU)
     assert not fits
-    assert 'does not fit in the 24.0 GB of cpu' in table
+    assert 'does not fit in the 24.0 GB free on cpu' in table
     assert '--n_layer=' in table
 
 
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_built_steps_and_has_a_checkpoint_without_memory(shape):
     optimizer = 'adamw' if shape.arch == 'gpt2' else 'muon'
-    workload = Workload(shape, 'cpu', torch.bfloat16, optimizer, micro_batch_size=1)
+    workload = MemoryWorkload(shape, 'cpu', torch.bfloat16, optimizer, micro_batch_size=1)
     with FakeTensorMode():
         model = build_fake_model(workload)
         optimizers = build_fake_optimizers(workload, model)

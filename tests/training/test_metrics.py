@@ -7,7 +7,13 @@ import pytest
 
 from flatgpt.errors import UserError
 from flatgpt.training import metrics
-from flatgpt.training.metrics import Tracker, draw_loss, draw_runs, read_metrics
+from flatgpt.training.metrics import (
+    Tracker,
+    draw_loss,
+    draw_runs,
+    format_losses,
+    read_metrics,
+)
 
 PLAIN = {'tensorboard_log': False, 'wandb_log': False, 'wandb_project': 'p', 'wandb_run_name': 'n'}
 
@@ -51,6 +57,13 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
     write(tmp_path, [3], start=2)
     text = (tmp_path / 'metrics.jsonl').read_text()
     assert [json.loads(line)['step'] for line in text.splitlines()] == [0, 1, 2, 3]
+
+
+def test_each_loss_is_printed_once_whatever_a_dataset_of_the_mixture_is_called():
+    losses = {'train_loss': 1, 'val_loss': 2, 'val_loss_on_my_loss': 3, 'val_reward_margin': 4}
+    losses |= {'train_loss_on_my_loss': 5, 'val_bpb': 6}
+    shown = 'train loss 1.0000, val loss 2.0000, on my_loss 3.0000, reward margin 4.0000'
+    assert format_losses(7, losses) == f'step 7: {shown}'
 
 
 @pytest.mark.parametrize(

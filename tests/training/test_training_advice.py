@@ -165,8 +165,8 @@ class Second(Runtime):
     def first_mismatch(self, value):
         return int(value != (self.first[0] if isinstance(self.first, tuple) else self.first))
 
-    def wait_for_all(self, do, alive):
-        return do()
+    def wait_for_all(self, function, keep_alive):
+        return function()
 
 
 def second(first):
@@ -180,7 +180,7 @@ def test_a_dataset_that_differs_is_copied_from_the_other_machine(tmp_path, datas
     other = make_dataset(tmp_path / 'other', Dataset(dataset, 16).tokenizer, seed=1)
     config = {'block_size': 16, 'seed': 1, 'objective': 'lm', 'data_cache': None}
     config['dataset'] = str(other)
-    watchdog = SimpleNamespace(keep_alive=lambda *args: None, at=lambda *args: None)
+    watchdog = SimpleNamespace(keep_alive=lambda *args: None, enter_phase=lambda *args: None)
     runtime = second(Dataset(dataset, 16, 1).fingerprint)
     rejected(resume.open_dataset, config, runtime, watchdog)
     shutil.rmtree(other)

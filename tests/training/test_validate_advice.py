@@ -121,7 +121,7 @@ def test_a_setting_that_does_not_suit_the_dataset_is_accepted_once_it_is_changed
     rules.validate_data(configured(*good.split()), data)
 
 
-@error_line('into equal parts; try')
+@error_line('must divide block_size={}; try')
 @pytest.mark.parametrize(('block', 'short'), [(1024, None), (3, None), (96, 36), (7, 5)])
 def test_the_short_block_size_that_is_suggested_divides_the_block_size(configured, block, short):
     flags = ('--short_iters=1', f'--short_block_size={short}')

@@ -68,7 +68,7 @@ def keep_busy(*watches):
     def work():
         while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.at(each.phase[0] + 1, 'the update')
+                each.enter_phase(each.phase[0] + 1, 'updating the weights')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -83,14 +83,14 @@ def test_nobody_is_blamed_while_all_get_on(crew):
 def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
     start, said = crew
     watches = start(3)
-    watches[0].at(7, 'the gradients')
-    watches[1].at(7, 'the data')
-    watches[2].at(7, 'the gradients')
+    watches[0].enter_phase(7, 'computing gradients')
+    watches[1].enter_phase(7, 'reading data')
+    watches[2].enter_phase(7, 'computing gradients')
     what, why = wait_for_speaker(said)
     assert what == 'no progress for 0.3 s'
     assert re.fullmatch(
-        rf'rank 1 \(process {os.getpid()} on \S+\) has been in the data of step 7 for \d s; '
-        r'this rank waited in the gradients of step 7',
+        rf'rank 1 \(process {os.getpid()} on \S+\) has been reading data in step 7 for \d s; '
+        r'this rank was computing gradients in step 7',
         why,
     )
     for rank in range(3):  # all leave, one says why
@@ -101,42 +101,45 @@ def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
 def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
     start, said = crew
     watches = start(3)
-    watches[0].at(7, 'the checkpoint')
+    watches[0].enter_phase(7, 'saving a checkpoint')
     for each in watches[1:]:
-        each.at(7, 'the gradients')
+        each.enter_phase(7, 'computing gradients')
     assert re.fullmatch(
-        rf'rank 0 \(process {os.getpid()} on \S+\) has been in the checkpoint of step 7 for \d s; '
-        r'this rank waited in the gradients of step 7',
+        rf'rank 0 \(process {os.getpid()} on \S+\) has been saving a checkpoint in step 7 '
+        r'for \d s; '
+        r'this rank was computing gradients in step 7',
         wait_for_speaker(said)[1],
     )
     assert not wait_for(said, 0)[2]
 
 
-@pytest.mark.parametrize('behind', [(7, 'the update'), (8, 'the evaluation'), (8, 'the sample')])
+@pytest.mark.parametrize(
+    'behind', [(7, 'updating the weights'), (8, 'evaluating'), (8, 'generating a sample')]
+)
 def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
     start, said = crew
     watches = start(2)
-    watches[0].at(8, 'the data')
-    watches[1].at(*behind)
+    watches[0].enter_phase(8, 'reading data')
+    watches[1].enter_phase(*behind)
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
 def test_the_places_are_those_of_train_py_in_its_order():
     places = {
         path: re.findall(
-            r"watchdog\.(?:at|keep_alive)[(,] ?\w+, '(.*?)'",
+            r"watchdog\.(?:enter_phase|keep_alive)[(,] ?\w+, '(.*?)'",
             (ROOT / path).read_text(encoding='utf-8'),
         )
         for path in ('train.py', 'flatgpt/training/resume.py')
     }
     set_up, loop = places['flatgpt/training/resume.py'], places['train.py']
-    assert ['the start', loop[0], *sorted(set_up, key=PHASES.index), *loop[1:]] == PHASES
+    assert ['starting up', loop[0], *sorted(set_up, key=PHASES.index), *loop[1:]] == list(PHASES)
 
 
 def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
     start, said = crew
     watches = start(2)
-    watches[1].at(1, 'the data')
+    watches[1].enter_phase(1, 'reading data')
     keep_busy(watches[1])
     time.sleep(1)
     assert said == {}  # rank 0 is behind, but rank 1 gets on
@@ -148,7 +151,7 @@ def wait_together(*watches):
     def work():
         while not all(each.closed.wait(0.01) for each in watches):
             for each in watches:
-                each.keep_alive(0, 'the dataset opening')
+                each.keep_alive(0, 'opening the dataset')
 
     threading.Thread(target=work, daemon=True).start()
 
@@ -158,7 +161,7 @@ def test_all_may_wait_for_long_while_another_copies(crew):
     watches = start(3)
     wait_together(*watches[:2])
     for _ in range(150):
-        watches[2].keep_alive(0, 'the dataset copy')
+        watches[2].keep_alive(0, 'copying the dataset')
         time.sleep(0.01)
     assert said == {}
 
@@ -167,13 +170,13 @@ def test_who_dies_while_another_waits_for_its_data_is_named(crew):
     start, said = crew
     watches = start(3)
     wait_together(*watches[:2])
-    watches[2].keep_alive(0, 'the dataset copy')
+    watches[2].keep_alive(0, 'copying the dataset')
     time.sleep(0.3)
     watches[2].close()
     _, why = wait_for_speaker(said)
     assert re.fullmatch(
-        r'rank 2 \(.*\) sends no heartbeat, last in the dataset copy of step 0; '
-        'this rank waited in the dataset opening of step 0',
+        r'rank 2 \(.*\) sends no heartbeat \(the last while copying the dataset in step 0\); '
+        'this rank was opening the dataset in step 0',
         why,
     )
 
@@ -182,20 +185,22 @@ def test_who_gets_no_data_for_too_long_is_named(crew):
     start, said = crew
     watches = start(2)
     wait_together(watches[0])
-    watches[1].keep_alive(0, 'the dataset copy')
+    watches[1].keep_alive(0, 'copying the dataset')
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
 def test_the_rank_whose_signs_stopped_is_named(crew):
     start, said = crew
     watches = start(3, timeout=1)
-    watches[1].at(4, 'the checkpoint')
+    watches[1].enter_phase(4, 'saving a checkpoint')
     time.sleep(0.3)  # a sign of that
     watches[1].close()
     for each in watches[::2]:
-        each.at(5, 'the gradients')
+        each.enter_phase(5, 'computing gradients')
     _, why = wait_for_speaker(said)
-    assert re.match(r'rank 1 \(.*\) sends no heartbeat, last in the checkpoint of step 4; ', why)
+    assert re.match(
+        r'rank 1 \(.*\) sends no heartbeat \(the last while saving a checkpoint in step 4\); ', why
+    )
     assert 'rank 0' not in why
 
 
@@ -231,7 +236,7 @@ def test_a_lost_connection_names_who_is_gone(crew):
     watches = start(2, timeout=3)
     time.sleep(0.5)
     watches[0].close()
-    watches[1].at(9, 'the gradients')
+    watches[1].enter_phase(9, 'computing gradients')
     sys.excepthook(RuntimeError, RuntimeError(GLOO), None)
     what, why, mine = said[1]
     assert what == 'a connection was lost (Connection closed by peer [10.0.0.2]:12)'
@@ -299,7 +304,7 @@ def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
     assert crew.end(20) == [1, -signal.SIGKILL, 1]
     assert re.fullmatch(
         rf'error \(rank [02]\): a connection was lost \(.*\): rank 1 \(process {crew[1].pid} on '
-        r'\S+\) sends no heartbeat, last in .* of step \d+; this rank waited in the \w+ of step '
+        r'\S+\) sends no heartbeat \(the last while .* in step \d+\); this rank was [\w ]+ in step '
         r'\d+',
         *re.findall(r'^error.*', crew.err, re.M),
     )
@@ -317,8 +322,8 @@ def sleep(*args): time.sleep(60)
 @pytest.mark.parametrize(
     ('which', 'fault', 'place'),
     [
-        (0, 'save.Saver.save = sleep', 'the checkpoint of step 2'),
-        (1, 'dataset.Dataset.batch = sleep', 'the data of step 0'),
+        (0, 'save.Saver.save = sleep', 'saving a checkpoint in step 2'),
+        (1, 'dataset.Dataset.batch = sleep', 'reading data in step 0'),
     ],
 )
 def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, place):
@@ -329,7 +334,7 @@ def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, pla
     (line,) = re.findall(r'^error.*', crew.err, re.M)
     assert re.fullmatch(
         rf'error \(rank \d\): no progress for 2 s: rank {which} \(process {crew[which].pid} on '
-        rf'\S+\) has been in {place} for \d s; this rank waited in the \w+ of step \d',
+        rf'\S+\) has been {place} for \d s; this rank was [\w ]+ in step \d',
         line,
     )
     assert 'Traceback' not in crew.err
@@ -357,7 +362,7 @@ def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path
     assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
     assert re.fullmatch(
         rf'error \(rank 0\): no progress for 2 s: rank 1 \(process {crew[1].pid} on \S+\) sends no '
-        r'heartbeat, last in the dataset copy of step 0; this rank waited in .*\n',
+        r'heartbeat \(the last while copying the dataset in step 0\); this rank was .*\n',
         crew.err,
     )
 
@@ -385,9 +390,9 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_five_seconds(ranks, tmp_
 def test_a_sign_can_be_read_by_all(crew):
     start, _ = crew
     (first, *_) = start(2)
-    first.at(3, 'the data')
+    first.enter_phase(3, 'reading data')
     first._send_heartbeat()
     _, host, pid, step, what, seconds = json.loads(first.runtime.store.get('heartbeat/0'))
-    assert (pid, step, what) == (os.getpid(), 3, 'the data')
+    assert (pid, step, what) == (os.getpid(), 3, 'reading data')
     assert seconds < 5
     assert host
