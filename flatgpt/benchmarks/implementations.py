@@ -24,7 +24,7 @@ import torch
 from flatgpt.benchmarks.baselines import BUILDERS
 from flatgpt.benchmarks.machine import reset_peak_memory
 from flatgpt.errors import UserError
-from flatgpt.runtime import Runtime, is_out_of_memory, pick_dtype, start
+from flatgpt.runtime import Runtime, init_runtime, is_out_of_memory, pick_dtype
 
 
 class Measurement(NamedTuple):
@@ -180,7 +180,7 @@ def run_implementation(pipe, name: str, settings: dict) -> None:
 def open_runtime(name: str, settings: dict) -> Runtime:
     device, dtype = settings['device'], settings['dtype']
     if name == 'flatGPT' or device.startswith('cuda'):
-        return start(device, dtype)  # sets up the GPU; on a CPU, how our own memory is kept
+        return init_runtime(device, dtype)  # sets up the GPU; on a CPU, how our own memory is kept
     return Runtime(device, pick_dtype(dtype, device, training=True))
 
 

@@ -196,7 +196,7 @@ def show_progress(jobs: set, progress: Progress, total: int, keep_alive: Callabl
                 job.result()
             now = progress.bytes
             if now != shown:
-                alive()
+                keep_alive()
             bar.update(now - shown)
             shown = now
             if bar.disable and time.monotonic() > next_line:

@@ -68,7 +68,7 @@ def local_folder(name: str, cache: str | None, keep_alive: Callable) -> Path:
             f'dataset={name!r}: a URL needs --data_cache=FOLDER, a local folder to copy it to'
         )
     source = name if is_url(name) else find_or_prepare_dataset(name)
-    return copy_to_cache(source, cache, alive) if cache else source
+    return copy_to_cache(source, cache, keep_alive) if cache else source
 
 
 def is_mixture(setting: str) -> bool:
