@@ -38,7 +38,7 @@ from configurator import configure, read_flag, setting_types, update_settings
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.batch import Batch
-from flatgpt.inference.engine import MAX_GENERATE_ROWS, NOT_FINITE, Engine, generate
+from flatgpt.inference.engine import MAX_GENERATE_SLOTS, NOT_FINITE, Engine, generate
 from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
@@ -177,8 +177,8 @@ def print_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> 
     finished = [False] * samples
     current = 0
     for output in outputs:
-        ready[output.row].append(output.text)
-        finished[output.row] = output.finish is not None
+        ready[output.index].append(output.text)
+        finished[output.index] = output.finish_reason is not None
         while current < samples:
             print_text(''.join(ready[current]))
             ready[current].clear()
@@ -290,11 +290,11 @@ class Console:
             while self.engine.step():
                 while outputs:  # only what was printed is remembered, even after Ctrl-C
                     output = outputs.popleft()
-                    if output.finish == 'error':
+                    if output.finish_reason == 'error':
                         raise UserError(NOT_FINITE)
                     printed += output.text
                     print_text(output.text)
-                    if output.finish != 'stop':
+                    if output.finish_reason != 'stop':
                         self.ids.append(output.token)
                     elif (
                         output.token not in self.tokenizer.stop_ids
@@ -363,7 +363,7 @@ def smaller_weights(device: str, dtype: torch.dtype) -> str:
 def fewer_samples(settings: dict, model: GPT) -> str:
     """Advice if so many samples do not fit in memory."""
     name = 'rows' if settings['batch'] else 'num_samples'
-    fewer = min(settings[name], MAX_GENERATE_ROWS) // 2
+    fewer = min(settings[name], MAX_GENERATE_SLOTS) // 2
     if fewer and not settings['chat']:
         return f'--{name}={fewer}'
     weight = model.embedding.weight

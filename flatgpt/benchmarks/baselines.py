@@ -192,7 +192,7 @@ class FlatGPTGeneration:
             if len(pieces) == rows:
                 begin = time.perf_counter()
         seconds = time.perf_counter() - begin
-        first_row = [piece.token for piece in pieces if piece.row == 0]
+        first_row = [piece.token for piece in pieces if piece.index == 0]
         result = comparable(first_row, self.settings)
         return seconds, {'tokens': len(pieces) - rows, 'result': result}
 
@@ -212,7 +212,7 @@ class FlatGPTGeneration:
 
         def take(piece: TokenOutput) -> None:
             tokens.append(piece.token)
-            if piece.finish and prompts:
+            if piece.finish_reason and prompts:
                 engine.submit(Request(prompts.pop(), self.sampling, take))
 
         begin = time.perf_counter()

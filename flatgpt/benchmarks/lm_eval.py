@@ -208,7 +208,7 @@ class Scorer(TemplateLM):
         texts = [''] * len(batch)
         ids = [prompts[n] for n in batch]
         for piece in generate(self.model, self.tokenizer, ids, sampling, seeds):
-            texts[piece.row] += piece.text
+            texts[piece.index] += piece.text
         return texts
 
     def with_progress(self, rows: list, length) -> Iterator[list]:

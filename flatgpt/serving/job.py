@@ -34,7 +34,7 @@ class OutputQueue:
 
     def put(self, output: TokenOutput) -> None:
         self.outputs.append(output)
-        if output.finish:
+        if output.finish_reason:
             self.unfinished -= 1
             if not self.unfinished:
                 self.finished.set()
@@ -138,11 +138,11 @@ class CompletionJob:
 
     def choices(self, outputs: list[TokenOutput]) -> list[dict]:
         """The choices with these outputs. APIError if the job has failed."""
-        if any(output.finish in ('error', 'cancelled') for output in outputs):
+        if any(output.finish_reason in ('error', 'cancelled') for output in outputs):
             raise self.failure()
         rows: dict[int, list[TokenOutput]] = {}
         for output in outputs:
-            rows.setdefault(output.row, []).append(output)
+            rows.setdefault(output.index, []).append(output)
         choices = [self.builders[row].choice(rows[row]) for row in sorted(rows)]
         return [choice for choice in choices if choice]
 
@@ -156,7 +156,7 @@ class CompletionJob:
             return APIError(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
         if self.client_disconnected():
             return APIError(499, 'the client disconnected')  # nginx's status; only for the log
-        if self.engine.error is None and any(r.finish == 'error' for r in self.requests):
+        if self.engine.error is None and any(r.finish_reason == 'error' for r in self.requests):
             LOG.error(NOT_FINITE)
             return APIError(500, NOT_FINITE, code='not_finite')
         if self.engine.error is None and self.engine.closed:
@@ -169,7 +169,7 @@ class CompletionJob:
 
     def usage(self) -> dict:
         prompt = sum(map(len, self.prompts))
-        completion = sum(len(r.written) for r in self.requests)
+        completion = sum(len(r.output_ids) for r in self.requests)
         return {
             'prompt_tokens': prompt,
             'completion_tokens': completion,
@@ -179,15 +179,15 @@ class CompletionJob:
     def log_fields(self, with_text: bool) -> dict:
         """Its fields of the request's log line."""
         r = self.requests[0]
-        first = r.first_token_time if r.written else None
+        first = r.first_token_time if r.output_ids else None
         moments = {'queued': r.admitted_time, 'first_token': first}
         out = {name: round(at - r.arrival_time, 4) for name, at in moments.items() if at}
-        out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
+        out |= self.usage() | {'finish': [r.finish_reason or 'cancelled' for r in self.requests]}
         out |= {'code': self.code} if self.code else {}
         if with_text:
             decode = self.engine.tokenizer.decode
             out['prompts'] = [decode(ids) for ids in self.prompts]
-            out['answers'] = [decode(each.written) for each in self.requests]
+            out['answers'] = [decode(each.output_ids) for each in self.requests]
         return out
 
 

@@ -40,12 +40,12 @@ class Metrics:
         if any(r.admitted_time for r in job.requests):
             self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
-            tokens = len(r.written)
-            self.finished.labels(r.finish or 'cancelled').inc()
+            tokens = len(r.output_ids)
+            self.finished.labels(r.finish_reason or 'cancelled').inc()
             self.generation_tokens.inc(tokens)
             if r.admitted_time:
                 self.queue.observe(r.admitted_time - r.arrival_time)
-            if r.finish in ('stop', 'length') and r.finish_time:
+            if r.finish_reason in ('stop', 'length') and r.finish_time:
                 self.total.observe(r.finish_time - r.arrival_time)
             if tokens and r.first_token_time:
                 self.first.observe(r.first_token_time - r.arrival_time)
