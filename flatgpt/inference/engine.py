@@ -198,6 +198,14 @@ def generate(
     for index, prompt in enumerate(prompts):
         seed = seeds[index] if seeds else None
         engine.submit(Request(prompt, sampling, outputs.append, index, seed))
+    yield from run_and_drain(engine, outputs)
+
+
+def run_and_drain(engine: Engine, outputs: deque[TokenOutput]) -> Iterator[TokenOutput]:
+    """Run the engine until it is idle, yielding what its requests append to `outputs`.
+
+    Raises UserError for logits that are not finite.
+    """
     while engine.step():
         while outputs:
             output = outputs.popleft()
