@@ -52,7 +52,7 @@ class ChoiceBuilder:
         }
 
     def top_logprobs(self, token: int, logprob: float, top: tuple) -> dict[str, float]:
-        """The log-probabilities of the likeliest tokens and of the chosen one, by token text.
+        """The log-probabilities of the most likely tokens and of the chosen one, by token text.
 
         Other tokens with the same text get unique keys.
         """

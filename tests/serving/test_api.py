@@ -1398,6 +1398,7 @@ def test_every_setting_is_explained(monkeypatch):
             'create_app.max_rows=.: max_rows needs a whole number or None',
         ),
         ({'quantize': 'int8'}, 'create_app.quantize=.: the model is already loaded'),
+        ({'device': 'cuda'}, 'create_app.device=.: the model is already loaded'),
     ],
 )
 def test_invalid_settings_are_one_line(make_app, wrong, says):
