@@ -29,7 +29,7 @@ from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.benchmarks.sides import Side, Turn, open_sides
-from flatgpt.checkpoint.save import save
+from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 
@@ -231,7 +231,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
 def save_random(folder: Path, settings: dict) -> Path:
     """A run directory with the weights of all sides."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
-    save(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    save_checkpoint(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
     return folder
 
 

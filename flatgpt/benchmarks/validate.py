@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flatgpt.benchmarks.baselines import build_outline, import_nanogpt
 from flatgpt.benchmarks.decoding import dataset_of
-from flatgpt.checkpoint.convert import is_foreign
-from flatgpt.checkpoint.load import find, read_state
+from flatgpt.checkpoint.convert import is_external
+from flatgpt.checkpoint.load import find_checkpoint, read_state
 from flatgpt.errors import UserError, one_of, within
 from flatgpt.runtime import DTYPES, Runtime, available_memory
 
@@ -64,8 +64,8 @@ def requested_jobs(settings: dict, jobs: list[str], extra: tuple[str, ...]) -> l
 def check_settings(settings: dict, jobs: list[str]) -> None:
     check_values(settings)
     if settings['out_dir']:
-        foreign = is_foreign(settings['out_dir'])
-        state = {} if foreign else read_state(find(settings['out_dir']))
+        external = is_external(settings['out_dir'])
+        state = {} if external else read_state(find_checkpoint(settings['out_dir']))
         dataset_of(state, settings['dataset'])
     if settings['text'] and not Path(settings['text']).is_dir():
         raise UserError(f'text={settings["text"]}: no such folder; give an existing one')

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from flatgpt import ROOT
-from flatgpt.checkpoint.save import SMALL
+from flatgpt.checkpoint.save import SYNC_SAVE_BYTES
 from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import as_config_error
 from flatgpt.lora import add_lora
@@ -220,7 +220,7 @@ def estimate(workload: Workload) -> Counter[str]:
         held['communication'] += state[1]  # DDP's buckets of gradients
     saved = (state[0] + state[2]) / cut
     if (
-        workload.device == 'cpu' and workload.saves and saved >= SMALL
+        workload.device == 'cpu' and workload.saves and saved >= SYNC_SAVE_BYTES
     ):  # written while training continues
         held['copy to save'] = saved
     if (
