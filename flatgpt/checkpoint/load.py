@@ -24,7 +24,7 @@ from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
-from flatgpt.files import sha256
+from flatgpt.files import is_same_path, sha256
 from flatgpt.lora import merge_lora
 from flatgpt.parallel import shard_like
 from model import GPT, GPTConfig
@@ -228,6 +228,11 @@ def load_adapted(
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """The base model of a `peft` folder, with the folder's adapters in place."""
     base = base_of(folder)
+    if is_same_path(base, folder):
+        raise CheckpointError(
+            f'{folder}: {ADAPTER_CONFIG} gives the adapter itself as its base; set '
+            'base_model_name_or_path to the base model'
+        )
     if is_adapter(base):
         raise CheckpointError(
             f'{folder}: its base {base} is an adapter, too; merge it (python -m flatgpt.checkpoint '

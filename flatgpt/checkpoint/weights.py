@@ -95,7 +95,7 @@ def is_redundant(name: str, tensor: torch.Tensor) -> bool:
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
-    """One tensor. The file is mapped anew for each, or all of them would stay in memory."""
+    """One tensor. The file is mapped again for each, or all of them would stay in memory."""
     with open_weights(path) as file:
         return file.get_tensor(key)
 

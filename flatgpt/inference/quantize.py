@@ -77,7 +77,7 @@ def prepare_for_inference(model: GPT, quantize: str | None = None) -> GPT:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    # not a module: calling a module would take a tenth longer
+                    # not a module: calling a module would take 10% longer
                     delattr(module, name)
                     module.__dict__[name] = kind(child)
     return model.requires_grad_(False)

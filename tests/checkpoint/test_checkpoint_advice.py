@@ -311,6 +311,15 @@ def test_an_adapter_works_once_it_names_its_own_base(exported, adapter, run):
     assert torch.equal(logits(adapter), expected)
 
 
+@error_line('gives the adapter itself as its base')
+def test_an_adapter_is_not_its_own_base(adapter, exported):
+    expected = logits(adapter)
+    rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(adapter))
+    refused(load_model, adapter)
+    rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(exported))
+    assert torch.equal(logits(adapter), expected)
+
+
 @error_line('is an adapter, too; merge it', 'is an adapter, too; export it without')
 def test_an_adapter_of_an_adapter_is_merged(adapter, run, tmp_path):
     top = run('top', **adapter_run(adapter))
@@ -464,7 +473,7 @@ def test_gguf_is_written_to_another_path_and_with_a_tokenizer(run, tmp_path):
     (tmp_path / 'file').touch()
     for bad in ('file', 'file/m.gguf'):
         refused(main, ['export', where, str(tmp_path / bad), *flags])
-    main(['export', where, good, *flags])
+    main(['export', where, *flags, good])  # flags may stand between the arguments
     assert (tmp_path / 'm.gguf').read_bytes()[:4] == b'GGUF'
 
 

@@ -162,9 +162,9 @@ while died and number < 999:
         step(number)
         os._exit(0)
     died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    last = load.find(out_dir, 'last')
-    best = load.find(out_dir, 'best')
-    model_, _, state = load.load(last)
+    last = load.find_checkpoint(out_dir, 'last')
+    best = load.find_checkpoint(out_dir, 'best')
+    model_, _, state = load.load_checkpoint(last)
     whole = all(p.isfinite().all() for p in model_.parameters())
     stages.append([number, state['step'], load.step_of(best), bool(whole)])
     number += 1
