@@ -98,11 +98,11 @@ class ModelRunner:
             if r.sampling.has_penalties:
                 apply_penalties(logits[i], r.sampling, r.prompt_tokens, r.counts)
         parts = []
-        for rows in groups.values():
-            draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]
+        for group in groups.values():
+            draws = [[requests[i].random.random(dtype=np.float32)] for i in group]
             uniforms = to_device(torch.tensor(draws), logits.device)
-            sampling = requests[rows[0]].sampling
-            parts.append(sample_tokens(take_rows(logits, rows), sampling, uniforms))
+            sampling = requests[group[0]].sampling
+            parts.append(sample_tokens(take_rows(logits, group), sampling, uniforms))
         tokens = torch.cat(parts).tolist()  # the only wait for a GPU
         in_order = sorted(zip(chain(*groups.values()), tokens, strict=True))
         return [token for _, token in in_order]
