@@ -90,7 +90,7 @@ deterministic = False  # compute each completion bit for bit the same under any 
 # -----------------------------------------------------------------------------
 
 # settings that load a model
-MODEL_SETTINGS = ('out_dir', 'init_from', 'checkpoint', 'tokenizer', 'dtype', 'quantize')
+MODEL_SETTINGS = ('out_dir', 'init_from', 'checkpoint', 'tokenizer', 'device', 'dtype', 'quantize')
 
 # -----------------------------------------------------------------------------
 # the application
@@ -119,7 +119,7 @@ def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Fla
         settings['name'] = settings['name'] or Path(checkpoint_source(settings)[0]).name
     settings['name'] = settings['name'] or 'flatgpt'
     # GNU OpenMP keeps a team of workers for each live thread that has computed. With more workers
-    # than cores, the engine's would sleep between any two products. This thread ends.
+    # than cores, the engine's would sleep between any two matmuls. This thread ends.
     with ThreadPoolExecutor(1) as temporary:
         engine = temporary.submit(build_engine, loaded, settings).result()
     app = flask.Flask('flatgpt', static_folder=None)
@@ -137,13 +137,13 @@ def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Fla
 def build_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine:
     model, tokenizer = loaded or load(settings)
     on_cpu = model.embedding.weight.device.type == 'cpu'
-    rows, deterministic = settings['max_rows'] or (8 if on_cpu else 32), settings['deterministic']
+    slots, deterministic = settings['max_rows'] or (8 if on_cpu else 32), settings['deterministic']
     try:
-        return Engine(model, tokenizer, rows, settings['chunk'], deterministic=deterministic)
+        return Engine(model, tokenizer, slots, settings['chunk'], deterministic=deterministic)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = f'max_rows={rows}: the cache does not fit into memory; try {memory_advice(rows)}'
+        message = f'max_rows={slots}: the cache does not fit in memory; try {memory_advice(slots)}'
         raise UserError(message) from error
 
 
@@ -311,13 +311,13 @@ def main(settings: dict) -> None:
     startup, listener = StartupApp(origins=Origins(settings)), listen(settings)
     server = Server(startup, listener, settings['max_body'])
     app = build_app(None, settings)
-    service, (address, number) = app.extensions['flatgpt'], listener.getsockname()[:2]
+    service, (address, port) = app.extensions['flatgpt'], listener.getsockname()[:2]
     server.set_max_completions(service.max_completions)
     log_to_stderr()
     drain_on_signals(service)
     startup.app = app
     address = f'[{address}]' if ':' in address else address
-    print(f'{service.name} at http://{address}:{number}, documentation at /docs')
+    print(f'{service.name} at http://{address}:{port}, documentation at /docs')
     print(
         f'{len(service.engine.slots)} slots, queue of {settings["max_queue"]}, context of '
         f'{service.block_size} tokens; {settings["max_body"]:g} MiB and '

@@ -45,7 +45,7 @@ from configurator import configure, read_flag, setting_types, update_settings
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.batch import Batch
-from flatgpt.inference.engine import MAX_GENERATE_ROWS, NOT_FINITE, Engine, generate
+from flatgpt.inference.engine import MAX_GENERATE_SLOTS, Engine, generate, run_and_drain
 from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
@@ -82,6 +82,7 @@ frequency_penalty = 0.0  # subtracted from a token's logit for each time it was 
 presence_penalty = 0.0  # subtracted from a token's logit if it was generated at all
 # -----------------------------------------------------------------------------
 
+DEFAULT_START, DEFAULT_NUM_SAMPLES = start, num_samples
 CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))
 CONTROL_CHARACTERS = dict.fromkeys(CONTROL_CODES, '\N{REPLACEMENT CHARACTER}')
 MAX_PROMPT_BYTES = 2**24
@@ -110,13 +111,13 @@ def sampling_params_of_line(settings: dict, line: dict) -> SamplingParams:
     # null means the command's setting, except for top_k, where it means all tokens
     line = {name: line[name] for name in line if line[name] is not None or name == 'top_k'}
     stop = line.pop('stop', None)
-    params = sampling_params(update_settings(__file__, settings, line, 'this line'))
+    sampling = sampling_params(update_settings(__file__, settings, line, 'this line'))
     if stop is None:
-        return params
+        return sampling
     stops = [stop] if isinstance(stop, str) else stop
     if not (isinstance(stops, list) and all(isinstance(each, str) for each in stops)):
         raise ConfigError('stop: must be a string or a list of strings')
-    return replace(params, stop=tuple(stops) if stop else ())
+    return replace(sampling, stop=tuple(stops) if stop else ())
 
 
 def parse_stop(text: str) -> tuple[str, ...]:
@@ -166,7 +167,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str):
     try:
         return tokenizer.encode(prompt, allow_eot=True), prompt
     except UserError:
-        if prompt != start or tokenizer.eot is None:
+        if prompt != DEFAULT_START or tokenizer.eot is None:
             raise
         return [tokenizer.eot], ''
 
@@ -183,8 +184,8 @@ def print_samples(outputs: Iterator[TokenOutput], prompt: str, samples: int) -> 
     finished = [False] * samples
     current = 0
     for output in outputs:
-        ready[output.row].append(output.text)
-        finished[output.row] = output.finish is not None
+        ready[output.index].append(output.text)
+        finished[output.index] = output.finish_reason is not None
         while current < samples:
             print_text(''.join(ready[current]))
             ready[current].clear()
@@ -202,8 +203,9 @@ class Console:
     """A conversation. With a chat template, the model replies to messages; without one, messages
     and replies form one text that the model continues."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, opening: str):
-        self.engine, self.tokenizer, self.opening = Engine(model, tokenizer, 1), tokenizer, opening
+    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, initial_prompt: str):
+        self.engine, self.tokenizer = Engine(model, tokenizer, num_slots=1), tokenizer
+        self.initial_prompt = initial_prompt
         self.settings = {name: settings[name] for name in SAMPLING_SETTINGS}
         self.block_size = model.config.block_size
         self.reset()
@@ -214,8 +216,9 @@ class Console:
             self.newline = ''
 
     def reset(self) -> None:
-        self.ids = self.encode(self.opening)  # the conversation
-        self.first, self.turn = 0, 0  # index of the first token in the context; number of replies
+        self.ids = self.encode(self.initial_prompt)  # the conversation
+        self.context_start = 0  # index of the first token in the context
+        self.turn = 0  # number of replies
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, allow_eot=True).tolist()
@@ -226,8 +229,8 @@ class Console:
         else:
             print('This model has no chat template: it continues what you type.', end=' ')
         print('/help lists the commands.', flush=True)
-        if self.opening:
-            print_text(self.opening + '\n')
+        if self.initial_prompt:
+            print_text(self.initial_prompt + '\n')
         while (line := self.read_line()) not in (None, '/quit', '/exit'):
             try:
                 if line.startswith('/'):
@@ -276,36 +279,32 @@ class Console:
         print(f'({name} = {settings[name]!r})', flush=True)
 
     def reply(self, line: str) -> None:
-        params, template = sampling_params(self.settings), self.tokenizer.chat_template
+        sampling, template = sampling_params(self.settings), self.tokenizer.chat_template
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
             if end and self.tokenizer.delimiter_id(end) is None:
-                params = replace(params, stop=(*params.stop, end))
+                sampling = replace(sampling, stop=(*sampling.stop, end))
         else:
             ids = self.encode((self.newline if self.ids else '') + line)
         self.ids, self.turn = self.ids + ids, self.turn + 1
-        while len(self.ids) - self.first > self.block_size:  # drop eighths, as the engine does
-            self.first += max(1, self.block_size // 8)
+        # drop eighths of the context, as the engine does (scheduler.Slot)
+        while len(self.ids) - self.context_start > self.block_size:
+            self.context_start += max(1, self.block_size // 8)
         # a seed for each reply, so that equal messages get different replies
-        outputs, prompt = deque(), self.ids[self.first :]
-        request = Request(prompt, params, outputs.append, seed=(params.seed, self.turn))
+        outputs, prompt = deque(), self.ids[self.context_start :]
+        request = Request(prompt, sampling, outputs.append, seed=(sampling.seed, self.turn))
         before, printed = len(self.ids), ''
         self.engine.submit(request)
         try:
-            while self.engine.step():
-                while outputs:  # only what was printed is remembered, even after Ctrl-C
-                    output = outputs.popleft()
-                    if output.finish == 'error':
-                        raise UserError(NOT_FINITE)
-                    printed += output.text
-                    print_text(output.text)
-                    if output.finish != 'stop':
-                        self.ids.append(output.token)
-                    elif (
-                        output.token not in self.tokenizer.stop_ids
-                    ):  # the stop string is not printed
-                        self.ids[before:] = self.encode(printed)
+            for output in run_and_drain(self.engine, outputs):
+                # only what was printed is remembered, even after Ctrl-C
+                printed += output.text
+                print_text(output.text)
+                if output.finish_reason != 'stop':
+                    self.ids.append(output.token)
+                elif output.token not in self.tokenizer.stop_ids:  # a stop string is not printed
+                    self.ids[before:] = self.encode(printed)
         finally:
             request.cancel()
             if template:
@@ -369,7 +368,7 @@ def smaller_weights(device: str, dtype: torch.dtype) -> str:
 def fewer_samples(settings: dict, model: GPT) -> str:
     """Advice if so many samples do not fit in memory."""
     name = 'rows' if settings['batch'] else 'num_samples'
-    fewer = min(settings[name], MAX_GENERATE_ROWS) // 2
+    fewer = min(settings[name], MAX_GENERATE_SLOTS) // 2
     if fewer and not settings['chat']:
         return f'--{name}={fewer}'
     weight = model.embedding.weight
@@ -383,12 +382,12 @@ def fewer_samples(settings: dict, model: GPT) -> str:
 
 
 def main(settings: dict) -> None:
-    params, samples = sampling_params(settings), settings['num_samples']
-    check_range(1, None, settings, 'num_samples')
+    sampling, samples = sampling_params(settings), settings['num_samples']
+    within(1, None, settings, 'num_samples')
     if settings['batch']:
-        if settings['chat'] or settings['start'] != start:
+        if settings['chat'] or settings['start'] != DEFAULT_START:
             raise UserError('--batch reads its prompts from a file; omit the prompt and --chat')
-        if samples not in (1, num_samples):
+        if samples not in (1, DEFAULT_NUM_SAMPLES):
             raise UserError('--batch writes one completion per prompt; omit --num_samples')
         check_range(1, None, settings, 'rows')
         batch = Batch(settings, partial(sampling_params_of_line, settings), SAMPLING_SETTINGS)
@@ -407,12 +406,13 @@ def main(settings: dict) -> None:
     if settings['chat']:
         with suppress(ImportError):
             import readline  # noqa: F401 - line editing and history, if the platform has it
-        return Console(model, tokenizer, settings, '' if prompt == start else prompt).run()
+        prompt = '' if prompt == DEFAULT_START else prompt
+        return Console(model, tokenizer, settings, prompt).run()
     ids, prompt = prompt_ids(tokenizer, prompt)
     size = model.config.block_size
     if len(ids) > size:
         print(f'the prompt has {len(ids)} tokens; only the last {size} are used', file=sys.stderr)
-    print_samples(generate(model, tokenizer, [ids] * samples, params), prompt, samples)
+    print_samples(generate(model, tokenizer, [ids] * samples, sampling), prompt, samples)
 
 
 if __name__ == '__main__':

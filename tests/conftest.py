@@ -138,7 +138,7 @@ def saved(folder, tokenizer, vocab_size=None, block_size=16):
     model = random_model(vocab_size or tokenizer.vocab_size, block_size)
     optimizer = torch.optim.AdamW(model.parameters())
     state = {'step': 3, 'val_loss': 1.0, 'evaluated': True}
-    save.save(folder, model, [optimizer], tokenizer, state)
+    save.save_checkpoint(folder, model, [optimizer], tokenizer, state)
     return folder
 
 
@@ -361,4 +361,4 @@ def steps(out_dir):
 
 def hashes(path):
     """The sha256 of a checkpoint's model and optimizer."""
-    return {name: files.sha256(path / name) for name in (load.MODEL, load.OPTIMIZER)}
+    return {name: files.sha256(path / name) for name in (load.MODEL_FILE, load.OPTIMIZER_FILE)}

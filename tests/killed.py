@@ -75,7 +75,7 @@ def write_part(step, rank):
     mine = {file: {k: half(t) for k, t in named.items()} for file, named in tensors.items()}
     documents = save_module.small_files_of(model, None, state_of(step))
     final = save_module.checkpoint_path(OUT_DIR, state_of(step))
-    save_module.write(final, mine, documents, False, rank, 2)
+    save_module.write_checkpoint(final, mine, documents, False, rank, 2)
 
 
 def in_parts(step, at, victim):
@@ -93,15 +93,15 @@ def save(step, at=None) -> bool:
     for parameter in model.parameters():
         parameter.data += 0.01
     if AGAIN:  # first as a stopped run does, then as the resumed one evaluates it
-        path = save_module.save(OUT_DIR, model, [optimizer], None, state_of(step, False))
+        path = save_module.save_checkpoint(OUT_DIR, model, [optimizer], None, state_of(step, False))
         if MIRRORED:
-            mirror.send(path, MIRROR, False)
+            mirror.send_checkpoint(path, MIRROR, False)
     if WHAT in ('background', 'again'):
         return killed(forked(in_background, step, at=at))
     if WHAT.startswith('part'):
         return in_parts(step, at, victim=int(WHAT[-1]))
-    path = save_module.save(OUT_DIR, model, [optimizer], None, state_of(step))
-    return killed(forked(mirror.send, path, MIRROR, False, at=at))
+    path = save_module.save_checkpoint(OUT_DIR, model, [optimizer], None, state_of(step))
+    return killed(forked(mirror.send_checkpoint, path, MIRROR, False, at=at))
 
 
 def last_step(number) -> int:
@@ -109,15 +109,15 @@ def last_step(number) -> int:
     where = OUT_DIR
     if MIRRORED:
         where = FOLDER / f'new-{number}'
-        mirror.restore(MIRROR, where)
-    model_, _, state = load.load(load.find(where, 'last'))
+        mirror.restore_newest(MIRROR, where)
+    model_, _, state = load.load_checkpoint(load.find_checkpoint(where, 'last'))
     assert all(parameter.isfinite().all() for parameter in model_.parameters())
     shutil.rmtree(FOLDER / f'new-{number}', ignore_errors=True)
     return state['step']
 
 
 torch.set_num_threads(1)
-save_module.SMALL = 0
+save_module.SYNC_SAVE_BYTES = 0
 sys.addaudithook(hook)
 for number in (1, 2, 3):
     save(number)

@@ -17,8 +17,8 @@ from flatgpt.checkpoint import load as load_module
 from flatgpt.checkpoint import peft as peft_module
 from flatgpt.checkpoint.__main__ import main
 from flatgpt.checkpoint.convert import export_transformers
-from flatgpt.checkpoint.load import find, load, load_model
-from flatgpt.checkpoint.peft import CONFIG, WEIGHTS
+from flatgpt.checkpoint.load import find_checkpoint, load_checkpoint, load_model
+from flatgpt.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from flatgpt.errors import UserError
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.lora import LoRALinear, add_lora, linear_layers, lora_layers, merge_lora
@@ -175,12 +175,12 @@ def test_adapters_are_added_as_the_error_line_says(name, bad, advice):
 
 
 def test_only_the_adapters_are_trained_and_the_base_is_saved_unchanged(base, tuned):
-    source, path = find(base), find(tuned, 'last')
-    assert hashes(source)[load_module.MODEL] == hashes(path)[load_module.MODEL]
-    states = load_file(path / load_module.OPTIMIZER)
+    source, path = find_checkpoint(base), find_checkpoint(tuned, 'last')
+    assert hashes(source)[load_module.MODEL_FILE] == hashes(path)[load_module.MODEL_FILE]
+    states = load_file(path / load_module.OPTIMIZER_FILE)
     assert states
     assert all('.lora_A.' in key or '.lora_B.' in key for key in states)
-    for key, tensor in load_file(path / 'adapter' / WEIGHTS).items():
+    for key, tensor in load_file(path / 'adapter' / ADAPTER_WEIGHTS).items():
         assert tensor.any(), key  # B is no longer zero
         assert tensor.size(0 if '.lora_A.' in key else 1) == 2
 
@@ -195,7 +195,7 @@ def test_the_run_s_losses_equal_those_of_the_merged_model(tuned, run_here, capsy
 
 
 def test_adapters_are_merged_for_inference_but_not_for_resuming(tuned):
-    apart = load(find(tuned, 'last'))[0].eval()
+    apart = load_checkpoint(find_checkpoint(tuned, 'last'))[0].eval()
     merged, tokenizer, state = load_model(tuned, 'last')
     assert len(lora_layers(apart)) > 0 == len(lora_layers(merged))
     ids = text() % merged.config.vocab_size
@@ -219,9 +219,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, run_here, tmp_path, mon
         patch.setattr(metrics_module.Tracker, 'log', log_and_stop)
         assert run_here(f'--out_dir={halves}', *args) == 128 + signal.SIGTERM
     assert run_here('--init_from=resume', config=halves / 'config.py') == 0
-    ends = [find(path, 'last') for path in (whole, halves)]
+    ends = [find_checkpoint(path, 'last') for path in (whole, halves)]
     assert hashes(ends[0]) == hashes(ends[1])
-    adapters = [files.sha256(path / 'adapter' / WEIGHTS) for path in ends]
+    adapters = [files.sha256(path / 'adapter' / ADAPTER_WEIGHTS) for path in ends]
     assert adapters[0] == adapters[1]
     for key in ('loss', 'val_loss', 'grad_norm'):
         assert metrics(whole, key) == metrics(halves, key)
@@ -250,8 +250,11 @@ def test_new_adapters_are_added_on_top_of_merged_ones(tuned, run_here, tmp_path,
 
 def test_embeddings_and_first_blocks_can_be_frozen(base, run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', f'--init_from={base}', '--freeze=1')
-    before, after = (load_file(find(path, 'last') / load_module.MODEL) for path in (base, tmp_path))
-    best = load_file(find(base) / load_module.MODEL)
+    before, after = (
+        load_file(find_checkpoint(path, 'last') / load_module.MODEL_FILE)
+        for path in (base, tmp_path)
+    )
+    best = load_file(find_checkpoint(base) / load_module.MODEL_FILE)
     stayed = {name for name in after if torch.equal(after[name], best[name])}
     kept = {name for name in after if 'wte' in name or 'wpe' in name or 'embed_tokens' in name}
     assert stayed == kept | {name for name in after if '.h.0.' in name or '.layers.0.' in name}
@@ -293,7 +296,7 @@ def test_gradient_checkpointing_changes_no_bit(base, run_here, tmp_path, monkeyp
     assert calls == [4 * 2 * 2, 2 * 4 * 2 * 2]  # steps, micro-batches, blocks
     for key in ('loss', 'grad_norm', 'val_loss'):
         assert metrics(tmp_path / '0', key) == metrics(tmp_path / '1', key)
-    one, two = (find(tmp_path / number, 'last') for number in '01')
+    one, two = (find_checkpoint(tmp_path / number, 'last') for number in '01')
     assert hashes(one) == hashes(two)
 
 
@@ -551,8 +554,8 @@ def apart(base, tuned, tmp_path):
 
 
 def rewrite(folder, **changes):
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | changes))
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | changes))
 
 
 def test_an_adapter_without_its_base_finds_it_by_name(base, tuned, apart):
@@ -565,7 +568,7 @@ def test_a_base_that_was_trained_further_does_not_match(apart, tuned):
     rewrite(apart, base_model_name_or_path=str(tuned))
     assert refused(load_model, apart) == (
         f'{apart}: {tuned} is not its base: the weights differ; correct base_model_name_or_path '
-        f'in {CONFIG}'
+        f'in {ADAPTER_CONFIG}'
     )
 
 
@@ -623,29 +626,31 @@ def test_a_config_that_cannot_be_used_is_one_line(apart, changes, part):
 def test_an_adapter_of_an_adapter_and_half_a_pair_are_one_line(apart):
     rewrite(apart, base_model_name_or_path=str(apart))
     assert refused(load_model, apart).startswith(f'{apart}: its base {apart} is an adapter')
-    (apart / WEIGHTS).unlink()
+    (apart / ADAPTER_WEIGHTS).unlink()
     rewrite(apart, base_model_name_or_path='nowhere')
     assert 'nowhere' in refused(load_model, apart)
 
 
 def test_weights_that_are_missing_or_half_there_are_one_line(apart):
-    tensors = load_file(apart / WEIGHTS)
+    tensors = load_file(apart / ADAPTER_WEIGHTS)
     key = next(iter(tensors))
     del tensors[key]
-    save_file(tensors, apart / WEIGHTS)
+    save_file(tensors, apart / ADAPTER_WEIGHTS)
     assert 'instead of a lora_A and a lora_B' in refused(load_model, apart)
-    (apart / WEIGHTS).unlink()
-    assert str(apart / WEIGHTS) in refused(load_model, apart)
+    (apart / ADAPTER_WEIGHTS).unlink()
+    assert str(apart / ADAPTER_WEIGHTS) in refused(load_model, apart)
 
 
 def test_damage_to_an_adapter_is_detected_like_damage_to_weights(tuned, tmp_path):
-    path = shutil.copytree(find(tuned, 'last'), tmp_path / 'step-00000004')
-    content = bytearray((path / 'adapter' / WEIGHTS).read_bytes())
+    path = shutil.copytree(find_checkpoint(tuned, 'last'), tmp_path / 'step-00000004')
+    content = bytearray((path / 'adapter' / ADAPTER_WEIGHTS).read_bytes())
     content[-1] ^= 1
-    (path / 'adapter' / WEIGHTS).write_bytes(content)
-    assert f'adapter/{WEIGHTS} does not match its hash' in refused(load_module.verify, path)
+    (path / 'adapter' / ADAPTER_WEIGHTS).write_bytes(content)
+    assert f'adapter/{ADAPTER_WEIGHTS} does not match its hash' in refused(
+        load_module.verify_checkpoint, path
+    )
     shutil.rmtree(path / 'adapter')
-    assert 'adapter/adapter_config.json is missing' in refused(load_module.verify, path)
+    assert 'adapter/adapter_config.json is missing' in refused(load_module.verify_checkpoint, path)
 
 
 def test_inspect_reports_the_base_and_only_adapters_are_exported(base, tuned, tmp_path, capsys):
@@ -694,7 +699,8 @@ def test_a_resumed_run_keeps_its_adapters(tuned, run_here, change):
     said = refused(run_here, f'--out_dir={tuned}', '--init_from=resume', f'--{change}')
     name, _, value = change.partition('=')
     given = f'{value!r}' if name == 'lora_targets' else value
-    ours = f'{find(tuned, "last")} was trained with another {name}; to resume, use --{name}='
+    path = find_checkpoint(tuned, 'last')
+    ours = f'{path} was trained with another {name}; to resume, use --{name}='
     assert said.startswith(f'{name}={given}: {ours}')
     assert f'--init_from={tuned} and another --out_dir' in said
 
@@ -703,7 +709,10 @@ def test_a_resumed_run_may_unfreeze_blocks(base, run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', f'--init_from={base}', '--freeze=2')
     args = ('--init_from=resume', '--freeze=1', '--max_iters=6')
     assert run_here(*args, config=tmp_path / 'config.py') == 0
-    before, after = (load(path)[0].state_dict() for path in (find(base), find(tmp_path, 'last')))
+    before, after = (
+        load_checkpoint(path)[0].state_dict()
+        for path in (find_checkpoint(base), find_checkpoint(tmp_path, 'last'))
+    )
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert any('.1.' in name for name in changed)
     assert not any('.0.' in name for name in changed)

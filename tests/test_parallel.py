@@ -11,7 +11,7 @@ import torch
 from conftest import MODERN, SHARE, make_dataset, metrics, steps
 from safetensors import safe_open
 
-from flatgpt.checkpoint.load import MODEL, find, read_tensors
+from flatgpt.checkpoint.load import MODEL_FILE, find_checkpoint, read_tensors
 from flatgpt.errors import ConfigError
 from flatgpt.parallel import full_tensor, reshard, shard_like, sync_gradients, to_local
 from flatgpt.runtime import Runtime
@@ -67,10 +67,12 @@ def trains_as_one(ranks, alone, tmp_path, kind, world, *how):
 def test_a_sharded_model_learns_like_a_model_in_one_process(ranks, alone, tmp_path, world, kind):
     trains_as_one(ranks, alone, tmp_path, kind, world, '--shard')
     assert steps(tmp_path) == [10, 20]
-    path = find(tmp_path, 'last')
+    path = find_checkpoint(tmp_path, 'last')
     parts = sorted(file.name for file in path.glob('model*'))
     assert parts == [f'model-{n:05d}-of-{world:05d}.safetensors' for n in range(1, world + 1)]
-    named, expected = (dict(read_tensors(p, MODEL)) for p in (path, find(alone(kind), 'last')))
+    named, expected = (
+        dict(read_tensors(p, MODEL_FILE)) for p in (path, find_checkpoint(alone(kind), 'last'))
+    )
     assert ('lm_head.weight' in named) == (kind != 'gpt2')  # GPT-2's is tied and saved once
     assert list(named) == list(expected)
     for name, tensor in expected.items():
@@ -100,7 +102,7 @@ FEW = ('--n_embd=6', '--n_head=1', '--bias', '--max_iters=3', '--gradient_accumu
 def test_a_rank_without_rows_trains_saves_and_resumes(ranks, run_here, tmp_path):
     crew = ranks(4, f'--out_dir={tmp_path}/four', *FEW, '--shard', '--save_interval=1')
     assert crew.end() == [0] * 4, crew.err
-    path = find(tmp_path / 'four', 'last')
+    path = find_checkpoint(tmp_path / 'four', 'last')
     with safe_open(path / 'model-00004-of-00004.safetensors', 'pt') as last:
         assert last.get_slice('transformer.ln_f.weight').get_shape() == [0]
     run_here(f'--out_dir={tmp_path}/one', *FEW)
@@ -145,8 +147,12 @@ def test_a_sharded_model_is_compiled_block_by_block(ranks, alone, tmp_path):
     assert 'compiling the model' in crew.out
     assert 'which failed' not in crew.out
     agree(alone('gpt2'), tmp_path / 'run', 1e-4)
-    names = [name for name, _ in read_tensors(find(tmp_path / 'run', 'last'), MODEL)]
-    assert names == [name for name, _ in read_tensors(find(alone('gpt2'), 'last'), MODEL)]
+    names = [
+        name for name, _ in read_tensors(find_checkpoint(tmp_path / 'run', 'last'), MODEL_FILE)
+    ]
+    assert names == [
+        name for name, _ in read_tensors(find_checkpoint(alone('gpt2'), 'last'), MODEL_FILE)
+    ]
 
 
 def test_sharding_in_one_process_suggests_torchrun(run_here, tmp_path):
@@ -327,7 +333,7 @@ def test_a_checkpoint_missing_on_one_machine_is_reported(ranks, tmp_path, shard)
     assert crew.end(30) == [0, 0], crew.err
     assert steps(tmp_path / 'a' / 'run')[-1] == 6
     # a checkpoint on that machine is verified, and copied again if it is damaged
-    last = find(tmp_path / 'a' / 'run', 'last')
+    last = find_checkpoint(tmp_path / 'a' / 'run', 'last')
     shutil.copytree(last, tmp_path / 'b' / 'run' / 'checkpoints' / last.name)
     (tmp_path / 'b' / 'run' / 'checkpoints' / last.name / 'optimizer.safetensors').write_bytes(b'')
     crew = ranks(2, *args[:-1], '--max_iters=8', before=where)

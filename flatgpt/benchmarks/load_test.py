@@ -236,7 +236,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
 def save_random(folder: Path, settings: dict) -> Path:
     """A run directory with the same weights as the other implementations."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
-    save(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    save_checkpoint(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
     return folder
 
 

@@ -67,8 +67,8 @@ def requested_benchmarks(
 def check_settings(settings: dict, benchmarks: list[str]) -> None:
     check_values(settings)
     if settings['out_dir']:
-        foreign = is_foreign(settings['out_dir'])
-        state = {} if foreign else read_state(find(settings['out_dir']))
+        external = is_external(settings['out_dir'])
+        state = {} if external else read_state(find_checkpoint(settings['out_dir']))
         dataset_of(state, settings['dataset'])
     if settings['text'] and not Path(settings['text']).is_dir():
         raise UserError(f'text={settings["text"]}: no such folder; give an existing one')

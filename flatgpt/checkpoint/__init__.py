@@ -1,5 +1,5 @@
 """
-Model formats on disk: our own checkpoints, and import and export of others.
+Model formats on disk: our own checkpoints; import and export of external ones.
 
 A run directory has checkpoints/step-00002000/ and so on, each complete in itself:
 

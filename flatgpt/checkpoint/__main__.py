@@ -13,12 +13,12 @@ import argparse
 import shutil
 from pathlib import Path
 
-from flatgpt.checkpoint.convert import export_transformers, is_foreign
+from flatgpt.checkpoint.convert import export_transformers, is_external
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import (
-    ADAPTER,
-    damage_in,
-    find,
+    ADAPTER_FOLDER,
+    find_checkpoint,
+    find_damage,
     list_checkpoints,
     load_model,
     read_state,
@@ -45,11 +45,12 @@ def report(paths: list[Path]) -> bool:
         losses = [state.get(k) if state.get('evaluated') else None for k in LOSSES]
         cells = ''.join(f'{"-":>12}' if loss is None else f'{loss:12.4f}' for loss in losses)
         size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file()) / 1e6
-        damage = damage_in(path)
+        damage = find_damage(path)
         intact, last = intact and not damage, last if damage else path
         print(f'{path.name:<16}{cells}{size:9.1f}  {f"damaged: {damage}" if damage else "ok"}')
     if last:
-        adapter = f'; LoRA of {base_of(last / ADAPTER)}' if is_adapter(last / ADAPTER) else ''
+        adapter = last / ADAPTER_FOLDER
+        adapter = f'; LoRA of {base_of(adapter)}' if is_adapter(adapter) else ''
         print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)) + adapter)
     return intact
 
@@ -75,21 +76,22 @@ def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -
 
 def export_adapter(where: str, which: str, to: Path) -> None:
     """Write the adapter of a run as a folder for `peft`; its config gives the base model."""
-    path = None if is_foreign(where) else find(where, which)
-    if path is None or not is_adapter(path / ADAPTER):
+    path = None if is_external(where) else find_checkpoint(where, which)
+    adapter = path / ADAPTER_FOLDER if path else None
+    if adapter is None or not is_adapter(adapter):
         if is_adapter(where):
             raise UserError(
                 f'{where} is already an adapter; export it without --format=peft to merge it'
             )
         raise UserError(f'{where} has no LoRA adapter; export it without --format=peft')
-    if is_adapter(base_of(path / ADAPTER)):
+    if is_adapter(base_of(adapter)):
         raise UserError(
-            f'{where}: its base {base_of(path / ADAPTER)} is an adapter, too; export it without '
+            f'{where}: its base {base_of(adapter)} is an adapter, too; export it without '
             '--format=peft to merge them all'
         )
     tokenizer = tokenizer_in(path)
     with atomic_folder(to) as part:
-        shutil.copytree(path / ADAPTER, part, dirs_exist_ok=True)
+        shutil.copytree(adapter, part, dirs_exist_ok=True)
         if tokenizer and tokenizer.chat_template:
             (part / CHAT_TEMPLATE_FILE).write_bytes(as_json(tokenizer.chat_template))
     print(f'{path}: adapter written to {to}; its base is {base_of(to)}')
@@ -119,7 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--tokenizer', help="replaces the model's own: a name, a run or a tokenizer.json"
     )
-    args = parser.parse_args(argv)
+    parser.add_argument('--checkpoint', default='best', help="'best', 'last', or a path")
+    parser.add_argument('--tokenizer', help='replaces its own: a name, run or tokenizer.json')
+    args = parser.parse_intermixed_args(argv)  # flags may stand between the arguments
     if args.command == 'export':
         if args.to is None:
             raise UserError(
@@ -127,10 +131,11 @@ def main(argv: list[str] | None = None) -> None:
                 f'python -m flatgpt.checkpoint export {args.out_dir} DIR'
             )
         return export(args.out_dir, args.checkpoint, args.to, args.format, args.tokenizer)
-    if is_foreign(args.out_dir):
+    if is_external(args.out_dir):
         model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer)
         return print(f'{describe(model.config, tokenizer)}; loaded, it has no hashes')
-    paths = list_checkpoints(args.out_dir) or [find(args.out_dir)]  # find() reports if none
+    # find_checkpoint() reports if there is none
+    paths = list_checkpoints(args.out_dir) or [find_checkpoint(args.out_dir)]
     if not report(paths) and args.command == 'verify':
         raise CheckpointError(f'{args.out_dir} has damaged checkpoints; delete their folders')
 

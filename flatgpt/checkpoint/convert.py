@@ -1,7 +1,7 @@
 """
-Load models of others (`transformers` folders, nanoGPT's checkpoints); export to `transformers`.
+Load external models (`transformers` folders, nanoGPT's checkpoints); export to `transformers`.
 
-    model, tokenizer, state = load_foreign('gpt2')               # or a folder, or path/to/ckpt.pt
+    model, tokenizer, state = load_external('gpt2')              # or a folder, or path/to/ckpt.pt
     export_transformers(model, tokenizer, state, Path('mine'))   # AutoModelForCausalLM reads it
 
 Only tensors and plain values are unpickled, and no code of a model's folder is run.
@@ -108,7 +108,7 @@ GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
 # read
 
 
-def is_foreign(where: str | Path) -> bool:
+def is_external(where: str | Path) -> bool:
     """Whether it is a transformers or peft folder, a name on the hub, or a nanoGPT checkpoint."""
     path = Path(where)
     if path.is_dir():
@@ -121,7 +121,7 @@ def is_foreign(where: str | Path) -> bool:
     return re.fullmatch(r'[\w.-]+/[\w.-]+', str(where)) is not None and not path.parent.is_dir()
 
 
-def load_foreign(
+def load_external(
     where: str | Path, dropout: float = 0.0, tokenizer: Tokenizer | None = None
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """A GPT-2 or NanoChat of `transformers`, or a nanoGPT checkpoint -> model, tokenizer, state.
@@ -151,8 +151,8 @@ def load_transformers(folder: Path, name: str, dropout: float) -> GPT:
     if (folder / GENERATION).is_file():
         check_generation(read_json(folder / GENERATION, name), name)
     files = weight_files(folder, name)
-    named = ((parameter_name(key), read_tensor(path, key)) for key, path in files.items())
-    return model_from_tensors({**shape, 'dropout': dropout}, named, name, TRANSPOSED)
+    tensors = ((parameter_name(key), read_tensor(path, key)) for key, path in files.items())
+    return model_from_tensors({**shape, 'dropout': dropout}, tensors, name, TRANSPOSED)
 
 
 def parameter_name(key: str) -> str:

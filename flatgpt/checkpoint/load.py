@@ -1,8 +1,8 @@
 """
 Find, verify and read checkpoints.
 
-    path = find('out/my_run', 'best')                    # or 'last', or the path of one
-    model, tokenizer, state = load(path)
+    path = find_checkpoint('out/my_run', 'best')         # or 'last', or the path of one
+    model, tokenizer, state = load_checkpoint(path)
     model, tokenizer, state = load_model('out/my_run')   # or 'gpt2', a transformers folder ...
 """
 
@@ -17,19 +17,20 @@ from pathlib import Path
 
 import torch
 
-from flatgpt.checkpoint.convert import RELEASED, is_foreign, load_foreign
-from flatgpt.checkpoint.peft import CONFIG, base_of, is_adapter, read_adapter
+from flatgpt.checkpoint.convert import RELEASED, is_external, load_external
+from flatgpt.checkpoint.peft import ADAPTER_CONFIG, base_of, is_adapter, read_adapter
 from flatgpt.checkpoint.weights import model_from_tensors, open_weights, read_tensor
 from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
 from flatgpt.data.tokenizer import Tokenizer, load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
-from flatgpt.files import sha256
+from flatgpt.files import is_same_path, sha256
 from flatgpt.lora import merge_lora
 from flatgpt.parallel import shard_like
 from model import GPT, GPTConfig
 
-MODEL, OPTIMIZER, TOKENIZER = 'model.safetensors', 'optimizer.safetensors', 'tokenizer.json'
-STATE, MANIFEST, ADAPTER = 'state.json', 'manifest.json', 'adapter'
+MODEL_FILE, OPTIMIZER_FILE = 'model.safetensors', 'optimizer.safetensors'
+TOKENIZER_FILE, STATE_FILE = 'tokenizer.json', 'state.json'
+MANIFEST_FILE, ADAPTER_FOLDER = 'manifest.json', 'adapter'
 STEP = re.compile(r'step-(\d{8,})(\.again)?')
 
 
@@ -49,7 +50,7 @@ def best_first(paths: list[Path]) -> list[Path]:
 
 
 def val_loss(path: Path) -> float:
-    """Validation loss measured at the checkpoint's own step; infinite if there is none, or NaN."""
+    """The validation loss at the checkpoint's own step; infinite if not measured there, or NaN."""
     state = read_state(path) or {}
     loss = state.get('val_loss') if state.get('evaluated') else None
     return loss if isinstance(loss, float) and not math.isnan(loss) else math.inf
@@ -66,7 +67,7 @@ def newest_run() -> Path:
     return max(paths, key=lambda path: path.stat().st_mtime_ns).parents[1]
 
 
-def find(where: str | Path, which: str = 'best') -> Path:
+def find_checkpoint(where: str | Path, which: str = 'best') -> Path:
     """The verified checkpoint of a run directory: 'last', 'best', or the path of one.
 
     If it is damaged, prints a warning and takes the next choice: for 'last' the one before, for
@@ -75,13 +76,14 @@ def find(where: str | Path, which: str = 'best') -> Path:
     where = Path(where)
     if which not in ('last', 'best'):
         where = Path(which)
-    if (where / MANIFEST).is_file() or STEP.fullmatch(where.name):
-        verify(where)
+    if (where / MANIFEST_FILE).is_file() or STEP.fullmatch(where.name):
+        verify_checkpoint(where)
         return where
     paths = list_checkpoints(where)
     paths = best_first(paths) if which == 'best' else paths[::-1]
-    for path in sorted(paths, key=lambda path: read_state(path) is not None):  # unreadable: warn
-        damage = damage_in(path)
+    # those without a readable state first, so that each gets a warning
+    for path in sorted(paths, key=lambda path: read_state(path) is not None):
+        damage = find_damage(path)
         if not damage:
             return path
         print(f'warning: {path} is damaged: {damage}; trying another one', file=sys.stderr)
@@ -93,12 +95,12 @@ def find(where: str | Path, which: str = 'best') -> Path:
         raise CheckpointError(
             f"{which}: no such checkpoint; give 'last', 'best' or the path of one"
         )
-    if is_foreign(where) and (where.exists() or str(where) in RELEASED):
+    if is_external(where) and (where.exists() or str(where) in RELEASED):
         raise CheckpointError(f'{where} is not a run directory; remove --checkpoint')
     if not where.is_dir():
         hint = did_you_mean(str(where).lower(), RELEASED)
         raise CheckpointError(
-            f'{where}: no such folder; {hint}give a run directory as --out_dir or --init_from'
+            f'{where}: no such directory; {hint}give a run directory as --out_dir or --init_from'
         )
     raise CheckpointError(
         f'{where} has no checkpoint, no config.json of transformers and no ckpt.pt of nanoGPT; '
@@ -106,27 +108,28 @@ def find(where: str | Path, which: str = 'best') -> Path:
     )
 
 
-def verify(path: Path) -> None:
+def verify_checkpoint(path: Path) -> None:
     """Recompute every hash of a checkpoint. CheckpointError for the first file that differs."""
     if not path.is_dir():
         raise CheckpointError(f'{path}: no such checkpoint; check the path')
-    if damage := damage_in(path):
+    if damage := find_damage(path):
         raise CheckpointError(f'{path} is damaged: {damage}; give another checkpoint')
 
 
-def damage_in(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is damaged in a checkpoint, None if all of its hashes are right."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding='utf-8'))
-        needed = [n for n in (MODEL, OPTIMIZER, STATE) if not parts_of(n, list(manifest))]
+        manifest = json.loads((path / MANIFEST_FILE).read_text(encoding='utf-8'))
+        files = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+        needed = [name for name in files if not parts_of(name, list(manifest))]
         for name, digest in {**dict.fromkeys(needed, ''), **manifest}.items():
             if not (path / name).is_file():
                 return f'{name} is missing'
             if sha256(path / name) != digest:
                 return f'{name} does not match its hash'
     except (FileNotFoundError, ValueError, TypeError) as error:
-        return f'{MANIFEST}: {error}'
-    except OSError as error:  # of the disk or the network: the checkpoint may be intact
+        return f'{MANIFEST_FILE}: {error}'
+    except OSError as error:  # of the disk or the network; the checkpoint may be intact
         raise UserError(f'{path} cannot be read: {error.strerror}; try again') from error
     return None
 
@@ -134,21 +137,21 @@ def damage_in(path: Path) -> str | None:
 def read_state(path: Path) -> dict | None:
     """state.json of a checkpoint, None if it cannot be read."""
     try:
-        state = json.loads((path / STATE).read_text(encoding='utf-8'))
+        state = json.loads((path / STATE_FILE).read_text(encoding='utf-8'))
         return state if isinstance(state, dict) else None
     except (OSError, ValueError):
         return None
 
 
-def load(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
+def load_checkpoint(path: Path, dropout: float = 0.0) -> tuple[GPT, Tokenizer | None, dict]:
     """The model (float32, on the host), tokenizer and state of a verified checkpoint.
 
     LoRA adapters are in place, not merged.
     """
-    named = read_tensors(path, MODEL)
-    model = model_from_tensors({**shape_in(path), 'dropout': dropout}, named, path / MODEL)
-    if is_adapter(path / ADAPTER):
-        read_adapter(model, path / ADAPTER, path / MODEL)
+    tensors = read_tensors(path, MODEL_FILE)
+    model = model_from_tensors({**shape_in(path), 'dropout': dropout}, tensors, path / MODEL_FILE)
+    if is_adapter(path / ADAPTER_FOLDER):
+        read_adapter(model, path / ADAPTER_FOLDER, path / MODEL_FILE)
     return model, tokenizer_in(path), read_state(path)
 
 
@@ -183,7 +186,7 @@ def shape_in(path: Path) -> dict:
 
 
 def tokenizer_in(path: Path) -> Tokenizer | None:
-    return load_tokenizer(path / TOKENIZER) if (path / TOKENIZER).exists() else None
+    return load_tokenizer(path / TOKENIZER_FILE) if (path / TOKENIZER_FILE).exists() else None
 
 
 def load_model(
@@ -193,24 +196,24 @@ def load_model(
     dropout: float = 0.0,
     tokenizer: str | None = None,
 ) -> tuple[GPT, Tokenizer | None, dict]:
-    """A model ready for evaluation on `device` -> model, tokenizer, state ({} if imported).
+    """A model ready for evaluation on `device` -> model, tokenizer, state ({} if external).
 
-    where: a run directory, a checkpoint, None for the newest run, or a model of others: a
+    where: a run directory, a checkpoint, None for the newest run, or an external model: a
     `transformers` folder, a name on the hub such as 'gpt2', a nanoGPT checkpoint, a `peft` folder,
     whose config gives its base. Adapters are merged. tokenizer: replaces the model's own, see
     find_tokenizer().
     """
     where = newest_run() if where is None else where
-    named = find_tokenizer(tokenizer) if tokenizer else None
-    if which != 'best' and (is_adapter(where) or is_foreign(where)):
+    replacement = find_tokenizer(tokenizer) if tokenizer else None
+    if which != 'best' and (is_adapter(where) or is_external(where)):
         raise CheckpointError(f'{where} is not a run directory; remove --checkpoint')
     if is_adapter(where):
         model, found, state = load_adapted(Path(where), dropout, tokenizer)
-    elif is_foreign(where):
-        model, found, state = load_foreign(where, dropout, named)
+    elif is_external(where):
+        model, found, state = load_external(where, dropout, replacement)
     else:
-        model, found, state = load(find(where, which), dropout)
-    model, found = merge_lora(model), named or found
+        model, found, state = load_checkpoint(find_checkpoint(where, which), dropout)
+    model, found = merge_lora(model), replacement or found
     if found and found.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f'{where}: the tokenizer has {found.vocab_size} ids and the model '
@@ -224,16 +227,21 @@ def load_adapted(
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """The base model of a `peft` folder, with the folder's adapters in place."""
     base = base_of(folder)
+    if is_same_path(base, folder):
+        raise CheckpointError(
+            f'{folder}: {ADAPTER_CONFIG} gives the adapter itself as its base; set '
+            'base_model_name_or_path to the base model'
+        )
     if is_adapter(base):
         raise CheckpointError(
             f'{folder}: its base {base} is an adapter, too; merge it (python -m flatgpt.checkpoint '
-            f'export {base} DIR) and set base_model_name_or_path in {CONFIG} to DIR'
+            f'export {base} DIR) and set base_model_name_or_path in {ADAPTER_CONFIG} to DIR'
         )
     try:
         model, found, _ = load_model(base, dropout=dropout, tokenizer=tokenizer)
     except CheckpointError as error:
         raise CheckpointError(
-            f'{folder}: set base_model_name_or_path in {CONFIG} to its base model: {error}'
+            f'{folder}: set base_model_name_or_path in {ADAPTER_CONFIG} to its base model: {error}'
         ) from error
     read_adapter(model, folder, base)
     return model, with_saved_chat_template(found, folder), {}
@@ -242,7 +250,7 @@ def load_adapted(
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:
     """Load a checkpoint's optimizer state, stored by parameter, into the optimizers."""
     states, parameters = {}, dict(model.named_parameters())
-    for key, tensor in read_tensors(path, OPTIMIZER):
+    for key, tensor in read_tensors(path, OPTIMIZER_FILE):
         name, _, entry = key.rpartition('.')
         # cloned: a memory-mapped file could not be removed by prune()
         tensor = shard_like(tensor, parameters[name]) if tensor.dim() else tensor

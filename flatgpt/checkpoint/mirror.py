@@ -2,8 +2,8 @@
 A second copy of a run's checkpoints, in a folder that may be a mounted bucket of an object store:
 renames are not atomic there, and nothing is flushed.
 
-    send(path, mirror, keep_evaluated=False, run='...')   # manifest last: without it, incomplete
-    restore(mirror, out_dir)                              # copy the newest back to an empty disk
+    send_checkpoint(path, mirror, keep_evaluated=False)   # manifest last: without it, incomplete
+    restore_newest(mirror, out_dir)                       # copy the newest back to an empty disk
 """
 
 import shutil
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import filelock
 
-from flatgpt.checkpoint.load import MANIFEST, damage_in, list_checkpoints, read_state, step_of
+from flatgpt.checkpoint.load import (
+    MANIFEST_FILE,
+    find_damage,
+    list_checkpoints,
+    read_state,
+    step_of,
+)
 from flatgpt.checkpoint.save import make_temp_folder, prune, set_aside, temp_path
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.files import fsync, fsync_tree, is_same_path, sha256
@@ -35,10 +41,10 @@ class Mirror:
         return str(self.folder)
 
     def send(self, path: Path) -> None:
-        send(path, self.folder, self.keep_evaluated, self.run)
+        send_checkpoint(path, self.folder, self.keep_evaluated, self.run)
 
 
-def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None) -> None:
+def send_checkpoint(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None) -> None:
     """Copy a checkpoint, with BESIDE_CHECKPOINTS, to the mirror, and prune the mirror.
 
     run: the id of its run. UserError if the mirror is another run's, OSError if it cannot be
@@ -48,15 +54,15 @@ def send(path: Path, mirror: Path, keep_evaluated: bool, run: str | None = None)
     if run:
         check_one_run(mirror, {run, *map(run_id, list_checkpoints(mirror))})
     for other in list_checkpoints(mirror):
-        if other == target or not (other / MANIFEST).is_file():  # incomplete
-            remove(other)
+        if other == target or not (other / MANIFEST_FILE).is_file():  # incomplete
+            remove_mirrored(other)
     try:
         copy_files(target, path)
     except OSError:
         if not path.exists():  # pruned meanwhile
-            remove(target)
+            remove_mirrored(target)
         raise
-    prune(target.parent, keep_evaluated, remove)
+    prune(target.parent, keep_evaluated, remove_mirrored)
 
 
 def copy_files(target: Path, path: Path) -> None:
@@ -68,7 +74,7 @@ def copy_files(target: Path, path: Path) -> None:
     files = [file for file in path.rglob('*') if file.is_file()]
     if not files:
         raise FileNotFoundError(f'{path} has been pruned meanwhile')
-    for file in sorted(files, key=lambda file: file.name == MANIFEST):
+    for file in sorted(files, key=lambda file: file.name == MANIFEST_FILE):
         copy = target / file.relative_to(path)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
@@ -89,9 +95,9 @@ def check_one_run(mirror: str | Path, runs: set[str | None]) -> None:
 
 def copy_if_missing(path: Path, mirror: str | Path) -> None:
     """Copy a checkpoint to the mirror, if a killed run had not done so yet."""
-    if not (Path(mirror) / 'checkpoints' / path.name / MANIFEST).is_file():
+    if not (Path(mirror) / 'checkpoints' / path.name / MANIFEST_FILE).is_file():
         try:
-            send(path, Path(mirror), keep_evaluated=True, run=run_id(path))
+            send_checkpoint(path, Path(mirror), keep_evaluated=True, run=run_id(path))
         except OSError as error:
             raise UserError(
                 f'{path} cannot be copied to {mirror}: {error}; make room or give another '
@@ -99,10 +105,10 @@ def copy_if_missing(path: Path, mirror: str | Path) -> None:
             ) from error
 
 
-def remove(path: Path) -> None:
+def remove_mirrored(path: Path) -> None:
     """Remove a mirrored checkpoint; the manifest first, so that it is never half valid."""
     with suppress(OSError):
-        (path / MANIFEST).unlink(missing_ok=True)
+        (path / MANIFEST_FILE).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -134,26 +140,26 @@ def remove_later(mirror: str | Path, step: int) -> None:
     """Remove the checkpoints after `step`, -1 for a new run: they will be written again."""
     for path in list_checkpoints(mirror):
         if step_of(path) > step:
-            remove(path)
+            remove_mirrored(path)
 
 
-def restore(mirror: str | Path, out_dir: str | Path) -> None:
+def restore_newest(mirror: str | Path, out_dir: str | Path) -> None:
     """Copy the mirror's newest checkpoint to out_dir, unless out_dir has an intact one as new."""
-    mirrored = [path for path in list_checkpoints(mirror) if (path / MANIFEST).is_file()]
+    mirrored = [path for path in list_checkpoints(mirror) if (path / MANIFEST_FILE).is_file()]
     local = next((path for path in reversed(list_checkpoints(out_dir)) if is_intact(path)), None)
     check_one_run(mirror, {run_id(path) for path in [*mirrored, *([local] if local else [])]})
     for path in reversed(mirrored):
         if local and (step_of(path), path.name) <= (step_of(local), local.name):
             return
-        if fetch(path, Path(out_dir)):
+        if fetch_checkpoint(path, Path(out_dir)):
             return
 
 
 def is_intact(path: Path) -> bool:
-    return damage_in(path) is None
+    return find_damage(path) is None
 
 
-def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
+def fetch_checkpoint(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
     """Copy a checkpoint with BESIDE_CHECKPOINTS from the mirror -> whether it is intact.
 
     manifest: the hash of its manifest. A local checkpoint of that name is set aside if it has
@@ -162,14 +168,14 @@ def fetch(path: Path, out_dir: Path, manifest: str | None = None) -> bool:
     final = out_dir / 'checkpoints' / path.name
     final.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(out_dir / '.fetch.lock'):  # several machines may share the disk
-        if is_intact(final) and manifest in (None, sha256(final / MANIFEST)):
+        if is_intact(final) and manifest in (None, sha256(final / MANIFEST_FILE)):
             return True
         try:
             if final.exists():
                 set_aside(final)
             make_temp_folder(final, sum(file.stat().st_size for file in path.iterdir()))
             shutil.copytree(path, temp_path(final), dirs_exist_ok=True)
-            if damage := damage_in(temp_path(final)):
+            if damage := find_damage(temp_path(final)):
                 print(f'warning: {path} is damaged: {damage}; trying another one', file=sys.stderr)
                 return False
             fsync_tree(temp_path(final))

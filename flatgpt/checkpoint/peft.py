@@ -23,7 +23,7 @@ from flatgpt.lora import LoRALinear, block_and_name, linear_layers, lora_layers,
 from flatgpt.parallel import full_tensor
 from model import GPT
 
-CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 BASE = 'base.json'  # not written by peft
 PREFIX = 'base_model.model.'  # of every name in peft's files
 # Fields of adapter_config.json that are applied, that do not change the result, and that may have
@@ -50,23 +50,23 @@ SUPPORTED_VALUES = {
 
 
 def is_adapter(where: str | Path) -> bool:
-    return (Path(where) / CONFIG).is_file()
+    return (Path(where) / ADAPTER_CONFIG).is_file()
 
 
 def base_of(folder: str | Path) -> str:
     """The base model that an adapter's config gives."""
-    base = read_json(Path(folder) / CONFIG, str(folder)).get('base_model_name_or_path')
+    base = read_json(Path(folder) / ADAPTER_CONFIG, str(folder)).get('base_model_name_or_path')
     if not isinstance(base, str) or not base:
         raise CheckpointError(
-            f'{folder}: {CONFIG} has no base_model_name_or_path; set it to the base model'
+            f'{folder}: {ADAPTER_CONFIG} has no base_model_name_or_path; set it to the base model'
         )
     return base
 
 
 def adapter_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """The adapters' matrices, on the host, under peft's names."""
-    named = {name: p for name, p in model.named_parameters() if '.lora_' in name}
-    return {PREFIX + name: full_tensor(p.detach()).cpu().contiguous() for name, p in named.items()}
+    lora = {name: p for name, p in model.named_parameters() if '.lora_' in name}
+    return {PREFIX + name: full_tensor(p.detach()).cpu().contiguous() for name, p in lora.items()}
 
 
 def sample_weights(weights: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -105,8 +105,8 @@ def adapter_files(model: GPT, base: str | None) -> dict[str, bytes]:
         'inference_mode': True,
     }
     identity = sample_weights({name: module.weight for name, module in modules.items()})
-    files = {CONFIG: as_json(config), BASE: as_json(identity)}
-    return files | {WEIGHTS: save(adapter_tensors(model), metadata={'format': 'pt'})}
+    files = {ADAPTER_CONFIG: as_json(config), BASE: as_json(identity)}
+    return files | {ADAPTER_WEIGHTS: save(adapter_tensors(model), metadata={'format': 'pt'})}
 
 
 def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
@@ -115,9 +115,11 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
     base: the model's name in error lines. CheckpointError if they do not fit.
     """
     config = read_config(folder)
-    with open_weights(folder / WEIGHTS) as file:
+    with open_weights(folder / ADAPTER_WEIGHTS) as file:
         keys = list(file.keys())
-    pairs = lora_pairs({key: read_tensor(folder / WEIGHTS, key).float() for key in keys}, folder)
+    pairs = lora_pairs(
+        {key: read_tensor(folder / ADAPTER_WEIGHTS, key).float() for key in keys}, folder
+    )
     weights = {name: linear.weight for name, linear in linear_layers(model).items()}
     for name, (A, B) in pairs.items():
         shape = (B.size(0), A.size(1))
@@ -125,21 +127,21 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
             actual = tuple(weights[name].shape) if name in weights else 'missing'
             raise CheckpointError(
                 f'{folder}: {base} is not its base: {name} is {actual}, the adapter needs {shape}; '
-                f'correct base_model_name_or_path in {CONFIG}'
+                f'correct base_model_name_or_path in {ADAPTER_CONFIG}'
             )
     identity = read_json(folder / BASE, str(folder)) if (folder / BASE).exists() else None
     if identity is not None and not is_base(identity, {name: weights[name] for name in pairs}):
         raise CheckpointError(
             f'{folder}: {base} is not its base: the weights differ; correct '
-            f'base_model_name_or_path in {CONFIG}'
+            f'base_model_name_or_path in {ADAPTER_CONFIG}'
         )
     model.requires_grad_(False)
     for name, (A, B) in pairs.items():
         rank, scale = rank_and_scale(config, name, folder)
         if rank != A.size(0):
             raise CheckpointError(
-                f'{folder}: {CONFIG} gives {name} the rank {rank}, its matrices have {A.size(0)}; '
-                'correct r or rank_pattern'
+                f'{folder}: {ADAPTER_CONFIG} gives {name} the rank {rank}, its matrices have '
+                f'{A.size(0)}; correct r or rank_pattern'
             )
         linear = LoRALinear(model.get_submodule(name), rank, scale, config['lora_dropout'])
         linear.lora_A.weight.data.copy_(A)
@@ -150,15 +152,17 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
 def read_config(folder: Path) -> dict:
     """The fields of adapter_config.json. CheckpointError for what is not computed as in peft."""
     defaults = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0}
-    config = defaults | read_json(folder / CONFIG, str(folder))
+    config = defaults | read_json(folder / ADAPTER_CONFIG, str(folder))
     for key, value in unsupported_fields(config, SUPPORTED_VALUES, APPLIED + IGNORED):
         raise CheckpointError(
-            f'{folder}: {CONFIG} has an unsupported {key}={value!r}; call merge_and_unload() in '
-            'peft and save the merged model'
+            f'{folder}: {ADAPTER_CONFIG} has an unsupported {key}={value!r}; call '
+            'merge_and_unload() in peft and save the merged model'
         )
     for key in ('r', 'lora_alpha', 'lora_dropout'):
         if type(config[key]) not in (int, float):
-            raise CheckpointError(f'{folder}: {CONFIG} has {key}={config[key]!r}; give a number')
+            raise CheckpointError(
+                f'{folder}: {ADAPTER_CONFIG} has {key}={config[key]!r}; give a number'
+            )
     return config
 
 
@@ -167,7 +171,7 @@ def rank_and_scale(config: dict, name: str, folder: Path) -> tuple[int, float]:
     try:
         if not is_target(config, name):
             raise CheckpointError(
-                f'{folder}: it has an adapter of {name}, which {CONFIG} excludes; correct '
+                f'{folder}: it has an adapter of {name}, which {ADAPTER_CONFIG} excludes; correct '
                 'target_modules, exclude_modules or layers_to_transform'
             )
         rank = by_pattern(config.get('rank_pattern'), name, config['r'])
@@ -175,7 +179,7 @@ def rank_and_scale(config: dict, name: str, folder: Path) -> tuple[int, float]:
         return rank, alpha / (math.sqrt(rank) if config.get('use_rslora') else rank)
     except (re.error, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f'{folder}: {CONFIG} has an invalid rank or pattern: {error}; correct it'
+            f'{folder}: {ADAPTER_CONFIG} has an invalid rank or pattern: {error}; correct it'
         ) from error
 
 

@@ -1,7 +1,7 @@
 """
 Write checkpoints at once, or in the background: training then waits only for a copy of the tensors.
 
-    path = save(out_dir, model, optimizers, tokenizer, state)
+    path = save_checkpoint(out_dir, model, optimizers, tokenizer, state)
 
     saver = Saver(out_dir, runtime, mirror=Mirror(Path('/bucket/my_run')))
     saver.save(model, optimizers, tokenizer, state)
@@ -30,12 +30,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flatgpt.checkpoint.load import (
-    ADAPTER,
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    TOKENIZER,
+    ADAPTER_FOLDER,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TOKENIZER_FILE,
     best_first,
     list_checkpoints,
     read_state,
@@ -52,14 +52,14 @@ from flatgpt.runtime import Runtime
 from model import GPT
 
 PART_TIMEOUT = 600  # seconds that rank 0 waits for the files of another rank
-SMALL = 2**26  # bytes; smaller checkpoints are written at once, in about 0.05 s
+SYNC_SAVE_BYTES = 2**26  # bytes; smaller checkpoints are written at once, in about 0.05 s
 
 
 # -----------------------------------------------------------------------------
 # write
 
 
-def save(
+def save_checkpoint(
     out_dir: str | Path,
     model: GPT,
     optimizers: list[torch.optim.Optimizer],
@@ -71,7 +71,7 @@ def save(
 
     state: plain values for state.json. 'step' names the folder, the lowest 'val_loss' (None before
     the first evaluation) is the best, 'evaluated' is whether the loss is of this step.
-    keep_evaluated: see prune(). OSError if the disk fails or is full; the checkpoints before stay.
+    keep_evaluated: see prune(). OSError if the disk fails or is full; the earlier checkpoints stay.
 
     For one process. A Saver works with several, and in the background.
     """
@@ -79,7 +79,7 @@ def save(
         return path
     final, tensors = checkpoint_path(out_dir, state), tensors_of(model, optimizers)
     make_temp_folder(final, size_of(tensors))
-    write(final, tensors, small_files_of(model, tokenizer, state), keep_evaluated)
+    write_checkpoint(final, tensors, small_files_of(model, tokenizer, state), keep_evaluated)
     return final
 
 
@@ -102,37 +102,37 @@ def checkpoint_path(out_dir: str | Path, state: dict) -> Path:
 def tensors_of(model: GPT, optimizers) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of each file; of a sharded model, this rank's rows. Nothing is copied."""
     reshard(model)
-    return {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizers)}
+    return {MODEL_FILE: model_tensors(model), OPTIMIZER_FILE: optimizer_tensors(model, optimizers)}
 
 
 def model_tensors(model: GPT) -> dict[str, torch.Tensor]:
     """Parameters by name, without adapters and with tied matrices once."""
-    named = {name: p for name, p in model.named_parameters() if '.lora_' not in name}
-    return {name: to_local(p.detach()).contiguous() for name, p in named.items()}
+    parameters = {name: p for name, p in model.named_parameters() if '.lora_' not in name}
+    return {name: to_local(p.detach()).contiguous() for name, p in parameters.items()}
 
 
 def optimizer_tensors(model: GPT, optimizers) -> dict[str, torch.Tensor]:
     """The optimizers' state of every parameter, as <parameter>.<key>."""
-    named, states = {}, {p: state for each in optimizers for p, state in each.state.items()}
+    tensors, states = {}, {p: state for each in optimizers for p, state in each.state.items()}
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
-            named[f'{name}.{key}'] = to_local(torch.as_tensor(value).detach()).contiguous()
-    return named
+            tensors[f'{name}.{key}'] = to_local(torch.as_tensor(value).detach()).contiguous()
+    return tensors
 
 
 def small_files_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict[str, bytes]:
     """{name: content} of a checkpoint's small files. Collective if the model is sharded."""
     base = state.get('config', {}).get('init_from')
     files = adapter_files(model, base) if lora_layers(model) else {}
-    small_files = {f'{ADAPTER}/{name}': content for name, content in files.items()}
+    small_files = {f'{ADAPTER_FOLDER}/{name}': content for name, content in files.items()}
     if tokenizer is not None:
-        small_files[TOKENIZER] = as_json(tokenizer.to_dict())
-    return small_files | {STATE: as_json({**state, 'model': asdict(model.config)})}
+        small_files[TOKENIZER_FILE] = as_json(tokenizer.to_dict())
+    return small_files | {STATE_FILE: as_json({**state, 'model': asdict(model.config)})}
 
 
 def size_of(tensors: dict) -> int:
-    """Bytes that a checkpoint of these takes, about."""
-    return sum(t.nbytes for named in tensors.values() for t in named.values()) + 2**22
+    """About how many bytes a checkpoint of these takes."""
+    return sum(t.nbytes for by_name in tensors.values() for t in by_name.values()) + 2**22
 
 
 def make_temp_folder(final: Path, need: int) -> None:
@@ -149,7 +149,7 @@ def temp_path(path: Path) -> Path:
     return path.with_name(f'.{path.name}')
 
 
-def write(
+def write_checkpoint(
     final: Path,
     tensors: dict[str, dict[str, torch.Tensor]],
     small_files: dict[str, bytes],
@@ -172,7 +172,7 @@ def write(
             hashes[name] = sha256(temp / name)
         for other in range(1, ranks):
             hashes |= wait_for_part(temp, other)
-        (temp / MANIFEST).write_bytes(as_json(hashes))
+        (temp / MANIFEST_FILE).write_bytes(as_json(hashes))
         fsync_tree(temp)
     except BaseException as error:
         shutil.rmtree(temp, ignore_errors=True)  # the disk may be full
@@ -185,10 +185,10 @@ def write(
 def write_tensors(temp: Path, tensors: dict, rank: int, ranks: int) -> dict[str, str]:
     """Write the files of one rank -> {name: sha256}"""
     hashes = {}
-    for name, named in tensors.items():
-        name = part_name(name, rank, ranks)
-        save_file({k: t.cpu() for k, t in named.items()}, temp / name, metadata={'format': 'pt'})
-        hashes[name] = sha256(temp / name)
+    for file, by_name in tensors.items():
+        part = temp / part_name(file, rank, ranks)
+        save_file({k: t.cpu() for k, t in by_name.items()}, part, metadata={'format': 'pt'})
+        hashes[part.name] = sha256(part)
     return hashes
 
 
@@ -295,8 +295,10 @@ class Saver:
         self._writing: Future | None = None
 
     def save(self, model, optimizers, tokenizer, state: dict) -> None:
-        """Save a checkpoint of now; see save(). Called by all ranks if the model is sharded,
-        otherwise by rank 0."""
+        """Save a checkpoint of the current state; see save_checkpoint().
+
+        Called by all ranks if the model is sharded, otherwise by rank 0.
+        """
         started = time.perf_counter()
         self.wait()
         tensors = tensors_of(model, optimizers)
@@ -305,7 +307,7 @@ class Saver:
         except UserError as error:
             final = self._fail(state['step'], error)
         if final:
-            small = size_of(tensors) < SMALL
+            small = size_of(tensors) < SYNC_SAVE_BYTES
             tensors = tensors if small else self._copy(tensors)
             small_files = small_files_of(model, tokenizer, state)
             self._writing = self._writer.submit(self._write, started, final, tensors, small_files)
@@ -330,8 +332,8 @@ class Saver:
     def _copy(self, tensors: dict) -> dict:
         """Copy the tensors to memory of the host that training does not change."""
         copies = {file: {} for file in tensors}
-        for file, named in tensors.items():
-            for name, tensor in named.items():
+        for file, by_name in tensors.items():
+            for name, tensor in by_name.items():
                 copy = self._copies.get((file, name))
                 if copy is None:
                     pinned = tensor.device.type == 'cuda'
@@ -344,7 +346,9 @@ class Saver:
 
     def _write(self, started: float, final: Path, tensors, small_files) -> None:
         try:
-            write(final, tensors, small_files, self.keep_evaluated, self.rank, self.ranks)
+            write_checkpoint(
+                final, tensors, small_files, self.keep_evaluated, self.rank, self.ranks
+            )
         except OSError as error:
             return self._fail(step_of(final), error)
         self.failure, self._times['save_seconds'] = None, time.perf_counter() - started

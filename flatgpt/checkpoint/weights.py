@@ -28,7 +28,7 @@ SAME_MODEL = 'use the config and the weights of one model'
 
 @torch.no_grad()
 def model_from_tensors(
-    shape: dict, named: Iterable, where: str | Path, transposed: tuple = ()
+    shape: dict, named_tensors: Iterable, where: str | Path, transposed: tuple = ()
 ) -> GPT:
     """The model of GPTConfig(**shape) whose parameters are copies of (name, tensor) pairs.
 
@@ -40,7 +40,7 @@ def model_from_tensors(
     except (ValueError, RuntimeError) as error:  # RuntimeError: a size that overflows
         raise CheckpointError(f'{where}: {error}') from error
     missing, head = dict(model.named_parameters()), None
-    for name, tensor in named:
+    for name, tensor in named_tensors:
         parameter = missing.pop(name, None)
         if parameter is None:
             if not is_redundant(name, tensor):
@@ -95,7 +95,7 @@ def is_redundant(name: str, tensor: torch.Tensor) -> bool:
 
 
 def read_tensor(path: Path, key: str) -> torch.Tensor:
-    """One tensor. The file is mapped anew for each, or all of them would stay in memory."""
+    """One tensor. The file is mapped again for each, or all of them would stay in memory."""
     with open_weights(path) as file:
         return file.get_tensor(key)
 

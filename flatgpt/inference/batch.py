@@ -94,7 +94,7 @@ class Batch:
             for completion in self.completions(engine, len(done)):
                 errors += 'error' in completion
                 text = json.dumps(completion, ensure_ascii=False)
-                # half a surrogate pair is written as a JSON escape
+                # a lone surrogate is written as a JSON escape
                 file.write(text.encode(errors='backslashreplace') + b'\n')
                 file.flush()
                 bar.update()
@@ -115,7 +115,7 @@ class Batch:
             return []
         if not self.job.exists() or json_or_none(self.job.read_bytes()) != job:
             raise UserError(
-                f'{self.part}: is of another batch, model or settings; delete it, or choose '
+                f'{self.part}: belongs to another batch, model or settings; delete it, or choose '
                 'another --out'
             )
         done, size = [], 0
@@ -170,13 +170,13 @@ class Batch:
         def on_token(output: TokenOutput) -> None:
             texts.append(output.text)
             completion['tokens'] += 1
-            completion['finish'] = output.finish
-            if output.finish:
+            completion['finish'] = output.finish_reason
+            if output.finish_reason:
                 completion['text'] = ''.join(texts)
-            if output.finish == 'error':
+            if output.finish_reason == 'error':
                 completion['error'] = NOT_FINITE
 
-        engine.submit(Request(ids, sampling, on_token, row=number))
+        engine.submit(Request(ids, sampling, on_token, index=number))
         return completion
 
     def parse(self, line: bytes) -> tuple[str, SamplingParams, dict]:

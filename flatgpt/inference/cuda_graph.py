@@ -26,15 +26,15 @@ def replay(model: GPT, inputs, cache: KVCache):
     """
     key = _, columns = inputs.size(1), cache.columns(1)
     if key not in cache.graphs:
-        pos, span, static_inputs = cache.pos.clone(), cache.span, inputs.clone()
+        pos, max_pos, static_inputs = cache.pos.clone(), cache.max_pos, inputs.clone()
 
         def step():
-            cache.span = columns - 1
+            cache.max_pos = columns - 1
             return model(static_inputs[0, :, None], cache=cache, lengths=static_inputs[1])[0]
 
         undo = lambda: cache.pos.copy_(pos)  # noqa: E731
         cache.graphs[key] = static_inputs, *capture(step, undo, inputs.device)
-        cache.span = span
+        cache.max_pos = max_pos
     static_inputs, run, logits = cache.graphs[key]
     static_inputs.copy_(inputs)
     run()

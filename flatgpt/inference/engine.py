@@ -1,7 +1,7 @@
 """
 Continuous batching: many requests are computed together, each with the tokens it would get alone.
 
-    engine = Engine(model, tokenizer, rows=8)
+    engine = Engine(model, tokenizer, num_slots=8)
     engine.submit(Request(tokenizer.encode('To be'), SamplingParams(top_p=0.9), print))
     while engine.step():           # or engine.serve() in a thread of its own
         pass
@@ -27,33 +27,35 @@ NOT_FINITE = (
     'the logits are not finite: the weights are broken, or too large for this dtype; try '
     '--dtype=float32 or another --checkpoint'
 )
-MAX_GENERATE_ROWS = 64  # slots of one generate(); further prompts wait
+MAX_GENERATE_SLOTS = 64  # slots of one generate(); further prompts wait
 
 
 class Engine:
     """Completes requests, as many at once as it has slots.
 
-    model: in evaluation mode. rows: slots; further requests wait, first come first served. chunk:
-    prompt tokens between two decoding steps (chunked prefill). length: tokens per row of the cache,
-    by default block_size. deterministic: a request's logits are bit-identical whatever else runs:
-    all rows are always computed, prompts one by one, and no prefix is shared.
+    model: in evaluation mode. num_slots: requests that run at once; others wait, first come first
+    served. prefill_chunk: prompt tokens between two decoding steps (chunked prefill). max_length:
+    tokens per slot of the cache, by default block_size. deterministic: a request's logits are
+    bit-identical whatever else runs: all slots are always computed, prompts one by one, and no
+    prefix is shared.
     """
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        rows: int = 8,
-        chunk: int = 256,
-        length: int | None = None,
+        num_slots: int = 8,
+        prefill_chunk: int = 256,
+        max_length: int | None = None,
         deterministic: bool = False,
     ):
         assert not model.training, 'dropout would be on'
         self.model, self.tokenizer = model, tokenizer
-        # allocates the cache first, so that too many rows fail at once
-        self.runner = ModelRunner(model, tokenizer, rows, length)
-        self.scheduler = Scheduler(rows, model.config.block_size, chunk, deterministic)
-        self.arrival = threading.Condition()
+        # allocates the cache first, so that too many slots fail at once
+        self.runner = ModelRunner(model, tokenizer, num_slots, max_length)
+        block_size = model.config.block_size
+        self.scheduler = Scheduler(num_slots, block_size, prefill_chunk, deterministic)
+        self.work_available = threading.Condition()
         self.closed = False
         self.error: BaseException | None = None
 
@@ -73,19 +75,19 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Add a request to the queue; its on_token is called from step()."""
-        with self.arrival:
+        with self.work_available:
             if self.error or self.closed:
                 raise self.error or UserError('the engine is closed; create another one')
             self.waiting.append(request)
-            self.arrival.notify()
+            self.work_available.notify()
 
     def serve(self) -> None:
         """Call step() until close(). An exception ends every request, and is stored in `error`."""
         try:
             while not self.closed:
                 if not self.step():
-                    with self.arrival:
-                        self.arrival.wait_for(lambda: self.waiting or self.closed)
+                    with self.work_available:
+                        self.work_available.wait_for(lambda: self.waiting or self.closed)
             self.finish_all('cancelled')
         except BaseException as error:
             self.error = error
@@ -94,15 +96,15 @@ class Engine:
 
     def close(self) -> None:
         """Make serve() cancel all requests and return."""
-        with self.arrival:
+        with self.work_available:
             self.closed = True
-            self.arrival.notify()
+            self.work_available.notify()
 
-    def finish_all(self, finish: str) -> None:
-        with self.arrival:
+    def finish_all(self, finish_reason: str) -> None:
+        with self.work_available:
             dropped = self.scheduler.drop_all()
         for request in dropped:
-            request.send(TokenOutput(request.row, None, '', finish))
+            request.emit(TokenOutput(request.index, None, '', finish_reason))
 
     # --- one step
 
@@ -118,12 +120,12 @@ class Engine:
         dropped = []
         for slot in self.scheduler.cancelled_slots():
             dropped.append(slot.request)
-            self.release(slot, forget=not slot.request.written)
+            self.release(slot, clear_cache=not slot.request.output_ids)
         if self.waiting:
-            with self.arrival:  # other threads may append to it
+            with self.work_available:  # other threads may append to it
                 dropped += self.scheduler.drop_cancelled()
         for request in dropped:
-            request.send(TokenOutput(request.row, None, '', 'cancelled'))
+            request.emit(TokenOutput(request.index, None, '', 'cancelled'))
 
     def prefill(self) -> bool:
         if batch := self.scheduler.schedule_prefill():
@@ -142,33 +144,33 @@ class Engine:
         for i, slot in enumerate(batch.slots):
             if slot.uncached_ids:  # its prompt is not complete
                 continue
-            if finish := slot.request.ended_by_prompt():
-                self.emit(slot, TokenOutput(slot.request.row, None, '', finish))
+            if reason := slot.request.ended_by_prompt():
+                self.emit(slot, TokenOutput(slot.request.index, None, '', reason))
             else:
                 sampled.append(i)
         if not sampled:
             return
         slots = [batch.slots[i] for i in sampled]
         requests = [slot.request for slot in slots]
-        tokens, scores = self.runner.sample(requests, take_rows(logits, sampled))
+        tokens, scores = self.runner.sample_with_logprobs(requests, take_rows(logits, sampled))
         for slot, token, score in zip(slots, tokens, scores, strict=True):
-            self.emit(slot, slot.request.take(token, self.tokenizer, *score))
+            self.emit(slot, slot.request.append_token(token, self.tokenizer, *score))
 
     def emit(self, slot: Slot, output: TokenOutput) -> None:
         """Send a request its next token, and free its slot if it is the last."""
         request = slot.request
-        if output.finish:
-            self.release(slot, forget=output.finish == 'error')
+        if output.finish_reason:
+            self.release(slot, clear_cache=output.finish_reason == 'error')
         else:
             self.scheduler.append(slot, output.token)
-        request.send(output)
+        request.emit(output)
 
-    def release(self, slot: Slot, forget: bool) -> None:
-        """Free a slot. forget: clear its keys, which may not be finite."""
+    def release(self, slot: Slot, clear_cache: bool) -> None:
+        """Free a slot. clear_cache: clear its KV entries, which may not be finite."""
         slot.end()
-        if forget:
+        if clear_cache:
             slot.cached_ids = []
-            self.runner.clear(slot.row)
+            self.runner.clear_row(slot.row)
 
 
 # -----------------------------------------------------------------------------
@@ -185,32 +187,41 @@ def generate(
     """Complete all prompts in one batch, yielding each token as it is sampled.
 
     prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
-    seeds: of each completion's random numbers, by default (sampling.seed, its number); completions
-    do not depend on the other rows. Raises UserError for logits that are not finite.
+    seeds: of each completion's random numbers, by default (sampling.seed, its index); completions
+    do not depend on each other. Raises UserError for logits that are not finite.
     """
     outputs: deque[TokenOutput] = deque()
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-    length = min(model.config.block_size, longest)
-    engine = Engine(model, tokenizer, min(len(prompts), MAX_GENERATE_ROWS) or 1, length=length)
-    for row, prompt in enumerate(prompts):
-        seed = seeds[row] if seeds else None
-        engine.submit(Request(prompt, sampling, outputs.append, row, seed))
+    max_length = min(model.config.block_size, longest)
+    num_slots = min(len(prompts), MAX_GENERATE_SLOTS) or 1
+    engine = Engine(model, tokenizer, num_slots, max_length=max_length)
+    for index, prompt in enumerate(prompts):
+        seed = seeds[index] if seeds else None
+        engine.submit(Request(prompt, sampling, outputs.append, index, seed))
+    yield from run_and_drain(engine, outputs)
+
+
+def run_and_drain(engine: Engine, outputs: deque[TokenOutput]) -> Iterator[TokenOutput]:
+    """Run the engine until it is idle, yielding what its requests append to `outputs`.
+
+    Raises UserError for logits that are not finite.
+    """
     while engine.step():
         while outputs:
             output = outputs.popleft()
-            if output.finish == 'error':
+            if output.finish_reason == 'error':
                 raise UserError(NOT_FINITE)
             yield output
 
 
 def complete(
-    model: GPT, tokenizer: Tokenizer, texts: list[str], sampling: SamplingParams
+    model: GPT, tokenizer: Tokenizer, prompts: list[str], sampling: SamplingParams
 ) -> list[str]:
-    """The completion of each text."""
-    prompts = [tokenizer.encode(text, allow_eot=True) for text in texts]
-    out = [''] * len(texts)
-    for output in generate(model, tokenizer, prompts, sampling):
-        out[output.row] += output.text
+    """The completion of each prompt."""
+    prompt_ids = [tokenizer.encode(prompt, allow_eot=True) for prompt in prompts]
+    out = [''] * len(prompts)
+    for output in generate(model, tokenizer, prompt_ids, sampling):
+        out[output.index] += output.text
     return out
 
 

@@ -1,4 +1,4 @@
-"""The KV cache: keys and values of the tokens of each slot."""
+"""The KV cache: keys and values of the tokens of each row."""
 
 import copy
 import math
@@ -12,48 +12,49 @@ from model import GPT
 class KVCache:
     """Keys and values of the tokens of each row, so that a new token costs one token's work.
 
-    Rows are independent: `pos` (rows,) is the number of tokens each holds. A forward pass of fewer
-    rows uses the first ones. Tensors are never reallocated, so that cuda_graph.py can capture a
-    step.
+    Rows are independent: `pos` (rows,) is the number of tokens each holds. An engine uses them as
+    slots. A forward pass of fewer rows uses the first ones. Tensors are never reallocated, so that
+    cuda_graph.py can capture a step.
     """
 
-    def __init__(self, model: GPT, rows: int, length: int | None = None):
+    def __init__(self, model: GPT, rows: int, max_length: int | None = None):
         c, weight = model.config, model.embedding.weight
-        self.length = length or c.block_size
+        self.max_length = max_length or c.block_size
         # without AMX, torch's CPU attention of one query takes five times as long in bfloat16 as in
         # float32
         slow = weight.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
         dtype = torch.float32 if slow else weight.dtype
-        # one more column takes the keys of padding, which are never read
-        shape = (c.n_layer, 2, rows, c.kv_heads, self.length + 1, c.n_embd // c.n_head)
+        # one more column takes the keys and values of padding, which are never read
+        shape = (c.n_layer, 2, rows, c.kv_heads, self.max_length + 1, c.n_embd // c.n_head)
         self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)
         self.pos = torch.zeros(rows, dtype=torch.long, device=weight.device)
-        self.rows = torch.arange(rows, device=weight.device)[:, None]  # (rows, 1)
-        self.count = torch.arange(self.length, device=weight.device)
-        self.zeros = torch.zeros(self.length, device=weight.device, dtype=dtype)
-        self.span = 0  # upper bound of pos, on the host, so that no step waits for the device
+        self.row_ids = torch.arange(rows, device=weight.device)[:, None]  # (rows, 1)
+        self.arange = torch.arange(self.max_length, device=weight.device)
+        self.zeros = torch.zeros(self.max_length, device=weight.device, dtype=dtype)
+        self.max_pos = 0  # upper bound of pos, on the host, so that no step waits for the device
         self.graphs = {}  # steps that cuda_graph.py captured on these tensors
 
     def columns(self, T: int) -> int:
         """How many columns T more tokens attend to, rounded up; on a GPU coarsely: few graphs."""
         stride = 16 if self.kv.device.type == 'cpu' else 256
-        return min(self.length, -(-(self.span + T) // stride) * stride)
+        return min(self.max_length, -(-(self.max_pos + T) // stride) * stride)
 
     def extend(self, B: int, T: int, lengths=None):
         """Make room for T more tokens in B rows, `lengths` of them real -> positions (B, T)."""
-        assert self.span + T <= self.length, 'the cache is full'
-        pos = self.pos[:B, None] + self.count[:T]
-        self.slots = pos.clamp(max=self.length)
+        assert self.max_pos + T <= self.max_length, 'the cache is full'
+        pos = self.pos[:B, None] + self.arange[:T]
+        self.write_columns = pos.clamp(max=self.max_length)
         if lengths is not None:
-            self.slots = self.slots.where(self.count[:T] < lengths[:, None], self.length)
+            is_real = self.arange[:T] < lengths[:, None]
+            self.write_columns = self.write_columns.where(is_real, self.max_length)
         self.mask = None  # for empty rows: plain causal attention
-        if self.span:
-            unseen = self.count[: self.columns(T)] > pos[..., None]
+        if self.max_pos:
+            unseen = self.arange[: self.columns(T)] > pos[..., None]
             self.mask = self.zeros[: unseen.size(-1)].masked_fill(unseen, -math.inf)
             self.mask = self.mask[:, None]  # (B, 1, T, S), added to the scores
         self.pos[:B] += T if lengths is None else lengths
-        self.span += T
-        return pos.clamp(max=self.length - 1)  # a free row may be past the end
+        self.max_pos += T
+        return pos.clamp(max=self.max_length - 1)  # a free row may be past the end
 
     def append(self, layer: int, k, v):
         """Store a layer's keys and values (B, G, T, D) -> all keys and values (B, G, S, D).
@@ -62,25 +63,26 @@ class KVCache:
         """
         B = k.size(0)
         both = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # (B, T, 2, G, D)
-        self.kv[layer, :, self.rows[:B], :, self.slots] = both.to(self.kv.dtype)
+        self.kv[layer, :, self.row_ids[:B], :, self.write_columns] = both.to(self.kv.dtype)
         if self.mask is None:
             return k, v
         return self.kv[layer, :, :B, :, : self.mask.size(-1)].unbind()
 
-    def part(self, rows: list[int], span: int) -> 'KVCache':
+    def view(self, rows: list[int], max_pos: int) -> 'KVCache':
         """A view of one row, or of several empty ones, as a cache of its own.
 
-        span: tokens in the row. The caller must set `pos` of the rows afterwards.
+        max_pos: tokens in the row. The caller must set `pos` of the rows afterwards.
         """
-        assert len(rows) == 1 or not span, 'several rows must be empty'
-        part = copy.copy(self)
-        part.kv = self.kv[:, :, rows[0] : rows[0] + 1] if len(rows) == 1 else self.kv
+        assert len(rows) == 1 or not max_pos, 'several rows must be empty'
+        view = copy.copy(self)
+        view.kv = self.kv[:, :, rows[0] : rows[0] + 1] if len(rows) == 1 else self.kv
         if len(rows) == 1:
-            part.rows = self.rows[:1]
+            view.row_ids = self.row_ids[:1]
         else:
-            part.rows = to_device(torch.tensor(rows), self.rows.device)[:, None]
-        part.pos, part.span, part.graphs = self.pos.new_full((len(rows),), span), span, {}
-        return part
+            view.row_ids = to_device(torch.tensor(rows), self.row_ids.device)[:, None]
+        view.pos = self.pos.new_full((len(rows),), max_pos)
+        view.max_pos, view.graphs = max_pos, {}
+        return view
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy the first `count` tokens of a row to another, or truncate it to them."""

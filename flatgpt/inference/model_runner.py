@@ -22,14 +22,14 @@ from model import GPT
 
 
 class ModelRunner:
-    """Computes batches. rows, length: of the KV cache; length None: the model's block_size."""
+    """Computes batches. max_length None: the model's block_size."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, rows: int, length: int | None):
-        self.model, self.cache = model, KVCache(model, rows, length)
+    def __init__(self, model: GPT, tokenizer: Tokenizer, num_slots: int, max_length: int | None):
+        self.model, self.cache = model, KVCache(model, num_slots, max_length)
         self.suppressed = suppressed_ids(tokenizer, model)
 
-    def clear(self, row: int) -> None:
-        """Overwrite a row whose keys may not be finite: a mask does not hide NaN."""
+    def clear_row(self, row: int) -> None:
+        """Overwrite a row whose entries may not be finite: a mask does not hide NaN."""
         self.cache.kv[:, :, row] = 0
 
     def copy_rows(self, batch: ScheduledBatch) -> None:
@@ -41,9 +41,9 @@ class ModelRunner:
     def prefill(self, batch: ScheduledBatch):
         """Compute tokens of one prompt, or of several uncached ones -> logits (R, V)."""
         self.copy_rows(batch)
-        slots, scored = batch.slots, batch.slots[0].request.scoring
+        slots, scored = batch.slots, batch.slots[0].request.needs_prompt_logprobs
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
-        cache = self.cache.part([slot.row for slot in slots], span=len(slots[0].cached_ids))
+        cache = self.cache.view([slot.row for slot in slots], max_pos=len(slots[0].cached_ids))
         ragged = len({*map(len, batch.tokens)}) > 1
         logits, _ = self.model(
             idx, cache=cache, lengths=lengths if ragged else None, all_positions=scored
@@ -61,11 +61,11 @@ class ModelRunner:
         tokens, lengths = np.zeros((2, batch.rows), np.int64)
         rows = [slot.row for slot in batch.slots]
         tokens[rows], lengths[rows] = [token for (token,) in batch.tokens], 1
-        self.cache.span = max(len(slot.cached_ids) for slot in batch.slots)
-        logits = self.advance(tokens, lengths)
+        self.cache.max_pos = max(len(slot.cached_ids) for slot in batch.slots)
+        logits = self.forward_one_token(tokens, lengths)
         return take_rows(logits, rows)
 
-    def advance(self, tokens: np.ndarray, lengths: np.ndarray):
+    def forward_one_token(self, tokens: np.ndarray, lengths: np.ndarray):
         """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 skips one."""
         inputs = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
         if can_capture(inputs):
@@ -79,15 +79,17 @@ class ModelRunner:
         """Store the log-probabilities of the prompt tokens that logits (T, V) predict."""
         first, request = len(slot.cached_ids) + 1, slot.request
         following = (slot.cached_ids + slot.uncached_ids)[first : first + len(logits)]
-        scores = logprobs_of(logits[: len(following)], following, request.top or 0)
+        scores = logprobs_of(logits[: len(following)], following, request.top_logprobs or 0)
         request.prompt_logprobs += scores
 
-    def sample(self, requests: list[Request], logits) -> tuple[list[int], list[tuple]]:
-        """Each request's next token from its row of logits (R, V), and (logprob, top) of each."""
-        tokens = self.sample_all(requests, logits)
+    def sample_with_logprobs(
+        self, requests: list[Request], logits
+    ) -> tuple[list[int], list[tuple]]:
+        """Each request's next token from its row of logits (R, V), and requested_logprobs()."""
+        tokens = self.sample_requests(requests, logits)
         return tokens, self.requested_logprobs(requests, tokens, logits)
 
-    def sample_all(self, requests: list[Request], logits) -> list[int]:
+    def sample_requests(self, requests: list[Request], logits) -> list[int]:
         """A token for each request from its row of logits (R, V), batched by equal filters."""
         logits = logits.float().masked_fill(self.suppressed, -math.inf)
         groups: dict[tuple, list[int]] = {}
@@ -96,25 +98,25 @@ class ModelRunner:
             if r.sampling.has_penalties:
                 apply_penalties(logits[i], r.sampling, r.prompt_tokens, r.counts)
         parts = []
-        for rows in groups.values():
-            draws = [[requests[i].random.random(dtype=np.float32)] for i in rows]
+        for group in groups.values():
+            draws = [[requests[i].random.random(dtype=np.float32)] for i in group]
             uniforms = to_device(torch.tensor(draws), logits.device)
-            sampling = requests[rows[0]].sampling
-            parts.append(sample_tokens(take_rows(logits, rows), sampling, uniforms))
+            sampling = requests[group[0]].sampling
+            parts.append(sample_tokens(take_rows(logits, group), sampling, uniforms))
         tokens = torch.cat(parts).tolist()  # the only wait for a GPU
         in_order = sorted(zip(chain(*groups.values()), tokens, strict=True))
         return [token for _, token in in_order]
 
     def requested_logprobs(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:
-        """(logprob, top) of each request's token, (None, ()) if not requested."""
+        """(logprob, top_logprobs) of each request's token, (None, ()) if not requested."""
         scores: list[tuple] = [(None, ())] * len(requests)
-        asked = [i for i, request in enumerate(requests) if request.top is not None]
+        asked = [i for i, request in enumerate(requests) if request.top_logprobs is not None]
         asked = [i for i in asked if tokens[i] >= 0]
         if asked:
-            most = max(requests[i].top for i in asked)
+            most = max(requests[i].top_logprobs for i in asked)
             found = logprobs_of(take_rows(logits, asked), [tokens[i] for i in asked], most)
             for i, (logprob, top) in zip(asked, found, strict=True):
-                scores[i] = logprob, top[: requests[i].top]
+                scores[i] = logprob, top[: requests[i].top_logprobs]
         return scores
 
 

@@ -1,8 +1,8 @@
 """
 Weights for inference: packed for the CPU, or quantized to int8.
 
-    prepare_for_inference(model)           # the same numbers, up to three times as fast on a CPU
-    prepare_for_inference(model, 'int8')   # half the memory of 16 bits, nearly the same numbers
+    prepare_for_inference(model)           # the same outputs, up to three times as fast on a CPU
+    prepare_for_inference(model, 'int8')   # half the memory of 16 bits, nearly the same outputs
 
 A prepared model can be neither trained nor saved.
 """
@@ -28,10 +28,10 @@ class PackedLinear:
     def __init__(self, linear: nn.Linear):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), PACKED_ROWS)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.product = torch.ops.mkldnn._linear_pointwise.default
+        self.matmul = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x):
-        return self.product(x, self.weight, self.bias, 'none', [], '')
+        return self.matmul(x, self.weight, self.bias, 'none', [], '')
 
 
 class Int8Linear:
@@ -43,7 +43,7 @@ class Int8Linear:
     def __init__(self, linear: nn.Linear):
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(1).clamp(min=1e-8) / 127  # (out,)
-        self.scale = scale.to(linear.weight.dtype)  # rounded as in the product
+        self.scale = scale.to(linear.weight.dtype)  # rounded as in the matmul
         weight = (weight / self.scale[:, None].float()).round()
         self.weight = weight.clamp(-127, 127).to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach()
@@ -59,9 +59,9 @@ class Int8Linear:
 
 
 def prepare_for_inference(model: GPT, quantize: str | None = None) -> GPT:
-    """Pack or quantize a model's matrices in place; quantize: None or 'int8'.
+    """Pack or quantize a model's weight matrices in place; quantize: None or 'int8'.
 
-    The embeddings are unchanged. ConfigError if this device has no int8 product.
+    The embeddings are unchanged. ConfigError if this device has no int8 matmul.
     """
     weight = model.embedding.weight
     assert any(isinstance(module, nn.Linear) for module in model.modules()), 'already prepared'
@@ -77,7 +77,7 @@ def prepare_for_inference(model: GPT, quantize: str | None = None) -> GPT:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    # not a module: calling a module would take a tenth longer
+                    # not a module: calling a module would take 10% longer
                     delattr(module, name)
                     module.__dict__[name] = kind(child)
     return model.requires_grad_(False)
@@ -103,7 +103,7 @@ def can_pack(weight) -> bool:
 
 
 def check_int8(weight) -> None:
-    """ConfigError unless this weight's device and dtype have an int8 product."""
+    """ConfigError unless this weight's device and dtype have an int8 matmul."""
     check_int8_device(str(weight.device))
     if weight.dtype != torch.bfloat16:
         name = str(weight.dtype).removeprefix('torch.')
@@ -113,13 +113,13 @@ def check_int8(weight) -> None:
 
 
 def check_int8_device(device: str) -> None:
-    """ConfigError for a device without a product of int8 matrices and bfloat16 vectors."""
+    """ConfigError for a device without a matmul of int8 weights and bfloat16 activations."""
     kind = device.partition(':')[0]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(
         'aten::_weight_int8pack_mm', {'cpu': 'CPU', 'cuda': 'CUDA', 'mps': 'MPS'}.get(kind, kind)
     ):
         raise ConfigError(
-            f"quantize='int8': torch {torch.__version__} has no int8 product on {kind}; "
+            f"quantize='int8': torch {torch.__version__} has no int8 matmul on {kind}; "
             'use --device=cpu, or remove --quantize'
         )
     if kind == 'cuda' and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -17,14 +17,14 @@ from flatgpt.inference.sampling import SamplingParams
 class TokenOutput(NamedTuple):
     """The next token of a request."""
 
-    row: int  # the number of the request among the caller's
+    index: int  # of the request among the caller's
     token: int | None  # its id; None: the request ended without one
     text: str  # text to show now: often the token's, '' while a possible stop string is held back
-    finish: str | None = None  # 'stop' (end of text, stop string), 'length', 'cancelled', 'error'
-    logprob: float | None = (
-        None  # of the token, in nats, before penalties and filters; if requested
-    )
-    top: tuple = ()  # the likeliest tokens, (id, logprob), if requested
+    # 'stop' (end of text, stop string), 'length', 'cancelled' or 'error'
+    finish_reason: str | None = None
+    # of the token, in nats, before penalties and filters; if requested
+    logprob: float | None = None
+    top_logprobs: tuple = ()  # the most likely tokens, (id, logprob), if requested
 
 
 class StopString:
@@ -101,8 +101,8 @@ class Request:
 
     prompt: token ids, at least one; the last block_size of them count. on_token: called with each
     TokenOutput, in the thread that runs the engine. seed: of the random numbers, by default
-    (sampling.seed, row). top: return log-probabilities, of each token and of the `top` likeliest;
-    None: neither. score_prompt: compute prompt_logprobs, too.
+    (sampling.seed, index). top_logprobs: return log-probabilities, of each token and of this many
+    most likely ones; None: neither. score_prompt: compute prompt_logprobs, too.
     """
 
     def __init__(
@@ -110,21 +110,21 @@ class Request:
         prompt,
         sampling: SamplingParams,
         on_token: Callable[[TokenOutput], None],
-        row: int = 0,
+        index: int = 0,
         seed=None,
-        top: int | None = None,
+        top_logprobs: int | None = None,
         score_prompt: bool = False,
     ):
         self.prompt, self.sampling, self.on_token = list(map(int, prompt)), sampling, on_token
         assert self.prompt, 'the prompt is empty'
-        self.row, self.top, self.score_prompt = row, top, score_prompt
-        self.random = np.random.default_rng((sampling.seed, row) if seed is None else seed)
+        self.index, self.top_logprobs, self.score_prompt = index, top_logprobs, score_prompt
+        self.random = np.random.default_rng((sampling.seed, index) if seed is None else seed)
         self.stream = TextStream(sampling.stop)
-        self.written: list[int] = []
-        self.counts: Counter[int] = Counter()  # of the tokens in `written`, for penalties
-        self.prompt_logprobs: list[tuple] = [(None, ())]  # (logprob, top) per token
+        self.output_ids: list[int] = []
+        self.counts: Counter[int] = Counter()  # of the tokens in `output_ids`, for penalties
+        self.prompt_logprobs: list[tuple] = [(None, ())]  # (logprob, top_logprobs) per token
         self.cancelled = False
-        self.finish: str | None = None
+        self.finish_reason: str | None = None
         self.arrival_time = time.monotonic()
         self.admitted_time = self.first_token_time = self.finish_time = None
 
@@ -134,9 +134,9 @@ class Request:
         return frozenset(self.prompt)
 
     @property
-    def scoring(self) -> bool:
+    def needs_prompt_logprobs(self) -> bool:
         """Whether its prompt's log-probabilities are still to be computed."""
-        return self.score_prompt and not self.written
+        return self.score_prompt and not self.output_ids
 
     def cancel(self) -> None:
         """Make the engine drop it before its next step. From any thread, at any time."""
@@ -144,27 +144,31 @@ class Request:
 
     def ended_by_prompt(self) -> str | None:
         """The reason to finish right after the prompt, None if a token follows."""
-        if self.written:
+        if self.output_ids:
             return None
         if not all(math.isfinite(score) for score, _ in self.prompt_logprobs[1:]):
             return 'error'
         return 'length' if self.sampling.max_new_tokens == 0 else None
 
-    def take(self, token: int, tokenizer: Tokenizer, logprob=None, top=()) -> TokenOutput:
-        """The output for a sampled token."""
+    def append_token(
+        self, token: int, tokenizer: Tokenizer, logprob=None, top_logprobs=()
+    ) -> TokenOutput:
+        """Add a sampled token to the completion -> its output."""
         if token < 0:  # logits that are not finite: in float16 it depends on the prompt
-            return TokenOutput(self.row, None, '', 'error')
-        self.written.append(token)
+            return TokenOutput(self.index, None, '', 'error')
+        self.output_ids.append(token)
         self.counts[token] += 1
-        last, end = len(self.written) == self.sampling.max_new_tokens, token in tokenizer.stop_ids
+        last = len(self.output_ids) == self.sampling.max_new_tokens
+        end = token in tokenizer.stop_ids
         text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
-        finish = 'stop' if end or stopped else 'length' if last else None
-        return TokenOutput(self.row, token, text, finish, logprob, top)
+        finish_reason = 'stop' if end or stopped else 'length' if last else None
+        return TokenOutput(self.index, token, text, finish_reason, logprob, top_logprobs)
 
-    def send(self, output: TokenOutput) -> None:
+    def emit(self, output: TokenOutput) -> None:
+        """Call on_token, and record the time."""
         now = time.monotonic()
         self.first_token_time = self.first_token_time or now
-        if output.finish:
+        if output.finish_reason:
             # other threads read them in this order
-            self.finish_time, self.finish = now, output.finish
+            self.finish_time, self.finish_reason = now, output.finish_reason
         self.on_token(output)

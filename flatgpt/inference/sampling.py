@@ -17,7 +17,7 @@ from flatgpt.errors import ConfigError
 from flatgpt.runtime import to_device
 from model import GPT
 
-TOP_P_CANDIDATES = 1024  # likeliest tokens, which are nearly always enough for top_p
+TOP_P_CANDIDATES = 1024  # most likely tokens, which are nearly always enough for top_p
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def filter_logits(logits, sampling: SamplingParams):
         values, ids = logits, torch.arange(size, device=logits.device).expand_as(logits)
     else:
         # on a CPU, sorting a large vocabulary takes as long as a step of a small model
-        few = min(k, TOP_P_CANDIDATES) if k == size and logits.device.type == 'cpu' else k
-        values, ids = logits.topk(few)
+        on_cpu = logits.device.type == 'cpu'
+        values, ids = logits.topk(min(k, TOP_P_CANDIDATES) if k == size and on_cpu else k)
     top = logits.amax(-1, keepdim=True)  # (R, 1)
     values = (values - top) / s.temperature  # the maximum is 0, so that nothing overflows
     if s.top_p < 1:  # a token stays if the sum of those before it is below top_p
@@ -93,7 +93,7 @@ def filter_logits(logits, sampling: SamplingParams):
             values[short], ids[short] = scaled[short].sort(descending=True)
             probs[short] = values[short].softmax(-1)
         beyond = probs.cumsum(-1) - probs >= s.top_p
-        beyond[:, 0] = False  # the likeliest stays for any top_p
+        beyond[:, 0] = False  # the most likely token stays for any top_p
         values = values.masked_fill(beyond, -math.inf)
     if s.min_p:
         values = values.masked_fill(values < math.log(s.min_p), -math.inf)
@@ -114,23 +114,26 @@ def sample_tokens(logits, sampling: SamplingParams, uniforms):
 
 
 def apply_penalties(
-    logits, sampling: SamplingParams, prompt: Iterable[int], written: Iterable[int] | Counter[int]
+    logits,
+    sampling: SamplingParams,
+    prompt_ids: Iterable[int],
+    output_ids: Iterable[int] | Counter[int],
 ) -> None:
     """Apply penalties and biases to one row of logits (V,), in place.
 
-    prompt, written: token ids; a set and a Counter are faster for long texts.
+    A set of prompt_ids and a Counter of output_ids are faster for long texts.
 
     The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
     logit - count * frequency_penalty - (count > 0) * presence_penalty + bias.
     """
     s, tensor = sampling, lambda values: to_device(torch.tensor(values), logits.device)
     if s.repetition_penalty != 1:
-        seen = tensor([*{*prompt, *written}])
+        seen = tensor([*{*prompt_ids, *output_ids}])
         found = logits[seen]
         penalty = torch.where(found < 0, s.repetition_penalty, 1 / s.repetition_penalty)
         logits[seen] = found * penalty
-    if written and (s.frequency_penalty or s.presence_penalty):
-        seen, counts = map(tensor, zip(*Counter(written).items(), strict=True))
+    if output_ids and (s.frequency_penalty or s.presence_penalty):
+        seen, counts = map(tensor, zip(*Counter(output_ids).items(), strict=True))
         logits[seen] -= counts * s.frequency_penalty + s.presence_penalty
     if s.logit_bias:
         seen, biases = map(tensor, zip(*s.logit_bias, strict=True))
@@ -145,7 +148,7 @@ def suppressed_ids(tokenizer: Tokenizer, model: GPT):
 
 
 def logprobs_of(logits, tokens: list[int], top: int) -> list[tuple]:
-    """(logprob of the token in nats, the `top` likeliest as (id, logprob)) per row of (T, V)."""
+    """(logprob of the token in nats, the `top` most likely as (id, logprob)) per row of (T, V)."""
     scores = logits.float().log_softmax(-1)
     values, ids = scores.topk(min(top, scores.size(-1)))
     own = scores.gather(1, to_device(torch.tensor(tokens), scores.device)[:, None])

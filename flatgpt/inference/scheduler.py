@@ -3,8 +3,8 @@ The scheduler: which requests are computed next, and in which slot. No tensors h
 
 A slot is a row of the KV cache. A request has one from its admission to its last token. A step is
 one prefill batch, then one more token of every decoding request (continuous batching: Yu et al.
-2022, Orca). A slot keeps its keys after its request, so that a later prompt with the same prefix
-can reuse them.
+2022, Orca). A slot keeps its KV entries after its request, so that a later prompt with the same
+prefix can reuse them.
 """
 
 import time
@@ -15,14 +15,14 @@ from flatgpt.inference.request import Request
 
 MIN_PREFIX = 16  # tokens; shorter shared prefixes are computed again
 IDLE_PREFILL_TOKENS = 2048  # prompt tokens per batch while no request is decoding
-LOGPROB_CHUNK = 128  # tokens per batch of a scored prompt: each has logits over the vocabulary
+LOGPROB_CHUNK = 128  # tokens per batch if a prompt needs logprobs: each has logits (V,)
 
 
 class Slot:
     """A row of the cache: its request, its cached tokens, and the tokens to compute next.
 
     A full context (block_size tokens) drops its oldest eighth. The rest gets new positions, so its
-    keys are computed again; that cost is amortized over the tokens until it is full again.
+    KV entries are computed again; that cost is amortized over the tokens until it is full again.
     """
 
     def __init__(self, row: int):
@@ -69,17 +69,19 @@ class ScheduledBatch(NamedTuple):
 class Scheduler:
     """Assigns slots to waiting requests, first come first served, and plans each forward pass.
 
-    chunk: prompt tokens between two decoding steps. deterministic: every batch has all rows or a
-    single prompt, and no prefix is shared.
+    prefill_chunk: prompt tokens between two decoding steps. deterministic: every batch has all
+    slots or a single prompt, and no prefix is shared.
     """
 
-    def __init__(self, rows: int, block_size: int, chunk: int, deterministic: bool):
-        self.block_size, self.chunk, self.deterministic = block_size, chunk, deterministic
-        self.slots = [Slot(row) for row in range(rows)]
+    def __init__(self, num_slots: int, block_size: int, prefill_chunk: int, deterministic: bool):
+        self.block_size, self.prefill_chunk = block_size, prefill_chunk
+        self.deterministic = deterministic
+        self.slots = [Slot(row) for row in range(num_slots)]
         self.waiting: deque[Request] = deque()
         self.copies: list[tuple[int, int, int]] = []  # for the next batch
-        powers = [2**i for i in range(rows.bit_length()) if 2**i < rows]
-        self.batch_sizes = [rows] if deterministic else [*powers, rows]  # of decoding
+        powers = [2**i for i in range(num_slots.bit_length()) if 2**i < num_slots]
+        # of decoding
+        self.batch_sizes = [num_slots] if deterministic else [*powers, num_slots]
 
     @property
     def running(self) -> int:
@@ -90,9 +92,10 @@ class Scheduler:
     def admit(self) -> None:
         """Assign the free slots to waiting requests."""
         while self.waiting and (free := [slot for slot in self.slots if slot.request is None]):
-            few = self.batch_size_for(self.running + 1)
-            first = [slot for slot in free if slot.row < few] or free
-            slot = min(first, key=lambda slot: slot.last_used)  # its keys are least likely reused
+            batch_size = self.batch_size_for(self.running + 1)
+            preferred = [slot for slot in free if slot.row < batch_size] or free
+            # its KV entries are the least likely to be reused
+            slot = min(preferred, key=lambda slot: slot.last_used)
             slot.begin(self.waiting.popleft(), self.block_size)
 
     def batch_size_for(self, rows: int) -> int:
@@ -128,13 +131,14 @@ class Scheduler:
                 break
         if not slots:
             return None
-        first = slots[0]
-        alone = self.deterministic or first.cached_ids or first.request.scoring
+        oldest = slots[0]
+        alone = self.deterministic or oldest.cached_ids or oldest.request.needs_prompt_logprobs
         idle = not (self.deterministic or any(slot.decoding for slot in self.slots))
-        room = IDLE_PREFILL_TOKENS if idle else self.chunk
-        slots = slots[:1] if alone else self.group_prompts(slots, room)
-        room = min(room, LOGPROB_CHUNK) if first.request.scoring else room
-        return self.make_batch(slots, len(slots), room // len(slots))
+        token_budget = IDLE_PREFILL_TOKENS if idle else self.prefill_chunk
+        slots = slots[:1] if alone else self.group_prompts(slots, token_budget)
+        if oldest.request.needs_prompt_logprobs:
+            token_budget = min(token_budget, LOGPROB_CHUNK)
+        return self.make_batch(slots, len(slots), token_budget // len(slots))
 
     def prefilling_slots(self) -> list[Slot]:
         """The slots whose prompt is not complete, the oldest request first."""
@@ -142,9 +146,9 @@ class Scheduler:
         return sorted(slots, key=lambda slot: slot.request.arrival_time)
 
     def reuse_prefix(self, slot: Slot) -> None:
-        """Reuse the cached keys of the longest prefix that a prompt shares with any slot."""
+        """Reuse the KV entries of the longest prefix that a prompt shares with any slot."""
         prompt, best, count = slot.uncached_ids, slot, 0
-        if not (self.deterministic or slot.request.scoring):
+        if not (self.deterministic or slot.request.needs_prompt_logprobs):
             best = max(self.slots, key=lambda other: common_prefix(prompt, other.cached_ids))
             shared = common_prefix(prompt, best.cached_ids)
             count = min(shared, len(prompt) - 1)  # the last token is needed for logits
@@ -152,15 +156,16 @@ class Scheduler:
         self.copies.append((best.row, slot.row, count))
         slot.cached_ids, slot.uncached_ids, slot.is_new = prompt[:count], prompt[count:], False
 
-    def group_prompts(self, slots: list[Slot], room: int) -> list[Slot]:
+    def group_prompts(self, slots: list[Slot], token_budget: int) -> list[Slot]:
         """The first of these slots and those whose prompts fit in one pass with it."""
         taken = slots[:1]
         for slot in slots[1:]:
             ids, others = slot.uncached_ids, [each.uncached_ids for each in taken]
             longest = max(map(len, [*others, ids]))
             shared = any(common_prefix(ids, other) >= MIN_PREFIX for other in others)
-            if shared or slot.request.scoring or longest * (len(taken) + 1) > room:
-                continue  # it can reuse the keys of one of these later
+            too_long = longest * (len(taken) + 1) > token_budget
+            if shared or slot.request.needs_prompt_logprobs or too_long:
+                continue  # if shared, it can reuse the KV entries of one of these later
             if slot.is_new:
                 self.reuse_prefix(slot)
             if slot.prefilling and not slot.cached_ids:
@@ -174,9 +179,9 @@ class Scheduler:
 
     def compact(self, slots: list[Slot]) -> int:
         """Move requests to the first rows -> how many rows to compute."""
-        few = self.batch_size_for(self.running)
+        batch_size = self.batch_size_for(self.running)
         for slot in slots:
-            if slot.row >= few:
+            if slot.row >= batch_size:
                 free = next(other for other in self.slots if other.request is None)
                 self.copies.append((slot.row, free.row, len(slot.cached_ids)))
                 free.cached_ids = []

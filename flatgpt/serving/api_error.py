@@ -27,3 +27,8 @@ class APIError(Exception):
         super().__init__(message)
         self.status, self.code, self.headers = status, code, dict(headers)
         self.body = error_body(status, message, param, code)
+
+
+def shutting_down(headers=()) -> APIError:
+    message = 'the server is shutting down; try again after its restart'
+    return APIError(503, message, code='draining', headers=headers)

@@ -22,19 +22,19 @@ class ChoiceBuilder:
 
     def choice(self, outputs: list[TokenOutput]) -> dict | None:
         """The choice with the next outputs; None if they add nothing that a client sees."""
-        r, finish = self.request, outputs[-1].finish
+        r, finish = self.request, outputs[-1].finish_reason
         text = ''.join(output.text for output in outputs)
-        scores = [(o.token, o.logprob, o.top) for o in outputs if o.token is not None]
+        scores = [(o.token, o.logprob, o.top_logprobs) for o in outputs if o.token is not None]
         if self.echo:
             text, self.echo = self.tokenizer.decode(r.prompt) + text, False
             if r.score_prompt:
                 pairs = zip(r.prompt, r.prompt_logprobs, strict=True)
                 scores[:0] = [(i, *each) for i, each in pairs]
-        if not (text or finish or r.top is not None):
+        if not (text or finish or r.top_logprobs is not None):
             return None
-        logprobs = None if r.top is None else self.logprobs(scores)
+        logprobs = None if r.top_logprobs is None else self.logprobs(scores)
         fields = self.text_fields(text)
-        return {'index': r.row, **fields, 'logprobs': logprobs, 'finish_reason': finish}
+        return {'index': r.index, **fields, 'logprobs': logprobs, 'finish_reason': finish}
 
     def text_fields(self, text: str) -> dict:
         return {'text': text}
@@ -52,7 +52,7 @@ class ChoiceBuilder:
         }
 
     def top_logprobs(self, token: int, logprob: float, top: tuple) -> dict[str, float]:
-        """The log-probabilities of the likeliest tokens and of the chosen one, by token text.
+        """The log-probabilities of the most likely tokens and of the chosen one, by token text.
 
         Other tokens with the same text get unique keys.
         """

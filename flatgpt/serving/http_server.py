@@ -2,7 +2,7 @@
 The HTTP server of api.py: waitress with its threads, the log, signals and shutdown.
 
     server = Server(startup := StartupApp(), listen(settings), max_body=4.0)
-    startup.app = create_app(**settings)                 # until then: 503, the model is loading
+    startup.app = build_app(None, settings)              # until then: 503, the model is loading
     wait_until_drained(service, server)                  # after a signal: finish what is running
 """
 
@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import flask
@@ -27,7 +28,7 @@ from waitress.utilities import RequestEntityTooLarge
 
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.serving.api_error import APIError, error_body
-from flatgpt.serving.origins import Origins
+from flatgpt.serving.origins import Origins, is_preflight
 from flatgpt.serving.service import LOG, Service, api_key_of
 
 MAX_DISCARDED = 2**28  # bytes of a body over the limit that are read, to be able to respond
@@ -37,7 +38,6 @@ STALL_TIMEOUT = 60.0  # seconds without a byte read until a client is disconnect
 STALL_CHECK_INTERVAL = 1.0  # seconds
 DRAIN_GRACE = 0.5  # seconds in which a drained server still answers late requests, by 503
 DRAIN_TIMEOUT = 30.0  # seconds in which clients must read the rest of their responses
-PREFLIGHT_HEADER = 'ACCESS_CONTROL_REQUEST_METHOD'  # an OPTIONS request with it is a preflight
 
 
 class JsonLines(logging.Formatter):
@@ -118,6 +118,11 @@ def listen(settings: dict) -> socket.socket:
         ) from error
 
 
+def header_reader(request: dict) -> Callable[[str], str | None]:
+    """A function that reads a header by its name, of headers under WSGI's names."""
+    return lambda name: request.get(name.upper().replace('-', '_'))
+
+
 class StartupApp:
     """The WSGI application; while the model is loading, it responds with 503."""
 
@@ -142,7 +147,7 @@ class StartupApp:
         except APIError as error:
             return '403 Forbidden', error.body
         # if its preflight failed, a page could not read the 503
-        preflight = request['REQUEST_METHOD'] == 'OPTIONS' and PREFLIGHT_HEADER in request
+        preflight = is_preflight(request['REQUEST_METHOD'], header_reader(request))
         if preflight or request['PATH_INFO'] == '/health':
             return '200 OK', {'status': 'ok'}
         return '503 Service Unavailable', error_body(
@@ -154,10 +159,7 @@ class StartupApp:
         origins = self.app.extensions['origins'] if self.app else self.origins
         if origins is None:
             return []
-        wanted = None
-        if PREFLIGHT_HEADER in request:
-            wanted = request.get('ACCESS_CONTROL_REQUEST_HEADERS', '')
-        return list(origins.headers(request.get('ORIGIN'), wanted).items())
+        return list(origins.response_headers(header_reader(request)).items())
 
     def log_rejected(self, client: str, status: int) -> None:
         """Log and count a request that waitress rejected: malformed or oversized HTTP."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from flatgpt.inference.engine import NOT_FINITE, Engine
 from flatgpt.inference.request import Request, TokenOutput
-from flatgpt.serving.api_error import APIError
+from flatgpt.serving.api_error import APIError, shutting_down
 from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.schema import CompletionRequest
 
@@ -34,7 +34,7 @@ class OutputQueue:
 
     def put(self, output: TokenOutput) -> None:
         self.outputs.append(output)
-        if output.finish:
+        if output.finish_reason:
             self.unfinished -= 1
             if not self.unfinished:
                 self.finished.set()
@@ -63,7 +63,7 @@ class OutputQueue:
 class CompletionJob:
     """The completions that one HTTP request asks for.
 
-    client_disconnected(): whether the client is gone. seconds: the time limit.
+    client_disconnected(): whether the client disconnected. seconds: the time limit.
     builder: makes the response's choices, a ChoiceBuilder or a subclass.
     """
 
@@ -76,14 +76,20 @@ class CompletionJob:
         seconds: float,
         builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
     ):
-        sampling, n, top, echo = body.sampling(), body.n or 1, body.logprobs, bool(body.echo)
+        sampling, n, echo = body.sampling(), body.n or 1, bool(body.echo)
         # clients of llama.cpp and vLLM send -1 for "no seed"
         seed = secrets.randbits(63) if body.seed in (None, -1) else body.seed % 2**64
         self.queue = OutputQueue(len(prompts) * n)
         # random numbers depend on the seed and on the completion's number within its prompt
         self.requests = [
             Request(
-                ids, sampling, self.queue.put, i * n + j, (seed, j), top, echo and top is not None
+                ids,
+                sampling,
+                self.queue.put,
+                index=i * n + j,
+                seed=(seed, j),
+                top_logprobs=body.logprobs,
+                score_prompt=echo and body.logprobs is not None,
             )
             for i, ids in enumerate(prompts)
             for j in range(n)
@@ -107,7 +113,7 @@ class CompletionJob:
             request.cancel()
 
     def cancel_if_abandoned(self) -> None:
-        """Cancel it if its client is gone or its time is up."""
+        """Cancel it if its client disconnected or its time is up."""
         age = time.monotonic() - self.requests[0].arrival_time
         self.timed_out = self.timed_out or age > self.seconds
         if self.timed_out or self.client_disconnected():
@@ -138,12 +144,12 @@ class CompletionJob:
 
     def choices(self, outputs: list[TokenOutput]) -> list[dict]:
         """The choices with these outputs. APIError if the job has failed."""
-        if any(output.finish in ('error', 'cancelled') for output in outputs):
+        if any(output.finish_reason in ('error', 'cancelled') for output in outputs):
             raise self.failure()
-        rows: dict[int, list[TokenOutput]] = {}
+        by_index: dict[int, list[TokenOutput]] = {}
         for output in outputs:
-            rows.setdefault(output.row, []).append(output)
-        choices = [self.builders[row].choice(rows[row]) for row in sorted(rows)]
+            by_index.setdefault(output.index, []).append(output)
+        choices = [self.builders[i].choice(by_index[i]) for i in sorted(by_index)]
         return [choice for choice in choices if choice]
 
     def failure(self) -> APIError:
@@ -156,12 +162,11 @@ class CompletionJob:
             return APIError(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
         if self.client_disconnected():
             return APIError(499, 'the client disconnected')  # nginx's status; only for the log
-        if self.engine.error is None and any(r.finish == 'error' for r in self.requests):
+        if self.engine.error is None and any(r.finish_reason == 'error' for r in self.requests):
             LOG.error(NOT_FINITE)
             return APIError(500, NOT_FINITE, code='not_finite')
         if self.engine.error is None and self.engine.closed:
-            message = 'the server is shutting down; try again after its restart'
-            return APIError(503, message, code='draining')
+            return shutting_down()
         message = 'the engine failed; see the server log, then restart the server'
         return APIError(500, message, code='engine_stopped')
 
@@ -169,7 +174,7 @@ class CompletionJob:
 
     def usage(self) -> dict:
         prompt = sum(map(len, self.prompts))
-        completion = sum(len(r.written) for r in self.requests)
+        completion = sum(len(r.output_ids) for r in self.requests)
         return {
             'prompt_tokens': prompt,
             'completion_tokens': completion,
@@ -179,15 +184,15 @@ class CompletionJob:
     def log_fields(self, with_text: bool) -> dict:
         """Its fields of the request's log line."""
         r = self.requests[0]
-        first = r.first_token_time if r.written else None
+        first = r.first_token_time if r.output_ids else None
         moments = {'queued': r.admitted_time, 'first_token': first}
         out = {name: round(at - r.arrival_time, 4) for name, at in moments.items() if at}
-        out |= self.usage() | {'finish': [r.finish or 'cancelled' for r in self.requests]}
+        out |= self.usage() | {'finish': [r.finish_reason or 'cancelled' for r in self.requests]}
         out |= {'code': self.code} if self.code else {}
         if with_text:
             decode = self.engine.tokenizer.decode
             out['prompts'] = [decode(ids) for ids in self.prompts]
-            out['answers'] = [decode(each.written) for each in self.requests]
+            out['answers'] = [decode(each.output_ids) for each in self.requests]
         return out
 
 

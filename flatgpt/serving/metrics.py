@@ -21,12 +21,14 @@ class Metrics:
         self.finished = self.counter('requests_finished', 'Finished completions', 'reason')
         self.rejected = self.counter('requests_rejected', 'Requests answered by an error', 'status')
         long = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
-        self.queue = self.seconds('queue', 'From request to slot', long)
-        self.first = self.seconds('time_to_first_token', 'From request to first token', long)
-        self.total = self.seconds('request', 'From request to last token', long)
+        self.queue_time = self.seconds('queue', 'From request to slot', long)
+        self.time_to_first_token = self.seconds(
+            'time_to_first_token', 'From request to first token', long
+        )
+        self.request_time = self.seconds('request', 'From request to last token', long)
         short = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
         about = 'From token to token, mean of a completion'
-        self.inter_token = self.seconds('inter_token', about, short)
+        self.inter_token_time = self.seconds('inter_token', about, short)
 
     def counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f'flatgpt_{name}', about, labels, registry=self.registry)
@@ -35,19 +37,19 @@ class Metrics:
         name = f'flatgpt_{name}_seconds'
         return Histogram(name, about, buckets=buckets, registry=self.registry)
 
-    def count(self, job: CompletionJob) -> None:
-        """Count a released job, whose completions the engine may still be writing to."""
+    def observe(self, job: CompletionJob) -> None:
+        """Record a released job, whose completions the engine may still be writing to."""
         if any(r.admitted_time for r in job.requests):
             self.prompt_tokens.inc(job.usage()['prompt_tokens'])
         for r in job.requests:
-            tokens = len(r.written)
-            self.finished.labels(r.finish or 'cancelled').inc()
+            tokens = len(r.output_ids)
+            self.finished.labels(r.finish_reason or 'cancelled').inc()
             self.generation_tokens.inc(tokens)
             if r.admitted_time:
-                self.queue.observe(r.admitted_time - r.arrival_time)
-            if r.finish in ('stop', 'length') and r.finish_time:
-                self.total.observe(r.finish_time - r.arrival_time)
+                self.queue_time.observe(r.admitted_time - r.arrival_time)
+            if r.finish_reason in ('stop', 'length') and r.finish_time:
+                self.request_time.observe(r.finish_time - r.arrival_time)
             if tokens and r.first_token_time:
-                self.first.observe(r.first_token_time - r.arrival_time)
+                self.time_to_first_token.observe(r.first_token_time - r.arrival_time)
             if tokens > 1 and r.finish_time:
-                self.inter_token.observe((r.finish_time - r.first_token_time) / (tokens - 1))
+                self.inter_token_time.observe((r.finish_time - r.first_token_time) / (tokens - 1))

@@ -1,8 +1,9 @@
 """
 What surrounds every request of api.py: its id, API key, body, errors and log line.
 
-    app.register_blueprint(middleware.blueprint)
-    body = read_body(CompletionRequest)                  # in a route; or an APIError
+    app.extensions |= {'flatgpt': service, 'origins': origins}
+    app.register_blueprint(blueprint)
+    body = read_body(CompletionRequest)                  # in a request; or an APIError
 """
 
 import hmac
@@ -18,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from flatgpt.errors import did_you_mean
 from flatgpt.files import strict_json
 from flatgpt.serving.api_error import APIError
-from flatgpt.serving.origins import Origins
+from flatgpt.serving.origins import Origins, is_preflight
 from flatgpt.serving.service import Service, api_key_of
 from flatgpt.serving.unsupported import Body, Unsupported
 
@@ -101,7 +102,7 @@ def before_request():
     g.id = given if re.fullmatch(r'[\w.-]{1,64}', given, re.ASCII) else secrets.token_hex(12)
     g.began, g.job, g.code = time.monotonic(), None, None
     current_origins().check(headers.get('Origin'), headers.get('Host'))
-    if 'Access-Control-Request-Method' in headers and flask.request.method == 'OPTIONS':
+    if is_preflight(flask.request.method, headers.get):
         return flask.Response()  # a preflight has no key; after_request() adds the CORS headers
     guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
     key = api_key_of(current_service().settings)
@@ -121,10 +122,7 @@ def after_request(response: flask.Response):
     response.headers['X-Request-Id'] = g.id
     response.headers['X-Content-Type-Options'] = 'nosniff'
     response.headers['Content-Security-Policy'] = "default-src 'self' 'unsafe-inline' data:"
-    wanted = None
-    if 'Access-Control-Request-Method' in request.headers:
-        wanted = request.headers.get('Access-Control-Request-Headers', '')
-    response.headers.update(current_origins().headers(request.headers.get('Origin'), wanted))
+    response.headers.update(current_origins().response_headers(request.headers.get))
     line = {
         'id': g.id,
         'client': request.remote_addr,
@@ -156,7 +154,7 @@ def error_response(error: APIError):
 
 @blueprint.app_errorhandler(HTTPException)
 def http_error_response(error: HTTPException):
-    """The response to what werkzeug refuses, such as an unknown path."""
+    """The response to what werkzeug rejects, such as an unknown path."""
     path, method = flask.request.path, flask.request.method
     allow = {name: value for name, value in error.get_headers() if name == 'Allow'}
     methods = ' or '.join(sorted(set(allow.get('Allow', '').split(', ')) - {'HEAD', 'OPTIONS'}))

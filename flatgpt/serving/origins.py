@@ -4,14 +4,16 @@ Which pages of other addresses may use this server from a browser (CORS).
     origins = Origins(settings)                          # ConfigError for an invalid origin
     headers = origins.headers('http://localhost:3000')   # of a response to such a page
 
+This protects a server without an API key from CSRF and DNS rebinding: any web page could reach a
+server on loopback through the browser of whoever opens the page. So without a key only pages of
+this machine may use it. Others are rejected by their Origin, which browsers send with every POST
+(CSRF). A page can also point its own host name at this machine (DNS rebinding); browsers then send
+no Origin with a GET, but the Host header still has that name, and is checked as well.
 With an API key any page may: browsers send no key by themselves, so a page must have it.
-Without a key only pages of this machine may. Any other page would reach a server on loopback
-through the browser of whoever opens it. Such a page is refused by its Origin, which browsers send
-with every POST. DNS rebinding points a page's own host name at this machine; browsers then send no
-Origin with a GET, but the Host header still has that name, and is checked as well.
 """
 
 import re
+from collections.abc import Callable
 
 from flatgpt.errors import ConfigError
 from flatgpt.serving.api_error import APIError
@@ -20,6 +22,7 @@ from flatgpt.serving.service import api_key_of
 LOCAL_ORIGINS = 'http://localhost:*,http://127.0.0.1:*,http://[::1]:*'
 LOCAL_ORIGINS += ',' + LOCAL_ORIGINS.replace('http:', 'https:')
 LOCAL_HOSTS = ('localhost', '127.0.0.1', '[::1]')
+PREFLIGHT_HEADER = 'Access-Control-Request-Method'  # an OPTIONS request with it is a preflight
 EXPOSED_HEADERS = 'X-Request-Id, Retry-After, X-Should-Retry'  # that a page may read
 
 
@@ -65,6 +68,13 @@ class Origins:
             'Access-Control-Max-Age': '600',
         }
 
+    def response_headers(self, header: Callable[[str], str | None]) -> dict[str, str]:
+        """CORS headers of the response to a request. header: from a name to its value in it."""
+        wanted = None
+        if header(PREFLIGHT_HEADER) is not None:
+            wanted = header('Access-Control-Request-Headers') or ''
+        return self.headers(header('Origin'), wanted)
+
     def is_own_host(self, host: str) -> bool:
         """Whether a Host header has a name of this machine, or the configured one."""
         name = re.sub(r':\d+$', '', host.lower())
@@ -94,3 +104,8 @@ class Origins:
                 f'--allow_origins={origin}, or with --api_key=KEY'
             )
             raise APIError(403, message, code='origin_not_allowed')
+
+
+def is_preflight(method: str, header: Callable[[str], str | None]) -> bool:
+    """Whether a browser asks before it sends a page's request. header: see response_headers()."""
+    return method == 'OPTIONS' and header(PREFLIGHT_HEADER) is not None

@@ -86,16 +86,16 @@ class Options(Unsupported):
         'The same seed gives the same completion. Without one, or with -1, it is random.'
     )
     temperature: bounded(0, 1e6) | None = nullable(
-        '0 always picks the likeliest token (default 1).'
+        '0 always picks the most likely token (default 1).'
     )
     top_p: bounded(above=0, high=1) | None = nullable(
-        'Sample from the likeliest tokens whose probabilities add up to this (default 1).'
+        'Sample from the most likely tokens whose probabilities add up to this (default 1).'
     )
     top_k: bounded(-1, 2**31, kind=int) | None = nullable(
-        'Sample from this many of the likeliest tokens (default 0, like -1: all).'
+        'Sample from this many of the most likely tokens (default 0, like -1: all).'
     )
     min_p: bounded(0, 1) | None = nullable(
-        "Exclude tokens below this fraction of the likeliest token's probability (default 0)."
+        "Exclude tokens below this fraction of the most likely token's probability (default 0)."
     )
     repetition_penalty: bounded(0.01, 100) | None = nullable(
         'Above 1 makes tokens of the prompt and the completion less likely (default 1).'
@@ -147,7 +147,7 @@ class CompletionRequest(Options):
     )
     echo: bool | None = nullable('Prepend the prompt to each completion.')
     logprobs: bounded(0, MAX_LOGPROBS, kind=int) | None = nullable(
-        'Report the log-probabilities of each token and of this many of the likeliest ones.'
+        'Report the log-probabilities of each token and of this many of the most likely ones.'
     )
 
     def prompts(self) -> list:
@@ -197,12 +197,12 @@ class ChatRequest(Options):
     )
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_tokens: bounded(1, 2**31, kind=int) | None = nullable(
-        'Most tokens in a completion (default: as many as fit into the context).'
+        'Most tokens in a completion (default: as many as fit in the context).'
     )
     max_completion_tokens: bounded(1, 2**31, kind=int) | None = nullable('The same as max_tokens.')
     logprobs: bool | None = nullable('Report the log-probability of each token.')
     top_logprobs: bounded(0, MAX_LOGPROBS, kind=int) | None = nullable(
-        'And of this many of the likeliest ones.'
+        'And of this many of the most likely ones.'
     )
     echo: unsupported_field(False) = None
 

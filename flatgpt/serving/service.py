@@ -19,7 +19,7 @@ from flatgpt.data.messages import template_role
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory, out_of_memory
-from flatgpt.serving.api_error import APIError
+from flatgpt.serving.api_error import APIError, shutting_down
 from flatgpt.serving.choices import ChoiceBuilder
 from flatgpt.serving.job import CompletionJob
 from flatgpt.serving.metrics import Metrics
@@ -33,9 +33,9 @@ def api_key_of(settings: dict) -> str:
     return settings['api_key'] or os.environ.get('FLATGPT_API_KEY', '')
 
 
-def memory_advice(rows: int) -> str:
-    """The flag to restart a server with whose memory is too small for `rows` completions."""
-    return f'--max_rows={rows // 2}' if rows > 1 else '--quantize=int8, or a smaller model'
+def memory_advice(slots: int) -> str:
+    """The flag to restart a server with whose memory is too small for so many slots."""
+    return f'--max_rows={slots // 2}' if slots > 1 else '--quantize=int8, or a smaller model'
 
 
 class Service:
@@ -90,8 +90,7 @@ class Service:
             message = 'the engine has stopped; see the server log, then restart the server'
             return APIError(503, message, code='engine_stopped')
         if self.draining:
-            message = 'the server is shutting down; try again after its restart'
-            return APIError(503, message, code='draining', headers={'Retry-After': '5'})
+            return shutting_down(headers={'Retry-After': '5'})
         return None
 
     def model_info(self) -> dict:
@@ -212,10 +211,10 @@ class Service:
             raise job.failure() from None
 
     def release(self, job: CompletionJob) -> None:
-        """Cancel what is unfinished, and count the job."""
+        """Cancel what is unfinished, and record the job in the metrics."""
         job.cancel()
         with self.lock:
             if job not in self.jobs:
                 return
             self.jobs.remove(job)
-        self.metrics.count(job)
+        self.metrics.observe(job)

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from flatgpt import ROOT
-from flatgpt.checkpoint.save import SMALL
+from flatgpt.checkpoint.save import SYNC_SAVE_BYTES
 from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import as_config_error
 from flatgpt.lora import add_lora

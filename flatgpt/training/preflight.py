@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from flatgpt.checkpoint.convert import RELEASED, is_cached, is_foreign, parse_model_config
+from flatgpt.checkpoint.convert import RELEASED, is_cached, is_external, parse_model_config
 from flatgpt.checkpoint.load import (
-    find,
+    find_checkpoint,
     list_checkpoints,
     read_state,
     shape_in,
     tokenizer_in,
-    verify,
+    verify_checkpoint,
 )
 from flatgpt.checkpoint.peft import base_of, is_adapter
 from flatgpt.data.cache import read_small_file
@@ -168,13 +168,13 @@ class Preflight:
                     f'{self.out_dir} has no checkpoint to resume from; start a run with '
                     '--init_from=scratch'
                 )
-        if where == 'scratch' or is_foreign(where):
+        if where == 'scratch' or is_external(where):
             return where
         if is_adapter(where):
             return base_of(where)
         if read_state(Path(where)):
             return Path(where)
-        return list_checkpoints(where)[-1] if list_checkpoints(where) else find(where)
+        return list_checkpoints(where)[-1] if list_checkpoints(where) else find_checkpoint(where)
 
     def vocab_size(self) -> int:
         """That of a new model for the dataset; GPT-2's if it is not prepared."""
@@ -356,7 +356,7 @@ class Preflight:
         mirror = self.config['checkpoint_mirror']
         if path is None and mirror and list_checkpoints(mirror):
             path = list_checkpoints(mirror)[-1]
-            verify(path)
+            verify_checkpoint(path)
         if path is None:
             source = self.model_source()
             yield 'ok', f'no checkpoint yet: starts from {source}'

@@ -17,15 +17,15 @@ from pathlib import Path
 from filelock import FileLock
 
 from flatgpt.checkpoint.load import (
-    MANIFEST,
-    find,
+    MANIFEST_FILE,
+    find_checkpoint,
     list_checkpoints,
-    load,
+    load_checkpoint,
     load_model,
     newest_run,
     step_of,
 )
-from flatgpt.checkpoint.mirror import copy_if_missing, fetch, restore
+from flatgpt.checkpoint.mirror import copy_if_missing, fetch_checkpoint, restore_newest
 from flatgpt.checkpoint.save import prune
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.mixture import open_data
@@ -107,7 +107,7 @@ def find_or_restore(out_dir: Path, config: dict, runtime: Runtime) -> Path | Non
     """The checkpoint to resume from; a newer one in the mirror is copied here first."""
     mirror = config['checkpoint_mirror']
     if mirror:
-        restore(mirror, out_dir)
+        restore_newest(mirror, out_dir)
     path = run_directory.resume_point(out_dir, config)
     if path and mirror and runtime.world_size > 1 and not config['eval_only']:
         try:
@@ -126,14 +126,14 @@ def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
     on_disk_of_rank_0 = file_identity(path) == rank0_file
     if mirror and runtime.is_local_main and not on_disk_of_rank_0:
         try:
-            fetch(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
+            fetch_checkpoint(Path(mirror, *path.parts[-2:]), path.parents[1], manifest)
             if not config['eval_only']:  # only rank 0 does this on its disk
                 run_directory.remove_later_steps(path.parents[1], step_of(path), overwrite=False)
                 prune(path.parent, config['always_save_checkpoint'])
         except (OSError, UserError) as error:  # the other ranks wait for this one
             reason = f' ({error})'
     runtime.all_reduce([0])  # wait for the other ranks
-    here = sha256(path / MANIFEST) if (path / MANIFEST).exists() else None
+    here = sha256(path / MANIFEST_FILE) if (path / MANIFEST_FILE).exists() else None
     if rank := runtime.first_mismatch(here):
         raise UserError(
             f'{path} of rank {rank} is missing on its machine or differs from that of rank 0: use '
@@ -144,7 +144,7 @@ def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
 def file_identity(path: Path) -> tuple[int, int] | None:
     """Equal on two machines only if they see the same file on one disk."""
     with suppress(FileNotFoundError):
-        status = (path / MANIFEST).stat()
+        status = (path / MANIFEST_FILE).stat()
         return status.st_ino, status.st_mtime_ns
     return None
 
@@ -194,7 +194,7 @@ def load_initial_model(
     Sets init_from in config to how the run started. A pretrained model is cropped to block_size.
     """
     if resume_from:
-        model, tokenizer, saved = load(resume_from, config['dropout'])
+        model, tokenizer, saved = load_checkpoint(resume_from, config['dropout'])
         check_unchanged(config, saved['config'], model.config, resume_from)
         config['init_from'] = saved['config']['init_from']
     elif config['init_from'] not in NEW_MODEL:
@@ -215,7 +215,7 @@ def load_pretrained(config: dict) -> tuple[GPT, Tokenizer | None]:
             'choose another --out_dir'
         )
     if config['checkpoint']:
-        config['init_from'] = str(find(where, config['checkpoint']))
+        config['init_from'] = str(find_checkpoint(where, config['checkpoint']))
     model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
     if config['block_size'] < model.config.block_size:
         model.crop_block_size(config['block_size'])

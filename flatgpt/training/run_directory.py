@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from flatgpt.checkpoint.load import find, list_checkpoints, read_state, step_of
+from flatgpt.checkpoint.load import find_checkpoint, list_checkpoints, read_state, step_of
 from flatgpt.checkpoint.save import set_aside
 from flatgpt.errors import CheckpointError, UserError
 from flatgpt.files import atomic_file
@@ -55,9 +55,9 @@ def saved_settings_in(out_dir: str | Path | None) -> dict:
 def resume_point(out_dir: Path, config: dict) -> Path | None:
     """The verified checkpoint to resume from; None with auto_resume if none can be loaded."""
     if config['init_from'] == 'resume':
-        return find(out_dir, config['checkpoint'] or 'last')
+        return find_checkpoint(out_dir, config['checkpoint'] or 'last')
     try:
-        return find(out_dir, 'last') if list_checkpoints(out_dir) else None
+        return find_checkpoint(out_dir, 'last') if list_checkpoints(out_dir) else None
     except CheckpointError:
         return None
 

@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch):
     state = {'step': 1, 'config': {'dataset': str(tmp_path / 'data')}}
     for name, kept in (('run', state), ('bare', {'step': 1})):
         model = GPT(GPTConfig(16, byte_tokenizer().vocab_size, 1, 2, 16))
-        save.save(Path(name), model, [], byte_tokenizer(), kept, keep_evaluated=False)
+        save.save_checkpoint(Path(name), model, [], byte_tokenizer(), kept, keep_evaluated=False)
     return tmp_path
 
 

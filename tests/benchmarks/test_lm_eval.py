@@ -117,7 +117,7 @@ def run(tmp_path_factory):
     """The folder of a run."""
     folder, tokenizer = tmp_path_factory.mktemp('runs') / 'run', byte_tokenizer()
     state = {'step': 1, 'evaluated': False}
-    save.save(folder, own(tokenizer), [], tokenizer, state, keep_evaluated=False)
+    save.save_checkpoint(folder, own(tokenizer), [], tokenizer, state, keep_evaluated=False)
     return folder
 
 
@@ -518,7 +518,9 @@ def test_a_model_without_a_tokenizer_is_one_line(tmp_path, monkeypatch):
 def test_a_character_the_vocabulary_lacks_is_one_line(tmp_path, hub, capsys):
     tokenizer = char_tokenizer(list('ab'))
     state = {'step': 1, 'evaluated': False}
-    save.save(tmp_path / 'run', own(tokenizer), [], tokenizer, state, keep_evaluated=False)
+    save.save_checkpoint(
+        tmp_path / 'run', own(tokenizer), [], tokenizer, state, keep_evaluated=False
+    )
     path = tmp_path / 'x.json'
     line = refused('--task=lambada', f'--out_dir={tmp_path / "run"}', f'--json={path}')
     assert "character 'h'" in line

@@ -24,7 +24,7 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, capsys):
             writer.write(split, np.arange(400) % 97)
     model = GPT(GPTConfig(16, tokenizer.vocab_size, 2, 2, 32))
     state = {'step': 1, 'val_loss': 5.0, 'config': {'dataset': str(tmp_path / 'data')}}
-    save.save(tmp_path / 'run', model, [], tokenizer, state, keep_evaluated=False)
+    save.save_checkpoint(tmp_path / 'run', model, [], tokenizer, state, keep_evaluated=False)
     report = Report({'json': 'bench.json'}, {})
     config = settings('--only=quality', f'--out_dir={tmp_path / "run"}')
     decoding.bench_quality(config, Runtime('cpu', torch.float32), report)

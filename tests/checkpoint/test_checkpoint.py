@@ -18,25 +18,25 @@ from flatgpt import files
 from flatgpt.checkpoint import __main__
 from flatgpt.checkpoint import save as save_module
 from flatgpt.checkpoint.load import (
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    STATE,
-    TOKENIZER,
-    find,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    TOKENIZER_FILE,
+    find_checkpoint,
     list_checkpoints,
-    load,
+    load_checkpoint,
     load_model,
     load_optimizer,
     newest_run,
-    verify,
+    verify_checkpoint,
 )
-from flatgpt.checkpoint.save import save, set_aside
+from flatgpt.checkpoint.save import save_checkpoint, set_aside
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import CheckpointError
 from model import GPT, GPTConfig
 
-FILES = (MODEL, OPTIMIZER, TOKENIZER, STATE, MANIFEST)
+FILES = (MODEL_FILE, OPTIMIZER_FILE, TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE)
 
 
 def trained(seed=0, **shape):
@@ -65,7 +65,7 @@ def put(pair, tmp_path):
     def put(step, val_loss=None, out_dir=tmp_path, keep_evaluated=False):
         state = {'step': step, 'train_loss': 1.0, 'val_loss': val_loss}
         state['evaluated'] = val_loss is not None
-        return save(out_dir, *pair, char_tokenizer('abcdefghijk'), state, keep_evaluated)
+        return save_checkpoint(out_dir, *pair, char_tokenizer('abcdefghijk'), state, keep_evaluated)
 
     return put
 
@@ -103,7 +103,7 @@ def refused(function, *args, **options):
 def test_a_checkpoint_loads_as_it_was_saved(pair, put):
     model, (optimizer,) = pair
     path = put(7, 2.5)
-    loaded, tokenizer, state = load(path, dropout=0.1)
+    loaded, tokenizer, state = load_checkpoint(path, dropout=0.1)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, loaded.get_parameter(name)), name
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
@@ -121,7 +121,7 @@ def test_a_checkpoint_loads_as_it_was_saved(pair, put):
 
 def test_the_files_are_exactly_those_documented(put):
     assert {file.name for file in put(1).iterdir()} == set(FILES)
-    assert 'lm_head.weight' not in load_file(put(1) / MODEL)  # it is the embedding's matrix
+    assert 'lm_head.weight' not in load_file(put(1) / MODEL_FILE)  # it is the embedding's matrix
 
 
 def test_equal_states_give_equal_bytes(put, tmp_path):
@@ -131,8 +131,8 @@ def test_equal_states_give_equal_bytes(put, tmp_path):
 
 
 def test_a_checkpoint_needs_no_tokenizer(pair, tmp_path):
-    path = save(tmp_path, *pair, None, {'step': 1})
-    assert not (path / TOKENIZER).exists()
+    path = save_checkpoint(tmp_path, *pair, None, {'step': 1})
+    assert not (path / TOKENIZER_FILE).exists()
     assert load_model(path)[1] is None
 
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_is_never_overwritten(put):
     before = {name: (path / name).stat().st_mtime_ns for name in FILES}
     assert put(5, 1.0) == path
     assert {name: (path / name).stat().st_mtime_ns for name in FILES} == before
-    assert json.loads((path / STATE).read_text())['val_loss'] == 2.0
+    assert json.loads((path / STATE_FILE).read_text())['val_loss'] == 2.0
 
 
 def test_a_loaded_model_is_ready_to_evaluate(put, tmp_path):
@@ -172,7 +172,7 @@ def test_keep_evaluated_keeps_every_evaluated_checkpoint(put, tmp_path):
 def test_a_loss_that_is_not_finite_is_never_the_best(put, tmp_path):
     for step, loss in enumerate([2.0, math.nan, 1.0, math.inf, math.nan, math.nan], 1):
         put(step, loss)
-        assert find(tmp_path).name == f'step-{1 if step < 3 else 3:08d}'
+        assert find_checkpoint(tmp_path).name == f'step-{1 if step < 3 else 3:08d}'
     assert names(tmp_path) == [3, 5, 6]
 
 
@@ -181,31 +181,31 @@ def test_best_and_last_are_different_checkpoints(put, tmp_path):
     put(2, 1.0)
     put(3, 1.5)
     put(4)  # not evaluated
-    assert find(tmp_path).name == 'step-00000002'
-    assert find(tmp_path, 'best').name == 'step-00000002'
-    assert find(tmp_path, 'last').name == 'step-00000004'
-    for path in (tmp_path / 'checkpoints' / 'step-00000003', find(tmp_path, 'last')):
-        assert find(path) == path
-        assert find(tmp_path, str(path)) == path
+    assert find_checkpoint(tmp_path).name == 'step-00000002'
+    assert find_checkpoint(tmp_path, 'best').name == 'step-00000002'
+    assert find_checkpoint(tmp_path, 'last').name == 'step-00000004'
+    for path in (tmp_path / 'checkpoints' / 'step-00000003', find_checkpoint(tmp_path, 'last')):
+        assert find_checkpoint(path) == path
+        assert find_checkpoint(tmp_path, str(path)) == path
 
 
 def test_of_two_equal_losses_the_later_is_the_best(put, tmp_path):
     put(1, 2.0)
     put(2, 2.0)
-    assert find(tmp_path).name == 'step-00000002'
+    assert find_checkpoint(tmp_path).name == 'step-00000002'
 
 
 def test_without_any_evaluation_the_best_is_the_last(put, tmp_path):
     put(1)
     put(2)
-    assert find(tmp_path).name == 'step-00000002'
+    assert find_checkpoint(tmp_path).name == 'step-00000002'
 
 
 def test_steps_are_ordered_as_numbers(put, tmp_path):
     put(99_999_999)
     put(100_000_000)
     assert names(tmp_path) == [99_999_999, 100_000_000]
-    assert find(tmp_path, 'last').name == 'step-100000000'
+    assert find_checkpoint(tmp_path, 'last').name == 'step-100000000'
 
 
 @error_line('no trained model in out/')
@@ -226,21 +226,21 @@ def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
 )
 def test_a_folder_without_checkpoints_is_an_error_until_one_is_saved(put, tmp_path):
     for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', '--out_dir')):
-        text = refused(find, folder)
+        text = refused(find_checkpoint, folder)
         assert text.startswith(str(folder))
         assert need in text
-    assert 'no such checkpoint' in refused(find, tmp_path / 'step-00000001')
+    assert 'no such checkpoint' in refused(find_checkpoint, tmp_path / 'step-00000001')
     path = put(1)
-    assert find(tmp_path) == find(path) == path
+    assert find_checkpoint(tmp_path) == find_checkpoint(path) == path
 
 
 @error_line("give 'last', 'best' or the path")
 def test_a_checkpoint_that_does_not_exist_is_an_error_with_the_alternatives(put, tmp_path):
     path = put(1)
-    text = refused(find, tmp_path, 'lst')
+    text = refused(find_checkpoint, tmp_path, 'lst')
     assert text.startswith('lst')
     for which in ('last', 'best', str(path)):
-        assert find(tmp_path, which) == path
+        assert find_checkpoint(tmp_path, which) == path
 
 
 def test_a_checkpoint_set_aside_is_not_listed_and_its_step_can_be_saved_again(put, tmp_path):
@@ -262,47 +262,47 @@ def test_a_damaged_file_is_reported_and_the_checkpoint_before_is_used(
     put, tmp_path, capsys, name, damage
 ):
     whole, broken = put(1, 2.0), put(2, 1.0)
-    damage(broken / name) if name != MANIFEST or damage is not flip else flip(broken / name, 0)
-    text = refused(verify, broken)
+    damage(broken / name) if name != MANIFEST_FILE or damage is not flip else flip(broken / name, 0)
+    text = refused(verify_checkpoint, broken)
     assert str(broken) in text
     assert name in text
     for which in ('best', 'last'):
-        assert find(tmp_path, which) == whole
+        assert find_checkpoint(tmp_path, which) == whole
         warning = capsys.readouterr().err
         assert warning.startswith(f'warning: {broken} is damaged: {name}')
         assert warning.count('\n') == 1
-    assert name in refused(find, broken)  # given by its path, no other is tried
-    assert find(whole) == whole
+    assert name in refused(find_checkpoint, broken)  # given by its path, no other is tried
+    assert find_checkpoint(whole) == whole
 
 
 @pytest.mark.parametrize('place', [0.0, 0.25, 0.75, 1.0])
-@pytest.mark.parametrize('name', [MODEL, OPTIMIZER])
+@pytest.mark.parametrize('name', [MODEL_FILE, OPTIMIZER_FILE])
 def test_a_flipped_bit_is_detected_anywhere(put, name, place):
     path = put(1)
     flip(path / name, place)
-    assert name in refused(verify, path)
+    assert name in refused(verify_checkpoint, path)
 
 
 @pytest.mark.parametrize('text', ['', '{}', '[]', 'null', '3', '{"model.safetensors": 3}', '\0'])
 def test_a_manifest_without_hashes_is_damage(put, text):
     path = put(1)
-    (path / MANIFEST).write_text(text)
-    assert str(path) in refused(verify, path)
+    (path / MANIFEST_FILE).write_text(text)
+    assert str(path) in refused(verify_checkpoint, path)
 
 
 @error_line('start a new run in another --out_dir')
 def test_if_all_checkpoints_are_damaged_the_error_is_one_line(put, tmp_path, capsys):
     for step in (1, 2):
-        flip(put(step, 1.0) / MODEL)
-    assert 'every checkpoint is damaged' in refused(find, tmp_path)
+        flip(put(step, 1.0) / MODEL_FILE)
+    assert 'every checkpoint is damaged' in refused(find_checkpoint, tmp_path)
     assert capsys.readouterr().err.count('warning') == 2
     path = put(1, out_dir=tmp_path / 'new')
-    assert find(tmp_path / 'new') == path
+    assert find_checkpoint(tmp_path / 'new') == path
 
 
 def test_a_damaged_state_file_does_not_stop_pruning(put, tmp_path):
     put(1, 1.0)
-    (put(2, 2.0) / STATE).write_text('{')
+    (put(2, 2.0) / STATE_FILE).write_text('{')
     put(3, 3.0)
     put(4, 4.0)
     assert names(tmp_path) == [1, 3, 4]
@@ -320,7 +320,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(put, tmp_path, monke
         put(2)
     assert names(tmp_path) == [1]
     assert hidden(tmp_path) == []
-    verify(list_checkpoints(tmp_path)[0])
+    verify_checkpoint(list_checkpoints(tmp_path)[0])
 
 
 @pytest.mark.parametrize('call', ['save_file', 'sha256', 'fsync'])
@@ -342,7 +342,7 @@ def test_a_disk_error_during_a_save_keeps_the_old_checkpoint_and_leaves_no_files
         put(2)
     assert names(tmp_path) == [1]
     assert hidden(tmp_path) == []
-    assert find(tmp_path).name == 'step-00000001'
+    assert find_checkpoint(tmp_path).name == 'step-00000001'
     assert put(2).is_dir()  # and the next save finds its way free
 
 
@@ -363,11 +363,11 @@ def test_the_next_save_removes_the_files_of_a_killed_one(put, tmp_path):
     folder = tmp_path / 'checkpoints'
     for name in ('.step-00000002', '.step-00000001'):
         (folder / name).mkdir()
-        (folder / name / MODEL).write_bytes(b'half')
+        (folder / name / MODEL_FILE).write_bytes(b'half')
     assert names(tmp_path) == [1]
     put(2)
     assert hidden(tmp_path) == []
-    verify(folder / 'step-00000002')
+    verify_checkpoint(folder / 'step-00000002')
 
 
 # -----------------------------------------------------------------------------
@@ -377,16 +377,16 @@ def test_the_next_save_removes_the_files_of_a_killed_one(put, tmp_path):
 def rewrite(path, change_tensors=None, change_shape=None):
     """Change a checkpoint and its manifest, as another version would write it."""
     if change_tensors:
-        tensors = load_file(path / MODEL)
+        tensors = load_file(path / MODEL_FILE)
         change_tensors(tensors)
-        save_file(tensors, path / MODEL)
+        save_file(tensors, path / MODEL_FILE)
     if change_shape:
-        state = json.loads((path / STATE).read_text())
+        state = json.loads((path / STATE_FILE).read_text())
         change_shape(state['model'])
-        (path / STATE).write_text(json.dumps(state))
-    manifest = {name: files.sha256(path / name) for name in FILES if name != MANIFEST}
-    (path / MANIFEST).write_text(json.dumps(manifest))
-    verify(path)
+        (path / STATE_FILE).write_text(json.dumps(state))
+    manifest = {name: files.sha256(path / name) for name in FILES if name != MANIFEST_FILE}
+    (path / MANIFEST_FILE).write_text(json.dumps(manifest))
+    verify_checkpoint(path)
 
 
 def drop(tensors):
@@ -408,7 +408,7 @@ def reshape(tensors):
 def test_tensors_of_another_architecture_are_errors_with_their_names(put, change, name):
     path = put(1)
     rewrite(path, change)
-    text = refused(load, path)
+    text = refused(load_checkpoint, path)
     assert str(path) in text
     assert name in text
     assert 'of one model' in text
@@ -417,7 +417,7 @@ def test_tensors_of_another_architecture_are_errors_with_their_names(put, change
 def test_an_unknown_model_setting_is_an_error(put):
     path = put(1)
     rewrite(path, change_shape=lambda shape: shape.update(n_experts=4))
-    text = refused(load, path)
+    text = refused(load_checkpoint, path)
     assert str(path) in text
     assert 'n_experts' in text
 
@@ -437,15 +437,15 @@ def test_inspect_and_verify_on_the_command_line(put, tmp_path, capsys):
         assert lines[1].startswith('step-00000001')
         assert '2.0000' in lines[1]
         assert all(line.endswith('ok') for line in lines[1:3])
-    flip(tmp_path / 'checkpoints' / 'step-00000001' / OPTIMIZER)
+    flip(tmp_path / 'checkpoints' / 'step-00000001' / OPTIMIZER_FILE)
     __main__.main(['inspect', str(tmp_path)])
-    assert f'damaged: {OPTIMIZER}' in capsys.readouterr().out
+    assert f'damaged: {OPTIMIZER_FILE}' in capsys.readouterr().out
     assert 'damaged' in refused(__main__.main, ['verify', str(tmp_path)])
     assert 'no checkpoint' in refused(__main__.main, ['inspect', str(tmp_path / 'checkpoints')])
 
 
 def test_verify_of_a_damaged_run_prints_one_line_and_exits_with_status_2(put, tmp_path, script):
-    flip(put(1) / MODEL)
+    flip(put(1) / MODEL_FILE)
     done = script('flatgpt.checkpoint', 'verify', tmp_path)
     assert done.returncode == 2
     assert done.stderr == f'error: {tmp_path} has damaged checkpoints; delete their folders\n'

@@ -20,9 +20,21 @@ from flatgpt.checkpoint import peft, weights
 from flatgpt.checkpoint.__main__ import main
 from flatgpt.checkpoint.convert import GENERATION, export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
-from flatgpt.checkpoint.load import ADAPTER, find, load, load_model, verify
-from flatgpt.checkpoint.mirror import check_mirror, copy_if_missing, fetch, probe_mirror, send
-from flatgpt.checkpoint.save import save
+from flatgpt.checkpoint.load import (
+    ADAPTER_FOLDER,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    verify_checkpoint,
+)
+from flatgpt.checkpoint.mirror import (
+    check_mirror,
+    copy_if_missing,
+    fetch_checkpoint,
+    probe_mirror,
+    send_checkpoint,
+)
+from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
 from flatgpt.data.bpe import train_bpe
 from flatgpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
@@ -71,7 +83,7 @@ def run(tmp_path):
     """Write a run directory with one checkpoint -> its path."""
 
     def run(name='run', model=None, tokenizer=None, **state):
-        save(tmp_path / name, model or random_model(257), [], tokenizer, STATE | state)
+        save_checkpoint(tmp_path / name, model or random_model(257), [], tokenizer, STATE | state)
         return tmp_path / name
 
     return run
@@ -274,18 +286,18 @@ def test_a_nanogpt_checkpoint_works_once_it_is_copied_again_to_that_path(exporte
     ],
 )
 def test_an_adapter_works_once_its_config_is_corrected(exported, adapter, bad, good):
-    rewrite(adapter / peft.CONFIG, **bad)
+    rewrite(adapter / peft.ADAPTER_CONFIG, **bad)
     refused(load_model, adapter)
-    rewrite(adapter / peft.CONFIG, base_model_name_or_path=str(exported), **good)
+    rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(exported), **good)
     load_model(adapter)
 
 
 @error_line('check that it exists and is readable')
 def test_an_adapter_works_once_its_weights_are_there(adapter, tmp_path):
     expected = logits(adapter)
-    (adapter / peft.WEIGHTS).rename(tmp_path / peft.WEIGHTS)
+    (adapter / peft.ADAPTER_WEIGHTS).rename(tmp_path / peft.ADAPTER_WEIGHTS)
     refused(load_model, adapter)
-    (tmp_path / peft.WEIGHTS).rename(adapter / peft.WEIGHTS)
+    (tmp_path / peft.ADAPTER_WEIGHTS).rename(adapter / peft.ADAPTER_WEIGHTS)
     assert torch.equal(logits(adapter), expected)
 
 
@@ -294,9 +306,18 @@ def test_an_adapter_works_once_it_names_its_own_base(exported, adapter, run):
     expected = logits(adapter)
     wider = run('wider', random_model(257, n_embd=64))
     for other in (wider, run('other', random_model(257, seed=1))):
-        rewrite(adapter / peft.CONFIG, base_model_name_or_path=str(other))
+        rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(other))
         assert f'{other} is not its base' in refused(load_model, adapter)
-    rewrite(adapter / peft.CONFIG, base_model_name_or_path=str(exported))
+    rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(exported))
+    assert torch.equal(logits(adapter), expected)
+
+
+@error_line('gives the adapter itself as its base')
+def test_an_adapter_is_not_its_own_base(adapter, exported):
+    expected = logits(adapter)
+    rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(adapter))
+    refused(load_model, adapter)
+    rewrite(adapter / peft.ADAPTER_CONFIG, base_model_name_or_path=str(exported))
     assert torch.equal(logits(adapter), expected)
 
 
@@ -308,10 +329,10 @@ def test_an_adapter_of_an_adapter_is_merged(adapter, run, tmp_path):
     main(['export', str(top), str(out)])
     expected = logits(top)
     torch.testing.assert_close(logits(out), expected, rtol=1e-4, atol=1e-4)
-    alone = shutil.copytree(find(top) / ADAPTER, tmp_path / 'alone')
+    alone = shutil.copytree(find_checkpoint(top) / ADAPTER_FOLDER, tmp_path / 'alone')
     refused(load_model, alone)
     main(['export', str(adapter), str(tmp_path / 'DIR')])
-    rewrite(alone / peft.CONFIG, base_model_name_or_path=str(tmp_path / 'DIR'))
+    rewrite(alone / peft.ADAPTER_CONFIG, base_model_name_or_path=str(tmp_path / 'DIR'))
     torch.testing.assert_close(logits(alone), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -340,8 +361,8 @@ def test_an_export_works_with_a_folder(run, tmp_path):
 @error_line('delete their folders')
 def test_a_run_verifies_once_its_damaged_checkpoints_are_deleted(run, capsys):
     where = run()
-    damaged = find(run(step=2), 'last')
-    (damaged / load_module.MODEL).write_bytes(b'')
+    damaged = find_checkpoint(run(step=2), 'last')
+    (damaged / load_module.MODEL_FILE).write_bytes(b'')
     refused(main, ['verify', str(where)])
     assert 'damaged: model.safetensors does not match' in capsys.readouterr().out
     shutil.rmtree(damaged)
@@ -362,20 +383,20 @@ def test_a_model_is_loaded_with_what_belongs_to_it(folder, run, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(load_module, 'sha256', fail)
-        refused(find, small)
-    assert find(small)
+        refused(find_checkpoint, small)
+    assert find_checkpoint(small)
 
 
 @error_line('has unknown model settings')
 def test_a_later_version_s_checkpoint_loads_in_that_version(run, monkeypatch):
-    path = find(run())
-    state = json.loads((path / load_module.STATE).read_text())
+    path = find_checkpoint(run())
+    state = json.loads((path / load_module.STATE_FILE).read_text())
     state['model']['n_experts'] = 4
-    (path / load_module.STATE).write_text(json.dumps(state))
-    digest = files.sha256(path / load_module.STATE)
-    rewrite(path / load_module.MANIFEST, **{load_module.STATE: digest})
-    verify(path)
-    refused(load, path)
+    (path / load_module.STATE_FILE).write_text(json.dumps(state))
+    digest = files.sha256(path / load_module.STATE_FILE)
+    rewrite(path / load_module.MANIFEST_FILE, **{load_module.STATE_FILE: digest})
+    verify_checkpoint(path)
+    refused(load_checkpoint, path)
 
     @dataclass
     class LaterConfig(GPTConfig):
@@ -383,7 +404,7 @@ def test_a_later_version_s_checkpoint_loads_in_that_version(run, monkeypatch):
 
     for module in (load_module, weights):
         monkeypatch.setattr(module, 'GPTConfig', LaterConfig)
-    assert load(path)[0].config.n_experts == 4
+    assert load_checkpoint(path)[0].config.n_experts == 4
 
 
 # --- the mirror
@@ -406,23 +427,26 @@ def test_a_mirror_is_another_folder(tmp_path):
     'room or give another --out_dir',
 )
 def test_a_run_has_a_mirror_of_its_own_with_room(run, tmp_path, monkeypatch):
-    one, other = find(run('one', run='one')), find(run('other', run='other', step=2))
+    one, other = (
+        find_checkpoint(run('one', run='one')),
+        find_checkpoint(run('other', run='other', step=2)),
+    )
     shared, own = tmp_path / 'shared', tmp_path / 'own'
-    send(one, shared, False, 'one')
+    send_checkpoint(one, shared, False, 'one')
     refused(copy_if_missing, other, shared)
     (tmp_path / 'file').touch()
     refused(copy_if_missing, other, tmp_path / 'file')
     copy_if_missing(other, own)
-    verify(own / 'checkpoints' / other.name)
+    verify_checkpoint(own / 'checkpoints' / other.name)
 
     def no_room(folder, need):
         raise OSError('needs 5 MB, and 1 MB are free')
 
     with monkeypatch.context() as patch:
         patch.setattr(mirror_module, 'make_temp_folder', no_room)
-        refused(fetch, own / 'checkpoints' / other.name, tmp_path / 'new')
-    assert fetch(own / 'checkpoints' / other.name, tmp_path / 'new')
-    verify(tmp_path / 'new' / 'checkpoints' / other.name)
+        refused(fetch_checkpoint, own / 'checkpoints' / other.name, tmp_path / 'new')
+    assert fetch_checkpoint(own / 'checkpoints' / other.name, tmp_path / 'new')
+    verify_checkpoint(tmp_path / 'new' / 'checkpoints' / other.name)
 
 
 # -----------------------------------------------------------------------------
@@ -450,7 +474,7 @@ def test_gguf_is_written_to_another_path_and_with_a_tokenizer(run, tmp_path):
     (tmp_path / 'file').touch()
     for bad in ('file', 'file/m.gguf'):
         refused(main, ['export', where, str(tmp_path / bad), *flags])
-    main(['export', where, good, *flags])
+    main(['export', where, *flags, good])  # flags may stand between the arguments
     assert (tmp_path / 'm.gguf').read_bytes()[:4] == b'GGUF'
 
 

@@ -17,7 +17,7 @@ from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
 from flatgpt.checkpoint import __main__, convert, load, save
-from flatgpt.checkpoint.convert import export_transformers, is_foreign, read_tokenizer
+from flatgpt.checkpoint.convert import export_transformers, is_external, read_tokenizer
 from flatgpt.checkpoint.gguf import export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
@@ -331,7 +331,7 @@ def test_a_folder_without_a_tokenizer_still_has_its_eos_ids(tmp_path):
 def test_a_transformers_model_does_not_take_a_checkpoint(tmp_path):
     gpt2(tmp_path)
     assert 'remove --checkpoint' in refused(load_model, tmp_path, 'last')
-    assert 'remove --checkpoint' in refused(load.find, 'gpt2', 'last')
+    assert 'remove --checkpoint' in refused(load.find_checkpoint, 'gpt2', 'last')
 
 
 @pytest.mark.parametrize('name', ['gpt2-xl', 'distilgpt2', 'someone/model'])
@@ -373,7 +373,7 @@ def test_the_hub_s_cache_is_read_and_an_incomplete_model_in_it_is_an_error(tmp_p
 def test_names_on_the_hub_are_distinguished_from_folders(tmp_path, monkeypatch, where, foreign):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'out').mkdir()
-    assert is_foreign(where) is foreign
+    assert is_external(where) is foreign
 
 
 MEASURE = """
@@ -398,7 +398,7 @@ def test_memory_holds_the_weights_about_once(tmp_path, script, kind):
     if kind == 'a folder':
         export_transformers(model, None, {}, tmp_path / 'model')
     else:
-        save.save(tmp_path / 'model', model, [], None, {'step': 1, 'evaluated': False})
+        save.save_checkpoint(tmp_path / 'model', model, [], None, {'step': 1, 'evaluated': False})
     (tmp_path / 'measure.py').write_text(MEASURE)
     done = script(tmp_path / 'measure.py', tmp_path / 'model')
     assert done.returncode == 0, done.stderr
@@ -532,10 +532,10 @@ def test_a_given_tokenizer_replaces_the_model_s_own(tmp_path):
     gpt2(tmp_path / 'folder')
     (tmp_path / 'folder' / 'tokenizer.json').write_text('damaged')
     state = {'step': 1, 'evaluated': False}
-    save.save(tmp_path / 'run', own(), [], char_tokenizer('ab'), state)
+    save.save_checkpoint(tmp_path / 'run', own(), [], char_tokenizer('ab'), state)
     for where in ('folder', 'run'):
         assert load_model(tmp_path / where, tokenizer='byte')[1] == byte_tokenizer()
-    save.save(tmp_path / 'small', own(vocab_size=100), [], None, state)
+    save.save_checkpoint(tmp_path / 'small', own(vocab_size=100), [], None, state)
     text = refused(load_model, tmp_path / 'small', tokenizer='byte')
     assert '257 ids and the model 100' in text
     damaged = {**byte_tokenizer().to_dict(), 'special_tokens': {EOT: 999}}
@@ -597,7 +597,7 @@ def test_an_export_never_overwrites_and_is_never_incomplete(tmp_path, monkeypatc
 def test_the_command_exports_a_run(tmp_path, capsys, monkeypatch):
     model, tokenizer = own(vocab_size=257), byte_tokenizer()
     state = {'step': 3, 'evaluated': False, 'config': {}}
-    save.save(tmp_path / 'run', model, [], tokenizer, state)
+    save.save_checkpoint(tmp_path / 'run', model, [], tokenizer, state)
     __main__.main(['export', str(tmp_path / 'run'), str(tmp_path / 'out')])
     assert 'step 3: written to' in capsys.readouterr().out
     assert transformers.AutoConfig.from_pretrained(tmp_path / 'out').n_embd == 32
@@ -609,7 +609,7 @@ def test_the_command_exports_a_run(tmp_path, capsys, monkeypatch):
         assert 'gpt2, 0.03M parameters, 2 layers of 32' in said
     __main__.main(['inspect', str(tmp_path / 'out')])
     assert 'context 16; tokenizer byte' in capsys.readouterr().out
-    save.save(tmp_path / 'mute', model, [], None, state)
+    save.save_checkpoint(tmp_path / 'mute', model, [], None, state)
     __main__.main(['export', str(tmp_path / 'mute'), str(tmp_path / 'out2')])
     assert 'without a tokenizer' in capsys.readouterr().out
 

@@ -19,16 +19,16 @@ from flatgpt.checkpoint import load as load_module
 from flatgpt.checkpoint import mirror as mirror_module
 from flatgpt.checkpoint import save as save_module
 from flatgpt.checkpoint.load import (
-    MANIFEST,
-    MODEL,
-    OPTIMIZER,
-    find,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    find_checkpoint,
     list_checkpoints,
-    load,
+    load_checkpoint,
     read_tensors,
-    verify,
+    verify_checkpoint,
 )
-from flatgpt.checkpoint.mirror import Mirror, fetch, restore, send
+from flatgpt.checkpoint.mirror import Mirror, fetch_checkpoint, restore_newest, send_checkpoint
 from flatgpt.checkpoint.save import Saver
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
@@ -79,7 +79,7 @@ class Run:
 
 
 def holds(path, expected):
-    verify(path)
+    verify_checkpoint(path)
     for file, tensors in expected.items():
         found = dict(read_tensors(path, file))
         assert found.keys() == tensors.keys()
@@ -90,19 +90,19 @@ def holds(path, expected):
 @pytest.fixture
 def large(monkeypatch):
     """Every checkpoint is large enough to be written in the background."""
-    monkeypatch.setattr(save_module, 'SMALL', 0)
+    monkeypatch.setattr(save_module, 'SYNC_SAVE_BYTES', 0)
 
 
 @pytest.fixture
 def slow(monkeypatch, large):
     """Writing waits until the test sets the event."""
-    go, write = threading.Event(), save_module.write
+    go, write = threading.Event(), save_module.write_checkpoint
 
     def wait_and_write(*args):
         assert go.wait(30)
         write(*args)
 
-    monkeypatch.setattr(save_module, 'write', wait_and_write)
+    monkeypatch.setattr(save_module, 'write_checkpoint', wait_and_write)
     yield go
     go.set()
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_has_the_weights_of_its_step_while_training_continues(slow,
     assert steps(tmp_path) == []  # it has not been written yet
     slow.set()
     run.saver.finish()
-    holds(find(tmp_path, 'last'), expected)
+    holds(find_checkpoint(tmp_path, 'last'), expected)
     for file, tensors in run.now().items():
         for name, tensor in tensors.items():
             assert not torch.equal(tensor, expected[file][name]), name
@@ -168,7 +168,7 @@ def test_an_error_in_the_background_is_a_warning_and_the_checkpoint_before_stays
     run = Run(tmp_path)
     run.save()
     run.saver.wait()
-    before = hashes(find(tmp_path, 'last'))
+    before = hashes(find_checkpoint(tmp_path, 'last'))
 
     def full(*args, **options):
         raise FULL
@@ -184,7 +184,7 @@ def test_an_error_in_the_background_is_a_warning_and_the_checkpoint_before_stays
     assert news == run.saver.failure
     assert run.saver.pop_warnings() == []
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['step-00000001']
-    assert hashes(find(tmp_path, 'last')) == before
+    assert hashes(find_checkpoint(tmp_path, 'last')) == before
     run.train()
     run.save()
     run.saver.finish()
@@ -194,7 +194,7 @@ def test_an_error_in_the_background_is_a_warning_and_the_checkpoint_before_stays
 
 def test_an_error_that_is_not_an_oserror_is_raised(large, tmp_path, monkeypatch):
     run = Run(tmp_path)
-    monkeypatch.setattr(save_module, 'write', lambda *args: 1 / 0)
+    monkeypatch.setattr(save_module, 'write_checkpoint', lambda *args: 1 / 0)
     run.save()
     with pytest.raises(ZeroDivisionError):
         run.saver.wait()
@@ -203,11 +203,11 @@ def test_an_error_that_is_not_an_oserror_is_raised(large, tmp_path, monkeypatch)
 def test_the_same_step_is_written_once_unless_it_has_been_evaluated_since(tmp_path):
     run = Run(tmp_path)
     run.save()
-    there = find(tmp_path, 'last').stat().st_ino
+    there = find_checkpoint(tmp_path, 'last').stat().st_ino
     run.save()
-    assert find(tmp_path, 'last').stat().st_ino == there
+    assert find_checkpoint(tmp_path, 'last').stat().st_ino == there
     run.save(evaluated=True, val_loss=1.0)
-    assert find(tmp_path, 'last').stat().st_ino != there
+    assert find_checkpoint(tmp_path, 'last').stat().st_ino != there
     assert steps(tmp_path) == [1]
     run.saver.finish()
 
@@ -223,7 +223,7 @@ def at_once(run_here, tmp_path_factory):
 def test_a_run_that_saves_in_the_background_writes_equal_checkpoints(
     run_here, large, at_once, tmp_path, monkeypatch
 ):
-    write, meanwhile = save_module.write, []
+    write, meanwhile = save_module.write_checkpoint, []
 
     def write_late(final, *args):
         step, deadline = load_module.step_of(final), time.monotonic() + 20
@@ -233,7 +233,7 @@ def test_a_run_that_saves_in_the_background_writes_equal_checkpoints(
         meanwhile.append(reached - step)
         write(final, *args)
 
-    monkeypatch.setattr(save_module, 'write', write_late)
+    monkeypatch.setattr(save_module, 'write_checkpoint', write_late)
     assert run_here(f'--out_dir={tmp_path}', *OFTEN) == 0
     assert min(meanwhile[:3]) >= 2  # steps that were made while it had not been written
     assert steps(tmp_path) == steps(at_once) == [3, 6, 9, 12]
@@ -261,7 +261,7 @@ def test_after_a_background_error_only_that_checkpoint_is_missing(
     assert printed.count('warning: checkpoint of step 6 not written: ') == 1
     assert 'No space left on device; the earlier ones are intact; training continues' in printed
     assert steps(tmp_path) == [3, 9, 12]
-    assert hashes(find(tmp_path, 'last')) == hashes(find(at_once, 'last'))
+    assert hashes(find_checkpoint(tmp_path, 'last')) == hashes(find_checkpoint(at_once, 'last'))
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def parts(sharded, tmp_path):
 def test_the_parts_together_equal_an_unsharded_checkpoint(sharded):
     paths = [list_checkpoints(sharded / name) for name in ('parts', 'whole')]
     for cut, whole in zip(*paths, strict=True):
-        for file in (MODEL, OPTIMIZER):
+        for file in (MODEL_FILE, OPTIMIZER_FILE):
             named, expected = (dict(read_tensors(path, file)) for path in (cut, whole))
             assert named.keys() == expected.keys()
             for name, tensor in expected.items():
@@ -309,12 +309,12 @@ def test_a_checkpoint_in_parts_is_inspected_verified_sampled_and_exported(
         {'out_dir': str(parts), 'checkpoint': 'last', 'device': 'cpu', 'dtype': 'float32'}
         | {'tokenizer': None, 'quantize': None}
     )
-    expected = load(find(sharded / 'whole', 'last'))[0].eval()
+    expected = load_checkpoint(find_checkpoint(sharded / 'whole', 'last'))[0].eval()
     prompt = torch.from_numpy(tokenizer.encode('the cat'))[None].long()
     assert torch.equal(model(prompt)[0], expected(prompt)[0])
     for name in ('parts', 'whole'):
         __main__.main(['export', str(sharded / name), str(tmp_path / f'{name}.hf')])
-    weights = [tmp_path / f'{name}.hf' / MODEL for name in ('parts', 'whole')]
+    weights = [tmp_path / f'{name}.hf' / MODEL_FILE for name in ('parts', 'whole')]
     assert files.sha256(weights[0]) == files.sha256(weights[1])
 
 
@@ -331,7 +331,7 @@ def test_a_damaged_part_is_reported_and_the_checkpoint_before_is_used(parts, cap
         content = bytearray(path.read_bytes())
         content[-5] ^= 16
         path.write_bytes(content)
-    assert find(parts, 'last') == list_checkpoints(parts)[0]
+    assert find_checkpoint(parts, 'last') == list_checkpoints(parts)[0]
     error = capsys.readouterr().err
     assert f'{path.parent} is damaged: {name} ' in error
     assert error.count('\n') == 1
@@ -342,18 +342,18 @@ def test_one_process_resumes_equally_from_a_sharded_checkpoint(sharded, run_here
         shutil.copytree(sharded / name, tmp_path / name)
         args = (*PARTS, '--init_from=resume', '--max_iters=6', '--shard=False')
         assert run_here(f'--out_dir={tmp_path / name}', *args) == 0
-    last = [find(tmp_path / name, 'last') for name in ('parts', 'whole')]
+    last = [find_checkpoint(tmp_path / name, 'last') for name in ('parts', 'whole')]
     assert hashes(last[0]) == hashes(last[1])
 
 
 LATE = """
 import time
 from flatgpt.checkpoint import save
-save.SMALL, write = 0, save.write
+save.SYNC_SAVE_BYTES, write = 0, save.write_checkpoint
 def late(*args):
     time.sleep(0.3)
     write(*args)
-save.write = late
+save.write_checkpoint = late
 """
 
 
@@ -390,9 +390,11 @@ def test_if_a_rank_cannot_write_its_part_only_that_checkpoint_is_missing(
     assert crew.out.count(line) == 1
     assert steps(tmp_path) == [4]
     assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['step-00000004']
-    expected = find(sharded / 'parts', 'last')
+    expected = find_checkpoint(sharded / 'parts', 'last')
     for name in PART:
-        assert files.sha256(find(tmp_path, 'last') / name) == files.sha256(expected / name)
+        assert files.sha256(find_checkpoint(tmp_path, 'last') / name) == files.sha256(
+            expected / name
+        )
 
 
 def test_waiting_for_a_rank_s_part_has_a_timeout(tmp_path, monkeypatch):
@@ -400,7 +402,7 @@ def test_waiting_for_a_rank_s_part_has_a_timeout(tmp_path, monkeypatch):
     final = tmp_path / 'checkpoints' / 'step-00000001'
     save_module.make_temp_folder(final, 0)
     with pytest.raises(OSError, match=r'rank 1 did not write its part within 0\.1 s'):
-        save_module.write(final, {}, {}, False, 0, 2)
+        save_module.write_checkpoint(final, {}, {}, False, 0, 2)
     assert list(final.parent.iterdir()) == []
 
 
@@ -420,7 +422,7 @@ def test_a_rank_on_a_full_disk_makes_room_to_report_it(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, 'save_file', full_after_a_few_bytes)
     monkeypatch.setattr(save_module, 'as_json', look_then_write)
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
-        save_module.write_part(parts, {MODEL: {}, OPTIMIZER: {}}, 1, 2)
+        save_module.write_part(parts, {MODEL_FILE: {}, OPTIMIZER_FILE: {}}, 1, 2)
     assert left == []
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
         save_module.wait_for_part(parts, 1)
@@ -432,9 +434,9 @@ def test_a_rank_on_a_full_disk_makes_room_to_report_it(tmp_path, monkeypatch):
 
 def mirrored(folder):
     """The steps of a mirror's complete checkpoints, which are verified."""
-    paths = [path for path in list_checkpoints(folder) if (path / MANIFEST).exists()]
+    paths = [path for path in list_checkpoints(folder) if (path / MANIFEST_FILE).exists()]
     for path in paths:
-        verify(path)
+        verify_checkpoint(path)
     return [load_module.step_of(path) for path in paths]
 
 
@@ -473,7 +475,7 @@ def test_a_mirror_has_the_same_checkpoints_and_what_a_resumed_run_needs(pair):
 def test_the_manifest_is_copied_last_and_removed_first(tmp_path, monkeypatch):
     run = Run(tmp_path / 'run')
     run.save()
-    path, mirror = find(tmp_path / 'run', 'last'), tmp_path / 'mirror'
+    path, mirror = find_checkpoint(tmp_path / 'run', 'last'), tmp_path / 'mirror'
     copied, copyfile, rmtree = [], shutil.copyfile, shutil.rmtree
 
     def copy(source, target):
@@ -481,17 +483,17 @@ def test_the_manifest_is_copied_last_and_removed_first(tmp_path, monkeypatch):
         copyfile(source, target)
 
     monkeypatch.setattr(shutil, 'copyfile', copy)
-    send(path, mirror, False)
-    assert copied[-1] == MANIFEST
+    send_checkpoint(path, mirror, False)
+    assert copied[-1] == MANIFEST_FILE
     assert mirrored(mirror) == [1]
     left = []
 
     def look(folder, **options):
-        left.append((Path(folder) / MANIFEST).exists())
+        left.append((Path(folder) / MANIFEST_FILE).exists())
         rmtree(folder, **options)
 
     monkeypatch.setattr(shutil, 'rmtree', look)
-    send(path, mirror, False)  # once more, as after an evaluation
+    send_checkpoint(path, mirror, False)  # once more, as after an evaluation
     assert left == [False]
     assert mirrored(mirror) == [1]
     run.saver.finish()
@@ -501,15 +503,15 @@ def test_an_incomplete_copy_in_the_mirror_is_not_a_checkpoint(tmp_path):
     run, mirror = Run(tmp_path / 'run'), tmp_path / 'mirror'
     for _ in range(4):
         run.save()
-        send(find(tmp_path / 'run', 'last'), mirror, False)
+        send_checkpoint(find_checkpoint(tmp_path / 'run', 'last'), mirror, False)
         run.train()
         half = mirror / 'checkpoints' / f'step-{run.step:08d}'  # and then it was killed
         half.mkdir()
-        (half / MODEL).write_bytes(b'half')
+        (half / MODEL_FILE).write_bytes(b'half')
         run.train()
     assert mirrored(mirror) == [5, 7]
     assert [load_module.step_of(path) for path in list_checkpoints(mirror)] == [5, 7, 8]
-    restore(mirror, tmp_path / 'new')
+    restore_newest(mirror, tmp_path / 'new')
     assert steps(tmp_path / 'new') == [7]
     run.saver.finish()
 
@@ -522,7 +524,9 @@ def test_a_run_resumes_from_its_mirror_on_an_empty_disk(run_here, both, tmp_path
     longer = (flag, '--max_iters=15', '--lr_decay_iters=15')
     assert run_here(*args, *longer) == 0
     assert run_here(f'--out_dir={tmp_path}/kept', '--checkpoint_mirror=None', *longer) == 0
-    assert hashes(find(run, 'last')) == hashes(find(tmp_path / 'kept', 'last'))
+    assert hashes(find_checkpoint(run, 'last')) == hashes(
+        find_checkpoint(tmp_path / 'kept', 'last')
+    )
     assert metrics(run) == metrics(tmp_path / 'kept')
     assert list(metrics(run)) == list(range(1, 16))
     assert mirrored(mirror) == steps(run)
@@ -541,16 +545,16 @@ def test_a_checkpoint_with_a_subfolder_is_restored_too(run_here, pair, tmp_path)
     args = (f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={tmp_path}/mirror')
     start = (f'--init_from={pair}/run', '--lora_rank=2', '--max_iters=2')
     assert run_here(*args, *start) == 0
-    before = hashes(find(tmp_path / 'run', 'last'))
-    assert any(path.is_dir() for path in find(tmp_path / 'run', 'last').iterdir())
+    before = hashes(find_checkpoint(tmp_path / 'run', 'last'))
+    assert any(path.is_dir() for path in find_checkpoint(tmp_path / 'run', 'last').iterdir())
     shutil.rmtree(tmp_path / 'run')
-    restore(tmp_path / 'mirror', tmp_path / 'run')
-    assert hashes(find(tmp_path / 'run', 'last')) == before
+    restore_newest(tmp_path / 'mirror', tmp_path / 'run')
+    assert hashes(find_checkpoint(tmp_path / 'run', 'last')) == before
     assert mirrored(tmp_path / 'mirror') == steps(tmp_path / 'run')[-1:]
 
 
 def damage(path):
-    (path / MODEL).write_bytes(b'damaged')
+    (path / MODEL_FILE).write_bytes(b'damaged')
 
 
 def test_if_the_mirror_s_newest_is_damaged_the_one_before_is_used(run_here, both, capsys):
@@ -559,7 +563,7 @@ def test_if_the_mirror_s_newest_is_damaged_the_one_before_is_used(run_here, both
     damage(list_checkpoints(mirror)[-1])
     assert run_here(*args, *OFTEN, '--init_from=resume') == 0
     streams = capsys.readouterr()
-    assert f'is damaged: {MODEL} does not match its hash; trying another one' in streams.err
+    assert f'is damaged: {MODEL_FILE} does not match its hash; trying another one' in streams.err
     assert list(metrics(run))[-1] == 12
     assert mirrored(mirror)[-1] == steps(run)[-1] == 12
 
@@ -571,13 +575,13 @@ def test_a_mirror_replaces_damaged_local_checkpoints(run_here, both, tmp_path, c
         damage(path)
     assert run_here(*args, *OFTEN, '--auto_resume') == 0
     assert 'is finished: 12 of 12 steps' in capsys.readouterr().out
-    assert hashes(find(run, 'last')) == expected
+    assert hashes(find_checkpoint(run, 'last')) == expected
 
 
 def test_a_checkpoint_that_exists_locally_is_not_copied(both, monkeypatch):
     _, run, mirror = both
-    monkeypatch.setattr(mirror_module, 'fetch', lambda *args: pytest.fail('fetched'))
-    restore(mirror, run)
+    monkeypatch.setattr(mirror_module, 'fetch_checkpoint', lambda *args: pytest.fail('fetched'))
+    restore_newest(mirror, run)
 
 
 def test_a_run_that_resumes_an_earlier_checkpoint_removes_later_ones_from_its_mirror(
@@ -590,7 +594,7 @@ def test_a_run_that_resumes_an_earlier_checkpoint_removes_later_ones_from_its_mi
     assert run_here(*args, *again) == 0
     assert mirrored(mirror) == steps(run) == [step, step + 1]
     shutil.rmtree(run)
-    restore(mirror, run)
+    restore_newest(mirror, run)
     assert steps(run) == [step + 1]  # and not what has been left behind
 
 
@@ -650,10 +654,14 @@ def test_two_runs_at_once_do_not_share_a_mirror(tmp_path):
     assert one.saver.pop_warnings() == []
     (problem,) = other.saver.pop_warnings()
     assert 'has checkpoints of another run; give each run its own' in problem
-    assert hashes(find(tmp_path / 'm', 'last')) == hashes(find(tmp_path / 'a', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'm', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'a', 'last')
+    )
     # nor does the other go on from what is there
-    assert 'has checkpoints of another run' in refused(restore, tmp_path / 'm', tmp_path / 'b')
-    own = find(tmp_path / 'b', 'last')
+    assert 'has checkpoints of another run' in refused(
+        restore_newest, tmp_path / 'm', tmp_path / 'b'
+    )
+    own = find_checkpoint(tmp_path / 'b', 'last')
     shutil.copytree(own, own.with_name('step-00000002'))
     later = own.with_name('step-00000002')
     assert 'has checkpoints of another run' in refused(
@@ -667,8 +675,8 @@ def test_of_two_checkpoints_of_a_step_the_evaluated_one_is_restored(tmp_path):
     shutil.copytree(tmp_path / 'run', tmp_path / 'elsewhere')
     run.save(evaluated=True, val_loss=1.0)
     run.saver.finish()
-    restore(tmp_path / 'm', tmp_path / 'elsewhere')
-    assert find(tmp_path / 'elsewhere', 'last').name == 'step-00000001.again'
+    restore_newest(tmp_path / 'm', tmp_path / 'elsewhere')
+    assert find_checkpoint(tmp_path / 'elsewhere', 'last').name == 'step-00000001.again'
 
 
 @pytest.mark.parametrize('mirror', ['s3://bucket/mine', 'run', './run/'])
@@ -697,6 +705,6 @@ def test_a_failed_copy_from_the_mirror_is_one_line(both, tmp_path, monkeypatch):
         raise OSError('needs 5 MB, and 1 MB are free')
 
     monkeypatch.setattr(save_module, 'check_free_space', no_room)
-    message = refused(fetch, list_checkpoints(mirror)[0], tmp_path / 'new')
+    message = refused(fetch_checkpoint, list_checkpoints(mirror)[0], tmp_path / 'new')
     assert 'cannot be copied to' in message
     assert 'needs 5 MB' in message

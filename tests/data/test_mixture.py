@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import hashes, make_dataset, metrics
 
-from flatgpt.checkpoint.load import find, load_model
+from flatgpt.checkpoint.load import find_checkpoint, load_model
 from flatgpt.data.dataset import FIRST, TARGET, Dataset, Writer
 from flatgpt.data.mixture import SHARE_BLOCK, Mixture, open_data, quotas_of
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
@@ -189,7 +189,9 @@ def test_a_mixture_is_resumed_where_it_stopped(run_here, tmp_path, texts):
     run_here(f'--out_dir={tmp_path}/whole', *args, '--max_iters=6')
     run_here(f'--out_dir={tmp_path}/parts', *args, '--max_iters=3')
     run_here(f'--out_dir={tmp_path}/parts', *args, '--init_from=resume', '--max_iters=6')
-    assert hashes(find(tmp_path / 'whole', 'last')) == hashes(find(tmp_path / 'parts', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'whole', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'parts', 'last')
+    )
 
 
 def test_a_changed_weight_is_reported_when_a_run_is_resumed(run_here, tmp_path, texts, capsys):

@@ -125,7 +125,7 @@ def test_a_killed_batch_resumes(out_dir, tmp_path):
     # as a power cut and a kill in mid-write leave it
     part.write_bytes(part.read_bytes() + b'\0\0\n{"line": 99, "te')
     refused, _ = batch(out_dir, killed / 'prompts.jsonl', '--rows=2', '--temperature=0.1')
-    assert 'is of another batch, model or settings' in refused.stderr
+    assert 'belongs to another batch, model or settings' in refused.stderr
     result, answers = batch(out_dir, killed / 'prompts.jsonl', '--rows=2')
     assert re.search(r'resuming after \d+ completions', result.stderr)
     assert answers == expected

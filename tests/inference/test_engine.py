@@ -42,7 +42,7 @@ def run(*args, **options):
 
 
 def ids_of(pieces, row=0):
-    return [piece.token for piece in pieces if piece.row == row]
+    return [piece.token for piece in pieces if piece.index == row]
 
 
 # -----------------------------------------------------------------------------
@@ -200,14 +200,14 @@ def from_scratch(model, prompt, tokens):
 
 def record_logits(monkeypatch):
     """Record the logits that tokens are sampled from, by request."""
-    seen, sample_all = {}, ModelRunner.sample_all
+    seen, sample_requests = {}, ModelRunner.sample_requests
 
     def watch(self, requests, logits):
         for request, row in zip(requests, logits, strict=True):
-            seen.setdefault(request.row, []).append(row.clone())
-        return sample_all(self, requests, logits)
+            seen.setdefault(request.index, []).append(row.clone())
+        return sample_requests(self, requests, logits)
 
-    monkeypatch.setattr(ModelRunner, 'sample_all', watch)
+    monkeypatch.setattr(ModelRunner, 'sample_requests', watch)
     return seen
 
 
@@ -285,13 +285,13 @@ def test_end_of_text_ends_its_row_only(model, tokenizer):
     pieces = run(model, tokenizer, [[i] for i in range(9)], SamplingParams(max_new_tokens=3, **ALL))
     reasons = set()
     for row in range(9):
-        mine = [piece for piece in pieces if piece.row == row]
-        assert [piece.finish for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        mine = [piece for piece in pieces if piece.index == row]
+        assert [piece.finish_reason for piece in mine[:-1]] == [None] * (len(mine) - 1)
         assert tokenizer.eot not in ids_of(mine[:-1], row)
         ended = mine[-1].token == tokenizer.eot
-        assert mine[-1].finish == ('stop' if ended else 'length')
+        assert mine[-1].finish_reason == ('stop' if ended else 'length')
         assert ended or len(mine) == 3
-        reasons.add(mine[-1].finish)
+        reasons.add(mine[-1].finish_reason)
     assert reasons == {'stop', 'length'}
 
 
@@ -303,10 +303,10 @@ def test_a_stop_string_ends_a_text_and_is_not_shown(model):
         text = tokenizer.decode(ids_of(free, row))
         stop = text[4:7]
         cut = run(model, tokenizer, prompts, SamplingParams(**settings, stop=(stop,)))
-        mine = [piece for piece in cut if piece.row == row]
+        mine = [piece for piece in cut if piece.index == row]
         shown = ''.join(piece.text for piece in mine)
         assert shown == text[: text.index(stop)]
-        assert mine[-1].finish == 'stop'
+        assert mine[-1].finish_reason == 'stop'
 
 
 @pytest.mark.parametrize('stop', [(), ('ab', 'bca'), ('é!', '€')])
@@ -410,7 +410,7 @@ SCENES = {  # prompts that come together, round after round
 
 def logits_of_scene(model, tokenizer, scene, scored, deterministic):
     """The logits that each request's tokens are sampled from, and the captured steps."""
-    engine, row = Engine(model, tokenizer, 4, chunk=8, deterministic=deterministic), 0
+    engine, row = Engine(model, tokenizer, 4, prefill_chunk=8, deterministic=deterministic), 0
     with pytest.MonkeyPatch.context() as patch:
         seen = record_logits(patch)
         for prompts in SCENES[scene]:
@@ -508,25 +508,27 @@ def staggered(engine, requests, random):
 
 
 def as_one_text(request, pieces):
-    return [piece for piece in pieces if piece.row == request.row]
+    return [piece for piece in pieces if piece.index == request.index]
 
 
 @pytest.mark.parametrize('deterministic', [False, True])
 def test_48_staggered_requests_get_the_same_completions_as_alone(model, tokenizer, deterministic):
     draw, pieces = random.Random(0), []
     requests = [
-        Request(letters(draw), SamplingParams(1 + i % 30, temperature=i % 2), pieces.append, row=i)
+        Request(
+            letters(draw), SamplingParams(1 + i % 30, temperature=i % 2), pieces.append, index=i
+        )
         for i in range(48)
     ]
     staggered(Engine(model, tokenizer, 5, 8, deterministic=deterministic), requests, draw)
     for request in requests:
         mine, alone = as_one_text(request, pieces), []
         engine = Engine(model, tokenizer, 1)
-        engine.submit(Request(request.prompt, request.sampling, alone.append, request.row))
+        engine.submit(Request(request.prompt, request.sampling, alone.append, request.index))
         while engine.step():
             pass
         assert mine == alone
-        assert mine[-1].finish == request.finish
+        assert mine[-1].finish_reason == request.finish_reason
 
 
 @pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8'])
@@ -584,8 +586,10 @@ def test_requests_move_to_the_first_rows_when_few_are_left(model):
     for row, limit in enumerate([2, 2, 2, 60]):
         sampling = SamplingParams(limit, temperature=0)
         engine.submit(Request([row + 1] * 3, sampling, pieces.append, row))
-    runner, advance = engine.runner, engine.runner.advance
-    runner.advance = lambda tokens, lengths: rows.append(len(tokens)) or advance(tokens, lengths)
+    runner, advance = engine.runner, engine.runner.forward_one_token
+    runner.forward_one_token = lambda tokens, lengths: (
+        rows.append(len(tokens)) or advance(tokens, lengths)
+    )
     while engine.step():
         pass
     assert rows == [4] + [1] * (len(rows) - 1)
@@ -646,11 +650,11 @@ def test_samples_of_one_prompt_share_its_computation():
 
 def test_a_long_prompt_does_not_block_other_requests(model, tokenizer):
     model, order = random_model(len(LETTERS) + 1, 100), []
-    engine = Engine(model, tokenizer, 2, chunk=8)
+    engine = Engine(model, tokenizer, 2, prefill_chunk=8)
     engine.submit(Request([1], SamplingParams(60, logit_bias=((10, -math.inf),)), order.append, 0))
     engine.step()
     engine.submit(Request([2] * 80, SamplingParams(1), order.append, 1))
-    while not any(piece.row == 1 for piece in order):
+    while not any(piece.index == 1 for piece in order):
         engine.step()
     assert 9 <= len(order) <= 12  # a token of the text for each of ten pieces of the prompt
 
@@ -664,7 +668,7 @@ def test_a_cancelled_request_frees_its_slot_before_the_next_step(model, tokenize
     requests[0].cancel()
     requests[1].cancel()  # still waiting
     engine.step()
-    ended = {piece.row: piece.finish for piece in pieces if piece.finish}
+    ended = {piece.index: piece.finish_reason for piece in pieces if piece.finish_reason}
     assert ended == {0: 'cancelled', 1: 'cancelled'}
     assert engine.slots[0].request is requests[2]
     requests[2].cancel()
@@ -708,7 +712,9 @@ def test_an_exception_ends_every_request_and_is_raised_for_the_next(model, token
         engine.submit(Request([row], SamplingParams(5), pieces.append, row))
     with pytest.raises(ZeroDivisionError):
         engine.serve()
-    assert sorted((piece.row, piece.finish) for piece in pieces) == [(i, 'error') for i in range(3)]
+    assert sorted((piece.index, piece.finish_reason) for piece in pieces) == [
+        (i, 'error') for i in range(3)
+    ]
     with pytest.raises(ZeroDivisionError):
         engine.submit(Request([1], SamplingParams(5), pieces.append))
 
@@ -723,7 +729,7 @@ def test_logits_that_are_not_finite_end_only_their_own_request():
         engine.submit(Request(prompt, sampling, pieces.append, row))
     while engine.step():
         pass
-    assert [piece.finish for piece in pieces if piece.row in (0, 2)] == ['error', 'error']
+    assert [piece.finish_reason for piece in pieces if piece.index in (0, 2)] == ['error', 'error']
     assert ids_of(pieces, 1) == ids_of(pieces, 3) == ids_of(pieces, 4)
     assert len(ids_of(pieces, 1)) == 3
 
@@ -736,7 +742,7 @@ def test_a_scored_prompt_that_is_not_finite_is_an_error_and_its_keys_are_cleared
     finish(engine, Request([1, 9, 2, 3], SamplingParams(0), pieces.append, 0, None, 0, True))
     cancelled = Request([9] * 5, SamplingParams(5), pieces.append, 1)
     finish(engine, Request([1, 2], SamplingParams(3, temperature=0), pieces.append, 2))
-    assert [piece.finish for piece in pieces if piece.row == 0] == ['error']
+    assert [piece.finish_reason for piece in pieces if piece.index == 0] == ['error']
     assert len(ids_of(pieces, 2)) == 3
     engine.submit(cancelled)
     engine.scheduler.admit()
@@ -753,9 +759,9 @@ def test_a_closed_engine_cancels_its_requests_and_accepts_no_more(model, tokeniz
     engine.step()
     engine.close()
     engine.serve()
-    assert {piece.row: piece.finish for piece in pieces if piece.finish} == dict.fromkeys(
-        (0, 1), 'cancelled'
-    )
+    assert {
+        piece.index: piece.finish_reason for piece in pieces if piece.finish_reason
+    } == dict.fromkeys((0, 1), 'cancelled')
     with pytest.raises(UserError, match='closed'):
         engine.submit(Request([1], SamplingParams(5), pieces.append))
 
@@ -766,7 +772,7 @@ def test_an_engine_in_its_own_thread_serves_requests_of_other_threads(model, tok
     thread.start()
     try:
         pieces = []
-        take = lambda piece: (pieces.append(piece), piece.finish and done.set())  # noqa: E731
+        take = lambda piece: (pieces.append(piece), piece.finish_reason and done.set())  # noqa: E731
         engine.submit(Request([1, 2], SamplingParams(5, temperature=0), take))
         assert done.wait(30)
     finally:
@@ -783,15 +789,17 @@ def test_an_engine_in_its_own_thread_serves_requests_of_other_threads(model, tok
 def test_log_probabilities_are_of_the_logits_before_penalties_and_filters(model, tokenizer):
     pieces, prompt = [], [1, 2, 3, 4, 5]
     sampling = SamplingParams(8, temperature=3, top_k=3, frequency_penalty=1)
-    request = Request(prompt, sampling, pieces.append, top=3, score_prompt=True)
-    finish(Engine(model, tokenizer, 1, chunk=2), request)
+    request = Request(prompt, sampling, pieces.append, top_logprobs=3, score_prompt=True)
+    finish(Engine(model, tokenizer, 1, prefill_chunk=2), request)
     tokens = ids_of(pieces)
     expected = torch.stack([*from_scratch(model, prompt, tokens)]).log_softmax(-1)
     for piece, scores in zip(pieces, expected, strict=True):
         assert piece.logprob == pytest.approx(scores[piece.token].item(), abs=1e-5)
         values, ids = scores.topk(3)
-        assert [i for i, _ in piece.top] == ids.tolist()
-        assert [value for _, value in piece.top] == pytest.approx(values.tolist(), abs=1e-5)
+        assert [i for i, _ in piece.top_logprobs] == ids.tolist()
+        assert [value for _, value in piece.top_logprobs] == pytest.approx(
+            values.tolist(), abs=1e-5
+        )
     scores = model(torch.tensor([prompt]))[0][0].log_softmax(-1)
     assert request.prompt_logprobs[0] == (None, ())
     assert len(request.prompt_logprobs) == len(prompt)
@@ -803,26 +811,28 @@ def test_log_probabilities_are_of_the_logits_before_penalties_and_filters(model,
 def test_a_request_for_no_token_only_scores_its_prompt(model, tokenizer):
     pieces = []
     requests = [
-        Request([1, 2, 3], SamplingParams(0), pieces.append, row, top=0, score_prompt=True)
+        Request([1, 2, 3], SamplingParams(0), pieces.append, row, top_logprobs=0, score_prompt=True)
         for row in range(3)
     ]
     finish(Engine(model, tokenizer, 2), *requests)
-    assert [(p.row, p.token, p.finish) for p in pieces] == [(i, None, 'length') for i in range(3)]
+    assert [(p.index, p.token, p.finish_reason) for p in pieces] == [
+        (i, None, 'length') for i in range(3)
+    ]
     assert all(len(request.prompt_logprobs) == 3 for request in requests)
 
 
 def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer):
     sampling = SamplingParams(60, logit_bias=((tokenizer.eot, -math.inf),))
-    request = Request([1, 2, 3], sampling, lambda piece: None, 0, top=0, score_prompt=True)
+    request = Request([1, 2, 3], sampling, lambda piece: None, 0, top_logprobs=0, score_prompt=True)
     finish(Engine(model, tokenizer, 1), request)
-    assert len(request.written) == 60
+    assert len(request.output_ids) == 60
     assert len(request.prompt_logprobs) == 3
 
 
 def test_penalties_and_biases_are_those_of_the_api_they_come_from():
     logits = torch.tensor([1.0, -1.0, 2.0, 0.0])
     sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
-    apply_penalties(logits, sampling, prompt=[1], written=[0, 0, 2])
+    apply_penalties(logits, sampling, prompt_ids=[1], output_ids=[0, 0, 2])
     assert logits.tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]
 
 
@@ -839,7 +849,7 @@ def test_penalties_take_a_set_and_a_counter_of_tokens():
 def test_a_request_counts_its_tokens(model, tokenizer):
     request = Request([1, 2, 3, 3], SamplingParams(40, frequency_penalty=0.1), lambda piece: None)
     finish(Engine(model, tokenizer, 1), request)
-    assert request.counts == Counter(request.written)
+    assert request.counts == Counter(request.output_ids)
     assert request.prompt_tokens == {1, 2, 3}
 
 

@@ -74,7 +74,7 @@ def test_a_batch_runs_with_a_file_of_its_own(batch, tmp_path):
     with FileLock('locked.jsonl.lock'), pytest.raises(UserError, match='is writing it'):
         batch(out='locked.jsonl')
     (tmp_path / 'part.jsonl.part').write_text('{"line": 1}\n')
-    with pytest.raises(UserError, match='is of another batch'):
+    with pytest.raises(UserError, match='belongs to another batch'):
         batch(out='part.jsonl')
     (tmp_path / 'part.jsonl.part').unlink()
     expected = batch(out='other.jsonl')
@@ -145,4 +145,4 @@ def test_after_an_engine_is_closed_another_one_takes_requests(model):
         closed.submit(Request([1], SamplingParams(1), outputs.append))
     other.submit(Request([1], SamplingParams(1), outputs.append))
     other.step()
-    assert [output.finish for output in outputs] == ['length']
+    assert [output.finish_reason for output in outputs] == ['length']

@@ -90,7 +90,7 @@ def test_int8_on_a_device_without_its_product_is_an_error(monkeypatch):
     monkeypatch.setattr(
         torch._C, '_dispatch_has_kernel_for_dispatch_key', lambda operator, key: False
     )
-    with pytest.raises(ConfigError, match='no int8 product on cpu'):
+    with pytest.raises(ConfigError, match='no int8 matmul on cpu'):
         prepare_for_inference(tiny(torch.bfloat16), 'int8')
 
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT, hashes, steps
 from packaging.requirements import Requirement
 
-from flatgpt.checkpoint.load import find
+from flatgpt.checkpoint.load import find_checkpoint
 
 TASK = ROOT / 'launch' / 'skypilot.yaml'
 # SkyPilot holds some packages to older versions than ours, so it may live in another environment
@@ -257,4 +257,6 @@ def test_on_another_machine_a_run_resumes_from_the_bucket(machines, script, tiny
     python = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
     whole = (tiny, *FIXED, f'--out_dir={tmp_path}/whole', f'--max_iters={last}')
     assert script('train.py', *whole, python=python).returncode == 0
-    assert hashes(find(out_dir, 'last')) == hashes(find(tmp_path / 'whole', 'last'))
+    assert hashes(find_checkpoint(out_dir, 'last')) == hashes(
+        find_checkpoint(tmp_path / 'whole', 'last')
+    )

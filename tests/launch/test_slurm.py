@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, hashes, metrics, steps
 
-from flatgpt.checkpoint.load import find
+from flatgpt.checkpoint.load import find_checkpoint
 
 SCRIPT = ROOT / 'launch' / 'slurm.sh'
 pytestmark = pytest.mark.skipif(os.name == 'nt', reason='needs bash')
@@ -230,7 +230,9 @@ def test_before_its_time_is_up_it_is_saved_and_queued_again_and_no_step_is_lost(
     python = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
     whole = (tiny, f'--out_dir={tmp_path}/b', *FOREVER, f'--max_iters={step + 3}')
     assert script('train.py', *whole, python=python).returncode == 0
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
 
 
 @pytest.mark.faults

@@ -190,7 +190,7 @@ def test_cached_logits_equal_uncached_ones_for_rows_of_different_lengths(model):
 
 @torch.no_grad()
 def test_a_prompt_can_be_cached_in_chunks(model):
-    idx, cache = tokens(2, 24), KVCache(model, rows=2, length=24)
+    idx, cache = tokens(2, 24), KVCache(model, rows=2, max_length=24)
     for chunk in idx.split([10, 1, 13], dim=1):
         logits, _ = model(chunk, cache=cache)
     assert_close(logits, model(idx)[0][:, -1])
@@ -268,7 +268,7 @@ def test_cropping_the_context_keeps_the_logits_of_shorter_texts(model):
     if model.config.arch == 'gpt2':
         assert model.transformer.wpe.weight.shape == (8, 64)
         assert model.transformer.wpe.weight.requires_grad
-    assert KVCache(model, rows=1).length == 8
+    assert KVCache(model, rows=1).max_length == 8
 
 
 def test_block_matrices_are_all_matrices_of_the_blocks(model):

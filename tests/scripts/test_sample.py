@@ -225,7 +225,7 @@ def test_stop_of_a_line_is_a_string_or_a_list_of_strings():
 @error_line('has no tokenizer; give the one it was trained with')
 def test_a_model_without_a_tokenizer_is_refused_until_one_is_given(tmp_path):
     state = {'step': 1, 'val_loss': 1.0, 'evaluated': True}
-    save.save(tmp_path, random_model(257), [], None, state)
+    save.save_checkpoint(tmp_path, random_model(257), [], None, state)
     flags = [f'--out_dir={tmp_path}', '--num_samples=1', '--max_new_tokens=2', '--device=cpu']
     assert f'{tmp_path} has no tokenizer' in fails(*flags)
     assert sample('ab', *flags, '--tokenizer=byte').stdout.startswith('ab')

@@ -27,7 +27,7 @@ from configurator import configure
 from flatgpt import files, runtime
 from flatgpt.checkpoint import load, save
 from flatgpt.checkpoint.__main__ import report
-from flatgpt.checkpoint.load import find, list_checkpoints, load_model
+from flatgpt.checkpoint.load import find_checkpoint, list_checkpoints, load_model
 from flatgpt.data.dataset import Dataset, Writer
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
 from flatgpt.errors import UserError
@@ -150,7 +150,9 @@ def test_a_sample_at_each_evaluation_is_printed_and_logged_and_changes_nothing(
 
     assert metrics(tmp_path / 'with') == metrics(tmp_path / 'without')
     assert metrics(tmp_path / 'with', 'val_loss') == metrics(tmp_path / 'without', 'val_loss')
-    assert hashes(find(tmp_path / 'with', 'last')) == hashes(find(tmp_path / 'without', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'with', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'without', 'last')
+    )
 
     events = EventAccumulator(str(tmp_path / 'with' / 'tb')).Reload()
     logged = events.Tensors('sample/text_summary')
@@ -189,7 +191,9 @@ def test_sample_takes_the_config_of_a_run(source, monkeypatch):
 
 def test_the_run_s_config_is_itself_a_config(source, run_here, tmp_path, capsys):
     assert run_here(f'--out_dir={tmp_path}/again', config=source / 'config.py') == 0
-    assert hashes(find(source, 'last')) == hashes(find(tmp_path / 'again', 'last'))
+    assert hashes(find_checkpoint(source, 'last')) == hashes(
+        find_checkpoint(tmp_path / 'again', 'last')
+    )
 
 
 def test_exactly_max_iters_updates_are_made_then_measured_and_saved(run_here, tmp_path):
@@ -199,7 +203,7 @@ def test_exactly_max_iters_updates_are_made_then_measured_and_saved(run_here, tm
     assert steps(tmp_path) == [5]
     state = json.loads((list_checkpoints(tmp_path)[0] / 'state.json').read_text())
     assert state['val_loss'] == metrics(tmp_path, 'val_loss')[5]
-    optimizer = find(tmp_path) / load.OPTIMIZER
+    optimizer = find_checkpoint(tmp_path) / load.OPTIMIZER_FILE
     from safetensors.torch import load_file
 
     assert {v.item() for k, v in load_file(optimizer).items() if k.endswith('.step')} == {5.0}
@@ -314,7 +318,9 @@ def test_evaluation_does_not_change_the_training(run_here, tmp_path):
     for interval in (1, 100):
         run_here(f'--out_dir={tmp_path}/{interval}', f'--eval_interval={interval}', *FIXED)
     assert metrics(tmp_path / '1') == metrics(tmp_path / '100')
-    assert hashes(find(tmp_path / '1', 'last')) == hashes(find(tmp_path / '100', 'last'))
+    assert hashes(find_checkpoint(tmp_path / '1', 'last')) == hashes(
+        find_checkpoint(tmp_path / '100', 'last')
+    )
 
 
 @pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
@@ -473,7 +479,7 @@ def test_every_evaluation_s_checkpoint_is_kept_or_the_last_two_and_the_best(run_
     losses = metrics(tmp_path / 'some', 'val_loss')
     best = min(range(1, 7), key=losses.get)
     assert steps(tmp_path / 'some') == sorted({5, 6, best})
-    assert find(tmp_path / 'some', 'best').name.endswith(str(best))
+    assert find_checkpoint(tmp_path / 'some', 'best').name.endswith(str(best))
 
 
 def test_checkpoints_between_evaluations(run_here, tmp_path):
@@ -484,7 +490,7 @@ def test_checkpoints_between_evaluations(run_here, tmp_path):
 def test_the_best_loss_is_not_replaced_by_a_worse_one(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', '--max_iters=6', '--learning_rate=0.5', '--eval_interval=1')
     losses = metrics(tmp_path, 'val_loss')
-    state = json.loads((find(tmp_path, 'last') / 'state.json').read_text())
+    state = json.loads((find_checkpoint(tmp_path, 'last') / 'state.json').read_text())
     assert state['best_val_loss'] == min(losses.values()) < max(losses.values())
 
 
@@ -516,7 +522,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(
     assert steps(halves)[-1] in (5, 6)
     assert not (halves / 'DONE').exists()
     assert run_here('--init_from=resume', config=halves / 'config.py') == 0
-    assert hashes(find(whole, 'last')) == hashes(find(halves, 'last'))
+    assert hashes(find_checkpoint(whole, 'last')) == hashes(find_checkpoint(halves, 'last'))
     for key in ('loss', 'val_loss', 'lr', 'grad_norm'):
         assert metrics(whole, key) == metrics(halves, key)
 
@@ -559,7 +565,7 @@ def test_what_a_resumed_run_evaluates_first_is_saved_with_its_checkpoint(
     again = last.with_name(f'{last.name}.again')
     assert load.read_state(again)['evaluated']
     assert not last.exists()
-    assert find(tmp_path, 'best') == again
+    assert find_checkpoint(tmp_path, 'best') == again
 
 
 def test_a_read_error_is_not_taken_for_damage(copied, run_here, monkeypatch):
@@ -789,10 +795,10 @@ def test_a_new_global_batch_goes_on_where_the_old_one_ended(copied, run_here, mo
         return batch(self, first, *args)
 
     monkeypatch.setattr(Dataset, 'batch', noting)
-    samples = load.read_state(find(copied, 'last'))['samples']
+    samples = load.read_state(find_checkpoint(copied, 'last'))['samples']
     run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=22', '--batch_size=2')
     assert firsts[0] == samples
-    assert load.read_state(find(copied, 'last'))['samples'] > samples
+    assert load.read_state(find_checkpoint(copied, 'last'))['samples'] > samples
 
 
 def test_eval_only_leaves_the_folder_of_an_auto_resumed_run_alone(copied, run_here):
@@ -820,7 +826,9 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(run_here, tmp_p
     assert run_here(*args, '--init_from=resume') == 0
     run_here(f'--out_dir={tmp_path}/b', *FIXED)
     assert metrics(tmp_path / 'a', 'val_loss') == metrics(tmp_path / 'b', 'val_loss')
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
 
 
 def test_a_stop_after_an_update_that_was_left_out_saves_what_there_is(
@@ -845,7 +853,7 @@ def test_a_stop_after_an_update_that_was_left_out_saves_what_there_is(
     out = capsys.readouterr().out
     assert 'step 3: loss nan' in out
     assert 'stopped at step 3; step-00000003 is saved' in out
-    model, _, _ = load.load(find(tmp_path, 'last'))
+    model, _, _ = load.load_checkpoint(find_checkpoint(tmp_path, 'last'))
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
@@ -915,7 +923,9 @@ def test_ctrl_c_in_a_real_process_loses_no_step(tiny, tmp_path, environment, run
     more = f'--max_iters={step + 3}'
     assert run_here(f'--out_dir={tmp_path}/a', *args, '--init_from=resume', more) == 0
     run_here(f'--out_dir={tmp_path}/b', *args, more)
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
 
 
 def test_a_run_that_was_killed_before_it_could_say_so_is_done_and_mirrored_by_the_next_start(
@@ -963,7 +973,7 @@ def test_the_checkpoint_to_resume_from_can_be_chosen(run_here, copied, which):
     ten, twenty = list_checkpoints(copied)
     state = json.loads((ten / 'state.json').read_text())
     (twenty / 'state.json').read_text()
-    chosen = {'best': find(copied), 'last': twenty, 'path': ten}[which]
+    chosen = {'best': find_checkpoint(copied), 'last': twenty, 'path': ten}[which]
     where = str(ten) if which == 'path' else which
     args = ('--init_from=resume', f'--checkpoint={where}', '--max_iters=25', '--lr_decay_iters=20')
     assert run_here(f'--out_dir={copied}', *args) == 0
@@ -978,13 +988,13 @@ def test_the_checkpoint_to_resume_from_can_be_chosen(run_here, copied, which):
 def test_a_damaged_last_checkpoint_is_named_and_the_one_before_used(
     run_here, source, copied, capsys
 ):
-    last = find(copied, 'last')
-    (last / load.MODEL).write_bytes(b'damaged')
+    last = find_checkpoint(copied, 'last')
+    (last / load.MODEL_FILE).write_bytes(b'damaged')
     assert run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=20') == 0
-    assert f'{last} is damaged: {load.MODEL}' in capsys.readouterr().err
-    load.verify(last)  # its steps were made again
+    assert f'{last} is damaged: {load.MODEL_FILE}' in capsys.readouterr().err
+    load.verify_checkpoint(last)  # its steps were made again
     if (copied / 'config.py').exists():
-        assert hashes(last) == hashes(find(source, 'last'))
+        assert hashes(last) == hashes(find_checkpoint(source, 'last'))
 
 
 def test_a_new_run_does_not_touch_a_used_folder_unasked(run_here, copied):
@@ -1015,13 +1025,15 @@ def test_auto_resume_serves_the_first_start_and_every_other(
     assert run_here(*args) == 0
     assert 'is finished' in capsys.readouterr().out
     run_here(f'--out_dir={tmp_path}/b', '--max_iters=6', *FIXED)
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
 
 
 def test_auto_resume_starts_anew_if_nothing_can_be_loaded(run_here, copied, capsys):
     damaged = list_checkpoints(copied)
     for path in damaged:
-        (path / load.MODEL).unlink()
+        (path / load.MODEL_FILE).unlink()
     assert run_here(f'--out_dir={copied}', '--auto_resume', '--max_iters=4', *FIXED) == 0
     captured = capsys.readouterr()
     assert captured.err.count('is damaged') == len(damaged)
@@ -1145,8 +1157,8 @@ def test_fine_tuning_on_text_of_another_tokenizer_is_refused(
 def test_eval_only_measures_and_writes_nothing(run_here, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = contents(source)
-    loss = json.loads((find(source, 'last') / 'state.json').read_text())['val_loss']
-    best = json.loads((find(source) / 'state.json').read_text())['val_loss']
+    loss = json.loads((find_checkpoint(source, 'last') / 'state.json').read_text())['val_loss']
+    best = json.loads((find_checkpoint(source) / 'state.json').read_text())['val_loss']
     for args, expected in (
         (('--init_from=resume', f'--out_dir={source}'), loss),
         ((f'--init_from={source}',), best),
@@ -1277,7 +1289,7 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
         in capsys.readouterr().out
     )
     run_here(f'--out_dir={tmp_path}/b', *FIXED, *settings)
-    assert hashes(find(tmp_path / 'a')) == hashes(find(tmp_path / 'b'))
+    assert hashes(find_checkpoint(tmp_path / 'a')) == hashes(find_checkpoint(tmp_path / 'b'))
 
 
 def test_a_compiled_model_is_saved_under_its_bare_names(run_here, tmp_path, monkeypatch):
@@ -1292,7 +1304,7 @@ def test_a_compiled_model_is_saved_under_its_bare_names(run_here, tmp_path, monk
     monkeypatch.setattr(torch, 'compile', Wrapped)
     run_here(f'--out_dir={tmp_path}/a', '--compile', *FIXED)
     run_here(f'--out_dir={tmp_path}/b', *FIXED)
-    assert hashes(find(tmp_path / 'a')) == hashes(find(tmp_path / 'b'))
+    assert hashes(find_checkpoint(tmp_path / 'a')) == hashes(find_checkpoint(tmp_path / 'b'))
 
 
 CRASH = """
@@ -1371,7 +1383,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--max_iters=-1'], ['max_iters=-1']),
         (['--learning_rate=1e999'], ['learning_rate=inf']),
         (['--max_iters', '60'], ['--max_iters: needs a whole number', '--max_iters=10']),
-        (['--init_from=scrach'], ['scrach', 'no such folder']),
+        (['--init_from=scrach'], ['scrach', 'no such directory']),
         (['--init_from=out/none'], ['out/none']),
         (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
         (['--mask_documents'], ['mask_documents', 'no end-of-text token']),
@@ -1395,12 +1407,12 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(run_here, tmp_path, monkeypa
 def test_resuming_with_nothing_there_says_how_to_begin(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'python train.py' in refused(run_here, '--init_from=resume')
-    assert 'no such folder' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
+    assert 'no such directory' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
 
 
 def test_resuming_only_damaged_checkpoints_is_refused(run_here, copied, capsys):
     for path in list_checkpoints(copied):
-        (path / load.MANIFEST).unlink()
+        (path / load.MANIFEST_FILE).unlink()
     text = refused(run_here, f'--out_dir={copied}', '--init_from=resume')
     assert 'every checkpoint is damaged' in text
     assert 'manifest.json' in capsys.readouterr().err
@@ -1447,7 +1459,7 @@ def test_a_resumed_run_keeps_its_shape(run_here, copied):
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(run_here, copied):
-    path = find(copied, 'last')
+    path = find_checkpoint(copied, 'last')
     state = json.loads((path / 'state.json').read_text())
     state['model']['n_experts'] = 4
     (path / 'state.json').write_text(json.dumps(state))

@@ -399,7 +399,7 @@ def test_a_prompt_can_be_scored_without_generating(client):
 
 
 def test_tokens_with_the_same_text_have_unique_keys_and_infinity_is_a_number():
-    request, plain = Request([97], SamplingParams(), print, top=3), byte_tokenizer()
+    request, plain = Request([97], SamplingParams(), print, top_logprobs=3), byte_tokenizer()
     tokens = [*plain.token_bytes, 'é'.encode(), b'a', '\ufffd'.encode(), None]
     tokenizer = Tokenizer('byte', 'byte', tokens, plain.special)
     double, rare, nothing, beyond = 258, 259, 260, 261  # reads as 97; U+FFFD itself; no text
@@ -1106,13 +1106,13 @@ def test_another_error_is_not_reported_as_out_of_memory(make_app, monkeypatch):
 
 def test_a_completion_without_finite_logits_is_an_error_and_the_engine_continues(client, caplog):
     service = service_of(client)
-    sample_all = service.engine.runner.sample_all
-    service.engine.runner.sample_all = lambda requests, logits: [-1] * len(requests)
+    sample_requests = service.engine.runner.sample_requests
+    service.engine.runner.sample_requests = lambda requests, logits: [-1] * len(requests)
     error = ask(client, 500, prompt='a', n=2)['error']
     assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
     assert caplog.text.count(NOT_FINITE) == 1
     assert stream(client, prompt='a')[-1] == {'error': error}
-    service.engine.runner.sample_all = sample_all
+    service.engine.runner.sample_requests = sample_requests
     ask(client, prompt='a')
 
 
@@ -1122,7 +1122,7 @@ def test_a_client_may_disconnect_before_a_token_is_sent(client):
         job = service.submit(body, lambda: True)
         (request,) = job.requests
         request.admitted_time = request.arrival_time
-        request.written += [97, 98]  # as take() does, before send() notes when
+        request.output_ids += [97, 98]  # as append_token() does, before emit() notes when
         service.release(job)
         assert 'first_token' not in job.log_fields(False)
     assert figures(client)['flatgpt_generation_tokens_total'] == 2
@@ -1398,6 +1398,7 @@ def test_every_setting_is_explained(monkeypatch):
             'create_app.max_rows=.: max_rows needs a whole number or None',
         ),
         ({'quantize': 'int8'}, 'create_app.quantize=.: the model is already loaded'),
+        ({'device': 'cuda'}, 'create_app.device=.: the model is already loaded'),
     ],
 )
 def test_invalid_settings_are_one_line(make_app, wrong, says):

@@ -334,7 +334,7 @@ def test_an_application_is_made_without_what_it_cannot_use(make_app, bad):
     assert send(make_app().test_client(), {'prompt': 'a'}).json['choices']
 
 
-@error_line('the cache does not fit into memory; try')
+@error_line('the cache does not fit in memory; try')
 def test_fewer_slots_fit_into_memory(tmp_path, monkeypatch):
     class SmallEngine(api.Engine):
         def __init__(self, model, tokenizer, rows, *args, **options):

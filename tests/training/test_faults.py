@@ -20,7 +20,7 @@ from conftest import MODERN, ROOT, SHARE, hashes, metrics, steps
 
 from flatgpt import errors, files
 from flatgpt.checkpoint import save
-from flatgpt.checkpoint.load import find
+from flatgpt.checkpoint.load import find_checkpoint
 from flatgpt.training import metrics as metrics_module
 
 pytestmark = pytest.mark.faults
@@ -89,7 +89,7 @@ def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(
         assert run_here(*args) == 128 + signal.SIGTERM
     assert steps(tmp_path)[-1] >= at
     assert run_here(*args, '--init_from=resume') == 0
-    assert hashes(find(tmp_path, 'last')) == hashes(find(whole, 'last'))
+    assert hashes(find_checkpoint(tmp_path, 'last')) == hashes(find_checkpoint(whole, 'last'))
     for key in ('loss', 'val_loss'):
         assert metrics(tmp_path, key) == metrics(whole, key)
 
@@ -118,7 +118,7 @@ def test_killed_at_any_moment_at_most_five_steps_are_lost(run_here, ranks, long,
     saved = steps(tmp_path)[-1]
     assert saved >= reached - 5
     assert run_here(f'--out_dir={tmp_path}', *LONG, '--init_from=resume') == 0
-    assert hashes(find(tmp_path, 'last')) == hashes(find(reference, 'last'))
+    assert hashes(find_checkpoint(tmp_path, 'last')) == hashes(find_checkpoint(reference, 'last'))
     assert metrics(tmp_path) == metrics(reference)
 
 
@@ -126,7 +126,7 @@ SAVES = """
 import json, os, signal, sys
 import torch
 from flatgpt.checkpoint import load
-from flatgpt.checkpoint.save import save
+from flatgpt.checkpoint.save import save_checkpoint
 from model import GPT, GPTConfig
 
 out_dir, number = sys.argv[1], 0
@@ -147,7 +147,7 @@ def step(number):
     for parameter in model.parameters():
         parameter.data += 0.01
     state = {'step': number, 'val_loss': 1.0 + number, 'evaluated': True}
-    return save(out_dir, model, [optimizer], None, state)
+    return save_checkpoint(out_dir, model, [optimizer], None, state)
 
 sys.addaudithook(hook)
 for number in (1, 2, 3):
@@ -162,9 +162,9 @@ while died and number < 999:
         step(number)
         os._exit(0)
     died = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    last = load.find(out_dir, 'last')
-    best = load.find(out_dir, 'best')
-    model_, _, state = load.load(last)
+    last = load.find_checkpoint(out_dir, 'last')
+    best = load.find_checkpoint(out_dir, 'best')
+    model_, _, state = load.load_checkpoint(last)
     whole = all(p.isfinite().all() for p in model_.parameters())
     stages.append([number, state['step'], load.step_of(best), bool(whole)])
     number += 1
@@ -241,10 +241,14 @@ def test_killed_again_and_again_a_supervised_run_ends_the_same(ranks, tmp_path):
     assert starts > steps_in_all / 150
     crew = ranks(2, f'--out_dir={tmp_path}/one', *args)
     assert crew.end() == [0, 0], crew.err
-    assert hashes(find(tmp_path / 'many', 'last')) == hashes(find(tmp_path / 'one', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'many', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'one', 'last')
+    )
     for key in ('loss', 'val_loss'):
         assert metrics(tmp_path / 'many', key) == metrics(tmp_path / 'one', key)
-    assert hashes(find(tmp_path / 'copy', 'last')) == hashes(find(tmp_path / 'one', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'copy', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'one', 'last')
+    )
     assert steps(tmp_path / 'copy') == steps(tmp_path / 'one')
 
 
@@ -264,7 +268,9 @@ def test_memory_does_not_grow(ranks, tmp_path, world):
     args = ('--eval_interval=20', '--save_interval=5', '--max_iters=100000', '--n_embd=64')
     args += (f'--checkpoint_mirror={tmp_path}/copy', '--always_save_checkpoint=False')
     args += (f'--out_dir={tmp_path}/run', f'--shard={world > 0}')
-    crew = ranks(world, *args, before='from flatgpt.checkpoint import save; save.SMALL = 0')
+    crew = ranks(
+        world, *args, before='from flatgpt.checkpoint import save; save.SYNC_SAVE_BYTES = 0'
+    )
     last, held = max(300, round(2000 * SHARE)), []
     for step in (last // 3, last):
         crew[0].says(f'step {step}/', 300)
@@ -298,7 +304,9 @@ def test_resuming_takes_no_more_memory_than_training(script, tiny, tmp_path):
         done = script('train.py', tiny, *args, *run, '--lr_decay_iters=9', python=('-c', PEAK))
         assert done.returncode == 0, done.stderr
         peaks.append(int(re.search(r'VmHWM:\s+(\d+) kB', done.stdout)[1]) / 1024)
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
     whole, _, resumed = peaks
     assert whole > 700  # so that it is the model that is measured
     assert resumed < 1.05 * whole, peaks
@@ -337,7 +345,7 @@ def test_a_disk_that_fills_up_while_saving_spares_what_was_there(
     names = sorted(path.name for path in (disk / 'run' / 'checkpoints').iterdir())
     assert names == [f'step-{step:08d}' for step in saved]  # and nothing half-written
     assert list(metrics(disk / 'run')) == list(range(1, 10))
-    assert find(disk / 'run', 'last').name == names[-1]
+    assert find_checkpoint(disk / 'run', 'last').name == names[-1]
 
 
 def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
@@ -359,7 +367,7 @@ def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
     assert 'step 80/80' in capsys.readouterr().out
     monkeypatch.undo()
     (disk / 'filler').unlink()
-    find(disk / 'run', 'last')
+    find_checkpoint(disk / 'run', 'last')
     monkeypatch.setattr(save, 'check_free_space', lambda folder, tensors: None)
     assert run_here(*args, '--init_from=resume', '--max_iters=6') == 0
 
@@ -426,7 +434,9 @@ def test_a_signal_through_torchrun_loses_no_step(script, launch, tiny, tmp_path,
     for out_dir in (resume, (f'--out_dir={tmp_path}/b',)):
         done = script('train.py', tiny, *out_dir, *args, python=TORCHRUN)
         assert done.returncode == 0, done.stderr
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
 
 
 SLOW = """
@@ -486,7 +496,9 @@ def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
     assert process.returncode == 0, error
     done = script('train.py', tiny, f'--out_dir={tmp_path}/b', *args, python=TORCHRUN)
     assert done.returncode == 0, done.stderr
-    assert hashes(find(tmp_path / 'a', 'last')) == hashes(find(tmp_path / 'b', 'last'))
+    assert hashes(find_checkpoint(tmp_path / 'a', 'last')) == hashes(
+        find_checkpoint(tmp_path / 'b', 'last')
+    )
     assert list(metrics(tmp_path / 'a')) == list(range(1, 301))
 
 
@@ -515,7 +527,7 @@ def test_one_rank_s_nan_is_left_out_by_all(ranks, tmp_path, shard):
         crew = ranks(2, f'--out_dir={tmp_path}/{name}', *args, before=lambda r: before.get(r, ''))  # noqa: B023
         assert crew.end() == [0, 0], crew.err
         assert crew.out.count('update skipped') == 1
-        path = find(tmp_path / name, 'last')
+        path = find_checkpoint(tmp_path / name, 'last')
         names = sorted(file.name for file in path.glob('*.safetensors'))
         ends.append([files.sha256(path / name) for name in names])
     assert ends[0] == ends[1]
@@ -524,7 +536,7 @@ def test_one_rank_s_nan_is_left_out_by_all(ranks, tmp_path, shard):
     assert crew.end() == [2, 2]
     assert crew.err.count('not finite three steps in a row, up to step 6') == 2
     assert 'Traceback' not in crew.err
-    assert find(tmp_path / 'three', 'last').name == 'step-00000003'
+    assert find_checkpoint(tmp_path / 'three', 'last').name == 'step-00000003'
 
 
 @pytest.mark.parametrize('number', times(200))

@@ -9,7 +9,7 @@ import torch
 from conftest import follow_advice, make_dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flatgpt.checkpoint.load import list_checkpoints, verify
+from flatgpt.checkpoint.load import list_checkpoints, verify_checkpoint
 from flatgpt.checkpoint.save import size_of, tensors_of
 from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.runtime import Runtime
@@ -274,5 +274,5 @@ def test_a_model_as_wide_as_gpt2_xl_trains_sharded_and_saves(script, dataset, tm
     )
     assert done.returncode == 0, done.stderr
     (path,) = list_checkpoints(where)
-    verify(path)
+    verify_checkpoint(path)
     assert len(list(path.glob('model-*-of-00002.safetensors'))) == 2

@@ -15,7 +15,7 @@ from error_lines import case, error_line
 from filelock import FileLock
 
 from configurator import settings_of
-from flatgpt.checkpoint.load import MANIFEST, find
+from flatgpt.checkpoint.load import MANIFEST_FILE, find_checkpoint
 from flatgpt.data import text
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_renamed_is_moved_or_deleted(tmp_path, monke
     def fails(path):
         raise PermissionError(1, 'Operation not permitted')
 
-    path = find(saved(tmp_path, byte_tokenizer()), 'last')
+    path = find_checkpoint(saved(tmp_path, byte_tokenizer()), 'last')
     monkeypatch.setattr(run_directory, 'set_aside', fails)
     rejected(run_directory.remove_later_steps, tmp_path, 1, False)
     fix(path)
@@ -190,11 +190,11 @@ def test_a_dataset_that_differs_is_copied_from_the_other_machine(tmp_path, datas
 
 @error_line('is missing on its machine or differs')
 def test_a_checkpoint_that_one_machine_lacks_comes_from_a_shared_disk_or_mirror(tmp_path):
-    path = find(saved(tmp_path / 'first', byte_tokenizer()), 'last')
+    path = find_checkpoint(saved(tmp_path / 'first', byte_tokenizer()), 'last')
     mirror = shutil.copytree(tmp_path / 'first', tmp_path / 'mirror')
     here = tmp_path / 'second' / Path(*path.parts[-2:])
     config = {'checkpoint_mirror': None, 'eval_only': True}
-    runtime = second((sha256(path / MANIFEST), resume.file_identity(path)))
+    runtime = second((sha256(path / MANIFEST_FILE), resume.file_identity(path)))
     rejected(resume.copy_to_this_machine, here, config, runtime)
     resume.copy_to_this_machine(path, config, runtime)  # one disk
     config['checkpoint_mirror'] = str(mirror)
