@@ -383,7 +383,7 @@ def fewer_samples(settings: dict, model: GPT) -> str:
 
 def main(settings: dict) -> None:
     sampling, samples = sampling_params(settings), settings['num_samples']
-    within(1, None, settings, 'num_samples')
+    check_range(1, None, settings, 'num_samples')
     if settings['batch']:
         if settings['chat'] or settings['start'] != DEFAULT_START:
             raise UserError('--batch reads its prompts from a file; omit the prompt and --chat')

@@ -34,7 +34,7 @@ from flatgpt.benchmarks.implementations import (
 )
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.checkpoint.load import load_model
-from flatgpt.checkpoint.save import save
+from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.data.dataset import DATA_DIR, Dataset, is_prepared
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError

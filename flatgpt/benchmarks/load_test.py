@@ -29,7 +29,7 @@ from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
 from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
-from flatgpt.checkpoint.save import save
+from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 

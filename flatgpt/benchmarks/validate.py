@@ -6,8 +6,8 @@ from pathlib import Path
 
 from flatgpt.benchmarks.baselines import build_meta_model, import_nanogpt
 from flatgpt.benchmarks.decoding import dataset_of
-from flatgpt.checkpoint.convert import is_foreign
-from flatgpt.checkpoint.load import find, read_state
+from flatgpt.checkpoint.convert import is_external
+from flatgpt.checkpoint.load import find_checkpoint, read_state
 from flatgpt.errors import UserError, check_choice, check_range
 from flatgpt.runtime import DTYPES, Runtime, available_memory
 

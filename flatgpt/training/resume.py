@@ -121,7 +121,7 @@ def copy_to_this_machine(path: Path, config: dict, runtime: Runtime) -> None:
     """Copy rank 0's checkpoint to this machine, since each rank loads the optimizer state."""
     mirror, reason = config['checkpoint_mirror'], ''
     manifest, rank0_file = runtime.broadcast_from_rank0(
-        lambda: (sha256(path / MANIFEST), file_identity(path))
+        lambda: (sha256(path / MANIFEST_FILE), file_identity(path))
     )
     on_disk_of_rank_0 = file_identity(path) == rank0_file
     if mirror and runtime.is_local_main and not on_disk_of_rank_0:
