@@ -103,11 +103,13 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **changes) -> flask.
     and handles signals. Depending on it, a disconnected client is detected at the next write.
     """
     settings = {name: globals()[name] for name in setting_annotations(__file__)}
+    of_model = {'device': loaded[0].embedding.weight.device.type} if loaded else {}
     for key in changes:
         check_known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
             raise ConfigError(f'create_app({key}=): the WSGI server sets its address; leave it out')
-        if loaded and key in MODEL_SETTINGS and changes[key] != settings[key]:
+        same = changes[key] in (settings[key], of_model.get(key))
+        if loaded and key in MODEL_SETTINGS and not same:
             raise ConfigError(f'create_app({key}=): the model is already loaded; leave it out')
     settings = update_settings(__file__, settings, changes, 'create_app({}=)')
     check_settings(settings)

@@ -218,9 +218,7 @@ def estimate(workload: MemoryWorkload) -> Counter[str]:
         peak['communication'] += state.gradients  # DDP's buckets
     if workload.device == 'cpu':
         saved = (state.parameters + state.optimizer) / shards
-        if (
-            workload.saves and saved >= SYNC_SAVE_BYTES
-        ):  # a copy is written while training continues
+        if workload.saves and saved >= SYNC_SAVE_BYTES:  # the copy is written during training
             peak['copy to save'] = saved
         if workload.shard:  # every rank builds the whole model before sharding
             peak = max(peak, Counter(parameters=state.parameters), key=Counter.total)

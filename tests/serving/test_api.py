@@ -1406,6 +1406,11 @@ def test_invalid_settings_are_one_line(make_app, wrong, says):
         make_app(**wrong)
 
 
+@pytest.mark.parametrize('device', ['cpu', 'auto'])
+def test_the_device_of_a_loaded_model_may_be_given(make_app, device):
+    assert make_app(device=device).get('/health').status_code == 200
+
+
 def test_more_slots_than_fit_into_memory_are_one_line(make_app):
     with pytest.raises(UserError, match='max_rows=1000000000000: the cache does not fit'):
         make_app(max_rows=10**12)
