@@ -1408,7 +1408,7 @@ def test_invalid_settings_are_one_line(make_app, wrong, says):
 
 @pytest.mark.parametrize('device', ['cpu', 'auto'])
 def test_the_device_of_a_loaded_model_may_be_given(make_app, device):
-    assert make_app(device=device).get('/health').status_code == 200
+    assert make_app(device=device).test_client().get('/ready').status_code == 200
 
 
 def test_more_slots_than_fit_into_memory_are_one_line(make_app):
