@@ -198,7 +198,7 @@ class FlatGPTGeneration:
             if len(outputs) == rows:
                 begin = time.perf_counter()
         seconds = time.perf_counter() - begin
-        first_row = [output.token for output in outputs if output.row == 0]
+        first_row = [output.token for output in outputs if output.index == 0]
         result = comparable_prefix(first_row, self.settings)
         return seconds, {'tokens': len(outputs) - rows, 'result': result}
 

@@ -206,7 +206,7 @@ class Scorer(TemplateLM):
         texts = [''] * len(batch)
         ids = [prompts[n] for n in batch]
         for output in generate(self.model, self.tokenizer, ids, sampling, seeds):
-            texts[output.row] += output.text
+            texts[output.index] += output.text
         return texts
 
     def with_progress(self, rows: list, length) -> Iterator[list]:

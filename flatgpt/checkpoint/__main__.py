@@ -121,8 +121,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--tokenizer', help="replaces the model's own: a name, a run or a tokenizer.json"
     )
-    parser.add_argument('--checkpoint', default='best', help="'best', 'last', or a path")
-    parser.add_argument('--tokenizer', help='replaces its own: a name, run or tokenizer.json')
     args = parser.parse_intermixed_args(argv)  # flags may stand between the arguments
     if args.command == 'export':
         if args.to is None:

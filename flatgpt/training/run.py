@@ -179,7 +179,7 @@ class Run:
         whole = self._load_saved_model() if self.config['shard'] else model
         text = training_sample(whole, tokenizer, data, tokens, self.config['seed'])
         self.tracker.log_text(self.state.step, text)
-        title = 'sample reply' if data.rows else 'sample'
+        title = 'sample reply' if data.is_chat else 'sample'
         self.runtime.print0(f'{title}:\n{RULE}\n{text}\n{RULE}')
 
     def _load_saved_model(self) -> GPT:
