@@ -447,7 +447,7 @@ WORST = {
         for unit in BOOKS
     },
     **{
-        f'a page of {unit!r}': lambda n, unit=unit: sre.without_text(
+        f'a page of {unit!r}': lambda n, unit=unit: sre.chapter_problem(
             ('<div role="main"><ol>' + unit * (n // 5 // len(unit))).encode()
         )
         for unit in PAGES
