@@ -1559,12 +1559,12 @@ def test_a_body_in_chunks_is_read(app):
 def test_the_log_has_the_client_that_a_local_proxy_reports(app, caplog):
     caplog.set_level(logging.INFO, 'flatgpt')
     with served(app) as port:
-        for named in ({}, {'X-Forwarded-For': '192.0.2.9'}):
+        for number, named in enumerate(({}, {'X-Forwarded-For': '192.0.2.9'}), 1):
             connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
             with contextlib.closing(connection):
                 connection.request('GET', '/health', headers=named)
                 assert connection.getresponse().status == 200
-        wait_until(lambda: len(logged(caplog, '/health')) == 2)
+            wait_until(lambda number=number: len(logged(caplog, '/health')) == number)
     assert [line['client'] for line in logged(caplog, '/health')] == ['127.0.0.1', '192.0.2.9']
 
 
