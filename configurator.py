@@ -60,10 +60,10 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
         print(help_text(defaults))
         raise SystemExit(0)
     mistakes, prompt = Mistakes(), None
-    for before, arg in zip(['', *argv], argv, strict=False):
+    for before, arg, after in zip(['', *argv], argv, [*argv[1:], ''], strict=False):
         with mistakes.collect():
             if is_flag(arg, positional):
-                values |= read_flag(arg, types)
+                values |= read_flag(arg, types, after)
                 prompt = arg if arg.startswith(f'--{positional}=') else prompt
             elif (path := find_config(arg, positional)) is not None:
                 ignored = {} if script and Path(script).name == 'train.py' else train_settings()
@@ -118,12 +118,15 @@ def setting_types(script: str, settings: dict) -> dict[str, tuple[str, ...]]:
     return {name: allowed_types(annotations[name], settings[name]) for name in settings}
 
 
-def read_flag(arg: str, types: dict) -> dict:
-    """{key: value} of a flag --key=value; for True, --key is enough."""
+def read_flag(arg: str, types: dict, after: str = '') -> dict:
+    """{key: value} of a flag --key=value; for True, --key is enough.
+
+    after: the next argument, which may have been meant as the value.
+    """
     key, equals, text = arg[2:].partition('=')
     check_known(key, types, arg)
     if not equals and 'bool' not in types[key]:
-        example = TYPES[types[key][0]][1]
+        example = after if after and after[0] != '-' else TYPES[types[key][0]][1]
         raise ConfigError(f'{arg}: needs {describe(types[key])}, for example {arg}={example}')
     value = parse_value(text, types[key], arg) if equals else True
     return {key: check_type(key, value, types[key], arg)}
@@ -190,6 +193,8 @@ def unknown_config(arg: str, settings) -> str:
         return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}'
     if os.path.isdir(arg):
         return f'{arg}: is a directory, not a config file; did you mean --out_dir={arg}?'
+    if os.path.isfile(arg):
+        return f'{arg}: is not a config file; give one that ends in .py'
     hint = did_you_mean(Path(arg).stem, names)
     return f'{arg}: no such config file; {hint}config/ has: {", ".join(names)}'
 

@@ -7,9 +7,11 @@ Errors that the user can fix, reported in one line.
     with warn_on_failure('no picture', print): ...     # prints a warning if it fails
 """
 
+import argparse
 import difflib
 import errno
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +105,17 @@ def reason_of(error: BaseException) -> str:
         return str(known)
     text = ' '.join(str(error).split())[:200]
     return f'{type(error).__name__}: {text}' if text else type(error).__name__
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake as a UserError: argparse itself prints its usage, several lines."""
+
+    def error(self, message: str):
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        word = re.search(r'--\w+', message)
+        unknown = message.startswith('unrecognized') and word
+        hint = did_you_mean(word[0], flags) if unknown else ''
+        raise UserError(f'{message}; {hint}--help lists the arguments')
 
 
 @contextmanager

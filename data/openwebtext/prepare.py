@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's fla
 from flatgpt.data.dataset import DATA_DIR
 from flatgpt.data.parquet import hub_files, local_files, merge, plan_parts, write_parts
 from flatgpt.data.tokenizer import get_tokenizer
-from flatgpt.errors import UserError, one_line_errors
+from flatgpt.errors import ArgumentParser, UserError, one_line_errors
 
 DOWNLOAD_GB = 24
 FULL, DEV = 'Skylion007/openwebtext', 'stas/openwebtext-10k'
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's fla
 
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
-from flatgpt.errors import UserError, one_line_errors
+from flatgpt.errors import ArgumentParser, UserError, one_line_errors
 
 VAL_EVERY = 10  # one in ten documents is for validation
 SKIP = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__', '_bundled'}
@@ -30,7 +30,7 @@ NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

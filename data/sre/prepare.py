@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's fla
 
 from flatgpt.data import text
 from flatgpt.data.download import download_folder, fetch_page
-from flatgpt.errors import UserError, one_line_errors
+from flatgpt.errors import ArgumentParser, UserError, one_line_errors
 
 if __name__ == '__main__':
     one_line_errors()  # before an import that may fail
@@ -54,7 +54,7 @@ BLOCKS = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

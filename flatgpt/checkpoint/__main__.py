@@ -9,9 +9,15 @@ $ python -m flatgpt.checkpoint export out/my_run DIR  # for transformers; --form
 inspect and verify both recompute every hash. verify also exits with an error if one does not match.
 """
 
-import argparse
 import shutil
 from pathlib import Path
+
+from flatgpt.errors import ArgumentParser, CheckpointError, UserError, one_line_errors
+
+if __name__ == '__main__':
+    one_line_errors()  # also for Ctrl-C during the slow imports below
+
+import argparse
 
 from flatgpt.checkpoint.convert import export_transformers, is_external
 from flatgpt.checkpoint.gguf import export_gguf
@@ -29,7 +35,6 @@ from flatgpt.checkpoint.peft import base_of, is_adapter
 from flatgpt.checkpoint.weights import meta_model
 from flatgpt.data.hf_tokenizer import CHAT_TEMPLATE_FILE
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import CheckpointError, UserError, one_line_errors
 from flatgpt.files import as_json, atomic_folder
 from model import GPTConfig
 
@@ -98,7 +103,7 @@ def export_adapter(where: str, which: str, to: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog='python -m flatgpt.checkpoint',
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -98,10 +98,9 @@ def find_checkpoint(where: str | Path, which: str = 'best') -> Path:
     if is_external(where) and (where.exists() or str(where) in RELEASED):
         raise CheckpointError(f'{where} is not a run directory; remove --checkpoint')
     if not where.is_dir():
-        hint = did_you_mean(str(where).lower(), RELEASED)
-        raise CheckpointError(
-            f'{where}: no such directory; {hint}give a run directory as --out_dir or --init_from'
-        )
+        near = [str(path) for path in where.parent.glob('*/') if path.is_dir()]
+        hint = did_you_mean(str(where), [*RELEASED, *near])
+        raise CheckpointError(f'{where}: no such run directory; {hint}give the path of a run')
     raise CheckpointError(
         f'{where} has no checkpoint, no config.json of transformers and no ckpt.pt of nanoGPT; '
         'train until the first --eval_interval, or give another folder'

@@ -49,7 +49,7 @@ from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, sh
 from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
 from flatgpt.data.text import check_val_fraction, dataset_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import ArgumentParser, UserError
 from flatgpt.files import strict_json
 
 COMMAND = 'python data/chat/prepare.py'
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -194,7 +194,9 @@ def read_template(path: Path) -> dict:
         if not isinstance(template, dict):
             raise ValueError('it must be a JSON object')
         return template
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f'--template={path}: {error.strerror}; give a JSON file') from error
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f'{path}: not a chat template: {error}; it must look like {json.dumps(TEMPLATE)}'
         ) from error
@@ -437,7 +439,8 @@ def empty_split_error(
         return UserError('a single sample cannot be split; give validation files with --val=FILE')
     reasons = samples.all_skipped()
     if samples.too_long:
-        reason = f'longer than --block_size={args.block_size} (--long=cut truncates them)'
+        fix = 'raise it' if args.long == 'cut' else '--long=cut truncates them'
+        reason = f'longer than --block_size={args.block_size} ({fix})'
         reasons[reason] = samples.too_long
     why = 'the files have no rows'
     if reasons:

@@ -501,8 +501,8 @@ class Dataset:
             length = self._rows['length']
             raise UserError(
                 f'{self.folder}: its rows of {length} tokens exceed block_size='
-                f'{block_size}; use --block_size={length} if the model supports it, '
-                f'or prepare the dataset again with --block_size={block_size}'
+                f'{block_size}; prepare the dataset again with --block_size={block_size}, or use '
+                f'a model with --block_size={length}'
             )
 
     def _check_lengths(self) -> None:

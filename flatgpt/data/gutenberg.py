@@ -18,7 +18,7 @@ from pathlib import Path
 from flatgpt.data import text
 from flatgpt.data.dataset import DATA_DIR
 from flatgpt.data.download import download_folder, fetch_page
-from flatgpt.errors import UserError
+from flatgpt.errors import ArgumentParser, UserError
 
 FOLDER = DATA_DIR / 'gutenberg'
 SITE = 'https://gutenberg.pglaf.org'  # Project Gutenberg's own mirror
@@ -46,7 +46,7 @@ HEADER_CHARS = 10_000  # characters that may contain the title and number
 
 def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
     """sets: {name: {book number: title}}."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -7,7 +7,7 @@ from pathlib import Path
 from flatgpt.data.dataset import DATA_DIR, Writer
 from flatgpt.data.download import download_folder, fetch
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import ArgumentParser, UserError
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 SHA256 = '86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed'
@@ -17,7 +17,7 @@ def prepare(
     argv: list[str] | None, doc: str, folder: Path, make_tokenizer: Callable[[str], Tokenizer]
 ) -> None:
     """Write Shakespeare's text with the tokenizer make_tokenizer(text)."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -38,7 +38,7 @@ from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.sources import Reader, exclude_files, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import ArgumentParser, UserError
 
 COMMAND = 'python data/text/prepare.py'
 BPE_SAMPLE = 100_000_000  # maximum bytes of text to learn a BPE from
@@ -96,7 +96,7 @@ def prepare(
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=COMMAND,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -482,7 +482,7 @@ def test_progress_is_lines_where_nobody_watches(monkeypatch, capsys):
         (['--task=lambada', '--limit=0'], 'limit=0: must be at least 1'),
         (['--task=lambada', '--only=data'], '--task and --only'),
         (['--task=lambada', '--json=nowhere/x.json'], 'json=nowhere'),
-        (['--task=lambada', '--out_dir=nowhere'], 'nowhere: no such directory'),
+        (['--task=lambada', '--out_dir=nowhere'], 'nowhere: no such run directory'),
         (['--task=lambada', '--dtype=int4'], "dtype='int4'"),
     ],
 )

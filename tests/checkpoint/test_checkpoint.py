@@ -222,10 +222,10 @@ def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
 
 
 @error_line(
-    'train until the first', 'give a run directory as --out_dir or', 'no such checkpoint; check'
+    'train until the first', 'no such run directory; {}give the path', 'no such checkpoint; check'
 )
 def test_a_folder_without_checkpoints_is_an_error_until_one_is_saved(put, tmp_path):
-    for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', '--out_dir')):
+    for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', 'the path of a run')):
         text = refused(find_checkpoint, folder)
         assert text.startswith(str(folder))
         assert need in text

@@ -982,7 +982,7 @@ def test_a_run_that_was_killed_at_its_start_finds_its_reference(
         (('--dataset={talks}', '--objective=dpo', '--init_from={base}'), 'contains conversations'),
         (
             ('--dataset={talks}', '--objective=sft', '--block_size=16'),
-            'or prepare the dataset again with --block_size=16',
+            'prepare the dataset again with --block_size=16',
         ),
         (('--objective=ppo',), 'objective'),
         (

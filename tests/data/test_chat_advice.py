@@ -165,6 +165,14 @@ def test_the_fields_of_several_lines_can_be_ignored_one_after_another(tmp_path):
     assert run(lines(source, [FINE, row, FINE]), *flags) == {'Seven.'}
 
 
+@error_line('--template={}: {}; give a JSON file')
+def test_a_template_is_read_once_its_file_is_there(tmp_path):
+    source, template = lines(tmp_path / 'rows.jsonl', [FINE, FINE]), tmp_path / 'template.json'
+    refused(run, source, f'--template={template}')
+    template.write_text(json.dumps(prepare.TEMPLATE))
+    assert run(source, f'--template={template}') == {'Fine.'}
+
+
 @error_line('--help shows the formats')
 def test_the_formats_in_the_help_are_read(tmp_path, capsys):
     source = lines(tmp_path / 'rows.jsonl', [FINE, {'text': 'Hi'}, FINE])
@@ -295,7 +303,7 @@ def test_a_template_is_read_once_its_advice_is_followed(tmp_path, content, advic
     message = refused(run, source, f'--template={template}')
     assert advice in message
     template.write_text(message.partition('look like ')[2] or json.dumps(prepare.TEMPLATE))
-    assert run(source, f'--template={template}') == {'Seven.'}
+    assert run(source, f'--template={template}') == {'Fine.'}
 
 
 @error_line("the assistant's message contains {}", '{}: {}; choose another with')

@@ -274,7 +274,7 @@ def test_the_objective_must_fit_the_dataset():
 def test_long_rows_need_a_larger_block_size_or_shorter_rows():
     prepare_talks('--block_size=64')
     message = error_of(read, objective='sft', block_size=32)
-    larger, shorter = re.findall(r'--block_size=(\d+)', message)
+    shorter, larger = re.findall(r'--block_size=(\d+)', message)
     assert read(objective='sft', block_size=int(larger))
     prepare_talks(f'--block_size={shorter}')
     assert read(objective='sft', block_size=32)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 from conftest import ROOT
+from error_lines import error_line
 from tiktoken_ext import openai_public as public
 
 from data.pydocs import prepare as pydocs
@@ -88,11 +89,16 @@ def test_every_script_explains_itself(name, capsys):
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_no_script_takes_a_part_of_an_options_name(name, capsys):
+@error_line('--help lists the arguments')
+def test_a_part_of_a_flag_is_one_line_that_names_the_flag(name, capsys):
     module = importlib.import_module(f'data.{name}.prepare')
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError) as error:
         module.main(['--out_di=out'])
-    assert 'unrecognized arguments: --out_di=out' in capsys.readouterr().err
+    line = 'unrecognized arguments: --out_di=out; did you mean --out_dir? --help lists the'
+    assert str(error.value).startswith(line)
+    with pytest.raises(SystemExit):
+        module.main(['--help'])
+    assert '--out_dir' in capsys.readouterr().out
     assert not Path('out').exists()
 
 

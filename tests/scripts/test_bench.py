@@ -60,7 +60,7 @@ def test_figures_are_written_even_if_a_later_job_fails(tmp_path, monkeypatch):
         (['--nanogpt=nowhere'], 'no model.py of nanoGPT'),
         (['--nanogpt=x', '--arch=modern'], 'only has GPT-2'),
         (['--only=quality'], '--out_dir=RUN'),
-        (['--out_dir=nowhere'], 'nowhere: no such directory'),
+        (['--out_dir=nowhere'], 'nowhere: no such run directory'),
         (['--text=nowhere'], 'text=nowhere: no such'),
         (['--json=nowhere/bench.json'], 'json=nowhere'),
         (['--n_layer=8', '--n_embd=65536'], 'GiB'),

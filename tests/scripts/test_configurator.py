@@ -312,6 +312,19 @@ def test_the_advice_of_an_error_line_works(thing, project, bad, good, settings):
     assert thing(good) == thing() | settings
 
 
+@error_line('is not a config file; give one that ends in .py')
+def test_a_file_with_another_suffix_is_a_config_once_renamed(thing, project):
+    (project.parent / 'fast.txt').write_text('steps = 4')
+    refused(thing, 'fast.txt')
+    (project.parent / 'fast.txt').rename(project.parent / 'fast.py')
+    assert thing('fast.py') == thing() | {'steps': 4}
+
+
+def test_the_value_after_a_flag_is_part_of_the_advice(thing):
+    line = '--steps: needs a whole number, for example --steps=7'
+    assert refused(thing, '--steps', '7') == line
+
+
 @error_line('the setting {} was removed; omit it')
 def test_a_removed_setting_is_refused_as_a_flag_and_ignored_in_a_config(thing, config):
     refused(thing, '--published', '--steps=3')

@@ -1383,7 +1383,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--max_iters=-1'], ['max_iters=-1']),
         (['--learning_rate=1e999'], ['learning_rate=inf']),
         (['--max_iters', '60'], ['--max_iters: needs a whole number', '--max_iters=10']),
-        (['--init_from=scrach'], ['scrach', 'no such directory']),
+        (['--init_from=scrach'], ['scrach', 'no such run directory']),
         (['--init_from=out/none'], ['out/none']),
         (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
         (['--mask_documents'], ['mask_documents', 'no end-of-text token']),
@@ -1407,7 +1407,7 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(run_here, tmp_path, monkeypa
 def test_resuming_with_nothing_there_says_how_to_begin(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'python train.py' in refused(run_here, '--init_from=resume')
-    assert 'no such directory' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
+    assert 'no such run directory' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
 
 
 def test_resuming_only_damaged_checkpoints_is_refused(run_here, copied, capsys):

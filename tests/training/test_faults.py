@@ -534,7 +534,7 @@ def test_one_rank_s_nan_is_left_out_by_all(ranks, tmp_path, shard):
     before = NAN.format(calls='4, 5, 6')
     crew = ranks(2, f'--out_dir={tmp_path}/three', *args, before=lambda r: before if r else '')
     assert crew.end() == [2, 2]
-    assert crew.err.count('not finite three steps in a row, up to step 6') == 2
+    assert crew.err.count('not finite in three steps in a row, up to step 6') == 2
     assert 'Traceback' not in crew.err
     assert find_checkpoint(tmp_path / 'three', 'last').name == 'step-00000003'
 

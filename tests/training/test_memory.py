@@ -149,7 +149,7 @@ def test_a_run_takes_what_the_plan_says(script, tmp_path, ranks, flags):
         script('train.py', *flags.split(), *more, python=python) for more in (['--plan'], [])
     )
     assert planned.returncode == done.returncode == 0, planned.stderr + done.stderr
-    low, high = re.search(r'libraries: ([\d,]+) to ([\d,]+) MB', planned.stdout).groups()
+    low, high = re.search(r'process memory: ([\d,]+) to ([\d,]+) MB', planned.stdout).groups()
     took = float(re.search(r'peak memory ([\d,]+) MB', done.stdout)[1].replace(',', ''))
     low, high = (float(text.replace(',', '')) for text in (low, high))
     assert 0.9 * low <= took <= 1.1 * high  # the same command varies, and processors do
