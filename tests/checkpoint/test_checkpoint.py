@@ -225,7 +225,7 @@ def test_the_newest_run_is_the_one_that_saved_last(put, tmp_path, monkeypatch):
     'train until the first', 'no such run directory; {}give the path', 'no such checkpoint; check'
 )
 def test_a_folder_without_checkpoints_is_an_error_until_one_is_saved(put, tmp_path):
-    for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', 'the path of a run')):
+    for folder, need in ((tmp_path, '--eval_interval'), (tmp_path / 'nowhere', 'path of a run')):
         text = refused(find_checkpoint, folder)
         assert text.startswith(str(folder))
         assert need in text

@@ -303,7 +303,7 @@ def test_a_template_is_read_once_its_advice_is_followed(tmp_path, content, advic
     message = refused(run, source, f'--template={template}')
     assert advice in message
     template.write_text(message.partition('look like ')[2] or json.dumps(prepare.TEMPLATE))
-    assert run(source, f'--template={template}') == {'Fine.'}
+    assert run(source, f'--template={template}') == {'Seven.'}
 
 
 @error_line("the assistant's message contains {}", '{}: {}; choose another with')
