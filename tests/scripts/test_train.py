@@ -1382,7 +1382,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--dropout=1.0'], ['dropout=1.0']),
         (['--max_iters=-1'], ['max_iters=-1']),
         (['--learning_rate=1e999'], ['learning_rate=inf']),
-        (['--max_iters', '60'], ['--max_iters: needs a whole number', '--max_iters=10']),
+        (['--max_iters', '60'], ['--max_iters: needs a whole number', '--max_iters=60']),
         (['--init_from=scrach'], ['scrach', 'no such run directory']),
         (['--init_from=out/none'], ['out/none']),
         (['--init_from=resume'], ['no checkpoint', '--eval_interval']),
