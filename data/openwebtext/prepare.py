@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this clone's flatgpt comes first
 
-from flatgpt.data.dataset import DATA_DIR
+from flatgpt.data.dataset import DATA
 from flatgpt.data.parquet import hub_files, local_files, merge, plan_parts, write_parts
 from flatgpt.data.tokenizer import get_tokenizer
 from flatgpt.errors import ArgumentParser, UserError, one_line_errors
@@ -35,7 +35,7 @@ DEV_VAL_EVERY = 20
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    folder = args.out_dir or DATA_DIR / ('openwebtext_dev' if args.dev else 'openwebtext')
+    folder = args.out_dir or DATA / ('openwebtext_dev' if args.dev else 'openwebtext')
     if not args.merge:
         files = local_files(args.source) if args.source else hub_files(DEV if args.dev else FULL)
         parts = plan_parts(folder, files, DEV_VAL_EVERY if args.dev else VAL_EVERY)

@@ -35,7 +35,7 @@ from flatgpt.benchmarks.implementations import (
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.save import save_checkpoint
-from flatgpt.data.dataset import DATA_DIR, Dataset, is_prepared
+from flatgpt.data.dataset import DATA, Dataset, is_prepared
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
@@ -168,7 +168,7 @@ def dataset_of(state: dict, dataset: str | None) -> Path:
     name = dataset or state.get('config', {}).get('dataset')
     if not name:
         raise UserError('quality: this model has no record of its dataset; give one by --dataset=')
-    folder = Path(name) if Path(name).is_dir() else DATA_DIR / name
+    folder = Path(name) if Path(name).is_dir() else DATA / name
     if not is_prepared(folder):
         raise UserError(
             f'{folder}: no prepared dataset; prepare it, or give another one by --dataset='

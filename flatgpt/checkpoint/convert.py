@@ -29,7 +29,8 @@ from flatgpt.data.hf_tokenizer import (
     with_configured_eos_ids,
     with_saved_chat_template,
 )
-from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, did_you_mean
 from flatgpt.files import atomic_folder, read_json
 from model import GPT, TRANSPOSED

@@ -21,7 +21,8 @@ from flatgpt.checkpoint.convert import RELEASED, is_external, load_external
 from flatgpt.checkpoint.peft import ADAPTER_CONFIG, base_of, is_adapter, read_adapter
 from flatgpt.checkpoint.weights import model_from_tensors, open_weights, read_tensor
 from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
-from flatgpt.data.tokenizer import Tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
 from flatgpt.files import is_same_path, sha256
 from flatgpt.lora import merge_lora

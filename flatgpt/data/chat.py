@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import DATA_DIR, FIRST, PADDING, SPLITS, TARGET, Writer
+from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
 from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
@@ -519,7 +519,7 @@ def print_report(
         print(f'skipped: {count_rows(number, reason)}')
     for line in (train.errors + val.errors)[:MAX_ERRORS_SHOWN]:
         print(f'    {line}')
-    dataset = writer.folder.name if writer.folder.parent == DATA_DIR else writer.folder.resolve()
+    dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
     config = 'train_dpo' if train.pairs else 'train_chat'
     base = args.tokenizer if Path(args.tokenizer).is_dir() or args.tokenizer == 'gpt2' else '...'
     print(f'Train on it: python train.py {config} --dataset={dataset} --init_from={base}')

@@ -38,11 +38,12 @@ import numpy as np
 
 from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
-from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import DISK_ERRORS, UserError, did_you_mean
 from flatgpt.files import atomic_file
 
-DATA_DIR = ROOT / 'data'
+DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
 TARGET, FIRST, PADDING = 1, 2, 4  # flags of an id in a row of chat data
 UNFINISHED = '.unfinished'  # exists while new files replace an older dataset
@@ -633,7 +634,7 @@ def find_or_prepare_dataset(name: str) -> Path:
 def resolve_dataset(name: str) -> tuple[Path, bool]:
     """The folder of a dataset, which need not exist, and whether its name is a path."""
     is_path = os.path.basename(name) != name or name in ('', '.', '..')
-    return Path(name) if is_path else DATA_DIR / name, is_path
+    return Path(name) if is_path else DATA / name, is_path
 
 
 def is_prepared(folder: Path) -> bool:
@@ -671,13 +672,13 @@ def prepare_script(folder: Path) -> tuple[Path, list[str]] | None:
     """
     if (folder / 'prepare.py').exists():
         return folder / 'prepare.py', []
-    if folder.parent == DATA_DIR and folder.name in book_sets():
-        return DATA_DIR / 'gutenberg' / 'prepare.py', [folder.name]
+    if folder.parent == DATA and folder.name in book_sets():
+        return DATA / 'gutenberg' / 'prepare.py', [folder.name]
     return None
 
 
 def book_sets() -> list[str]:
-    script = DATA_DIR / 'gutenberg' / 'prepare.py'
+    script = DATA / 'gutenberg' / 'prepare.py'
     return list(import_script(script).SETS) if script.exists() else []
 
 
@@ -703,7 +704,7 @@ def import_script(script: Path) -> ModuleType:
 def missing_dataset(name: str, is_path: bool) -> str:
     if is_path:
         return f'{name}: no such folder; prepare your own text: {TEXT_COMMAND} --out_dir={name}'
-    folders = [f.name for f in DATA_DIR.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
+    folders = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
     names = sorted({*folders, *book_sets()} - {'chat', 'gutenberg', 'text'})  # these need arguments
     hint = did_you_mean(name, names)
     return (

@@ -16,11 +16,11 @@ import re
 from pathlib import Path
 
 from flatgpt.data import text
-from flatgpt.data.dataset import DATA_DIR
+from flatgpt.data.dataset import DATA
 from flatgpt.data.download import download_folder, fetch_page
 from flatgpt.errors import ArgumentParser, UserError
 
-FOLDER = DATA_DIR / 'gutenberg'
+FOLDER = DATA / 'gutenberg'
 SITE = 'https://gutenberg.pglaf.org'  # Project Gutenberg's own mirror
 # the newest version of a book, then its older files; the digits of 134 are 1/3
 URL_PATHS = (
@@ -84,7 +84,7 @@ def output_and_config(args: argparse.Namespace, sets: dict) -> tuple[Path, str]:
     name = args.books[0] if len(args.books) == 1 and args.books[0] in sets else None
     recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'train_text'
     if name and not (args.name or args.out_dir):
-        return DATA_DIR / name, recipe
+        return DATA / name, recipe
     if not (args.name or args.out_dir):
         books = ' '.join(args.books)
         raise UserError(f'give the dataset a name: {COMMAND} {books} --name=novels')

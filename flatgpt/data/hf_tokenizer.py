@@ -30,9 +30,11 @@ from flatgpt.data.tokenizer import (
     byte_tokenizer,
     from_nanogpt_meta,
     get_tokenizer,
-    load_tokenizer,
     self_check_text,
     tokenizer_names,
+)
+from flatgpt.data.tokenizer import (
+    load as load_tokenizer,
 )
 from flatgpt.errors import UserError
 from flatgpt.files import read_json

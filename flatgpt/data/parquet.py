@@ -34,7 +34,8 @@ from flatgpt.data.encode import (
     map_in_processes,
     split_text,
 )
-from flatgpt.data.tokenizer import Tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import UserError, reason_of
 
 # the dataset's own files, and the Hub's conversion of other formats

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from flatgpt.data.dataset import DATA_DIR, Writer
+from flatgpt.data.dataset import DATA, Writer
 from flatgpt.data.download import download_folder, fetch
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ArgumentParser, UserError
@@ -36,7 +36,7 @@ def prepare(
 def read_input(folder: Path, out_dir: Path) -> str:
     """The text of input.txt, from this folder, the other dataset's, or the web."""
     own = download_folder(folder, out_dir) / 'input.txt'
-    others = [DATA_DIR / name / 'input.txt' for name in ('shakespeare_char', 'shakespeare')]
+    others = [DATA / name / 'input.txt' for name in ('shakespeare_char', 'shakespeare')]
     path = next((path for path in (own, folder / 'input.txt', *others) if path.exists()), own)
     fetch(URL, path, SHA256)
     try:

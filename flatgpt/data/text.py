@@ -33,7 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.bpe import learn_bpe
-from flatgpt.data.dataset import DATA_DIR, Writer, prepare_script
+from flatgpt.data.dataset import DATA, Writer, prepare_script
 from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.sources import Reader, exclude_files, find_files, total_bytes
@@ -90,7 +90,7 @@ def prepare(
         print(line)
     print(writer.summary())
     speed = sum(map(writer.tokens, ('train', 'val'))) / (time.perf_counter() - start)
-    dataset = folder.name if folder.parent == DATA_DIR else folder.resolve()
+    dataset = folder.name if folder.parent == DATA else folder.resolve()
     print(f'{speed:,.0f} tokens per second')
     print(f'Train on it: python train.py config/{recipe}.py --dataset={dataset}')
 
@@ -230,7 +230,7 @@ def output_folder(args: argparse.Namespace) -> Path:
 
 def dataset_folder(args: argparse.Namespace) -> Path:
     """The output folder; UserError for that of a dataset that comes with flatGPT."""
-    folder = args.out_dir or DATA_DIR / args.name
+    folder = args.out_dir or DATA / args.name
     if prepare_script(folder):
         raise UserError(
             f'{folder.name} is a dataset that comes with flatGPT; choose another '

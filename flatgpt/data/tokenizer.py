@@ -3,7 +3,7 @@ Tokenizers: characters, bytes, tiktoken encodings and BPE trained on text, in on
 
     tokenizer = get_tokenizer('gpt2')       # or 'byte', 'cl100k_base', ...
     tokenizer.decode(tokenizer.encode('To be, or not'))
-    tokenizer.save('tokenizer.json')        # self-contained: load_tokenizer() needs no network
+    tokenizer.save('tokenizer.json')        # self-contained: load() needs no network
 """
 
 import base64
@@ -454,7 +454,7 @@ def is_word_character(character: str) -> bool:
     return any(first <= ord(character) <= last for first, last in in_circles)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load(path: str | Path) -> Tokenizer:
     try:
         return Tokenizer.from_dict(json.loads(Path(path).read_text(encoding='utf-8')))
     except FileNotFoundError:

@@ -20,7 +20,8 @@ from flatgpt.data import text
 from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import FIRST, PADDING, TARGET, Dataset, mask_file
 from flatgpt.data.hf_tokenizer import chat_jinja
-from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer, get_tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.training import loss as loss_module
 

@@ -13,7 +13,8 @@ from flatgpt.data import chat as prepare
 from flatgpt.data import text
 from flatgpt.data.dataset import TARGET, mask_file
 from flatgpt.data.messages import content_text, template_role
-from flatgpt.data.tokenizer import EOT, char_tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import EOT, char_tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 
 FINE = {'messages': talk('How?', 'Fine.')}
 BETTER = {'prompt': 'How?', 'chosen': 'Fine.', 'rejected': 'Bad.'}
@@ -331,7 +332,7 @@ def prepare_in(tmp_path, monkeypatch, *flags):
     """Prepare rows.jsonl of the current folder, with data/ there."""
     monkeypatch.chdir(tmp_path)
     for module in (text, prepare):
-        monkeypatch.setattr(module, 'DATA_DIR', tmp_path / 'data')
+        monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
     lines(tmp_path / 'rows.jsonl', [FINE, GOOD])
     prepare.main(['--tokenizer=byte', *flags])
     return trained_on(tmp_path / 'data' / 'talks')

@@ -355,7 +355,7 @@ def test_a_mistake_is_one_line_before_anything_is_fetched(site, argv, message):
 )
 def test_books_are_prepared_by_the_command_in_the_line(site, monkeypatch, bad, good):
     for module in (gutenberg, gutenberg.text):
-        monkeypatch.setattr(module, 'DATA_DIR', Path('data'))
+        monkeypatch.setattr(module, 'DATA', Path('data'))
     message = refused(books.main, bad)
     if 'python' in message:
         assert f'prepare.py {" ".join(good)}' in message
@@ -367,7 +367,7 @@ def test_books_are_prepared_by_the_command_in_the_line(site, monkeypatch, bad, g
 
 @pytest.mark.parametrize('name', books.SETS)
 def test_a_set_is_prepared_by_its_name(site, name, monkeypatch):
-    monkeypatch.setattr(gutenberg, 'DATA_DIR', Path('data'))
+    monkeypatch.setattr(gutenberg, 'DATA', Path('data'))
     serve(*books.SETS[name])
     books.main([name, '--tokenizer=byte', f'--site={site}'])
     assert len(asked()) == 1 + len(books.SETS[name])
@@ -382,7 +382,7 @@ def test_the_name_of_a_set_is_enough_for_training(site, tmp_path, monkeypatch):
     script = Path(books.__file__).read_text(encoding='utf-8')
     (folder / 'prepare.py').write_text(script, encoding='utf-8')
     for module in ('dataset', 'gutenberg'):
-        monkeypatch.setattr(f'flatgpt.data.{module}.DATA_DIR', tmp_path / 'data')
+        monkeypatch.setattr(f'flatgpt.data.{module}.DATA', tmp_path / 'data')
     monkeypatch.setattr(gutenberg, 'SITE', site)
     monkeypatch.setitem(sys.modules, 'data.gutenberg.prepare', books)  # and restored at the end
     serve(*books.SETS['poe'])
@@ -584,7 +584,7 @@ def test_the_name_of_the_dataset_is_enough(site, tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     script = Path(sre.__file__).read_text(encoding='utf-8')
     (folder / 'prepare.py').write_text(script.replace(sre.SITE, site), encoding='utf-8')
-    monkeypatch.setattr('flatgpt.data.dataset.DATA_DIR', tmp_path / 'data')
+    monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path / 'data')
     monkeypatch.setitem(sys.modules, 'data.sre.prepare', sre)  # and restored at the end
     serve_books()
     assert open_data('sre', 16).tokenizer.name == 'gpt2'

@@ -445,7 +445,7 @@ def test_a_nanogpt_pickle_that_would_run_code_is_refused(tmp_path):
 
 @pytest.fixture
 def data_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr('flatgpt.data.dataset.DATA_DIR', tmp_path)
+    monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path)
     return tmp_path
 
 
@@ -490,7 +490,7 @@ def test_a_missing_dataset_is_prepared_by_one_of_several_processes(tmp_path):
     code = """
         import sys, pathlib
         from flatgpt.data import dataset, mixture
-        dataset.DATA_DIR = pathlib.Path(sys.argv[1])
+        dataset.DATA = pathlib.Path(sys.argv[1])
         print(mixture.open_data('fresh', 8).tokens['train'])
         """
     command = [sys.executable, '-c', textwrap.dedent(code), str(tmp_path)]

@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
     """Run in an empty folder, which is also the one with the datasets."""
     monkeypatch.chdir(tmp_path)
     for module in (dataset, text, chat, shakespeare):
-        monkeypatch.setattr(module, 'DATA_DIR', tmp_path / 'data')
+        monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
     (tmp_path / 'data').mkdir()
     Path('novel.txt').write_text(STORY)
 
@@ -172,14 +172,14 @@ def main(argv=None):
 
 
 def make_script(name, size):
-    folder = dataset.DATA_DIR / name
+    folder = dataset.DATA / name
     folder.mkdir()
     (folder / 'prepare.py').write_text(PREPARE.format(size=size))
 
 
 def run_script(command):
     script, *flags = re.search(r'python data/(\S+?)/prepare\.py((?: --[^\s,]+)*)', command).groups()
-    dataset.import_script(dataset.DATA_DIR / script / 'prepare.py').main(flags[0].split())
+    dataset.import_script(dataset.DATA / script / 'prepare.py').main(flags[0].split())
 
 
 @error_line('cannot write the dataset')
@@ -193,7 +193,7 @@ def test_in_a_read_only_clone_a_dataset_is_prepared_elsewhere(monkeypatch):
     message = error_of(open_data, 'fresh_in_read_only', 8)
     monkeypatch.undo()
     monkeypatch.chdir(Path(message.partition('data/')[0]))
-    monkeypatch.setattr(dataset, 'DATA_DIR', Path.cwd() / 'data')
+    monkeypatch.setattr(dataset, 'DATA', Path.cwd() / 'data')
     run_script(message)
     assert open_data(flag_in(message, 'dataset'), 8).tokens['train'] == 256
 
@@ -214,7 +214,7 @@ def test_a_large_download_is_started_by_its_command():
     ],
 )
 def test_an_unknown_dataset_is_prepared_by_the_command_in_the_line(name, known):
-    write(dataset.DATA_DIR / 'mine')
+    write(dataset.DATA / 'mine')
     message = error_of(open_data, name, 8)
     if known:
         assert f'did you mean {known}?' in message

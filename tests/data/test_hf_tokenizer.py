@@ -24,8 +24,10 @@ from flatgpt.data.tokenizer import (
     byte_tokenizer,
     char_tokenizer,
     is_word_character,
-    load_tokenizer,
     self_check_text,
+)
+from flatgpt.data.tokenizer import (
+    load as load_tokenizer,
 )
 from flatgpt.errors import UserError
 from flatgpt.inference.engine import complete

@@ -110,7 +110,7 @@ def test_a_sample_has_500_of_10000_documents_for_validation():
 
 
 def test_a_sample_goes_to_a_dataset_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(openwebtext, 'DATA_DIR', tmp_path)
+    monkeypatch.setattr(openwebtext, 'DATA', tmp_path)
     parquet('source/0.parquet', stories(0, 30))
     openwebtext.main(['--source=source', '--dev', '--workers=1'])
     assert Dataset(tmp_path / 'openwebtext_dev', 64).n_windows

@@ -258,7 +258,7 @@ def prepare_shakespeare(folder: Path, out_dir: str) -> Dataset:
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(shakespeare_char, 'DATA_DIR', tmp_path / 'data')
+    monkeypatch.setattr(shakespeare_char, 'DATA', tmp_path / 'data')
     for name in ('shakespeare', 'shakespeare_char'):
         (tmp_path / 'data' / name).mkdir(parents=True)
     return tmp_path / 'data'
@@ -402,7 +402,7 @@ def test_a_pattern_finds_files_in_folders_below():
 
 
 def test_the_last_line_printed_is_the_next_command(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(text, 'DATA_DIR', tmp_path / 'data')
+    monkeypatch.setattr(text, 'DATA', tmp_path / 'data')
     write('novel.txt', WORDS * 100)
     text.main(['novel.txt', '--name=mine', '--tokenizer=byte'])
     out = capsys.readouterr().out
@@ -692,7 +692,7 @@ def test_the_datasets_that_come_with_flatgpt_are_not_overwritten(name):
     write('a.txt', WORDS)
     message = refused(text.main, ['a.txt', f'--name={name}', '--tokenizer=byte'])
     assert 'comes with flatGPT' in message
-    message = refused(text.main, ['a.txt', f'--out_dir={dataset_module.DATA_DIR / name}'])
+    message = refused(text.main, ['a.txt', f'--out_dir={dataset_module.DATA / name}'])
     assert 'comes with flatGPT' in message
 
 

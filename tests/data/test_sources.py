@@ -322,7 +322,7 @@ def test_a_folder_that_cannot_be_written_leads_to_out_dir(tmp_path, monkeypatch)
 def test_a_dataset_of_ours_that_cannot_be_prepared_in_its_place_names_the_command(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr('flatgpt.data.dataset.DATA_DIR', tmp_path)
+    monkeypatch.setattr('flatgpt.data.dataset.DATA', tmp_path)
     write('fresh/prepare.py', 'def main(argv): 1 / 0')
     monkeypatch.setattr(Path, 'mkdir', denied)
     with pytest.raises(UserError, match=r'python data/fresh/prepare\.py --out_dir=FOLDER'):

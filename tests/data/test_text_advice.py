@@ -8,7 +8,8 @@ import pytest
 from error_lines import case, error_line
 
 from flatgpt.data import text
-from flatgpt.data.tokenizer import char_tokenizer, load_tokenizer
+from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import UserError
 
 WORDS = 'The cat sat on the mat, and the dog ran off. '
@@ -45,7 +46,7 @@ TWO = ' --split=document --val_fraction=0.5'  # of two documents, one for each s
 def folder(tmp_path, monkeypatch):
     """A folder with the files, in which --name=x goes to data/x, and poe is a dataset of ours."""
     monkeypatch.chdir(tmp_path)
-    for name in ('flatgpt.data.dataset.DATA_DIR', 'flatgpt.data.text.DATA_DIR'):
+    for name in ('flatgpt.data.dataset.DATA', 'flatgpt.data.text.DATA'):
         monkeypatch.setattr(name, Path('data'))
     for name, content in FILES.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)

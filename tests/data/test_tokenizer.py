@@ -21,9 +21,11 @@ from flatgpt.data.tokenizer import (
     char_tokenizer,
     from_nanogpt_meta,
     get_tokenizer,
-    load_tokenizer,
     self_check_text,
     tiktoken_tokenizer,
+)
+from flatgpt.data.tokenizer import (
+    load as load_tokenizer,
 )
 from flatgpt.errors import UserError
 

@@ -29,7 +29,9 @@ from flatgpt.data.tokenizer import (
     char_tokenizer,
     from_nanogpt_meta,
     get_tokenizer,
-    load_tokenizer,
+)
+from flatgpt.data.tokenizer import (
+    load as load_tokenizer,
 )
 from flatgpt.errors import UserError
 
@@ -67,7 +69,7 @@ def test_the_roles_of_the_line_are_rendered():
 
 @error_line('must be made from text')
 def test_the_command_of_the_line_makes_a_char_or_bpe_tokenizer(monkeypatch):
-    for name in ('flatgpt.data.dataset.DATA_DIR', 'flatgpt.data.text.DATA_DIR'):
+    for name in ('flatgpt.data.dataset.DATA', 'flatgpt.data.text.DATA'):
         monkeypatch.setattr(name, Path('data'))
     Path('a.txt').write_text(WORDS * 20)
     for name in ('char', 'bpe'):
