@@ -108,7 +108,14 @@ def reason_of(error: BaseException) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake as a UserError: argparse itself prints its usage, several lines."""
+    """Reports a mistake as a UserError: argparse itself prints its usage, several lines.
+
+    Keeps the line breaks of the description, and takes no abbreviated flags.
+    """
+
+    def __init__(self, **options):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]

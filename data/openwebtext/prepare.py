@@ -48,11 +48,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('--dev', action='store_true', help='prepare only a small sample')
     add('--out_dir', type=Path, help='default: data/openwebtext, or data/openwebtext_dev')

@@ -7,7 +7,6 @@ The text is the language reference of `help()` and the docstrings of the standar
 2.6 MB for both splits. The library is parsed, not imported.
 """
 
-import argparse
 import ast
 import inspect
 import sys
@@ -30,11 +29,7 @@ NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description=__doc__)
     folder = Path(__file__).parent
     parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
     out_dir = parser.parse_args(argv).out_dir

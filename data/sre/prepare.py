@@ -12,7 +12,6 @@ The books belong to Google and O'Reilly, under CC BY-NC-ND 4.0: free to read at
 https://sre.google/books/, but not to sell or to share in another form. flatGPT contains no part.
 """
 
-import argparse
 import re
 import sys
 import textwrap
@@ -54,11 +53,7 @@ BLOCKS = [
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument('--out_dir', type=Path, default=FOLDER, help='default: %(default)s')
     text.add_options(parser)
     parser.set_defaults(**text.PLAIN_TEXT_DEFAULTS)

@@ -17,7 +17,6 @@ from flatgpt.errors import ArgumentParser, CheckpointError, UserError, one_line_
 if __name__ == '__main__':
     one_line_errors()  # also for Ctrl-C during the slow imports below
 
-import argparse
 
 from flatgpt.checkpoint.convert import export_transformers, is_external
 from flatgpt.checkpoint.gguf import export_gguf
@@ -103,12 +102,7 @@ def export_adapter(where: str, which: str, to: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog='python -m flatgpt.checkpoint',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog='python -m flatgpt.checkpoint', description=__doc__)
     parser.add_argument('command', choices=['inspect', 'verify', 'export'])
     parser.add_argument('out_dir', help='a run directory, or any other model --init_from takes')
     parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')

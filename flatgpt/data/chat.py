@@ -84,12 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog=COMMAND,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
     add('files', nargs='*', help='JSON Lines files, folders and glob patterns')
     add('--name', help='name of the dataset, written to data/NAME')

@@ -46,11 +46,7 @@ HEADER_CHARS = 10_000  # characters that may contain the title and number
 
 def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
     """sets: {name: {book number: title}}."""
-    parser = ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('books', nargs='*', help=f'book numbers, or {" or ".join(sets)}')
     add('--name', help='name of the dataset, written to data/NAME')

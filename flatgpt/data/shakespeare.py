@@ -1,6 +1,5 @@
 """Prepares nanoGPT's Shakespeare text, for data/shakespeare/ and data/shakespeare_char/."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +16,7 @@ def prepare(
     argv: list[str] | None, doc: str, folder: Path, make_tokenizer: Callable[[str], Tokenizer]
 ) -> None:
     """Write Shakespeare's text with the tokenizer make_tokenizer(text)."""
-    parser = ArgumentParser(
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(description=doc)
     parser.add_argument('--out_dir', type=Path, default=folder, help='default: %(default)s')
     out_dir = parser.parse_args(argv).out_dir
     text = read_input(folder, out_dir)

@@ -96,12 +96,7 @@ def prepare(
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog=COMMAND,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
     add('files', nargs='*', help='files, folders and glob patterns, such as "corpus/**/*.md"')
     add('--name', help='name of the dataset; it is written to data/NAME')
