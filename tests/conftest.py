@@ -106,7 +106,7 @@ REPORTED = []  # error lines of the running test, if it is marked with some
 @pytest.fixture(autouse=True)
 def meets_its_error_lines(request, monkeypatch):
     """Check that a test marked with error lines provokes them, see error_lines.py."""
-    marks = [mark for mark in request.node.iter_markers('error_line')]
+    marks = list(request.node.iter_markers('error_line'))
     if not marks:
         return (yield)
     REPORTED.clear()
@@ -326,6 +326,14 @@ def sample(*args, input=''):
         written.append(stream.buffer.getvalue().decode('utf-8'))
     REPORTED.extend(written)
     return subprocess.CompletedProcess(arguments, status, *written)
+
+
+def refused(call, *args, **options):
+    """The one line that a call is refused with."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **options)
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
 
 
 def fails(*args):

@@ -57,7 +57,7 @@ def lines():
     for pattern in SOURCES:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            for number, text in _lines_of(_tree(path)):
+            for number, text in _lines_of(tree_of(path)):
                 found.setdefault(text, f'{name}:{number}')
     return found
 
@@ -67,7 +67,7 @@ def examples():
     """{a part of a line: the tests that are marked with it}"""
     found = {}
     for path in sorted((ROOT / 'tests').rglob('*.py')):
-        for call in ast.walk(_tree(path)):
+        for call in ast.walk(tree_of(path)):
             if _called(call) in ('error_line', 'case'):
                 given = call.args if _called(call) == 'error_line' else call.args[:1]
                 for part in given:
@@ -88,7 +88,7 @@ def pattern_of(part):
 
 
 @lru_cache
-def _tree(path):
+def tree_of(path):
     return ast.parse(path.read_text(encoding='utf-8'))
 
 
@@ -111,27 +111,27 @@ def _texts(error, scope, tree):
     """The texts that an error may be raised with."""
     first = 1 if _called(error) == 'APIError' else 0  # after the status
     for argument in error.args[first : first + 1]:
-        if text := _text(argument):
+        if text := text_of(argument):
             yield text
         elif isinstance(argument, ast.Name):  # put together before
             for node in (*ast.walk(scope), *tree.body):
                 if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == argument.id:
-                    yield _text(node.value)
+                    yield text_of(node.value)
         elif function := _called(argument):  # by a function of the same file
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef) and node.name == function:
                     returned = [n.value for n in ast.walk(node) if isinstance(n, ast.Return)]
-                    yield from map(_text, filter(None, returned))
+                    yield from map(text_of, filter(None, returned))
 
 
-def _text(node):
+def text_of(node):
     """The text of an expression, its variable parts as {}."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
         return ''.join(HOLE if isinstance(n, ast.FormattedValue) else n.value for n in node.values)
     if isinstance(node, ast.BinOp):
-        return (_text(node.left) or HOLE) + (_text(node.right) or HOLE)
+        return (text_of(node.left) or HOLE) + (text_of(node.right) or HOLE)
     return ''
 
 

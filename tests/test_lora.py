@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import MODERN, ROOT, hashes, metrics, random_model
+from conftest import MODERN, ROOT, hashes, metrics, random_model, refused
 from error_lines import case, error_line
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +19,6 @@ from flatgpt.checkpoint.__main__ import main
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.load import find_checkpoint, load_checkpoint, load_model
 from flatgpt.checkpoint.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from flatgpt.errors import UserError
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.lora import LoRALinear, add_lora, linear_layers, lora_layers, merge_lora
 from flatgpt.training import metrics as metrics_module
@@ -39,13 +38,6 @@ def adapters_of(model, rank=4, targets='all', dropout=0.0, freeze=0):
 
 def text(seed=0):
     return torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(seed))
-
-
-def refused(call, *args, **options):
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture(scope='module', params=SHAPES)

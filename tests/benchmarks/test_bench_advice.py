@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from benches import settings
+from conftest import refused
 from error_lines import case, error_line
 
 import bench
@@ -15,7 +16,6 @@ from flatgpt.benchmarks.report import Report
 from flatgpt.checkpoint import save
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
-from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 from model import GPT, GPTConfig
 
@@ -32,13 +32,6 @@ def check(*flags):
     validate.check_settings(config, names)
     validate.check_writable(config)
     validate.check_memory(config, RUNTIME, names)
-
-
-def line_of(check, *args):
-    with pytest.raises(UserError) as caught:
-        check(*args)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture
@@ -88,13 +81,13 @@ def dataset(folder, tokenizer):
     ],
 )
 def test_the_advice_for_a_flag_is_right(bad, good):
-    line_of(check, *bad.split())
+    refused(check, *bad.split())
     check(*good.split())
 
 
 @error_line('do not fit into block_size={}; lower')
 def test_the_context_length_that_an_error_advises_is_enough():
-    (flag,) = re.findall('--block_size=.*$', line_of(check, '--new_tokens=30'))
+    (flag,) = re.findall('--block_size=.*$', refused(check, '--new_tokens=30'))
     check('--new_tokens=30', flag)
 
 
@@ -102,7 +95,7 @@ def test_the_context_length_that_an_error_advises_is_enough():
 def test_serving_works_once_its_packages_are_installed(monkeypatch):
     installed = {name: name != 'waitress' for name in validate.SERVING}
     monkeypatch.setattr(validate, 'find_spec', installed.get)
-    (name,) = re.findall(r'pip install (\w+)$', line_of(check, '--serve'))
+    (name,) = re.findall(r'pip install (\w+)$', refused(check, '--serve'))
     installed[name] = True
     check('--serve')
 
@@ -117,7 +110,7 @@ def test_tasks_run_once_the_harness_is_installed(monkeypatch, here):
     flags = settings('--task=lambada', '--out_dir=run')
     monkeypatch.delattr(benchmarks, 'lm_eval', raising=False)
     monkeypatch.setitem(sys.modules, 'flatgpt.benchmarks.lm_eval', None)
-    assert 'pip install "lm_eval>=0.4.13"' in line_of(bench.main, flags)
+    assert 'pip install "lm_eval>=0.4.13"' in refused(bench.main, flags)
     done = types.SimpleNamespace(run=lambda settings, entries, load: entries.append({'task': 1}))
     monkeypatch.setitem(sys.modules, 'flatgpt.benchmarks.lm_eval', done)
     monkeypatch.setattr(benchmarks, 'lm_eval', done, raising=False)
@@ -131,7 +124,7 @@ def test_transformers_is_compared_without_dropout(monkeypatch):
     monkeypatch.setattr(baselines, 'transformers_model', lambda settings: torch.nn.Linear(1, 1))
     monkeypatch.setattr(baselines, 'Training', lambda *args: 'built')
     config = {**settings('--arch=modern', '--dropout=0.1'), 'workload': 'training'}
-    (flag,) = re.findall('--dropout=.*$', line_of(baselines.transformers, config, RUNTIME))
+    (flag,) = re.findall('--dropout=.*$', refused(baselines.transformers, config, RUNTIME))
     config |= {'dropout': settings(flag)['dropout']}
     assert baselines.transformers(config, RUNTIME) == 'built'
 
@@ -146,7 +139,7 @@ def test_two_files_of_text_are_enough(tmp_path, fix):
     if fix != 'add files':
         (text / 'b.txt').write_text('three')
     limits = {'text': str(text), 'text_bytes': 1000 if fix == 'add files' else 5}
-    assert fix in line_of(data.copy_texts, limits, out)
+    assert fix in refused(data.copy_texts, limits, out)
     (text / 'b.txt').write_text('three')
     assert data.copy_texts({**limits, 'text_bytes': 1000}, out) == ['one and two', 'three']
 
@@ -156,7 +149,7 @@ def test_quality_is_measured_on_data_with_the_tokenizer_of_the_model(here):
     dataset(Path('other'), char_tokenizer('ab'))
     report = Report({'json': 'x.json'}, {})
     flags = ['--out_dir=run', '--formats=float32', '--dataset=other']
-    error = line_of(decoding.bench_quality, settings(*flags), RUNTIME, report)
+    error = refused(decoding.bench_quality, settings(*flags), RUNTIME, report)
     assert error.endswith('--dataset=')
     decoding.bench_quality(settings(*flags, '--dataset=data'), RUNTIME, report)
     assert report.entries[0]['perplexity'] > 1
@@ -165,14 +158,14 @@ def test_quality_is_measured_on_data_with_the_tokenizer_of_the_model(here):
 @error_line('requests failed; lower --clients')
 def test_fewer_clients_may_all_get_their_completions():
     done, lost = load_test.Completion(200, tokens=3), load_test.Completion(0)
-    assert '1 of 3' in line_of(load_test.check_all_complete, [done, lost, done])
+    assert '1 of 3' in refused(load_test.check_all_complete, [done, lost, done])
     load_test.check_all_complete([done, done])
 
 
 @error_line('cannot be written ({}); give another')
 def test_a_report_is_written_to_another_path(tmp_path):
     report = Report({'json': str(tmp_path)}, {})
-    assert line_of(report.write).endswith('--json=')
+    assert refused(report.write).endswith('--json=')
     Report({'json': str(tmp_path / 'x.json')}, {}).write()
     assert (tmp_path / 'x.json').exists()
 
@@ -197,5 +190,5 @@ def test_a_trace_is_written_beside_the_report(tmp_path, monkeypatch):
             return 'aten::mm'
 
     monkeypatch.setattr(torch.profiler, 'profile', Profile)
-    line_of(implementations.profiled, print, str(tmp_path / 'no' / 'trace.json'))
+    refused(implementations.profiled, print, str(tmp_path / 'no' / 'trace.json'))
     assert implementations.profiled(print, str(tmp_path / 'trace.json')) == 'aten::mm'

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, refused
 from error_lines import case, error_line
 from safetensors.torch import load_file, save_file
 
@@ -38,19 +38,11 @@ from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS
 from flatgpt.data.bpe import train_bpe
 from flatgpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer
-from flatgpt.errors import UserError
 from flatgpt.lora import add_lora, lora_layers
 from model import GPTConfig
 
 BYTES = byte_tokenizer()
 STATE = {'step': 1, 'evaluated': False, 'config': {}}
-
-
-def refused(call, *args, **options):
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def logits(where, **options):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
@@ -32,7 +33,7 @@ from flatgpt.data.tokenizer import (
     get_tokenizer,
     self_check_text,
 )
-from flatgpt.errors import CheckpointError, UserError
+from flatgpt.errors import CheckpointError
 from flatgpt.inference.engine import generate
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT, GPTConfig
@@ -48,13 +49,6 @@ RELEASED_SHAPES = {  # layers, heads, width; as OpenAI released them
     'gpt2-large': (36, 20, 1280),
     'gpt2-xl': (48, 25, 1600),
 }
-
-
-def refused(call, *args, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def shaken(model):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hashes, metrics, random_model, steps
+from conftest import hashes, metrics, random_model, refused, steps
 
 import sample
 from flatgpt import files
@@ -39,13 +39,6 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 root = pytest.mark.skipif(
     not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='mounting needs root'
 )
-
-
-def refused(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def state_of(step, **changes):

@@ -15,7 +15,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import requests
-from conftest import ROOT, make_dataset, metrics
+from conftest import ROOT, make_dataset, metrics, refused
 
 from flatgpt.data import cache as cache_module
 from flatgpt.data import download
@@ -23,7 +23,6 @@ from flatgpt.data.cache import copy_to_cache
 from flatgpt.data.dataset import Dataset, Writer
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.errors import UserError
 
 
 @pytest.fixture
@@ -80,13 +79,6 @@ def files(folder):
 def expected(source):
     """The files of a copy: those that the main meta.json lists, without the parts' own."""
     return {k: v for k, v in files(source).items() if k[:4] != 'part' or k.endswith('.bin')}
-
-
-def refused(call, *args, **options):
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_copy_has_every_file_and_gives_the_same_batches(source, place, tmp_path, capsys):

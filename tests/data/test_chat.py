@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import WORDS, metrics, random_model
+from conftest import WORDS, metrics, random_model, refused
 
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
@@ -54,13 +54,6 @@ def prepared(tmp_path, records, *flags, objective='sft', tokenizer='byte', size=
     command = (source, f'--val={again(source)}', f'--out_dir={folder}', f'--tokenizer={tokenizer}')
     prepare.main([*map(str, command), f'--block_size={size}', *flags])
     return Dataset(folder, size, objective=objective)
-
-
-def refused(call, *args, **options):
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def rows(data, split='val'):

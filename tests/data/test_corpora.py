@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, metrics, random_model
+from conftest import ROOT, metrics, random_model, refused
 from error_lines import case, error_line
 
 from data.gutenberg import prepare as books
@@ -22,7 +22,6 @@ from flatgpt.data.dataset import Dataset
 from flatgpt.data.download import fetch_page
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.errors import UserError
 
 needs_gpt2 = pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
@@ -105,13 +104,6 @@ def site(monkeypatch, naps, tmp_path):
 
 def asked():
     return [path for path, _ in Server.requests]
-
-
-def refused(function, *args) -> str:
-    with pytest.raises(UserError) as error:
-        function(*args)
-    assert '\n' not in str(error.value)
-    return str(error.value)
 
 
 def text_of(split, folder='out'):

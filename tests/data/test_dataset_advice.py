@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 import pytest
 import requests
-from conftest import WORDS, make_dataset
+from conftest import WORDS, make_dataset, refused
 from error_lines import case, error_line
 
 from data.pydocs import prepare as pydocs
@@ -25,7 +25,6 @@ from flatgpt.data.cache import copy_to_cache
 from flatgpt.data.dataset import FIRST, TARGET, Dataset, Writer
 from flatgpt.data.mixture import open_data
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.errors import UserError
 
 STORY = ' '.join(WORDS * 20)
 
@@ -38,13 +37,6 @@ def home(tmp_path, monkeypatch):
         monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
     (tmp_path / 'data').mkdir()
     Path('novel.txt').write_text(STORY)
-
-
-def error_of(call, *args, **options) -> str:
-    with pytest.raises(UserError) as error:
-        call(*args, **options)
-    assert '\n' not in str(error.value)
-    return str(error.value)
 
 
 def flag_in(message, name):
@@ -116,7 +108,7 @@ def begin_to_write(folder):
 )
 def test_preparing_again_repairs_a_damaged_dataset(damage):
     damage(write())
-    assert 'prepare the dataset again' in error_of(read)
+    assert 'prepare the dataset again' in refused(read)
     write()
     assert read()
 
@@ -125,7 +117,7 @@ def test_preparing_again_repairs_a_damaged_dataset(damage):
 def test_deleting_a_damaged_copy_repairs_it():
     copy = copy_to_cache(write(), 'near')
     np.full(200, 9999, '<u2').tofile(copy / 'train.bin')
-    assert 'or delete its copy in data_cache' in error_of(read, copy)
+    assert 'or delete its copy in data_cache' in refused(read, copy)
     shutil.rmtree(copy)
     assert read(copy_to_cache('mine', 'near'))
 
@@ -135,7 +127,7 @@ def test_a_truncated_file_is_prepared_again(monkeypatch):
     monkeypatch.setattr(shard_files, 'file_identity', lambda file: None)
     data = Dataset(write(), 8)
     os.truncate('mine/train.bin', 2)
-    assert 'prepare the dataset again' in error_of(data.batch, 0, 50)
+    assert 'prepare the dataset again' in refused(data.batch, 0, 50)
     write()
     assert read()
 
@@ -144,7 +136,7 @@ def test_a_truncated_file_is_prepared_again(monkeypatch):
 def test_a_dataset_changed_while_in_use_is_prepared_again_and_opened_again():
     data = Dataset(write(), 8)
     np.zeros(200, '<u2').tofile('mine/train.bin')
-    assert 'then restart the run' in error_of(data.batch, 0, 50)
+    assert 'then restart the run' in refused(data.batch, 0, 50)
     write()
     assert read()
 
@@ -153,7 +145,7 @@ def test_a_dataset_changed_while_in_use_is_prepared_again_and_opened_again():
 def test_a_dataset_that_cannot_be_written_goes_elsewhere():
     Path('file').touch()
     command = ['novel.txt', '--tokenizer=byte']
-    message = error_of(text.main, [*command, '--out_dir=file/x'])
+    message = refused(text.main, [*command, '--out_dir=file/x'])
     text.main([*command, f'--out_dir={flag_in(message, "out_dir")}'])
     assert open_data(flag_in(message, 'dataset'), 8).tokens['train']
 
@@ -190,7 +182,7 @@ def test_in_a_read_only_clone_a_dataset_is_prepared_elsewhere(monkeypatch):
         raise PermissionError(13, 'Permission denied')
 
     monkeypatch.setattr(filelock, 'FileLock', refuse)
-    message = error_of(open_data, 'fresh_in_read_only', 8)
+    message = refused(open_data, 'fresh_in_read_only', 8)
     monkeypatch.undo()
     monkeypatch.chdir(Path(message.partition('data/')[0]))
     monkeypatch.setattr(dataset, 'DATA', Path.cwd() / 'data')
@@ -201,7 +193,7 @@ def test_in_a_read_only_clone_a_dataset_is_prepared_elsewhere(monkeypatch):
 @error_line('is not prepared; run')
 def test_a_large_download_is_started_by_its_command():
     make_script('large_download', 54)
-    run_script(error_of(open_data, 'large_download', 8))
+    run_script(refused(open_data, 'large_download', 8))
     assert open_data('large_download', 8).tokens['train'] == 256
 
 
@@ -215,7 +207,7 @@ def test_a_large_download_is_started_by_its_command():
 )
 def test_an_unknown_dataset_is_prepared_by_the_command_in_the_line(name, known):
     write(dataset.DATA / 'mine')
-    message = error_of(open_data, name, 8)
+    message = refused(open_data, name, 8)
     if known:
         assert f'did you mean {known}?' in message
         assert open_data(known, 8)
@@ -226,7 +218,7 @@ def test_an_unknown_dataset_is_prepared_by_the_command_in_the_line(name, known):
 @error_line('another program is writing')
 def test_a_second_writer_waits_or_goes_elsewhere():
     with Writer('mine', byte_tokenizer()) as writer:
-        assert 'another --out_dir' in error_of(write)
+        assert 'another --out_dir' in refused(write)
         assert read(write('other'))
         for split in ('train', 'val'):
             writer.write(split, np.arange(100))
@@ -237,16 +229,16 @@ def test_a_second_writer_waits_or_goes_elsewhere():
 def test_an_empty_split_needs_more_text():
     Path('small.txt').write_text('a')
     command = ['--tokenizer=byte', '--out_dir=mine']
-    assert 'add more text' in error_of(text.main, ['small.txt', *command])
+    assert 'add more text' in refused(text.main, ['small.txt', *command])
     text.main(['small.txt', 'novel.txt', *command])
     assert read()
 
 
 @error_line('too few for block_size')
 def test_a_short_split_needs_a_smaller_block_size_or_more_text():
-    message = error_of(read, write(val=30), block_size=64)
+    message = refused(read, write(val=30), block_size=64)
     assert read(block_size=int(flag_in(message, 'block_size')))
-    assert 'add more text' in error_of(read, write(val=1), block_size=64)
+    assert 'add more text' in refused(read, write(val=1), block_size=64)
     assert read(write(val=100), block_size=64)
 
 
@@ -262,18 +254,18 @@ def prepare_talks(*flags):
 
 @error_line('contains {}, for --objective=')
 def test_the_objective_must_fit_the_dataset():
-    message = error_of(read, write(), objective='sft')
+    message = refused(read, write(), objective='sft')
     assert read(objective=flag_in(message, 'objective'))
     assert 'data/chat/prepare.py' in message
     prepare_talks('--block_size=64')
     assert read(objective='sft', block_size=64)
-    assert 'data/text/prepare.py' in error_of(read)
+    assert 'data/text/prepare.py' in refused(read)
 
 
 @error_line('exceed block_size=')
 def test_long_rows_need_a_larger_block_size_or_shorter_rows():
     prepare_talks('--block_size=64')
-    message = error_of(read, objective='sft', block_size=32)
+    message = refused(read, objective='sft', block_size=32)
     shorter, larger = re.findall(r'--block_size=(\d+)', message)
     assert read(objective='sft', block_size=int(larger))
     prepare_talks(f'--block_size={shorter}')
@@ -312,7 +304,7 @@ def parts(tmp_path_factory):
 )
 def test_a_mixture_works_as_its_error_line_says(parts, monkeypatch, bad, good, objective):
     monkeypatch.chdir(parts)
-    error_of(open_data, bad, 64, objective=objective)
+    refused(open_data, bad, 64, objective=objective)
     assert open_data(good, 64, objective=objective).batch(0, 50)
 
 
@@ -337,7 +329,7 @@ def served(monkeypatch):
 @error_line('a URL needs --data_cache=')
 def test_a_url_works_with_a_cache(served):
     write()
-    assert '--data_cache=FOLDER' in error_of(open_data, 'http://here/mine', 8)
+    assert '--data_cache=FOLDER' in refused(open_data, 'http://here/mine', 8)
     assert open_data('http://here/mine', 8, cache='FOLDER').batch(0, 9)
 
 
@@ -347,7 +339,7 @@ def test_a_full_disk_needs_space_or_another_cache(monkeypatch):
     free = {'full': 10, 'other': 10**9}
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage(0, 0, free[Path(p).parts[0]]))
-    error_of(copy_to_cache, write(), 'full')
+    refused(copy_to_cache, write(), 'full')
     assert read(copy_to_cache('mine', 'other'))
     monkeypatch.setattr(shutil, 'disk_usage', real)
     assert read(copy_to_cache('mine', 'full'))
@@ -356,7 +348,7 @@ def test_a_full_disk_needs_space_or_another_cache(monkeypatch):
 @error_line('cannot write the copy')
 def test_a_cache_that_cannot_be_written_is_replaced_by_another():
     Path('file').touch()
-    assert 'another --data_cache' in error_of(copy_to_cache, write(), 'file/near')
+    assert 'another --data_cache' in refused(copy_to_cache, write(), 'file/near')
     assert read(copy_to_cache('mine', 'near'))
 
 
@@ -365,7 +357,7 @@ def test_a_nanogpt_folder_is_read_without_a_cache():
     Path('mine').mkdir()
     for split in ('train', 'val'):
         np.zeros(100, '<u2').tofile(f'mine/{split}.bin')
-    assert 'omit --data_cache' in error_of(open_data, './mine', 8, cache='near')
+    assert 'omit --data_cache' in refused(open_data, './mine', 8, cache='near')
     assert open_data('./mine', 8).batch(0, 9)
 
 
@@ -374,7 +366,7 @@ def test_a_meta_json_with_an_invalid_name_is_prepared_again(served):
     meta = json.loads((write() / 'meta.json').read_text())
     meta['splits']['val']['shards'][0]['file'] = '../up.bin'
     Path('mine/meta.json').write_text(json.dumps(meta))
-    assert 'prepare the dataset again' in error_of(copy_to_cache, 'http://here/mine', 'near')
+    assert 'prepare the dataset again' in refused(copy_to_cache, 'http://here/mine', 'near')
     write()
     assert read(copy_to_cache('http://here/mine', 'near'))
 
@@ -383,7 +375,7 @@ def test_a_meta_json_with_an_invalid_name_is_prepared_again(served):
 def test_another_address_than_that_of_a_page_works(served):
     Path('page').mkdir()
     Path('page/meta.json').write_text('<html>')
-    error_of(copy_to_cache, 'http://here/page', 'near')
+    refused(copy_to_cache, 'http://here/page', 'near')
     write()
     assert read(copy_to_cache('http://here/mine', 'near'))
 
@@ -392,11 +384,11 @@ def test_another_address_than_that_of_a_page_works(served):
 def test_a_file_with_another_hash_is_tried_or_prepared_again():
     raw = (write() / 'val.bin').read_bytes()
     Path('mine/val.bin').write_bytes(b'xx' + raw[2:])
-    assert 'else prepare it again' in error_of(copy_to_cache, 'mine', 'near')
+    assert 'else prepare it again' in refused(copy_to_cache, 'mine', 'near')
     Path('mine/val.bin').write_bytes(raw)  # as if it had been written just then
     assert read(copy_to_cache('mine', 'near'))
     Path('mine/train.bin').write_bytes(b'xx' + Path('mine/train.bin').read_bytes()[2:])
-    error_of(copy_to_cache, 'mine', 'other')
+    refused(copy_to_cache, 'mine', 'other')
     write()
     assert read(copy_to_cache('mine', 'other'))
 
@@ -405,12 +397,12 @@ def test_a_file_with_another_hash_is_tried_or_prepared_again():
 def test_a_file_that_cannot_be_read_is_made_readable_or_prepared_again():
     (write() / 'val.bin').rename('mine/kept')
     Path('mine/val.bin').mkdir()
-    assert 'val.bin: cannot read: ' in error_of(copy_to_cache, 'mine', 'near')
+    assert 'val.bin: cannot read: ' in refused(copy_to_cache, 'mine', 'near')
     Path('mine/val.bin').rmdir()
     Path('mine/kept').rename('mine/val.bin')
     assert read(copy_to_cache('mine', 'near'))
     Path('mine/train.bin').unlink()
-    error_of(copy_to_cache, 'mine', 'other')
+    refused(copy_to_cache, 'mine', 'other')
     write()
     assert read(copy_to_cache('mine', 'other'))
 
@@ -418,11 +410,11 @@ def test_a_file_that_cannot_be_read_is_made_readable_or_prepared_again():
 @error_line('cannot be fetched ({}); {}')
 def test_a_shard_that_cannot_be_fetched_is_saved_by_hand(served):
     (write() / 'val.bin').rename('kept')
-    message = error_of(copy_to_cache, 'http://here/mine', 'near')
+    message = refused(copy_to_cache, 'http://here/mine', 'near')
     Path('kept').rename(message.rpartition('save it as ')[2])
     Path('mine/val.bin').touch()
     assert read(copy_to_cache('http://here/mine', 'near'))
-    assert 'check the address' in error_of(copy_to_cache, 'http://here/mime', 'near')
+    assert 'check the address' in refused(copy_to_cache, 'http://here/mime', 'near')
 
 
 # -----------------------------------------------------------------------------
@@ -442,7 +434,7 @@ def test_fewer_workers_need_less_memory(monkeypatch):
 
     monkeypatch.setattr(encode, 'ProcessPoolExecutor', Pool)
     command = ['novel.txt', '--tokenizer=byte', '--out_dir=mine']
-    message = error_of(text.main, [*command, '--workers=3'])
+    message = refused(text.main, [*command, '--workers=3'])
     text.main([*command, f'--workers={flag_in(message, "workers")}'])
     assert read()
 
@@ -451,7 +443,7 @@ def test_fewer_workers_need_less_memory(monkeypatch):
 def test_a_download_with_another_hash_is_saved_by_hand(served):
     Path('changed.txt').write_text('x')
     sha256 = '0' * 64
-    message = error_of(download.fetch, 'http://here/changed.txt', 'mine/input.txt', sha256)
+    message = refused(download.fetch, 'http://here/changed.txt', 'mine/input.txt', sha256)
     Path('novel.txt').rename(message.rpartition('save it as ')[2])
     download.fetch('http://here/changed.txt', 'mine/input.txt', sha256)
     assert Path('mine/input.txt').read_text() == STORY
@@ -467,7 +459,7 @@ def test_text_in_another_encoding_is_saved_as_utf8_or_fetched_again(served, monk
     path = script.with_name('input.txt')
     path.parent.mkdir()
     path.write_bytes('Romeo é '.encode('latin-1') * 99)
-    message = error_of(shakespeare_char.main, [])
+    message = refused(shakespeare_char.main, [])
     assert message.startswith(f'{path}: ')
     if fix == 'save':
         path.write_text(path.read_text('latin-1'), encoding='utf-8')
@@ -479,7 +471,7 @@ def test_text_in_another_encoding_is_saved_as_utf8_or_fetched_again(served, monk
 
 @error_line('no standard library source')
 def test_a_python_without_a_library_needs_other_text(tmp_path):
-    message = error_of(lambda: list(pydocs.documents(tmp_path / 'none')))
+    message = refused(lambda: list(pydocs.documents(tmp_path / 'none')))
     prepare_text(message)
     assert open_data('NAME', 8)
     (tmp_path / 'lib').mkdir()

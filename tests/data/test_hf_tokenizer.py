@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from conftest import refused
 from tokenizers import AddedToken
 
 from flatgpt.checkpoint.convert import export_transformers
@@ -29,20 +30,12 @@ from flatgpt.data.tokenizer import (
 from flatgpt.data.tokenizer import (
     load as load_tokenizer,
 )
-from flatgpt.errors import UserError
 from flatgpt.inference.engine import complete
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers', reason='transformers is not installed')
 TEXT = 'A hare and a tortoise ran; the hare slept, and 12 frogs saw it. They went on.\n' * 20
-
-
-def refused(call, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def trained(special=('[start]', '[end]', '[blank]')) -> tokenizers.ByteLevelBPETokenizer:

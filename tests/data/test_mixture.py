@@ -5,13 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import hashes, make_dataset, metrics
+from conftest import hashes, make_dataset, metrics, refused
 
 from flatgpt.checkpoint.load import find_checkpoint, load_model
 from flatgpt.data.dataset import FIRST, TARGET, Dataset, Writer
 from flatgpt.data.mixture import SHARE_BLOCK, Mixture, open_data, quotas_of
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
-from flatgpt.errors import UserError
 
 CHARS = char_tokenizer([chr(0x4E00 + i) for i in range(20000)])
 SIZES = {'long': (0, 6000), 'short': (7000, 7300), 'tiny': (9000, 9100)}  # ids from, to
@@ -42,13 +41,6 @@ def source_of(x):
     """The part that each row comes from."""
     ends = np.array([end for _, end in SIZES.values()])
     return np.searchsorted(ends, x[:, 0], side='right')
-
-
-def refused(call, *args, **options):
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 # -----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT
+from conftest import ROOT, refused
 from error_lines import error_line
 from tiktoken_ext import openai_public as public
 
@@ -43,13 +43,6 @@ needs_shakespeare = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(function, *args) -> str:
-    with pytest.raises(UserError) as error:
-        function(*args)
-    assert '\n' not in str(error.value)
-    return str(error.value)
 
 
 def write(path: str, content: str | bytes) -> None:

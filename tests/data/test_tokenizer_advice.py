@@ -9,6 +9,7 @@ import requests
 import tiktoken
 import tiktoken.load
 import tokenizers
+from conftest import refused
 from error_lines import case, error_line
 from test_tokenizer import Trap
 
@@ -33,7 +34,6 @@ from flatgpt.data.tokenizer import (
 from flatgpt.data.tokenizer import (
     load as load_tokenizer,
 )
-from flatgpt.errors import UserError
 
 WORDS = 'The cat sat on the mat, and the dog ran off. '
 URL = 'https://example.org/bytes.tiktoken'
@@ -42,13 +42,6 @@ URL = 'https://example.org/bytes.tiktoken'
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def refused(call, *args) -> str:
-    with pytest.raises(UserError) as error:
-        call(*args)
-    assert '\n' not in str(error.value)
-    return str(error.value)
 
 
 @error_line('not in the vocabulary; use only')

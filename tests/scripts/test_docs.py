@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, WORDS, metrics, sample, saved
-from error_lines import HOLE, SOURCES
+from error_lines import SOURCES, text_of, tree_of
 
 import bench
 import configurator
@@ -120,15 +120,10 @@ def test_the_file_tree_lists_every_file_once():
 
 def texts_of_the_source():
     """Every string of the source, what it is filled with as {}; one string a line."""
-    found = []
-    for path in (path for pattern in SOURCES for path in ROOT.glob(pattern)):
-        for node in ast.walk(ast.parse(read(path))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-            elif isinstance(node, ast.JoinedStr):
-                parts = (each.value for each in node.values)
-                found.append(''.join(each if isinstance(each, str) else HOLE for each in parts))
-    return '\n'.join(' '.join(each.split()) for each in found)
+    paths = (path for pattern in SOURCES for path in ROOT.glob(pattern))
+    nodes = (node for path in paths for node in ast.walk(tree_of(path)))
+    found = (text_of(node) for node in nodes if not isinstance(node, ast.BinOp))
+    return '\n'.join(' '.join(text.split()) for text in found if text)
 
 
 def test_every_message_explained_is_one_that_is_printed():

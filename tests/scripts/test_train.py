@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import MODERN, ROOT, hashes, make_dataset, metrics, steps
+from conftest import MODERN, ROOT, hashes, make_dataset, metrics, refused, steps
 from error_lines import error_line
 from filelock import FileLock
 
@@ -39,13 +39,6 @@ from model import GPT, GPTConfig
 
 SHORT = ('--short_block_size=4', '--short_iters=4')
 FIXED = ('--lr_decay_iters=100', '--dropout=0.2')  # what does not depend on when a run stops
-
-
-def refused(run, *args, **options):
-    with pytest.raises(UserError) as caught:
-        run(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
 
 
 def contents(path):
