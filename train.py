@@ -14,6 +14,7 @@ The run directory gets config.py, metrics.jsonl, loss.png and checkpoints/. Ctrl
 import math
 import sys
 import time
+from collections import deque
 from functools import partial
 
 from flatgpt.errors import one_line_errors
@@ -34,10 +35,11 @@ from flatgpt.training.finish import finish
 from flatgpt.training.loss import find_or_compute_reference, loss_of, reference_fingerprint
 from flatgpt.training.memory import suggest_smaller_model
 from flatgpt.training.metrics import format_losses, format_setup
-from flatgpt.training.optim import build_optimizers
+from flatgpt.training.optim import build_optimizers, set_lr
 from flatgpt.training.preflight import preflight
 from flatgpt.training.resume import build, saved_settings, set_trainable
 from flatgpt.training.run import Run
+from flatgpt.training.update import GraphedUpdate, PendingNumbers, should_capture
 from flatgpt.training.validate import steps_of, validate, validate_machine
 from flatgpt.training.watchdog import Watchdog
 
@@ -117,6 +119,7 @@ device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory
 compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, for long runs
+cuda_graph: bool | str = 'auto'  # launch an update at once; 'auto': on CUDA, for tiny models
 backend = 'auto'  # of torch.distributed: 'nccl' or 'gloo'; 'auto': nccl on CUDA
 shard = False  # shard parameters, gradients and optimizer (FSDP2); False: DDP
 offload = False  # with shard: keep parameters and optimizer state in host memory
@@ -183,6 +186,7 @@ if runtime.world_size > 1 and not shard and not eval_only:
     gpu = [runtime.device] if runtime.device_type == 'cuda' else None
     model = DistributedDataParallel(model, device_ids=gpu)
 
+use_graph = should_capture(config, work, peak_flops, runtime)
 reshard(raw_model)  # the optimizer needs the shards; a forward pass may have gathered the root
 optimizers = build_optimizers(
     optimizer,
@@ -193,6 +197,7 @@ optimizers = build_optimizers(
     muon_momentum=muon_momentum,
     weight_decay=weight_decay,
     compile=compiled,
+    capturable=use_graph,
 )
 # only float16 needs loss scaling: bfloat16 has the range of float32
 scaler = torch.amp.GradScaler(runtime.device_type, enabled=runtime.dtype == torch.float16)
@@ -218,6 +223,64 @@ def get_lr(step: int) -> float:
     return min_lr + decay * (learning_rate - min_lr)
 
 
+def update(micro_batches: list, signals) -> torch.Tensor:
+    """One update of the weights; all ranks or none skip it if it is not finite.
+
+    The result stays on the device, so that the host need not wait for it: the norm and the scale
+    of the gradient, the mean loss, and with several ranks the sum of StopSignal.to_device().
+    """
+    mean_loss = 0.0
+    for number, (batch, divisor) in enumerate(micro_batches, 1):
+        if runtime.world_size > 1:  # all-reduce once, with the last micro-batch
+            sync_gradients(model, last=number == len(micro_batches))
+        with runtime.autocast():
+            # summed over micro-batches and averaged over ranks, this is the mean
+            loss = loss_of(model, **batch, beta=dpo_beta) / divisor
+        scaler.scale(loss).backward()
+        mean_loss += loss.detach()
+    for opt in optimizers:
+        scaler.unscale_(opt)
+    watchdog.enter_phase(step, 'updating the weights')
+    norm = full_tensor(
+        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    )
+    mean_loss = mean_loss.to(signals) / runtime.world_size
+    sums = runtime.sum_over_ranks(torch.cat([mean_loss[None], signals]))
+    norm, scale = norm.to(sums), scaler.scale(torch.ones_like(sums[0]))
+    found_inf = (sums + norm).isfinite().all().logical_not().float()
+    for opt in optimizers:  # not scaler.step(): whether to skip is decided for all ranks
+        opt.found_inf = found_inf  # 1: leave weights and optimizer as they are
+        opt.step()
+    scaler.update()
+    raw_model.zero_grad(set_to_none=True)
+    return torch.cat([torch.stack([norm, scale]), sums])
+
+
+def read_update(lr: float, started: float, numbers: PendingNumbers) -> bool:
+    """Count, report and log an update -> whether a rank received a signal to stop."""
+    norm, scale, mean_loss, *signals = numbers.read()
+    if any(signals):
+        stop_signal.sync_ranks()
+    if math.isnan(sum(signals)):
+        return True  # a rank had no batch for this update
+    # in float16 it may be an overflow, which the scaler handles by lowering the scale
+    overflow = scaler.is_enabled() and scale > 1 and math.isfinite(mean_loss)
+    skipped = not (math.isfinite(mean_loss + norm) or overflow)
+    state.record_update(norm, skipped, batches.global_batch_size)
+    run.progress.advance(started)
+    data_wait = batches.pop_wait_seconds()
+    if skipped:
+        run.report_skipped(mean_loss, norm)
+    if state.step % log_interval == 0:
+        speed = run.progress.steps_per_second() * batches.tokens_per_step
+        mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
+        values = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
+        run.log_update(loss=mean_loss, **values, data_wait=data_wait)
+    return any(signals)
+
+
+launch = GraphedUpdate(update, runtime.print0) if use_graph else update
+
 # -----------------------------------------------------------------------------
 # the loop
 
@@ -230,11 +293,18 @@ run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
 batches.on_read_error = stop_signal.fail  # a read error stops the run as a signal does
 stopping = False
+in_flight = deque()  # updates whose numbers have not been read; on a GPU the last one
 
 while True:
     # once in a while: evaluate, before the update, so step 0 is the untrained model
-    losses, step = None, state.step
+    step = state.step + len(in_flight)
+    # several ranks agree on a signal with the numbers of an update
+    stopping = stopping or (runtime.world_size == 1 and stop_signal.signal > 0)
     should_evaluate = step >= max_iters or (eval_interval and step % eval_interval == 0)
+    if should_evaluate or stopping or (save_interval and step % save_interval == 0):
+        while in_flight:  # no checkpoint contains an update whose loss was not read
+            stopping |= read_update(*in_flight.popleft())
+    losses, step = None, state.step + len(in_flight)
     if should_evaluate and not state.is_evaluated and not stopping:
         watchdog.enter_phase(step, 'evaluating')
         losses = estimate_loss(raw_model, batches, config, runtime, stop_signal)
@@ -244,11 +314,9 @@ while True:
         runtime.print0(format_losses(step, losses))
         run.log_evaluation(losses)
     finished = state.is_finished(max_iters, patience)
-    # several ranks agree on a signal at the end of an update
-    stopping = stopping or (runtime.world_size == 1 and stop_signal.signal > 0)
 
     # once in a while: save a checkpoint, print a sample
-    can_save = run.can_save(raw_model, losses, stopping)
+    can_save = not in_flight and run.can_save(raw_model, losses, stopping)
     if can_save and run.is_due_to_save(losses, last=finished or stopping):
         watchdog.enter_phase(step, 'saving a checkpoint')
         run.save(raw_model, optimizers, tokenizer, scaler)
@@ -259,61 +327,22 @@ while True:
         watchdog.enter_phase(step, 'generating a sample')
         run.show_sample(raw_model, tokenizer, data, eval_sample_tokens)
 
-    # one update: the gradient of the mean loss over all micro-batches and all ranks
+    # one update: on a GPU its numbers are read while the next one is computed
+    watchdog.enter_phase(step, 'reading data')
     started = time.perf_counter()
+    micro_batches = batches.next_update()
+    if stop_signal.failed and runtime.world_size == 1:
+        continue
+    watchdog.enter_phase(step, 'computing gradients')
     runtime.seed(seed, step)
     lr = get_lr(step)
     for opt in optimizers:
         for group in opt.param_groups:
-            group['lr'] = lr * group['lr_ratio']  # 1, or muon_lr / learning_rate
-    mean_loss = 0.0
-    for micro_step in range(batches.micro_steps):
-        watchdog.enter_phase(step, 'reading data')
-        # loss / divisor, summed over micro-batches and averaged over ranks, is the mean
-        batch, divisor = next(batches)
-        watchdog.enter_phase(step, 'computing gradients')
-        if runtime.world_size > 1:  # all-reduce once, with the last micro-batch
-            sync_gradients(model, last=micro_step == batches.micro_steps - 1)
-        with runtime.autocast():
-            loss = loss_of(model, **batch, beta=dpo_beta) / divisor
-        scaler.scale(loss).backward()
-        mean_loss += loss.detach()
-    for opt in optimizers:
-        scaler.unscale_(opt)
-    watchdog.enter_phase(step, 'updating the weights')
-    norm = full_tensor(
-        torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    )
-    mean_loss, norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()
-
-    # a non-finite update is skipped, by all ranks or none; in float16 it may be an overflow, which
-    # the scaler handles by lowering the scale
-    overflow = scaler.is_enabled() and scaler.get_scale() > 1 and math.isfinite(mean_loss)
-    update_is_finite = math.isfinite(mean_loss + norm)
-    skip = not (update_is_finite or overflow)
-    skip, stopping = (flag > 0 for flag in runtime.all_reduce([skip, stop_signal.signal], 'MAX'))
-    if stopping:
-        stop_signal.sync_ranks()
-    if stop_signal.failed:
-        continue  # there was no batch for this update
-    if update_is_finite and not skip:
-        for opt in optimizers:
-            opt.step()  # not scaler.step(): whether to skip is already decided, for all ranks
-    scaler.update()
-    raw_model.zero_grad(set_to_none=True)
-    state.record_update(norm, skip, batches.global_batch_size)
-    run.progress.advance(time.perf_counter() - started)
-    data_wait = batches.pop_wait_seconds()
-    if skip:
-        run.report_skipped(mean_loss, norm)
-
-    # once in a while: log
-    if state.step % log_interval == 0:
-        (mean_loss,) = runtime.all_reduce([mean_loss / runtime.world_size])
-        speed = run.progress.steps_per_second() * batches.tokens_per_step
-        mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
-        values = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
-        run.log_update(loss=mean_loss, **values, data_wait=data_wait)
+            set_lr(group, lr * group['lr_ratio'])  # 1, or muon_lr / learning_rate
+    numbers = PendingNumbers(launch(micro_batches, stop_signal.to_device()))
+    in_flight.append((lr, started, numbers))
+    while len(in_flight) > runtime.max_in_flight:
+        stopping |= read_update(*in_flight.popleft())
 
 batches.close()
 finish(run, raw_model, tokenizer, data, stop_signal, finished)

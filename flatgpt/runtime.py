@@ -95,6 +95,11 @@ class ComputeWorkload(NamedTuple):
     layers: int
     batch_shapes: int = 1  # torch.compile makes kernels for each
 
+    def pass_seconds(self, peak_flops: float | None) -> tuple[float, float]:
+        """Estimates of the seconds to compute a pass, and to launch its kernels."""
+        speed = EAGER_MFU * (peak_flops or ASSUMED_TFLOPS * 1e12)
+        return self.flops / speed, self.layers * EAGER_LAYER_SECONDS
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -168,6 +173,12 @@ class Runtime:
         tensor = torch.tensor(values, dtype=self.sum_dtype, device=self.device)
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op))
         return tensor.tolist()
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all ranks, in place and without waiting for a GPU."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def broadcast_from_rank0(self, function: Callable):
         """The result, on every rank, of calling function() on rank 0; or its UserError."""
@@ -273,6 +284,11 @@ class Runtime:
         mine = rows // self.world_size
         return mine, next(n for n in range(min(batch_size, mine), 0, -1) if mine % n == 0)
 
+    @property
+    def max_in_flight(self) -> int:
+        """How many updates may be launched before the result of the first is read."""
+        return int(self.device_type == 'cuda')
+
     def wants_compile(self, setting: bool | str) -> bool:
         """Whether `compile` allows torch.compile: True, or 'auto' on CUDA."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
@@ -328,8 +344,7 @@ class Runtime:
 
 def compile_pays(work: ComputeWorkload, peak_flops: float | None) -> tuple[bool, str]:
     """Whether torch.compile is estimated to save more time than it takes, and the reason."""
-    speed = EAGER_MFU * (peak_flops or ASSUMED_TFLOPS * 1e12)
-    seconds = max(0, work.passes) * max(work.flops / speed, work.layers * EAGER_LAYER_SECONDS)
+    seconds = max(0, work.passes) * max(work.pass_seconds(peak_flops))
     takes = work.batch_shapes * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
     pays, short = COMPILE_SAVING * seconds > takes, tqdm.format_interval
     why = (
@@ -352,6 +367,7 @@ class StopSignal:
     def __init__(self, runtime: Runtime):
         self.signal, self.runtime, self.numbers = 0, runtime, []
         self.error: UserError | None = None  # of this process
+        self.nothing = torch.zeros(0, dtype=runtime.sum_dtype, device=runtime.device)
         for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
             number = getattr(signal, name, None)  # Windows has only the first two
             under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
@@ -377,6 +393,16 @@ class StopSignal:
     @property
     def failed(self) -> bool:
         return self.signal == self.FAILED
+
+    def to_device(self) -> torch.Tensor:
+        """What the other ranks must know: 1 after a signal, NaN after fail(), else 0.
+
+        Empty if there are none.
+        """
+        if self.runtime.world_size == 1:
+            return self.nothing
+        value = math.nan if self.failed else float(self.signal > 0)
+        return to_device(torch.tensor([value], dtype=self.runtime.sum_dtype), self.runtime.device)
 
     def sync_ranks(self) -> None:
         """Give all ranks the signal that one received, so that they exit with the same status."""

@@ -25,7 +25,7 @@ from flatgpt.training.state import TrainState
 from flatgpt.training.validate import global_batch_size
 from model import GPT
 
-PREFETCH = 8  # micro-batches read ahead, so that a slow read does not stall training
+PREFETCH = 8  # micro-batches read ahead, or one update: a slow read must not stall training
 
 
 class BatchLoader:
@@ -59,7 +59,7 @@ class BatchLoader:
         return self
 
     def __next__(self) -> tuple[dict, float]:
-        while len(self._upcoming) < PREFETCH:
+        while len(self._upcoming) < max(PREFETCH, self.micro_steps):
             self._submit()
         started = time.perf_counter()
         with self._repeat_last_on_error(self._last):
@@ -67,6 +67,10 @@ class BatchLoader:
         self._waited += time.perf_counter() - started
         self._submit()
         return self._last
+
+    def next_update(self) -> list[tuple[dict, float]]:
+        """The micro-batches of an update."""
+        return [next(self) for _ in range(self.micro_steps)]
 
     @contextmanager
     def _repeat_last_on_error(self, last) -> Iterator[None]:

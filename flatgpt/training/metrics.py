@@ -6,6 +6,7 @@ import json
 import math
 import os
 import textwrap
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -72,10 +73,13 @@ class Progress:
             total=total, initial=step, disable=not live, bar_format=self.BAR, desc='starting'
         )
         self.seconds = self.steps = 0  # since the last status
+        self.last = 0.0  # when the last step ended
 
-    def advance(self, seconds: float) -> None:
-        """Count a step that took `seconds`."""
-        self.step, self.steps, self.seconds = self.step + 1, self.steps + 1, self.seconds + seconds
+    def advance(self, started: float) -> None:
+        """Count a step that started then, perhaps before the last one ended."""
+        now = time.perf_counter()
+        self.seconds += now - max(started, self.last)
+        self.step, self.steps, self.last = self.step + 1, self.steps + 1, now
         self.bar.update()
 
     def steps_per_second(self) -> float:

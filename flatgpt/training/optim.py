@@ -73,7 +73,7 @@ class Muon(UnwrappedOptimizer):
             # tall matrices are transposed, to share a stack with wide ones
             by_shape = defaultdict(list)
             for parameter in group['params']:
-                if parameter.grad is not None:
+                if parameter.grad is not None and not getattr(self, 'found_inf', 0):
                     by_shape[tuple(sorted(parameter.shape))].append(parameter)
             for parameters in by_shape.values():
                 stack = [
@@ -114,6 +114,7 @@ def build_optimizers(
     muon_momentum: float,
     weight_decay: float,
     compile: bool = False,
+    capturable: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """'adamw': AdamW for all. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
 
@@ -140,3 +141,11 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group['lr_ratio'] = group['lr'] / learning_rate if muon else 1.0
     return [adamw, *muon]
+
+
+def set_lr(group: dict, lr: float) -> None:
+    """Set the learning rate of a parameter group, in place if a CUDA graph reads it."""
+    if isinstance(group['lr'], torch.Tensor):
+        group['lr'].fill_(lr)
+    else:
+        group['lr'] = lr

@@ -55,6 +55,7 @@ CHOICES = {
     'optimizer': ('adamw', 'muon'),
     'lr_schedule': ('cosine', 'linear', 'constant'),
     'compile': (True, False, 'auto'),
+    'cuda_graph': (True, False, 'auto'),
     'objective': ('lm', 'sft', 'dpo'),
 }
 
@@ -117,6 +118,21 @@ def check_offload(config: dict) -> None:
         raise ConfigError('offload=True needs a sharded model: add --shard or drop --offload')
 
 
+def check_cuda_graph(config: dict) -> None:
+    if config['cuda_graph'] is True and (obstacles := graph_obstacles(config)):
+        raise ConfigError(
+            f'cuda_graph=True: an update cannot be captured with {" and ".join(obstacles)}; use '
+            '--cuda_graph=auto'
+        )
+
+
+def graph_obstacles(config: dict) -> list[str]:
+    """The settings of a run whose updates cannot be captured as a CUDA graph."""
+    # the divisor of a batch of conversations or pairs differs from update to update
+    found = [f'objective={config["objective"]!r}'] if config['objective'] != 'lm' else []
+    return found + [f'{name}=True' for name in ('shard', 'gradient_checkpointing') if config[name]]
+
+
 def check_eval_only(config: dict) -> None:
     if config['eval_only'] and config['objective'] == 'dpo' and not is_resuming(config):
         raise ConfigError(
@@ -130,7 +146,14 @@ def check_mirror_setting(config: dict) -> None:
         check_mirror(config['checkpoint_mirror'], config['out_dir'])
 
 
-RULES = (check_names, check_resume, check_offload, check_mirror_setting, check_eval_only)
+RULES = (
+    check_names,
+    check_resume,
+    check_offload,
+    check_cuda_graph,
+    check_mirror_setting,
+    check_eval_only,
+)
 
 
 # what an untrained model cannot be used for
@@ -184,6 +207,11 @@ def validate_machine(config: dict, runtime: Runtime) -> None:
         )
     if config['offload'] and runtime.device_type != 'cuda':
         raise ConfigError(f'offload=True needs a CUDA GPU, not {runtime.device}: drop --offload')
+    if config['cuda_graph'] is True and (runtime.device_type != 'cuda' or runtime.world_size > 1):
+        raise ConfigError(
+            f'cuda_graph=True needs one process with a CUDA GPU, not {runtime}; use '
+            '--cuda_graph=auto'
+        )
 
 
 # -----------------------------------------------------------------------------

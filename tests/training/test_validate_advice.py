@@ -52,6 +52,11 @@ def rejected(check, *args):
         ),
         case('needs a sharded model', '--offload', ['--offload --shard', '']),
         case(
+            'an update cannot be captured with',
+            '--cuda_graph=True --gradient_checkpointing',
+            ['--cuda_graph=auto --gradient_checkpointing'],
+        ),
+        case(
             "objective='dpo' with eval_only",
             '--objective=dpo --eval_only --init_from=out/sft',
             ['--objective=dpo --eval_only --init_from=resume --out_dir=out/a'],
@@ -94,6 +99,12 @@ def test_what_this_machine_cannot_do_is_accepted_without_the_setting(configured,
         rules.validate_machine(configured(good), CPU)
         with fake_ranks(2):  # what torchrun does
             rules.validate_machine(configured(bad), CPU)
+
+
+@pytest.mark.error_line('needs one process with a CUDA GPU')
+def test_a_graph_without_a_gpu_is_refused_and_auto_accepted(configured):
+    rejected(rules.validate_machine, configured('--cuda_graph=True'), CPU)
+    rules.validate_machine(configured('--cuda_graph=auto'), CPU)
 
 
 TEXT = SimpleNamespace(is_chat=False, tokenizer=SimpleNamespace(name='char', eot=None))

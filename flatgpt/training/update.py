@@ -1,0 +1,108 @@
+"""
+How an update of train.py is launched on a GPU: as a CUDA graph, and without waiting for its result.
+
+    update = GraphedUpdate(update, print0)             # called eagerly at first, then replayed
+    numbers = PendingNumbers(update(micro_batches, signals))
+    ...                                                # launch the next one
+    mean_loss, *others = numbers.read()
+
+A tiny model needs hundreds of small kernels per update, which take longer to launch one by one than
+to compute. A graph launches them all at once.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from flatgpt.cuda_graph import capture, capture_stream
+from flatgpt.runtime import ComputeWorkload, Runtime, is_out_of_memory
+from flatgpt.training.validate import graph_obstacles
+
+EAGER_UPDATES = 3  # before the capture: libraries and optimizers allocate what they need
+LAUNCH_BOUND = 3.0  # a graph pays up to this ratio of estimated computing to launching
+
+
+def should_capture(
+    config: dict, work: ComputeWorkload, peak_flops: float | None, runtime: Runtime
+) -> bool:
+    """Whether to capture updates; cuda_graph='auto' does if launching kernels is the limit."""
+    if config['eval_only'] or config['cuda_graph'] != 'auto':
+        return config['cuda_graph'] is True and not config['eval_only']
+    can = runtime.device_type == 'cuda' and runtime.world_size == 1 and not graph_obstacles(config)
+    # the loss scaler of float16 could not be restored after a failed capture
+    return can and runtime.dtype != torch.float16 and is_launch_bound(work, peak_flops)
+
+
+def is_launch_bound(work: ComputeWorkload, peak_flops: float | None) -> bool:
+    computing, launching = work.pass_seconds(peak_flops)
+    return computing < LAUNCH_BOUND * launching
+
+
+class PendingNumbers:
+    """A small tensor on its way from the device to the host."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.values, self.arrived = tensor.to('cpu', non_blocking=tensor.is_cuda), None
+        if tensor.is_cuda:
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self) -> list[float]:
+        """The numbers; waits until they are computed and copied."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.values.tolist()
+
+
+class GraphedUpdate:
+    """update(micro_batches, signals), captured as one CUDA graph for each shape of micro-batches.
+
+    The first EAGER_UPDATES calls with a shape, and all calls if the capture fails, are eager. A
+    divisor is a constant of its graph.
+    """
+
+    def __init__(self, update: Callable, print0: Callable):
+        self.update, self.print0 = update, print0
+        self.calls, self.graphs, self.failed = Counter(), {}, False
+
+    def __call__(self, micro_batches: list[tuple[dict, float]], signals) -> torch.Tensor:
+        shapes = tuple((d, *(tensor.shape for tensor in b.values())) for b, d in micro_batches)
+        self.calls[shapes] += 1
+        if self.failed:
+            return self.update(micro_batches, signals)
+        if self.calls[shapes] <= EAGER_UPDATES:
+            return self.run_on_capture_stream(micro_batches, signals)
+        if shapes not in self.graphs:
+            try:
+                self.graphs[shapes] = self.capture(micro_batches, signals)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self.failed, reason = True, (str(error).strip().splitlines() or [''])[0][:100]
+                self.print0(f'training without a CUDA graph, whose capture failed: {reason}')
+                return self.update(micro_batches, signals)
+        inputs, replay, result = self.graphs[shapes]
+        torch._foreach_copy_(inputs, tensors_of(micro_batches))
+        replay()
+        return result
+
+    def run_on_capture_stream(self, micro_batches: list, signals) -> torch.Tensor:
+        """An eager update on the stream of the capture, where autograd's nodes then stay."""
+        stream, current = capture_stream(signals.device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            result = self.update(micro_batches, signals)
+        current.wait_stream(stream)
+        return result
+
+    def capture(self, micro_batches: list, signals) -> tuple:
+        """Capture an update of copies of these micro-batches, without computing it."""
+        static = [({k: v.clone() for k, v in b.items()}, d) for b, d in micro_batches]
+        update = lambda: self.update(static, signals)  # noqa: E731
+        replay, result = capture(update, signals.device, warm_up=False)
+        return tensors_of(static), replay, result
+
+
+def tensors_of(micro_batches: list[tuple[dict, float]]) -> list[torch.Tensor]:
+    return [tensor for batch, _ in micro_batches for tensor in batch.values()]
