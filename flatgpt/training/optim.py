@@ -51,7 +51,7 @@ class UnwrappedOptimizer(torch.optim.Optimizer):
 
     They import the compiler, which takes a second, and nothing is compiled here.
 
-    found_inf: a float32 tensor with one element, on the device; step() changes nothing if it is 1.
+    found_inf: a float32 tensor without dimensions; step() changes nothing if it is 1.
     """
 
     found_inf = None
@@ -108,7 +108,7 @@ class Muon(UnwrappedOptimizer):
         """Whether found_inf is set, on the parameter's device; None without found_inf."""
         if self.found_inf is None:
             return None
-        return self.found_inf.reshape(()).to(to_local(parameter).device) > 0
+        return self.found_inf.to(to_local(parameter).device) > 0
 
     def nesterov(self, parameters: list, momentum: float, skip):
         """The Nesterov momentum, flat: the running mean of the gradient, one step ahead."""
