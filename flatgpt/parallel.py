@@ -11,8 +11,10 @@ together at the root, where GPT-2's tied matrix is one parameter (Zhao et al. 20
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain, groupby
 
 import torch
+import torch.distributed as dist
 
 from flatgpt.runtime import Runtime
 from model import GPT
@@ -96,3 +98,61 @@ def compute_device(tensor) -> torch.device:
     if mesh is None or mesh.device_type == to_local(tensor).device.type:
         return to_local(tensor).device
     return torch.device(mesh.device_type)
+
+
+class MatrixExchange:
+    """Gathers sharded matrices, each on the one rank that computes with it, and scatters results.
+
+    In `parameters`, the matrices of the first rank come first, and so on; what is flat has their
+    elements in this order. Without sharding there is one rank, which has all rows.
+    """
+
+    def __init__(self, matrices: list):
+        mesh, ranks = getattr(matrices[0], 'device_mesh', None), shard_count(matrices[0])
+        rank = mesh.get_local_rank() if mesh else 0
+        self.group = mesh.get_group() if ranks > 1 else None
+        shares = [matrices[each::ranks] for each in range(ranks)]
+        self.parameters = [*chain(*shares)]
+        # (N, R, C) of the stacks that this rank gets: adjacent matrices of equal shape
+        self.shapes = [(len([*n]), *shape) for shape, n in groupby(m.shape for m in shares[rank])]
+        rows = {size: rows_per_rank(size, ranks) for size in {m.size(0) for m in matrices}}
+        # elements of each stack on each rank; of each share on this rank
+        self.there = [[n * rows[r][each] * c for n, r, c in self.shapes] for each in range(ranks)]
+        self.here = [sum(rows[m.size(0)][rank] * m.size(1) for m in share) for share in shares]
+
+    def gather(self, flat) -> list:
+        """This rank's rows of all matrices, flat -> the stacks of its share. A collective."""
+        flat = self._exchange(flat, self.here, [sum(sizes) for sizes in self.there])
+        parts, count = flat.split([*chain(*self.there)]), len(self.shapes)
+        parts = [
+            part.view(n, part.numel() // (n * c), c)
+            for part, (n, _, c) in zip(parts, self.shapes * len(self.there), strict=True)
+        ]
+        return [torch.cat(parts[i::count], dim=1) for i in range(count)] if self.group else parts
+
+    def scatter(self, stacks: list, like):
+        """The inverse of gather(): flat, like the tensor `like` in dtype. A collective."""
+        ranks = len(self.there)
+        parts = [stack.split(rows_per_rank(stack.size(1), ranks), dim=1) for stack in stacks]
+        parts = [part.flatten() for of_rank in zip(*parts, strict=True) for part in of_rank]
+        flat = torch.cat(parts) if parts else like[:0]
+        return self._exchange(flat, [sum(sizes) for sizes in self.there], self.here)
+
+    def _exchange(self, flat, sizes: list[int], received: list[int]):
+        """Send `sizes[r]` elements to each rank r, receive `received[r]` from it."""
+        if not self.group:
+            return flat
+        result = flat.new_empty(sum(received))
+        dist.all_to_all_single(result, flat, received, sizes, group=self.group)
+        return result
+
+
+def shard_count(tensor) -> int:
+    """How many ranks a tensor is sharded over, 1 if it is not sharded."""
+    return tensor.device_mesh.size() if hasattr(tensor, 'device_mesh') else 1
+
+
+def rows_per_rank(rows: int, ranks: int) -> list[int]:
+    """How many rows of a sharded tensor each rank has."""
+    chunk = -(-rows // ranks)
+    return [max(0, min(chunk, rows - rank * chunk)) for rank in range(ranks)]

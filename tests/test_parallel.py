@@ -13,7 +13,15 @@ from safetensors import safe_open
 
 from flatgpt.checkpoint.load import MODEL_FILE, find_checkpoint, read_tensors
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import full_tensor, reshard, shard_like, sync_gradients, to_local
+from flatgpt.parallel import (
+    MatrixExchange,
+    full_tensor,
+    reshard,
+    rows_per_rank,
+    shard_like,
+    sync_gradients,
+    to_local,
+)
 from flatgpt.runtime import Runtime
 from flatgpt.training.validate import validate_machine
 
@@ -184,6 +192,59 @@ def test_an_unsharded_tensor_is_unchanged():
     tensor = torch.ones(3)
     assert to_local(tensor) is full_tensor(tensor) is shard_like(tensor, tensor) is tensor
     reshard(torch.nn.Linear(1, 1))
+
+
+class Matrix(SimpleNamespace):
+    """What MatrixExchange asks of a matrix that is sharded over `ranks`."""
+
+    def __init__(self, shape, ranks, rank):
+        mesh = SimpleNamespace(
+            size=lambda: ranks, get_local_rank=lambda: rank, get_group=lambda: 'all'
+        )
+        super().__init__(shape=shape, size=lambda dim: shape[dim], device_mesh=mesh)
+
+
+def all_to_all(sent):
+    """[(flat, sizes)] of all ranks -> what each of them receives."""
+    parts = [flat.split(sizes) for flat, sizes in sent]
+    return [torch.cat(of_rank) for of_rank in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3, 4, 9])
+def test_each_rank_gets_whole_matrices_and_gives_the_rows_back(ranks):
+    """5 rows over 4 ranks are 2, 2, 1 and 0; there are 6 matrices, for 9 ranks too few."""
+    shapes = [(5, 3), (5, 3), (5, 3), (8, 3), (8, 3), (2, 8)]
+    wholes = [torch.randn(shape) for shape in shapes]
+    numbered = list(zip(shapes, wholes, strict=True))
+    exchanges = [MatrixExchange([Matrix(s, ranks, r) for s in shapes]) for r in range(ranks)]
+    order = [i for rank in range(ranks) for i in range(rank, len(shapes), ranks)]
+    chunks = [w.split(-(-len(w) // ranks)) for w in wholes]  # by rows, in equal chunks rounded up
+    rows = [
+        torch.cat(
+            [chunks[i][rank].flatten() for i in order if rank < len(chunks[i])]
+            or [wholes[0][0][:0]]
+        )
+        for rank in range(ranks)
+    ]
+    received = iter(all_to_all([(flat, e.here) for flat, e in zip(rows, exchanges, strict=True)]))
+    stacks = []
+    for rank, exchange in enumerate(exchanges):
+        exchange._exchange = lambda flat, sizes, expected: next(received)
+        stacks.append(exchange.gather(rows[rank]))
+        mine = [whole for shape, whole in numbered[rank::ranks]]
+        assert all(map(torch.equal, [m for stack in stacks[-1] for m in stack], mine))
+        assert len([m for stack in stacks[-1] for m in stack]) == len(mine)
+    sent = []
+    for exchange, flat, stack in zip(exchanges, rows, stacks, strict=True):
+        exchange._exchange = lambda flat, sizes, expected: sent.append((flat, sizes))
+        exchange.scatter(stack, like=flat)
+    assert all(map(torch.equal, all_to_all(sent), rows))
+
+
+def test_rows_are_sharded_in_equal_chunks_rounded_up():
+    assert rows_per_rank(5, 4) == [2, 2, 1, 0]
+    assert rows_per_rank(8, 4) == [2, 2, 2, 2]
+    assert rows_per_rank(1, 3) == [1, 0, 0]
 
 
 # -----------------------------------------------------------------------------

@@ -11,37 +11,50 @@ GPT-2's fused query, key and value matrix as one matrix.
 
 import inspect
 import math
-from collections import defaultdict
+from itertools import groupby
 
 import torch
 
 from flatgpt.errors import ConfigError
-from flatgpt.parallel import compute_device, full_tensor, shard_like, to_local
+from flatgpt.parallel import MatrixExchange, compute_device, shard_count, to_local
+
+BUCKET_SIZE = 2**27  # matrix elements that Muon updates at once: bounds its temporary memory
 
 
-def orthogonalize(stack, steps: int = 5):
-    """Set the singular values of stack (N, R, C), R <= C, to about 1 by Newton-Schulz iteration.
+def orthogonalize(x, steps: int = 5, dtype=torch.bfloat16):
+    """Set the singular values of x (N, R, C), R <= C, to about 1 by Newton-Schulz iteration.
 
     The coefficients of the quintic are Jordan's: steep at zero, so that few steps suffice, but the
-    values end between 0.7 and 1.2. In bfloat16, whose rounding error is smaller than that.
+    values end between 0.7 and 1.2. In bfloat16, whose rounding error is smaller than that, or with
+    products in another dtype.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = stack.bfloat16()
+    x = x.bfloat16()
     # the largest singular value becomes at most 1
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT  # (N, R, R)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
-    return x
+    return x.bfloat16()
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16; float16 on GPUs before Ampere, which would emulate bfloat16."""
+    emulated = device.type == 'cuda' and torch.cuda.is_available()
+    emulated = emulated and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if emulated else torch.bfloat16
 
 
 class UnwrappedOptimizer(torch.optim.Optimizer):
     """An optimizer without the wrappers that exclude its methods from torch.compile.
 
     They import the compiler, which takes a second, and nothing is compiled here.
+
+    found_inf: a float32 tensor without dimensions; step() changes nothing if it is 1.
     """
 
+    found_inf = None
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
@@ -50,13 +63,23 @@ class UnwrappedOptimizer(torch.optim.Optimizer):
 class AdamW(UnwrappedOptimizer, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
+    def _init_group(self, group, *lists):
+        """Collects the tensors of an update; of a sharded model, this rank's rows.
+
+        They make it faster, and a skipped update possible: found_inf is not sharded.
+        """
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = [to_local(tensor) for tensor in tensors]
+        return has_complex
+
 
 class Muon(UnwrappedOptimizer):
     """Muon for 2-dimensional parameters; matrices of equal shape are orthogonalized together.
 
     lr is for a square matrix; a tall one (R, C) gets lr * sqrt(R / C). Weight decay is decoupled,
     as in AdamW. Under DDP every rank computes the same update from the same gradients. With a
-    sharded model, every rank gathers the whole matrix, on its GPU if it has one.
+    sharded model, each rank orthogonalizes its share of the matrices, on its GPU if it has one.
     """
 
     def __init__(self, params, lr, weight_decay, momentum, compile=False):
@@ -69,39 +92,114 @@ class Muon(UnwrappedOptimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, decay, momentum = group['lr'], group['weight_decay'], group['momentum']
-            # tall matrices are transposed, to share a stack with wide ones
-            by_shape = defaultdict(list)
-            for parameter in group['params']:
-                if parameter.grad is not None and not getattr(self, 'found_inf', 0):
-                    by_shape[tuple(sorted(parameter.shape))].append(parameter)
-            for parameters in by_shape.values():
-                stack = [
-                    transpose_tall(gather_matrix(self.nesterov(p, momentum))) for p in parameters
-                ]
-                updates = self.orthogonalize(torch.stack(stack))
-                for parameter, update in zip(parameters, updates, strict=True):
-                    rows, columns = parameter.shape
-                    update = shard_like(update.mT if rows > columns else update, parameter)
-                    mine = to_local(parameter).mul_(1 - lr * decay)
-                    mine.add_(to_local(update), alpha=-lr * math.sqrt(max(1, rows / columns)))
+            for bucket in make_buckets([p for p in group['params'] if p.grad is not None]):
+                self.update(bucket, group)
 
-    def nesterov(self, parameter, momentum: float):
-        """The Nesterov momentum: the running mean of the gradient, one step ahead."""
+    def update(self, bucket: list, group: dict) -> None:
+        """Update the matrices of a bucket, with a few kernels for all of them."""
+        exchange = MatrixExchange(bucket)
+        parameters, skip = exchange.parameters, self.should_skip(bucket[0])
+        flat = self.nesterov(parameters, group['momentum'], skip)
+        flat = flat.to(compute_device(bucket[0]), torch.bfloat16)
+        flat = exchange.scatter(self.orthogonalize_all(exchange.gather(flat)), like=flat)
+        apply_updates(parameters, flat, group, skip)
+
+    def should_skip(self, parameter):
+        """Whether found_inf is set, on the parameter's device; None without found_inf."""
+        if self.found_inf is None:
+            return None
+        return self.found_inf.to(to_local(parameter).device) > 0
+
+    def nesterov(self, parameters: list, momentum: float, skip):
+        """The Nesterov momentum, flat: the running mean of the gradient, one step ahead."""
+        means = [to_local(self.state_of(p)['momentum_buffer']) for p in parameters]
+        flat = flatten([to_local(p.grad) for p in parameters])
+        if skip is not None:  # a gradient equal to the mean does not change it, as NaN would
+            torch.where(skip, flatten(means), flat, out=flat)
+        rows = split_like(flat, means)
+        torch._foreach_lerp_(means, rows, 1 - momentum)
+        torch._foreach_lerp_(rows, means, momentum)
+        return flat
+
+    def state_of(self, parameter) -> dict:
         state = self.state[parameter]
         if not state:
             state['momentum_buffer'] = torch.zeros_like(parameter)
-        mean = state['momentum_buffer'].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(mean, momentum)
+        return state
+
+    def orthogonalize_all(self, stacks: list) -> list:
+        """The orthogonalized stacks, which come sorted by matrix_key()."""
+        updates = []
+        for _, same in groupby(stacks, lambda stack: sorted(stack.shape[1:])):
+            same = list(same)
+            # tall matrices are transposed, to share a stack with wide ones
+            joined = torch.cat([transpose_tall(stack) for stack in same])
+            joined = self.orthogonalize(joined, dtype=product_dtype(joined.device))
+            parts = joined.split([len(stack) for stack in same])
+            updates += [p.mT if is_tall(s) else p for p, s in zip(parts, same, strict=True)]
+        return updates
 
 
-def gather_matrix(matrix):
-    """The whole matrix in bfloat16; an offloaded one is copied to the GPU first."""
-    return full_tensor(matrix.to(compute_device(matrix), torch.bfloat16))
+def make_buckets(matrices: list) -> list[list]:
+    """Sort matrices by shape and divide them into lists of about BUCKET_SIZE elements per rank.
+
+    All stacks of a shape but the last are equally high: each height is compiled.
+    """
+    buckets, free = [], 0
+    for _, same in groupby(sorted(matrices, key=matrix_key), lambda m: sorted(m.shape)):
+        same = list(same)
+        size = BUCKET_SIZE * shard_count(same[0])
+        stacks = -(-len(same) // max(1, size // same[0].numel()))
+        height = -(-len(same) // stacks)
+        for start in range(0, len(same), height):
+            stack = same[start : start + height]
+            if len(stack) * stack[0].numel() > free:
+                buckets.append([])
+                free = size
+            buckets[-1] += stack
+            free -= len(stack) * stack[0].numel()
+    return buckets
+
+
+def matrix_key(matrix) -> tuple:
+    return *sorted(matrix.shape), is_tall(matrix)
+
+
+def is_tall(matrix) -> bool:
+    return matrix.size(-2) > matrix.size(-1)
 
 
 def transpose_tall(matrix):
-    return matrix.mT if matrix.size(0) > matrix.size(1) else matrix
+    return matrix.mT if is_tall(matrix) else matrix
+
+
+def flatten(tensors: list):
+    """A copy of all elements of the tensors, one after the other."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def split_like(flat, tensors: list) -> list:
+    """The inverse of flatten(): views of `flat` in the shapes of the tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def apply_updates(parameters: list, flat, group: dict, skip) -> None:
+    """Decay the weights and subtract the updates; exactly no change if `skip` is set."""
+    lr, weights = group['lr'], [to_local(p) for p in parameters]
+    flat, keep = flat.to(weights[0].device).float(), 1 - lr * group['weight_decay']
+    if skip is not None:
+        flat.masked_fill_(skip, 0.0)
+        keep = torch.where(skip, 1.0, keep)
+    if isinstance(lr, torch.Tensor):  # alpha below must be a number
+        flat, lr = flat.mul_(lr), 1.0
+    updates = split_like(flat, weights)
+    torch._foreach_mul_(weights, keep)
+    ratios = [max(1, p.size(0) / p.size(1)) for p in parameters]
+    for ratio in {*ratios}:
+        some = [i for i, each in enumerate(ratios) if each == ratio]
+        alpha = -lr * math.sqrt(ratio)
+        torch._foreach_add_([weights[i] for i in some], [updates[i] for i in some], alpha=alpha)
 
 
 def build_optimizers(
@@ -119,6 +217,9 @@ def build_optimizers(
     """'adamw': AdamW for all. 'muon': Muon for the matrices of the blocks, AdamW for the rest.
 
     The lr_ratio of a group is its learning rate divided by AdamW's: one schedule serves both.
+
+    capturable: a CUDA graph can record step(). The learning rates are tensors on the device, filled
+    in place before a replay; load_state_dict() replaces them.
     """
     if name == 'adamw':
         groups, muon = model.param_groups(weight_decay), []
@@ -140,6 +241,9 @@ def build_optimizers(
     for optimizer in (adamw, *muon):
         for group in optimizer.param_groups:
             group['lr_ratio'] = group['lr'] / learning_rate if muon else 1.0
+            if capturable:
+                device = compute_device(next(model.parameters()))
+                group |= {'capturable': True, 'lr': torch.tensor(group['lr'], device=device)}
     return [adamw, *muon]
 
 

@@ -1,7 +1,10 @@
 """Muon: its update compared with torch.optim.Muon, and the parameters that it trains."""
 
+import math
 import subprocess
 import sys
+from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -10,11 +13,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from flatgpt.checkpoint.load import load_optimizer
+from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.errors import ConfigError
 from flatgpt.parallel import shard_like
+from flatgpt.training import optim
 from flatgpt.training.memory import fake_ranks
-from flatgpt.training.optim import AdamW, Muon, build_optimizers, orthogonalize
+from flatgpt.training.optim import AdamW, Muon, build_optimizers, make_buckets, orthogonalize
 from model import GPT, GPTConfig
 
 SETTINGS = {'lr': 0.02, 'weight_decay': 0.1, 'momentum': 0.95}
@@ -56,14 +63,214 @@ def test_steps_agree_with_those_of_torch():
             b.data.copy_(a)  # each step is compared for itself
 
 
-def test_a_stack_is_orthogonalised_as_each_matrix_alone():
-    stack = torch.randn(5, 16, 40, generator=torch.Generator().manual_seed(0))
-    together = orthogonalize(stack)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_stack_is_orthogonalised_as_each_matrix_alone(dtype):
+    stack = 1e-6 * torch.randn(5, 16, 40, generator=torch.Generator().manual_seed(0))
+    together = orthogonalize(stack, dtype=dtype)
     for one, alone in zip(together, stack, strict=True):
-        assert torch.allclose(one, orthogonalize(alone[None])[0], atol=0.02)
+        assert torch.allclose(one, orthogonalize(alone[None], dtype=dtype)[0], atol=0.02)
     values = torch.linalg.svdvals(together.float())
     assert values.min() > 0.5
     assert values.max() < 1.3
+
+
+def test_a_gpu_without_bfloat16_multiplies_in_float16(monkeypatch):
+    cuda = torch.device('cuda')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        supported = lambda including_emulation, has=has_bf16: has or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', supported)
+        assert optim.product_dtype(cuda) == dtype
+        assert optim.product_dtype(torch.device('cpu')) == torch.bfloat16
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what is computed; views are not."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if not function.is_view:
+            self.counts[str(function)] += 1
+        return function(*args, **kwargs or {})
+
+    def __enter__(self):
+        self.counts = Counter()
+        return super().__enter__()
+
+
+def test_the_number_of_operations_does_not_grow_with_the_number_of_matrices():
+    counts = []
+    for times in (1, 10):
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES * times]
+        optimizer = Muon(parameters, **SETTINGS)
+        for _ in range(2):
+            give_gradients(parameters, None)
+            with CountOperations() as operations:
+                optimizer.step()
+        counts.append(operations.counts)
+    assert counts[0] == counts[1]
+    products = sum(n for name, n in counts[0].items() if 'bmm' in name)
+    assert products == 3 * 15  # stacks of three shapes
+
+
+def test_buckets_bound_the_elements_updated_at_once_and_change_no_bit(monkeypatch):
+    ends = []
+    for size in (2**27, 2 * 24 * 96, 1):
+        monkeypatch.setattr(optim, 'BUCKET_SIZE', size)
+        parameters, generator = matrices()
+        buckets = make_buckets(parameters)
+        assert sorted(map(id, chain(*buckets))) == sorted(map(id, parameters))
+        for bucket in buckets:
+            assert len(bucket) == 1 or sum(p.numel() for p in bucket) <= size
+        optimizer = Muon(parameters, **SETTINGS)
+        for _ in range(2):
+            give_gradients(parameters, generator)
+            optimizer.step()
+        ends.append(parameters)
+    assert all(map(torch.equal, ends[0], ends[1]))
+    assert all(map(torch.equal, ends[0], ends[2]))
+
+
+def test_a_large_stack_is_divided_equally(monkeypatch):
+    monkeypatch.setattr(optim, 'BUCKET_SIZE', 4 * 64)
+    squares = [torch.empty(8, 8) for _ in range(6)]
+    assert [len(bucket) for bucket in make_buckets(squares)] == [3, 3]  # not 4 and 2
+
+
+# -----------------------------------------------------------------------------
+# skipped and captured updates
+
+
+def state_of(optimizers):
+    """Copies of all that a step changes: the parameters, then the state of each."""
+    pairs = [(p, each) for each in optimizers for g in each.param_groups for p in g['params']]
+    states = [sorted(each.state.get(p, {}).items()) for p, each in pairs]
+    tensors = [p for p, _ in pairs] + [value for state in states for _, value in state]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def give_model_gradients(built, generator, value=None):
+    for parameter in built.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+        if value is not None:
+            parameter.grad.view(-1)[::3] = value
+
+
+@pytest.mark.parametrize('capturable', [False, True])
+@pytest.mark.parametrize('value', [math.nan, math.inf, 1.0])
+def test_a_step_with_found_inf_changes_nothing(capturable, value):
+    built, generator = model(), torch.Generator().manual_seed(0)
+    optimizers = build('muon', built, 1e-3, capturable=capturable)
+    found_inf = torch.ones(())
+    for optimizer in optimizers:
+        optimizer.found_inf = found_inf
+    before = state_of(optimizers)  # the first step creates more
+    for skip in (1.0, 0.0, 1.0):
+        found_inf.fill_(skip)
+        give_model_gradients(built, generator, value if skip else None)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(map(torch.equal, before, state_of(optimizers))) == bool(skip)
+        before = state_of(optimizers)
+
+
+def test_found_inf_of_zero_changes_no_bit():
+    ends = []
+    for found_inf in (None, torch.zeros(())):
+        built, generator = model(), torch.Generator().manual_seed(0)
+        optimizers = build('muon', built, 1e-3)
+        for _ in range(3):
+            give_model_gradients(built, generator)
+            for optimizer in optimizers:
+                optimizer.found_inf = found_inf
+                optimizer.step()
+        ends.append(state_of(optimizers))
+    assert all(map(torch.equal, *ends))
+
+
+def test_a_sharded_step_with_found_inf_changes_nothing():
+    with fake_ranks(2):
+        mesh = init_device_mesh('cpu', (2,))
+        meta = TensorMeta(torch.Size((8, 16)), (16, 1), torch.float32)
+        spec = DTensorSpec(mesh, (Shard(0),), tensor_meta=meta)
+        parameter = torch.nn.Parameter(DTensor(torch.ones(4, 16), spec, requires_grad=False))
+        parameter.grad = DTensor(torch.full((4, 16), math.nan), spec, requires_grad=False)
+        for optimizer in (AdamW([parameter], fused=True), Muon([parameter], **SETTINGS)):
+            optimizer.found_inf = torch.ones(())
+            optimizer.step()
+            assert torch.equal(parameter.to_local(), torch.ones(4, 16))
+            assert all(isinstance(v, DTensor) for v in [*optimizer.state[parameter].values()][-1:])
+
+
+def test_learning_rates_of_a_captured_update_are_filled_in_place():
+    """The steps agree to float32's rounding of the learning rate."""
+    eager, captured = model(), model()
+    generators = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    one, two = build('muon', eager, 1e-3), build('muon', captured, 1e-3, capturable=True)
+    for step in range(3):
+        for group, same in zip(
+            (group for each in one for group in each.param_groups),
+            (group for each in two for group in each.param_groups),
+            strict=True,
+        ):
+            group['lr'] = group['lr_ratio'] * 1e-3 / (step + 1)
+            assert same['lr_ratio'] == group['lr_ratio']
+            same['lr'].fill_(group['lr'])
+        give_model_gradients(eager, generators[0])
+        give_model_gradients(captured, generators[1])
+        for optimizer in (*one, *two):
+            optimizer.step()
+    for a, b in zip(eager.parameters(), captured.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('before', [False, True])
+def test_a_checkpoint_of_a_captured_run_and_another_are_alike(tmp_path, before):
+    """Each resumes the other; no learning rate is saved."""
+    tokenizer, state = None, {'step': 1, 'evaluated': False, 'val_loss': None}
+    ends = []
+    for resumed in (False, True):
+        built, generator = model(), torch.Generator().manual_seed(0)
+        optimizers = build('muon', built, 1e-3, capturable=before)
+        for step in range(4):
+            if step == 2 and resumed:
+                path = save_checkpoint(tmp_path, built, optimizers, tokenizer, state)
+                optimizers = build('muon', built, 1e-3, capturable=not before)
+                load_optimizer(path, built, optimizers)
+                lrs = [g['lr'] for each in optimizers for g in each.param_groups]
+                assert all(isinstance(lr, torch.Tensor) != before for lr in lrs)
+            give_model_gradients(built, generator)
+            for optimizer in optimizers:
+                optimizer.step()
+        ends.append(state_of(optimizers))
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_a_cuda_graph_of_a_step_computes_what_the_step_does():
+    built = [model().cuda() for _ in range(2)]
+    eager, captured = (build('muon', each, 1e-3, capturable=True) for each in built)
+    found_inf = torch.zeros((), device='cuda')
+    for each in built:
+        give_model_gradients(each, torch.Generator().manual_seed(0))
+    for optimizer in (*eager, *captured):
+        optimizer.found_inf = found_inf
+        optimizer.step()  # creates the state
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for optimizer in captured:
+            optimizer.step()
+    for skip in (0.0, 1.0, 0.0):
+        found_inf.fill_(skip)
+        for optimizer in eager:
+            optimizer.step()
+        graph.replay()
+        for a, b in zip(*(each.parameters() for each in built), strict=True):
+            assert torch.equal(a.cpu(), b.cpu())
+
+
+# -----------------------------------------------------------------------------
+# which optimizer trains what
 
 
 def test_a_gradient_of_zero_or_none_moves_nothing():
@@ -77,9 +284,9 @@ def test_a_gradient_of_zero_or_none_moves_nothing():
     assert len(optimizer.state) == len(parameters) - 1
 
 
-def build(name, model, learning_rate):
+def build(name, model, learning_rate, **options):
     rest = {'betas': (0.9, 0.95), 'muon_lr': 0.02, 'muon_momentum': 0.95, 'weight_decay': 0.1}
-    return build_optimizers(name, model, learning_rate=learning_rate, **rest)
+    return build_optimizers(name, model, learning_rate=learning_rate, **rest, **options)
 
 
 def test_adamw_s_steps_are_torchs():
@@ -134,7 +341,7 @@ def offloaded(monkeypatch):
 
 def test_an_offloaded_matrix_is_orthogonalised_on_the_gpu_and_stays_on_the_host(offloaded):
     optimizer, stacks = Muon([offloaded], **SETTINGS), []
-    optimizer.orthogonalize = lambda stack: stacks.append(stack) or stack
+    optimizer.orthogonalize = lambda stack, dtype: stacks.append(stack) or stack
     optimizer.step()
     (stack,) = stacks
     assert (stack.device.type, tuple(stack.shape)) == ('cuda', (1, 8, 16))
