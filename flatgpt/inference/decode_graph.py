@@ -1,15 +1,16 @@
 """
 Decoding steps as CUDA graphs: the forward pass and the sampling of all rows are one launch.
 
-    graphs = DecodeGraphs(cache, vocab_size)
+    graphs = DecodeGraphs(model, cache)
     graphs.upload(rows, settings, tokens)
-    graphs.replay(model, Step(8, cache.columns(1), SORT))
+    graphs.replay(forward, Step(8, cache.columns(1), SORT))
     graphs.read_tokens(rows)                       # the only wait for the GPU
 """
 
 import copy
 import math
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -40,10 +41,10 @@ class DecodeGraphs:
     memory; that is why `logits` and `tokens` lie outside of it. No reference to the model is kept.
     """
 
-    def __init__(self, cache: KVCache, vocab_size: int):
-        device, rows = cache.kv.device, cache.pos.numel()
+    def __init__(self, model: GPT, cache: KVCache):
+        device, rows, vocab_size = cache.kv.device, cache.pos.numel(), model.config.vocab_size
         pinned = {'pin_memory': True} if device.type == 'cuda' else {}  # or copies would wait
-        self.cache, self.graphs = cache, {}
+        self.cache, self.graphs, self.weights = cache, {}, weights_of(model)
         self.pool = torch.cuda.graph_pool_handle() if pinned else None
         self.suppressed = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self.logits = torch.zeros(rows, vocab_size, device=device)
@@ -77,15 +78,18 @@ class DecodeGraphs:
             inputs[0, rows], inputs[1, rows] = tokens, 1
         self.inputs.copy_(self.host_inputs, non_blocking=True)
 
-    def replay(self, model: GPT, step: Step) -> None:
-        """Compute a step: `logits` of the next token, and `tokens` sampled from them."""
+    def replay(self, forward: Callable, step: Step) -> None:
+        """Compute a step: `logits` of the next token, and `tokens` sampled from them.
+
+        forward: from a model's arguments to its logits, used only if the step is new.
+        """
         if step not in self.graphs:
             inputs = self.inputs.clone()
-            self.capture(model, step)
+            self.capture(forward, step)
             self.inputs.copy_(inputs)
         self.graphs[step]()
 
-    def capture(self, model: GPT, step: Step) -> None:
+    def capture(self, forward: Callable, step: Step) -> None:
         """Capture a step. It sets the inputs to those of free rows, which compute nothing."""
         rows, columns, work = step
         cache = copy.copy(self.cache)
@@ -98,7 +102,7 @@ class DecodeGraphs:
                 # need; its values come from `pos`, on the device
                 cache.max_pos = columns - 1
                 tokens, lengths = self.inputs[:2, :rows].long()
-                logits.copy_(model(tokens[:, None], cache=cache, lengths=lengths)[0])
+                logits.copy_(forward(tokens[:, None], cache=cache, lengths=lengths))
             if work is not None:
                 allowed = logits.masked_fill(self.suppressed, -math.inf)
                 self.tokens[:rows] = sample_rows(allowed, settings, work)
@@ -117,13 +121,13 @@ class DecodeGraphs:
 # -----------------------------------------------------------------------------
 # kept for the next generate()
 
-KEPT: weakref.WeakKeyDictionary[GPT, tuple] = weakref.WeakKeyDictionary()
+KEPT: weakref.WeakKeyDictionary[GPT, DecodeGraphs] = weakref.WeakKeyDictionary()
 
 
 def keep_graphs(model: GPT, graphs: DecodeGraphs | None) -> None:
     """Keep the last cache of a model with its graphs, so that they are not captured again."""
     if graphs:
-        KEPT[model] = weights_of(model), graphs
+        KEPT[model] = graphs
 
 
 def take_graphs(model: GPT, rows: int, max_length: int) -> DecodeGraphs | None:
@@ -131,8 +135,8 @@ def take_graphs(model: GPT, rows: int, max_length: int) -> DecodeGraphs | None:
 
     Weights may have changed in place, as in training, but not their place: graphs read them there.
     """
-    weights, graphs = KEPT.pop(model, (None, None))
-    if graphs is None or weights != weights_of(model):
+    graphs = KEPT.pop(model, None)
+    if graphs is None or graphs.weights != weights_of(model):
         return None
     if graphs.cache.pos.numel() < rows or graphs.cache.max_length < max_length:
         return None

@@ -31,19 +31,11 @@ from flatgpt.inference.scheduler import ScheduledBatch, Slot
 from flatgpt.runtime import to_device
 from model import GPT
 
-# On Hopper, torch computes prompts in 16 bits by cuDNN, which plans each new prompt length, for
-# about 42 ms. False: by the other kernels, which need no plan. Which is faster has not been
-# measured.
+# On Hopper, torch computes the attention of 16-bit tensors by cuDNN, which plans each new length of
+# a prompt, for about 42 ms, and each decoding step that is captured. False: by its other kernels,
+# which need no plan. Which is faster has not been measured.
 CUDNN_ATTENTION = True
-
-
-def prompt_attention():
-    """A context for forward passes of prompts: the attention kernels that torch may use."""
-    if CUDNN_ATTENTION:
-        return nullcontext()
-    return sdpa_kernel(
-        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    )
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Sample(NamedTuple):
@@ -70,7 +62,7 @@ class ModelRunner:
         self.suppressed = suppressed_ids(tokenizer, model)
         self.graphs = None
         if can_capture(self.cache.kv):
-            self.graphs = graphs or DecodeGraphs(self.cache, model.config.vocab_size)
+            self.graphs = graphs or DecodeGraphs(model, self.cache)
             self.graphs.suppress(self.suppressed)
 
     def clear_row(self, row: int) -> None:
@@ -116,16 +108,19 @@ class ModelRunner:
 
     # --- forward passes
 
+    def forward(self, *args, **options):
+        """Logits of the model."""
+        with nullcontext() if CUDNN_ATTENTION else sdpa_kernel(WITHOUT_CUDNN):
+            return self.model(*args, **options)[0]
+
     def forward_prompts(self, batch: ScheduledBatch):
         """Logits (R, V) after the batch's tokens of one prompt, or of several uncached ones."""
         slots, scored = batch.slots, batch.slots[0].request.needs_prompt_logprobs
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
         cache = self.cache.view([slot.row for slot in slots], max_pos=len(slots[0].cached_ids))
         ragged = len({*map(len, batch.tokens)}) > 1
-        with prompt_attention():
-            logits, _ = self.model(
-                idx, cache=cache, lengths=lengths if ragged else None, all_positions=scored
-            )
+        lengths = lengths if ragged else None
+        logits = self.forward(idx, cache=cache, lengths=lengths, all_positions=scored)
         if scored:
             self.score_prompt(slots[0], logits[0])
             logits = logits[:, -1]
@@ -137,7 +132,7 @@ class ModelRunner:
         """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 skips one."""
         inputs = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
         lengths = None if lengths.all() else inputs[1]
-        return self.model(inputs[0, :, None], cache=self.cache, lengths=lengths)[0]
+        return self.forward(inputs[0, :, None], cache=self.cache, lengths=lengths)
 
     # --- CUDA graphs
 
@@ -150,12 +145,12 @@ class ModelRunner:
         logits = graphs.logits[:size]
         if any(request.sampling.has_penalties for request in requests):
             if columns:
-                graphs.replay(self.model, Step(size, columns, work=None))
+                graphs.replay(self.forward, Step(size, columns, work=None))
             if any(request.top_logprobs is not None for request in requests):
                 logits = logits.clone()  # log-probabilities are of logits before penalties
             apply_penalties(graphs.logits, edits_of(requests, rows))
             columns = 0
-        graphs.replay(self.model, Step(size, columns, work))
+        graphs.replay(self.forward, Step(size, columns, work))
         tokens = graphs.read_tokens(rows)
         return self.add_logprobs(requests, rows, tokens, logits)
 
@@ -166,7 +161,7 @@ class ModelRunner:
         self.cache.max_pos = 0
         shapes = [(1, 0), *((size, self.cache.columns(1)) for size in batch_sizes)]
         for (size, columns), work in product(shapes, (ARGMAX, DRAW, SORT)):
-            self.graphs.capture(self.model, Step(size, columns, work))
+            self.graphs.capture(self.forward, Step(size, columns, work))
         return len(self.graphs.graphs)
 
     # --- log-probabilities and sampling

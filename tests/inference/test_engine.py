@@ -404,9 +404,9 @@ def captured(monkeypatch):
     """Steps are captured, on a CPU -> those captured, in order."""
     steps, capture = [], DecodeGraphs.capture
 
-    def listed(self, model, step):
+    def listed(self, forward, step):
         steps.append(step)
-        capture(self, model, step)
+        capture(self, forward, step)
 
     monkeypatch.setattr(DecodeGraphs, 'capture', listed)
     monkeypatch.setattr(decode_graph, 'capture', capture_on_cpu)
@@ -570,7 +570,7 @@ def test_graphs_of_weights_that_are_elsewhere_now_are_not_used(model, tokenizer,
 
 def test_graphs_of_weights_that_were_quantized_are_not_used(captured):
     model = random_model(len(LETTERS) + 1).bfloat16()
-    graphs = DecodeGraphs(KVCache(model, 1), len(LETTERS) + 1)
+    graphs = DecodeGraphs(model, KVCache(model, 1))
     decode_graph.keep_graphs(model, graphs)
     prepare_for_inference(model, 'int8')
     assert decode_graph.take_graphs(model, 1, 1) is None
@@ -606,7 +606,7 @@ def test_nothing_is_captured_on_a_cpu(model, tokenizer):
 
 
 @pytest.mark.parametrize('cudnn', [True, False])
-def test_prompts_can_do_without_cudnn(model, tokenizer, monkeypatch, cudnn):
+def test_attention_can_do_without_cudnn(model, captured, monkeypatch, cudnn):
     monkeypatch.setattr(model_runner, 'CUDNN_ATTENTION', cudnn)
     allowed, forward = [], model.forward
     monkeypatch.setattr(
@@ -616,8 +616,8 @@ def test_prompts_can_do_without_cudnn(model, tokenizer, monkeypatch, cudnn):
             allowed.append(torch.backends.cuda.cudnn_sdp_enabled()) or forward(*args, **options)
         ),
     )
-    run(model, tokenizer, [[1, 2, 3]], SamplingParams(1))
-    assert allowed == [cudnn]
+    run(model, char_tokenizer(LETTERS), [[1, 2, 3]], SamplingParams(2))
+    assert allowed == [cudnn] * 2  # the prompt, and the step that is captured
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
