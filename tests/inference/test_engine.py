@@ -601,6 +601,22 @@ def test_the_first_steps_of_requests_are_captured_ahead(model, tokenizer, captur
     assert len(captured) == 3 * 4
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize(
+    'options',
+    [{'temperature': 0}, ALL, {'top_k': 5}, {'top_p': 0.8, 'min_p': 0.02}, {'presence_penalty': 1}],
+)
+def test_a_gpu_computes_the_same_tokens_with_and_without_graphs(
+    model, tokenizer, monkeypatch, options
+):
+    model, sampling, prompts = model.cuda(), SamplingParams(60, **options), [[1], [2, 3], [4]]
+    with_graphs = [run(model, tokenizer, prompts, sampling) for _ in range(2)]  # captured, kept
+    monkeypatch.setattr(model_runner, 'can_capture', lambda tensor: False)
+    decode_graph.free_graphs(model)
+    without = run(model, tokenizer, prompts, sampling)
+    assert with_graphs == [without, without]
+
+
 def test_nothing_is_captured_on_a_cpu(model, tokenizer):
     assert Engine(model, tokenizer, 4).capture_graphs() == 0
 
