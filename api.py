@@ -24,6 +24,7 @@ if __name__ == '__main__':
     one_line_errors()  # before the imports, which may lack a package that only serving needs
 
 import flask
+import torch
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from configurator import check_known, configure, setting_annotations, update_settings
@@ -69,7 +70,7 @@ checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last'
 tokenizer: str | None = None  # replaces the model's own: a name, tokenizer.json or meta.pkl
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is one
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
-# 'int8': weights in half the memory of 16 bits; faster on a CPU for few completions
+# 'int8': weights in half the memory of 16 bits; faster on a CPU for few completions, not on a GPU
 quantize: str | None = None
 name: str | None = None  # the model's name for clients; None: the name of its folder
 # server
@@ -103,17 +104,29 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **changes) -> flask.
     and handles signals. Depending on it, a disconnected client is detected at the next write.
     """
     settings = {name: globals()[name] for name in setting_annotations(__file__)}
-    of_model = {'device': loaded[0].embedding.weight.device.type} if loaded else {}
     for key in changes:
         check_known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
             raise ConfigError(f'create_app({key}=): the WSGI server sets its address; leave it out')
-        same = changes[key] in (settings[key], of_model.get(key))
+        same = changes[key] == settings[key]
+        if loaded and key == 'device':
+            same |= is_device(changes[key], loaded[0].embedding.weight.device)
         if loaded and key in MODEL_SETTINGS and not same:
             raise ConfigError(f'create_app({key}=): the model is already loaded; leave it out')
     settings = update_settings(__file__, settings, changes, 'create_app({}=)')
     check_settings(settings)
     return build_app(loaded, settings | {'host': None, 'port': None})
+
+
+def is_device(name: str, device: torch.device) -> bool:
+    """Whether the setting `device` is this one: 'cuda' is the current GPU, such as 'cuda:0'."""
+    try:
+        given = torch.device(name)
+    except (RuntimeError, TypeError):
+        return False
+    if given.type != device.type or given.index is not None:
+        return given == device
+    return given.type != 'cuda' or torch.cuda.current_device() == device.index
 
 
 def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Flask:
@@ -141,7 +154,12 @@ def build_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine
     on_cpu = model.embedding.weight.device.type == 'cpu'
     slots, deterministic = settings['max_rows'] or (8 if on_cpu else 32), settings['deterministic']
     try:
-        return Engine(model, tokenizer, slots, settings['chunk'], deterministic=deterministic)
+        engine = Engine(model, tokenizer, slots, settings['chunk'], deterministic=deterministic)
+        begin = time.monotonic()
+        if graphs := engine.capture_graphs():
+            seconds = time.monotonic() - begin
+            print(f'captured {graphs} CUDA graphs in {seconds:.1f} s', file=sys.stderr, flush=True)
+        return engine
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

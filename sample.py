@@ -60,7 +60,7 @@ checkpoint: str | None = None  # None or 'best' (lowest validation loss), 'last'
 tokenizer: str | None = None  # replaces the model's own: a name, tokenizer.json or meta.pkl
 device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is one
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
-# 'int8': weights in half the memory of 16 bits; faster on a CPU for few samples
+# 'int8': weights in half the memory of 16 bits; faster on a CPU for few samples, not on a GPU
 quantize: str | None = None
 # generation
 start = '\n'  # the prompt; FILE:prompt.txt reads a file; may contain <|endoftext|>
@@ -86,6 +86,8 @@ DEFAULT_START, DEFAULT_NUM_SAMPLES = start, num_samples
 CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))
 CONTROL_CHARACTERS = dict.fromkeys(CONTROL_CODES, '\N{REPLACEMENT CHARACTER}')
 MAX_PROMPT_BYTES = 2**24
+# torch's kernel computes each output in one thread; this has not been measured
+INT8_ON_GPU = '--quantize=int8: on a GPU this saves memory; bfloat16 is probably faster'
 # settings that a line of a batch file and the console can change
 SAMPLING_SETTINGS = [f.name for f in fields(SamplingParams) if f.name in globals()]
 HELP = """Type text, and the model continues it. It remembers the conversation as far as its context
@@ -348,6 +350,8 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
         )
     step = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{step}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
+    if settings['quantize'] and device.startswith('cuda'):
+        print(INT8_ON_GPU, file=sys.stderr)
     model.to(dtype).to(device)  # in this order: float32 takes twice the memory there
     return prepare_for_inference(model, settings['quantize']), tokenizer
 

@@ -17,7 +17,8 @@ import torch
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
-from flatgpt.inference.model_runner import ModelRunner, take_rows
+from flatgpt.inference.decode_graph import DecodeGraphs, free_graphs, keep_graphs, take_graphs
+from flatgpt.inference.model_runner import ModelRunner, Sample
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.inference.scheduler import ScheduledBatch, Scheduler, Slot
@@ -37,7 +38,7 @@ class Engine:
     served. prefill_chunk: prompt tokens between two decoding steps (chunked prefill). max_length:
     tokens per slot of the cache, by default block_size. deterministic: a request's logits are
     bit-identical whatever else runs: all slots are always computed, prompts one by one, and no
-    prefix is shared.
+    prefix is shared. graphs: of an earlier engine for this model, with a cache as large.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Engine:
         prefill_chunk: int = 256,
         max_length: int | None = None,
         deterministic: bool = False,
+        graphs: DecodeGraphs | None = None,
     ):
         assert not model.training, 'dropout would be on'
         self.model, self.tokenizer = model, tokenizer
         # allocates the cache first, so that too many slots fail at once
-        self.runner = ModelRunner(model, tokenizer, num_slots, max_length)
+        self.runner = ModelRunner(model, tokenizer, num_slots, max_length, graphs)
         block_size = model.config.block_size
         self.scheduler = Scheduler(num_slots, block_size, prefill_chunk, deterministic)
         self.work_available = threading.Condition()
@@ -106,6 +108,12 @@ class Engine:
         for request in dropped:
             request.emit(TokenOutput(request.index, None, '', finish_reason))
 
+    @torch.inference_mode()
+    def capture_graphs(self) -> int:
+        """Capture the CUDA graphs of the first steps of requests, before the first one waits for
+        them -> their number, 0 on other devices."""
+        return self.runner.capture_common(self.scheduler.batch_sizes)
+
     # --- one step
 
     @torch.inference_mode()
@@ -129,32 +137,25 @@ class Engine:
 
     def prefill(self) -> bool:
         if batch := self.scheduler.schedule_prefill():
-            self.emit_tokens(batch, self.runner.prefill(batch))
+            self.emit_samples(batch, self.runner.prefill(batch))
         return batch is not None
 
     def decode(self) -> bool:
         if batch := self.scheduler.schedule_decode():
-            self.emit_tokens(batch, self.runner.decode(batch))
+            self.emit_samples(batch, self.runner.decode(batch))
         return batch is not None
 
-    def emit_tokens(self, batch: ScheduledBatch, logits) -> None:
-        """Sample the next token of each slot from its row of logits (R, V), and emit it."""
+    def emit_samples(self, batch: ScheduledBatch, samples: list[Sample | None]) -> None:
+        """Emit the next token of each slot whose prompt is complete."""
         self.scheduler.mark_cached(batch)
-        sampled = []
-        for i, slot in enumerate(batch.slots):
+        for slot, sample in zip(batch.slots, samples, strict=True):
             if slot.uncached_ids:  # its prompt is not complete
                 continue
             if reason := slot.request.ended_by_prompt():
                 self.emit(slot, TokenOutput(slot.request.index, None, '', reason))
             else:
-                sampled.append(i)
-        if not sampled:
-            return
-        slots = [batch.slots[i] for i in sampled]
-        requests = [slot.request for slot in slots]
-        tokens, scores = self.runner.sample_with_logprobs(requests, take_rows(logits, sampled))
-        for slot, token, score in zip(slots, tokens, scores, strict=True):
-            self.emit(slot, slot.request.append_token(token, self.tokenizer, *score))
+                token, *scores = sample
+                self.emit(slot, slot.request.append_token(token, self.tokenizer, *scores))
 
     def emit(self, slot: Slot, output: TokenOutput) -> None:
         """Send a request its next token, and free its slot if it is the last."""
@@ -189,16 +190,21 @@ def generate(
     prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
     seeds: of each completion's random numbers, by default (sampling.seed, its index); completions
     do not depend on each other. Raises UserError for logits that are not finite.
+
+    On a GPU, the cache and its CUDA graphs are kept for the next call with this model;
+    free_graphs(model) frees their memory.
     """
     outputs: deque[TokenOutput] = deque()
     longest = max(map(len, prompts), default=0) + sampling.max_new_tokens
     max_length = min(model.config.block_size, longest)
     num_slots = min(len(prompts), MAX_GENERATE_SLOTS) or 1
-    engine = Engine(model, tokenizer, num_slots, max_length=max_length)
+    graphs = take_graphs(model, num_slots, max_length)
+    engine = Engine(model, tokenizer, num_slots, max_length=max_length, graphs=graphs)
     for index, prompt in enumerate(prompts):
         seed = seeds[index] if seeds else None
         engine.submit(Request(prompt, sampling, outputs.append, index, seed))
     yield from run_and_drain(engine, outputs)
+    keep_graphs(model, engine.runner.graphs)
 
 
 def run_and_drain(engine: Engine, outputs: deque[TokenOutput]) -> Iterator[TokenOutput]:
@@ -230,14 +236,17 @@ def generate_sample(
 ) -> str:
     """About `tokens` tokens after `prompt`; if a document ends early, another one follows.
 
-    answer: the prompt is a chat prompt, and one answer follows it.
+    answer: the prompt is a chat prompt, and one answer follows it. No memory of a GPU is kept.
     """
     texts = []
-    while tokens > 0:
-        sampling = SamplingParams(tokens, temperature=0.8, top_k=200, seed=seed + len(texts))
-        outputs = list(generate(model, tokenizer, [prompt], sampling))
-        texts.append(''.join(output.text for output in outputs).strip('\n'))
-        if answer:
-            return tokenizer.decode(prompt) + texts[0]
-        tokens -= len(outputs)
+    try:
+        while tokens > 0:
+            sampling = SamplingParams(tokens, temperature=0.8, top_k=200, seed=seed + len(texts))
+            outputs = list(generate(model, tokenizer, [prompt], sampling))
+            texts.append(''.join(output.text for output in outputs).strip('\n'))
+            if answer:
+                return tokenizer.decode(prompt) + texts[0]
+            tokens -= len(outputs)
+    finally:
+        free_graphs(model)
     return '\n\n'.join(texts)

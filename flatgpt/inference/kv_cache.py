@@ -14,12 +14,15 @@ class KVCache:
 
     Rows are independent: `pos` (rows,) is the number of tokens each holds. An engine uses them as
     slots. A forward pass of fewer rows uses the first ones. Tensors are never reallocated, so that
-    cuda_graph.py can capture a step.
+    decode_graph.py can capture a step.
     """
 
     def __init__(self, model: GPT, rows: int, max_length: int | None = None):
         c, weight = model.config, model.embedding.weight
+        self.stride = 16 if weight.device.type == 'cpu' else 256  # of columns(): few CUDA graphs
         self.max_length = max_length or c.block_size
+        if weight.is_cuda:  # so that a later cache of another length has the same columns
+            self.max_length = min(c.block_size, -(-self.max_length // self.stride) * self.stride)
         # without AMX, torch's CPU attention of one query takes five times as long in bfloat16 as in
         # float32
         slow = weight.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
@@ -32,12 +35,10 @@ class KVCache:
         self.arange = torch.arange(self.max_length, device=weight.device)
         self.zeros = torch.zeros(self.max_length, device=weight.device, dtype=dtype)
         self.max_pos = 0  # upper bound of pos, on the host, so that no step waits for the device
-        self.graphs = {}  # steps that cuda_graph.py captured on these tensors
 
     def columns(self, T: int) -> int:
-        """How many columns T more tokens attend to, rounded up; on a GPU coarsely: few graphs."""
-        stride = 16 if self.kv.device.type == 'cpu' else 256
-        return min(self.max_length, -(-(self.max_pos + T) // stride) * stride)
+        """How many columns T more tokens attend to, rounded up."""
+        return min(self.max_length, -(-(self.max_pos + T) // self.stride) * self.stride)
 
     def extend(self, B: int, T: int, lengths=None):
         """Make room for T more tokens in B rows, `lengths` of them real -> positions (B, T)."""
@@ -81,7 +82,7 @@ class KVCache:
         else:
             view.row_ids = to_device(torch.tensor(rows), self.row_ids.device)[:, None]
         view.pos = self.pos.new_full((len(rows),), max_pos)
-        view.max_pos, view.graphs = max_pos, {}
+        view.max_pos = max_pos
         return view
 
     def copy(self, source: int, target: int, count: int) -> None:

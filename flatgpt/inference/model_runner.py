@@ -6,27 +6,64 @@ logits of each slot's next token.
 """
 
 import math
-from itertools import chain
+from contextlib import nullcontext
+from itertools import chain, product
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.inference.cuda_graph import can_capture, replay
+from flatgpt.inference.decode_graph import DecodeGraphs, Step, can_capture
 from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.request import Request
-from flatgpt.inference.sampling import apply_penalties, logprobs_of, sample_tokens, suppressed_ids
+from flatgpt.inference.sampling import (
+    ARGMAX,
+    DRAW,
+    SORT,
+    apply_penalties,
+    logprobs_of,
+    sample_tokens,
+    suppressed_ids,
+)
 from flatgpt.inference.scheduler import ScheduledBatch, Slot
 from flatgpt.runtime import to_device
 from model import GPT
 
+# On Hopper, torch computes the attention of 16-bit tensors by cuDNN, which plans each new length of
+# a prompt, for about 42 ms, and each decoding step that is captured. False: by its other kernels,
+# which need no plan. Which is faster has not been measured.
+CUDNN_ATTENTION = True
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Sample(NamedTuple):
+    """A sampled token, and if requested the log-probabilities of a TokenOutput."""
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: tuple = ()
+
 
 class ModelRunner:
-    """Computes batches. max_length None: the model's block_size."""
+    """Computes batches. max_length None: the model's block_size. graphs: of an earlier runner."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, num_slots: int, max_length: int | None):
-        self.model, self.cache = model, KVCache(model, num_slots, max_length)
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        num_slots: int,
+        max_length: int | None,
+        graphs: DecodeGraphs | None = None,
+    ):
+        self.model = model
+        self.cache = graphs.cache if graphs else KVCache(model, num_slots, max_length)
         self.suppressed = suppressed_ids(tokenizer, model)
+        self.graphs = None
+        if can_capture(self.cache.kv):
+            self.graphs = graphs or DecodeGraphs(model, self.cache)
+            self.graphs.suppress(self.suppressed)
 
     def clear_row(self, row: int) -> None:
         """Overwrite a row whose entries may not be finite: a mask does not hide NaN."""
@@ -36,18 +73,54 @@ class ModelRunner:
         for source, target, count in batch.copies:
             self.cache.copy(source, target, count)
 
+    # --- batches
+
+    def prefill(self, batch: ScheduledBatch) -> list[Sample | None]:
+        """Compute tokens of one prompt, or of several uncached ones -> the next token of each slot
+        whose prompt is complete, None for others and for a request that ends there."""
+        self.copy_rows(batch)
+        logits, samples = self.forward_prompts(batch), [None] * len(batch.slots)
+        sampled = [
+            i
+            for i, (slot, tokens) in enumerate(zip(batch.slots, batch.tokens, strict=True))
+            if len(tokens) == len(slot.uncached_ids) and not slot.request.ended_by_prompt()
+        ]
+        if sampled:
+            requests = [batch.slots[i].request for i in sampled]
+            found = self.sample_with_logprobs(requests, take_rows(logits, sampled))
+            for i, sample in zip(sampled, found, strict=True):
+                samples[i] = sample
+        return samples
+
+    def decode(self, batch: ScheduledBatch) -> list[Sample]:
+        """Compute one more token of each slot -> the next one."""
+        self.copy_rows(batch)
+        rows, requests = zip(*((slot.row, slot.request) for slot in batch.slots), strict=True)
+        given = [token for (token,) in batch.tokens]
+        self.cache.max_pos = max(len(slot.cached_ids) for slot in batch.slots)
+        if self.graphs:
+            self.graphs.upload(rows, settings_of(requests), given)
+            return self.replay(requests, rows, batch.rows, self.cache.columns(1))
+        tokens, lengths = np.zeros((2, batch.rows), np.int64)
+        tokens[[*rows]], lengths[[*rows]] = given, 1
+        logits = self.forward_one_token(tokens, lengths)
+        return self.sample_with_logprobs(requests, take_rows(logits, rows))
+
     # --- forward passes
 
-    def prefill(self, batch: ScheduledBatch):
-        """Compute tokens of one prompt, or of several uncached ones -> logits (R, V)."""
-        self.copy_rows(batch)
+    def forward(self, *args, **options):
+        """Logits of the model."""
+        with nullcontext() if CUDNN_ATTENTION else sdpa_kernel(WITHOUT_CUDNN):
+            return self.model(*args, **options)[0]
+
+    def forward_prompts(self, batch: ScheduledBatch):
+        """Logits (R, V) after the batch's tokens of one prompt, or of several uncached ones."""
         slots, scored = batch.slots, batch.slots[0].request.needs_prompt_logprobs
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
         cache = self.cache.view([slot.row for slot in slots], max_pos=len(slots[0].cached_ids))
         ragged = len({*map(len, batch.tokens)}) > 1
-        logits, _ = self.model(
-            idx, cache=cache, lengths=lengths if ragged else None, all_positions=scored
-        )
+        lengths = lengths if ragged else None
+        logits = self.forward(idx, cache=cache, lengths=lengths, all_positions=scored)
         if scored:
             self.score_prompt(slots[0], logits[0])
             logits = logits[:, -1]
@@ -55,23 +128,41 @@ class ModelRunner:
             self.cache.set_pos(slot.row, len(slot.cached_ids) + len(tokens))
         return logits
 
-    def decode(self, batch: ScheduledBatch):
-        """Compute one more token of each slot -> logits (R, V)."""
-        self.copy_rows(batch)
-        tokens, lengths = np.zeros((2, batch.rows), np.int64)
-        rows = [slot.row for slot in batch.slots]
-        tokens[rows], lengths[rows] = [token for (token,) in batch.tokens], 1
-        self.cache.max_pos = max(len(slot.cached_ids) for slot in batch.slots)
-        logits = self.forward_one_token(tokens, lengths)
-        return take_rows(logits, rows)
-
     def forward_one_token(self, tokens: np.ndarray, lengths: np.ndarray):
         """Logits (R, V) after one more token (R,) of the first rows; lengths (R,): 0 skips one."""
         inputs = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
-        if can_capture(inputs):
-            return replay(self.model, inputs, self.cache)
         lengths = None if lengths.all() else inputs[1]
-        return self.model(inputs[0, :, None], cache=self.cache, lengths=lengths)[0]
+        return self.forward(inputs[0, :, None], cache=self.cache, lengths=lengths)
+
+    # --- CUDA graphs
+
+    def replay(
+        self, requests: list[Request], rows: list[int], size: int, columns: int
+    ) -> list[Sample]:
+        """Decode and sample the first `size` rows by graphs whose inputs are uploaded: by a single
+        one unless logits are edited in between. columns 0: the logits are there already."""
+        graphs, work = self.graphs, max(request.sampling.work for request in requests)
+        logits = graphs.logits[:size]
+        if any(request.sampling.has_penalties for request in requests):
+            if columns:
+                graphs.replay(self.forward, Step(size, columns, work=None))
+            if any(request.top_logprobs is not None for request in requests):
+                logits = logits.clone()  # log-probabilities are of logits before penalties
+            apply_penalties(graphs.logits, edits_of(requests, rows))
+            columns = 0
+        graphs.replay(self.forward, Step(size, columns, work))
+        tokens = graphs.read_tokens(rows)
+        return self.add_logprobs(requests, rows, tokens, logits)
+
+    def capture_common(self, batch_sizes: list[int]) -> int:
+        """Capture the steps of contexts that are short yet -> their number, 0 without a GPU."""
+        if not self.graphs:
+            return 0
+        self.cache.max_pos = 0
+        shapes = [(1, 0), *((size, self.cache.columns(1)) for size in batch_sizes)]
+        for (size, columns), work in product(shapes, (ARGMAX, DRAW, SORT)):
+            self.graphs.capture(self.forward, Step(size, columns, work))
+        return len(self.graphs.graphs)
 
     # --- log-probabilities and sampling
 
@@ -82,42 +173,63 @@ class ModelRunner:
         scores = logprobs_of(logits[: len(following)], following, request.top_logprobs or 0)
         request.prompt_logprobs += scores
 
-    def sample_with_logprobs(
-        self, requests: list[Request], logits
-    ) -> tuple[list[int], list[tuple]]:
-        """Each request's next token from its row of logits (R, V), and requested_logprobs()."""
+    def sample_with_logprobs(self, requests: list[Request], logits) -> list[Sample]:
+        """Each request's next token from its row of logits (R, V)."""
+        rows = [*range(len(requests))]
+        if self.graphs:
+            size = min(2 ** (len(rows) - 1).bit_length(), len(self.graphs.logits))
+            self.graphs.logits[: len(rows)] = logits
+            self.graphs.upload(rows, settings_of(requests))
+            return self.replay(requests, rows, size, columns=0)
         tokens = self.sample_requests(requests, logits)
-        return tokens, self.requested_logprobs(requests, tokens, logits)
+        return self.add_logprobs(requests, rows, tokens, logits)
 
     def sample_requests(self, requests: list[Request], logits) -> list[int]:
         """A token for each request from its row of logits (R, V), batched by equal filters."""
         logits = logits.float().masked_fill(self.suppressed, -math.inf)
+        apply_penalties(logits, edits_of(requests, range(len(requests))))
         groups: dict[tuple, list[int]] = {}
         for i, r in enumerate(requests):
             groups.setdefault(r.sampling.filters, []).append(i)
-            if r.sampling.has_penalties:
-                apply_penalties(logits[i], r.sampling, r.prompt_tokens, r.counts)
         parts = []
         for group in groups.values():
             draws = [[requests[i].random.random(dtype=np.float32)] for i in group]
             uniforms = to_device(torch.tensor(draws), logits.device)
             sampling = requests[group[0]].sampling
             parts.append(sample_tokens(take_rows(logits, group), sampling, uniforms))
-        tokens = torch.cat(parts).tolist()  # the only wait for a GPU
+        tokens = torch.cat(parts).tolist()
         in_order = sorted(zip(chain(*groups.values()), tokens, strict=True))
         return [token for _, token in in_order]
 
-    def requested_logprobs(self, requests: list[Request], tokens: list[int], logits) -> list[tuple]:
-        """(logprob, top_logprobs) of each request's token, (None, ()) if not requested."""
-        scores: list[tuple] = [(None, ())] * len(requests)
+    def add_logprobs(
+        self, requests: list[Request], rows: list[int], tokens: list[int], logits
+    ) -> list[Sample]:
+        """The tokens, with log-probabilities from their rows of logits for those who want them."""
+        samples = [*map(Sample, tokens)]
         asked = [i for i, request in enumerate(requests) if request.top_logprobs is not None]
         asked = [i for i in asked if tokens[i] >= 0]
         if asked:
             most = max(requests[i].top_logprobs for i in asked)
-            found = logprobs_of(take_rows(logits, asked), [tokens[i] for i in asked], most)
+            own = take_rows(logits, [rows[i] for i in asked])
+            found = logprobs_of(own, [tokens[i] for i in asked], most)
             for i, (logprob, top) in zip(asked, found, strict=True):
-                scores[i] = logprob, top[: requests[i].top_logprobs]
-        return scores
+                samples[i] = Sample(tokens[i], logprob, top[: requests[i].top_logprobs])
+        return samples
+
+
+def settings_of(requests: list[Request]) -> np.ndarray:
+    """The settings of sample_rows() (NUM_SETTINGS, R), with each request's next random number."""
+    columns = [(r.random.random(dtype=np.float32), *r.sampling.row_settings) for r in requests]
+    return np.array(columns, np.float32).T
+
+
+def edits_of(requests: list[Request], rows: list[int]) -> list[tuple]:
+    """The rows whose logits apply_penalties() changes."""
+    return [
+        (row, r.sampling, r.prompt_tokens, r.counts)
+        for row, r in zip(rows, requests, strict=True)
+        if r.sampling.has_penalties
+    ]
 
 
 def pad(parts: list[list[int]], device):
@@ -131,6 +243,6 @@ def pad(parts: list[list[int]], device):
 
 def take_rows(tensor, rows: list[int]):
     """Some rows of a tensor; the tensor itself if these are all, in order."""
-    if rows == [*range(len(tensor))]:
+    if [*rows] == [*range(len(tensor))]:
         return tensor
     return tensor[to_device(torch.tensor(rows), tensor.device)]

@@ -1,5 +1,6 @@
 """
-Sampling: sample_tokens() draws from logits as SamplingParams specify.
+Sampling: sample_tokens() draws from logits as SamplingParams specify. sample_rows() draws the same
+tokens in a CUDA graph.
 
 Filters and their order are those of `transformers`; penalties and biases those of OpenAI's API.
 """
@@ -8,7 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -18,6 +21,10 @@ from flatgpt.runtime import to_device
 from model import GPT
 
 TOP_P_CANDIDATES = 1024  # most likely tokens, which are nearly always enough for top_p
+MIN_TEMPERATURE = 1e-6  # below it, sampling is greedy
+NUM_SETTINGS = 5  # of sample_rows(), per row
+# the work of sample_rows(): each includes the one before
+ARGMAX, DRAW, SORT = range(3)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,20 @@ class SamplingParams:
         """The settings of filter_logits(): requests with equal ones are sampled together."""
         return self.temperature, self.top_k, self.top_p, self.min_p
 
+    @cached_property
+    def row_settings(self) -> tuple[float, float, float, float]:
+        """The filters as sample_rows() takes them; one that is off has a value without effect."""
+        top_p = self.top_p if self.top_p < 1 else math.inf
+        log_min_p = math.log(self.min_p) if self.min_p else -math.inf
+        return self.temperature, self.top_k or math.inf, top_p, log_min_p
+
+    @cached_property
+    def work(self) -> int:
+        """The work of sample_rows() that a row with these filters needs."""
+        if self.temperature < MIN_TEMPERATURE:
+            return ARGMAX
+        return SORT if self.top_k or self.top_p < 1 else DRAW
+
     @property
     def has_penalties(self) -> bool:
         neutral = self.repetition_penalty == 1 and not self.logit_bias
@@ -71,7 +92,7 @@ def filter_logits(logits, sampling: SamplingParams):
     cumulative along a row, so that rounding does not depend on the other rows.
     """
     s, size = sampling, logits.size(-1)
-    if s.temperature < 1e-6:
+    if s.temperature < MIN_TEMPERATURE:
         return logits.max(-1, keepdim=True)
     k = min(s.top_k or size, size)
     if k == size and s.top_p == 1:
@@ -106,38 +127,89 @@ def sample_tokens(logits, sampling: SamplingParams, uniforms):
     broken = ~values.amax(-1, keepdim=True).isfinite()
     if ids.size(-1) == 1:
         return ids.masked_fill(broken, -1)[:, 0]
+    return ids.gather(-1, draw(values, uniforms)).masked_fill(broken, -1)[:, 0]
+
+
+def draw(values, uniforms):
+    """The index (R, 1) in each row of scaled logits (R, K), by the inverse CDF."""
     cdf = values.softmax(-1).cumsum(-1)
     # the first above a number below cdf's end: never a token of probability 0
     at = torch.searchsorted(cdf, uniforms * cdf[:, -1:], right=True)
-    ids = ids.gather(-1, at.clamp(max=ids.size(-1) - 1))  # past the end if not finite
-    return ids.masked_fill(broken, -1)[:, 0]
+    return at.clamp(max=values.size(-1) - 1)  # past the end if not finite
 
 
-def apply_penalties(
-    logits,
-    sampling: SamplingParams,
-    prompt_ids: Iterable[int],
-    output_ids: Iterable[int] | Counter[int],
-) -> None:
-    """Apply penalties and biases to one row of logits (V,), in place.
+def sample_rows(logits, settings, work: int):
+    """sample_tokens() for rows (R, V) with filters of their own, without a decision of Python.
 
-    A set of prompt_ids and a Counter of output_ids are faster for long texts.
+    settings (NUM_SETTINGS, R) float32: the uniform number and row_settings of each row. work: the
+    most that any of them needs. Equal logits are ordered by id, so that the token of a row depends
+    neither on the other rows nor on `work`.
+    """
+    uniforms, temperature, top_k, top_p, log_min_p = settings[..., None]  # each (R, 1)
+    best, greedy = logits.max(-1, keepdim=True)
+    broken = ~best.isfinite()
+    if work == ARGMAX:
+        return greedy.masked_fill(broken, -1)[:, 0]
+    scale = temperature.clamp(min=MIN_TEMPERATURE)
+    values = (logits - best) / scale
+    tokens = draw(values.masked_fill(values < log_min_p, -math.inf), uniforms)
+    if work == SORT:
+        ordered, ids = logits.sort(stable=True, descending=True)
+        rank = torch.arange(logits.size(-1), device=logits.device)
+        values = ((ordered - best) / scale).masked_fill(rank >= top_k, -math.inf)
+        probs = values.softmax(-1)
+        beyond = (probs.cumsum(-1) - probs >= top_p) & (rank > 0)
+        values = values.masked_fill(beyond | (values < log_min_p), -math.inf)
+        in_order = (top_k < logits.size(-1)) | (top_p < 1)
+        tokens = torch.where(in_order, ids.gather(-1, draw(values, uniforms)), tokens)
+    tokens = torch.where(temperature < MIN_TEMPERATURE, greedy, tokens)
+    return tokens.masked_fill(broken, -1)[:, 0]
+
+
+Edit = tuple[int, SamplingParams, Iterable[int], Iterable[int] | Counter[int]]
+
+
+def apply_penalties(logits, rows: Iterable[Edit]) -> None:
+    """Apply penalties and biases to rows of logits (R, V), in place, to all of them at once.
+
+    rows: (row, its SamplingParams, prompt_ids, output_ids). A set of prompt_ids and a Counter of
+    output_ids are faster for long texts.
 
     The repetition penalty is that of Keskar et al. 2019 (CTRL), the others those of OpenAI's API:
     logit - count * frequency_penalty - (count > 0) * presence_penalty + bias.
     """
-    s, tensor = sampling, lambda values: to_device(torch.tensor(values), logits.device)
-    if s.repetition_penalty != 1:
-        seen = tensor([*{*prompt_ids, *output_ids}])
-        found = logits[seen]
-        penalty = torch.where(found < 0, s.repetition_penalty, 1 / s.repetition_penalty)
-        logits[seen] = found * penalty
-    if output_ids and (s.frequency_penalty or s.presence_penalty):
-        seen, counts = map(tensor, zip(*Counter(output_ids).items(), strict=True))
-        logits[seen] -= counts * s.frequency_penalty + s.presence_penalty
-    if s.logit_bias:
-        seen, biases = map(tensor, zip(*s.logit_bias, strict=True))
-        logits[seen] += biases
+    flat, repeated, counted, biased = logits.view(-1), [], [], []
+    for row, s, prompt_ids, output_ids in rows:
+        begin = row * logits.size(-1)
+        if s.repetition_penalty != 1:
+            penalty = s.repetition_penalty
+            repeated.append((begin, [*{*prompt_ids, *output_ids}], penalty, 1 / penalty))
+        if output_ids and (s.frequency_penalty or s.presence_penalty):
+            ids, counts = zip(*Counter(output_ids).items(), strict=True)
+            counted.append((begin, ids, counts, s.frequency_penalty, s.presence_penalty))
+        if s.logit_bias:
+            biased.append((begin, *zip(*s.logit_bias, strict=True)))
+    if repeated:
+        at, up, down = edit_columns(repeated, logits.device)
+        found = flat[at]
+        flat[at] = found * torch.where(found < 0, up, down)
+    if counted:
+        at, counts, frequency, presence = edit_columns(counted, logits.device)
+        flat[at] -= counts * frequency + presence
+    if biased:
+        at, biases = edit_columns(biased, logits.device)
+        flat[at] += biases
+
+
+def edit_columns(edits: list[tuple], device) -> tuple:
+    """(first position of the row, its ids, values ...) of some rows -> the positions of all edits
+    (N,), and their values (N,), copied to the device at once."""
+    columns = []
+    for begin, ids, *values in edits:
+        at = (np.array(ids, np.int32) + begin).view(np.float32)  # the bits, not the value
+        columns.append([at, *(np.broadcast_to(np.array(v, np.float32), at.shape) for v in values)])
+    table = to_device(torch.from_numpy(np.concatenate(columns, 1)), device)
+    return table[0].view(torch.int32), *table[1:]
 
 
 def suppressed_ids(tokenizer: Tokenizer, model: GPT):
@@ -152,5 +224,8 @@ def logprobs_of(logits, tokens: list[int], top: int) -> list[tuple]:
     scores = logits.float().log_softmax(-1)
     values, ids = scores.topk(min(top, scores.size(-1)))
     own = scores.gather(1, to_device(torch.tensor(tokens), scores.device)[:, None])
-    each = zip(torch.cat((own, values), 1).tolist(), ids.tolist(), strict=True)
+    # the ids as bits of floats, so that one copy takes all to the host
+    table = torch.cat((own, values, ids.int().view(torch.float32)), 1).cpu()
+    values, ids = table.split((1 + values.size(-1), ids.size(-1)), 1)
+    each = zip(values.tolist(), ids.view(torch.int32).tolist(), strict=True)
     return [(score, tuple(zip(ids, best, strict=True))) for (score, *best), ids in each]

@@ -1,8 +1,10 @@
 """The engine: sampling, the KV cache, continuous batching, determinism."""
 
+import gc
 import math
 import random
 import threading
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -12,15 +14,28 @@ from conftest import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from flatgpt import cuda_graph
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.inference import cuda_graph, model_runner
-from flatgpt.inference.engine import Engine, complete, generate
+from flatgpt.inference import decode_graph, model_runner
+from flatgpt.inference.decode_graph import DecodeGraphs
+from flatgpt.inference.engine import Engine, complete, generate, generate_sample
+from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.model_runner import ModelRunner
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TextStream
-from flatgpt.inference.sampling import SamplingParams, apply_penalties, filter_logits, sample_tokens
+from flatgpt.inference.sampling import (
+    ARGMAX,
+    DRAW,
+    SORT,
+    SamplingParams,
+    apply_penalties,
+    filter_logits,
+    sample_rows,
+    sample_tokens,
+)
 from flatgpt.inference.scheduler import Scheduler, Slot
+from flatgpt.lora import add_lora
 
 BLOCK = 16
 LETTERS = '\n abcdefgh'
@@ -84,8 +99,8 @@ def test_filtered_distributions_equal_those_of_transformers(settings, seed):
     for processor in chain:
         theirs = processor(context, theirs)
     sampling, edited = SamplingParams(**{**ALL, **settings}), logits.clone()
-    for row, tokens in zip(edited, context.tolist(), strict=True):
-        apply_penalties(row, sampling, tokens[:5], tokens[5:])
+    texts = enumerate(context.tolist())
+    apply_penalties(edited, [(row, sampling, text[:5], text[5:]) for row, text in texts])
     values, ids = filter_logits(edited, sampling)
     ours = torch.full_like(logits, -math.inf).scatter(-1, ids, values)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=1e-5, atol=1e-7)
@@ -378,11 +393,26 @@ def tensors_in(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def capture_on_cpu(step, undo, device):
+def capture_on_cpu(step, device, pool):
     with Recording() as recording:
         result = step()
-    undo()
     return recording.replay, result
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Steps are captured, on a CPU -> those captured, in order."""
+    steps, capture = [], DecodeGraphs.capture
+
+    def listed(self, forward, step):
+        steps.append(step)
+        capture(self, forward, step)
+
+    monkeypatch.setattr(DecodeGraphs, 'capture', listed)
+    monkeypatch.setattr(decode_graph, 'capture', capture_on_cpu)
+    monkeypatch.setattr(model_runner, 'can_capture', lambda tensor: True)
+    decode_graph.KEPT.clear()
+    return steps
 
 
 def test_a_capture_keeps_the_decisions_of_python():
@@ -408,23 +438,24 @@ SCENES = {  # prompts that come together, round after round
 }
 
 
-def logits_of_scene(model, tokenizer, scene, scored, deterministic):
-    """The logits that each request's tokens are sampled from, and the captured steps."""
-    engine, row = Engine(model, tokenizer, 4, prefill_chunk=8, deterministic=deterministic), 0
-    with pytest.MonkeyPatch.context() as patch:
-        seen = record_logits(patch)
-        for prompts in SCENES[scene]:
-            requests = []
-            for prompt in prompts:
-                odd, third = row % 2, row % 3
-                rules = {'top_p': 1 - third / 4, 'presence_penalty': odd / 2}
-                biases = ((tokenizer.eot, -math.inf),)  # so that none ends early
-                sampling = SamplingParams(20 + 5 * third, odd, logit_bias=biases, **rules)
-                request = Request(prompt, sampling, lambda output: None, row, score_prompt=scored)
-                requests.append(request)
-                row += 1
-            finish(engine, *requests)
-    return {row: torch.stack(logits) for row, logits in seen.items()}, engine.runner.cache.graphs
+def outputs_of_scene(model, tokenizer, scene, scored, deterministic):
+    """The outputs of each request, the odd ones with all log-probabilities."""
+    engine, row, outputs = Engine(model, tokenizer, 4, 8, deterministic=deterministic), 0, []
+    for prompts in SCENES[scene]:
+        requests = []
+        for prompt in prompts:
+            odd, third = row % 2, row % 3
+            rules = {'top_p': 1 - third / 4, 'presence_penalty': odd / 2}
+            biases = ((tokenizer.eot, -math.inf),)  # so that none ends early
+            sampling = SamplingParams(20 + 5 * third, odd, logit_bias=biases, **rules)
+            top = model.config.vocab_size if row % 4 else None
+            request = Request(
+                prompt, sampling, outputs.append, row, top_logprobs=top, score_prompt=scored
+            )
+            requests.append(request)
+            row += 1
+        finish(engine, *requests)
+    return [[output for output in outputs if output.index == i] for i in range(row)]
 
 
 @pytest.mark.parametrize('scene', SCENES)
@@ -432,30 +463,187 @@ def logits_of_scene(model, tokenizer, scene, scored, deterministic):
 @pytest.mark.parametrize('deterministic', [False, True])
 @pytest.mark.parametrize('block_size', [1, 16, 70])  # contexts are forgotten; columns are crossed
 def test_captured_steps_compute_the_same(
-    model, tokenizer, monkeypatch, block_size, deterministic, scored, scene
+    model, tokenizer, request, block_size, deterministic, scored, scene
 ):
     shape = {name: getattr(model.config, name) for name in ('arch', 'bias', 'n_kv_head')}
     model = random_model(len(LETTERS) + 1, block_size, **shape, n_layer=2, n_head=2, n_embd=32)
     how = model, tokenizer, scene, scored, deterministic
-    monkeypatch.setattr(cuda_graph, 'capture', capture_on_cpu)
-    computed, graphs = logits_of_scene(*how)
-    assert not graphs
-    monkeypatch.setattr(model_runner, 'can_capture', lambda given: True)
-    recorded, graphs = logits_of_scene(*how)
-    assert graphs
-    assert list(recorded) == list(computed)
-    for row, logits in computed.items():
-        assert logits.shape == recorded[row].shape
-        assert (logits - recorded[row]).abs().max() < 1e-5
+    computed = outputs_of_scene(*how)
+    captured = request.getfixturevalue('captured')
+    replayed = outputs_of_scene(*how)
+    assert captured
+    for ours, theirs in zip(replayed, computed, strict=True):
+        assert [output[:4] for output in ours] == [output[:4] for output in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert dict(one.top_logprobs) == pytest.approx(dict(other.top_logprobs), abs=1e-4)
+
+
+def rows_of_any_filters(draw, rows):
+    """As many different filters, and uniform numbers."""
+    filters = [
+        SamplingParams(
+            temperature=draw.choice([0, 0.3, 1, 1.7]),
+            top_k=draw.choice([None, 1, 5, 40, 100]),
+            top_p=draw.choice([1.0, 0.9, 0.5, 1e-9]),
+            min_p=draw.choice([0.0, 0.0, 0.1, 1.0]),
+        )
+        for _ in range(rows)
+    ]
+    return filters, torch.tensor([[draw.random()] for _ in range(rows)])
+
+
+def sample_by_rows(logits, filters, uniforms, work=SORT):
+    settings = torch.tensor([each.row_settings for each in filters])  # (R, 4)
+    return sample_rows(logits, torch.cat((uniforms, settings), 1).T, work)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_rows_of_different_filters_are_sampled_as_each_alone(seed):
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(200, 60, generator=generator)
+    filters, uniforms = rows_of_any_filters(draw, 200)
+    together = sample_by_rows(logits, filters, uniforms)
+    for i, each in enumerate(filters):
+        row = logits[i : i + 1], each, uniforms[i : i + 1]
+        assert together[i] == sample_tokens(*row)
+        alone = sample_by_rows(logits[i : i + 1], [each], uniforms[i : i + 1], each.work)
+        assert together[i] == alone  # also if it needs less work
+
+
+def test_rows_of_logits_that_are_not_finite_have_no_token():
+    logits = torch.zeros(6, 5)
+    logits[1, 2], logits[3, 1], logits[4] = math.nan, math.inf, -math.inf
+    for work, filters in ((ARGMAX, {'temperature': 0}), (DRAW, {}), (SORT, {'top_p': 0.5})):
+        tokens = sample_by_rows(logits, [SamplingParams(**filters)] * 6, torch.rand(6, 1), work)
+        assert (tokens < 0).tolist() == [False, True, False, True, True, False]
+
+
+def test_one_captured_step_serves_requests_of_any_filters(model, tokenizer, captured):
+    prompts = [[1], [2], [3], [4]]
+    for options in ({'top_k': 5}, {'top_p': 0.7}, {'top_k': 3, 'temperature': 0.5, 'min_p': 0.1}):
+        run(model, tokenizer, prompts, SamplingParams(9, **options))
+    assert len(captured) == len({*captured})
+    assert {step.work for step in captured} == {SORT}
+    before = len(captured)
+    run(model, tokenizer, prompts, SamplingParams(9, temperature=0))
+    assert {step.work for step in captured[before:]} == {ARGMAX}
+
+
+def test_generating_again_with_a_model_captures_nothing(model, captured):
+    tokenizer, sampling = char_tokenizer(LETTERS), SamplingParams(9, seed=3)  # no text ends early
+    first = run(model, tokenizer, [[1, 2], [3]], sampling)
+    count = len(captured)
+    assert count
+    assert run(model, tokenizer, [[1, 2], [3]], sampling) == first
+    assert len(captured) == count
+    with torch.no_grad():  # as an optimizer does
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    changed = run(model, tokenizer, [[1, 2], [3]], sampling)
+    assert len(captured) == count
+    assert changed != first
+    other = char_tokenizer(LETTERS[:5], eot=False)  # whose ids are fewer
+    assert {*ids_of(run(model, other, [[1], [2]], SamplingParams(40, 5.0)))} <= {*range(5)}
+    decode_graph.free_graphs(model)
+    assert run(model, tokenizer, [[1, 2], [3]], sampling) == changed
+    assert len(captured) > count
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda model: model.double().float(),
+        lambda model: add_lora(model, 2, 2.0, 0.0, 'all'),
+    ],
+    ids=['moved', 'with adapters'],
+)
+def test_graphs_of_weights_that_are_elsewhere_now_are_not_used(model, tokenizer, captured, change):
+    first = run(model, tokenizer, [[1]], SamplingParams(5, temperature=0))
+    count = len(captured)
+    change(model)
+    assert ids_of(run(model.eval(), tokenizer, [[1]], SamplingParams(5, temperature=0))) == ids_of(
+        first
+    )
+    assert len(captured) == 2 * count
+
+
+def test_graphs_of_weights_that_were_quantized_are_not_used(captured):
+    model = random_model(len(LETTERS) + 1).bfloat16()
+    graphs = DecodeGraphs(model, KVCache(model, 1))
+    decode_graph.keep_graphs(model, graphs)
+    prepare_for_inference(model, 'int8')
+    assert decode_graph.take_graphs(model, 1, 1) is None
+
+
+def test_a_kept_cache_does_not_keep_its_model(tokenizer, captured):
+    model = random_model(len(LETTERS) + 1)
+    run(model, tokenizer, [[1]], SamplingParams(3))
+    assert len(decode_graph.KEPT) == 1
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert len(decode_graph.KEPT) == 0
+
+
+def test_a_sample_of_training_keeps_no_memory(model, tokenizer, captured):
+    generate_sample(model, tokenizer, [1], 30, seed=1)
+    assert captured
+    assert len(decode_graph.KEPT) == 0
+
+
+def test_the_first_steps_of_requests_are_captured_ahead(model, tokenizer, captured):
+    engine, outputs = Engine(model, tokenizer, 4), []
+    assert engine.capture_graphs() == len(captured) == 3 * 4
+    for options in ({}, {'top_k': 3}, {'temperature': 0}):
+        finish(engine, Request([1, 2], SamplingParams(9, **options), outputs.append))
+    assert len(captured) == 3 * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+@pytest.mark.parametrize(
+    'options',
+    [{'temperature': 0}, ALL, {'top_k': 5}, {'top_p': 0.8, 'min_p': 0.02}, {'presence_penalty': 1}],
+)
+def test_a_gpu_computes_the_same_tokens_with_and_without_graphs(
+    model, tokenizer, monkeypatch, options
+):
+    model, sampling, prompts = model.cuda(), SamplingParams(60, **options), [[1], [2, 3], [4]]
+    with_graphs = [run(model, tokenizer, prompts, sampling) for _ in range(2)]  # captured, kept
+    monkeypatch.setattr(model_runner, 'can_capture', lambda tensor: False)
+    decode_graph.free_graphs(model)
+    without = run(model, tokenizer, prompts, sampling)
+    assert with_graphs == [without, without]
+
+
+def test_nothing_is_captured_on_a_cpu(model, tokenizer):
+    assert Engine(model, tokenizer, 4).capture_graphs() == 0
+
+
+@pytest.mark.parametrize('cudnn', [True, False])
+def test_attention_can_do_without_cudnn(model, captured, monkeypatch, cudnn):
+    monkeypatch.setattr(model_runner, 'CUDNN_ATTENTION', cudnn)
+    allowed, forward = [], model.forward
+    monkeypatch.setattr(
+        model,
+        'forward',
+        lambda *args, **options: (
+            allowed.append(torch.backends.cuda.cudnn_sdp_enabled()) or forward(*args, **options)
+        ),
+    )
+    run(model, char_tokenizer(LETTERS), [[1, 2, 3]], SamplingParams(2))
+    assert allowed == [cudnn] * 2  # the prompt, and the step that is captured
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_captures_share_a_stream_since_libraries_keep_memory_per_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device: object())
-    cuda_graph.side_stream.cache_clear()
-    one, two = (cuda_graph.side_stream(torch.device('cuda', i)) for i in range(2))
-    assert one is cuda_graph.side_stream(torch.device('cuda', 0))
+    cuda_graph.capture_stream.cache_clear()
+    one, two = (cuda_graph.capture_stream(torch.device('cuda', i)) for i in range(2))
+    assert one is cuda_graph.capture_stream(torch.device('cuda', 0))
     assert one is not two
-    cuda_graph.side_stream.cache_clear()
+    cuda_graph.capture_stream.cache_clear()
 
 
 class Waits(TorchDispatchMode):
@@ -472,7 +660,10 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_once_for_its_tokens(model, tokenizer, monkeypatch):
+@pytest.mark.parametrize('graphs', [False, True])
+def test_a_step_waits_once_for_its_tokens(model, tokenizer, monkeypatch, request, graphs):
+    if graphs:
+        request.getfixturevalue('captured')
     engine, lists = Engine(model, tokenizer, 4), []
     tolist = torch.Tensor.tolist
     biases = ((tokenizer.eot, -math.inf), (3, 1.0))
@@ -482,8 +673,6 @@ def test_a_step_waits_once_for_its_tokens(model, tokenizer, monkeypatch):
     for _ in range(3):
         engine.step()
     monkeypatch.setattr(torch.Tensor, 'tolist', lambda self: lists.append(1) or tolist(self))
-    monkeypatch.setattr(model_runner, 'can_capture', lambda given: True)
-    monkeypatch.setattr(cuda_graph, 'capture', capture_on_cpu)
     with Waits() as waits:
         engine.step()
     assert (waits.names, lists) == ([], [1])
@@ -830,19 +1019,22 @@ def test_a_prompt_is_scored_once_however_long_the_text_becomes(model, tokenizer)
 
 
 def test_penalties_and_biases_are_those_of_the_api_they_come_from():
-    logits = torch.tensor([1.0, -1.0, 2.0, 0.0])
-    sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
-    apply_penalties(logits, sampling, prompt_ids=[1], output_ids=[0, 0, 2])
-    assert logits.tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -1.0, 2.0, 0.0], [1.0, -1.0, 2.0, 0.0]])
+    openai = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((3, 7.0),))
+    ctrl = SamplingParams(repetition_penalty=2.0)
+    apply_penalties(logits, [(1, openai, [1], [0, 0, 2]), (2, ctrl, [1], [2])])
+    assert logits[0].tolist() == [0.0] * 4
+    assert logits[1].tolist() == [1.0 - 2 * 0.5 - 0.25, -1.0, 2.0 - 0.5 - 0.25, 7.0]
+    assert logits[2].tolist() == [1.0, -2.0, 1.0, 0.0]
 
 
 def test_penalties_take_a_set_and_a_counter_of_tokens():
     sampling = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=1.3)
     prompt, written = [1, 5, 5, 1], [7, 2, 7, 7, 3, 2]
-    text = torch.linspace(-2, 2, 9)
+    text = torch.linspace(-2, 2, 9)[None].clone()
     counted = text.clone()
-    apply_penalties(text, sampling, prompt, written)
-    apply_penalties(counted, sampling, frozenset(prompt), Counter(written))
+    apply_penalties(text, [(0, sampling, prompt, written)])
+    apply_penalties(counted, [(0, sampling, frozenset(prompt), Counter(written))])
     assert torch.equal(text, counted)
 
 

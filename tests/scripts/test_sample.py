@@ -74,6 +74,21 @@ def test_following_the_advice_of_out_of_memory_errors_ends_in_samples(
     assert follow_advice(sample, *args) == advised
 
 
+@pytest.mark.parametrize(('device', 'lines'), [('cpu', 1), ('cuda:0', 2)])
+def test_int8_on_a_gpu_is_said_to_save_only_memory(out_dir, monkeypatch, capsys, device, lines):
+    monkeypatch.setattr(sample_module, 'pick_device', lambda name: device)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(GPT, 'to', lambda self, *args: self)
+    for name in ('check_int8_device', 'on_out_of_memory', 'prepare_for_inference'):
+        monkeypatch.setattr(sample_module, name, lambda *args: None)
+    monkeypatch.setattr(sample_module, 'pick_dtype', lambda *args: torch.bfloat16)
+    settings = {'out_dir': str(out_dir), 'init_from': 'resume', 'checkpoint': None}
+    sample_module.load(
+        settings | {'tokenizer': None, 'device': device, 'dtype': 'auto', 'quantize': 'int8'}
+    )
+    assert len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_if_one_sample_does_not_fit_the_advice_is_smaller_weights(monkeypatch):
     settings = {'batch': None, 'chat': True, 'num_samples': 10, 'rows': 16, 'quantize': None}
     with torch.device('meta'):

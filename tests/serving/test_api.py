@@ -1411,6 +1411,26 @@ def test_the_device_of_a_loaded_model_may_be_given(make_app, device):
     assert make_app(device=device).test_client().get('/ready').status_code == 200
 
 
+def test_a_device_without_an_index_is_the_current_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 1)
+    cuda, cpu = torch.device('cuda', 1), torch.device('cpu')
+    assert api.is_device('cuda', cuda)
+    assert api.is_device('cuda:1', cuda)
+    assert not api.is_device('cuda', torch.device('cuda', 0))
+    assert not api.is_device('cuda:0', cuda)
+    assert not api.is_device('cpu', cuda)
+    assert not api.is_device('cuda', cpu)
+    assert not api.is_device('GPU', cuda)
+
+
+def test_graphs_are_captured_before_the_server_is_ready(make_app, monkeypatch, capsys):
+    engines = []
+    monkeypatch.setattr(api.Engine, 'capture_graphs', lambda self: engines.append(self) or 21)
+    service = make_app().extensions['flatgpt']
+    assert engines == [service.engine]
+    assert re.fullmatch(r'captured 21 CUDA graphs in 0\.\d s\n', capsys.readouterr().err)
+
+
 def test_more_slots_than_fit_into_memory_are_one_line(make_app):
     with pytest.raises(UserError, match='max_rows=1000000000000: the cache does not fit'):
         make_app(max_rows=10**12)
