@@ -11,7 +11,7 @@ together at the root, where GPT-2's tied matrix is one parameter (Zhao et al. 20
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import chain, cycle, groupby
 
 import torch
 import torch.distributed as dist
@@ -101,10 +101,11 @@ def compute_device(tensor) -> torch.device:
 
 
 class MatrixExchange:
-    """Gathers sharded matrices, each on the one rank that computes with it, and scatters results.
+    """Gathers each of the sharded matrices on one rank, which computes with it, and scatters them.
 
-    In `parameters`, the matrices of the first rank come first, and so on; what is flat has their
-    elements in this order. Without sharding there is one rank, which has all rows.
+    Every rank gets a share of the matrices, and sends each rank the rows of that one's share. What
+    is flat has the elements of one matrix after the other in the order of `parameters`: the share
+    of the first rank, then that of the second. Without sharding one rank has everything.
     """
 
     def __init__(self, matrices: list):
@@ -113,30 +114,30 @@ class MatrixExchange:
         self.group = mesh.get_group() if ranks > 1 else None
         shares = [matrices[each::ranks] for each in range(ranks)]
         self.parameters = [*chain(*shares)]
-        # (N, R, C) of the stacks that this rank gets: adjacent matrices of equal shape
+        # (N, R, C) of the stacks of this rank's share: adjacent matrices of equal shape
         self.shapes = [(len([*n]), *shape) for shape, n in groupby(m.shape for m in shares[rank])]
         rows = {size: rows_per_rank(size, ranks) for size in {m.size(0) for m in matrices}}
-        # elements of each stack on each rank; of each share on this rank
-        self.there = [[n * rows[r][each] * c for n, r, c in self.shapes] for each in range(ranks)]
-        self.here = [sum(rows[m.size(0)][rank] * m.size(1) for m in share) for share in shares]
+        # elements of this rank's stacks, by rank; of this rank's rows, by share
+        self.stacks = [[n * rows[r][each] * c for n, r, c in self.shapes] for each in range(ranks)]
+        self.rows = [sum(rows[m.size(0)][rank] * m.size(1) for m in share) for share in shares]
 
     def gather(self, flat) -> list:
-        """This rank's rows of all matrices, flat -> the stacks of its share. A collective."""
-        flat = self._exchange(flat, self.here, [sum(sizes) for sizes in self.there])
-        parts, count = flat.split([*chain(*self.there)]), len(self.shapes)
+        """This rank's rows, flat -> the stacks (N, R, C) of its share. A collective."""
+        flat = self._exchange(flat, self.rows, [sum(sizes) for sizes in self.stacks])
+        parts, count = flat.split([*chain(*self.stacks)]), len(self.shapes)
         parts = [
-            part.view(n, part.numel() // (n * c), c)
-            for part, (n, _, c) in zip(parts, self.shapes * len(self.there), strict=True)
+            part.view(n, part.numel() // (n * columns), columns)
+            for part, (n, _, columns) in zip(parts, cycle(self.shapes))
         ]
         return [torch.cat(parts[i::count], dim=1) for i in range(count)] if self.group else parts
 
     def scatter(self, stacks: list, like):
         """The inverse of gather(): flat, like the tensor `like` in dtype. A collective."""
-        ranks = len(self.there)
+        ranks = len(self.stacks)
         parts = [stack.split(rows_per_rank(stack.size(1), ranks), dim=1) for stack in stacks]
         parts = [part.flatten() for of_rank in zip(*parts, strict=True) for part in of_rank]
         flat = torch.cat(parts) if parts else like[:0]
-        return self._exchange(flat, [sum(sizes) for sizes in self.there], self.here)
+        return self._exchange(flat, [sum(sizes) for sizes in self.stacks], self.rows)
 
     def _exchange(self, flat, sizes: list[int], received: list[int]):
         """Send `sizes[r]` elements to each rank r, receive `received[r]` from it."""

@@ -226,7 +226,7 @@ def test_each_rank_gets_whole_matrices_and_gives_the_rows_back(ranks):
         )
         for rank in range(ranks)
     ]
-    received = iter(all_to_all([(flat, e.here) for flat, e in zip(rows, exchanges, strict=True)]))
+    received = iter(all_to_all([(flat, e.rows) for flat, e in zip(rows, exchanges, strict=True)]))
     stacks = []
     for rank, exchange in enumerate(exchanges):
         exchange._exchange = lambda flat, sizes, expected: next(received)
