@@ -172,7 +172,7 @@ def test_sharding_in_one_process_suggests_torchrun(run_here, tmp_path):
 
 def test_offloading_on_cpu_is_refused(ranks, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
-    settings = {'shard': True, 'offload': True}
+    settings = {'shard': True, 'offload': True, 'cuda_graph': 'auto'}
     with pytest.raises(ConfigError, match='offload=True needs a CUDA GPU, not cpu'):
         validate_machine(settings, Runtime('cpu', torch.float32))
     validate_machine(settings, Runtime('cuda:0', torch.float32))
