@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flatgpt.errors import CheckpointError, UserError
+from flatgpt.errors import CheckpointError, UserError, short_repr
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def strict_json(text: str | bytes):
         found = {}
         for name, value in pairs:
             if name in found:
-                raise ValueError(f'duplicate key {name[:40]!r}')
+                raise ValueError(f'duplicate key {short_repr(name)}')
             found[name] = value
         return found
 

@@ -45,11 +45,11 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
+from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow
 from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
 from flatgpt.data.text import check_val_fraction, dataset_folder
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
-from flatgpt.errors import ArgumentParser, UserError
+from flatgpt.errors import ArgumentParser, UserError, short_repr
 from flatgpt.files import strict_json
 
 COMMAND = 'python data/chat/prepare.py'

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from flatgpt.data.tokenizer import ASSISTANT
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, short_repr
 
 ROLE_ALIASES = {  # in lower case
     'human': 'user',
@@ -116,14 +116,8 @@ def template_role(role: object, template: dict) -> str:
     raise UserError(f'unknown role {short_repr(role)}; use one of {", ".join(template)}')
 
 
-def short_repr(value: object) -> str:
-    """A value for an error line, cut after 40 characters."""
-    text = repr(value[:41] if isinstance(value, str) else value)
-    return text if len(text) <= 43 else f'{text[:40]}...'
-
-
 def unquoted(name: str) -> str:
-    return short_repr(name)[1:-1]
+    return short_repr(name, lambda name: repr(name)[1:-1])
 
 
 def quoted(names: list[str]) -> str:

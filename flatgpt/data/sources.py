@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, short_repr
 from flatgpt.files import strict_json
 
 BLOCK = 2**20  # bytes read at a time
@@ -443,7 +443,7 @@ class Reader:
             ) from error
 
     def _no_field(self, record) -> str:
-        keys = ', '.join(record) if isinstance(record, dict) else f'no keys: {str(record)[:40]}'
+        keys = ', '.join(record) if isinstance(record, dict) else f'no keys: {short_repr(record)}'
         hint = 'choose one with --field=, or read the file as plain text with --plain'
         if isinstance(record, dict) and CHAT_FIELDS & record.keys():
             hint += '; for conversations, run data/chat/prepare.py'

@@ -155,7 +155,7 @@ def test_a_row_is_read_once_its_advice_is_followed(tmp_path, bad, good, texts):
 
 @error_line('that might affect')
 def test_the_fields_of_several_lines_can_be_ignored_one_after_another(tmp_path):
-    long = 'x' * 50
+    long = 'x' * 90
     row = GOOD | {f'{number:02}': 1 for number in range(12)} | {long: 1}
     source, flags = lines(tmp_path / 'rows.jsonl', [FINE, row, FINE]), []
     while '--ignore=' in (message := refused(run, source, *flags)):
