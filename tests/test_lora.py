@@ -146,7 +146,7 @@ def test_the_error_for_an_unknown_target_lists_the_valid_names(targets, parts):
 @pytest.mark.parametrize(
     ('name', 'bad', 'advice'),
     [
-        case('blocks are frozen', 'freeze', 2, r'use --freeze=(\d+)'),
+        case('freezes every block', 'freeze', 2, r'use --freeze=(\d+)'),
         case('is not a linear layer', 'targets', 'q_prj', r'did you mean (\w+)\?'),
         case('is not a linear layer', 'targets', 'lm_head', r'choose from ([\w.]+)'),
         case('is not a linear layer', 'targets', 'lm_head', r"or '(all)'"),
@@ -670,8 +670,8 @@ def test_inspect_reports_the_base_and_only_adapters_are_exported(base, tuned, tm
         (['--lora_rank=4', '--lora_alpha=0'], ['lora_alpha=0']),
         (['--lora_rank=4', '--lora_dropout=1'], ['lora_dropout=1']),
         (['--lora_rank=4', '--lora_targets=attn'], ["'attn'", 'attn.c_attn, attn.c_proj']),
-        (['--lora_rank=4', '--freeze=2'], ['freeze=2', '2 blocks']),
-        (['--freeze=3'], ['freeze=3', '2 blocks']),
+        (['--lora_rank=4', '--freeze=2'], ['freeze=2', 'every block']),
+        (['--freeze=3'], ['freeze=3', 'n_layer=2']),
         (['--freeze=-1'], ['freeze=-1']),
         (['--freeze=2', '--optimizer=muon'], ["optimizer='muon'", 'no matrix']),
     ],

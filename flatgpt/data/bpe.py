@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 import regex
 
 from flatgpt.data.tokenizer import EOT, Tokenizer, byte_alphabet
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, counted
 
 # How this BPE splits text before merging: words with their contractions, numbers of up to three
 # digits, other signs; each with the space before it.
@@ -38,9 +38,9 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = run_interruptibly(stop, train_bpe, words, vocab_size)
     if words.split:
         print(
-            f'bpe: split {words.split:,} runs of more than {LONGEST_WORD} letters, signs or spaces '
-            f'into {words.pieces:,} pieces'
-            + (f'; ignored {words.ignored:,} more pieces' if words.ignored else '')
+            f'bpe: split {counted(words.split, "run")} of more than {LONGEST_WORD} letters, '
+            f'signs or spaces into {counted(words.pieces, "piece")}'
+            + (f'; ignored {counted(words.ignored, "more piece")}' if words.ignored else '')
         )
     return tokenizer
 

@@ -40,7 +40,7 @@ from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
-from flatgpt.errors import DISK_ERRORS, UserError, did_you_mean
+from flatgpt.errors import DISK_ERRORS, UserError, counted, did_you_mean
 from flatgpt.files import atomic_file
 
 DATA = ROOT / 'data'
@@ -519,7 +519,7 @@ class Dataset:
                 fits = min(longest.values()) - 1
                 fix = f'use --block_size={fits}' if fits > 0 else 'add more text'
                 raise UserError(
-                    f'{self.folder}: its {split} split has {tokens:,} tokens, too few for '
+                    f'{self.folder}: its {split} split has {counted(tokens, "token")}, too few for '
                     f'block_size {self.block_size}; {fix}'
                 )
 

@@ -36,7 +36,7 @@ from flatgpt.data.encode import (
 )
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
-from flatgpt.errors import UserError, reason_of
+from flatgpt.errors import UserError, counted, reason_of
 
 # the dataset's own files, and the Hub's conversion of other formats
 REVISIONS = ('main', 'refs/convert/parquet')
@@ -205,7 +205,7 @@ def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = N
     sizes = [part.file.size for part in parts]
     done = show_progress(written, sizes, [part.file.size for part in todo])
     if empty := sum(done):
-        print(f'{empty:,} documents skipped: their {COLUMN} is null or empty')
+        print(f'skipped {counted(empty, "document")} whose {COLUMN} is null or empty')
 
 
 def show_progress(
@@ -298,7 +298,7 @@ def merge(folder: Path) -> str:
     if missing:
         some = f'{", ".join(missing[:3])}{" ..." * (len(missing) > 3)}'
         raise UserError(
-            f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}; run their jobs '
+            f'{folder}: parts are missing, {len(missing)} of {len(names)}: {some}; run their jobs '
             'first'
         )
     with Writer(folder, load_tokenizer(done[0] / 'tokenizer.json')) as writer:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flatgpt.errors import UserError, short_repr
+from flatgpt.errors import UserError, counted, short_repr
 from flatgpt.files import strict_json
 
 BLOCK = 2**20  # bytes read at a time
@@ -121,7 +121,8 @@ def text_files_in(folder: Path, encoding: str | None = None) -> list[Path]:
     others = Counter(reason for reason in reasons.values() if reason is not None)
     broken = others.pop(BROKEN_LINK, 0)
     print(
-        f'{folder}: using {len(taken)} files, skipping {others.total()} hidden, empty or binary',
+        f'{folder}: using {counted(len(taken), "file")}, skipping {others.total()} hidden, empty '
+        'or binary',
         end='',
     )
     kinds = ', '.join(f'{kind}: {count}' for kind, count in sorted(others.items()) if kind)
@@ -291,15 +292,17 @@ class Reader:
         """Lines to print about the rows."""
         lines = []
         if self.without_text:
-            lines.append(f'skipped {self.without_text:,} rows whose {self.field} is null or empty')
+            lines.append(
+                f'skipped {counted(self.without_text, "row")} whose {self.field} is null or empty'
+            )
         if self.unused:
             names = list(self.unused)
             more = f' and {len(names) - 20} more' if len(names) > 20 else ''
             lines.append(f'used {self.field} of each row, not {", ".join(names[:20])}{more}')
         if self.json_as_text:
             lines.append(
-                f'read {self.json_as_text:,} .json files as plain text, since they are not records '
-                f'with a field {self.field}'
+                f'read {counted(self.json_as_text, ".json file")} as plain text: no records with a '
+                f'field {self.field}'
             )
         return lines
 
@@ -411,8 +414,8 @@ class Reader:
                 where = f'{path}, line {rows.line_num}'
                 if len(row) != len(names):
                     raise UserError(
-                        f'{where}: {len(row)} cells, but the first line has {len(names)}; fix the '
-                        'line, or read the file as plain text with --plain'
+                        f'{where}: {counted(len(row), "cell")}, but the first line has '
+                        f'{len(names)}; fix the line, or read the file as plain text with --plain'
                     )
                 yield where, dict(zip(names, row, strict=True)), sum(map(len, row)) + len(row)
         except csv.Error as error:

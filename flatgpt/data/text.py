@@ -38,7 +38,7 @@ from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.sources import Reader, exclude_files, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
-from flatgpt.errors import ArgumentParser, UserError
+from flatgpt.errors import ArgumentParser, UserError, counted
 
 COMMAND = 'python data/text/prepare.py'
 BPE_SAMPLE = 100_000_000  # maximum bytes of text to learn a BPE from
@@ -357,13 +357,14 @@ class DropUnknownCharacters:
         if self.dropped.any():
             dropped = int(self.dropped.sum())
             lines.append(
-                f'warning: dropped {dropped:,} characters ({dropped / self.characters:.1%}) that '
-                f'the tokenizer does not have: {self._examples()}'
+                f'warning: dropped {counted(dropped, "character")} '
+                f'({dropped / self.characters:.1%}) that the tokenizer does not have: '
+                f'{self._examples()}'
             )
         if self.written_eots and not self.read_eot:
             lines.append(
-                f'{EOT} occurs {self.written_eots:,} times in the text and was read as plain text; '
-                '--read_eot reads it as the end-of-text token'
+                f'{EOT} occurs {counted(self.written_eots, "time")} in the text and was read as '
+                'plain text; --read_eot reads it as the end-of-text token'
             )
         if self.documents > 1 and self.tokenizer.eot is None:
             lines.append('nothing separates documents: the tokenizer has no end-of-text token')

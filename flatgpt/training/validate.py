@@ -19,7 +19,14 @@ import torch
 
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
-from flatgpt.errors import ConfigError, Mistakes, as_config_error, check_choice, check_range
+from flatgpt.errors import (
+    ConfigError,
+    Mistakes,
+    as_config_error,
+    check_choice,
+    check_range,
+    counted,
+)
 from flatgpt.files import is_utf8_path
 from flatgpt.runtime import Runtime
 from model import GPTConfig
@@ -248,15 +255,21 @@ def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
     steps, lr, min_lr = steps_of(config, data), config['learning_rate'], config['min_lr']
     if steps > config['max_iters']:
         yield (
-            f'epochs={config["epochs"]} makes {steps} steps and overrides '
+            f'epochs={config["epochs"]} makes {counted(steps, "step")} and overrides '
             f'max_iters={config["max_iters"]}; to use max_iters, add --epochs=None'
         )
     if config['decay_lr'] and config['lr_schedule'] != 'constant' and min_lr > lr:
         yield f'min_lr={min_lr} is above learning_rate={lr}: the learning rate will rise'
     if config['decay_lr'] and 0 < steps <= (warmup := config['warmup_iters']):
-        yield f'warmup_iters={warmup} is not less than the {steps} steps of the run'
+        yield (
+            f'warmup_iters={warmup} is not less than the length of the run, '
+            f'{counted(steps, "step")}'
+        )
     if 0 < steps <= (short := config['short_iters']):
-        yield f'short_iters={short} leaves none of the {steps} steps for full-length sequences'
+        yield (
+            f'short_iters={short} leaves no step for full-length sequences: the run has '
+            f'{counted(steps, "step")}'
+        )
     for (needed, value), names in NO_EFFECT_UNLESS.items():
         active = config[needed] if value is None else config[needed] == value
         unused = [name for name in names if config[name] != names[name]]

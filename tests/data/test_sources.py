@@ -219,8 +219,7 @@ def test_json_that_is_not_a_list_of_records_is_text_and_counted(capsys):
     write('more/words.json', json.dumps(['a', 'b']))
     prepare_text('more', '--tokenizer=byte', '--split=fraction')
     assert (
-        'read 6 .json files as plain text, since they are not records with a field text'
-        in capsys.readouterr().out
+        'read 6 .json files as plain text: no records with a field text' in capsys.readouterr().out
     )
     write('one.json', json.dumps({'text': WORDS * 20}, indent=1))
     prepare_text('one.json', '--tokenizer=byte')
