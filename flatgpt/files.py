@@ -124,7 +124,7 @@ def is_utf8_path(path: str | Path) -> bool:
 def nearest_existing(path: str | Path) -> Path:
     """The path itself, or its nearest parent that exists."""
     path = Path(path).absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
 def free_bytes(path: str | Path) -> int:

@@ -713,6 +713,6 @@ def test_a_resumed_run_may_unfreeze_blocks(base, run_here, tmp_path):
 def test_adapter_settings_without_a_rank_are_reported(base, run_here, tmp_path, capsys):
     args = (f'--init_from={base}', '--max_iters=0')
     run_here(f'--out_dir={tmp_path}/a', *args, '--lora_targets=fc1')
-    assert 'without effect unless lora_rank' in capsys.readouterr().out
+    assert 'ignored without --lora_rank=8: --' in capsys.readouterr().out
     run_here(f'--out_dir={tmp_path}/b', *args)
     assert 'lora' not in capsys.readouterr().out

@@ -36,6 +36,11 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     stop = threading.Event()
     words = SplitLongWords(itertools.takewhile(lambda _: not stop.is_set(), texts))
     tokenizer = run_interruptibly(stop, train_bpe, words, vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        print(
+            f'bpe: {tokenizer.vocab_size:,} tokens instead of {vocab_size:,}: the text has no more '
+            'pairs to merge'
+        )
     if words.split:
         print(
             f'bpe: split {counted(words.split, "run")} of more than {LONGEST_WORD} letters, '

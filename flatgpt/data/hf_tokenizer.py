@@ -83,6 +83,19 @@ def read_folder(folder: Path) -> Tokenizer:
     )
 
 
+def context_of(where: str) -> int | None:
+    """The context (block_size) of the model of a run, a checkpoint or a `transformers` folder.
+
+    None if there is no such model.
+    """
+    folder = Path(where)
+    states = [folder / 'state.json', *sorted(folder.glob('checkpoints/step-*/state.json'))]
+    shapes = [read_json(path, where).get('model', {}) for path in states[-1:] if path.is_file()]
+    shapes.append(read_optional_json(folder, 'config.json'))
+    keys = ('block_size', 'n_positions', 'max_position_embeddings')
+    return next((shape[key] for shape in shapes for key in keys if key in shape), None)
+
+
 def read_files(*paths: str | Path) -> Tokenizer:
     """A tokenizer.json of `tokenizers`, or vocab.json and merges.txt, as one of our tokenizers.
 

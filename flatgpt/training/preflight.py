@@ -44,6 +44,7 @@ from flatgpt.data.dataset import (
     prepare_command,
     prepare_script,
     read_meta,
+    reject_script_folder,
     resolve_dataset,
 )
 from flatgpt.data.mixture import Mixture, dataset_names, open_data
@@ -247,6 +248,7 @@ class Preflight:
     def check_part(self, dataset: str) -> Iterator[tuple[str, str]]:
         where, is_path = resolve_dataset(dataset)
         if not is_prepared(where):
+            reject_script_folder(where)
             if is_path or not prepare_script(where):
                 raise UserError(missing_dataset(dataset, is_path))
             size, command = download_gb(where), prepare_command(where)

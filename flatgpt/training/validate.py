@@ -27,7 +27,7 @@ from flatgpt.errors import (
     check_range,
     counted,
 )
-from flatgpt.files import is_utf8_path
+from flatgpt.files import is_utf8_path, nearest_existing
 from flatgpt.runtime import Runtime
 from model import GPTConfig
 
@@ -47,16 +47,16 @@ RANGES = (  # minimum, maximum, settings; None is always valid
     (1e-9, None, ('dpo_beta',)),
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
-# (setting, required value; None: any true value): the settings without effect otherwise, and their
-# defaults
+# (setting, the value it needs; for a number, any but 0 will do): the settings without effect
+# otherwise, and their defaults
 NO_EFFECT_UNLESS = {
     ('optimizer', 'muon'): {'muon_lr': 0.02, 'muon_momentum': 0.95},
     ('objective', 'dpo'): {'dpo_beta': 0.1},
     ('lr_schedule', 'linear'): {'cooldown': 0.4},
-    ('decay_lr', None): {'lr_schedule': 'cosine'},
-    ('short_iters', None): {'short_block_size': None},
-    ('eval_interval', None): {'patience': None, 'eval_sample_tokens': 0},
-    ('lora_rank', None): {name: LORA[name] for name in LORA if name != 'lora_rank'},
+    ('decay_lr', True): {'lr_schedule': 'cosine'},
+    ('short_iters', 400): {'short_block_size': None},
+    ('eval_interval', 250): {'patience': None, 'eval_sample_tokens': 0},
+    ('lora_rank', 8): {name: LORA[name] for name in LORA if name != 'lora_rank'},
 }
 CHOICES = {
     'optimizer': ('adamw', 'muon'),
@@ -99,10 +99,13 @@ def apply_rules(rules: list[Callable[[], None]]) -> None:
 
 
 def check_names(config: dict) -> None:
-    """Reject directory names that a checkpoint could not be loaded from."""
+    """Reject names that no directory can have, or that a checkpoint could not be loaded from."""
     for name in ('out_dir', 'checkpoint_mirror'):
         if config[name] and not is_utf8_path(config[name]):
             raise ConfigError(f'{name}={config[name]!r}: is not valid UTF-8; choose another name')
+    for name in ('out_dir', 'checkpoint_mirror', 'data_cache'):
+        if config[name] and (path := nearest_existing(config[name])).is_file():
+            raise ConfigError(f'{name}={config[name]!r}: {path} is a file; choose another --{name}')
 
 
 def check_resume(config: dict) -> None:
@@ -110,18 +113,20 @@ def check_resume(config: dict) -> None:
         raise ConfigError('auto_resume=True needs an --out_dir that is the same at every start')
     if config['overwrite'] and config['init_from'] == 'resume' and not config['auto_resume']:
         raise ConfigError(
-            "overwrite=True starts a new run, but init_from='resume' resumes one: drop one of them"
+            "overwrite=True starts a new run, but init_from='resume' resumes one; omit one of them"
         )
     if config['checkpoint'] and config['init_from'] == 'scratch':
+        is_path = config['checkpoint'] not in ('last', 'best')
+        run = shlex.quote(config['checkpoint']) if is_path else 'RUN (a run directory)'
         raise ConfigError(
-            f'checkpoint={config["checkpoint"]!r}: a new model has no checkpoint; give '
-            '--init_from=RUN (a run directory) or --init_from=resume'
+            f'checkpoint={config["checkpoint"]!r}: a new model has no checkpoint; to fine-tune '
+            f'one, use --init_from={run}; to resume its run, use --init_from=resume'
         )
 
 
 def check_offload(config: dict) -> None:
     if config['offload'] and not config['shard']:
-        raise ConfigError('offload=True needs a sharded model: add --shard or drop --offload')
+        raise ConfigError('offload=True needs a sharded model: add --shard or omit --offload')
 
 
 def check_eval_only(config: dict) -> None:
@@ -190,7 +195,7 @@ def validate_machine(config: dict, runtime: Runtime) -> None:
             'torchrun --standalone --nproc_per_node=2 train.py ..., or use --shard=False'
         )
     if config['offload'] and runtime.device_type != 'cuda':
-        raise ConfigError(f'offload=True needs a CUDA GPU, not {runtime.device}: drop --offload')
+        raise ConfigError(f'offload=True needs a CUDA GPU, not {runtime.device}; omit --offload')
 
 
 # -----------------------------------------------------------------------------
@@ -271,11 +276,10 @@ def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
             f'{counted(steps, "step")}'
         )
     for (needed, value), names in NO_EFFECT_UNLESS.items():
-        active = config[needed] if value is None else config[needed] == value
-        unused = [name for name in names if config[name] != names[name]]
+        active = config[needed] == value if isinstance(value, str) else config[needed]
+        unused = ', '.join(f'--{name}' for name in names if config[name] != names[name])
         if unused and not active:
-            must = f'{needed}={value!r}' if value else needed
-            yield f'settings without effect unless {must}: {", ".join(unused)}'
+            yield f'ignored without --{needed}={value}: {unused}; add that flag, or omit {unused}'
 
 
 # -----------------------------------------------------------------------------

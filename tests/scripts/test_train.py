@@ -1089,21 +1089,28 @@ def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ('flags', 'warning'),
+    ('flags', 'needed', 'unused'),
     [
-        (['--muon_lr=0.05'], "optimizer='muon': muon_lr"),
-        (['--dpo_beta=1'], "objective='dpo': dpo_beta"),
-        (['--cooldown=0.1'], "lr_schedule='linear': cooldown"),
-        (['--short_block_size=8'], 'short_iters: short_block_size'),
-        (['--decay_lr=False', '--lr_schedule=constant'], 'decay_lr: lr_schedule'),
-        (['--eval_interval=None', '--patience=3'], 'eval_interval: patience'),
-        (['--lora_alpha=3', '--lora_targets=c_attn'], 'lora_rank: lora_alpha, lora_targets'),
+        (['--muon_lr=0.05'], '--optimizer=muon', '--muon_lr'),
+        (['--dpo_beta=1'], '--objective=dpo', '--dpo_beta'),
+        (['--cooldown=0.1'], '--lr_schedule=linear', '--cooldown'),
+        (['--short_block_size=8'], '--short_iters=400', '--short_block_size'),
+        (['--decay_lr=False', '--lr_schedule=constant'], '--decay_lr=True', '--lr_schedule'),
+        (['--eval_interval=None', '--patience=3'], '--eval_interval=250', '--patience'),
+        (
+            ['--lora_alpha=3', '--lora_targets=c_attn'],
+            '--lora_rank=8',
+            '--lora_alpha, --lora_targets',
+        ),
     ],
 )
-def test_a_setting_that_acts_only_with_another_is_named(run_here, tmp_path, capsys, flags, warning):
+def test_a_setting_that_acts_only_with_another_is_named(
+    run_here, tmp_path, capsys, flags, needed, unused
+):
     assert run_here(f'--out_dir={tmp_path}/run', '--max_iters=0', *flags) == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith('warning'))
-    assert line == f'warning: settings without effect unless {warning}'
+    advice = f'{unused}; add that flag, or omit {unused}'
+    assert line == f'warning: ignored without {needed}: {advice}'
 
 
 @pytest.mark.parametrize(
