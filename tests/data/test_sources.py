@@ -423,7 +423,7 @@ def test_a_bpe_is_learned_from_pieces_of_a_very_long_word(capsys, monkeypatch):
 
 
 def test_a_bpe_smaller_than_requested_is_reported_with_its_reason(capsys):
-    write('a.txt', 'abab' * 40)
+    write('a.txt', WORDS * 40)
     dataset = prepare_text('a.txt', '--tokenizer=bpe', '--vocab_size=1000')
     line = f'bpe: {dataset.vocab_size} tokens instead of 1,000: the text has no more pairs to merge'
     assert line in capsys.readouterr().out

@@ -89,7 +89,7 @@ def finished(run_here, tmp_path_factory):
         ),
         case(
             'cannot be written: {}; choose another --out_dir',
-            f'--out_dir={"x" * 300} --max_iters=1',
+            '--out_dir=/dev/null/x --max_iters=1',
             ['--out_dir=other'],
         ),
     ],
