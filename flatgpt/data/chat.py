@@ -1,9 +1,9 @@
 """
 Prepare conversations or preference pairs, of which only the assistant's messages are trained on.
 
-$ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
+$ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
-$ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
+$ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat
 
 Files are JSON Lines: each line is one conversation or one preference pair; a dataset has only one
 kind. A .json file can be one array of them. These formats are supported:

@@ -40,7 +40,7 @@ from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
-from flatgpt.errors import DISK_ERRORS, UserError, counted, did_you_mean
+from flatgpt.errors import DISK_ERRORS, UserError, counted, did_you_mean, reason_of
 from flatgpt.files import atomic_file, is_same_path, nearest_existing
 
 DATA = ROOT / 'data'
@@ -582,7 +582,7 @@ def read_meta(folder: Path) -> dict:
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path}: not the meta.json of a dataset: {error!r}; prepare the dataset again'
+            f'{path}: not the meta.json of a dataset: {reason_of(error)}; prepare the dataset again'
         ) from error
 
 

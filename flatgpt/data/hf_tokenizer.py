@@ -36,7 +36,7 @@ from flatgpt.data.tokenizer import (
 from flatgpt.data.tokenizer import (
     load as load_tokenizer,
 )
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 from flatgpt.files import read_json
 
 ALPHABET = byte_alphabet()
@@ -126,9 +126,7 @@ def read_files(*paths: str | Path) -> Tokenizer:
             raise UserError('it encodes text differently than flatGPT does; use another tokenizer')
         return own
     except Exception as error:  # the library raises plain Exceptions
-        plain = isinstance(error, UserError) or type(error) is Exception
-        reason = str(error) if plain else repr(error)
-        raise UserError(f'{paths[0]}: unsupported tokenizer: {reason}') from error
+        raise UserError(f'{paths[0]}: unsupported tokenizer: {reason_of(error)}') from error
 
 
 def gpt2_style(vocabulary: str | Path, merges: str | Path) -> tokenizers.Tokenizer:

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
-from flatgpt.data.download import ATTEMPTS
+from flatgpt.data.download import ATTEMPTS, network_problem
 from flatgpt.data.encode import (
     Chunk,
     check_interrupt,
@@ -146,8 +146,8 @@ def cached_files(repository: str, error: Exception) -> list[SourceFile]:
                 return files
     raise UserError(
         f'{repository} is not cached and cannot be fetched from {constants.ENDPOINT} '
-        f'({type(error).__name__}); download its .parquet files by other means, from the revision '
-        f'main or {REVISIONS[1]}, and use --source=FOLDER'
+        f'({network_problem(error)}); download its .parquet files by other means, from the '
+        f'revision main or {REVISIONS[1]}, and use --source=FOLDER'
     ) from error
 
 
@@ -164,8 +164,8 @@ def fetch_from_hub(repository: str, revision: str, name: str, folder: Path) -> P
         except Exception as error:
             if attempt == ATTEMPTS - 1:
                 raise UserError(
-                    f'{repository}: {name} cannot be fetched ({reason_of(error)}); run the same '
-                    'command again to resume'
+                    f'{repository}: {name} cannot be fetched ({network_problem(error)}); run the '
+                    'same command again to resume'
                 ) from error
         time.sleep(2**attempt)
 

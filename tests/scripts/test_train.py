@@ -635,7 +635,7 @@ def test_a_picture_or_a_sample_that_fails_is_a_warning(
     warnings = {
         'no matplotlib': ['no loss curve: this needs the package matplotlib: pip install matplot'],
         'full disk': ['no loss curve: loss.png: No space left on device'],
-        'sample': ["no sample: KeyError: 'no such token'"] * 4,
+        'sample': ["no sample: 'no such token' is missing"] * 4,
     }
     if broken == 'no matplotlib':
         for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
@@ -690,7 +690,7 @@ def test_a_tracker_that_fails_is_one_warning(run_here, tmp_path, monkeypatch, ca
         assert run_here(f'--out_dir={out_dir}', *flags) == 0
         out = capsys.readouterr().out
         assert out.count('warning') == 1, out
-        said = 'ConnectionError: no network' if init is Broken else 'RuntimeError: no API key'
+        said = 'no network' if init is Broken else 'no API key'
         assert f'warning: wandb: {said}; metrics.jsonl has all' in out
         assert sorted(metrics(out_dir)) == [1, 2, 3, 4]
 
@@ -1381,7 +1381,7 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
         (['--batch_size=0'], ['batch_size=0']),
         (['--eval_interval=0'], ['eval_interval=0']),
         (['--n_layer=0'], ['n_layer=0']),
-        (['--out_dir=there/file/x'], ['there/file/x', 'cannot be written']),
+        (['--out_dir=there/file/x'], ['there/file/x', 'is a file; choose another --out_dir']),
         (['--dropout=1.0'], ['dropout=1.0']),
         (['--max_iters=-1'], ['max_iters=-1']),
         (['--learning_rate=1e999'], ['learning_rate=inf']),
