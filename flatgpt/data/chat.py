@@ -453,7 +453,7 @@ def empty_split_error(
         return UserError('a single sample cannot be split; give validation files with --val=FILE')
     reasons = samples.all_skipped()
     if samples.too_long:
-        fix = 'raise it' if args.long == 'cut' else '--long=cut truncates them'
+        fix = 'raise it, up to the context' if args.long == 'cut' else '--long=cut truncates them'
         reason = f'longer than --block_size={args.block_size} ({fix})'
         reasons[reason] = samples.too_long
     why = 'the files are blank'
@@ -525,14 +525,16 @@ def print_report(
 ) -> None:
     tokens, length = sum(map(writer.tokens, SPLITS)), writer.rows['length']
     used = sum(len(ids) for ids, _ in train.sequences + val.sequences)
-    kind = 'preference pairs' if train.pairs else 'conversations'
+    kind, place = (
+        ('preference pair', 'sequence') if train.pairs else ('conversation', 'packed sequence')
+    )
     print(writer.summary())
     print(
-        f'{train.count + val.count:,} {kind} in {counted(tokens // length, "packed sequence")} of '
+        f'{counted(train.count + val.count, kind)} in {counted(tokens // length, place)} of '
         f'{length:,} tokens, {1 - used / tokens:.1%} padding; {targets:,} tokens to train on'
     )
     truncated, too_long = train.truncated + val.truncated, train.too_long + val.too_long
-    print(f'longer than a packed sequence: {truncated:,} truncated, {too_long:,} skipped')
+    print(f'longer than a sequence: {truncated:,} truncated, {too_long:,} skipped')
     for reason, number in (train.all_skipped() + val.all_skipped()).items():
         print(f'skipped: {counted(number, "record")} {reason}')
     for line in (train.errors + val.errors)[:MAX_ERRORS_SHOWN]:
