@@ -155,7 +155,7 @@ class CompletionJob:
     def failure(self) -> APIError:
         if self.timed_out:
             message = (
-                f'the request took longer than {self.seconds:g} s, the limit of this '
+                f'the request took longer than {self.seconds:g} seconds, the limit of this '
                 'server; lower max_tokens'
             )
             # or OpenAI's library would send the same request again
