@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from flatgpt.errors import ConfigError, UserError, check_range, one_line_errors
+from flatgpt.errors import ConfigError, UserError, check_range, counted, one_line_errors
 
 if __name__ == '__main__':
     one_line_errors()  # before the imports, which may lack a package that only serving needs
@@ -339,8 +339,8 @@ def main(settings: dict) -> None:
     address = f'[{address}]' if ':' in address else address
     print(f'{service.name} at http://{address}:{port}, documentation at /docs')
     print(
-        f'{len(service.engine.slots)} slots, queue of {settings["max_queue"]}, context of '
-        f'{service.block_size} tokens; {settings["max_body"]:g} MiB and '
+        f'{counted(len(service.engine.slots), "slot")}, queue of {settings["max_queue"]}, '
+        f'context of {service.block_size} tokens; {settings["max_body"]:g} MiB and '
         f'{settings["max_seconds"]:g} s per request; '
         f'{"API key required" if api_key_of(settings) else "no API key"}',
         flush=True,

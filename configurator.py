@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatgpt import ROOT
-from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors
+from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors, short_repr
 
 SCALARS = (bool, int, float, str, type(None))
 # An error as a flag, but ignored in a config file: the config.py of an older run has it.
@@ -143,7 +143,7 @@ def read_config(path: Path, values: dict, types: dict, ignored: dict, mistakes: 
             continue
         with mistakes.collect():
             check_known(key, types, str(path), 'a variable of its own must start with _')
-            source = f'{path}: {key} = {shorten(value)}'
+            source = f'{path}: {key} = {short_repr(value)}'
             changed[key] = check_type(key, value, types[key], source)
     return changed
 
@@ -241,12 +241,7 @@ def check_type(key: str, value, types: tuple, source: str):
         if abs(value) <= sys.float_info.max:
             return float(value)
         raise ConfigError(f'{source}: {key} must be between -1.7e308 and 1.7e308')
-    raise ConfigError(f'{source}: {key} needs {describe(types)}, not {kind} {shorten(value)}')
-
-
-def shorten(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f'{text[:77]}...'
+    raise ConfigError(f'{source}: {key} needs {describe(types)}, not {kind} {short_repr(value)}')
 
 
 def describe(types: tuple) -> str:

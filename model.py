@@ -517,9 +517,7 @@ class GPT(nn.Module):
     def freeze_lower(self, blocks: int) -> None:
         """Freeze the embeddings and the first blocks; so GPT-2's head, which is its embedding."""
         if blocks > len(self.blocks):
-            raise ValueError(
-                f'freeze={blocks}: the model has only {len(self.blocks)} blocks; use fewer'
-            )
+            raise ValueError(f'freeze={blocks}: the model has n_layer={len(self.blocks)}; use less')
         tables = [child for child in self.trunk.children() if isinstance(child, nn.Embedding)]
         for module in (*tables, *self.blocks[:blocks]):
             module.requires_grad_(False)

@@ -144,6 +144,8 @@ def read_prompt(text: str) -> str:
 
 
 def read_prompt_file(path: str) -> str:
+    if not path:
+        raise UserError('--start=FILE: needs the name of a file, as in --start=FILE:prompt.txt')
     try:
         with open(path, 'rb') as file:
             content = file.read(MAX_PROMPT_BYTES + 1)  # /dev/zero has no end

@@ -70,7 +70,7 @@ wandb_project = 'owt'  # name of the project on wandb
 wandb_run_name = 'gpt2'  # name of the run on wandb
 tensorboard_log = False  # write TensorBoard logs to tb/ in the run directory
 # data
-dataset = 'openwebtext'  # a name in data/, a path or URL, or a mixture: 'a:0.7,b:0.3'
+dataset = 'openwebtext'  # a name in data/, a path or URL, or a mixture: 'poe:0.7,poems:0.3'
 data_cache: str | None = None  # local directory to copy the dataset to first
 gradient_accumulation_steps = 5 * 8  # micro-batches per update, summed over all processes
 batch_size = 12  # micro-batch size: sequences (objective='dpo': pairs) per process

@@ -1,5 +1,5 @@
 # The loss of OpenAI's GPT-2 774M on OpenWebText. The weights are downloaded from the Hugging Face
-# hub; --init_from=FOLDER reads them from a folder.
+# Hub; --init_from=FOLDER reads them from a folder.
 # $ python train.py eval_gpt2_large
 
 init_from = 'gpt2-large'

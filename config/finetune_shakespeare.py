@@ -1,5 +1,5 @@
 # GPT-2 124M, fine-tuned to write Shakespeare: nanoGPT's recipe, with the smallest GPT-2 instead of
-# the largest. The weights are downloaded from the Hugging Face hub; --init_from=FOLDER reads them
+# the largest. The weights are downloaded from the Hugging Face Hub; --init_from=FOLDER reads them
 # from a folder.
 # $ python train.py finetune_shakespeare
 # $ python train.py finetune_shakespeare --lora_rank=8 --learning_rate=3e-4   # a LoRA adapter

@@ -1,6 +1,6 @@
 # Direct preference optimization (DPO) of a chat model, on pairs of a chosen and a rejected
 # completion:
-# $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
+# $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat
 # $ python train.py train_dpo --dataset=pairs --init_from=out/chat --out_dir=out/preferred
 
 objective = 'dpo'

@@ -65,6 +65,8 @@ def one_line_errors() -> None:
     prepare_streams()
     _explainers.clear()
     sys.excepthook = _excepthook
+    if sys.unraisablehook is sys.__unraisablehook__:  # pytest has its own
+        sys.unraisablehook = _unraisablehook
 
 
 def explain_errors(explain: Callable[[BaseException], UserError | None]) -> None:
@@ -100,11 +102,13 @@ def missing_package(error: ModuleNotFoundError) -> UserError | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error as one short line."""
+    """An error as one short line, without the name of its class."""
     if known := as_user_error(error):
         return str(known)
     text = ' '.join(str(error).split())[:200]
-    return f'{type(error).__name__}: {text}' if text else type(error).__name__
+    if isinstance(error, KeyError):  # its text is only the key
+        return f'{text} is missing'
+    return text or type(error).__name__
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -148,6 +152,14 @@ def _excepthook(kind, error, trace) -> None:
         silence(sys.stdout)
         raise SystemExit(141)  # what a shell reports for SIGPIPE
     sys.__excepthook__(kind, error, trace)
+
+
+def _unraisablehook(unraisable) -> None:
+    """Ctrl-C in a destructor or after the last line of a script, where an exception is ignored."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        _print_and_flush('interrupted')
+        os._exit(130)
+    sys.__unraisablehook__(unraisable)
 
 
 def _exit_with(error: UserError) -> None:
@@ -209,6 +221,21 @@ def check_choice(choices: tuple, settings: dict, name: str) -> None:
         raise ConfigError(
             f'{name}={settings[name]!r}: must be one of {", ".join(map(repr, choices))}'
         )
+
+
+# -----------------------------------------------------------------------------
+# words
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 file', '2,000 files': a number and its noun."""
+    return f'{number:,} {noun}{"" if number == 1 else "s"}'
+
+
+def short_repr(value: object, show: Callable[[object], str] = repr) -> str:
+    """A value for an error line, cut after 80 characters. show: how to write it."""
+    text = show(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
 
 
 def did_you_mean(word: str, names) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from flatgpt.errors import CheckpointError, UserError
+from flatgpt.errors import CheckpointError, UserError, short_repr
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def strict_json(text: str | bytes):
         found = {}
         for name, value in pairs:
             if name in found:
-                raise ValueError(f'duplicate key {name[:40]!r}')
+                raise ValueError(f'duplicate key {short_repr(name)}')
             found[name] = value
         return found
 
@@ -124,7 +124,7 @@ def is_utf8_path(path: str | Path) -> bool:
 def nearest_existing(path: str | Path) -> Path:
     """The path itself, or its nearest parent that exists."""
     path = Path(path).absolute()
-    return next(each for each in (path, *path.parents) if each.exists())
+    return next(each for each in (path, *path.parents) if os.path.exists(each))
 
 
 def free_bytes(path: str | Path) -> int:

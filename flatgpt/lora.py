@@ -81,7 +81,7 @@ def add_lora(
     """
     if freeze >= len(model.blocks):
         raise ConfigError(
-            f'freeze={freeze}: all {len(model.blocks)} blocks are frozen, so none can be adapted; '
+            f'freeze={freeze}: freezes every block, so none can be adapted; '
             f'use --freeze={len(model.blocks) - 1} or less'
         )
     names = {

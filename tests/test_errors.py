@@ -1,16 +1,29 @@
 """What a program prints and exits with after an error, and which errors do not end it."""
 
 import errno
+import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from importlib import metadata
+from subprocess import PIPE
 
 import pytest
 from conftest import ROOT
 from error_lines import case, error_line
 
 from flatgpt import errors
-from flatgpt.errors import ConfigError, UserError, as_user_error, reason_of, warn_on_failure
+from flatgpt.errors import (
+    ConfigError,
+    UserError,
+    as_user_error,
+    counted,
+    reason_of,
+    short_repr,
+    warn_on_failure,
+)
 
 PRINTS = """
 import sys
@@ -61,7 +74,7 @@ def test_a_failure_that_a_run_does_not_depend_on_is_a_warning():
     lines = []
     with warn_on_failure('no picture', lines.append):
         raise ValueError('one\ntwo')
-    assert lines == ['warning: no picture: ValueError: one two']
+    assert lines == ['warning: no picture: one two']
     for not_an_error in (KeyboardInterrupt, SystemExit):
         with pytest.raises(not_an_error), warn_on_failure('no picture', lines.append):
             raise not_an_error
@@ -81,6 +94,45 @@ def test_an_error_of_the_machine_is_one_line(error, line, monkeypatch):
         monkeypatch.delitem(sys.modules, name, raising=False)  # an imported module is not missing
     assert line in reason_of(error)
     assert isinstance(as_user_error(error), UserError)
+
+
+def test_an_error_of_a_library_is_given_without_the_name_of_its_class():
+    assert reason_of(KeyError('dtype')) == "'dtype' is missing"
+    assert reason_of(ValueError('one\n two')) == 'one two'
+
+
+AFTER_THE_END = """
+import atexit, sys, time
+sys.path.insert(0, {root!r})
+from flatgpt.errors import one_line_errors
+one_line_errors()
+atexit.register(time.sleep, 30)
+atexit.register(lambda: print('ended', flush=True))
+print('result')
+"""
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs SIGINT')
+def test_ctrl_c_after_the_last_line_of_a_script_is_one_line(tmp_path, environment):
+    program = tmp_path / 'program.py'
+    program.write_text(AFTER_THE_END.format(root=str(ROOT)), encoding='utf-8')
+    process = subprocess.Popen(
+        [sys.executable, program], env=environment, stdout=PIPE, stderr=PIPE, text=True
+    )
+    assert [process.stdout.readline() for _ in range(2)] == ['result\n', 'ended\n']
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ('', 'interrupted\n')
+    assert process.returncode == 130
+
+
+def test_a_number_has_its_noun_in_the_singular_or_plural():
+    assert [counted(n, 'file') for n in (0, 1, 2000)] == ['0 files', '1 file', '2,000 files']
+
+
+def test_a_long_value_is_cut():
+    assert short_repr('a' * 78) == repr('a' * 78)
+    assert short_repr('a' * 79) == "'" + 'a' * 76 + '...'
+    assert short_repr({'a': None}, json.dumps) == '{"a": null}'
 
 
 def test_a_bug_keeps_its_traceback():

@@ -146,7 +146,7 @@ def test_the_error_for_an_unknown_target_lists_the_valid_names(targets, parts):
 @pytest.mark.parametrize(
     ('name', 'bad', 'advice'),
     [
-        case('blocks are frozen', 'freeze', 2, r'use --freeze=(\d+)'),
+        case('freezes every block', 'freeze', 2, r'use --freeze=(\d+)'),
         case('is not a linear layer', 'targets', 'q_prj', r'did you mean (\w+)\?'),
         case('is not a linear layer', 'targets', 'lm_head', r'choose from ([\w.]+)'),
         case('is not a linear layer', 'targets', 'lm_head', r"or '(all)'"),
@@ -670,8 +670,8 @@ def test_inspect_reports_the_base_and_only_adapters_are_exported(base, tuned, tm
         (['--lora_rank=4', '--lora_alpha=0'], ['lora_alpha=0']),
         (['--lora_rank=4', '--lora_dropout=1'], ['lora_dropout=1']),
         (['--lora_rank=4', '--lora_targets=attn'], ["'attn'", 'attn.c_attn, attn.c_proj']),
-        (['--lora_rank=4', '--freeze=2'], ['freeze=2', '2 blocks']),
-        (['--freeze=3'], ['freeze=3', '2 blocks']),
+        (['--lora_rank=4', '--freeze=2'], ['freeze=2', 'every block']),
+        (['--freeze=3'], ['freeze=3', 'n_layer=2']),
         (['--freeze=-1'], ['freeze=-1']),
         (['--freeze=2', '--optimizer=muon'], ["optimizer='muon'", 'no matrix']),
     ],
@@ -713,6 +713,6 @@ def test_a_resumed_run_may_unfreeze_blocks(base, run_here, tmp_path):
 def test_adapter_settings_without_a_rank_are_reported(base, run_here, tmp_path, capsys):
     args = (f'--init_from={base}', '--max_iters=0')
     run_here(f'--out_dir={tmp_path}/a', *args, '--lora_targets=fc1')
-    assert 'without effect unless lora_rank' in capsys.readouterr().out
+    assert 'ignored without --lora_rank=8: --' in capsys.readouterr().out
     run_here(f'--out_dir={tmp_path}/b', *args)
     assert 'lora' not in capsys.readouterr().out

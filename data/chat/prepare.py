@@ -1,7 +1,7 @@
 """
 Prepare conversations or preference pairs from JSON Lines files.
 
-$ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
+$ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
 $ python data/chat/prepare.py --help
 """

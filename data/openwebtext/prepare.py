@@ -9,9 +9,9 @@ $ python data/openwebtext/prepare.py --part=3/64         # job 3 of 64, on any m
 $ python data/openwebtext/prepare.py --merge             # ... once all parts are in the folder
 
 Each file is fetched, encoded and deleted in turn, so the disk needs little more than the dataset;
-files in the Hub's cache (`hf download`) are not fetched again. After an interruption, run the same
-command to resume with the first missing file. The output depends neither on interruptions nor on
-the number of processes.
+files in the cache of the Hugging Face Hub (`hf download`) are not fetched again. After an
+interruption, run the same command to resume with the first missing file. The output depends neither
+on interruptions nor on the number of processes.
 """
 
 import argparse

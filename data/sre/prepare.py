@@ -9,7 +9,8 @@ robots.txt allows it, and kept in data/sre/pages/, so an interrupted command can
 written to data/sre/chapters/; every tenth chapter is for validation.
 
 The books belong to Google and O'Reilly, under CC BY-NC-ND 4.0: free to read at
-https://sre.google/books/, but not to sell or to share in another form. flatGPT contains no part.
+https://sre.google/books/, but not to sell or to share in another form. flatGPT contains no part of
+them.
 """
 
 import re

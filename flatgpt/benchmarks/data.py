@@ -23,7 +23,7 @@ from flatgpt.data import text as prepare
 from flatgpt.data.dataset import SPLITS, Dataset, Writer, read_meta
 from flatgpt.data.encode import cores
 from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
-from flatgpt.errors import UserError, reason_of
+from flatgpt.errors import UserError, counted, reason_of
 from flatgpt.runtime import Runtime
 
 TOKENIZERS = ('char', 'byte', 'bpe', 'gpt2')
@@ -38,7 +38,7 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
     with tempfile.TemporaryDirectory() as folder:
         texts = copy_texts(settings, Path(folder))
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
-        print(f'{"data":<16} {size / 1e6:.1f} MB in {len(texts):,} files')
+        print(f'{"data":<16} {size / 1e6:.1f} MB in {counted(len(texts), "file")}')
         for tokenizer in TOKENIZERS:
             try:
                 bench_preparing(tokenizer, folder, texts, settings, report)
@@ -47,7 +47,7 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
     for shards in SHARDS[:2] if settings['quick'] else SHARDS:
         with tempfile.TemporaryDirectory() as folder:
             measurements = read_batches(write_shards(Path(folder), shards), settings['rounds'])
-        side = f'{shards:,} files'
+        side = counted(shards, 'file')
         note = 'batches of 64 x 1,024, in CPU time of one core'
         report.compare('data reading', {side: measurements}, {side: note}, {})
 

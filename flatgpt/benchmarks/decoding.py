@@ -37,7 +37,7 @@ from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.data.dataset import DATA, Dataset, is_prepared
 from flatgpt.data.tokenizer import char_tokenizer
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, counted
 from flatgpt.runtime import Runtime
 from model import GPT
 
@@ -66,7 +66,7 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
                     own = measurements[side.label] if side.name == 'flatGPT' else []
                     share = [share_of_limit(settings, report, job, side, rows, own)] if own else []
                     notes[side.label] = ', '.join(filter(None, [*share, side.failure]))
-                name = f'{job} {rows} row{"s" * (rows > 1)}'
+                name = f'{job} {counted(rows, "row")}'
                 report.compare(name, measurements, notes, tolerances_of(formats))
             print_profile(sides[0], settings, job, row_counts[0])
 

@@ -33,7 +33,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from flatgpt.data.tokenizer import EOT, Tokenizer
-from flatgpt.errors import UserError, did_you_mean
+from flatgpt.errors import UserError, counted, did_you_mean
 from flatgpt.inference.engine import NOT_FINITE, generate
 from flatgpt.inference.model_runner import pad
 from flatgpt.inference.sampling import SamplingParams
@@ -450,7 +450,7 @@ def rows_of(entries: list[dict]) -> Iterator[str]:
             prompt, right, chosen = (' '.join(wrong[k].split())[-40:] for k in wrong)
             yield f'  ...{prompt!r} right: {right!r}, chosen: {chosen!r}'
     if cut := entries[-1]['cut']:
-        yield f'  {cut:,} prompts were longer than the context and were truncated on the left'
+        yield f'  truncated on the left, to the context of the model: {counted(cut, "prompt")}'
 
 
 def format_figure(number: float | None) -> str:

@@ -30,7 +30,7 @@ from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, ran
 from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.checkpoint.save import save_checkpoint
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, counted
 from flatgpt.runtime import Runtime
 
 TIMEOUT = 300  # seconds for a completion
@@ -282,13 +282,17 @@ def bench_throughput(
             measurement = run()
             if number and measurement:
                 speeds[side].append(measurement.tokens_per_second)
-    each = f'{count} prompts of {settings["prompt_tokens"]}, {settings["new_tokens"]} tokens each'
+    each = (
+        f'{counted(count, "prompt")} of {settings["prompt_tokens"]}, '
+        f'{counted(settings["new_tokens"], "token")} each'
+    )
     notes = {
         http_side: f"api.py: {each}, each sent when the client's previous one is complete",
         engine_side: ours.failure or 'the same without HTTP',
-        'transformers static': theirs.failure or f'generate() of {clients} prompts at once',
+        'transformers static': theirs.failure
+        or f'generate() of {counted(clients, "prompt")} at once',
         'transformers continuous': theirs.failure
-        or f'generate_batch() of {clients} prompts at once',
+        or f'generate_batch() of {counted(clients, "prompt")} at once',
     }
     for side, values in speeds.items():
         print_row('serving', side, format_spread(values, ',.0f') if values else '', notes[side])

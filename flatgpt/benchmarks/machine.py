@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from flatgpt.errors import counted
 from flatgpt.runtime import Runtime
 
 # Sizes of the measurements: large enough to saturate the device
@@ -49,7 +50,7 @@ def measure_matmul(device: str, dtype: torch.dtype) -> float:
 def print_machine(found: dict) -> None:
     flops = {name: found[name] / 1e9 for name in sorted(found) if name.startswith('flops_')}
     matmul = ', '.join(f'{name.removeprefix("flops_")} {n:,.0f}' for name, n in flops.items())
-    threads = f', {found["threads"]} threads' if found['threads'] else ''
+    threads = f', {counted(found["threads"], "thread")}' if found['threads'] else ''
     print(f'{found["name"]}{threads}, torch {torch.__version__}')
     bandwidth = found['read_bytes_per_second'] / 1e9
     print(f'memory bandwidth {bandwidth:.0f} GB/s; matmul GFLOP/s: {matmul}')

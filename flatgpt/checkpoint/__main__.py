@@ -12,7 +12,7 @@ inspect and verify both recompute every hash. verify also exits with an error if
 import shutil
 from pathlib import Path
 
-from flatgpt.errors import ArgumentParser, CheckpointError, UserError, one_line_errors
+from flatgpt.errors import ArgumentParser, CheckpointError, UserError, counted, one_line_errors
 
 if __name__ == '__main__':
     one_line_errors()  # also for Ctrl-C during the slow imports below
@@ -61,7 +61,9 @@ def report(paths: list[Path]) -> bool:
 
 def describe(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
     parameters = sum(p.numel() for p in meta_model(config).parameters())
-    shape = f'{config.n_layer} layers of {config.n_embd}, {config.n_head} heads'
+    shape = (
+        f'{counted(config.n_layer, "layer")} of {config.n_embd}, {counted(config.n_head, "head")}'
+    )
     name = tokenizer.name if tokenizer else 'none'
     return (
         f'{config.arch}, {parameters / 1e6:.2f}M parameters, {shape}, '

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from flatgpt import ROOT
 from flatgpt.checkpoint.weights import INDEX, WEIGHTS, model_from_tensors, open_weights, read_tensor
+from flatgpt.data.download import network_problem
 from flatgpt.data.hf_tokenizer import (
     CHAT_TEMPLATE_FILE,
     chat_jinja,
@@ -110,7 +111,7 @@ GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
 
 
 def is_external(where: str | Path) -> bool:
-    """Whether it is a transformers or peft folder, a name on the hub, or a nanoGPT checkpoint."""
+    """Whether it is a transformers or peft folder, a name on the Hub, or a nanoGPT checkpoint."""
     path = Path(where)
     if path.is_dir():
         files = ('config.json', 'ckpt.pt', 'adapter_config.json')
@@ -248,7 +249,7 @@ def repository_of(name: str) -> str:
 
 
 def is_cached(name: str) -> bool:
-    """Whether the weights of a model on the hub are in the local cache."""
+    """Whether the weights of a model on the Hub are in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
     found = (try_to_load_from_cache(repository_of(name), file) for file in (WEIGHTS, INDEX))
@@ -256,7 +257,7 @@ def is_cached(name: str) -> bool:
 
 
 def download(name: str) -> Path:
-    """The folder of a model on the hub: downloaded, or cached (HF_HOME, HF_HUB_OFFLINE)."""
+    """The folder of a model on the Hub: downloaded, or cached (HF_HOME, HF_HUB_OFFLINE)."""
     if '/' not in name and name not in RELEASED:
         hint = did_you_mean(name.lower(), RELEASED)
         raise CheckpointError(f'{name}: no such model; {hint}give one of {", ".join(RELEASED)}')
@@ -271,12 +272,12 @@ def download(name: str) -> Path:
         folder = Path(snapshot_download(repository_of(name), allow_patterns=wanted))
         found = [file for file in ('config.json', WEIGHTS, INDEX) if (folder / file).is_file()]
         if len(found) < 2:  # the cache has a part of it, of a broken download or for other use
-            raise FileNotFoundError(f'only {found} in the cache')
+            raise FileNotFoundError('the cache has only a part of it')
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f'{name} is neither a folder, nor complete in the local cache, nor available from the '
-            f'hub ({type(error).__name__}); put config.json, {WEIGHTS} and tokenizer.json of '
+            f'Hub ({network_problem(error)}); put config.json, {WEIGHTS} and tokenizer.json of '
             f'{repository_of(name)} into a folder and give its path'
         ) from error
 

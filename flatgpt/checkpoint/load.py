@@ -199,7 +199,7 @@ def load_model(
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if external).
 
     where: a run directory, a checkpoint, None for the newest run, or an external model: a
-    `transformers` folder, a name on the hub such as 'gpt2', a nanoGPT checkpoint, a `peft` folder,
+    `transformers` folder, a name on the Hub such as 'gpt2', a nanoGPT checkpoint, a `peft` folder,
     whose config gives its base. Adapters are merged. tokenizer: replaces the model's own, see
     find_tokenizer().
     """

@@ -12,7 +12,7 @@ from concurrent.futures import Future, wait
 import regex
 
 from flatgpt.data.tokenizer import EOT, Tokenizer, byte_alphabet
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, counted
 
 # How this BPE splits text before merging: words with their contractions, numbers of up to three
 # digits, other signs; each with the space before it.
@@ -36,11 +36,16 @@ def learn_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     stop = threading.Event()
     words = SplitLongWords(itertools.takewhile(lambda _: not stop.is_set(), texts))
     tokenizer = run_interruptibly(stop, train_bpe, words, vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        print(
+            f'bpe: {tokenizer.vocab_size:,} tokens instead of {vocab_size:,}: the text has no more '
+            'pairs to merge'
+        )
     if words.split:
         print(
-            f'bpe: split {words.split:,} runs of more than {LONGEST_WORD} letters, signs or spaces '
-            f'into {words.pieces:,} pieces'
-            + (f'; ignored {words.ignored:,} more pieces' if words.ignored else '')
+            f'bpe: split {counted(words.split, "run")} of more than {LONGEST_WORD} letters, '
+            f'signs or spaces into {counted(words.pieces, "piece")}'
+            + (f'; ignored {counted(words.ignored, "more piece")}' if words.ignored else '')
         )
     return tokenizer
 

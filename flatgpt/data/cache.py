@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, check_files, mask_file, read_meta
 from flatgpt.data.download import HEADERS, with_retries
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 from flatgpt.files import atomic_file
 
 PARALLEL_COPIES = 8  # files
@@ -159,8 +159,8 @@ def listed_files(source: str, raw: bytes) -> list[FileEntry]:
     except (ValueError, KeyError, TypeError) as error:
         place = location(source, 'meta.json')
         raise UserError(
-            f'{place}: not the meta.json of a dataset: {error!r}; check the address, or prepare '
-            'the dataset again'
+            f'{place}: not the meta.json of a dataset: {reason_of(error)}; check the address, or '
+            'prepare the dataset again'
         ) from error
 
 

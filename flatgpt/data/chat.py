@@ -1,9 +1,9 @@
 """
 Prepare conversations or preference pairs, of which only the assistant's messages are trained on.
 
-$ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base --block_size=256
+$ python data/chat/prepare.py talks.jsonl --name=talks --tokenizer=out/base
 $ python train.py train_chat --dataset=talks --init_from=out/base --out_dir=out/chat
-$ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat --block_size=256
+$ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat
 
 Files are JSON Lines: each line is one conversation or one preference pair; a dataset has only one
 kind. A .json file can be one array of them. These formats are supported:
@@ -25,9 +25,9 @@ marked this way, with "label": false, or with an empty prompt or answer are skip
 other field is an error, because it might affect training: --ignore ignores it. --bad=drop skips and
 counts invalid lines.
 
-Whole conversations are packed into training rows of --block_size tokens; a preference pair is two
-rows. The default delimiters around messages are plain text and the end-of-text token, so that the
-vocabulary stays the base model's; --template sets others.
+Whole conversations are packed into sequences of --block_size tokens; a preference pair is two
+sequences. The default delimiters around messages are plain text and the end-of-text token, so that
+the vocabulary stays the base model's; --template sets others.
 """
 
 import argparse
@@ -35,6 +35,7 @@ import bisect
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,13 +44,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import DATA, FIRST, PADDING, SPLITS, TARGET, Writer
-from flatgpt.data.hf_tokenizer import find_tokenizer
-from flatgpt.data.messages import METADATA_KEYS, Message, RowReader, SkipRow, short_repr
+from flatgpt.data.dataset import FIRST, PADDING, SPLITS, TARGET, Writer
+from flatgpt.data.hf_tokenizer import context_of, find_tokenizer
+from flatgpt.data.messages import METADATA_KEYS, Message, RecordReader, SkipRecord
 from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
-from flatgpt.data.text import check_val_fraction, dataset_folder
+from flatgpt.data.text import check_val_fraction, dataset_folder, train_command
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
-from flatgpt.errors import ArgumentParser, UserError
+from flatgpt.errors import ArgumentParser, UserError, counted, short_repr
 from flatgpt.files import strict_json
 
 COMMAND = 'python data/chat/prepare.py'
@@ -60,9 +61,10 @@ TEMPLATE = {
     'user': ['User:\n', '\n'],
     ASSISTANT: ['Assistant:\n', EOT],
 }
-MAX_ERRORS_SHOWN = 5  # of invalid rows
+MAX_ERRORS_SHOWN = 5  # of invalid records
 JSON_SPACE = re.compile(r'[ \t\r\n]*')
 BLANK_LINE = '\n\n'  # ends an answer if the tokenizer has no end of text
+DEFAULT_BLOCK_SIZE = 1024  # that of train_chat and train_dpo
 MAX_BLOCK_SIZE = 2**20
 Sequence = tuple[np.ndarray, np.ndarray]  # ids (T,), loss mask (T,)
 
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = output_folder(args)
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
-        files, val_files = find_files(args.files), find_files(args.val)
+        files, val_files = find_files(args.files), find_files(args.val, flag='--val=')
         files = exclude_files(files, val_files)
         if not files:
             raise UserError('all FILES are also given as --val; add other files to train on')
@@ -105,12 +107,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help='a JSON file {"user": ["before a message", "after it"], "assistant": [...]}; default: '
         f"the tokenizer's own, otherwise {json.dumps(TEMPLATE)}",
     )
-    add('--block_size', type=int, default=1024, help='tokens per training row, default %(default)s')
+    add(
+        '--block_size',
+        type=int,
+        help=f'tokens per packed sequence; default: the context of the base model, at most '
+        f'{DEFAULT_BLOCK_SIZE}',
+    )
     add(
         '--long',
         choices=('drop', 'cut', 'error'),
         default='drop',
-        help='conversations that do not fit into a training row: drop skips them (default) and cut '
+        help='conversations longer than a packed sequence: drop skips them (default) and cut '
         'truncates them, and both count them; error stops with an error',
     )
     add(
@@ -144,9 +151,22 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.files:
         raise UserError(f'no FILES; run {COMMAND} FILES --name=talks (see --help)')
     check_val_fraction(args)
+    set_block_size(args)
+    return args
+
+
+def set_block_size(args: argparse.Namespace) -> None:
+    """Check --block_size; by default, it is the context of the base model."""
+    context = context_of(args.tokenizer)
+    if args.block_size is None:
+        args.block_size = min(context or DEFAULT_BLOCK_SIZE, DEFAULT_BLOCK_SIZE)
     if not 2 <= args.block_size <= MAX_BLOCK_SIZE:
         raise UserError(f'--block_size={args.block_size}: must be between 2 and {MAX_BLOCK_SIZE}')
-    return args
+    if context and args.block_size > context:
+        raise UserError(
+            f'--block_size={args.block_size}: the context of {args.tokenizer} has only {context} '
+            f'tokens; use --block_size={context} or less'
+        )
 
 
 def output_folder(args: argparse.Namespace) -> Path:
@@ -206,31 +226,31 @@ class Samples:
     chosen one first."""
 
     sequences: list[Sequence] = field(default_factory=list)
-    pairs: bool | None = None  # None before the first row
+    pairs: bool | None = None  # None before the first record
     truncated: int = 0
     too_long: int = 0  # skipped
-    skipped: Counter = field(default_factory=Counter)  # reason -> rows
-    errors: list[str] = field(default_factory=list)  # of the rows that --bad=drop skipped
+    skipped: Counter = field(default_factory=Counter)  # reason -> records
+    errors: list[str] = field(default_factory=list)  # of the records that --bad=drop skipped
 
     @property
     def count(self) -> int:
         return len(self.sequences) // (2 if self.pairs else 1)
 
     def all_skipped(self) -> Counter:
-        """Reason -> rows, except those that were too long."""
+        """Reason -> records, except those that were too long."""
         return self.skipped + Counter({'with errors': len(self.errors)})
 
 
 def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokenizer) -> Samples:
-    samples, reader = Samples(), RowReader(tokenizer.chat_template, args.ignore)
+    samples, reader = Samples(), RecordReader(tokenizer.chat_template, args.ignore)
     with tqdm(
         total=total_bytes(files), unit='B', unit_scale=True, desc='reading', disable=None
     ) as bar:
         for path in files:
-            for where, block, size in read_rows(path):
+            for where, block, size in read_records(path):
                 try:
-                    add_sample(samples, reader, parse_row(block), args, tokenizer)
-                except SkipRow as reason:
+                    add_sample(samples, reader, parse_record(block), args, tokenizer)
+                except SkipRecord as reason:
                     samples.skipped[str(reason)] += 1
                 except UserError as error:
                     if args.bad == 'error':
@@ -243,8 +263,8 @@ def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokeniz
 # --- files
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """(source, JSON, bytes read) of each row."""
+def read_records(path: Path) -> Iterator[tuple[str, bytes, int]]:
+    """(source, JSON, bytes read) of each record."""
     if path.suffix.lower() == '.json' and not is_json_lines(path):
         yield from read_document(path)
         return
@@ -256,7 +276,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, bytes, int]]:
 
 
 def is_json_lines(path: Path) -> bool:
-    """Whether a .json file has one row per line."""
+    """Whether a .json file has one record per line."""
     with path.open('rb') as file:
         lines = (block for line in file if (block := strip_bom(line)[0].strip()))
         first, second = next(lines, b''), next(lines, b'')
@@ -268,25 +288,25 @@ def is_json_lines(path: Path) -> bool:
 
 
 def read_document(path: Path) -> Iterator[tuple[str, bytes, int]]:
-    """The rows of a file that is one array or one row, see read_rows()."""
+    """The records of a file that is one array or one record, see read_records()."""
     block = strip_bom(path.read_bytes())[0]
     try:
         text = block.decode()
     except UnicodeDecodeError:
-        yield str(path), block, len(block)  # parse_row() reports it
+        yield str(path), block, len(block)  # parse_record() reports it
         return
     if not text.lstrip().startswith('['):
-        yield f'{path}, row 1', block, len(block)
+        yield f'{path}, item 1', block, len(block)
         return
     try:
-        for number, (row, item, size) in enumerate(array_items(text), 1):
-            if number == 1 and is_message(row):  # the array is one conversation
-                yield f'{path}, row 1', block, len(block)
+        for number, (record, item, size) in enumerate(array_items(text), 1):
+            if number == 1 and is_message(record):  # the array is one conversation
+                yield f'{path}, item 1', block, len(block)
                 return
-            yield f'{path}, row {number}', item, size
+            yield f'{path}, item {number}', item, size
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f'{path}: invalid JSON: {error}; write one array, or one row per line'
+            f'{path}: invalid JSON: {error}; write one array, or one conversation or pair per line'
         ) from error
 
 
@@ -308,24 +328,27 @@ def array_items(text: str) -> Iterator[tuple[object, bytes, int]]:
         raise json.JSONDecodeError('Extra data', text, text.rindex(rest))
 
 
-def parse_row(block: bytes) -> dict:
+def parse_record(block: bytes) -> dict:
     try:
-        row = strict_json(block.decode())
+        record = strict_json(block.decode())
     except UnicodeDecodeError as error:
         raise UserError('not UTF-8; save the file as UTF-8 JSON Lines') from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(
-            f'invalid JSON: {error}; write one row per line, or one array into a .json file'
+            f'invalid JSON: {error}; write one conversation or pair per line, or one array into a '
+            '.json file'
         ) from error
     except ValueError as error:  # NaN or a duplicate key
         raise UserError(str(error)) from error
-    if isinstance(row, list):
-        if any(isinstance(item, dict) and not is_message(item) for item in row):
-            raise UserError('is an array of rows; write one row per line, or name the file .json')
-        row = {'messages': row}
-    if not isinstance(row, dict):
-        raise UserError(f'must be an object with "messages", not {short_repr(row)}')
-    return row
+    if isinstance(record, list):
+        if any(isinstance(item, dict) and not is_message(item) for item in record):
+            raise UserError(
+                'is an array of conversations; write one per line, or name the file .json'
+            )
+        record = {'messages': record}
+    if not isinstance(record, dict):
+        raise UserError(f'must be an object with "messages", not {short_repr(record)}')
+    return record
 
 
 def is_message(item: object) -> bool:
@@ -337,12 +360,12 @@ def is_message(item: object) -> bool:
 
 def add_sample(
     samples: Samples,
-    reader: RowReader,
-    row: dict,
+    reader: RecordReader,
+    record: dict,
     args: argparse.Namespace,
     tokenizer: Tokenizer,
 ) -> None:
-    prompt, completions = reader.read(row)
+    prompt, completions = reader.read(record)
     pairs = len(completions) > 1
     check_same_kind(samples.pairs, pairs)
     samples.pairs, size = pairs, args.block_size
@@ -350,8 +373,8 @@ def add_sample(
     longest = max(len(ids) for ids, _ in sequences)
     if longest > size and args.long == 'error':
         raise UserError(
-            f'{longest} tokens, but a row holds {size}; --long=drop skips such rows, --long=cut '
-            'truncates them'
+            f'{longest} tokens, but a packed sequence holds {size}; --long=drop skips such '
+            'conversations, --long=cut truncates them'
         )
     truncated = [(ids[:size], mask[:size]) for ids, mask in sequences]
     useless = not all(mask.any() for _, mask in truncated)
@@ -380,7 +403,7 @@ def encode_sample(
         ids.append(message_ids)
         masks.append(mask & (message.in_loss and number >= len(prompt)))
     mask = np.concatenate(masks)
-    mask[:1] = False  # the token before it in a row belongs to another sample
+    mask[:1] = False  # the token before it in a packed sequence belongs to another sample
     return np.concatenate(ids), mask
 
 
@@ -417,14 +440,10 @@ def write_dataset(
         for split in SPLITS:
             packed = [[s] for s in splits[split]] if train.pairs else pack(splits[split], args)
             for sequences in packed:
-                ids, flags = fill_row(sequences, length, tokenizer.eot or 0)
+                ids, flags = join_sequences(sequences, length, tokenizer.eot or 0)
                 writer.write(split, ids, flags)
                 targets += int((flags & TARGET > 0).sum())
     print_report(args, writer, train, val, targets)
-
-
-def count_rows(number: int, reason: str) -> str:
-    return f'{number:,} row{"s" * (number != 1)} {reason}'
 
 
 def empty_split_error(
@@ -434,16 +453,18 @@ def empty_split_error(
         return UserError('a single sample cannot be split; give validation files with --val=FILE')
     reasons = samples.all_skipped()
     if samples.too_long:
-        fix = 'raise it' if args.long == 'cut' else '--long=cut truncates them'
+        fix = 'raise it, up to the context' if args.long == 'cut' else '--long=cut truncates them'
         reason = f'longer than --block_size={args.block_size} ({fix})'
         reasons[reason] = samples.too_long
-    why = 'the files have no rows'
+    why = 'the files are blank'
     if reasons:
-        counts = ', '.join(count_rows(number, reason) for reason, number in reasons.items())
+        counts = ', '.join(
+            f'{counted(number, "record")} {reason}' for reason, number in reasons.items()
+        )
         first = f' ({samples.errors[0]})' if samples.errors else ''
         why = f'skipped {counts}{first}'
     option = 'FILES' if split == 'train' else '--val files'
-    return UserError(f'{folder}: no samples for {split}: {why}; add {option} with other rows')
+    return UserError(f'{folder}: no samples for {split}: {why}; add {option} with others')
 
 
 def split_validation(
@@ -459,33 +480,35 @@ def split_validation(
 
 
 def pack(sequences: list[Sequence], args: argparse.Namespace) -> list[list[Sequence]]:
-    """Pack whole sequences into rows, by best-fit decreasing: the longest first, each into the row
-    with the least room that holds it."""
-    rows: list[list[Sequence]] = []
-    by_room: dict[int, list[int]] = {}  # room left -> indices of rows
+    """Pack whole sequences into longer ones, by best-fit decreasing: the longest first, each into
+    the one with the least room that holds it."""
+    packed: list[list[Sequence]] = []
+    by_room: dict[int, list[int]] = {}  # room left -> indices of packed sequences
     rooms: list[int] = []  # the keys of by_room, sorted
     for sequence in sorted(sequences, key=lambda sequence: -len(sequence[0])):
         length = len(sequence[0])
         at = bisect.bisect_left(rooms, length)
         if at == len(rooms):
-            room, row = args.block_size, len(rows)
-            rows.append([])
+            room, index = args.block_size, len(packed)
+            packed.append([])
         else:
             room = rooms[at]
-            row = by_room[room].pop()
+            index = by_room[room].pop()
             if not by_room[room]:
                 del by_room[room], rooms[at]
-        rows[row].append(sequence)
+        packed[index].append(sequence)
         left = room - length
         if left not in by_room:
             by_room[left] = []
             bisect.insort(rooms, left)
-        by_room[left].append(row)
-    return rows
+        by_room[left].append(index)
+    return packed
 
 
-def fill_row(sequences: list[Sequence], size: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
-    """-> the ids of a padded row (size,), and their flags (size,)."""
+def join_sequences(
+    sequences: list[Sequence], size: int, padding: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One padded sequence -> its ids (size,), and their flags (size,)."""
     ids, flags = np.full(size, padding), np.full(size, PADDING, np.uint8)
     at = 0
     for sequence, mask in sequences:
@@ -502,19 +525,22 @@ def print_report(
 ) -> None:
     tokens, length = sum(map(writer.tokens, SPLITS)), writer.rows['length']
     used = sum(len(ids) for ids, _ in train.sequences + val.sequences)
-    kind = 'preference pairs' if train.pairs else 'conversations'
+    kind, place = (
+        ('preference pair', 'sequence') if train.pairs else ('conversation', 'packed sequence')
+    )
     print(writer.summary())
     print(
-        f'{train.count + val.count:,} {kind} in {tokens // length:,} rows of {length:,} tokens, '
-        f'{1 - used / tokens:.1%} padding; {targets:,} tokens to train on'
+        f'{counted(train.count + val.count, kind)} in {counted(tokens // length, place)} of '
+        f'{length:,} tokens, {1 - used / tokens:.1%} padding; {targets:,} tokens to train on'
     )
     truncated, too_long = train.truncated + val.truncated, train.too_long + val.too_long
-    print(f'longer than a row: {truncated:,} truncated, {too_long:,} skipped')
+    print(f'longer than a sequence: {truncated:,} truncated, {too_long:,} skipped')
     for reason, number in (train.all_skipped() + val.all_skipped()).items():
-        print(f'skipped: {count_rows(number, reason)}')
+        print(f'skipped: {counted(number, "record")} {reason}')
     for line in (train.errors + val.errors)[:MAX_ERRORS_SHOWN]:
         print(f'    {line}')
-    dataset = writer.folder.name if writer.folder.parent == DATA else writer.folder.resolve()
-    config = 'train_dpo' if train.pairs else 'train_chat'
-    base = args.tokenizer if Path(args.tokenizer).is_dir() or args.tokenizer == 'gpt2' else '...'
-    print(f'Train on it: python train.py {config} --dataset={dataset} --init_from={base}')
+    command = train_command(writer.folder, 'train_dpo' if train.pairs else 'train_chat')
+    if length <= (1024 if args.tokenizer == 'gpt2' else context_of(args.tokenizer) or 0):
+        print(f'Train on it: {command} --init_from={shlex.quote(args.tokenizer)}')
+    else:
+        print(f'Train on it: {command} --init_from=RUN (RUN: the run directory of the base model)')

@@ -7,10 +7,10 @@ written last:
 {"format": "flatgpt", "tokenizer", "vocab_size", "dtype",
  "splits": {"train": {"tokens", "bytes", "shards": [{"file", "tokens", "sha256"}]}, "val": ...}}.
 The shards of a large dataset are in the folders of its parts (see data/parquet.py).
-Conversations (see data/chat/prepare.py) are packed into rows of fixed length: meta.json has "rows":
-{"length", "pairs"}, and train.mask.bin beside train.bin has one byte of flags per id: TARGET, FIRST
-(of a conversation, or of the padding), PADDING. With pairs, the row with the chosen completion
-precedes the row with the rejected one.
+Conversations (see data/chat/prepare.py) are packed into sequences of fixed length, here called
+rows: meta.json has "rows": {"length", "pairs"}, and train.mask.bin beside train.bin has one byte of
+flags per id: TARGET, FIRST (of a conversation, or of the padding), PADDING. With pairs, the row of
+the chosen completion precedes that of the rejected one.
 A nanoGPT folder with only train.bin, val.bin and perhaps meta.pkl can be read, too.
 
     with Writer(folder, tokenizer) as writer:        # publishes nothing if this raises
@@ -40,8 +40,8 @@ from flatgpt import ROOT
 from flatgpt.data.shard_files import ShardFiles
 from flatgpt.data.tokenizer import Tokenizer, from_nanogpt_meta, get_tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
-from flatgpt.errors import DISK_ERRORS, UserError, did_you_mean
-from flatgpt.files import atomic_file
+from flatgpt.errors import DISK_ERRORS, UserError, counted, did_you_mean, reason_of
+from flatgpt.files import atomic_file, is_same_path, nearest_existing
 
 DATA = ROOT / 'data'
 SPLITS = ('train', 'val')
@@ -49,6 +49,12 @@ TARGET, FIRST, PADDING = 1, 2, 4  # flags of an id in a row of chat data
 UNFINISHED = '.unfinished'  # exists while new files replace an older dataset
 QUICKSTART = 'python train.py config/quickstart.py'
 TEXT_COMMAND = 'python data/text/prepare.py FILES'
+# folders with only a script, which prepares a dataset elsewhere: its arguments
+SCRIPT_FOLDERS = {
+    'chat': 'talks.jsonl --name=talks',
+    'gutenberg': '1342 84 --name=novels',
+    'text': 'FILES --name=mine',
+}
 
 
 class Writer:
@@ -222,6 +228,8 @@ class Writer:
 
 def write_error(folder: Path, error: OSError, command: str = '') -> UserError:
     """The line for a dataset that cannot be written. command: its prepare script, if known."""
+    if (path := nearest_existing(folder)).is_file():
+        return UserError(f'{folder}: {path} is a file; write the dataset to another --out_dir')
     full = error.errno in DISK_ERRORS - {errno.EROFS}
     fix = 'free some space' if full else 'make the folder writable'
     return UserError(
@@ -501,7 +509,7 @@ class Dataset:
         if self.is_chat and self._rows['length'] > block_size:
             length = self._rows['length']
             raise UserError(
-                f'{self.folder}: its rows of {length} tokens exceed block_size='
+                f'{self.folder}: its packed sequences of {length} tokens exceed block_size='
                 f'{block_size}; prepare the dataset again with --block_size={block_size}, or use '
                 f'a model with --block_size={length}'
             )
@@ -519,7 +527,7 @@ class Dataset:
                 fits = min(longest.values()) - 1
                 fix = f'use --block_size={fits}' if fits > 0 else 'add more text'
                 raise UserError(
-                    f'{self.folder}: its {split} split has {tokens:,} tokens, too few for '
+                    f'{self.folder}: its {split} split has {counted(tokens, "token")}, too few for '
                     f'block_size {self.block_size}; {fix}'
                 )
 
@@ -574,7 +582,7 @@ def read_meta(folder: Path) -> dict:
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f'{path}: not the meta.json of a dataset: {error!r}; prepare the dataset again'
+            f'{path}: not the meta.json of a dataset: {reason_of(error)}; prepare the dataset again'
         ) from error
 
 
@@ -624,6 +632,7 @@ def find_or_prepare_dataset(name: str) -> Path:
     """
     folder, is_path = resolve_dataset(name)
     if not is_prepared(folder):
+        reject_script_folder(folder)
         if not is_path and prepare_script(folder):  # only our own scripts are run
             prepare(folder)
         elif not folder.is_dir():
@@ -634,7 +643,19 @@ def find_or_prepare_dataset(name: str) -> Path:
 def resolve_dataset(name: str) -> tuple[Path, bool]:
     """The folder of a dataset, which need not exist, and whether its name is a path."""
     is_path = os.path.basename(name) != name or name in ('', '.', '..')
+    if is_path and os.path.isdir(name) and is_same_path(Path(name).resolve().parent, DATA):
+        name, is_path = Path(name).resolve().name, False  # data/pydocs is the dataset pydocs
     return Path(name) if is_path else DATA / name, is_path
+
+
+def reject_script_folder(folder: Path) -> None:
+    """UserError for a folder with only the script that prepares other datasets."""
+    if folder.parent == DATA and (example := SCRIPT_FOLDERS.get(folder.name)):
+        raise UserError(
+            f'{folder}: is the folder of a script, not a dataset; prepare one: '
+            f'python data/{folder.name}/prepare.py {example}, and train with '
+            f'--dataset={example.partition("--name=")[2]}'
+        )
 
 
 def is_prepared(folder: Path) -> bool:
@@ -705,7 +726,7 @@ def missing_dataset(name: str, is_path: bool) -> str:
     if is_path:
         return f'{name}: no such folder; prepare your own text: {TEXT_COMMAND} --out_dir={name}'
     folders = [f.name for f in DATA.iterdir() if is_prepared(f) or (f / 'prepare.py').exists()]
-    names = sorted({*folders, *book_sets()} - {'chat', 'gutenberg', 'text'})  # these need arguments
+    names = sorted({*folders, *book_sets()} - {*SCRIPT_FOLDERS})
     hint = did_you_mean(name, names)
     return (
         f'unknown dataset {name}; {hint}choose one of {", ".join(names)}, or prepare your own '

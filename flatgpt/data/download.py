@@ -14,13 +14,21 @@ from urllib.robotparser import RobotFileParser
 
 from tqdm import tqdm
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 from flatgpt.files import atomic_file, nearest_existing
 
 ATTEMPTS = 3
 USER_AGENT = 'flatGPT'  # our name in robots.txt
 HEADERS = {'User-Agent': f'{USER_AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
 REQUEST_DELAY = 1.0  # seconds before each request for a page, unless robots.txt asks for more
+NETWORK_PROBLEMS = {  # part of the name of an exception or of its bases
+    'Timeout': 'no answer in time',
+    'SSL': 'its certificate is not accepted',
+    'Offline': 'HF_HUB_OFFLINE is set',
+    'Connect': 'no connection',
+    'Chunked': 'the connection was lost',
+    'LocalEntryNotFound': 'no connection, or HF_HUB_OFFLINE is set',
+}
 MAX_RETRY_DELAY = 120  # seconds; give up if a server asks for more
 
 
@@ -140,7 +148,7 @@ def with_retries(request: Callable, url: str, path: Path | None = None):
                 if path:
                     fix = f'get the file by other means and save it as {path}'
                 raise UserError(
-                    f'{url} cannot be fetched ({short_reason(error)}); {fix}'
+                    f'{url} cannot be fetched ({network_problem(error)}); {fix}'
                 ) from error
         time.sleep(wait)
 
@@ -161,13 +169,14 @@ def retry_delay(response, usual: float) -> float | None:
     return max(wait, usual) if wait <= MAX_RETRY_DELAY else None
 
 
-def short_reason(error: Exception) -> str:
-    if isinstance(error, PermanentError):
-        return str(error)
-    if error.response is None:
-        return type(error).__name__
-    asked = error.response.headers.get('Retry-After')
-    return f'HTTP {error.response.status_code}' + (f', retry after {asked}' if asked else '')
+def network_problem(error: Exception) -> str:
+    """Why a request of requests, httpx or huggingface_hub failed, without the name of a class."""
+    if (response := getattr(error, 'response', None)) is not None:
+        asked = response.headers.get('Retry-After')
+        return f'HTTP {response.status_code}' + (f', retry after {asked}' if asked else '')
+    kinds = ' '.join(kind.__name__ for kind in type(error).__mro__)
+    found = (problem for name, problem in NETWORK_PROBLEMS.items() if name in kinds)
+    return next(found, None) or reason_of(error)
 
 
 def stream_to_file(url: str, part: Path) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from flatgpt.data import text
 from flatgpt.data.dataset import DATA
 from flatgpt.data.download import download_folder, fetch_page
-from flatgpt.errors import ArgumentParser, UserError
+from flatgpt.errors import ArgumentParser, UserError, counted
 
 FOLDER = DATA / 'gutenberg'
 SITE = 'https://gutenberg.pglaf.org'  # Project Gutenberg's own mirror
@@ -104,7 +104,9 @@ def book_file(number: int, site: str, keep: Path) -> Path:
     book = decode_book(page)
     body = strip_boilerplate(book)
     title = TITLE.search(book[:HEADER_CHARS])
-    print(f'{number}: {title[1].strip() if title else "no title"}, {len(body):,} characters')
+    print(
+        f'{number}: {title[1].strip() if title else "no title"}, {counted(len(body), "character")}'
+    )
     path = keep / 'books' / f'{number}.txt'
     path.parent.mkdir(exist_ok=True)
     path.write_text(body, encoding='utf-8', newline='')

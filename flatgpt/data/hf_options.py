@@ -13,10 +13,11 @@ import re
 
 import regex
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, short_repr
 
 # how GPT-2 splits text before merging, https://github.com/openai/gpt-2/blob/master/src/encoder.py
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+short_json = functools.partial(short_repr, show=functools.partial(json.dumps, ensure_ascii=False))
 EMPTY = (None, False, '', [], {})
 # supported values of each field, the default first; None: any value, since it has no effect
 MODELS = {
@@ -146,9 +147,3 @@ def check_regex(pattern: str) -> str:
             r'characters, for example with |\S|\s at its end'
         )
     return pattern
-
-
-def short_json(value) -> str:
-    """JSON of at most 100 characters, for an error line."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) < 100 else text[:97] + '...'

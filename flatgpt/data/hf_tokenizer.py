@@ -36,7 +36,7 @@ from flatgpt.data.tokenizer import (
 from flatgpt.data.tokenizer import (
     load as load_tokenizer,
 )
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, reason_of
 from flatgpt.files import read_json
 
 ALPHABET = byte_alphabet()
@@ -83,6 +83,19 @@ def read_folder(folder: Path) -> Tokenizer:
     )
 
 
+def context_of(where: str) -> int | None:
+    """The context (block_size) of the model of a run, a checkpoint or a `transformers` folder.
+
+    None if there is no such model.
+    """
+    folder = Path(where)
+    states = [folder / 'state.json', *sorted(folder.glob('checkpoints/step-*/state.json'))]
+    shapes = [read_json(path, where).get('model', {}) for path in states[-1:] if path.is_file()]
+    shapes.append(read_optional_json(folder, 'config.json'))
+    keys = ('block_size', 'n_positions', 'max_position_embeddings')
+    return next((shape[key] for shape in shapes for key in keys if key in shape), None)
+
+
 def read_files(*paths: str | Path) -> Tokenizer:
     """A tokenizer.json of `tokenizers`, or vocab.json and merges.txt, as one of our tokenizers.
 
@@ -113,9 +126,7 @@ def read_files(*paths: str | Path) -> Tokenizer:
             raise UserError('it encodes text differently than flatGPT does; use another tokenizer')
         return own
     except Exception as error:  # the library raises plain Exceptions
-        plain = isinstance(error, UserError) or type(error) is Exception
-        reason = str(error) if plain else repr(error)
-        raise UserError(f'{paths[0]}: unsupported tokenizer: {reason}') from error
+        raise UserError(f'{paths[0]}: unsupported tokenizer: {reason_of(error)}') from error
 
 
 def gpt2_style(vocabulary: str | Path, merges: str | Path) -> tokenizers.Tokenizer:

@@ -1,9 +1,9 @@
 """
-Reads rows of chat data, and the messages of chat data and of server requests.
+Reads records of chat data, and the messages of chat data and of server requests.
 
     content_text([{'type': 'text', 'text': 'Hi'}])    # 'Hi'
     template_role('human', tokenizer.chat_template)   # 'user'
-    prompt, completions = RowReader(template).read({'prompt': 'Hi', 'response': 'Yo'})
+    prompt, completions = RecordReader(template).read({'prompt': 'Hi', 'response': 'Yo'})
 
 The supported fields are listed here. Any other field that might affect training is an error.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from flatgpt.data.tokenizer import ASSISTANT
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, did_you_mean, short_repr
 
 ROLE_ALIASES = {  # in lower case
     'human': 'user',
@@ -33,7 +33,7 @@ CONTEXT_KEYS = ('input', 'context')  # 'input' only beside 'instruction'
 COMPLETION_KEYS = ('completion', 'response', 'output', 'answer')
 PAIR_KEYS = ('chosen', 'rejected')
 SYSTEM_KEYS = ('system', 'system_prompt')
-# Whether the loss covers a message or a row: OpenAI's and Mistral's key, axolotl's, that of others
+# Whether the loss covers a message or record: OpenAI's and Mistral's key, axolotl's, that of others
 LOSS_KEYS = ('weight', 'train', 'loss_mask')
 FORMAT_KEYS = {
     *CONVERSATION_KEYS,
@@ -47,14 +47,14 @@ FORMAT_KEYS = {
 METADATA_KEYS = """id idx index uid uuid hash row_id prompt_id question_id message_id
 conversation_id source src origin url dataset dataset_name subset category topic subject domain task
 tags difficulty lang language license author date timestamp created_at model model_name generator
-version metadata meta num_turns num_tokens""".split()  # of rows and messages, always ignored
+version metadata meta num_turns num_tokens""".split()  # of records and messages, always ignored
 DIALOGUE_TURN = re.compile(r'\n\n(Human|Assistant):')  # of a dialogue in one string, as in hh-rlhf
 EMPTY = 'with empty text'
 EXCLUDED = 'marked as excluded from training'
 
 
-class SkipRow(Exception):
-    """A valid row with nothing to train on; its text is the reason."""
+class SkipRecord(Exception):
+    """A valid record with nothing to train on; its text is the reason."""
 
 
 @dataclass
@@ -116,14 +116,8 @@ def template_role(role: object, template: dict) -> str:
     raise UserError(f'unknown role {short_repr(role)}; use one of {", ".join(template)}')
 
 
-def short_repr(value: object) -> str:
-    """A value for an error line, cut after 40 characters."""
-    text = repr(value[:41] if isinstance(value, str) else value)
-    return text if len(text) <= 43 else f'{text[:40]}...'
-
-
 def unquoted(name: str) -> str:
-    return short_repr(name)[1:-1]
+    return short_repr(name, lambda name: repr(name)[1:-1])
 
 
 def quoted(names: list[str]) -> str:
@@ -137,36 +131,33 @@ def is_blank(value: object) -> bool:
 
 
 # -----------------------------------------------------------------------------
-# rows
+# records
 
 
-class Row:
-    """The columns of a row, and which of them have been used."""
+class Record:
+    """The fields of a record, and which of them have been used."""
 
-    def __init__(self, columns: dict):
-        self.columns = columns
+    def __init__(self, fields: dict):
+        self.fields = fields
         self.used: list[str] = []
 
     def find(self, *names: str) -> str | None:
-        """The first of these columns that is not blank."""
-        return next((name for name in names if not is_blank(self.columns.get(name))), None)
+        """The first of these fields that is not blank."""
+        return next((name for name in names if not is_blank(self.fields.get(name))), None)
 
     def take(self, *names: str) -> str | None:
-        """Like find(), and marks the column as used."""
+        """Like find(), and marks the field as used."""
         name = self.find(*names)
         self.used += [name] if name else []
         return name
 
     def has(self, *names: str) -> bool:
-        """Whether the row has one of these columns, blank or not."""
-        return any(name in self.columns for name in names)
-
-    def names(self) -> str:
-        return ', '.join(map(unquoted, list(self.columns)[:10])) or 'none'
+        """Whether the record has one of these fields, blank or not."""
+        return any(name in self.fields for name in names)
 
     def check_all_used(self) -> None:
-        """UserError for a column that is not blank and was not used."""
-        left = [name for name in self.columns if name not in self.used and self.find(name)]
+        """UserError for a field that is not blank and was not used."""
+        left = [name for name in self.fields if name not in self.used and self.find(name)]
         if rivals := [name for name in left if name in FORMAT_KEYS]:
             raise UserError(
                 f'mixes two formats, {self.used[0]!r} and {rivals[0]!r}; '
@@ -190,7 +181,7 @@ def refuse_unknown(names: list[str]) -> None:
 
 
 def read_loss_flag(fields: dict, names: tuple = LOSS_KEYS, values: str = '0 or 1') -> bool | None:
-    """Whether the loss covers a message or a row; None if no field is set. They must agree."""
+    """Whether the loss covers a message or a record; None if no field is set. They must agree."""
     given = {name: fields[name] for name in names if not is_blank(fields.get(name))}
     for name, value in given.items():
         numbers = (bool, int, float) if values == '0 or 1' else bool
@@ -208,36 +199,36 @@ def read_loss_flag(fields: dict, names: tuple = LOSS_KEYS, values: str = '0 or 1
     return bool(next(iter(given.values()))) if given else None
 
 
-class RowReader:
-    """Reads rows into messages with the roles of a chat template.
+class RecordReader:
+    """Reads records into messages with the roles of a chat template.
 
-    `ignored`: fields of rows and messages to ignore, in addition to METADATA_KEYS.
+    `ignored`: fields of records and messages to ignore, in addition to METADATA_KEYS.
     """
 
     def __init__(self, template: dict, ignored: tuple | list = ()):
         self.template = template
         self.ignored = {*METADATA_KEYS, *ignored}
 
-    def read(self, row: dict) -> tuple[list[Message], list[list[Message]]]:
+    def read(self, record: dict) -> tuple[list[Message], list[list[Message]]]:
         """-> (prompt, completions): for a preference pair two completions, the chosen one first;
         for a conversation no prompt, and one completion with all messages.
 
-        UserError for an invalid row, SkipRow for one with nothing to train on.
+        UserError for an invalid record, SkipRecord for one with nothing to train on.
         """
-        row = Row(self.without_ignored(row))
-        is_pair = row.find(*PAIR_KEYS) or (
-            row.has(*PAIR_KEYS) and not row.find(*CONVERSATION_KEYS, *COMPLETION_KEYS)
+        record = Record(self.without_ignored(record))
+        is_pair = record.find(*PAIR_KEYS) or (
+            record.has(*PAIR_KEYS) and not record.find(*CONVERSATION_KEYS, *COMPLETION_KEYS)
         )
-        in_loss = [read_loss_flag(row.columns)]
+        in_loss = [read_loss_flag(record.fields)]
         if not is_pair:
-            in_loss.append(read_loss_flag(row.columns, ('label',), 'true or false'))
+            in_loss.append(read_loss_flag(record.fields, ('label',), 'true or false'))
         if False in in_loss:
-            raise SkipRow(EXCLUDED)
-        prompt, completions = self.pair(row) if is_pair else ([], [self.conversation(row)])
-        row.used += [*LOSS_KEYS, *([] if is_pair else ['label'])]
-        row.check_all_used()
+            raise SkipRecord(EXCLUDED)
+        prompt, completions = self.pair(record) if is_pair else ([], [self.conversation(record)])
+        record.used += [*LOSS_KEYS, *([] if is_pair else ['label'])]
+        record.check_all_used()
         if not all(any(message.in_loss for message in messages) for messages in completions):
-            raise SkipRow(EXCLUDED)
+            raise SkipRecord(EXCLUDED)
         return prompt, completions
 
     def without_ignored(self, fields: dict) -> dict:
@@ -245,39 +236,39 @@ class RowReader:
 
     # --- conversations
 
-    def conversation(self, row: Row) -> list[Message]:
-        if key := row.take(*CONVERSATION_KEYS):
-            messages = self.messages(row.columns[key], key)
-            prompt_key = row.find(*PROMPT_KEYS)
+    def conversation(self, record: Record) -> list[Message]:
+        if key := record.take(*CONVERSATION_KEYS):
+            messages = self.messages(record.fields[key], key)
+            prompt_key = record.find(*PROMPT_KEYS)
             if prompt_key and prompt_key != 'instruction':  # UltraChat repeats the first message
-                prompt = self.messages(row.columns[prompt_key], prompt_key)
+                prompt = self.messages(record.fields[prompt_key], prompt_key)
                 if prompt in (m[: len(prompt)] for m in (messages, without_system(messages))):
-                    row.take(prompt_key)
-        elif prompt := self.prompt(row):
-            key = row.take(*COMPLETION_KEYS)
+                    record.take(prompt_key)
+        elif prompt := self.prompt(record):
+            key = record.take(*COMPLETION_KEYS)
             if not key:
-                problem = f"{row.used[0]!r} has no 'completion' or 'response'"
-                raise missing_error(row, COMPLETION_KEYS, problem)
-            messages = prompt + self.messages(row.columns[key], key, ASSISTANT)
+                problem = f"{record.used[0]!r} has no 'completion' or 'response'"
+                raise missing_error(record, COMPLETION_KEYS, problem)
+            messages = prompt + self.messages(record.fields[key], key, ASSISTANT)
         else:
             names = (*CONVERSATION_KEYS, *PROMPT_KEYS)
-            raise missing_error(row, names, "no 'messages', 'conversations' or 'prompt'")
-        messages = self.with_system(row, messages)
+            raise missing_error(record, names, "no 'messages', 'conversations' or 'prompt'")
+        messages = self.with_system(record, messages)
         if not any(message.role == ASSISTANT for message in messages):
             raise UserError(
                 'no message of the assistant, so there is nothing to train on; add one, or skip '
-                'such rows with --bad=drop'
+                'such records with --bad=drop'
             )
         return messages
 
-    def prompt(self, row: Row) -> list[Message]:
-        """The history and the prompt; empty if the row has no column for a prompt."""
-        key = row.take(*PROMPT_KEYS)
+    def prompt(self, record: Record) -> list[Message]:
+        """The history and the prompt; empty if the record has no field for a prompt."""
+        key = record.take(*PROMPT_KEYS)
         if key is None:
             return []
-        value = row.columns[key]
-        if extra := row.take(*(CONTEXT_KEYS if key == 'instruction' else CONTEXT_KEYS[1:])):
-            value = [value, row.columns[extra]]
+        value = record.fields[key]
+        if extra := record.take(*(CONTEXT_KEYS if key == 'instruction' else CONTEXT_KEYS[1:])):
+            value = [value, record.fields[extra]]
             if not all(isinstance(text, str) and not parse_dialogue(text) for text in value):
                 raise UserError(
                     f'{key!r} and {extra!r} must both be plain strings; or move the text of '
@@ -286,13 +277,13 @@ class RowReader:
             value = '\n\n'.join(value)
         elif key == 'instruction' and not isinstance(value, str):
             raise UserError(f"'instruction' is {short_repr(value)}; it must be a string")
-        return self.history(row) + self.messages(value, key, complete=False)
+        return self.history(record) + self.messages(value, key, complete=False)
 
-    def history(self, row: Row) -> list[Message]:
+    def history(self, record: Record) -> list[Message]:
         """Earlier turns: a list of [question, answer] pairs, or of messages."""
-        if not row.columns.get(row.take('history')):
+        if not record.fields.get(record.take('history')):
             return []
-        turns = row.columns['history']
+        turns = record.fields['history']
         if not isinstance(turns, list):
             raise UserError(
                 f"'history' is {short_repr(turns)}; it must be a list of [question, answer] pairs"
@@ -307,21 +298,21 @@ class RowReader:
                 messages += self.messages([{'role': role, 'content': text}], f'history[{number}]')
         return messages
 
-    def system(self, row: Row) -> list[Message]:
-        key = row.take(*SYSTEM_KEYS)
+    def system(self, record: Record) -> list[Message]:
+        key = record.take(*SYSTEM_KEYS)
         if not key:
             return []
-        if not isinstance(row.columns[key], str):
-            raise UserError(f'{key!r} is {short_repr(row.columns[key])}; it must be a string')
-        return self.messages([{'role': 'system', 'content': row.columns[key]}], key)
+        if not isinstance(record.fields[key], str):
+            raise UserError(f'{key!r} is {short_repr(record.fields[key])}; it must be a string')
+        return self.messages([{'role': 'system', 'content': record.fields[key]}], key)
 
-    def with_system(self, row: Row, messages: list[Message]) -> list[Message]:
-        """The messages after the row's system prompt, unless they begin with the same one."""
-        system, first = self.system(row), messages[:1]
+    def with_system(self, record: Record, messages: list[Message]) -> list[Message]:
+        """The messages after the record's system prompt, unless they begin with the same one."""
+        system, first = self.system(record), messages[:1]
         if not system or first == system:
             return messages
         if first and first[0].role == 'system':
-            key = row.find(*SYSTEM_KEYS)
+            key = record.find(*SYSTEM_KEYS)
             raise UserError(
                 f'has two system prompts, {short_repr(system[0].content)} in {key!r} and '
                 f'{short_repr(first[0].content)} in the first message; --ignore={key} uses only '
@@ -331,30 +322,28 @@ class RowReader:
 
     # --- preference pairs
 
-    def pair(self, row: Row) -> tuple[list[Message], list[list[Message]]]:
+    def pair(self, record: Record) -> tuple[list[Message], list[list[Message]]]:
         for key in PAIR_KEYS:
-            if key not in row.columns:
-                raise UserError(
-                    f"no {key!r}; a preference pair needs 'chosen' and 'rejected', and its fields "
-                    f'are {row.names()}'
-                )
-            if not row.take(key):
-                raise SkipRow(EMPTY)
-        completions = [self.messages(row.columns[key], key, ASSISTANT) for key in PAIR_KEYS]
+            if key not in record.fields:
+                problem = f"no {key!r}; a preference pair needs 'chosen' and 'rejected'"
+                raise field_missing(record.fields, PAIR_KEYS, problem)
+            if not record.take(key):
+                raise SkipRecord(EMPTY)
+        completions = [self.messages(record.fields[key], key, ASSISTANT) for key in PAIR_KEYS]
         if completions[0] == completions[1]:
-            raise UserError("'chosen' and 'rejected' are the same; --bad=drop skips such rows")
-        self.check_scores(row)
-        key = row.find(*CONVERSATION_KEYS)
-        if key and self.messages(row.columns[key], key) == completions[0]:  # as in UltraFeedback
-            row.take(key)
+            raise UserError("'chosen' and 'rejected' are the same; --bad=drop skips such records")
+        self.check_scores(record)
+        key = record.find(*CONVERSATION_KEYS)
+        if key and self.messages(record.fields[key], key) == completions[0]:  # as in UltraFeedback
+            record.take(key)
             key = None
-        prompt = self.prompt(row)
+        prompt = self.prompt(record)
         if key and not prompt:
-            prompt = self.messages(row.columns[row.take(key)], key)
-        return split_pair(self.with_system(row, prompt), completions)
+            prompt = self.messages(record.fields[record.take(key)], key)
+        return split_pair(self.with_system(record, prompt), completions)
 
-    def check_scores(self, row: Row) -> None:
-        scores = [row.columns.get(row.take(f'score_{key}')) for key in PAIR_KEYS]
+    def check_scores(self, record: Record) -> None:
+        scores = [record.fields.get(record.take(f'score_{key}')) for key in PAIR_KEYS]
         if all(isinstance(score, int | float) for score in scores) and scores[0] < scores[1]:
             raise UserError(
                 f"'score_chosen' is below 'score_rejected' ({scores[0]} < {scores[1]}); swap "
@@ -385,10 +374,10 @@ class RowReader:
     def message(self, message: object) -> list[Message]:
         """The message in a list, which is empty for a blank system message."""
         fields = self.without_ignored(message) if isinstance(message, dict) else {}
+        role, content = get_either(fields, 'role', 'from'), get_either(fields, 'content', 'value')
         known = ('role', 'from', 'content', 'value', *LOSS_KEYS)
         left = [name for name in fields if name not in known]
         refuse_unknown([name for name in left if fields[name] not in (None, '', [], {})])
-        role, content = get_either(fields, 'role', 'from'), get_either(fields, 'content', 'value')
         try:
             role = template_role(role, self.template)
         except UserError as error:
@@ -404,15 +393,22 @@ class RowReader:
         if is_blank(text):
             if role == 'system':
                 return []
-            raise SkipRow(EMPTY)
+            raise SkipRecord(EMPTY)
         return [Message(role, text, role == ASSISTANT and in_loss is not False)]
 
 
-def missing_error(row: Row, names: tuple, problem: str) -> Exception:
-    """SkipRow if one of these columns exists but is blank, else UserError."""
-    if row.has(*names):
-        return SkipRow(EMPTY)
-    return UserError(f'{problem}; its fields are {row.names()}; --help shows the formats')
+def missing_error(record: Record, names: tuple, problem: str) -> Exception:
+    """SkipRecord if one of these fields exists but is blank, else UserError."""
+    return SkipRecord(EMPTY) if record.has(*names) else field_missing(record.fields, names, problem)
+
+
+def field_missing(fields: dict, names: tuple, problem: str) -> UserError:
+    """For a record or message with none of these fields, but perhaps a misspelled one."""
+    for name in fields:
+        if hint := name not in FORMAT_KEYS and did_you_mean(name, names):
+            return UserError(f'unknown field {short_repr(name)}; {hint}--help shows the formats')
+    found = ', '.join(map(unquoted, list(fields)[:10])) or 'none'
+    return UserError(f'{problem}; its fields are {found}; --help shows the formats')
 
 
 def get_either(fields: dict, name: str, alias: str) -> object:
@@ -421,7 +417,8 @@ def get_either(fields: dict, name: str, alias: str) -> object:
     if len(found) > 1:
         raise UserError(f'has both {name!r} and {alias!r}; --ignore={alias} uses only {name!r}')
     if not found and name not in fields and alias not in fields:
-        raise UserError(f"has no {name!r}; each message needs a 'role' and a 'content'")
+        problem = f"has no {name!r}; each message needs a 'role' and a 'content'"
+        raise field_missing(fields, (name, alias), problem)
     return fields[found[0]] if found else None
 
 

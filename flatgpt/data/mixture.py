@@ -1,7 +1,7 @@
 """
 Training data from the dataset setting: one dataset, or a weighted mixture.
 
-    data = open_data('openwebtext:0.7,text:0.3', block_size=1024)
+    data = open_data('shakespeare:0.7,poems:0.3', block_size=1024)
     x, y = data.batch(first=step * 64, count=64)
 
 Each part has exactly its share of every 1,000 samples, shuffled among them; the samples of a part
@@ -91,7 +91,7 @@ def parse_weights(setting: str) -> dict[str, float]:
         if not name or not 0 < value < math.inf:
             raise UserError(
                 f'dataset={setting!r}: {part.strip()!r} needs a name and a weight above 0, '
-                "as in 'openwebtext:0.7,text:0.3'"
+                "as in 'shakespeare:0.7,poems:0.3'"
             )
         if name in weights:
             raise UserError(
@@ -173,8 +173,8 @@ class Mixture:
                 )
             if data.block_size != first.block_size:  # the length of their rows
                 raise UserError(
-                    f'{data.folder} has rows of {data.block_size} tokens and {first.folder} of '
-                    f'{first.block_size}; prepare both with the same --block_size'
+                    f'{data.folder} has packed sequences of {data.block_size} tokens, '
+                    f'{first.folder} of {first.block_size}; prepare both with the same --block_size'
                 )
 
     @functools.cached_property

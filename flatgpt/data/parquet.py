@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flatgpt.data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
-from flatgpt.data.download import ATTEMPTS
+from flatgpt.data.download import ATTEMPTS, network_problem
 from flatgpt.data.encode import (
     Chunk,
     check_interrupt,
@@ -36,7 +36,7 @@ from flatgpt.data.encode import (
 )
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
-from flatgpt.errors import UserError, reason_of
+from flatgpt.errors import UserError, counted, reason_of
 
 # the dataset's own files, and the Hub's conversion of other formats
 REVISIONS = ('main', 'refs/convert/parquet')
@@ -146,8 +146,8 @@ def cached_files(repository: str, error: Exception) -> list[SourceFile]:
                 return files
     raise UserError(
         f'{repository} is not cached and cannot be fetched from {constants.ENDPOINT} '
-        f'({type(error).__name__}); download its .parquet files by other means, from the revision '
-        f'main or {REVISIONS[1]}, and use --source=FOLDER'
+        f'({network_problem(error)}); download its .parquet files by other means, from the '
+        f'revision main or {REVISIONS[1]}, and use --source=FOLDER'
     ) from error
 
 
@@ -164,8 +164,8 @@ def fetch_from_hub(repository: str, revision: str, name: str, folder: Path) -> P
         except Exception as error:
             if attempt == ATTEMPTS - 1:
                 raise UserError(
-                    f'{repository}: {name} cannot be fetched ({reason_of(error)}); run the same '
-                    'command again to resume'
+                    f'{repository}: {name} cannot be fetched ({network_problem(error)}); run the '
+                    'same command again to resume'
                 ) from error
         time.sleep(2**attempt)
 
@@ -205,7 +205,7 @@ def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = N
     sizes = [part.file.size for part in parts]
     done = show_progress(written, sizes, [part.file.size for part in todo])
     if empty := sum(done):
-        print(f'{empty:,} documents skipped: their {COLUMN} is null or empty')
+        print(f'skipped {counted(empty, "document")} whose {COLUMN} is null or empty')
 
 
 def show_progress(
@@ -298,7 +298,7 @@ def merge(folder: Path) -> str:
     if missing:
         some = f'{", ".join(missing[:3])}{" ..." * (len(missing) > 3)}'
         raise UserError(
-            f'{folder}: {len(missing)} of {len(names)} parts are missing: {some}; run their jobs '
+            f'{folder}: parts are missing, {len(missing)} of {len(names)}: {some}; run their jobs '
             'first'
         )
     with Writer(folder, load_tokenizer(done[0] / 'tokenizer.json')) as writer:

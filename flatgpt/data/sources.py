@@ -15,12 +15,13 @@ import glob
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, counted, short_repr
 from flatgpt.files import strict_json
 
 BLOCK = 2**20  # bytes read at a time
@@ -55,6 +56,9 @@ SIGNATURES = (  # first bytes of files that are not text, their format, and how 
     (b'\xff\xd8\xff', 'an image', 'give a text file'),
     (b'GIF8', 'an image', 'give a text file'),
 )
+# files of a prepared dataset, see dataset.py
+TOKEN_FILE = re.compile(r'(train|val)(-\d{5})?(\.mask)?\.bin')
+PREPARED = 'a prepared dataset (token ids), not a text'
 BROKEN_LINK = 'broken links'
 CHAT_FIELDS = {'messages', 'conversations', 'instruction', 'prompt', 'chosen'}
 
@@ -63,14 +67,20 @@ CHAT_FIELDS = {'messages', 'conversations', 'instruction', 'prompt', 'chosen'}
 
 
 def find_files(
-    patterns: list[str], encoding: str | None = None, output: Path | None = None
+    patterns: list[str],
+    encoding: str | None = None,
+    output: Path | None = None,
+    flag: str = '',
 ) -> list[Path]:
     """The files that these paths and glob patterns match, each once, in the order of the arguments.
 
     Files in the output folder, such as an earlier dataset, must be given by their names.
+    flag: the one that the patterns were given with, for example '--val='.
     """
     found = {}
     for pattern in patterns:
+        if not pattern:
+            raise UserError(f'{flag}"": the name of a file is empty; give files or folders')
         path = Path(pattern)
         matches = [path] if path.exists() else map(Path, sorted(glob.glob(pattern, recursive=True)))
         taken = [
@@ -80,7 +90,10 @@ def find_files(
         ]
         if not taken:
             what = 'has no text files' if path.is_dir() else 'no such file or match'
-            raise UserError(f'{pattern}: {what}; give files, folders or patterns that have text')
+            raise UserError(
+                f'{flag}{pattern}: {what}; give files, folders or patterns that have text'
+                + (', or --val_fraction=0.1 instead' if flag == '--val=' else '')
+            )
         if output and not path.is_file():
             taken = [each for each in taken if not is_inside(each, output)]
         for path in taken:
@@ -121,7 +134,8 @@ def text_files_in(folder: Path, encoding: str | None = None) -> list[Path]:
     others = Counter(reason for reason in reasons.values() if reason is not None)
     broken = others.pop(BROKEN_LINK, 0)
     print(
-        f'{folder}: using {len(taken)} files, skipping {others.total()} hidden, empty or binary',
+        f'{folder}: using {counted(len(taken), "file")}, skipping {others.total()} hidden, empty '
+        'or binary',
         end='',
     )
     kinds = ', '.join(f'{kind}: {count}' for kind, count in sorted(others.items()) if kind)
@@ -164,7 +178,10 @@ def skip_reason(path: Path, folder: Path, encoding: str | None) -> str | None:
     head = read_head(path)
     if not head:
         return ''
-    if what := non_text_format(head, encoding):
+    pair = [path.with_name(name) for name in ('meta.json', 'tokenizer.json')]
+    if path in pair and all(file.is_file() for file in pair):
+        return PREPARED
+    if what := non_text_format(path, head, encoding):
         return '' if what[0] == 'binary' else what[0]
     return None
 
@@ -188,8 +205,11 @@ def strip_bom(block: bytes) -> tuple[bytes, int]:
     return stripped, len(block) - len(stripped)
 
 
-def non_text_format(head: bytes, encoding: str | None) -> tuple[str, str] | None:
+def non_text_format(path: Path, head: bytes, encoding: str | None) -> tuple[str, str] | None:
     """(format, how to get text) of a file that is not text, by its first bytes; None for text."""
+    if TOKEN_FILE.fullmatch(path.name) and not is_utf8(head):
+        folder = path.parent.resolve()
+        return PREPARED, f'give the text that it was made from, or train with --dataset={folder}'
     if find_bom(head)[0]:
         return None
     known = next((each for each in SIGNATURES if head.startswith(each[0])), None)
@@ -261,7 +281,7 @@ class Reader:
 
     def documents(self, path: Path) -> Iterator[Document]:
         head = read_head(path)
-        if what := non_text_format(head, self.encoding):
+        if what := non_text_format(path, head, self.encoding):
             raise UserError(f'{path}: is {what[0]}; {what[1].format(path)}')
         self._check_encoding(path, find_bom(head)[1])
         layout = self.layout(path)
@@ -291,15 +311,17 @@ class Reader:
         """Lines to print about the rows."""
         lines = []
         if self.without_text:
-            lines.append(f'skipped {self.without_text:,} rows whose {self.field} is null or empty')
+            lines.append(
+                f'skipped {counted(self.without_text, "row")} whose {self.field} is null or empty'
+            )
         if self.unused:
             names = list(self.unused)
             more = f' and {len(names) - 20} more' if len(names) > 20 else ''
             lines.append(f'used {self.field} of each row, not {", ".join(names[:20])}{more}')
         if self.json_as_text:
             lines.append(
-                f'read {self.json_as_text:,} .json files as plain text, since they are not records '
-                f'with a field {self.field}'
+                f'read {counted(self.json_as_text, ".json file")} as plain text: no records with a '
+                f'field {self.field}'
             )
         return lines
 
@@ -411,8 +433,8 @@ class Reader:
                 where = f'{path}, line {rows.line_num}'
                 if len(row) != len(names):
                     raise UserError(
-                        f'{where}: {len(row)} cells, but the first line has {len(names)}; fix the '
-                        'line, or read the file as plain text with --plain'
+                        f'{where}: {counted(len(row), "cell")}, but the first line has '
+                        f'{len(names)}; fix the line, or read the file as plain text with --plain'
                     )
                 yield where, dict(zip(names, row, strict=True)), sum(map(len, row)) + len(row)
         except csv.Error as error:
@@ -443,7 +465,7 @@ class Reader:
             ) from error
 
     def _no_field(self, record) -> str:
-        keys = ', '.join(record) if isinstance(record, dict) else f'no keys: {str(record)[:40]}'
+        keys = ', '.join(record) if isinstance(record, dict) else f'no keys: {short_repr(record)}'
         hint = 'choose one with --field=, or read the file as plain text with --plain'
         if isinstance(record, dict) and CHAT_FIELDS & record.keys():
             hint += '; for conversations, run data/chat/prepare.py'

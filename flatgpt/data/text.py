@@ -24,6 +24,7 @@ import codecs
 import itertools
 import math
 import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -35,10 +36,10 @@ from tqdm import tqdm
 from flatgpt.data.bpe import learn_bpe
 from flatgpt.data.dataset import DATA, Writer, prepare_script
 from flatgpt.data.encode import BOUNDARY, Chunk, split_text, write_chunks
-from flatgpt.data.hf_tokenizer import find_tokenizer
+from flatgpt.data.hf_tokenizer import context_of, find_tokenizer
 from flatgpt.data.sources import Reader, exclude_files, find_files, total_bytes
 from flatgpt.data.tokenizer import EOT, Tokenizer, char_tokenizer
-from flatgpt.errors import ArgumentParser, UserError
+from flatgpt.errors import ArgumentParser, UserError, counted
 
 COMMAND = 'python data/text/prepare.py'
 BPE_SAMPLE = 100_000_000  # maximum bytes of text to learn a BPE from
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     folder = output_folder(args)
     try:
-        val_files = find_files(args.val, args.encoding)
+        val_files = find_files(args.val, args.encoding, flag='--val=')
         found = find_files(args.files, args.encoding, folder)
         if not found:
             raise UserError(
@@ -90,9 +91,17 @@ def prepare(
         print(line)
     print(writer.summary())
     speed = sum(map(writer.tokens, ('train', 'val'))) / (time.perf_counter() - start)
-    dataset = folder.name if folder.parent == DATA else folder.resolve()
     print(f'{speed:,.0f} tokens per second')
-    print(f'Train on it: python train.py config/{recipe}.py --dataset={dataset}')
+    command = train_command(folder, f'config/{recipe}.py')
+    if context_of(args.tokenizer):  # the learning rate of the config is for a new model
+        command += f' --init_from={shlex.quote(args.tokenizer)} --learning_rate=3e-4'
+    print(f'Train on it: {command}')
+
+
+def train_command(folder: Path, config: str) -> str:
+    """The command that trains on the dataset in a folder."""
+    dataset = folder.name if folder.parent == DATA else str(folder.resolve())
+    return f'python train.py {config} --dataset={shlex.quote(dataset)}'
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -357,13 +366,14 @@ class DropUnknownCharacters:
         if self.dropped.any():
             dropped = int(self.dropped.sum())
             lines.append(
-                f'warning: dropped {dropped:,} characters ({dropped / self.characters:.1%}) that '
-                f'the tokenizer does not have: {self._examples()}'
+                f'warning: dropped {counted(dropped, "character")} '
+                f'({dropped / self.characters:.1%}) that the tokenizer does not have: '
+                f'{self._examples()}'
             )
         if self.written_eots and not self.read_eot:
             lines.append(
-                f'{EOT} occurs {self.written_eots:,} times in the text and was read as plain text; '
-                '--read_eot reads it as the end-of-text token'
+                f'{EOT} occurs {counted(self.written_eots, "time")} in the text and was read as '
+                'plain text; --read_eot reads it as the end-of-text token'
             )
         if self.documents > 1 and self.tokenizer.eot is None:
             lines.append('nothing separates documents: the tokenizer has no end-of-text token')

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flatgpt.data.download import network_problem
 from flatgpt.errors import UserError, did_you_mean, reason_of
 from flatgpt.files import atomic_file
 
@@ -509,7 +510,7 @@ def load_encoding(name: str):
             path /= hashlib.sha1(url.encode()).hexdigest()  # as tiktoken names it
             raise UserError(
                 f'tokenizer {name}: {url} is not cached and cannot be downloaded '
-                f'({type(error).__name__}); save it as {path}, or set TIKTOKEN_CACHE_DIR to a '
+                f'({network_problem(error)}); save it as {path}, or set TIKTOKEN_CACHE_DIR to a '
                 'folder that has it'
             ) from error
 

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError, did_you_mean
+from flatgpt.errors import UserError, did_you_mean, short_repr
 from flatgpt.files import strict_json
 from flatgpt.inference.engine import NOT_FINITE, Engine
 from flatgpt.inference.request import Request, TokenOutput
@@ -200,7 +200,7 @@ class Batch:
             if name not in self.names:
                 near = did_you_mean(name, self.names).strip()
                 hint = near or f'use prompt, id, {", ".join(self.names)}'
-                raise UserError(f'unknown setting {name[:40]!r}; {hint}')
+                raise UserError(f'unknown setting {short_repr(name)}; {hint}')
         return repeated['prompt'], self.sampling_for(record), repeated
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from flatgpt.data.messages import template_role
-from flatgpt.errors import UserError
+from flatgpt.errors import UserError, counted
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory, out_of_memory
 from flatgpt.serving.api_error import APIError, shutting_down
@@ -179,8 +179,8 @@ class Service:
             fix = 'shorten the prompt' if too_long else f'lower it to {self.block_size - prompt}'
             raise APIError(
                 400,
-                f'the prompt has {prompt} tokens, and max_tokens={new} make {prompt + new}; the '
-                f"model's context holds {self.block_size}; {fix}",
+                f'the prompt has {counted(prompt, "token")}, and max_tokens={new} make '
+                f"{prompt + new}; the model's context holds {self.block_size}; {fix}",
                 'prompt' if too_long else 'max_tokens',
                 'context_length_exceeded',
             )
@@ -190,7 +190,7 @@ class Service:
         ):
             limit = self.settings[name]
             if limit is not None and count > limit:
-                message = f'{field}: {count} tokens; this server accepts at most {limit}'
+                message = f'{field}: {counted(count, "token")}; this server accepts at most {limit}'
                 raise APIError(400, message, field)
 
     def start(self, job: CompletionJob) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flatgpt.errors import UserError, reason_of
+from flatgpt.errors import UserError, counted, reason_of
 from flatgpt.files import atomic_file
 from flatgpt.training.state import TrainState
 
@@ -35,7 +35,8 @@ def format_setup(config: dict, model, data, runtime, tokens_per_step: int) -> st
     """The model, data and machine, printed before the first step."""
     return (
         f'model: {config["arch"]}, {model.num_params() / 1e6:,.2f}M parameters, '
-        f'{config["n_layer"]} layers of {config["n_embd"]}, {config["n_head"]} heads, '
+        f'{counted(config["n_layer"], "layer")} of {config["n_embd"]}, '
+        f'{counted(config["n_head"], "head")}, '
         f'context {config["block_size"]}; {config["optimizer"]}\n'
         f'data: {data.name}, {data.tokens["train"]:,} tokens, {tokens_per_step:,} per step\n'
         f'machine: {runtime}'

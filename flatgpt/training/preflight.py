@@ -44,10 +44,11 @@ from flatgpt.data.dataset import (
     prepare_command,
     prepare_script,
     read_meta,
+    reject_script_folder,
     resolve_dataset,
 )
 from flatgpt.data.mixture import Mixture, dataset_names, open_data
-from flatgpt.errors import CheckpointError, UserError, as_config_error
+from flatgpt.errors import CheckpointError, UserError, as_config_error, counted
 from flatgpt.files import free_bytes, nearest_existing, read_json
 from flatgpt.runtime import Runtime, available_memory
 from flatgpt.training import run_directory
@@ -134,7 +135,10 @@ class Preflight:
         if source == 'scratch':
             check_new_model(self.config)
         check_short_blocks(self.config, shape.block_size)
-        yield 'ok', f'{shape.arch}, {shape.n_layer} layers of {shape.n_embd}, from {source}'
+        yield (
+            'ok',
+            f'{shape.arch}, {counted(shape.n_layer, "layer")} of {shape.n_embd}, from {source}',
+        )
         on_hub = source != 'scratch' and not Path(source).exists()
         if on_hub and not is_cached(source):
             yield 'warning', f'{source} is not downloaded yet: the run does that first'
@@ -201,8 +205,8 @@ class Preflight:
         tokens = rows * self.model_shape().block_size
         yield (
             'ok',
-            f'{rows} sequences or {tokens:,} tokens per update: {self.runtime.world_size} '
-            f'process(es), each with {mine // at_once} micro-batches of {at_once}',
+            f'{counted(rows, "sequence")} or {counted(tokens, "token")} per update; each process '
+            f'has {counted(mine // at_once, "micro-batch")} of {at_once}',
         )
         if at_once < config['batch_size']:
             yield 'warning', f'{mine} sequences per process are not a multiple of batch_size'
@@ -244,6 +248,7 @@ class Preflight:
     def check_part(self, dataset: str) -> Iterator[tuple[str, str]]:
         where, is_path = resolve_dataset(dataset)
         if not is_prepared(where):
+            reject_script_folder(where)
             if is_path or not prepare_script(where):
                 raise UserError(missing_dataset(dataset, is_path))
             size, command = download_gb(where), prepare_command(where)
@@ -314,7 +319,7 @@ class Preflight:
         validate_data({**self.config, 'block_size': self.model_shape().block_size}, self.data)
         steps = steps_of(self.config, self.data)
         rows = global_batch_size(self.config)
-        yield 'ok', f'{steps:,} steps, {steps * rows / self.data.n_windows:,.2f} epochs'
+        yield 'ok', f'{counted(steps, "step")}, {steps * rows / self.data.n_windows:,.2f} epochs'
         for warning in lint_settings(self.config, self.data):
             yield 'warning', warning
 
@@ -341,9 +346,8 @@ class Preflight:
             if not config['overwrite']:
                 run_directory.reject_used(self.out_dir, config['checkpoint_mirror'])
             gone = len(list_checkpoints(self.out_dir))
-            yield (
-                ('warning', f'its {gone} checkpoints will be deleted') if gone else ('ok', 'free')
-            )
+            will = f'{counted(gone, "checkpoint")} will be deleted'
+            yield ('warning', will) if gone else ('ok', 'free')
             return
         yield from self.check_resume_point()
 
@@ -383,7 +387,10 @@ class Preflight:
             if not os.access(nearest_existing(where), os.W_OK):
                 yield 'no', f'{where}: is not writable; choose another --{name}'
                 continue
-            text = f'{where}: {kept} checkpoints of {size / 1e9:,.2f} GB, {free / 1e9:,.1f} GB free'
+            text = (
+                f'{where}: {counted(kept, "checkpoint")} of {size / 1e9:,.2f} GB, '
+                f'{free / 1e9:,.1f} GB free'
+            )
             fix = '; free disk space, use --always_save_checkpoint=False or raise --eval_interval'
             yield ('ok', text) if free >= need else ('no', text + fix)
 
@@ -458,14 +465,14 @@ def check_shards(data: Dataset, live: bool, fix: str) -> Iterator[tuple[str, str
         yield (
             'warning',
             f'{size / 1e9:,.0f} GB are too much to read: {PIECES_PER_FILE} pieces of each of '
-            f'{len(files)} files were read, and no hash computed',
+            f'{counted(len(files), "file")} were read, and no hash computed',
         )
     elif hashed < len(files):
         yield 'ok', 'every token id is in the vocabulary; there are no hashes to compare'
     else:
         yield (
             'ok',
-            f'every token id is in the vocabulary, and the hashes of {len(files)} files match',
+            'every token id is in the vocabulary, and every file matches its hash',
         )
 
 

@@ -14,7 +14,7 @@ from flatgpt.checkpoint.mirror import Mirror, copy_if_missing, probe_mirror, rem
 from flatgpt.checkpoint.save import Saver
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError, warn_on_failure
+from flatgpt.errors import UserError, counted, warn_on_failure
 from flatgpt.parallel import weights_are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
@@ -62,8 +62,8 @@ class Run:
             if not (self.out_dir / 'DONE').exists():
                 self.mark_done()
         self.runtime.print0(
-            f'{self.out_dir} is finished: {state.step} of {max_iters} steps; to train longer, '
-            f'increase {longer}'
+            f'{self.out_dir} is finished: {state.step:,} of {counted(max_iters, "step")}; '
+            f'to train longer, increase {longer}'
         )
         self.runtime.exit()
 

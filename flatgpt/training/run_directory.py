@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from flatgpt.checkpoint.load import find_checkpoint, list_checkpoints, read_state, step_of
 from flatgpt.checkpoint.save import set_aside
 from flatgpt.errors import CheckpointError, UserError
-from flatgpt.files import atomic_file
+from flatgpt.files import atomic_file, is_same_path
 
 ADJECTIVES = 'able bold brisk calm clear deft eager fair fond glad keen lucid neat quick sunny warm'
 NOUNS = 'badger beaver crane falcon finch heron ibis lark lynx marten otter owl raven robin tern'
@@ -55,11 +55,24 @@ def saved_settings_in(out_dir: str | Path | None) -> dict:
 def resume_point(out_dir: Path, config: dict) -> Path | None:
     """The verified checkpoint to resume from; None with auto_resume if none can be loaded."""
     if config['init_from'] == 'resume':
-        return find_checkpoint(out_dir, config['checkpoint'] or 'last')
+        path = find_checkpoint(out_dir, config['checkpoint'] or 'last')
+        reject_other_run(path, out_dir, config)
+        return path
     try:
         return find_checkpoint(out_dir, 'last') if list_checkpoints(out_dir) else None
     except CheckpointError:
         return None
+
+
+def reject_other_run(path: Path, out_dir: Path, config: dict) -> None:
+    """Reject resuming a run from a checkpoint outside its directory and its mirror."""
+    run, mirror = path.parents[1], config['checkpoint_mirror']
+    if not any(is_same_path(run, own) for own in (out_dir, mirror) if own):
+        raise UserError(
+            f'checkpoint={config["checkpoint"]!r}: is not of {out_dir}, the run to resume; to '
+            f'resume its own run, use --out_dir={shlex.quote(str(run))}; to start a new run from '
+            f'it, use --init_from={shlex.quote(str(path))} and another --out_dir'
+        )
 
 
 def reject_used(out_dir: str | Path, mirror: str | Path | None) -> None:

@@ -19,8 +19,15 @@ import torch
 
 from flatgpt.checkpoint.mirror import check_mirror
 from flatgpt.data.dataset import Dataset
-from flatgpt.errors import ConfigError, Mistakes, as_config_error, check_choice, check_range
-from flatgpt.files import is_utf8_path
+from flatgpt.errors import (
+    ConfigError,
+    Mistakes,
+    as_config_error,
+    check_choice,
+    check_range,
+    counted,
+)
+from flatgpt.files import is_utf8_path, nearest_existing
 from flatgpt.runtime import Runtime
 from model import GPTConfig
 
@@ -40,16 +47,16 @@ RANGES = (  # minimum, maximum, settings; None is always valid
     (1e-9, None, ('dpo_beta',)),
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
-# (setting, required value; None: any true value): the settings without effect otherwise, and their
-# defaults
+# (setting, the value it needs; for a number, any but 0 will do): the settings without effect
+# otherwise, and their defaults
 NO_EFFECT_UNLESS = {
     ('optimizer', 'muon'): {'muon_lr': 0.02, 'muon_momentum': 0.95},
     ('objective', 'dpo'): {'dpo_beta': 0.1},
     ('lr_schedule', 'linear'): {'cooldown': 0.4},
-    ('decay_lr', None): {'lr_schedule': 'cosine'},
-    ('short_iters', None): {'short_block_size': None},
-    ('eval_interval', None): {'patience': None, 'eval_sample_tokens': 0},
-    ('lora_rank', None): {name: LORA[name] for name in LORA if name != 'lora_rank'},
+    ('decay_lr', True): {'lr_schedule': 'cosine'},
+    ('short_iters', 400): {'short_block_size': None},
+    ('eval_interval', 250): {'patience': None, 'eval_sample_tokens': 0},
+    ('lora_rank', 8): {name: LORA[name] for name in LORA if name != 'lora_rank'},
 }
 CHOICES = {
     'optimizer': ('adamw', 'muon'),
@@ -93,10 +100,13 @@ def apply_rules(rules: list[Callable[[], None]]) -> None:
 
 
 def check_names(config: dict) -> None:
-    """Reject directory names that a checkpoint could not be loaded from."""
+    """Reject names that no directory can have, or that a checkpoint could not be loaded from."""
     for name in ('out_dir', 'checkpoint_mirror'):
         if config[name] and not is_utf8_path(config[name]):
             raise ConfigError(f'{name}={config[name]!r}: is not valid UTF-8; choose another name')
+    for name in ('out_dir', 'checkpoint_mirror', 'data_cache'):
+        if config[name] and (path := nearest_existing(config[name])).is_file():
+            raise ConfigError(f'{name}={config[name]!r}: {path} is a file; choose another --{name}')
 
 
 def check_resume(config: dict) -> None:
@@ -104,18 +114,20 @@ def check_resume(config: dict) -> None:
         raise ConfigError('auto_resume=True needs an --out_dir that is the same at every start')
     if config['overwrite'] and config['init_from'] == 'resume' and not config['auto_resume']:
         raise ConfigError(
-            "overwrite=True starts a new run, but init_from='resume' resumes one: drop one of them"
+            "overwrite=True starts a new run, but init_from='resume' resumes one; omit one of them"
         )
     if config['checkpoint'] and config['init_from'] == 'scratch':
+        is_path = config['checkpoint'] not in ('last', 'best')
+        run = shlex.quote(config['checkpoint']) if is_path else 'RUN (a run directory)'
         raise ConfigError(
-            f'checkpoint={config["checkpoint"]!r}: a new model has no checkpoint; give '
-            '--init_from=RUN (a run directory) or --init_from=resume'
+            f'checkpoint={config["checkpoint"]!r}: a new model has no checkpoint; to fine-tune '
+            f'one, use --init_from={run}; to resume its run, use --init_from=resume'
         )
 
 
 def check_offload(config: dict) -> None:
     if config['offload'] and not config['shard']:
-        raise ConfigError('offload=True needs a sharded model: add --shard or drop --offload')
+        raise ConfigError('offload=True needs a sharded model: add --shard or omit --offload')
 
 
 def check_cuda_graph(config: dict) -> None:
@@ -206,7 +218,7 @@ def validate_machine(config: dict, runtime: Runtime) -> None:
             'torchrun --standalone --nproc_per_node=2 train.py ..., or use --shard=False'
         )
     if config['offload'] and runtime.device_type != 'cuda':
-        raise ConfigError(f'offload=True needs a CUDA GPU, not {runtime.device}: drop --offload')
+        raise ConfigError(f'offload=True needs a CUDA GPU, not {runtime.device}; omit --offload')
     if config['cuda_graph'] is True and (runtime.device_type != 'cuda' or runtime.world_size > 1):
         raise ConfigError(
             f'cuda_graph=True needs one process with a CUDA GPU, not {runtime}; use '
@@ -276,21 +288,26 @@ def lint_settings(config: dict, data: Dataset) -> Iterator[str]:
     steps, lr, min_lr = steps_of(config, data), config['learning_rate'], config['min_lr']
     if steps > config['max_iters']:
         yield (
-            f'epochs={config["epochs"]} makes {steps} steps and overrides '
+            f'epochs={config["epochs"]} makes {counted(steps, "step")} and overrides '
             f'max_iters={config["max_iters"]}; to use max_iters, add --epochs=None'
         )
     if config['decay_lr'] and config['lr_schedule'] != 'constant' and min_lr > lr:
         yield f'min_lr={min_lr} is above learning_rate={lr}: the learning rate will rise'
     if config['decay_lr'] and 0 < steps <= (warmup := config['warmup_iters']):
-        yield f'warmup_iters={warmup} is not less than the {steps} steps of the run'
+        yield (
+            f'warmup_iters={warmup} is not less than the length of the run, '
+            f'{counted(steps, "step")}'
+        )
     if 0 < steps <= (short := config['short_iters']):
-        yield f'short_iters={short} leaves none of the {steps} steps for full-length sequences'
+        yield (
+            f'short_iters={short} leaves no step for full-length sequences: the run has '
+            f'{counted(steps, "step")}'
+        )
     for (needed, value), names in NO_EFFECT_UNLESS.items():
-        active = config[needed] if value is None else config[needed] == value
-        unused = [name for name in names if config[name] != names[name]]
+        active = config[needed] == value if isinstance(value, str) else config[needed]
+        unused = ', '.join(f'--{name}' for name in names if config[name] != names[name])
         if unused and not active:
-            must = f'{needed}={value!r}' if value else needed
-            yield f'settings without effect unless {must}: {", ".join(unused)}'
+            yield f'ignored without --{needed}={value}: {unused}; add that flag, or omit {unused}'
 
 
 # -----------------------------------------------------------------------------

@@ -375,7 +375,7 @@ def test_one_command_scores_a_run_beside_the_published_figures(run, tmp_path, ca
     assert 'blimp_causative' not in out
     assert 'Radford et al. 2019' in out
     assert " right: 'no', chosen: " in out
-    assert 'prompts were longer than the context' in out
+    assert 'truncated on the left, to the context of the model: ' in out
     found = json.loads(path.read_text())
     entries = {entry['task']: entry for entry in found['results']}
     assert {'lambada_openai', 'hellaswag', 'cbt_cn', 'cbt_ne', 'blimp_causative'} < {*entries}

@@ -190,7 +190,7 @@ def test_a_folder_whose_name_is_no_text_works_once_it_is_renamed(exported, folde
     assert torch.equal(logits(folder), logits(exported))
 
 
-@error_line('no such model', 'nor available from the hub')
+@error_line('no such model', 'nor available from the Hub')
 def test_a_model_of_the_hub_is_found_by_its_name_or_in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     export_transformers(random_model(257), BYTES, {}, tmp_path / 'source')

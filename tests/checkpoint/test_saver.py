@@ -684,10 +684,9 @@ def test_a_mirror_that_is_a_url_or_the_out_dir_is_an_error_also_in_the_check(
 
 
 def test_a_mirror_that_cannot_be_written_is_an_error_at_the_start(run_here, tmp_path):
-    (tmp_path / 'file').touch()
-    mirror = tmp_path / 'file' / 'mirror'
+    mirror = '/dev/null/mirror'
     message = refused(run_here, f'--out_dir={tmp_path}/run', f'--checkpoint_mirror={mirror}')
-    assert message.startswith(f'checkpoint_mirror={str(mirror)!r} cannot be written')
+    assert message.startswith(f'checkpoint_mirror={mirror!r} cannot be written')
     assert not (tmp_path / 'run').exists()
 
 

@@ -230,7 +230,7 @@ def test_an_unreachable_host_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(download.time, 'sleep', lambda _: None)
     monkeypatch.setattr(requests, 'get', refuse)
     message = refused(copy_to_cache, 'http://nowhere.invalid/mine', tmp_path / 'near')
-    assert 'http://nowhere.invalid/mine/meta.json cannot be fetched (ConnectionError)' in message
+    assert 'http://nowhere.invalid/mine/meta.json cannot be fetched (no connection)' in message
     assert not (tmp_path / 'near').exists()
 
 

@@ -6,11 +6,14 @@ import itertools
 import json
 import math
 import os
+import re
+import shlex
 import time
 
 import numpy as np
 import pytest
-from conftest import WORDS, metrics, random_model, refused
+from conftest import ROOT, WORDS, metrics, random_model, refused
+from error_lines import error_line
 
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
@@ -236,9 +239,9 @@ def test_an_answer_that_is_excluded_is_read_but_not_in_the_loss(tmp_path, mark):
 def test_a_row_with_nothing_to_train_on_is_skipped_and_counted(tmp_path, capsys, row, why):
     data = prepared(tmp_path, [row, [ASK, TELL], row])
     assert len(packed(data)) == 1
-    assert f'skipped: 4 rows {why}' in capsys.readouterr().out.splitlines()  # of both splits
+    assert f'skipped: 4 records {why}' in capsys.readouterr().out.splitlines()  # of both splits
     message = refused(prepared, tmp_path, [row])
-    assert f'no samples for train: skipped 1 row {why}; ' in message
+    assert f'no samples for train: skipped 1 record {why}; ' in message
 
 
 def test_an_ignored_field_is_ignored_in_rows_and_messages(tmp_path):
@@ -252,10 +255,10 @@ def test_invalid_rows_are_skipped_with_bad_drop(tmp_path, capsys):
     data = prepared(tmp_path, [bad, [ASK, TELL], {'prompt': 'a'}, 7], '--bad=drop')
     assert len(packed(data)) == 1
     out = capsys.readouterr().out
-    assert 'skipped: 6 rows with errors' in out.splitlines()
+    assert 'skipped: 6 records with errors' in out.splitlines()
     assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: has unknown fields' in out
     message = refused(prepared, tmp_path, [bad], '--bad=drop')
-    assert 'skipped 1 row with errors (' in message
+    assert 'skipped 1 record with errors (' in message
     assert 'tool_calls' in message
 
 
@@ -286,7 +289,7 @@ def test_blank_lines_are_ignored(tmp_path):
     prepare.main([str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte'])
     source.write_text('\n \n')
     message = refused(prepare.main, [str(source), f'--out_dir={tmp_path}', '--tokenizer=byte'])
-    assert 'no samples for train: the files have no rows' in message
+    assert 'no samples for train: the files are blank' in message
 
 
 @pytest.mark.parametrize(
@@ -298,16 +301,16 @@ def test_blank_lines_are_ignored(tmp_path):
         ),
         (
             '[{"prompt": "a", "completion": "b"}, 7]',
-            'row 2: must be an object with "messages", not 7',
+            'item 2: must be an object with "messages", not 7',
         ),
         ('[{"prompt": "a", "completion": "b"}', "invalid JSON: Expecting ',' delimiter: line 1"),
         ('[{"prompt": "a", "completion": "b"},]', 'invalid JSON: Expecting value: line 1'),
         ('[{"prompt": "a", "completion": "b"}] 7', 'invalid JSON: Extra data: line 1 column 38'),
         ('[', 'invalid JSON: Expecting value'),
-        ('[]', 'the files have no rows'),
+        ('[]', 'the files are blank'),
         (
             '{"data": [\n]}',
-            "row 1: no 'messages', 'conversations' or 'prompt'; its fields are data",
+            "item 1: no 'messages', 'conversations' or 'prompt'; its fields are data",
         ),
     ],
 )
@@ -329,7 +332,7 @@ def test_each_conversation_is_packed_whole_and_once(tmp_path, seed):
     assert len(found) == len(set(found)) == 80
     assert whole < set(found)
     used = sum(len(one.replace(EOT, '.')) for one in found)
-    assert data.tokens['val'] < 1.12 * used  # best fit; one per row would take twice as much
+    assert data.tokens['val'] < 1.12 * used  # best fit; one per sequence would take twice as much
     assert alone.n_windows == 1
     assert data.window_tokens == pytest.approx(used / data.n_windows)
 
@@ -337,7 +340,7 @@ def test_each_conversation_is_packed_whole_and_once(tmp_path, seed):
 def test_the_report_counts_what_was_packed(tmp_path, capsys):
     prepared(tmp_path, [talk('Hi', 'Yo'), talk('Hi', 'x' * 100)], size=64)
     out = capsys.readouterr().out
-    assert '2 conversations in 2 rows of 64 tokens' in out  # one, in both splits
+    assert '2 conversations in 2 packed sequences of 64 tokens' in out  # one, in both splits
     assert f'{1 - 23 / 64:.1%} padding; 6 tokens to train on' in out
     assert '0 truncated, 2 skipped' in out
     assert out.splitlines()[-1].startswith('Train on it: python train.py train_chat --dataset=')
@@ -553,7 +556,7 @@ def test_a_pair_that_truncation_makes_equal_is_skipped(tmp_path, capsys):
         ('{"messages": [1]}', "messages[0]: has no 'role'"),
         ('{"messages": [{"role": "user"}]}', "messages[0]: has no 'content'"),
         ('[{"role": "user", "content": "Hi"}]', 'no message of the assistant'),
-        ('[{"messages": []}, {"messages": []}]', 'an array of rows'),
+        ('[{"messages": []}, {"messages": []}]', 'an array of conversations'),
         (
             '[{"role": "tool", "content": "1"}]',
             "messages[0]: unknown role 'tool'; use one of system",
@@ -617,7 +620,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
         ),
         *(
             (
-                {'messages': [ASK, {'role': 'assistant', name: 'x'}]},
+                {'messages': [ASK, {'role': 'assistant', 'content': None, name: 'x'}]},
                 f'messages[1]: has unknown fields that might affect training: {name!r}',
             )
             for name in ('tool_calls', 'function_call', 'reasoning_content', 'thinking', 'audio')
@@ -665,6 +668,31 @@ def test_long_names_and_long_lists_of_names_are_cut(tmp_path):
     assert len(message) < 2000
 
 
+@pytest.mark.parametrize(
+    ('record', 'problem'),
+    [
+        ({'prompts': 'a', 'answer': 'b'}, "unknown field 'prompts'; did you mean prompt? "),
+        ({'prompt': 'a', 'answers': 'b'}, "unknown field 'answers'; did you mean answer? "),
+        ({'prompt': 'a', 'choosen': 'b', 'rejected': 'c'}, "'choosen'; did you mean chosen? "),
+        (
+            {'messages': [{'roles': 'user', 'content': 'a'}]},
+            "messages[0]: unknown field 'roles'; did you",
+        ),
+        (
+            {'messages': [{'role': 'user', 'text': 'a'}]},
+            "and a 'content'; its fields are role, text; ",
+        ),
+        (
+            {'prompt': 'a', 'rejected': 'c', 'x': 1},
+            "'rejected'; its fields are prompt, rejected, x",
+        ),
+        ({'prompt': 'a', 'id': 1}, "no 'completion' or 'response'; its fields are prompt;"),
+    ],
+)
+def test_a_misspelled_field_is_told_from_a_missing_one(tmp_path, record, problem):
+    assert problem in refused(prepared, tmp_path, [record])
+
+
 def test_an_answer_may_spell_a_special_token(tmp_path):
     fields = train_bpe([WORDS], 260).to_dict()
     end = fields['special_tokens'][EOT]  # <|endoftext|> of a template, whatever its name
@@ -696,23 +724,23 @@ def test_a_context_beside_a_dialogue_is_refused(tmp_path):
 
 def test_a_conversation_without_messages_is_skipped_as_empty(tmp_path, capsys):
     prepared(tmp_path, [[ASK, TELL], {'messages': []}])
-    assert 'skipped: 2 rows with empty text' in capsys.readouterr().out
+    assert 'skipped: 2 records with empty text' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     'layout', ['{1}\n{0}\n{1}', '{0}\n{1}\n{1}', '[{1}, {0}, {1}]', '[{0},\n{1}, {1}]']
 )
 @pytest.mark.parametrize('bad', ['null', '{"prompt": "a", "prompt": "b"}', '{"id": NaN}'])
-def test_only_the_invalid_row_of_a_json_file_is_skipped(tmp_path, capsys, layout, bad):
+def test_only_the_invalid_item_of_a_json_file_is_skipped(tmp_path, capsys, layout, bad):
     source = tmp_path / 'rows.json'
     source.write_text(layout.format(bad, json.dumps({'prompt': 'Hi', 'output': 'Seven.'})))
     command = [str(source), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
     row = layout.replace('\n', ' ').split().index(next(x for x in layout.split() if '{0}' in x)) + 1
-    assert f'{"row" if layout[0] == "[" else "line"} {row}: ' in refused(prepare.main, command)
+    assert f'{"item" if layout[0] == "[" else "line"} {row}: ' in refused(prepare.main, command)
     prepare.main([*command, '--bad=drop', '--val_fraction=0.5'])
     out = capsys.readouterr().out
     assert '2 conversations' in out
-    assert 'skipped: 1 row with errors' in out.splitlines()
+    assert 'skipped: 1 record with errors' in out.splitlines()
 
 
 MEGABYTE = 2**20
@@ -759,9 +787,9 @@ def test_time_is_linear_in_the_size_of_the_data(tmp_path, kind):
 
 def test_a_conversation_that_is_too_long_is_reported_with_long_error(tmp_path):
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)], '--long=error')
-    assert 'line 1: 120 tokens, but a row holds 64' in message
+    assert 'line 1: 120 tokens, but a packed sequence holds 64' in message
     message = refused(prepared, tmp_path, [talk('Hi', 'x' * 99)])
-    assert 'no samples for train: skipped 1 row longer than --block_size=64' in message
+    assert 'no samples for train: skipped 1 record longer than --block_size=64' in message
 
 
 @pytest.mark.parametrize(
@@ -1001,6 +1029,36 @@ def test_an_invalid_combination_of_settings_is_one_line(
     flags = [*SIZES, *(flag.format(**places) for flag in flags)]
     assert problem in refused(run_here, f'--out_dir={tmp_path / "run"}', *flags)
     assert not (tmp_path / 'run').exists()
+
+
+def test_the_command_at_the_end_trains_the_base_model(
+    run_here, base, tmp_path, capsys, monkeypatch
+):
+    source = lines(tmp_path / 'my talks.jsonl', [talk('hi', 'yo')] * 9)
+    prepare.main([str(source), f'--out_dir={tmp_path / "my data"}', f'--tokenizer={base}'])
+    out = capsys.readouterr().out
+    assert 'packed sequence of 96 tokens' in out or 'packed sequences of 96 tokens' in out
+    command = out.splitlines()[-1].removeprefix('Train on it: python train.py ')
+    config, *flags = shlex.split(command)
+    config = ROOT / 'config' / f'{config}.py'
+    flags += ['--device=cpu', '--max_iters=1', '--epochs=None', f'--out_dir={tmp_path / "run"}']
+    assert run_here(*flags, '--compile=False', config=config) == 0
+
+
+@error_line('the context of {} has only {} tokens')
+def test_a_packed_sequence_is_not_longer_than_the_context_of_the_base_model(base, tmp_path):
+    source = lines(tmp_path / 'talks.jsonl', [talk('hi', 'yo')] * 9)
+    command = [str(source), f'--out_dir={tmp_path / "data"}', f'--tokenizer={base}']
+    advised = re.search(
+        r'--block_size=\d+ or', refused(prepare.main, [*command, '--block_size=97'])
+    )
+    prepare.main([*command, advised[0].removesuffix(' or')])
+
+
+def test_without_a_base_model_the_command_at_the_end_has_a_place_for_it(tmp_path, capsys):
+    prepared(tmp_path, [talk('hi', 'yo')])
+    end = '--init_from=RUN (RUN: the run directory of the base model)\n'
+    assert capsys.readouterr().out.endswith(end)
 
 
 def test_another_tokenizer_than_the_base_models_is_refused(run_here, base, tmp_path):

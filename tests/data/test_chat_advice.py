@@ -69,9 +69,12 @@ def part(**fields):
         case('contradict', reply(weight=1, train=False), '--ignore=train', 'Seven.'),
         case('contradict', reply(weight=0, train=True), '--ignore=train', 'Fine.'),
         case('has both', reply(value='Six.'), '--ignore=value', 'Seven.'),
-        case('each message needs', [ASK, {'role': 'assistant'}], [ASK, TELL], 'Seven.'),
+        case('its fields are {}; --help', [ASK, {'role': 'assistant'}], [ASK, TELL], 'Seven.'),
         case(
-            'each message needs', {'messages': [ASK, {'content': 'Seven.'}]}, [ASK, TELL], 'Seven.'
+            'its fields are {}; --help',
+            {'messages': [ASK, {'content': 'Seven.'}]},
+            [ASK, TELL],
+            'Seven.',
         ),
         case('are not two replies', CHOICE | {'prompt': ''}, CHOICE, 'b c'),
         case(
@@ -90,6 +93,12 @@ def part(**fields):
         case('trains regardless of it', reply(weight=0.5), reply(weight=1), 'Seven.'),
         case('trains regardless of it', GOOD | {'label': 2}, '--ignore=label', 'Seven.'),
         case('trains regardless of it', GOOD | {'label': 2}, GOOD | {'label': True}, 'Seven.'),
+        case(
+            'unknown field {}; {}',
+            {'prompts': 'How many?', 'answer': 'Seven.'},
+            {'prompt': 'How many?', 'answer': 'Seven.'},
+            'Seven.',
+        ),
         case('no message of the assistant', [ASK], [ASK, TELL], 'Seven.'),
         case('no message of the assistant', [ASK], '--bad=drop', 'Fine.'),
         case('it must be a list of [', HISTORY | {'history': 'a'}, HISTORY, 'We. Seven.'),
@@ -130,7 +139,7 @@ def part(**fields):
             'Seven.',
         ),
         case(
-            'a preference pair needs',
+            'its fields are {}; --help',
             {'prompt': 'How many?', 'chosen': 'Seven.'},
             PAIR,
             'Six. Seven.',
@@ -155,7 +164,7 @@ def test_a_row_is_read_once_its_advice_is_followed(tmp_path, bad, good, texts):
 
 @error_line('that might affect')
 def test_the_fields_of_several_lines_can_be_ignored_one_after_another(tmp_path):
-    long = 'x' * 50
+    long = 'x' * 90
     row = GOOD | {f'{number:02}': 1 for number in range(12)} | {long: 1}
     source, flags = lines(tmp_path / 'rows.jsonl', [FINE, row, FINE]), []
     while '--ignore=' in (message := refused(run, source, *flags)):
@@ -174,7 +183,7 @@ def test_a_template_is_read_once_its_file_is_there(tmp_path):
     assert run(source, f'--template={template}') == {'Fine.'}
 
 
-@error_line('--help shows the formats')
+@error_line('its fields are {}; --help')
 def test_the_formats_in_the_help_are_read(tmp_path, capsys):
     source = lines(tmp_path / 'rows.jsonl', [FINE, {'text': 'Hi'}, FINE])
     assert '--help shows the formats' in refused(run, source)
@@ -199,7 +208,7 @@ def test_a_role_can_be_added_to_the_template(tmp_path):
 
 
 @pytest.mark.parametrize('way', ['drop', 'cut'])
-@error_line('tokens, but a row holds')
+@error_line('tokens, but a packed sequence holds')
 def test_a_long_row_is_skipped_or_truncated(tmp_path, way):
     source = lines(tmp_path / 'rows.jsonl', [FINE, talk('Hi', 'x' * 99), FINE])
     assert f'--long={way}' in refused(run, source, '--long=error')
@@ -226,12 +235,18 @@ NOT_A_NUMBER = GOOD | {'weight': float('nan')}
     ('name', 'content', 'other_name', 'good'),
     [
         case('not UTF-8; save', 'a.jsonl', JSON_LINES.encode('utf-16'), 'a.jsonl', JSON_LINES),
-        case('write one row per line, or one', 'a.jsonl', JSON_LINES[:-1], 'a.jsonl', JSON_LINES),
-        case('write one row per line, or one', 'a.jsonl', '[\n' + ARRAY[1:], 'a.json', ARRAY),
-        case('write one array, or one row', 'a.json', ARRAY[:-1], 'a.json', ARRAY),
-        case('write one array, or one row', 'a.json', f'[{JSON_LINES}]', 'a.json', JSON_LINES),
-        case('is an array of rows', 'a.jsonl', ARRAY, 'a.jsonl', JSON_LINES),
-        case('is an array of rows', 'a.jsonl', ARRAY, 'a.json', ARRAY),
+        case('per line, or one array', 'a.jsonl', JSON_LINES[:-1], 'a.jsonl', JSON_LINES),
+        case('per line, or one array', 'a.jsonl', '[\n' + ARRAY[1:], 'a.json', ARRAY),
+        case('write one array, or one', 'a.json', ARRAY[:-1], 'a.json', ARRAY),
+        case(
+            'write one array, or one',
+            'a.json',
+            f'[{JSON_LINES}]',
+            'a.json',
+            JSON_LINES,
+        ),
+        case('is an array of conversations', 'a.jsonl', ARRAY, 'a.jsonl', JSON_LINES),
+        case('is an array of conversations', 'a.jsonl', ARRAY, 'a.json', ARRAY),
         case(
             '{} is not valid JSON',
             'a.json',
@@ -277,9 +292,7 @@ def test_files_for_training_and_for_validation_are_added_where_there_are_none(tm
     assert run(more, str(source), f'--val={source}') == {'Seven.'}
     blank = tmp_path / 'blank.jsonl'
     blank.write_text('\n')
-    assert 'for val: the files have no rows; add --val files' in refused(
-        run, source, f'--val={blank}'
-    )
+    assert 'for val: the files are blank; add --val files' in refused(run, source, f'--val={blank}')
     assert run(source, f'--val={blank}', f'--val={more}') == {'Seven.'}
 
 
@@ -331,8 +344,7 @@ def test_a_template_is_chosen_that_suits_the_tokenizer_and_the_answers(tmp_path)
 def prepare_in(tmp_path, monkeypatch, *flags):
     """Prepare rows.jsonl of the current folder, with data/ there."""
     monkeypatch.chdir(tmp_path)
-    for module in (text, prepare):
-        monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
+    monkeypatch.setattr(text, 'DATA', tmp_path / 'data')
     lines(tmp_path / 'rows.jsonl', [FINE, GOOD])
     prepare.main(['--tokenizer=byte', *flags])
     return trained_on(tmp_path / 'data' / 'talks')

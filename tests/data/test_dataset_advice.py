@@ -33,7 +33,7 @@ STORY = ' '.join(WORDS * 20)
 def home(tmp_path, monkeypatch):
     """Run in an empty folder, which is also the one with the datasets."""
     monkeypatch.chdir(tmp_path)
-    for module in (dataset, text, chat, shakespeare):
+    for module in (dataset, text, shakespeare):
         monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
     (tmp_path / 'data').mkdir()
     Path('novel.txt').write_text(STORY)
@@ -68,7 +68,7 @@ def read(folder='mine', block_size=8, **options):
 def prepare_text(message):
     """Run the command in the message, with a file in place of FILES."""
     command = re.search(r'python data/text/prepare\.py FILES (.+)', message)[1]
-    text.main(['novel.txt', '--tokenizer=byte', *shlex.split(command)])
+    text.main(['novel.txt', '--tokenizer=byte', *shlex.split(command, comments=True)])
 
 
 # -----------------------------------------------------------------------------
@@ -143,10 +143,27 @@ def test_a_dataset_changed_while_in_use_is_prepared_again_and_opened_again():
 
 @error_line('cannot write the dataset')
 def test_a_dataset_that_cannot_be_written_goes_elsewhere():
+    command = ['novel.txt', '--tokenizer=byte']
+    message = refused(text.main, [*command, '--out_dir=/dev/null/x'])
+    text.main([*command, f'--out_dir={flag_in(message, "out_dir")}'])
+    assert open_data(flag_in(message, 'dataset'), 8).tokens['train']
+
+
+@pytest.mark.parametrize('name', ['file', 'file/x'])
+@error_line('is a file; write the dataset to another')
+def test_a_dataset_is_not_written_to_a_file(name):
     Path('file').touch()
     command = ['novel.txt', '--tokenizer=byte']
-    message = refused(text.main, [*command, '--out_dir=file/x'])
-    text.main([*command, f'--out_dir={flag_in(message, "out_dir")}'])
+    assert 'file is a file; ' in refused(text.main, [*command, f'--out_dir={name}'])
+    text.main([*command, '--out_dir=other'])
+
+
+@pytest.mark.parametrize('path', ['', 'data/'])
+@error_line('is the folder of a script, not a dataset')
+def test_the_folder_of_a_script_leads_to_the_command_that_prepares_a_dataset(path):
+    make_script('text', 0)
+    message = refused(open_data, f'{path}text', 8)
+    prepare_text(message.replace(', and', ' #'))
     assert open_data(flag_in(message, 'dataset'), 8).tokens['train']
 
 

@@ -263,7 +263,7 @@ def test_conversations_can_be_mixed_if_their_rows_have_the_same_length(tmp_path)
     assert mixture.count_targets(3, 100) == (mixture.batch(3, 100)[1] >= 0).sum()
     assert mixture.batch(3, 100, documents=True)[2].shape == (100, 16)
     message = refused(open_data, f'{tmp_path}/a:1,{tmp_path}/c:1', 64, objective='sft')
-    assert 'rows of 12' in message
+    assert 'packed sequences of 12 tokens' in message
     assert 'of 16' in message
 
 

@@ -132,7 +132,7 @@ def test_empty_documents_are_skipped_and_counted_and_a_file_may_have_no_document
     parquet('source/2.parquet', ['three'])
     prepare('--source=source')
     assert (text_of('train'), text_of('val')) == (f'one{EOT}two{EOT}', f'three{EOT}')
-    assert '2 documents skipped: their text is null or empty' in capsys.readouterr().out
+    assert 'skipped 2 documents whose text is null or empty' in capsys.readouterr().out
 
 
 def test_documents_stay_intact_across_batches_and_chunks(monkeypatch):
@@ -168,7 +168,7 @@ def test_jobs_that_share_the_files_and_are_merged_write_the_same_bytes_as_one(so
     for job in ('3/4', '1/4', '4/4'):
         openwebtext.main([source, '--out_dir=out', '--workers=1', f'--part={job}'])
     assert 'job 4 of 4 is done' in capsys.readouterr().out
-    assert '1 of 3 parts are missing: part-00001' in refused('--merge')
+    assert 'parts are missing, 1 of 3: part-00001' in refused('--merge')
     openwebtext.main([source, '--out_dir=out', '--workers=1', '--part=2/4'])
     shutil.rmtree('source')
     prepare('--merge')

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import saved
+from error_lines import error_line
 from test_prepare import (
     WORDS,
     ids_of,
@@ -58,6 +59,8 @@ def both(folder='out'):
         ('a.sqlite', b'SQLite format 3\0' * 50, 'SQLite'),
         ('a.jpg', b'\xff\xd8\xff\xe0' * 50, 'an image'),
         ('a.bin', bytes(range(256)) * 8, 'binary'),
+        ('train.bin', b'\1\0' * 99, 'a prepared dataset (token ids), not a text; give the text'),
+        ('val-00001.mask.bin', b'\1\0' * 99, 'a prepared dataset (token ids), not a text'),
         ('16.txt', (WORDS * 9).encode('utf-16-le'), 'UTF-16 without a byte order mark'),
         ('16be.txt', (WORDS * 9).encode('utf-16-be'), 'add --encoding=utf-16-be'),
         ('32.txt', (WORDS * 9).encode('utf-32-le'), 'add --encoding=utf-32-le'),
@@ -219,8 +222,7 @@ def test_json_that_is_not_a_list_of_records_is_text_and_counted(capsys):
     write('more/words.json', json.dumps(['a', 'b']))
     prepare_text('more', '--tokenizer=byte', '--split=fraction')
     assert (
-        'read 6 .json files as plain text, since they are not records with a field text'
-        in capsys.readouterr().out
+        'read 6 .json files as plain text: no records with a field text' in capsys.readouterr().out
     )
     write('one.json', json.dumps({'text': WORDS * 20}, indent=1))
     prepare_text('one.json', '--tokenizer=byte')
@@ -284,6 +286,35 @@ def test_text_gets_the_tokens_of_a_run_a_checkpoint_and_a_file():
     for where in ('run', checkpoint, checkpoint / 'tokenizer.json'):
         assert prepare_text('b.txt', f'--tokenizer={where}').tokenizer == bpe
         assert both() == WORDS.upper() * 40
+
+
+def test_the_command_at_the_end_fine_tunes_the_run_that_gave_the_tokenizer(capsys):
+    write('b.txt', WORDS * 40)
+    saved(Path('my run'), byte_tokenizer())
+    text.main(['b.txt', '--out_dir=o', '--tokenizer=my run'])
+    assert capsys.readouterr().out.endswith(" --init_from='my run' --learning_rate=3e-4\n")
+    text.main(['b.txt', '--out_dir=o', '--tokenizer=o'])  # a dataset, which has no model
+    assert '--init_from' not in capsys.readouterr().out
+
+
+def test_the_files_of_a_dataset_are_not_read_as_text(capsys):
+    write('more/a.txt', WORDS * 40)
+    prepare_text('more', '--tokenizer=byte')
+    text.main(['more/a.txt', '--out_dir=more', '--tokenizer=byte'])
+    before = both()
+    capsys.readouterr()
+    prepare_text('more', '--tokenizer=byte')
+    assert both() == before
+    assert 'more: using 1 file, skipping' in capsys.readouterr().out
+
+
+@error_line('the name of a file is empty', 'give files, folders or patterns')
+def test_the_line_for_files_for_validation_has_their_flag():
+    write('b.txt', WORDS * 40)
+    for number in ('0', ''):
+        message = refused(text.main, ['b.txt', '--out_dir=o', f'--val={number}'])
+        assert message.startswith(f'--val={number or chr(34) * 2}: ')
+    text.main(['b.txt', '--out_dir=o', '--tokenizer=byte', '--val_fraction=0.1'])
 
 
 def test_characters_that_the_tokenizer_does_not_have_are_dropped_and_counted(capsys):
@@ -385,7 +416,17 @@ def test_a_bpe_is_learned_from_pieces_of_a_very_long_word(capsys, monkeypatch):
     write('a.txt', WORDS * 20 + run + ' ' * 5000 + WORDS * 20)
     prepare_text('a.txt', '--tokenizer=bpe', '--vocab_size=300')
     assert both() == WORDS * 20 + run + ' ' * 5000 + WORDS * 20
-    assert 'bpe: split 2 runs of more than 256 letters, signs or spaces' in capsys.readouterr().out
+    assert (
+        'bpe: split 2 runs of more than 256 letters, signs or spaces into 8 pieces'
+        in capsys.readouterr().out
+    )
+
+
+def test_a_bpe_smaller_than_requested_is_reported_with_its_reason(capsys):
+    write('a.txt', WORDS * 40)
+    dataset = prepare_text('a.txt', '--tokenizer=bpe', '--vocab_size=1000')
+    line = f'bpe: {dataset.vocab_size} tokens instead of 1,000: the text has no more pairs to merge'
+    assert line in capsys.readouterr().out
 
 
 def test_only_long_words_are_split_for_training():

@@ -415,9 +415,9 @@ def test_an_invalid_shape_is_refused_and_the_advised_one_is_valid(bad, message, 
     GPTConfig(**good)
 
 
-@error_line('the model has only {} blocks; use fewer')
+@error_line('the model has n_layer={}; use less')
 def test_no_more_blocks_can_be_frozen_than_there_are(model):
-    with pytest.raises(ConfigError, match='freeze=4: the model has only 3 blocks'):
+    with pytest.raises(ConfigError, match='freeze=4: the model has n_layer=3'):
         with as_config_error():
             model.freeze_lower(4)
     model.freeze_lower(2)

@@ -160,6 +160,7 @@ def test_a_mistake_ends_in_one_line(out_dir, tmp_path, monkeypatch):
     assert "character 'z'" in fails('abz', here)
     assert '--start' in fails('--start=', here)
     assert '--start' in fails(f'--start=FILE:{tmp_path}/empty.txt', here)
+    assert 'needs the name of a file' in fails('--start=FILE:', here)
     assert 'nowhere.txt cannot be read' in fails('--start=FILE:nowhere.txt', here)
     assert 'not UTF-8 at byte 3' in fails(f'--start=FILE:{tmp_path}/latin.txt', here)
     assert 'did you mean temperature?' in fails('--temprature=1', here)
@@ -194,6 +195,7 @@ def byte_run(tmp_path_factory):
         ),
         case('--out={}: needs --batch', '--start=ab --out={o}', '--start=ab'),
         case('the prompt is empty; give some text', '--start=', '--start=Once'),
+        case('needs the name of a file', '--start=FILE:', '--start=FILE:{p}'),
         case('cannot be read: {}; give a readable file', '--start=FILE:{p}.no', '--start=FILE:{p}'),
         case('a bar separates stop strings', '--stop=|', r'--stop=\|'),
     ],

@@ -73,6 +73,11 @@ def finished(run_here, tmp_path_factory):
             ['--out_dir=other'],
         ),
         case(
+            'is not of {}, the run to resume',
+            '--init_from=resume --out_dir=run --checkpoint=second --max_iters=3',
+            ['--out_dir=second', '--init_from=second/checkpoints/step-00000002 --out_dir=other'],
+        ),
+        case(
             'in three steps in a row',
             '--out_dir=nan --learning_rate=1e30 --grad_clip=0 --eval_interval=99 --max_iters=6',
             ['--learning_rate=1e-3'],
@@ -84,7 +89,7 @@ def finished(run_here, tmp_path_factory):
         ),
         case(
             'cannot be written: {}; choose another --out_dir',
-            '--out_dir=mirror/file/x --max_iters=1',
+            '--out_dir=/dev/null/x --max_iters=1',
             ['--out_dir=other'],
         ),
     ],
@@ -94,7 +99,7 @@ def test_a_rejected_run_starts_once_the_advice_is_followed(
 ):
     for number, flags in enumerate(good):
         folder = shutil.copytree(finished, tmp_path / str(number))
-        (folder / 'mirror' / 'file').touch()
+        shutil.copytree(folder / 'run', folder / 'second')
         monkeypatch.chdir(folder)
         line = rejected(run_here, *bad.split())
         for flag in flags.split():

@@ -39,9 +39,12 @@ def rejected(check, *args):
     ('bad', 'good'),
     [
         case('is not valid UTF-8; choose', '--out_dir=run\udcff', ['--out_dir=run']),
+        case('is a file; choose another', f'--out_dir={__file__}', ['--out_dir=out/a']),
+        case('is a file; choose another', f'--out_dir={__file__}/run', ['--out_dir=out/a']),
+        case('is a file; choose another', f'--data_cache={__file__}', ['--data_cache=a']),
         case('that is the same at every', '--auto_resume', ['--auto_resume --out_dir=out/a']),
         case(
-            'drop one of them',
+            'omit one of them',
             '--overwrite --init_from=resume',
             ['--overwrite', '--init_from=resume'],
         ),
@@ -49,6 +52,11 @@ def rejected(check, *args):
             'a new model has no checkpoint',
             '--checkpoint=last',
             ['--checkpoint=last --init_from=out/a', '--checkpoint=last --init_from=resume'],
+        ),
+        case(
+            'a new model has no checkpoint',
+            '--checkpoint=out/b',
+            ['--checkpoint=out/b --init_from=out/b', '--checkpoint=out/b --init_from=resume'],
         ),
         case('needs a sharded model', '--offload', ['--offload --shard', '']),
         case(
