@@ -1444,7 +1444,7 @@ def test_a_client_that_disconnects_soon_frees_its_slot(make_app, model, streamed
             wait_until(lambda: service.engine.waiting)
             if when == 'before the first token':
                 waiting.close()
-                wait_until(lambda: not service.engine.waiting, 0.5)
+                wait_until(lambda: not service.engine.waiting)
         if when == 'midway':
             wait_until(lambda: service.engine.running == 1 and not service.engine.waiting)
             time.sleep(0.1)
