@@ -219,7 +219,7 @@ class FlatGPTGeneration:
 
         def on_output(output: TokenOutput) -> None:
             tokens.append(output.token)
-            if output.finish and prompts:
+            if output.finish_reason and prompts:
                 engine.submit(Request(prompts.pop(), self.sampling, on_output))
 
         begin = time.perf_counter()
