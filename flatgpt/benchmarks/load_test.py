@@ -268,38 +268,39 @@ def bench_throughput(
 ) -> None:
     """Tokens per second of the same requests, by each implementation."""
     clients, count = settings['clients'], 4 * settings['clients']
-    http_side, engine_side = f'{clients} clients, HTTP', f'{clients} clients, engine'
+    http_name, engine_name = f'{clients} clients, HTTP', f'{clients} clients, engine'
     bodies = request_bodies(settings, count)
-    sides = {
-        http_side: lambda: timed_loop(server, bodies, clients),
-        engine_side: lambda: ours.measure('serve', clients, count),
+    variants = {
+        http_name: lambda: timed_loop(server, bodies, clients),
+        engine_name: lambda: ours.measure('serve', clients, count),
         'transformers static': lambda: theirs.measure('generate', clients),
         'transformers continuous': lambda: theirs.measure('serve', clients),
     }
-    speeds = {side: [] for side in sides}
+    speeds = {variant: [] for variant in variants}
     for number in range(settings['rounds'] + 1):
-        for side, run in sides.items():
+        for variant, run in variants.items():
             measurement = run()
             if number and measurement:
-                speeds[side].append(measurement.tokens_per_second)
+                speeds[variant].append(measurement.tokens_per_second)
     each = f'{count} prompts of {settings["prompt_tokens"]}, {settings["new_tokens"]} tokens each'
     notes = {
-        http_side: f"api.py: {each}, each sent when the client's previous one is complete",
-        engine_side: ours.failure or 'the same without HTTP',
+        http_name: f"api.py: {each}, each sent when the client's previous one is complete",
+        engine_name: ours.failure or 'the same without HTTP',
         'transformers static': theirs.failure or f'generate() of {clients} prompts at once',
         'transformers continuous': theirs.failure
         or f'generate_batch() of {clients} prompts at once',
     }
-    for side, values in speeds.items():
-        print_row('serving', side, format_spread(values, ',.0f') if values else '', notes[side])
+    for variant, values in speeds.items():
+        figures = format_spread(values, ',.0f') if values else ''
+        print_row('serving', variant, figures, notes[variant])
         figures = {'tokens_per_second': summarize(values)} if values else {}
-        if values and side != http_side:
-            pairs = zip(speeds[http_side], values, strict=True)
+        if values and variant != http_name:
+            pairs = zip(speeds[http_name], values, strict=True)
             ratios = [over_http / other for over_http, other in pairs]
             spread = format_spread(ratios, '.2f')
-            print(f'{"":<16} {http_side} are {spread} times as fast', flush=True)
+            print(f'{"":<16} {http_name} are {spread} times as fast', flush=True)
             figures['times as fast are clients over HTTP'] = summarize(ratios)
-        report.add('serving', side, notes[side], **figures)
+        report.add('serving', variant, notes[variant], **figures)
 
 
 def bench_lone_client(settings: dict, report: Report, server: Server, ours: Implementation) -> None:
@@ -340,7 +341,7 @@ def bench_latency(settings: dict, report: Report, server: Server) -> None:
     report.add('serving', '/health beside 64 streams', note, seconds=health)
 
 
-def report_latency(report: Report, side: str, completions: list[Completion]) -> None:
+def report_latency(report: Report, variant: str, completions: list[Completion]) -> None:
     check_all_complete(completions)
     waits = {
         'to the first event': [each.first for each in completions],
@@ -352,8 +353,8 @@ def report_latency(report: Report, side: str, completions: list[Completion]) -> 
     }
     for what, seconds in waits.items():
         found = percentiles(seconds)
-        print_row('serving', side, format_milliseconds(found), what)
-        report.add('serving', side, what, seconds=found)
+        print_row('serving', variant, format_milliseconds(found), what)
+        report.add('serving', variant, what, seconds=found)
 
 
 def format_milliseconds(found: dict[str, float]) -> str:
