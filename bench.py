@@ -44,6 +44,7 @@ from flatgpt.benchmarks.validate import (
     check_settings,
     check_used,
     check_writable,
+    compared_runs,
     requested_benchmarks,
 )
 from flatgpt.runtime import Runtime, pick_device, pick_dtype
@@ -157,7 +158,7 @@ def bench_tasks(settings: dict) -> None:
 def main(settings: dict) -> None:
     check_modes(settings)
     if settings['compare'] is not None:
-        print(metrics.draw_runs(settings['compare'].split(','), 'runs.png'))
+        print(metrics.draw_runs(compared_runs(settings), 'runs.png'))
     elif settings['task']:
         bench_tasks(settings)
     else:

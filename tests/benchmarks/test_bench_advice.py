@@ -155,6 +155,13 @@ def test_quality_is_measured_on_data_with_the_tokenizer_of_the_model(here):
     assert report.entries[0]['perplexity'] > 1
 
 
+@error_line('no such run directory; give existing ones, separated by commas')
+def test_runs_that_exist_are_compared(tmp_path):
+    refused(validate.compared_runs, {'compare': f'{tmp_path}/a'})
+    (tmp_path / 'a').mkdir()
+    assert validate.compared_runs({'compare': f'{tmp_path}/a,{tmp_path}'})
+
+
 @error_line('requests failed; lower --clients')
 def test_fewer_clients_may_all_get_their_completions():
     done, lost = load_test.Completion(200, tokens=3), load_test.Completion(0)

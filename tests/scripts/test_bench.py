@@ -87,4 +87,7 @@ def test_compare_draws_the_losses_of_runs_into_one_picture(tmp_path, monkeypatch
     assert capsys.readouterr().out == 'runs.png\n'
     assert Path('runs.png').read_bytes().startswith(b'\x89PNG')
     assert {path.name for path in tmp_path.iterdir()} == {'a', 'b', 'runs.png'}
-    assert 'c: has no metrics.jsonl' in refused('--compare=a,c')
+    Path('c').mkdir()
+    assert refused('--compare=a,c') == 'c: has no metrics.jsonl; give a run directory'
+    for runs, missing in (('a,d', 'd'), ('', ''), ('a,', '')):
+        assert refused(f'--compare={runs}').startswith(f'compare={missing}: no such run directory')
