@@ -80,7 +80,7 @@ class Batch:
             raise UserError(f'--out={self.out}: {error.strerror}') from error
         with suppress(OSError):
             Path(lock.lock_file).unlink()
-        print(f'{self.out}: {summarize(len(self.lines), errors)}', file=sys.stderr)
+        print(f'{self.out}: {outcome(len(self.lines), errors)}', file=sys.stderr)
         if errors:
             raise SystemExit(1)
 
@@ -204,7 +204,7 @@ class Batch:
         return repeated['prompt'], self.sampling_for(record), repeated
 
 
-def summarize(lines: int, errors: list[dict]) -> str:
+def outcome(lines: int, errors: list[dict]) -> str:
     """What a batch came to; errors: the completions that have one, in order."""
     counts = {'completion': lines - len(errors), 'error': len(errors)}
     summary = ', '.join(f'{n} {name}{"s" * (n != 1)}' for name, n in counts.items())

@@ -22,7 +22,7 @@ from flatgpt.serving.api_error import APIError
 from flatgpt.serving.origins import Origins, is_preflight
 from flatgpt.serving.service import Service, api_key_of
 from flatgpt.serving.unsupported import Body, Unsupported
-from flatgpt.serving.validation import SEE_DOCS, TOO_DEEP, describe
+from flatgpt.serving.validation import SEE_DOCS, TOO_DEEP, first_error
 
 LOG = logging.getLogger('flatgpt')
 PATHS = {'prompt': '/v1/completions', 'messages': '/v1/chat/completions'}  # of these fields
@@ -61,7 +61,7 @@ def read_body(model: type[Body]) -> Body:
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        raise APIError(400, *describe(error)) from None
+        raise APIError(400, *first_error(error)) from None
 
 
 def check_headers() -> None:

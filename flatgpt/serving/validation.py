@@ -4,7 +4,7 @@ Pydantic's validation errors as sentences for clients: the field, what it must b
     try:
         body = CompletionRequest.model_validate_json(data)
     except ValidationError as error:
-        message, param = describe(error)   # 'n: must be a whole number, not 1.5', 'n'
+        message, param = first_error(error)   # 'n: must be a whole number, not 1.5', 'n'
 """
 
 import json
@@ -44,7 +44,7 @@ SHAPES = {  # fields for whose parts pydantic reports errors: all types that are
 }
 
 
-def describe(error: ValidationError) -> tuple[str, str | None]:
+def first_error(error: ValidationError) -> tuple[str, str | None]:
     """The first error's message, and the name of the field that a request has it in."""
     first = error.errors(include_url=False)[0]
     (param, *inner), kind = first['loc'] or (None,), first['type']
@@ -54,7 +54,7 @@ def describe(error: ValidationError) -> tuple[str, str | None]:
     if 'recursion' in str(limits.get('error')):
         problem = TOO_DEEP
     elif kind in NEEDS:
-        problem = f'must be {NEEDS[kind].format(**limits)}, not {shorten(first["input"])}'
+        problem = f'must be {NEEDS[kind].format(**limits)}, not {as_json(first["input"])}'
     else:
         problem = PROBLEMS[kind].format(**limits) if kind in PROBLEMS else first['msg']
     # pydantic's path in other fields has names of types, too
@@ -68,7 +68,7 @@ def whole(limit):
     return int(limit) if isinstance(limit, float) and limit.is_integer() else limit
 
 
-def shorten(value) -> str:
+def as_json(value) -> str:
     """A value as JSON, if it is short."""
     if isinstance(value, (list, dict)):
         return 'a list' if isinstance(value, list) else 'an object'

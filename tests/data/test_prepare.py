@@ -32,17 +32,13 @@ SCRIPTS = (
     *('gutenberg', 'openwebtext', 'pydocs', 'shakespeare', 'shakespeare_char', 'sre', 'text'),
 )
 WORDS = 'The cat sat on the mat, and the dog ran off. '
+pytestmark = pytest.mark.usefixtures('in_empty_folder')
 needs_gpt2 = pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
 )
 needs_shakespeare = pytest.mark.skipif(
     'FLATGPT_SHAKESPEARE' not in os.environ, reason='FLATGPT_SHAKESPEARE is the path of input.txt'
 )
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def write(path: str, content: str | bytes) -> None:
