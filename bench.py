@@ -39,9 +39,9 @@ from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report, print_row
 from flatgpt.benchmarks.training import bench_processes, bench_saving, bench_training
 from flatgpt.benchmarks.validate import (
+    check_benchmark_settings,
     check_memory,
     check_modes,
-    check_settings,
     check_used,
     check_writable,
     compared_runs,
@@ -120,7 +120,7 @@ def run_benchmarks(settings: dict) -> None:
     """Run the benchmarks, or the load test of api.py."""
     names = requested_benchmarks(settings, [*BENCHMARKS], EXTRA_BENCHMARKS)
     check_used(settings, ['serve'] if settings['serve'] else names)
-    check_settings(settings, names)
+    check_benchmark_settings(settings, names)
     check_writable(settings)
     device = pick_device(settings['device'])
     runtime = Runtime(device, pick_dtype(settings['dtype'], device, training=True))
@@ -149,7 +149,7 @@ def bench_tasks(settings: dict) -> None:
     versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
     report = Report(settings, {'device': pick_device(settings['device']), **versions})
     try:
-        lm_eval.run(settings, report.entries, load)
+        lm_eval.score_tasks(settings, report.entries, load)
     finally:
         if report.entries:
             report.write()

@@ -144,7 +144,7 @@ def read_flag(arg: str, types: dict, after: str = '') -> dict:
     check_known(key, types, arg)
     if not equals and 'bool' not in types[key]:
         example = f'{arg}={example_value(types[key], after)}'
-        raise ConfigError(f'{arg}: needs {describe(types[key])}, for example {example}')
+        raise ConfigError(f'{arg}: needs {describe_types(types[key])}, for example {example}')
     value = parse_value(text, types[key], arg) if equals else True
     return {key: check_type(key, value, types[key], arg)}
 
@@ -249,7 +249,7 @@ def parse_value(text: str, types: tuple, source: str):
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ConfigError(f'{source}: needs {describe(types)}') from None
+        raise ConfigError(f'{source}: needs {describe_types(types)}') from None
 
 
 def check_type(key: str, value, types: tuple, source: str):
@@ -261,7 +261,7 @@ def check_type(key: str, value, types: tuple, source: str):
         if abs(value) <= sys.float_info.max:
             return float(value)
         raise ConfigError(f'{source}: {key} must be between -1.7e308 and 1.7e308')
-    raise ConfigError(f'{source}: {key} needs {describe(types)}, not {kind} {shorten(value)}')
+    raise ConfigError(f'{source}: {key} needs {describe_types(types)}, not {kind} {shorten(value)}')
 
 
 def shorten(value) -> str:
@@ -269,7 +269,7 @@ def shorten(value) -> str:
     return text if len(text) <= 80 else f'{text[:77]}...'
 
 
-def describe(types: tuple) -> str:
+def describe_types(types: tuple) -> str:
     return ' or '.join(TYPES[name][0] for name in types)
 
 

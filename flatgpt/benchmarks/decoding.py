@@ -21,7 +21,7 @@ from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import (
     SMALL,
     build_meta_model,
-    build_model,
+    build_random_model,
     transformers_model,
     with_precision,
 )
@@ -220,7 +220,9 @@ def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
     letters = [chr(0x4E00 + i) for i in range(settings['vocab_size'])]
     run, exported = folder / 'run', folder / 'transformers'
     tokenizer = char_tokenizer(letters)
-    save_checkpoint(run, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    save_checkpoint(
+        run, build_random_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False
+    )
     options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
     options += ['--device=cpu', '--dtype=float32']
     commands = {'flatGPT': [sys.executable, ROOT / 'sample.py', letters[1], *options]}

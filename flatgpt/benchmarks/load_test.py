@@ -3,7 +3,7 @@ Load test of api.py: throughput and latency for many clients.
 
 $ python bench.py --serve --block_size=1024
 
-    with Server(run_folder, max_rows=16) as server:          # python api.py, a process of its own
+    with ServerProcess(run_folder, max_rows=16) as server:   # python api.py, a process of its own
         completions = closed_loop(server.address, bodies, clients=16)
         print(percentiles([completion.total for completion in completions]))
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
+from flatgpt.benchmarks.baselines import build_random_model, placeholder_tokenizer, random_prompts
 from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.checkpoint.save import save_checkpoint
@@ -47,7 +47,7 @@ class Completion:
     gaps: list[float] = field(default_factory=list)  # between events, each with one or more tokens
 
 
-class Server:
+class ServerProcess:
     """python api.py on a free port, stopped at the end of the `with`."""
 
     def __init__(self, out_dir: Path, **settings):
@@ -61,7 +61,7 @@ class Server:
             encoding='utf-8',
         )
 
-    def __enter__(self) -> 'Server':
+    def __enter__(self) -> 'ServerProcess':
         for text in self.process.stdout:
             if found := re.search(r'http://([\d.]+):(\d+)', text):
                 self.address = found[1], int(found[2])
@@ -221,7 +221,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         start_implementations(names, settings, 'generation') as (ours, theirs),
-        Server(save_random(Path(folder), settings), **flags) as server,
+        ServerProcess(save_random(Path(folder), settings), **flags) as server,
     ):
         bench_throughput(settings, report, server, ours, theirs)
         bench_lone_client(settings, report, server, ours)
@@ -229,14 +229,16 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     tiny = {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'n_kv_head': None, 'vocab_size': 256}
     with tempfile.TemporaryDirectory() as folder:
         run = save_random(Path(folder), {**settings, **tiny})
-        with Server(run, max_rows=clients) as server:
+        with ServerProcess(run, max_rows=clients) as server:
             bench_overhead(settings, report, server)
 
 
 def save_random(folder: Path, settings: dict) -> Path:
     """A run directory with the same weights as the other implementations."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
-    save_checkpoint(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    save_checkpoint(
+        folder, build_random_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False
+    )
     return folder
 
 
@@ -254,7 +256,7 @@ def check_all_complete(completions: list[Completion]) -> None:
         )
 
 
-def timed_loop(server: Server, bodies: list[dict], clients: int) -> Measurement:
+def timed_loop(server: ServerProcess, bodies: list[dict], clients: int) -> Measurement:
     """Measure a closed loop; UserError if a request failed."""
     begin = time.perf_counter()
     completions = closed_loop(server.address, bodies, clients)
@@ -264,7 +266,11 @@ def timed_loop(server: Server, bodies: list[dict], clients: int) -> Measurement:
 
 
 def bench_throughput(
-    settings: dict, report: Report, server: Server, ours: Implementation, theirs: Implementation
+    settings: dict,
+    report: Report,
+    server: ServerProcess,
+    ours: Implementation,
+    theirs: Implementation,
 ) -> None:
     """Tokens per second of the same requests, by each implementation."""
     clients, count = settings['clients'], 4 * settings['clients']
@@ -303,7 +309,9 @@ def bench_throughput(
         report.add('serving', variant, notes[variant], **figures)
 
 
-def bench_lone_client(settings: dict, report: Report, server: Server, ours: Implementation) -> None:
+def bench_lone_client(
+    settings: dict, report: Report, server: ServerProcess, ours: Implementation
+) -> None:
     """One client of api.py, compared with generating as sample.py does."""
     shares, speeds = [], []
     for number in range(settings['rounds'] + 1):
@@ -320,7 +328,7 @@ def bench_lone_client(settings: dict, report: Report, server: Server, ours: Impl
     report.add('serving', 'one client, HTTP', note, **figures)
 
 
-def bench_latency(settings: dict, report: Report, server: Server) -> None:
+def bench_latency(settings: dict, report: Report, server: ServerProcess) -> None:
     """Latency of streams: in a closed loop, at random times, and 64 at once."""
     clients = settings['clients']
     streamed = {'stream': True, 'stream_options': {'include_usage': True}}
@@ -361,7 +369,7 @@ def format_milliseconds(found: dict[str, float]) -> str:
     return ', '.join(f'{name} {value * 1e3:,.0f} ms' for name, value in found.items())
 
 
-def bench_overhead(settings: dict, report: Report, server: Server) -> None:
+def bench_overhead(settings: dict, report: Report, server: ServerProcess) -> None:
     """Completions of one token by a tiny model, whose time is mostly the server's overhead."""
     bodies = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
     rates = []

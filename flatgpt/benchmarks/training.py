@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import OPTIMIZER, build_meta_model, build_model
+from flatgpt.benchmarks.baselines import OPTIMIZER, build_meta_model, build_random_model
 from flatgpt.benchmarks.implementations import (
     Implementation,
     Measurement,
@@ -120,7 +120,7 @@ def bench_saving(settings: dict, runtime: Runtime, report: Report) -> None:
 
 def trained_model(settings: dict, runtime: Runtime) -> tuple:
     """A model and its AdamW after one update, so that there is optimizer state to save."""
-    model = build_model(settings).to(runtime.device)
+    model = build_random_model(settings).to(runtime.device)
     optimizers = build_optimizers('adamw', model, **OPTIMIZER)
     x = torch.zeros(1, settings['block_size'], dtype=torch.long, device=runtime.device)
     model(x, x)[1].backward()
@@ -151,7 +151,7 @@ def bench_processes(settings: dict, runtime: Runtime, report: Report) -> None:
     flags_alone = {'gradient_accumulation_steps': flags['gradient_accumulation_steps'] // 2}
     speeds = {'together': [], 'two alone': []}
     with tempfile.TemporaryDirectory() as folder:
-        flags['dataset'] = write_dataset(Path(folder) / 'text')
+        flags['dataset'] = make_dataset(Path(folder) / 'text')
         for number in range(min(PROCESS_ROUNDS, settings['rounds'])):
             out_dirs = [Path(folder) / f'{name}-{number}' for name in ('both', 'a', 'b')]
             both, *alone = out_dirs
@@ -166,7 +166,7 @@ def bench_processes(settings: dict, runtime: Runtime, report: Report) -> None:
         report.add('processes', variant, note, tokens_per_second=summarize(values))
 
 
-def write_dataset(folder: Path) -> Path:
+def make_dataset(folder: Path) -> Path:
     tokenizer = byte_tokenizer()
     text = Path(subprocess.__file__).read_text(encoding='utf-8') * 4
     with Writer(folder, tokenizer) as writer:

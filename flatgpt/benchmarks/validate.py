@@ -75,7 +75,7 @@ def requested_benchmarks(
     return [name for name in benchmarks if name not in without]
 
 
-def check_settings(settings: dict, benchmarks: list[str]) -> None:
+def check_benchmark_settings(settings: dict, benchmarks: list[str]) -> None:
     check_values(settings)
     if settings['out_dir']:
         external = is_external(settings['out_dir'])

@@ -7,7 +7,6 @@ What surrounds every request of api.py: its id, API key, body, errors and log li
 """
 
 import hmac
-import logging
 import re
 import secrets
 import time
@@ -19,12 +18,12 @@ from werkzeug.exceptions import HTTPException
 from flatgpt.errors import did_you_mean
 from flatgpt.files import strict_json
 from flatgpt.serving.api_error import APIError
+from flatgpt.serving.job import LOG
 from flatgpt.serving.origins import Origins, is_preflight
 from flatgpt.serving.service import Service, api_key_of
 from flatgpt.serving.unsupported import Body, Unsupported
 from flatgpt.serving.validation import SEE_DOCS, TOO_DEEP, first_error
 
-LOG = logging.getLogger('flatgpt')
 PATHS = {'prompt': '/v1/completions', 'messages': '/v1/chat/completions'}  # of these fields
 blueprint = flask.Blueprint('middleware', __name__)
 

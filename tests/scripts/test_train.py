@@ -26,7 +26,7 @@ import sample
 from configurator import configure
 from flatgpt import files, runtime
 from flatgpt.checkpoint import load, save
-from flatgpt.checkpoint.__main__ import report
+from flatgpt.checkpoint.__main__ import print_table
 from flatgpt.checkpoint.load import find_checkpoint, list_checkpoints, load_model
 from flatgpt.data.dataset import Dataset, Writer
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
@@ -304,7 +304,7 @@ def test_no_evaluation_interval_means_only_the_end(run_here, tmp_path):
     assert list(metrics(tmp_path, 'val_loss')) == [4]
     assert metrics(tmp_path, 'train_loss') == {}
     assert (tmp_path / 'loss.png').exists()
-    assert report(list_checkpoints(tmp_path))
+    assert print_table(list_checkpoints(tmp_path))
 
 
 def test_evaluation_does_not_change_the_training(run_here, tmp_path):

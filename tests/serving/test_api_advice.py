@@ -178,7 +178,7 @@ def test_an_unknown_field_is_found_in_the_documentation(chat_client):
     message = {**ABC['messages'][0], 'text': 'abc'}
     error = message_of(send(chat_client, {**ABC, 'messages': [message]}, CHAT), 400)
     assert error == 'messages[0].text: no such field; /docs lists the fields'
-    documented = chat_client.get('/openapi.json').json['components']['schemas']['Message']
+    documented = chat_client.get('/openapi.json').json['components']['schemas']['ChatMessage']
     assert 'content' in documented['properties']
     assert 'text' not in documented['properties']
     assert send(chat_client, ABC, CHAT).json['choices']
