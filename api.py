@@ -233,7 +233,7 @@ def metrics():
 )
 def completions(json: schema.CompletionRequest):
     """Complete prompts. With stream, the response is sent as server-sent events."""
-    return complete(json, 'cmpl', 'text_completion')
+    return respond(json, 'cmpl', 'text_completion')
 
 
 @routes.post('/v1/chat/completions')
@@ -249,10 +249,10 @@ def chat_completions(json: schema.ChatRequest):
     kind, part = 'chat.completion', 'message'
     if body.stream:
         kind, part = 'chat.completion.chunk', 'delta'
-    return complete(body, 'chatcmpl', kind, partial(ChatBuilder, part))
+    return respond(body, 'chatcmpl', kind, partial(ChatBuilder, part))
 
 
-def complete(body: schema.CompletionRequest, prefix: str, kind: str, builder=ChoiceBuilder):
+def respond(body: schema.CompletionRequest, prefix: str, kind: str, builder=ChoiceBuilder):
     """The response to a completion request, or its stream. builder: makes the choices."""
     service, g = current_service(), flask.g
     disconnected = flask.request.environ.get('waitress.client_disconnected', lambda: False)

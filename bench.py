@@ -13,11 +13,11 @@ $ python bench.py --serve --block_size=1024           # api.py under load, besid
 $ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
 $ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
 
-Each program that is compared (a side) runs in its own process, with the same weights. In each round
-every side is measured once, in turn, so that a machine's changing speed favors none. Figures are
-medians over the rounds, with the lowest and the highest. A ratio is printed only between sides that
-did the same amount of work with the same result, if there is one: the loss before training, a
-prompt's logits, tokens in float32.
+Each implementation that is compared runs in its own process, with the same weights. Measurements
+are interleaved: a round measures every implementation once, so that a machine's changing speed
+favors none. Figures are medians over the rounds, with the lowest and the highest. A ratio of two
+is printed only if both did the same amount of work with the same result, where there is one to
+compare: the loss before training, a prompt's logits, tokens in float32.
 """
 
 import importlib.metadata
@@ -39,11 +39,12 @@ from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report, print_row
 from flatgpt.benchmarks.training import bench_processes, bench_saving, bench_training
 from flatgpt.benchmarks.validate import (
+    check_benchmark_settings,
     check_memory,
     check_modes,
-    check_settings,
     check_used,
     check_writable,
+    compared_runs,
     requested_benchmarks,
 )
 from flatgpt.runtime import Runtime, pick_device, pick_dtype
@@ -51,12 +52,12 @@ from flatgpt.training import metrics
 from sample import load
 
 # -----------------------------------------------------------------------------
-# jobs
-only = ''  # jobs: training,prefill,decode,quality,data,startup,saving,processes; '': the first six
+# benchmarks
+only = ''  # of training,prefill,decode,quality,data,startup,saving,processes; '': the first six
 quick = False  # fewer rounds and, unless a shape is given, a small model
-rounds = 5  # repetitions: each program (side) is measured once per round
+rounds = 5  # repetitions: each implementation is measured once per round
 nanogpt: str | None = None  # folder of a nanoGPT checkout to compare with
-serve = False  # load-test api.py instead of these jobs
+serve = False  # load-test api.py instead of these benchmarks
 profile = False  # measure flatGPT once under torch's profiler, and write the trace
 json = 'bench.json'  # output file with all figures
 compare: str | None = None  # run directories 'a,b': plot their losses into runs.png instead
@@ -74,7 +75,7 @@ formats = 'float32,bfloat16,int8'  # number formats of the weights
 # serving
 clients = 16  # concurrent clients; each sends its next request when the previous one is complete
 serve_format = 'bfloat16'  # number format of the weights
-# quality (perplexity in each format), and tasks (instead of jobs)
+# quality (perplexity in each format), and tasks (instead of benchmarks)
 out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
 dataset: str | None = None  # quality: dataset to evaluate on; None: that of the run
 task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
@@ -119,7 +120,7 @@ def run_benchmarks(settings: dict) -> None:
     """Run the benchmarks, or the load test of api.py."""
     names = requested_benchmarks(settings, [*BENCHMARKS], EXTRA_BENCHMARKS)
     check_used(settings, ['serve'] if settings['serve'] else names)
-    check_settings(settings, names)
+    check_benchmark_settings(settings, names)
     check_writable(settings)
     device = pick_device(settings['device'])
     runtime = Runtime(device, pick_dtype(settings['dtype'], device, training=True))
@@ -128,7 +129,7 @@ def run_benchmarks(settings: dict) -> None:
     report = Report(settings, measure_machine(runtime))
     settings['benchmarks'] = names
     functions = [bench_serving] if settings['serve'] else [BENCHMARKS[name] for name in names]
-    print_row('job', 'side', 'tokens/s, median (low to high)', '')
+    print_row('benchmark', 'variant', 'tokens/s, median (low to high)', '')
     try:
         for bench in dict.fromkeys(functions):  # prefill and decoding share theirs
             bench(settings, runtime, report)
@@ -148,7 +149,7 @@ def bench_tasks(settings: dict) -> None:
     versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
     report = Report(settings, {'device': pick_device(settings['device']), **versions})
     try:
-        lm_eval.run(settings, report.entries, load)
+        lm_eval.score_tasks(settings, report.entries, load)
     finally:
         if report.entries:
             report.write()
@@ -157,7 +158,7 @@ def bench_tasks(settings: dict) -> None:
 def main(settings: dict) -> None:
     check_modes(settings)
     if settings['compare'] is not None:
-        print(metrics.draw_runs(settings['compare'].split(','), 'runs.png'))
+        print(metrics.draw_runs(compared_runs(settings), 'runs.png'))
     elif settings['task']:
         bench_tasks(settings)
     else:

@@ -68,15 +68,17 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
             elif (path := find_config(arg, positional)) is not None:
                 ignored = {} if script and Path(script).name == 'train.py' else train_settings()
                 values |= read_config(path, values, types, ignored, mistakes)
-            elif before.startswith('--') and '=' not in before and mistakes.lines:
+            elif before.startswith('-') and '=' not in before and mistakes.lines:
                 pass  # the value of a flag without =, which is already reported
+            elif lacks_dashes(arg, types):
+                raise ConfigError(correct_flag(arg, types, after, positional))
             elif positional is None:
-                raise ConfigError(unknown_config(arg, types))
+                raise ConfigError(unknown_config(arg))
             elif prompt is not None:
                 raise ConfigError(f'{arg}: is a second prompt; quote a prompt that contains spaces')
             else:
                 values[positional] = prompt = arg
-                if hint := prompt_hint(arg, types, positional):
+                if hint := prompt_hint(arg, positional):
                     print(f'{arg}: is used as the prompt; {hint}', file=sys.stderr)
     mistakes.raise_all()
     return values
@@ -88,12 +90,27 @@ def is_flag(arg: str, positional: str | None) -> bool:
     return arg.startswith('--') and not is_prompt
 
 
-def prompt_hint(arg: str, settings, positional: str) -> str:
+def lacks_dashes(arg: str, settings) -> bool:
+    """Whether an argument is -name or -name=value, or name=value with the name of a setting."""
+    if arg.startswith('-'):
+        return re.fullmatch(r'-[a-zA-Z]\S*', arg.partition('=')[0]) is not None
+    return arg.split() == [arg] and '=' in arg and arg.partition('=')[0] in settings
+
+
+def correct_flag(arg: str, types: dict, after: str, positional: str | None) -> str:
+    """The error line for an argument that lacks dashes. after: the next argument."""
+    key, equals, _ = arg.lstrip('-').partition('=')
+    check_known(key, types, arg)
+    needs_value = not equals and 'bool' not in types[key]
+    value = f'={example_value(types[key], after)}' if needs_value else ''
+    hint = f'; to use it as the prompt: --{positional}={arg}' if positional else ''
+    return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}{value}{hint}'
+
+
+def prompt_hint(arg: str, positional: str) -> str:
     """What the user of a one-word prompt may have meant instead, '' if nothing."""
     if arg.split() != [arg]:
         return ''
-    if '=' in arg and arg.lstrip('-').partition('=')[0] in settings:
-        return f'a setting needs two dashes: --{arg.lstrip("-")}'
     if os.path.isdir(arg):
         return f'to use the model in this directory: --out_dir={arg}'
     if os.path.isfile(arg):
@@ -126,10 +143,15 @@ def read_flag(arg: str, types: dict, after: str = '') -> dict:
     key, equals, text = arg[2:].partition('=')
     check_known(key, types, arg)
     if not equals and 'bool' not in types[key]:
-        example = after if after and after[0] != '-' else TYPES[types[key][0]][1]
-        raise ConfigError(f'{arg}: needs {describe(types[key])}, for example {arg}={example}')
+        example = f'{arg}={example_value(types[key], after)}'
+        raise ConfigError(f'{arg}: needs {describe_types(types[key])}, for example {example}')
     value = parse_value(text, types[key], arg) if equals else True
     return {key: check_type(key, value, types[key], arg)}
+
+
+def example_value(types: tuple, after: str):
+    """A value for a flag without one: the next argument, unless that is a flag."""
+    return after if after and after[0] != '-' else TYPES[types[0]][1]
 
 
 def read_config(path: Path, values: dict, types: dict, ignored: dict, mistakes: Mistakes) -> dict:
@@ -181,16 +203,14 @@ def find_config(arg: str, positional: str | None = None) -> Path | None:
         if positional and arg.split() != [arg]:
             return None
         hint = f'; to use it as the prompt: --{positional}={arg}' if positional else ''
-        raise ConfigError(unknown_config(arg, {}) + hint)
+        raise ConfigError(unknown_config(arg) + hint)
     with contextlib.suppress(OSError):
         return bare if arg.isidentifier() and bare.is_file() else None
 
 
-def unknown_config(arg: str, settings) -> str:
+def unknown_config(arg: str) -> str:
     """The error line for an argument that is neither a flag nor a config."""
     names = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
-    if arg.lstrip('-').partition('=')[0] in settings:
-        return f'{arg}: a setting needs two dashes: --{arg.lstrip("-")}'
     if os.path.isdir(arg):
         return f'{arg}: is a directory, not a config file; did you mean --out_dir={arg}?'
     if os.path.isfile(arg):
@@ -205,7 +225,7 @@ def check_known(key: str, settings, source: str, hint: str = '--help lists all s
         return
     if key in REMOVED_SETTINGS:
         raise ConfigError(f'{source}: the setting {key!r} was removed; omit it')
-    if source.startswith('--') and key in train_settings():
+    if source.startswith('-') and key in train_settings():
         hint = 'it is a setting of train.py; omit it here'
     hint = did_you_mean(key, settings).strip() or hint
     raise ConfigError(f'{source}: unknown setting {key!r}; {hint}')
@@ -229,7 +249,7 @@ def parse_value(text: str, types: tuple, source: str):
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise ConfigError(f'{source}: needs {describe(types)}') from None
+        raise ConfigError(f'{source}: needs {describe_types(types)}') from None
 
 
 def check_type(key: str, value, types: tuple, source: str):
@@ -241,10 +261,12 @@ def check_type(key: str, value, types: tuple, source: str):
         if abs(value) <= sys.float_info.max:
             return float(value)
         raise ConfigError(f'{source}: {key} must be between -1.7e308 and 1.7e308')
-    raise ConfigError(f'{source}: {key} needs {describe(types)}, not {kind} {short_repr(value)}')
+    raise ConfigError(
+        f'{source}: {key} needs {describe_types(types)}, not {kind} {short_repr(value)}'
+    )
 
 
-def describe(types: tuple) -> str:
+def describe_types(types: tuple) -> str:
     return ' or '.join(TYPES[name][0] for name in types)
 
 

@@ -8,7 +8,7 @@ $ python sample.py --out_dir=out/my_run --chat       # a console that remembers 
 $ python sample.py --batch=prompts.jsonl --out=answers.jsonl
 
 An argument that starts with -- is a setting. A .py file or the name of a config is a config. Any
-other argument is the prompt; --start= accepts every prompt.
+other argument is the prompt; --start= accepts every prompt, even one such as -x or seed=1.
 
 A .txt batch file has one prompt per line. A .jsonl or .ndjson file has one object per line: a
 "prompt", optionally an "id", and sampling settings for this prompt, where "stop" is a string or a

@@ -123,9 +123,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         flags = [flag for action in self._actions for flag in action.option_strings]
-        word = re.search(r'--\w+', message)
+        word = re.search(r'(?<!\S)--?(\w+)', message)
         unknown = message.startswith('unrecognized') and word
-        hint = did_you_mean(word[0], flags) if unknown else ''
+        hint = did_you_mean(f'--{word[1]}', flags) if unknown else ''
         raise UserError(f'{message}; {hint}--help lists the arguments')
 
 

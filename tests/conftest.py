@@ -218,6 +218,12 @@ def script(environment, shared):
 
 
 @pytest.fixture
+def in_empty_folder(tmp_path, monkeypatch):
+    """Run the test in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def small_machine(monkeypatch):
     """Measure the machine with small matrices and reads."""
     monkeypatch.setitem(machine.MATRIX_SIZE, 'cpu', 128)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ERRORS = 'UserError ConfigError CheckpointError APIError ValueError field_error'.split()
 SOURCES = ('*.py', 'flatgpt/**/*.py', 'data/*/*.py')
 HOLE = '{}'  # stands for what a line is filled with
+TABLES = ('PROBLEMS', 'NEEDS', 'SHAPES')  # dicts of lines, or of parts of them
 # Lines without an example, by a part of each: why no test can follow it
 WITHOUT = {
     'the client disconnected': 'nobody receives it; it is for the log',
@@ -99,12 +100,24 @@ def _called(node):
 
 
 def _lines_of(tree):
+    for number, text in (*_raised_in(tree), *_listed_in(tree)):
+        if len(re.findall('[a-z]', text)) > 5:  # else it only hands on another's
+            yield number, text
+
+
+def _raised_in(tree):
     for scope in [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]:
         for node in ast.walk(scope):
             if _called(node) in ERRORS:
                 for text in _texts(node, scope, tree):
-                    if len(re.findall('[a-z]', text)) > 5:  # else it only hands on another's
-                        yield node.lineno, text
+                    yield node.lineno, text
+
+
+def _listed_in(tree):
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in TABLES:
+            for value in node.value.values:
+                yield value.lineno, re.sub(r'{\w+}', HOLE, text_of(value))
 
 
 def _texts(error, scope, tree):

@@ -136,8 +136,8 @@ def connect(port, **body):
     return connection
 
 
-def free_again(service, seconds=0.5):
-    """Whether all rows and the line are empty before this time has passed."""
+def free_again(service, seconds=10):
+    """Whether all slots and the queue are empty before this time has passed."""
     end = time.monotonic() + seconds
     while service.engine.running or service.engine.waiting or service.jobs:
         if time.monotonic() > end:

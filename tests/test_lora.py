@@ -677,7 +677,7 @@ def test_inspect_reports_the_base_and_only_adapters_are_exported(base, tuned, tm
     ],
     ids=' '.join,
 )
-def test_a_mistake_is_one_line_and_leaves_no_folder(base, run_here, tmp_path, args, parts):
+def test_a_mistake_is_one_line_and_creates_no_directory(base, run_here, tmp_path, args, parts):
     said = refused(run_here, f'--out_dir={tmp_path}/new', f'--init_from={base}', *args)
     assert all(part in said for part in parts), said
     assert not (tmp_path / 'new').exists()

@@ -34,7 +34,7 @@ from flatgpt.training.optim import build_optimizers
 from model import GPT, GPTConfig
 
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
-SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
+SHAPE_SETTINGS = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout', 'bias')
 # of every implementation that trains
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 0.1
 OPTIMIZER = {  # ours
@@ -50,7 +50,7 @@ OPTIMIZER = {  # ours
 # shared by all implementations
 
 
-def build_model(settings: dict) -> GPT:
+def build_random_model(settings: dict) -> GPT:
     """The model whose weights all implementations copy."""
     torch.manual_seed(settings['seed'])
     with as_config_error():
@@ -69,7 +69,7 @@ def build_meta_model(settings: dict) -> GPT:
 
 
 def model_config(settings: dict) -> GPTConfig:
-    shape = {name: settings[name] for name in SHAPE}
+    shape = {name: settings[name] for name in SHAPE_SETTINGS}
     return GPTConfig(arch=settings['arch'], n_kv_head=settings['n_kv_head'], **shape)
 
 
@@ -77,7 +77,7 @@ def transformers_model(settings: dict):
     """The same model in the class of `transformers`."""
     import transformers
 
-    ours = build_model(settings)
+    ours = build_random_model(settings)
     config = config_json(ours, tokenizer=None)
     kind = getattr(transformers, config['architectures'][0])
     model = kind(kind.config_class.from_dict(config))
@@ -162,10 +162,10 @@ class Training:
 # flatGPT
 
 
-def flatgpt(settings: dict, runtime: Runtime):
+def build_flatgpt(settings: dict, runtime: Runtime):
     if settings['workload'] != 'training':
         return FlatGPTGeneration(settings, runtime)
-    model = build_model(settings).to(runtime.device)
+    model = build_random_model(settings).to(runtime.device)
     compiled = runtime.wants_compile(settings['compile'])
     optimizers = build_optimizers(settings['optimizer'], model, **OPTIMIZER, compile=compiled)
     run = torch.compile(model, dynamic=False) if compiled else model
@@ -175,7 +175,9 @@ def flatgpt(settings: dict, runtime: Runtime):
 class FlatGPTGeneration:
     def __init__(self, settings: dict, runtime: Runtime):
         self.settings, self.device = settings, runtime.device
-        self.model = with_precision(build_model(settings).to(runtime.device), settings['format'])
+        self.model = with_precision(
+            build_random_model(settings).to(runtime.device), settings['format']
+        )
         self.tokenizer = placeholder_tokenizer(settings['vocab_size'])
         self.sampling = SamplingParams(max_new_tokens=settings['new_tokens'], temperature=0)
         self.engines: dict[int, Engine] = {}
@@ -219,7 +221,7 @@ class FlatGPTGeneration:
 
         def on_output(output: TokenOutput) -> None:
             tokens.append(output.token)
-            if output.finish and prompts:
+            if output.finish_reason and prompts:
                 engine.submit(Request(prompts.pop(), self.sampling, on_output))
 
         begin = time.perf_counter()
@@ -234,7 +236,7 @@ class FlatGPTGeneration:
 # transformers, as its documentation uses it
 
 
-def transformers(settings: dict, runtime: Runtime):
+def build_transformers(settings: dict, runtime: Runtime):
     if settings['arch'] == 'modern' and settings['dropout']:
         raise UserError("transformers has no dropout with arch='modern'; use --dropout=0")
     model = transformers_model(settings)
@@ -322,16 +324,20 @@ def token_timer(times: list[float]):
 # nanoGPT
 
 
-def nanogpt(settings: dict, runtime: Runtime) -> Training:
+def build_nanogpt(settings: dict, runtime: Runtime) -> Training:
     """The training step of nanoGPT's train.py: no autocast on a CPU, its own AdamW."""
     module = import_nanogpt(settings['nanogpt'])
-    shape = {name: settings[name] for name in SHAPE}
+    shape = {name: settings[name] for name in SHAPE_SETTINGS}
     model = module.GPT(module.GPTConfig(**shape)).to(runtime.device)
-    model.load_state_dict(build_model(settings).state_dict(), strict=False)
+    model.load_state_dict(build_random_model(settings).state_dict(), strict=False)
     adamw = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, BETAS, runtime.device_type)
     autocast = contextlib.nullcontext if runtime.device_type == 'cpu' else runtime.autocast
     run = torch.compile(model) if runtime.wants_compile(settings['compile']) else model
     return Training(settings, model, lambda x, y: run(x, y)[1], [adamw], autocast)
 
 
-BUILDERS = {'flatGPT': flatgpt, 'transformers': transformers, 'nanoGPT': nanogpt}
+BUILDERS = {
+    'flatGPT': build_flatgpt,
+    'transformers': build_transformers,
+    'nanoGPT': build_nanogpt,
+}

@@ -47,9 +47,9 @@ def bench_data(settings: dict, runtime: Runtime, report: Report) -> None:
     for shards in SHARDS[:2] if settings['quick'] else SHARDS:
         with tempfile.TemporaryDirectory() as folder:
             measurements = read_batches(write_shards(Path(folder), shards), settings['rounds'])
-        side = counted(shards, 'file')
+        variant = counted(shards, 'file')
         note = 'batches of 64 x 1,024, in CPU time of one core'
-        report.compare('data reading', {side: measurements}, {side: note}, {})
+        report.compare('data reading', {variant: measurements}, {variant: note}, {})
 
 
 # -----------------------------------------------------------------------------
@@ -60,18 +60,18 @@ def bench_preparing(
     tokenizer: str, folder: str, texts: list[str], settings: dict, report: Report
 ) -> None:
     """Time data/text/prepare.py; for GPT-2's tokenizer also baselines that only encode."""
-    sides = {'flatGPT': lambda: time_preparation(tokenizer, folder)}
+    implementations = {'flatGPT': lambda: time_preparation(tokenizer, folder)}
     notes = {'flatGPT': 'read, split, encoded, written, hashed, synced'}
     if tokenizer == 'gpt2':
         gpt2 = get_tokenizer('gpt2')
         slow = gpt2.accelerate()
         notes['flatGPT'] += ', by ' + (f'tiktoken: {slow}' if slow else 'gigatoken')
-        add_baselines(sides, notes, gpt2, texts)
-    measurements = {side: [] for side in notes}  # also of one that is not installed
+        add_baselines(implementations, notes, gpt2, texts)
+    measurements = {name: [] for name in notes}  # also of one that is not installed
     for _ in range(min(ROUNDS, settings['rounds'])):
-        for side, run in sides.items():
-            measurements[side].append(Measurement(*run()))
-    tolerances = {side: {'flatGPT': 0.0} for side in sides if side != 'flatGPT'}
+        for name, run in implementations.items():
+            measurements[name].append(Measurement(*run()))
+    tolerances = {name: {'flatGPT': 0.0} for name in implementations if name != 'flatGPT'}
     report.compare(f'data {tokenizer}', measurements, notes, tolerances)
 
 
@@ -129,12 +129,12 @@ def time_preparation(name: str, folder: str) -> tuple[float, dict]:
     return seconds, {'tokens': len(ids), 'result': [float(ids.sum())]}
 
 
-def add_baselines(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None:
+def add_baselines(implementations: dict, notes: dict, tokenizer, texts: list[str]) -> None:
     """Add the batch encoders of tiktoken and transformers, on all cores and text in memory."""
     import tiktoken
 
     gpt2 = tiktoken.get_encoding('gpt2')
-    sides['tiktoken'] = lambda: timed(
+    implementations['tiktoken'] = lambda: timed(
         lambda: gpt2.encode_ordinary_batch(texts, num_threads=cores())
     )
     notes['tiktoken'] = notes['transformers'] = 'ids in memory'
@@ -143,7 +143,7 @@ def add_baselines(sides: dict, notes: dict, tokenizer, texts: list[str]) -> None
     except ImportError:
         notes['transformers'] = 'transformers is not installed'
         return
-    sides['transformers'] = lambda: timed(
+    implementations['transformers'] = lambda: timed(
         lambda: theirs(texts, add_special_tokens=False)['input_ids']
     )
 

@@ -21,14 +21,14 @@ from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import (
     SMALL,
     build_meta_model,
-    build_model,
+    build_random_model,
     transformers_model,
     with_precision,
 )
 from flatgpt.benchmarks.implementations import (
     Implementation,
     Measurement,
-    measure_in_turns,
+    measure_interleaved,
     print_profile,
     start_implementations,
 )
@@ -55,20 +55,20 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', kind) for kind in formats]
     names += [('transformers', kind) for kind in formats if kind != 'int8']
     row_counts = [int(count) for count in settings['rows'].split(',')]
-    with start_implementations(names, settings, 'generation') as sides:
-        for job in ('prefill', 'decode'):
-            if job not in settings['benchmarks']:
+    with start_implementations(names, settings, 'generation') as implementations:
+        for method in ('prefill', 'decode'):
+            if method not in settings['benchmarks']:
                 continue
             for rows in row_counts:
-                measurements = measure_in_turns(sides, settings, job, rows)
+                measurements = measure_interleaved(implementations, settings, method, rows)
                 notes = {}
-                for side in sides:
-                    own = measurements[side.label] if side.name == 'flatGPT' else []
-                    share = [share_of_limit(settings, report, job, side, rows, own)] if own else []
-                    notes[side.label] = ', '.join(filter(None, [*share, side.failure]))
-                name = f'{job} {counted(rows, "row")}'
+                for each in implementations:
+                    own = measurements[each.label] if each.name == 'flatGPT' else []
+                    share = own and share_of_limit(settings, report, method, each, rows, own)
+                    notes[each.label] = ', '.join(filter(None, [share, each.failure]))
+                name = f'{method} {counted(rows, "row")}'
                 report.compare(name, measurements, notes, tolerances_of(formats))
-            print_profile(sides[0], settings, job, row_counts[0])
+            print_profile(implementations[0], settings, method, row_counts[0])
 
 
 def formats_of(settings: dict) -> list[str]:
@@ -90,8 +90,8 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
 def share_of_limit(
     settings: dict,
     report: Report,
-    job: str,
-    side: Implementation,
+    method: str,
+    implementation: Implementation,
     rows: int,
     measurements: list[Measurement],
 ) -> str:
@@ -99,16 +99,16 @@ def share_of_limit(
 
     A step computes the whole prompt in prefill, and one token per row in decoding.
     """
-    machine, prefill = report.machine, job == 'prefill'
+    machine, prefill = report.machine, method == 'prefill'
     model = build_meta_model(settings)
     steps = 1 if prefill else settings['new_tokens'] - 1
-    cache = 0 if prefill else rows * cache_bytes(settings, machine, side.format)
-    weights = model.num_params() * WEIGHT_BYTES[side.format]
+    cache = 0 if prefill else rows * cache_bytes(settings, machine, implementation.format)
+    weights = model.num_params() * WEIGHT_BYTES[implementation.format]
     reading = (weights + cache) / machine['read_bytes_per_second']
     head = settings['vocab_size'] * settings['n_embd']  # applied to one token per row
     tokens = settings['prompt_tokens'] if prefill else 1
     flops = 2 * rows * ((model.num_params() - head) * tokens + head)
-    dtype = 'bfloat16' if side.format == 'int8' else side.format
+    dtype = 'bfloat16' if implementation.format == 'int8' else implementation.format
     computing = flops / machine.get(f'flops_{dtype}', math.inf)
     seconds = statistics.median(measurement.seconds for measurement in measurements) / steps
     limit = 'memory-bandwidth' if reading > computing else 'compute'
@@ -202,17 +202,17 @@ def bench_startup(settings: dict, runtime: Runtime, report: Report) -> None:
         commands = startup_commands({**settings, **shape, 'device': 'cpu'}, Path(folder))
         if 'transformers' not in commands:
             print_row('startup', 'transformers', '', 'not installed')
-        measurements = {side: [] for side in commands}
+        measurements = {variant: [] for variant in commands}
         for _ in range(settings['rounds']):
-            for side, command in commands.items():
-                measurements[side].append(first_token(command))
-    for side, own in measurements.items():
-        note = notes[side]
-        if side != 'flatGPT':
+            for variant, command in commands.items():
+                measurements[variant].append(first_token(command))
+    for variant, own in measurements.items():
+        note = notes[variant]
+        if variant != 'flatGPT':
             note += f', {compare_startup(measurements["flatGPT"], own)}'
         seconds = [seconds for seconds, _ in own]
-        print_row('startup', side, format_spread(seconds, '.2f') + ' seconds', note)
-        report.add('startup', side, note, seconds=summarize(seconds))
+        print_row('startup', variant, format_spread(seconds, '.2f') + ' seconds', note)
+        report.add('startup', variant, note, seconds=summarize(seconds))
 
 
 def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
@@ -220,7 +220,9 @@ def startup_commands(settings: dict, folder: Path) -> dict[str, list]:
     letters = [chr(0x4E00 + i) for i in range(settings['vocab_size'])]
     run, exported = folder / 'run', folder / 'transformers'
     tokenizer = char_tokenizer(letters)
-    save_checkpoint(run, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    save_checkpoint(
+        run, build_random_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False
+    )
     options = [f'--out_dir={run}', '--num_samples=1', '--max_new_tokens=1', '--temperature=0']
     options += ['--device=cpu', '--dtype=float32']
     commands = {'flatGPT': [sys.executable, ROOT / 'sample.py', letters[1], *options]}

@@ -1,9 +1,9 @@
 """
-The implementations that bench.py compares, each in a process of its own, measured in turns.
+The implementations that bench.py compares, each in a process of its own, measured alternately.
 
     names = [('flatGPT', 'int8'), ('transformers', 'bfloat16')]
     with start_implementations(names, settings, 'generation') as implementations:
-        measurements = measure_in_turns(implementations, settings, 'decode', 8)
+        measurements = measure_interleaved(implementations, settings, 'decode', 8)
         measurements['flatGPT int8']                           # [Measurement(...), ...]
 
 An implementation measures its own seconds and reports the work it did, so that only equal work is
@@ -127,7 +127,7 @@ def start_implementations(
             implementation.close()
 
 
-def measure_in_turns(
+def measure_interleaved(
     implementations: list[Implementation], settings: dict, method: str, *arguments
 ) -> dict[str, list[Measurement]]:
     """Measurements of each implementation, alternating, after one warm-up each."""

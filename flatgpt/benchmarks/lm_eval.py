@@ -42,7 +42,7 @@ from model import GPT
 TASKS_DIR = Path(__file__).parent / 'tasks'  # tasks that the harness lacks
 COMMON_TASKS = ('lambada', 'hellaswag', 'blimp')  # folders that are indexed first
 ALIASES = {'lambada': 'lambada_openai'}  # our name -> the harness's
-SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+GPT2_SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 SOURCES = 'Radford et al. 2019, table 3; HellaSwag: llm.c, hellaswag.py; BLiMP: its results file'
 PUBLISHED = {  # scores of these sizes, from SOURCES
     ('lambada_openai', 'perplexity'): (35.13, 15.60, 10.87, 8.63),
@@ -79,7 +79,7 @@ def windows(context: list[int], continuation: list[int], size: int) -> Iterator[
         yield tuple(tokens[max(0, end - 1 - size) : end - 1]), tokens[start:end]
 
 
-def batches(rows: list, length=len) -> Iterator[list]:
+def batch_by_length(rows: list, length=len) -> Iterator[list]:
     """Rows in groups of BATCH_TOKENS at most, or of one; the longest first, for little padding."""
     rows = sorted(rows, key=length, reverse=True)
     at = 0
@@ -216,7 +216,7 @@ class Scorer(TemplateLM):
         is_terminal = self.screen.isatty()
         options = {'desc': self.task, 'unit': 'token', 'unit_scale': True, 'leave': False}
         with tqdm(total=total, file=self.screen, disable=not is_terminal, **options) as bar:
-            for batch in batches(rows, length):
+            for batch in batch_by_length(rows, length):
                 yield batch
                 tokens = sum(map(length, batch))
                 bar.update(tokens)
@@ -255,7 +255,7 @@ def task_index(names: list[str]) -> TaskManager:
     return TaskManager(include_path=str(TASKS_DIR))
 
 
-def check_names(names: list[str], manager: TaskManager) -> None:
+def check_tasks(names: list[str], manager: TaskManager) -> None:
     """UserError for the first name that is neither a task nor the path of a task file."""
     for name in names:
         if Path(name).suffix in ('.yaml', '.yml'):
@@ -332,7 +332,7 @@ def metrics_of(task: str, scores: dict, samples: list[dict]) -> dict:
         stderr = scores.get(f'{metric}_stderr,{filter_name}')
         if not isinstance(stderr, float):
             stderr = ratio_stderr(metric, value, [sample.get(metric) for sample in samples])
-        published = dict(zip(SIZES, PUBLISHED.get((task, metric), ()), strict=False))
+        published = dict(zip(GPT2_SIZES, PUBLISHED.get((task, metric), ()), strict=False))
         label = metric if filter_name == 'none' else f'{metric}, {filter_name}'
         metrics[label] = {'value': float(value), 'stderr': stderr, 'published': published}
     return metrics
@@ -401,7 +401,9 @@ def wrong_text(lm: Scorer, task, sample: dict) -> tuple | None:
 # the command
 
 
-def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]) -> None:
+def score_tasks(
+    settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, Tokenizer]]
+) -> None:
     """bench.py --task: score each task, print it and add its entries to `entries`.
 
     load: loads the model and its tokenizer from the settings. All settings, the model and the data
@@ -410,7 +412,7 @@ def run(settings: dict, entries: list[dict], load: Callable[[dict], tuple[GPT, T
     set_up_harness()
     names = [*dict.fromkeys(settings['task'].split(','))]
     index = task_index(names)
-    check_names(names, index)
+    check_tasks(names, index)
     exact = settings['dtype'] == 'auto' and not settings['quantize']
     model, tokenizer = load({**settings, 'dtype': 'float32'} if exact else settings)
     lm = Scorer(model, tokenizer, settings['seed'])
@@ -428,7 +430,7 @@ def header(loaded: Iterable[dict]) -> str:
     names = {name for task in loaded for name in [*task['tasks'], *task['groups']]}
     if not names & {task for task, _ in PUBLISHED}:
         return title
-    sizes = ''.join(f'{size.removeprefix("gpt2-"):>8}' for size in SIZES)
+    sizes = ''.join(f'{size.removeprefix("gpt2-"):>8}' for size in GPT2_SIZES)
     return f'GPT-2 as published: {SOURCES}\n{title}{sizes}'
 
 
@@ -442,7 +444,7 @@ def rows_of(entries: list[dict]) -> Iterator[str]:
             error = '' if score['stderr'] is None else f'± {format_figure(score["stderr"])}'
             value = f'{format_figure(score["value"]):>8} {error:<10} {entry["examples"]:>8,}'
             published = ''.join(
-                f'{format_figure(score["published"].get(size)):>8}' for size in SIZES
+                f'{format_figure(score["published"].get(size)):>8}' for size in GPT2_SIZES
             )
             yield f'{task:<16} {metric:<16} {value}{published}'.rstrip()
             task = ''

@@ -3,7 +3,7 @@ Load test of api.py: throughput and latency for many clients.
 
 $ python bench.py --serve --block_size=1024
 
-    with Server(run_folder, max_rows=16) as server:          # python api.py, a process of its own
+    with ServerProcess(run_folder, max_rows=16) as server:   # python api.py, a process of its own
         completions = closed_loop(server.address, bodies, clients=16)
         print(percentiles([completion.total for completion in completions]))
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import build_model, placeholder_tokenizer, random_prompts
+from flatgpt.benchmarks.baselines import build_random_model, placeholder_tokenizer, random_prompts
 from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.checkpoint.save import save_checkpoint
@@ -47,7 +47,7 @@ class Completion:
     gaps: list[float] = field(default_factory=list)  # between events, each with one or more tokens
 
 
-class Server:
+class ServerProcess:
     """python api.py on a free port, stopped at the end of the `with`."""
 
     def __init__(self, out_dir: Path, **settings):
@@ -61,7 +61,7 @@ class Server:
             encoding='utf-8',
         )
 
-    def __enter__(self) -> 'Server':
+    def __enter__(self) -> 'ServerProcess':
         for text in self.process.stdout:
             if found := re.search(r'http://([\d.]+):(\d+)', text):
                 self.address = found[1], int(found[2])
@@ -221,7 +221,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         start_implementations(names, settings, 'generation') as (ours, theirs),
-        Server(save_random(Path(folder), settings), **flags) as server,
+        ServerProcess(save_random(Path(folder), settings), **flags) as server,
     ):
         bench_throughput(settings, report, server, ours, theirs)
         bench_lone_client(settings, report, server, ours)
@@ -229,14 +229,16 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     tiny = {'n_layer': 2, 'n_head': 2, 'n_embd': 64, 'n_kv_head': None, 'vocab_size': 256}
     with tempfile.TemporaryDirectory() as folder:
         run = save_random(Path(folder), {**settings, **tiny})
-        with Server(run, max_rows=clients) as server:
+        with ServerProcess(run, max_rows=clients) as server:
             bench_overhead(settings, report, server)
 
 
 def save_random(folder: Path, settings: dict) -> Path:
     """A run directory with the same weights as the other implementations."""
     tokenizer = placeholder_tokenizer(settings['vocab_size'])
-    save_checkpoint(folder, build_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False)
+    save_checkpoint(
+        folder, build_random_model(settings), [], tokenizer, {'step': 0}, keep_evaluated=False
+    )
     return folder
 
 
@@ -254,7 +256,7 @@ def check_all_complete(completions: list[Completion]) -> None:
         )
 
 
-def timed_loop(server: Server, bodies: list[dict], clients: int) -> Measurement:
+def timed_loop(server: ServerProcess, bodies: list[dict], clients: int) -> Measurement:
     """Measure a closed loop; UserError if a request failed."""
     begin = time.perf_counter()
     completions = closed_loop(server.address, bodies, clients)
@@ -264,49 +266,56 @@ def timed_loop(server: Server, bodies: list[dict], clients: int) -> Measurement:
 
 
 def bench_throughput(
-    settings: dict, report: Report, server: Server, ours: Implementation, theirs: Implementation
+    settings: dict,
+    report: Report,
+    server: ServerProcess,
+    ours: Implementation,
+    theirs: Implementation,
 ) -> None:
     """Tokens per second of the same requests, by each implementation."""
     clients, count = settings['clients'], 4 * settings['clients']
-    http_side, engine_side = f'{clients} clients, HTTP', f'{clients} clients, engine'
+    http_name, engine_name = f'{clients} clients, HTTP', f'{clients} clients, engine'
     bodies = request_bodies(settings, count)
-    sides = {
-        http_side: lambda: timed_loop(server, bodies, clients),
-        engine_side: lambda: ours.measure('serve', clients, count),
+    variants = {
+        http_name: lambda: timed_loop(server, bodies, clients),
+        engine_name: lambda: ours.measure('serve', clients, count),
         'transformers static': lambda: theirs.measure('generate', clients),
         'transformers continuous': lambda: theirs.measure('serve', clients),
     }
-    speeds = {side: [] for side in sides}
+    speeds = {variant: [] for variant in variants}
     for number in range(settings['rounds'] + 1):
-        for side, run in sides.items():
+        for variant, run in variants.items():
             measurement = run()
             if number and measurement:
-                speeds[side].append(measurement.tokens_per_second)
+                speeds[variant].append(measurement.tokens_per_second)
     each = (
         f'{counted(count, "prompt")} of {settings["prompt_tokens"]}, '
         f'{counted(settings["new_tokens"], "token")} each'
     )
     notes = {
-        http_side: f"api.py: {each}, each sent when the client's previous one is complete",
-        engine_side: ours.failure or 'the same without HTTP',
+        http_name: f"api.py: {each}, each sent when the client's previous one is complete",
+        engine_name: ours.failure or 'the same without HTTP',
         'transformers static': theirs.failure
         or f'generate() of {counted(clients, "prompt")} at once',
         'transformers continuous': theirs.failure
         or f'generate_batch() of {counted(clients, "prompt")} at once',
     }
-    for side, values in speeds.items():
-        print_row('serving', side, format_spread(values, ',.0f') if values else '', notes[side])
+    for variant, values in speeds.items():
+        figures = format_spread(values, ',.0f') if values else ''
+        print_row('serving', variant, figures, notes[variant])
         figures = {'tokens_per_second': summarize(values)} if values else {}
-        if values and side != http_side:
-            pairs = zip(speeds[http_side], values, strict=True)
+        if values and variant != http_name:
+            pairs = zip(speeds[http_name], values, strict=True)
             ratios = [over_http / other for over_http, other in pairs]
             spread = format_spread(ratios, '.2f')
-            print(f'{"":<16} {http_side} are {spread} times as fast', flush=True)
+            print(f'{"":<16} {http_name} are {spread} times as fast', flush=True)
             figures['times as fast are clients over HTTP'] = summarize(ratios)
-        report.add('serving', side, notes[side], **figures)
+        report.add('serving', variant, notes[variant], **figures)
 
 
-def bench_lone_client(settings: dict, report: Report, server: Server, ours: Implementation) -> None:
+def bench_lone_client(
+    settings: dict, report: Report, server: ServerProcess, ours: Implementation
+) -> None:
     """One client of api.py, compared with generating as sample.py does."""
     shares, speeds = [], []
     for number in range(settings['rounds'] + 1):
@@ -323,7 +332,7 @@ def bench_lone_client(settings: dict, report: Report, server: Server, ours: Impl
     report.add('serving', 'one client, HTTP', note, **figures)
 
 
-def bench_latency(settings: dict, report: Report, server: Server) -> None:
+def bench_latency(settings: dict, report: Report, server: ServerProcess) -> None:
     """Latency of streams: in a closed loop, at random times, and 64 at once."""
     clients = settings['clients']
     streamed = {'stream': True, 'stream_options': {'include_usage': True}}
@@ -344,7 +353,7 @@ def bench_latency(settings: dict, report: Report, server: Server) -> None:
     report.add('serving', '/health beside 64 streams', note, seconds=health)
 
 
-def report_latency(report: Report, side: str, completions: list[Completion]) -> None:
+def report_latency(report: Report, variant: str, completions: list[Completion]) -> None:
     check_all_complete(completions)
     waits = {
         'to the first event': [each.first for each in completions],
@@ -356,15 +365,15 @@ def report_latency(report: Report, side: str, completions: list[Completion]) -> 
     }
     for what, seconds in waits.items():
         found = percentiles(seconds)
-        print_row('serving', side, format_milliseconds(found), what)
-        report.add('serving', side, what, seconds=found)
+        print_row('serving', variant, format_milliseconds(found), what)
+        report.add('serving', variant, what, seconds=found)
 
 
 def format_milliseconds(found: dict[str, float]) -> str:
     return ', '.join(f'{name} {value * 1e3:,.0f} ms' for name, value in found.items())
 
 
-def bench_overhead(settings: dict, report: Report, server: Server) -> None:
+def bench_overhead(settings: dict, report: Report, server: ServerProcess) -> None:
     """Completions of one token by a tiny model, whose time is mostly the server's overhead."""
     bodies = [{'prompt': [1, 2, 3], 'max_tokens': 1}] * 500
     rates = []

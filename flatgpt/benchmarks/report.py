@@ -20,19 +20,23 @@ class Report:
         self.settings = {name: settings[name] for name in settings if name != 'json'}
         self.command = ' '.join(['python bench.py', *sys.argv[1:]])
 
-    def add(self, job: str, side: str, note: str = '', **figures) -> None:
-        self.entries.append({'job': job, 'side': side, 'note': note, **figures})
+    def add(self, benchmark: str, variant: str, note: str = '', **figures) -> None:
+        self.entries.append({'benchmark': benchmark, 'variant': variant, 'note': note, **figures})
 
     def compare(
-        self, job: str, measurements: dict[str, list[Measurement]], notes: dict, tolerances: dict
+        self,
+        benchmark: str,
+        measurements: dict[str, list[Measurement]],
+        notes: dict,
+        tolerances: dict,
     ):
-        """Print and store a benchmark's rows: the speed of each side, its ratios to other sides.
+        """Print and store a benchmark's rows: the speed of each variant, and ratios to others.
 
-        A side is an implementation, or a variant of the workload. tolerances: side -> {another
-        side: the relative tolerance of their results}.
+        A variant is an implementation, with its number format, or the size of the workload.
+        tolerances: variant -> {another variant: the relative tolerance of their results}.
         """
-        for side, own in measurements.items():
-            note = notes.get(side) or ''
+        for variant, own in measurements.items():
+            note = notes.get(variant) or ''
             figures = {}
             speeds = [measurement.tokens_per_second for measurement in own]
             if own:
@@ -40,11 +44,11 @@ class Report:
                 figures['milliseconds'] = summarize(
                     [measurement.seconds * 1e3 for measurement in own]
                 )
-            print_row(job, side, format_spread(speeds, ',.0f') if own else '', note)
-            for other, tolerance in tolerances.get(side, {}).items():
+            print_row(benchmark, variant, format_spread(speeds, ',.0f') if own else '', note)
+            for other, tolerance in tolerances.get(variant, {}).items():
                 if own and measurements.get(other):
                     figures |= compare_with(other, measurements[other], own, tolerance)
-            self.add(job, side, note, **figures)
+            self.add(benchmark, variant, note, **figures)
 
     def write(self) -> None:
         content = {'command': self.command, 'settings': self.settings, 'machine': self.machine}
@@ -60,7 +64,7 @@ class Report:
 def compare_with(
     other: str, others: list[Measurement], own: list[Measurement], tolerance: float
 ) -> dict:
-    """Print how many times as fast another side is, or why there is no ratio -> the figure."""
+    """Print how many times as fast another variant is, or why there is no ratio -> the figure."""
     if reason := difference(others[0].work, own[0].work, tolerance):
         print(f'{"":<16} no ratio to {other}: {reason}', flush=True)
         return {f'no ratio to {other}': reason}
@@ -90,5 +94,5 @@ def format_spread(values: list[float], spec: str) -> str:
     return f'{statistics.median(values):{spec}} ({min(values):{spec}} to {max(values):{spec}})'
 
 
-def print_row(job: str, side: str, figures: str, note: str) -> None:
-    print(f'{job:<16} {side:<23} {figures:<40} {note}'.rstrip(), flush=True)
+def print_row(benchmark: str, variant: str, figures: str, note: str) -> None:
+    print(f'{benchmark:<16} {variant:<23} {figures:<40} {note}'.rstrip(), flush=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from flatgpt import ROOT
-from flatgpt.benchmarks.baselines import OPTIMIZER, build_meta_model, build_model
+from flatgpt.benchmarks.baselines import OPTIMIZER, build_meta_model, build_random_model
 from flatgpt.benchmarks.implementations import (
     Implementation,
     Measurement,
-    measure_in_turns,
+    measure_interleaved,
     print_profile,
     start_implementations,
 )
@@ -57,21 +57,21 @@ def bench_training(settings: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', ''), ('transformers', '')]
     if settings['nanogpt']:
         names.append(('nanoGPT', ''))
-    with start_implementations(names, settings, 'training') as sides:
-        measurements = measure_in_turns(sides, settings, 'training')
+    with start_implementations(names, settings, 'training') as implementations:
+        measurements = measure_interleaved(implementations, settings, 'training')
         notes = {}
-        for side in sides:
-            own = measurements[side.label]
-            details = [describe_step(side, own, settings, runtime, report)] if own else []
-            notes[side.label] = ', '.join(filter(None, [*details, side.failure]))
+        for each in implementations:
+            own = measurements[each.label]
+            details = own and describe_step(each, own, settings, runtime, report)
+            notes[each.label] = ', '.join(filter(None, [details, each.failure]))
         name = f'training {settings["batch_size"]}x{settings["block_size"]}'
-        tolerances = {side.label: {'flatGPT': 0.01} for side in sides[1:]}
+        tolerances = {each.label: {'flatGPT': 0.01} for each in implementations[1:]}
         report.compare(name, measurements, notes, tolerances)
-        print_profile(sides[0], settings, 'training')
+        print_profile(implementations[0], settings, 'training')
 
 
 def describe_step(
-    side: Implementation,
+    implementation: Implementation,
     measurements: list[Measurement],
     settings: dict,
     runtime: Runtime,
@@ -87,9 +87,9 @@ def describe_step(
     parts = [f'{measurement.seconds / settings["steps"] * 1e3:,.0f} ms a step', f'MFU {mfu:.0%}']
     if measurement.memory:
         parts.append(f'{measurement.memory / 2**30:.1f} GiB')
-    float32 = side.name == 'nanoGPT' and runtime.device_type == 'cpu'  # without autocast
+    float32 = implementation.name == 'nanoGPT' and runtime.device_type == 'cpu'  # without autocast
     parts.append('float32' if float32 else runtime.dtype_name)
-    if side.name != 'transformers' and runtime.wants_compile(settings['compile']):
+    if implementation.name != 'transformers' and runtime.wants_compile(settings['compile']):
         parts.append('compiled')
     return ', '.join(parts)
 
@@ -111,8 +111,8 @@ def bench_saving(settings: dict, runtime: Runtime, report: Report) -> None:
     shares = [pause / whole for pause, whole in zip(pauses, seconds, strict=True)]
     waits = f'pause {format_spread(pauses, ".2f")} s, {format_spread(shares, ".1%")}'
     note = f'{waits}; {size / parameters:.2f} bytes each'
-    side = f'{parameters / 1e6:,.1f}M parameters'
-    print_row('saving', side, f'{format_spread(seconds, ".1f")} s', note)
+    variant = f'{parameters / 1e6:,.1f}M parameters'
+    print_row('saving', variant, f'{format_spread(seconds, ".1f")} s', note)
     figures = {'pause_seconds': pauses, 'seconds': seconds, 'share': shares}
     figures = {name: summarize(values) for name, values in figures.items()}
     report.add('saving', 'flatGPT', note, bytes=size, parameters=parameters, **figures)
@@ -120,7 +120,7 @@ def bench_saving(settings: dict, runtime: Runtime, report: Report) -> None:
 
 def trained_model(settings: dict, runtime: Runtime) -> tuple:
     """A model and its AdamW after one update, so that there is optimizer state to save."""
-    model = build_model(settings).to(runtime.device)
+    model = build_random_model(settings).to(runtime.device)
     optimizers = build_optimizers('adamw', model, **OPTIMIZER)
     x = torch.zeros(1, settings['block_size'], dtype=torch.long, device=runtime.device)
     model(x, x)[1].backward()
@@ -151,7 +151,7 @@ def bench_processes(settings: dict, runtime: Runtime, report: Report) -> None:
     flags_alone = {'gradient_accumulation_steps': flags['gradient_accumulation_steps'] // 2}
     speeds = {'together': [], 'two alone': []}
     with tempfile.TemporaryDirectory() as folder:
-        flags['dataset'] = write_dataset(Path(folder) / 'text')
+        flags['dataset'] = make_dataset(Path(folder) / 'text')
         for number in range(min(PROCESS_ROUNDS, settings['rounds'])):
             out_dirs = [Path(folder) / f'{name}-{number}' for name in ('both', 'a', 'b')]
             both, *alone = out_dirs
@@ -160,13 +160,13 @@ def bench_processes(settings: dict, runtime: Runtime, report: Report) -> None:
             wait_for([start_training(1, flags | flags_alone | {'out_dir': out}) for out in alone])
             speeds['two alone'].append(sum(map(tokens_per_second, alone)))
     ratios = [together / alone for together, alone in zip(*speeds.values(), strict=True)]
-    for side, values in speeds.items():
-        note = f'{format_spread(ratios, ".0%")} of the other' if side == 'together' else ''
-        print_row('2 processes', side, format_spread(values, ',.0f'), note)
-        report.add('processes', side, note, tokens_per_second=summarize(values))
+    for variant, values in speeds.items():
+        note = f'{format_spread(ratios, ".0%")} of the other' if variant == 'together' else ''
+        print_row('2 processes', variant, format_spread(values, ',.0f'), note)
+        report.add('processes', variant, note, tokens_per_second=summarize(values))
 
 
-def write_dataset(folder: Path) -> Path:
+def make_dataset(folder: Path) -> Path:
     tokenizer = byte_tokenizer()
     text = Path(subprocess.__file__).read_text(encoding='utf-8') * 4
     with Writer(folder, tokenizer) as writer:

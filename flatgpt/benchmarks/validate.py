@@ -35,6 +35,17 @@ def check_modes(settings: dict) -> None:
         raise UserError('--serve: measures random weights of the given shape; omit --out_dir')
 
 
+def compared_runs(settings: dict) -> list[str]:
+    """The run directories of --compare=a,b; UserError for one that does not exist."""
+    runs = settings['compare'].split(',')
+    for run in runs:
+        if not run or not Path(run).is_dir():
+            raise UserError(
+                f'compare={run}: no such run directory; give existing ones, separated by commas'
+            )
+    return runs
+
+
 def check_used(settings: dict, benchmarks: list[str]) -> None:
     """UserError for a setting that none of the benchmarks uses."""
     for name, users in USED_BY.items():
@@ -64,7 +75,7 @@ def requested_benchmarks(
     return [name for name in benchmarks if name not in without]
 
 
-def check_settings(settings: dict, benchmarks: list[str]) -> None:
+def check_benchmark_settings(settings: dict, benchmarks: list[str]) -> None:
     check_values(settings)
     if settings['out_dir']:
         external = is_external(settings['out_dir'])

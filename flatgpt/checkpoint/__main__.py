@@ -40,7 +40,7 @@ from model import GPTConfig
 LOSSES = ('train_loss', 'val_loss')  # of state.json, measured by an evaluation
 
 
-def report(paths: list[Path]) -> bool:
+def print_table(paths: list[Path]) -> bool:
     """Print a table of checkpoints (losses, size, integrity) -> whether all are intact."""
     print(f'{"checkpoint":<16}{"train loss":>12}{"val loss":>12}{"MB":>9}  integrity')
     intact, last = True, None  # last: the newest intact one
@@ -55,11 +55,11 @@ def report(paths: list[Path]) -> bool:
     if last:
         adapter = last / ADAPTER_FOLDER
         adapter = f'; LoRA of {base_of(adapter)}' if is_adapter(adapter) else ''
-        print(describe(GPTConfig(**shape_in(last)), tokenizer_in(last)) + adapter)
+        print(describe_model(GPTConfig(**shape_in(last)), tokenizer_in(last)) + adapter)
     return intact
 
 
-def describe(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
+def describe_model(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
     parameters = sum(p.numel() for p in meta_model(config).parameters())
     shape = (
         f'{counted(config.n_layer, "layer")} of {config.n_embd}, {counted(config.n_head, "head")}'
@@ -132,10 +132,10 @@ def main(argv: list[str] | None = None) -> None:
         return export(args.out_dir, args.checkpoint, args.to, args.format, args.tokenizer)
     if is_external(args.out_dir):
         model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer)
-        return print(f'{describe(model.config, tokenizer)}; loaded, it has no hashes')
+        return print(f'{describe_model(model.config, tokenizer)}; loaded, it has no hashes')
     # find_checkpoint() reports if there is none
     paths = list_checkpoints(args.out_dir) or [find_checkpoint(args.out_dir)]
-    if not report(paths) and args.command == 'verify':
+    if not print_table(paths) and args.command == 'verify':
         raise CheckpointError(f'{args.out_dir} has damaged checkpoints; delete their folders')
 
 

@@ -73,7 +73,7 @@ NANOCHAT_SETTINGS = {
 }
 ROPE_SETTINGS = {'rope_type': ('default',), 'rope_theta': (10000.0,)}
 # Fields that do not affect the logits: origin, dropout, training, other heads, sampling
-IGNORED = frozenset(
+IGNORED_CONFIG = frozenset(
     """
     _name_or_path architectures dtype initializer_range model_type name_or_path torch_dtype
     transformers_version use_cache rope_parameters _attn_implementation attn_implementation
@@ -88,7 +88,7 @@ IGNORED = frozenset(
     diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size early_stopping prefix
     """.split()
 )
-IGNORED_GENERATION = IGNORED | frozenset(  # of a generation_config.json
+IGNORED_GENERATION = IGNORED_CONFIG | frozenset(  # of a generation_config.json
     """
     max_new_tokens min_p top_h epsilon_cutoff eta_cutoff penalty_alpha max_time
     cache_implementation cache_config return_legacy_cache low_memory output_logits output_scores
@@ -100,7 +100,7 @@ IGNORED_GENERATION = IGNORED | frozenset(  # of a generation_config.json
     """.split()
 )
 GENERATION = 'generation_config.json'
-EMPTY = (None, False, '', [], {}, 0)
+OFF = (None, False, '', [], {}, 0)
 NANOGPT_SHAPE = ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'bias')
 CARD_SETTINGS = ('optimizer', 'learning_rate', 'batch_size', 'gradient_accumulation_steps', 'seed')
 GPT2_VOCABULARIES = range(50257, 50305)  # as released, or padded for speed
@@ -138,7 +138,7 @@ def load_external(
         dataset = str(state['config'].get('dataset', ''))
         tokenizer = tokenizer or find_nanogpt_tokenizer(path, dataset, model.config.vocab_size)
     else:
-        folder = path if path.is_dir() else download(name)
+        folder = path if path.is_dir() else download_model(name)
         model = load_transformers(folder, name, dropout)
         tokenizer = tokenizer or read_tokenizer(folder, name, model.config.vocab_size)
     return model, tokenizer, state
@@ -183,7 +183,7 @@ def parse_model_config(config: dict, name: str) -> dict:
         expected |= NANOCHAT_SETTINGS | ROPE_SETTINGS
         rope = config.get('rope_parameters') or {}  # older versions: its keys at top level
         config = config | (rope if isinstance(rope, dict) else {'rope_type': rope})
-    for key, value in unsupported_fields(config, expected, {*IGNORED, *names.values()}):
+    for key, value in unsupported_fields(config, expected, {*IGNORED_CONFIG, *names.values()}):
         if key in expected:
             raise CheckpointError(
                 f'{name}: config.json has {key}={value!r}; give a model with {expected[key][0]!r}'
@@ -204,7 +204,7 @@ def unsupported_fields(
     must be empty.
     """
     for key, value in config.items():
-        if key not in ignored and value not in supported.get(key, EMPTY):
+        if key not in ignored and value not in supported.get(key, OFF):
             yield key, value
 
 
@@ -256,7 +256,7 @@ def is_cached(name: str) -> bool:
     return any(isinstance(path, str) for path in found)
 
 
-def download(name: str) -> Path:
+def download_model(name: str) -> Path:
     """The folder of a model on the Hub: downloaded, or cached (HF_HOME, HF_HUB_OFFLINE)."""
     if '/' not in name and name not in RELEASED:
         hint = did_you_mean(name.lower(), RELEASED)
@@ -303,7 +303,7 @@ def load_nanogpt(path: Path, dropout: float) -> tuple[GPT, dict]:
         args = {'bias': True} | saved['model_args']  # before this setting, all had biases
         shape = {key: args[key] for key in NANOGPT_SHAPE}
         for key in sorted(args.keys() - {*NANOGPT_SHAPE, 'dropout'}):
-            if args[key] not in EMPTY:
+            if args[key] not in OFF:
                 raise ValueError(f'model_args has an unknown setting {key}={args[key]!r}')
         weights = {re.sub(r'^(_orig_mod\.|module\.)+', '', k): t for k, t in saved['model'].items()}
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):

@@ -57,7 +57,7 @@ def send_checkpoint(path: Path, mirror: Path, keep_evaluated: bool, run: str | N
         if other == target or not (other / MANIFEST_FILE).is_file():  # incomplete
             remove_mirrored(other)
     try:
-        copy_files(target, path)
+        copy_checkpoint(target, path)
     except OSError:
         if not path.exists():  # pruned meanwhile
             remove_mirrored(target)
@@ -65,7 +65,7 @@ def send_checkpoint(path: Path, mirror: Path, keep_evaluated: bool, run: str | N
     prune(target.parent, keep_evaluated, remove_mirrored)
 
 
-def copy_files(target: Path, path: Path) -> None:
+def copy_checkpoint(target: Path, path: Path) -> None:
     """Copy the files of a checkpoint, its manifest last."""
     target.mkdir(parents=True, exist_ok=True)
     for name in BESIDE_CHECKPOINTS:  # a copy per checkpoint: one file for all could be truncated

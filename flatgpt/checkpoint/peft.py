@@ -114,7 +114,7 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
 
     base: the model's name in error lines. CheckpointError if they do not fit.
     """
-    config = read_config(folder)
+    config = read_adapter_config(folder)
     with open_weights(folder / ADAPTER_WEIGHTS) as file:
         keys = list(file.keys())
     pairs = lora_pairs(
@@ -149,7 +149,7 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
         replace_module(model, name, linear)
 
 
-def read_config(folder: Path) -> dict:
+def read_adapter_config(folder: Path) -> dict:
     """The fields of adapter_config.json. CheckpointError for what is not computed as in peft."""
     defaults = {'r': 8, 'lora_alpha': 8, 'lora_dropout': 0.0}
     config = defaults | read_json(folder / ADAPTER_CONFIG, str(folder))

@@ -163,7 +163,7 @@ def write_checkpoint(
     """
     temp = temp_path(final)
     if rank > 0:
-        return write_part(temp, tensors, rank, ranks)
+        return write_rank_files(temp, tensors, rank, ranks)
     try:
         hashes = write_tensors(temp, tensors, rank, ranks)
         for name, content in small_files.items():
@@ -171,7 +171,7 @@ def write_checkpoint(
             (temp / name).write_bytes(content)
             hashes[name] = sha256(temp / name)
         for other in range(1, ranks):
-            hashes |= wait_for_part(temp, other)
+            hashes |= wait_for_rank_files(temp, other)
         (temp / MANIFEST_FILE).write_bytes(as_json(hashes))
         fsync_tree(temp)
     except BaseException as error:
@@ -186,19 +186,19 @@ def write_tensors(temp: Path, tensors: dict, rank: int, ranks: int) -> dict[str,
     """Write the files of one rank -> {name: sha256}"""
     hashes = {}
     for file, by_name in tensors.items():
-        part = temp / part_name(file, rank, ranks)
+        part = temp / rank_file_name(file, rank, ranks)
         save_file({k: t.cpu() for k, t in by_name.items()}, part, metadata={'format': 'pt'})
         hashes[part.name] = sha256(part)
     return hashes
 
 
-def part_name(name: str, rank: int, ranks: int) -> str:
+def rank_file_name(name: str, rank: int, ranks: int) -> str:
     """model.safetensors, or for several ranks model-00001-of-00004.safetensors."""
     stem, suffix = name.split('.')
     return name if ranks == 1 else f'{stem}-{rank + 1:05d}-of-{ranks:05d}.{suffix}'
 
 
-def write_part(temp: Path, tensors: dict, rank: int, ranks: int) -> None:
+def write_rank_files(temp: Path, tensors: dict, rank: int, ranks: int) -> None:
     """Write the files of a rank other than 0, then their hashes, which rank 0 waits for."""
     try:
         report = write_tensors(temp, tensors, rank, ranks)
@@ -206,7 +206,7 @@ def write_part(temp: Path, tensors: dict, rank: int, ranks: int) -> None:
             fsync(temp / name)
     except (OSError, SafetensorError) as error:
         for name in tensors:  # the disk may be full: make room for the report
-            (temp / part_name(name, rank, ranks)).unlink(missing_ok=True)
+            (temp / rank_file_name(name, rank, ranks)).unlink(missing_ok=True)
         report = {'error': f'rank {rank}: {error}'}
     (temp / f'rank-{rank}.part').write_bytes(as_json(report))
     (temp / f'rank-{rank}.part').rename(temp / f'rank-{rank}')
@@ -214,8 +214,8 @@ def write_part(temp: Path, tensors: dict, rank: int, ranks: int) -> None:
         raise OSError(report['error'])
 
 
-def wait_for_part(temp: Path, rank: int) -> dict[str, str]:
-    """Wait for the report of write_part(), and remove it -> {name: sha256}"""
+def wait_for_rank_files(temp: Path, rank: int) -> dict[str, str]:
+    """Wait for the report of write_rank_files(), and remove it -> {name: sha256}"""
     path, deadline = temp / f'rank-{rank}', time.monotonic() + PART_TIMEOUT
     while not path.exists():
         if time.monotonic() > deadline:

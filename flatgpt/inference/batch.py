@@ -80,19 +80,19 @@ class Batch:
             raise UserError(f'--out={self.out}: {error.strerror}') from error
         with suppress(OSError):
             Path(lock.lock_file).unlink()
-        print(f'{self.out}: {len(self.lines)} completions, {errors} errors', file=sys.stderr)
+        print(f'{self.out}: {outcome(len(self.lines), errors)}', file=sys.stderr)
         if errors:
             raise SystemExit(1)
 
-    def complete_all(self, model: GPT, tokenizer: Tokenizer) -> int:
-        """Write all completions that are still missing -> how many of all are errors."""
+    def complete_all(self, model: GPT, tokenizer: Tokenizer) -> list[dict]:
+        """Write all completions that are still missing -> those of all that are errors."""
         done = self.resume(model)
-        errors = sum('error' in completion for completion in done)
+        errors = [completion for completion in done if 'error' in completion]
         engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
         bar = tqdm(total=len(self.lines), initial=len(done), unit='prompt', disable=None)
         with self.part.open('ab') as file, bar:
             for completion in self.completions(engine, len(done)):
-                errors += 'error' in completion
+                errors += [completion] if 'error' in completion else []
                 text = json.dumps(completion, ensure_ascii=False)
                 # a lone surrogate is written as a JSON escape
                 file.write(text.encode(errors='backslashreplace') + b'\n')
@@ -202,6 +202,15 @@ class Batch:
                 hint = near or f'use prompt, id, {", ".join(self.names)}'
                 raise UserError(f'unknown setting {short_repr(name)}; {hint}')
         return repeated['prompt'], self.sampling_for(record), repeated
+
+
+def outcome(lines: int, errors: list[dict]) -> str:
+    """What a batch came to; errors: the completions that have one, in order."""
+    counts = {'completion': lines - len(errors), 'error': len(errors)}
+    summary = ', '.join(f'{n} {name}{"s" * (n != 1)}' for name, n in counts.items())
+    if errors:
+        summary += f'; the first, line {errors[0]["line"]}: {errors[0]["error"]}'
+    return summary
 
 
 @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Errors that clients of the server get, in the format of OpenAI's API."""
 
 ERRORS = {  # status: type, and an example's message, param and code
-    400: ('invalid_request_error', 'n: Input should be a valid integer', 'n', None),
-    401: ('authentication_error', "send this server's API key", None, 'invalid_api_key'),
+    400: ('invalid_request_error', 'n: must be a whole number, not 1.5', 'n', None),
+    401: ('authentication_error', 'the API key is missing', None, 'invalid_api_key'),
     403: ('permission_error', 'pages of X may not use this server', None, 'origin_not_allowed'),
     404: ('not_found_error', "there is no model 'other'; use 'mine'", 'model', None),
     405: ('invalid_request_error', '/tokenize does not accept GET; use POST', None, None),

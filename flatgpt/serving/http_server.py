@@ -28,8 +28,9 @@ from waitress.utilities import RequestEntityTooLarge
 
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.serving.api_error import APIError, error_body
+from flatgpt.serving.job import LOG
 from flatgpt.serving.origins import Origins, is_preflight
-from flatgpt.serving.service import LOG, Service, api_key_of
+from flatgpt.serving.service import Service, api_key_of
 
 MAX_DISCARDED = 2**28  # bytes of a body over the limit that are read, to be able to respond
 CONNECTIONS = 1000  # at once; idle ones are closed after two minutes

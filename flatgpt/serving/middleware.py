@@ -7,7 +7,6 @@ What surrounds every request of api.py: its id, API key, body, errors and log li
 """
 
 import hmac
-import logging
 import re
 import secrets
 import time
@@ -19,12 +18,13 @@ from werkzeug.exceptions import HTTPException
 from flatgpt.errors import did_you_mean
 from flatgpt.files import strict_json
 from flatgpt.serving.api_error import APIError
+from flatgpt.serving.job import LOG
 from flatgpt.serving.origins import Origins, is_preflight
 from flatgpt.serving.service import Service, api_key_of
 from flatgpt.serving.unsupported import Body, Unsupported
+from flatgpt.serving.validation import SEE_DOCS, TOO_DEEP, first_error
 
-LOG = logging.getLogger('flatgpt')
-SEE_DOCS = '/docs lists the fields'
+PATHS = {'prompt': '/v1/completions', 'messages': '/v1/chat/completions'}  # of these fields
 blueprint = flask.Blueprint('middleware', __name__)
 
 
@@ -47,18 +47,20 @@ def read_body(model: type[Body]) -> Body:
     try:
         content = strict_json(data)
     except (ValueError, RecursionError) as error:
-        raise APIError(400, f'the body: {error}; send valid JSON in UTF-8') from None
+        raise APIError(400, json_error(error)) from None
     # before pydantic, which would make an error object for each of very many unknown fields
     for name in content if isinstance(content, dict) else ():
         if name not in model.model_fields:
             name = name[:99]
+            if issubclass(model, Unsupported) and name in PATHS:
+                message = f'{name}: is a field of {PATHS[name]}; send the request there, or omit it'
+                raise APIError(400, message, name)
             near = did_you_mean(name, model.model_fields.keys() - Unsupported.model_fields.keys())
             raise APIError(400, f'{name}: no such field; {near or SEE_DOCS}'.strip(), name)
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        raise APIError(400, *describe(first)) from None
+        raise APIError(400, *first_error(error)) from None
 
 
 def check_headers() -> None:
@@ -77,17 +79,13 @@ def check_headers() -> None:
         raise APIError(400, f'{name}: put fields into the JSON body, not into the URL', name)
 
 
-def describe(error: dict) -> tuple[str, str | None]:
-    """A pydantic error -> the message and the name of the field."""
-    (param, *inner), message = error['loc'] or (None,), error['msg']
-    if param == 'prompt' and error['type'] != 'missing':
-        message = 'must be a string, a list of token ids, or a list of either; none may be empty'
-    if error['type'] == 'extra_forbidden':
-        message = f'no such field; {SEE_DOCS}'
-    # within other fields, pydantic's path has names of types, too
-    path = inner if param in ('messages', 'stream_options') else ()
-    where = ''.join(f'[{each}]' if isinstance(each, int) else f'.{each[:99]}' for each in path)
-    return f'{param or "the body"}{where}: {message}', param
+def json_error(error: Exception) -> str:
+    """The message for a body that Python's JSON parser rejects."""
+    if isinstance(error, RecursionError):
+        return f'the body: {TOO_DEEP}'
+    if 'set_int_max_str_digits' in str(error):  # Python advises to change its limit
+        return 'the body: has a number of too many digits; send a shorter one'
+    return f'the body: {error}; send valid JSON in UTF-8'
 
 
 # -----------------------------------------------------------------------------
@@ -108,7 +106,8 @@ def before_request():
     key = api_key_of(current_service().settings)
     sent = re.sub('(?i)^bearer +', '', headers.get('Authorization', ''))
     if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):
-        message = 'send this server\'s API key in the header "Authorization: Bearer KEY"'
+        problem = 'wrong API key' if sent else 'the API key is missing'
+        message = f'{problem}; send this server\'s key in the header "Authorization: Bearer KEY"'
         challenge = {'WWW-Authenticate': 'Bearer'}
         raise APIError(401, message, code='invalid_api_key', headers=challenge)
     return None

@@ -172,7 +172,7 @@ TEXT_PART = {
 CONTENT = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': TEXT_PART, 'minItems': 1}]}
 
 
-class Message(Body):
+class ChatMessage(Body):
     role: str
     content: Annotated[Any, AfterValidator(parse_content), WithJsonSchema(CONTENT)]
     type: unsupported_field('text', 'message') = None
@@ -195,7 +195,7 @@ class ChatRequest(Options):
             'examples': [{'messages': [{'role': 'user', 'content': 'To be?'}], 'max_tokens': 32}]
         }
     )
-    messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_tokens: bounded(1, 2**31, kind=int) | None = nullable(
         'Most tokens in a completion (default: as many as fit in the context).'
     )

@@ -9,7 +9,6 @@ The engine in a thread of its own, and the limits for requests.
         service.release(job)
 """
 
-import logging
 import os
 import threading
 import time
@@ -21,12 +20,11 @@ from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory, out_of_memory
 from flatgpt.serving.api_error import APIError, shutting_down
 from flatgpt.serving.choices import ChoiceBuilder
-from flatgpt.serving.job import CompletionJob
+from flatgpt.serving.job import LOG, CompletionJob
 from flatgpt.serving.metrics import Metrics
-from flatgpt.serving.schema import CompletionRequest, Message
+from flatgpt.serving.schema import ChatMessage, CompletionRequest
 
 MONITOR_INTERVAL = 0.1  # seconds between checks for clients that disconnected
-LOG = logging.getLogger('flatgpt')
 
 
 def api_key_of(settings: dict) -> str:
@@ -105,7 +103,7 @@ class Service:
 
     # --- requests
 
-    def encode_messages(self, messages: list[Message]) -> tuple[list[int], str]:
+    def encode_messages(self, messages: list[ChatMessage]) -> tuple[list[int], str]:
         """Messages -> the prompt's token ids; the stop string that ends the turn, or ''."""
         tokenizer = self.tokenizer
         if tokenizer.chat_template is None:

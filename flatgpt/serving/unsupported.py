@@ -14,8 +14,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
-EMPTY = (None, '', [], {})
-UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides EMPTY
+UNSET = (None, '', [], {})
+UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     # the format of the response
     'response_format': ({'type': 'text'},),
     'text_format': (),
@@ -111,8 +111,8 @@ def field_error(message: str) -> PydanticCustomError:
 
 
 def unsupported_field(*neutral, empty: bool = True):
-    """The type of a field that must be null or one of `neutral`, or with `empty` one of EMPTY."""
-    allowed = (*(EMPTY if empty else EMPTY[:1]), *neutral)
+    """The type of a field that must be null or one of `neutral`, or with `empty` one of UNSET."""
+    allowed = (*(UNSET if empty else UNSET[:1]), *neutral)
     hint = f', or give {" or ".join(map(json.dumps, neutral))}' if neutral else ''
 
     def check(value):

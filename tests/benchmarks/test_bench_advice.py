@@ -29,7 +29,7 @@ def check(*flags):
     validate.check_modes(config)
     names = validate.requested_benchmarks(config, [*bench.BENCHMARKS], bench.EXTRA_BENCHMARKS)
     validate.check_used(config, ['serve'] if config['serve'] else names)
-    validate.check_settings(config, names)
+    validate.check_benchmark_settings(config, names)
     validate.check_writable(config)
     validate.check_memory(config, RUNTIME, names)
 
@@ -111,7 +111,9 @@ def test_tasks_run_once_the_harness_is_installed(monkeypatch, here):
     monkeypatch.delattr(benchmarks, 'lm_eval', raising=False)
     monkeypatch.setitem(sys.modules, 'flatgpt.benchmarks.lm_eval', None)
     assert 'pip install "lm_eval>=0.4.13"' in refused(bench.main, flags)
-    done = types.SimpleNamespace(run=lambda settings, entries, load: entries.append({'task': 1}))
+    done = types.SimpleNamespace(
+        score_tasks=lambda settings, entries, load: entries.append({'task': 1})
+    )
     monkeypatch.setitem(sys.modules, 'flatgpt.benchmarks.lm_eval', done)
     monkeypatch.setattr(benchmarks, 'lm_eval', done, raising=False)
     monkeypatch.setattr(bench.importlib.metadata, 'version', lambda name: '0.4.13')
@@ -124,9 +126,9 @@ def test_transformers_is_compared_without_dropout(monkeypatch):
     monkeypatch.setattr(baselines, 'transformers_model', lambda settings: torch.nn.Linear(1, 1))
     monkeypatch.setattr(baselines, 'Training', lambda *args: 'built')
     config = {**settings('--arch=modern', '--dropout=0.1'), 'workload': 'training'}
-    (flag,) = re.findall('--dropout=.*$', refused(baselines.transformers, config, RUNTIME))
+    (flag,) = re.findall('--dropout=.*$', refused(baselines.build_transformers, config, RUNTIME))
     config |= {'dropout': settings(flag)['dropout']}
-    assert baselines.transformers(config, RUNTIME) == 'built'
+    assert baselines.build_transformers(config, RUNTIME) == 'built'
 
 
 @error_line('needs two files of UTF-8 text within')
@@ -153,6 +155,13 @@ def test_quality_is_measured_on_data_with_the_tokenizer_of_the_model(here):
     assert error.endswith('--dataset=')
     decoding.bench_quality(settings(*flags, '--dataset=data'), RUNTIME, report)
     assert report.entries[0]['perplexity'] > 1
+
+
+@error_line('no such run directory; give existing ones, separated by commas')
+def test_runs_that_exist_are_compared(tmp_path):
+    refused(validate.compared_runs, {'compare': f'{tmp_path}/a'})
+    (tmp_path / 'a').mkdir()
+    assert validate.compared_runs({'compare': f'{tmp_path}/a,{tmp_path}'})
 
 
 @error_line('requests failed; lower --clients')

@@ -1,4 +1,4 @@
-"""Implementations: processes measured in turns, and one line for each that fails."""
+"""Implementations: processes measured alternately, and one line for each that fails."""
 
 import multiprocessing
 

@@ -218,7 +218,11 @@ def test_scores_are_the_same_in_batches_of_any_size_and_again(files, monkeypatch
 def test_batches_are_of_like_length_and_keep_within_their_size(monkeypatch):
     monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 10)
     rows = ['a' * n for n in (1, 12, 3, 3, 5, 2)]
-    assert [list(map(len, batch)) for batch in lm_eval.batches(rows)] == [[12], [5, 3], [3, 2, 1]]
+    assert [list(map(len, batch)) for batch in lm_eval.batch_by_length(rows)] == [
+        [12],
+        [5, 3],
+        [3, 2, 1],
+    ]
 
 
 def test_words_of_one_token_after_the_same_text_are_computed_once(monkeypatch):
@@ -501,11 +505,11 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, line, run, tmp_path, mo
 )
 def test_the_advice_for_the_name_of_a_task_is_right(files, every_task, bad):
     with pytest.raises(UserError) as caught:
-        lm_eval.check_names([bad], every_task)
-    lm_eval.check_names([str(files / 'choice.yaml')], every_task)
+        lm_eval.check_tasks([bad], every_task)
+    lm_eval.check_tasks([str(files / 'choice.yaml')], every_task)
     if bad == 'lamada':
         (name,) = re.findall(r'did you mean (\w+)\?', str(caught.value))
-        lm_eval.check_names([name], every_task)
+        lm_eval.check_tasks([name], every_task)
 
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path, monkeypatch):

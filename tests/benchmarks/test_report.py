@@ -20,11 +20,11 @@ def report(tmp_path):
 
 
 def test_every_figure_and_ratio_carries_its_spread(report, capsys):
-    sides = {
+    variants = {
         'flatGPT': measurements(100, [1.0, 2.0, 4.0]),
         'other': measurements(100, [3.0, 4.0, 8.0]),
     }
-    report.compare('job', sides, {'other': 'as documented'}, {'other': {'flatGPT': 0.01}})
+    report.compare('training', variants, {'other': 'as documented'}, {'other': {'flatGPT': 0.01}})
     out = capsys.readouterr().out
     assert '50 (25 to 100)' in out
     assert 'flatGPT is 2.00 (2.00 to 3.00) times as fast' in out
@@ -41,9 +41,9 @@ def test_every_figure_and_ratio_carries_its_spread(report, capsys):
         (measurements(100, [1.0], (1.0, -2.5)), 'results differ'),
     ],
 )
-def test_no_ratio_between_sides_that_did_different_work(report, capsys, theirs, reason):
-    sides = {'flatGPT': measurements(100, [1.0]), 'other': theirs}
-    report.compare('job', sides, {}, {'other': {'flatGPT': 0.01}})
+def test_no_ratio_between_variants_that_did_different_work(report, capsys, theirs, reason):
+    variants = {'flatGPT': measurements(100, [1.0]), 'other': theirs}
+    report.compare('training', variants, {}, {'other': {'flatGPT': 0.01}})
     out = capsys.readouterr().out
     assert reason in out
     assert 'times' not in out
@@ -63,8 +63,8 @@ def test_other_optimizers_are_not_compared():
 
 
 def test_a_missing_baseline_is_a_row_of_the_table(report, capsys):
-    sides = {'flatGPT': measurements(1, [1.0]), 'other': []}
-    report.compare('job', sides, {'other': 'is not installed'}, {})
+    variants = {'flatGPT': measurements(1, [1.0]), 'other': []}
+    report.compare('training', variants, {'other': 'is not installed'}, {})
     assert 'is not installed' in capsys.readouterr().out
 
 

@@ -415,10 +415,10 @@ def test_a_rank_on_a_full_disk_makes_room_to_report_it(tmp_path, monkeypatch):
     monkeypatch.setattr(save_module, 'save_file', full_after_a_few_bytes)
     monkeypatch.setattr(save_module, 'as_json', look_then_write)
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
-        save_module.write_part(parts, {MODEL_FILE: {}, OPTIMIZER_FILE: {}}, 1, 2)
+        save_module.write_rank_files(parts, {MODEL_FILE: {}, OPTIMIZER_FILE: {}}, 1, 2)
     assert left == []
     with pytest.raises(OSError, match=r'rank 1: .*No space left'):
-        save_module.wait_for_part(parts, 1)
+        save_module.wait_for_rank_files(parts, 1)
 
 
 # -----------------------------------------------------------------------------

@@ -32,17 +32,13 @@ SCRIPTS = (
     *('gutenberg', 'openwebtext', 'pydocs', 'shakespeare', 'shakespeare_char', 'sre', 'text'),
 )
 WORDS = 'The cat sat on the mat, and the dog ran off. '
+pytestmark = pytest.mark.usefixtures('in_empty_folder')
 needs_gpt2 = pytest.mark.skipif(
     'TIKTOKEN_CACHE_DIR' not in os.environ, reason='TIKTOKEN_CACHE_DIR has the gpt2 vocabulary'
 )
 needs_shakespeare = pytest.mark.skipif(
     'FLATGPT_SHAKESPEARE' not in os.environ, reason='FLATGPT_SHAKESPEARE is the path of input.txt'
 )
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def write(path: str, content: str | bytes) -> None:
@@ -82,12 +78,13 @@ def test_every_script_explains_itself(name, capsys):
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
+@pytest.mark.parametrize('flag', ['--out_di=out', '-out_dir=out', '-out_dir'])
 @error_line('--help lists the arguments')
-def test_a_part_of_a_flag_is_one_line_that_names_the_flag(name, capsys):
+def test_a_part_of_a_flag_or_one_dash_is_one_line_that_names_the_flag(name, flag, capsys):
     module = importlib.import_module(f'data.{name}.prepare')
     with pytest.raises(UserError) as error:
-        module.main(['--out_di=out'])
-    line = 'unrecognized arguments: --out_di=out; did you mean --out_dir? --help lists the'
+        module.main([flag])
+    line = f'unrecognized arguments: {flag}; did you mean --out_dir? --help lists the'
     assert str(error.value).startswith(line)
     with pytest.raises(SystemExit):
         module.main(['--help'])

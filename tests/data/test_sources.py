@@ -18,7 +18,6 @@ from error_lines import error_line
 from test_prepare import (
     WORDS,
     ids_of,
-    in_empty_folder,  # noqa: F401  (of every test here, too)
     prepare_text,
     refused,
     small_chunks,
@@ -34,6 +33,8 @@ from flatgpt.data.bpe import train_bpe
 from flatgpt.data.dataset import Writer, find_or_prepare_dataset
 from flatgpt.data.tokenizer import EOT, byte_tokenizer, char_tokenizer
 from flatgpt.errors import UserError
+
+pytestmark = pytest.mark.usefixtures('in_empty_folder')
 
 
 def both(folder='out'):

@@ -37,11 +37,7 @@ from flatgpt.data.tokenizer import (
 
 WORDS = 'The cat sat on the mat, and the dog ran off. '
 URL = 'https://example.org/bytes.tiktoken'
-
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures('in_empty_folder')
 
 
 @error_line('not in the vocabulary; use only')

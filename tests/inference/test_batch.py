@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from flatgpt.checkpoint import load
 from flatgpt.data.tokenizer import char_tokenizer
-from flatgpt.inference.batch import fingerprint
+from flatgpt.inference.batch import Batch, fingerprint
 from flatgpt.inference.engine import generate
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import TextStream
@@ -84,7 +84,8 @@ def test_each_line_may_have_its_own_settings_and_its_own_error(out_dir, tmp_path
     path.write_bytes('\r\n'.join(lines).encode() + b'\r\n\xff\n')
     result, answers = batch(out_dir, path)
     assert result.returncode == 1, result.stderr
-    assert f'{len(lines) + 1} completions, 13 errors' in result.stderr
+    assert 'answers.jsonl: 2 completions, 13 errors; the first, line 2: ' in result.stderr
+    assert result.stderr.endswith(f'{answers[1]["error"]}\n')
     assert answers[0].items() >= {'id': 'first', 'tokens': 3, 'finish': 'length'}.items()
     assert answers[10]['finish'] in ('stop', 'length')
     causes = ["'z'", 'top_p=7', 'mean temperature?', 'max_new_tokens', 'not a JSON object']
@@ -141,6 +142,20 @@ def test_half_a_surrogate_pair_and_a_prompt_that_is_too_long_are_completed(out_d
     assert result.returncode == 0, result.stderr
     assert answers[0]['id'] == '\ud800'
     assert answers[1]['prompt_tokens_left_out'] == 24
+
+
+def test_a_resumed_batch_names_the_first_error_of_all_lines(out_dir, tmp_path):
+    path = tmp_path / 'prompts.txt'
+    path.write_text('ab\nz\nzz\n')
+    _, answers = batch(out_dir, path)
+    (tmp_path / 'answers.jsonl').rename(tmp_path / 'answers.jsonl.part')
+    with pytest.MonkeyPatch.context() as patch:  # as a kill before the end leaves it
+        patch.setattr(Batch, 'description', lambda *args: {})
+        (tmp_path / 'answers.jsonl.job').write_text('{}')
+        result, _ = batch(out_dir, path)
+    assert 'resuming after 3 completions' in result.stderr
+    line = f'answers.jsonl: 1 completion, 2 errors; the first, line 2: {answers[1]["error"]}\n'
+    assert result.stderr.endswith(line)
 
 
 def test_the_fingerprint_of_a_model_changes_with_any_weight():

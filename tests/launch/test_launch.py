@@ -145,7 +145,9 @@ def test_a_stream_comes_as_it_is_written_and_ends_with_its_client(cluster):
     assert cluster.running() == [2, 2]  # the next to the one that has fewer
     for client in clients:
         client.close()
-    wait_until(lambda: cluster.running() == [0, 0], 2)
+    wait_until(lambda: cluster.running() == [0, 0])
+    cancelled = 'flatgpt_requests_finished_total{reason="cancelled"}'
+    wait_until(lambda: [cluster.figure(number, cancelled) for number in range(2)] == [2, 2])
 
 
 def test_ids_and_errors_pass_through(cluster):

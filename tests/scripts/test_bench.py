@@ -1,4 +1,4 @@
-"""bench.py: its settings, its jobs, and mistakes, each of which is one line."""
+"""bench.py: its settings, its benchmarks, and mistakes, each of which is one line."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def test_help_has_the_meaning_of_every_setting():
 
 
 @pytest.mark.usefixtures('small_machine')
-def test_processes_take_turns_and_a_training_step_is_profiled(tmp_path, monkeypatch, capsys):
+def test_implementations_alternate_and_a_training_step_is_profiled(tmp_path, monkeypatch, capsys):
     pytest.importorskip('transformers', reason='transformers is not installed')
     monkeypatch.chdir(tmp_path)
     bench.main(settings('--only=training', '--batch_size=2', '--profile'))
@@ -32,11 +32,11 @@ def test_processes_take_turns_and_a_training_step_is_profiled(tmp_path, monkeypa
     assert 'float32' in out or 'bfloat16' in out
     assert json.loads((tmp_path / 'trace_training.json').read_text())['traceEvents']
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
-    assert [entry['side'] for entry in results] == ['flatGPT', 'transformers']
+    assert [entry['variant'] for entry in results] == ['flatGPT', 'transformers']
 
 
 @pytest.mark.usefixtures('small_machine')
-def test_figures_are_written_even_if_a_later_job_fails(tmp_path, monkeypatch):
+def test_figures_are_written_even_if_a_later_benchmark_fails(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def broken(*args):
@@ -87,4 +87,7 @@ def test_compare_draws_the_losses_of_runs_into_one_picture(tmp_path, monkeypatch
     assert capsys.readouterr().out == 'runs.png\n'
     assert Path('runs.png').read_bytes().startswith(b'\x89PNG')
     assert {path.name for path in tmp_path.iterdir()} == {'a', 'b', 'runs.png'}
-    assert 'c: has no metrics.jsonl' in refused('--compare=a,c')
+    Path('c').mkdir()
+    assert refused('--compare=a,c') == 'c: has no metrics.jsonl; give a run directory'
+    for runs, missing in (('a,d', 'd'), ('', ''), ('a,', '')):
+        assert refused(f'--compare={runs}').startswith(f'compare={missing}: no such run directory')

@@ -376,7 +376,7 @@ def test_help_prints_docstring_names_defaults_and_comments(thing, capsys):
 
 def test_an_argument_that_is_no_config_becomes_the_prompt(thing, project):
     (project / 'config' / 'fast.py').write_text('steps = 4')
-    for text in ('To be, or not', 'ROMEO:', 'fast lane', '', 'a=b', '-x'):
+    for text in ('To be, or not', 'ROMEO:', 'fast lane', '', 'a=b', '-5', '-'):
         assert thing(text, positional='name')['name'] == text
     assert thing('fast', positional='name')['steps'] == 4
     assert thing('fast', 'Once', '--width=1', positional='name')['name'] == 'Once'
@@ -392,6 +392,8 @@ def test_an_argument_that_is_no_config_becomes_the_prompt(thing, project):
         '--- x=1',
         'x' * 5000 + ' .py',
         'a/b',
+        '-well, x=1',
+        'steps=3 and more',
     ],
 )
 def test_a_prompt_may_look_like_a_file_or_a_flag(thing, project, capsys, text):
@@ -404,7 +406,6 @@ def test_a_prompt_may_look_like_a_file_or_a_flag(thing, project, capsys, text):
 @pytest.mark.parametrize(
     ('text', 'hint'),
     [
-        ('steps=3', 'a setting needs two dashes: --steps=3'),
         ('out', '--out_dir=out'),
         ('prompt.txt', '--name=FILE:prompt.txt'),
         ('train_txet', 'did you mean train_text?'),
@@ -421,6 +422,29 @@ def test_an_ambiguous_word_becomes_the_prompt_and_prints_a_hint(
     assert err.startswith(f'{text}: is used as the prompt; ')
     assert hint in err
     assert err.count('\n') == 1
+
+
+@pytest.mark.parametrize('positional', [None, 'name'])
+@pytest.mark.parametrize(
+    ('args', 'problem'),
+    [
+        (['-steps=3'], 'a setting needs two dashes: --steps=3'),
+        (['-steps', '3'], 'a setting needs two dashes: --steps=3'),
+        (['steps=3'], 'a setting needs two dashes: --steps=3'),
+        (['-name=one two'], 'a setting needs two dashes: --name=one two'),
+        (['-loud'], 'a setting needs two dashes: --loud'),
+        (['-stesp=3'], "unknown setting 'stesp'; did you mean steps?"),
+        (['-x'], "unknown setting 'x'; --help lists all settings"),
+    ],
+)
+def test_a_setting_with_too_few_dashes_is_refused_with_its_spelling(
+    thing, args, problem, positional
+):
+    line = refused(thing, *args, positional=positional)
+    assert line.startswith(f'{args[0]}: {problem}')
+    if positional and 'unknown' not in problem:
+        assert line.endswith(f'; to use it as the prompt: --name={args[0]}')
+        assert thing(f'--name={args[0]}', positional='name')['name'] == args[0]
 
 
 def test_a_word_ending_in_py_is_a_config_or_refused_with_advice_for_a_prompt(thing, config):

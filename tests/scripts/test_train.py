@@ -26,7 +26,7 @@ import sample
 from configurator import configure
 from flatgpt import files, runtime
 from flatgpt.checkpoint import load, save
-from flatgpt.checkpoint.__main__ import report
+from flatgpt.checkpoint.__main__ import print_table
 from flatgpt.checkpoint.load import find_checkpoint, list_checkpoints, load_model
 from flatgpt.data.dataset import Dataset, Writer
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
@@ -84,7 +84,7 @@ def first(script, tiny, tmp_path_factory):
     return script('train.py', tiny, '--sample_tokens=20', cwd=cwd), cwd
 
 
-def test_a_run_leaves_its_settings_metrics_picture_and_checkpoints(first):
+def test_a_run_writes_settings_metrics_plot_and_checkpoints(first):
     done, cwd = first
     assert done.returncode == 0, done.stderr
     (out_dir,) = (cwd / 'out').iterdir()
@@ -96,7 +96,7 @@ def test_a_run_leaves_its_settings_metrics_picture_and_checkpoints(first):
     assert [path.name for path in cwd.iterdir()] == ['out']
 
 
-def test_a_run_ends_by_saying_what_it_reached_and_where_it_lies(first):
+def test_the_end_of_a_run_prints_its_result_and_its_files(first):
     done, cwd = first
     (out_dir,) = (cwd / 'out').iterdir()
     out_dir = out_dir.relative_to(cwd)
@@ -112,7 +112,7 @@ def test_a_run_ends_by_saying_what_it_reached_and_where_it_lies(first):
     assert 'Warning' not in done.stderr
 
 
-def test_short_documents_make_a_page_together(run_here, tmp_path, monkeypatch, capsys):
+def test_samples_of_short_documents_fill_a_page(run_here, tmp_path, monkeypatch, capsys):
     asked = []
 
     def three_tokens(model, tokenizer, prompts, sampling):
@@ -157,7 +157,7 @@ def test_a_sample_at_each_evaluation_is_printed_and_logged_and_changes_nothing(
     assert [event.step for event in events.Scalars('val_loss')] == [0, 2, 4, 6]
 
 
-def test_the_newest_run_is_the_one_resumed_and_sampled(first, run_here, monkeypatch, capsys):
+def test_the_newest_run_is_resumed_and_sampled(first, run_here, monkeypatch, capsys):
     _, cwd = first
     monkeypatch.chdir(cwd)
     assert run_here('--init_from=resume', config=cwd / next(cwd.glob('out/*/config.py'))) == 0
@@ -174,7 +174,7 @@ def sample_settings(*args):
     return configure({'__file__': sample.__file__, **vars(sample)}, list(map(str, args)), 'start')
 
 
-def test_sample_takes_the_config_of_a_run(source, monkeypatch):
+def test_sample_accepts_the_config_of_a_run(source, monkeypatch):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     settings = sample_settings(source / 'config.py')
     model, _ = sample.load(settings)
@@ -182,14 +182,14 @@ def test_sample_takes_the_config_of_a_run(source, monkeypatch):
     assert model.config.n_embd == 16
 
 
-def test_the_run_s_config_is_itself_a_config(source, run_here, tmp_path, capsys):
+def test_the_config_written_by_a_run_can_be_used_as_a_config(source, run_here, tmp_path, capsys):
     assert run_here(f'--out_dir={tmp_path}/again', config=source / 'config.py') == 0
     assert hashes(find_checkpoint(source, 'last')) == hashes(
         find_checkpoint(tmp_path / 'again', 'last')
     )
 
 
-def test_exactly_max_iters_updates_are_made_then_measured_and_saved(run_here, tmp_path):
+def test_a_run_makes_exactly_max_iters_updates_then_evaluates_and_saves(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', '--max_iters=5', '--eval_interval=5')
     assert list(metrics(tmp_path)) == [1, 2, 3, 4, 5]
     assert list(metrics(tmp_path, 'val_loss')) == [0, 5]
@@ -202,7 +202,7 @@ def test_exactly_max_iters_updates_are_made_then_measured_and_saved(run_here, tm
     assert {v.item() for k, v in load_file(optimizer).items() if k.endswith('.step')} == {5.0}
 
 
-def test_every_line_of_the_metrics_has_what_it_promises(source):
+def test_every_line_of_the_metrics_has_its_documented_fields(source):
     lines = metrics_module.read_metrics(source)
     assert all('step' in line for line in lines)
     for line in lines:
@@ -213,12 +213,12 @@ def test_every_line_of_the_metrics_has_what_it_promises(source):
     assert list(metrics(source, 'val_loss')) == [0, 10, 20]
 
 
-def test_no_updates_at_all_are_a_run_too(run_here, tmp_path):
+def test_a_run_of_zero_updates_is_valid(run_here, tmp_path):
     assert run_here(f'--out_dir={tmp_path}', '--max_iters=0') == 0
     assert metrics(tmp_path) == {}
 
 
-def test_epochs_set_the_number_of_updates(run_here, tmp_path, dataset):
+def test_epochs_determine_the_number_of_updates(run_here, tmp_path, dataset):
     run_here(f'--out_dir={tmp_path}', '--epochs=0.25', '--eval_interval=100')
     updates = math.ceil(0.25 * Dataset(dataset, 16).n_windows / 8)
     assert list(metrics(tmp_path))[-1] == updates > 4
@@ -226,12 +226,12 @@ def test_epochs_set_the_number_of_updates(run_here, tmp_path, dataset):
     assert lr[updates] < 2e-3  # the schedule ends with the run
 
 
-def test_log_interval_thins_out_the_lines(run_here, tmp_path):
+def test_log_interval_sets_how_often_a_line_is_logged(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', '--max_iters=7', '--log_interval=3')
     assert list(metrics(tmp_path)) == [3, 6]
 
 
-def test_the_seed_decides_a_run(run_here, tmp_path):
+def test_the_seed_determines_a_run(run_here, tmp_path):
     losses = []
     for number, seed in enumerate((1, 1, 2)):
         out_dir = tmp_path / str(number)
@@ -240,7 +240,7 @@ def test_the_seed_decides_a_run(run_here, tmp_path):
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_bfloat16_is_computed_with_and_float32_saved(run_here, tmp_path):
+def test_training_in_bfloat16_saves_float32(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', '--dtype=bfloat16')
     model, _, _ = load_model(tmp_path)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -282,7 +282,7 @@ def test_a_config_and_a_dataset_of_nanogpt_run_unchanged(run_here, tmp_path, sha
 # the loss
 
 
-def test_the_whole_validation_split_is_measured_token_by_token(run_here, tmp_path, dataset):
+def test_an_evaluation_covers_every_token_of_the_validation_split(run_here, tmp_path, dataset):
     run_here(f'--out_dir={tmp_path}', '--eval_iters=None')
     model, _, _ = load_model(tmp_path, 'last')
     ids = torch.from_numpy(np.fromfile(dataset / 'val.bin', '<u2').astype(np.int64))
@@ -299,12 +299,12 @@ def test_the_whole_validation_split_is_measured_token_by_token(run_here, tmp_pat
     assert metrics(tmp_path, 'val_bpb')[4] == pytest.approx(bits, rel=1e-9)
 
 
-def test_no_evaluation_interval_means_only_the_end(run_here, tmp_path):
+def test_without_an_evaluation_interval_only_the_end_is_evaluated(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', '--eval_interval=None', '--eval_train=False')
     assert list(metrics(tmp_path, 'val_loss')) == [4]
     assert metrics(tmp_path, 'train_loss') == {}
     assert (tmp_path / 'loss.png').exists()
-    assert report(list_checkpoints(tmp_path))
+    assert print_table(list_checkpoints(tmp_path))
 
 
 def test_evaluation_does_not_change_the_training(run_here, tmp_path):
@@ -346,7 +346,7 @@ def test_the_logged_loss_is_the_mean_over_all_micro_batches(run_here, tmp_path, 
     assert metrics(tmp_path)[1] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
 
 
-def test_sequences_are_cut_into_short_pieces_at_first(run_here, tmp_path, dataset):
+def test_training_starts_with_short_sequences(run_here, tmp_path, dataset):
     args = ('--short_block_size=4', '--short_iters=2', '--max_iters=3')
     still = ('--learning_rate=0', '--decay_lr=False', '--gradient_accumulation_steps=1')
     run_here(f'--out_dir={tmp_path}', *args, *still)
@@ -381,7 +381,7 @@ def masked_loss(model, x, y, documents):
 
 
 @pytest.mark.parametrize('settings', [(), ('--gradient_checkpointing',)])
-def test_a_step_masks_documents_also_in_short_pieces(run_here, tmp_path, stories, settings):
+def test_a_step_masks_documents_in_short_sequences_too(run_here, tmp_path, stories, settings):
     still = ('--learning_rate=0', '--decay_lr=False', '--gradient_accumulation_steps=1')
     cut = ('--short_block_size=8', '--short_iters=2', '--max_iters=3', '--mask_documents')
     run_here(f'--out_dir={tmp_path}', f'--dataset={stories}', *still, *cut, *settings)
@@ -395,7 +395,7 @@ def test_a_step_masks_documents_also_in_short_pieces(run_here, tmp_path, stories
 
 
 @pytest.mark.parametrize('settings', [(), MODERN], ids=['gpt2', 'modern'])
-def test_an_evaluation_masks_documents_as_the_training_does(run_here, tmp_path, stories, settings):
+def test_an_evaluation_masks_documents_as_training_does(run_here, tmp_path, stories, settings):
     args = (f'--dataset={stories}', '--mask_documents', '--eval_iters=None', '--eval_train=False')
     run_here(f'--out_dir={tmp_path}', *args, *settings)
     data = Dataset(stories, 16)
@@ -420,7 +420,7 @@ def rates(run_here, out_dir, *args):
     return list(metrics(out_dir, 'lr').values())
 
 
-def test_warm_up_rises_in_equal_steps_then_the_cosine_falls(run_here, tmp_path):
+def test_the_cosine_schedule_warms_up_linearly_and_then_decays(run_here, tmp_path):
     args = ('--max_iters=12', '--warmup_iters=4', '--lr_decay_iters=10')
     lr = rates(run_here, tmp_path, *args)
     assert lr[:4] == pytest.approx([1e-2 * n / 5 for n in (1, 2, 3, 4)])
@@ -429,19 +429,19 @@ def test_warm_up_rises_in_equal_steps_then_the_cosine_falls(run_here, tmp_path):
     assert lr[10:] == [1e-3, 1e-3]
 
 
-def test_the_linear_schedule_is_constant_then_straight_down(run_here, tmp_path):
+def test_the_linear_schedule_is_constant_and_then_decays_linearly(run_here, tmp_path):
     args = ('--max_iters=11', '--lr_schedule=linear', '--cooldown=0.4', '--lr_decay_iters=10')
     lr = rates(run_here, tmp_path, *args)
     assert lr[:7] == pytest.approx([1e-2] * 7)
     assert lr[7:] == pytest.approx([1e-3 + part * 9e-3 for part in (0.75, 0.5, 0.25, 0)])
 
 
-def test_the_constant_schedule_warms_up_and_stays(run_here, tmp_path):
+def test_the_constant_schedule_warms_up_and_stays_constant(run_here, tmp_path):
     lr = rates(run_here, tmp_path, '--lr_schedule=constant', '--warmup_iters=3', '--max_iters=6')
     assert lr == pytest.approx([2.5e-3, 5e-3, 7.5e-3, 1e-2, 1e-2, 1e-2])
 
 
-def test_muon_s_rate_rises_and_falls_with_adamw_s(run_here, tmp_path, monkeypatch):
+def test_the_learning_rate_of_muon_follows_the_schedule_of_adamw(run_here, tmp_path, monkeypatch):
     seen = []
     step = optim.Muon.step
 
@@ -455,7 +455,7 @@ def test_muon_s_rate_rises_and_falls_with_adamw_s(run_here, tmp_path, monkeypatc
     assert len(set(seen)) > 2
 
 
-def test_the_rate_is_constant_without_decay(run_here, tmp_path):
+def test_the_learning_rate_is_constant_without_decay(run_here, tmp_path):
     assert rates(run_here, tmp_path, '--decay_lr=False', '--warmup_iters=3') == [1e-2] * 4
 
 
@@ -463,7 +463,7 @@ def test_the_rate_is_constant_without_decay(run_here, tmp_path):
 # checkpoints kept, and when a run ends
 
 
-def test_every_evaluation_s_checkpoint_is_kept_or_the_last_two_and_the_best(run_here, tmp_path):
+def test_all_evaluated_checkpoints_are_kept_or_only_the_last_two_and_the_best(run_here, tmp_path):
     args = ('--max_iters=6', '--eval_interval=1')
     run_here(f'--out_dir={tmp_path}/all', *args)
     assert steps(tmp_path / 'all') == [1, 2, 3, 4, 5, 6]
@@ -475,7 +475,7 @@ def test_every_evaluation_s_checkpoint_is_kept_or_the_last_two_and_the_best(run_
     assert find_checkpoint(tmp_path / 'some', 'best').name.endswith(str(best))
 
 
-def test_checkpoints_between_evaluations(run_here, tmp_path):
+def test_save_interval_saves_between_evaluations(run_here, tmp_path):
     run_here(f'--out_dir={tmp_path}', '--max_iters=7', '--eval_interval=100', '--save_interval=3')
     assert steps(tmp_path) == [6, 7]
 
@@ -503,9 +503,7 @@ def test_patience_stops_a_run_that_no_longer_improves(run_here, tmp_path, capsys
 
 
 @pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
-def test_a_stopped_and_resumed_run_equals_one_that_was_not(
-    run_here, tmp_path, monkeypatch, settings
-):
+def test_a_resumed_run_equals_an_uninterrupted_one(run_here, tmp_path, monkeypatch, settings):
     whole, halves = tmp_path / 'whole', tmp_path / 'halves'
     args = (*FIXED, *settings, '--max_iters=8', '--eval_interval=3')
     run_here(f'--out_dir={whole}', *args)
@@ -521,7 +519,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'])
-def test_each_signal_saves_says_how_to_go_on_and_tells_by_the_status(
+def test_each_signal_saves_prints_how_to_resume_and_sets_the_exit_status(
     run_here, tmp_path, monkeypatch, capsys, name
 ):
     if not hasattr(signal, name):
@@ -537,7 +535,7 @@ def test_each_signal_saves_says_how_to_go_on_and_tells_by_the_status(
     ) in capsys.readouterr().out
 
 
-def test_what_a_resumed_run_evaluates_first_is_saved_with_its_checkpoint(
+def test_the_first_evaluation_of_a_resumed_run_is_saved_with_its_checkpoint(
     run_here, tmp_path, monkeypatch
 ):
     calls, eval_batch = [], Dataset.eval_batch
@@ -561,7 +559,7 @@ def test_what_a_resumed_run_evaluates_first_is_saved_with_its_checkpoint(
     assert find_checkpoint(tmp_path, 'best') == again
 
 
-def test_a_read_error_is_not_taken_for_damage(copied, run_here, monkeypatch):
+def test_a_read_error_is_not_reported_as_a_damaged_checkpoint(copied, run_here, monkeypatch):
     def stale(path):
         raise OSError(116, 'Stale file handle')
 
@@ -571,7 +569,7 @@ def test_a_read_error_is_not_taken_for_damage(copied, run_here, monkeypatch):
     assert steps(copied) == [10, 20]
 
 
-def test_auto_resume_goes_on_with_a_fine_tuned_model_of_another_shape(
+def test_auto_resume_resumes_a_fine_tuned_model_of_another_shape(
     source, run_here, tmp_path, monkeypatch
 ):
     args = (f'--out_dir={tmp_path}', f'--init_from={source}', '--auto_resume', '--n_layer=3')
@@ -582,25 +580,25 @@ def test_auto_resume_goes_on_with_a_fine_tuned_model_of_another_shape(
     assert load_model(tmp_path)[0].config.n_layer == 1
 
 
-def test_a_run_that_was_moved_goes_on_where_it_is_now(copied, run_here, tmp_path):
+def test_a_moved_run_resumes_in_its_new_directory(copied, run_here, tmp_path):
     moved = copied.rename(tmp_path / 'moved')
     assert run_here('--init_from=resume', '--max_iters=21', config=moved / 'config.py') == 0
     assert steps(moved)[-1] == 21
     assert not copied.exists()
 
 
-def test_a_dataset_that_was_prepared_anew_is_noticed(copied, run_here, monkeypatch, capsys):
+def test_a_dataset_that_was_prepared_again_is_reported(copied, run_here, monkeypatch, capsys):
     monkeypatch.setattr(Dataset, 'fingerprint', 'another')
     run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=21')
     assert 'has changed since' in capsys.readouterr().out
 
 
-def test_a_model_from_elsewhere_says_which_settings_it_brings(source, run_here, tmp_path, capsys):
+def test_an_initial_model_reports_the_settings_that_it_replaces(source, run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--n_layer=3', '--max_iters=1')
     assert f'using the n_layer of {source}; the' in capsys.readouterr().out
 
 
-def test_a_run_that_ends_in_nan_is_no_success(run_here, tmp_path):
+def test_a_run_that_ends_in_nan_fails(run_here, tmp_path):
     text = refused(
         run_here,
         f'--out_dir={tmp_path}',
@@ -613,7 +611,7 @@ def test_a_run_that_ends_in_nan_is_no_success(run_here, tmp_path):
     assert not (tmp_path / 'DONE').exists()
 
 
-def test_a_closed_terminal_or_pipe_does_not_end_the_training(run_here, tmp_path, monkeypatch):
+def test_a_closed_terminal_or_pipe_does_not_stop_training(run_here, tmp_path, monkeypatch):
     def closed(*args):
         raise BrokenPipeError
 
@@ -623,9 +621,7 @@ def test_a_closed_terminal_or_pipe_does_not_end_the_training(run_here, tmp_path,
 
 
 @pytest.mark.parametrize('broken', ['no matplotlib', 'full disk', 'sample'])
-def test_a_picture_or_a_sample_that_fails_is_a_warning(
-    run_here, tmp_path, monkeypatch, capsys, broken
-):
+def test_a_failed_plot_or_sample_is_a_warning(run_here, tmp_path, monkeypatch, capsys, broken):
     def fail(*args, **options):
         raise OSError(errno.ENOSPC, 'No space left on device', 'loss.png')
 
@@ -660,7 +656,7 @@ def test_a_picture_or_a_sample_that_fails_is_a_warning(
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGHUP'])
 @pytest.mark.skipif(os.name == 'nt', reason='Windows ends at SIGTERM')
-def test_a_signal_while_a_finished_run_draws_and_writes_is_no_failure(
+def test_a_signal_after_the_last_step_does_not_make_the_run_fail(
     run_here, tmp_path, monkeypatch, capsys, name
 ):
     monkeypatch.setattr(
@@ -672,7 +668,7 @@ def test_a_signal_while_a_finished_run_draws_and_writes_is_no_failure(
     assert 'sample:' not in capsys.readouterr().out
 
 
-def test_a_tracker_that_fails_is_one_warning(run_here, tmp_path, monkeypatch, capsys):
+def test_a_failing_tracker_is_one_warning(run_here, tmp_path, monkeypatch, capsys):
     class Broken:
         def __init__(self, **settings):
             assert settings['project'] == 'p'
@@ -695,7 +691,7 @@ def test_a_tracker_that_fails_is_one_warning(run_here, tmp_path, monkeypatch, ca
         assert sorted(metrics(out_dir)) == [1, 2, 3, 4]
 
 
-def test_metrics_on_a_full_disk_are_one_warning_and_whole_lines(
+def test_metrics_on_a_full_disk_give_one_warning_and_no_partial_lines(
     run_here, tmp_path, monkeypatch, capsys
 ):
     log = metrics_module.MetricsFile.log
@@ -742,7 +738,9 @@ def test_a_done_file_that_cannot_be_written_is_a_warning(run_here, tmp_path, mon
     'streams',
     ['>&-', '2>&-', '<&- >&- 2>&-', '>/dev/full', '>/dev/full 2>&1', '| head -n 1'],
 )
-def test_no_stream_that_is_closed_or_full_ends_the_training(environment, tiny, tmp_path, streams):
+def test_a_closed_or_full_output_stream_does_not_stop_training(
+    environment, tiny, tmp_path, streams
+):
     train = shlex.join([sys.executable, str(ROOT / 'train.py'), str(tiny), '--sample_tokens=5'])
     command = f'{train} --out_dir=run {streams}; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(['bash', '-c', command], env=environment, cwd=tmp_path, text=True,
@@ -761,7 +759,7 @@ def test_a_refused_resume_changes_nothing(copied, run_here):
     assert contents(copied) == before
 
 
-def test_overwrite_deletes_only_when_the_trackers_are_open(copied, run_here, monkeypatch):
+def test_overwrite_deletes_nothing_before_the_trackers_are_open(copied, run_here, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)
     text = refused(run_here, f'--out_dir={copied}', '--overwrite', '--wandb_log')
     assert 'wandb_log' in text
@@ -774,13 +772,15 @@ def test_a_checkpoint_that_was_set_aside_can_be_resumed(copied, run_here, monkey
     assert steps(copied) == [10, 21]
 
 
-def test_a_run_goes_on_in_another_number_format(copied, run_here):
+def test_a_run_can_be_resumed_in_another_number_format(copied, run_here):
     args = (f'--out_dir={copied}', '--init_from=resume', '--max_iters=21')
     assert run_here(*args, '--dtype=bfloat16') == 0
     assert steps(copied)[-1] == 21
 
 
-def test_a_new_global_batch_goes_on_where_the_old_one_ended(copied, run_here, monkeypatch):
+def test_a_run_resumed_with_another_global_batch_continues_at_the_next_sample(
+    copied, run_here, monkeypatch
+):
     firsts, batch = [], Dataset.batch
 
     def noting(self, first, *args):
@@ -794,7 +794,7 @@ def test_a_new_global_batch_goes_on_where_the_old_one_ended(copied, run_here, mo
     assert load.read_state(find_checkpoint(copied, 'last'))['samples'] > samples
 
 
-def test_eval_only_leaves_the_folder_of_an_auto_resumed_run_alone(copied, run_here):
+def test_eval_only_does_not_change_the_directory_of_an_auto_resumed_run(copied, run_here):
     before = contents(copied)
     run_here(f'--out_dir={copied}', '--auto_resume', '--eval_only')
     assert contents(copied) == before
@@ -824,7 +824,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(run_here, tmp_p
     )
 
 
-def test_a_stop_after_an_update_that_was_left_out_saves_what_there_is(
+def test_a_stop_after_a_skipped_update_saves_the_state_before_it(
     run_here, tmp_path, monkeypatch, capsys
 ):
     log, forward, spoilt = metrics_module.Tracker.log, GPT.forward, []
@@ -850,7 +850,7 @@ def test_a_stop_after_an_update_that_was_left_out_saves_what_there_is(
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def test_spikes_and_skipped_updates_are_in_the_metrics_also_of_a_stopped_run(
+def test_spikes_and_skipped_updates_are_logged_even_if_the_run_is_stopped(
     run_here, tmp_path, monkeypatch
 ):
     forward, seed, steps_begun = GPT.forward, runtime.Runtime.seed, []
@@ -878,7 +878,7 @@ def test_spikes_and_skipped_updates_are_in_the_metrics_also_of_a_stopped_run(
         assert metrics(halves, key)[28] == 1
 
 
-def test_a_second_ctrl_c_leaves_at_once(run_here, tmp_path, monkeypatch):
+def test_a_second_ctrl_c_exits_immediately(run_here, tmp_path, monkeypatch):
     log = metrics_module.Tracker.log
 
     def interrupt_twice(self, step, **values):
@@ -921,7 +921,7 @@ def test_ctrl_c_in_a_real_process_loses_no_step(tiny, tmp_path, environment, run
     )
 
 
-def test_a_run_that_was_killed_before_it_could_say_so_is_done_and_mirrored_by_the_next_start(
+def test_a_run_killed_after_its_last_step_is_finished_and_mirrored_at_the_next_start(
     run_here, source, tmp_path
 ):
     run, mirror = tmp_path / 'run', tmp_path / 'mirror'
@@ -933,7 +933,7 @@ def test_a_run_that_was_killed_before_it_could_say_so_is_done_and_mirrored_by_th
     assert steps(mirror) == steps(run)[-1:]
 
 
-def test_resuming_a_finished_run_says_so_and_changes_nothing(run_here, source, capsys):
+def test_resuming_a_finished_run_reports_it_and_changes_nothing(run_here, source, capsys):
     before = contents(source)
     assert run_here(f'--out_dir={source}', '--init_from=resume', '--max_iters=20') == 0
     text = capsys.readouterr().out
@@ -942,7 +942,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(run_here, source, c
     assert contents(source) == before
 
 
-def test_a_finished_run_goes_on_with_more_steps(run_here, copied):
+def test_a_finished_run_can_be_resumed_with_more_steps(run_here, copied):
     assert run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=22') == 0
     assert steps(copied)[-1] == 22
     assert list(metrics(copied)) == list(range(1, 23))
@@ -956,7 +956,7 @@ def test_a_resumed_run_keeps_its_own_settings(run_here, copied, tiny, capsys):
     assert metrics(copied, 'lr')[21] == 3e-3
 
 
-def test_the_config_of_a_resumed_run_still_tells_how_it_began(run_here, copied):
+def test_resuming_does_not_change_init_from_in_the_config(run_here, copied):
     run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=21')
     assert "init_from = 'scratch'" in (copied / 'config.py').read_text()
 
@@ -978,7 +978,7 @@ def test_the_checkpoint_to_resume_from_can_be_chosen(run_here, copied, which):
     assert list(metrics(copied)) == list(range(1, 26))
 
 
-def test_a_damaged_last_checkpoint_is_named_and_the_one_before_used(
+def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_used(
     run_here, source, copied, capsys
 ):
     last = find_checkpoint(copied, 'last')
@@ -990,7 +990,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_used(
         assert hashes(last) == hashes(find_checkpoint(source, 'last'))
 
 
-def test_a_new_run_does_not_touch_a_used_folder_unasked(run_here, copied):
+def test_a_new_run_does_not_change_a_used_directory_without_overwrite(run_here, copied):
     before = contents(copied)
     text = refused(run_here, f'--out_dir={copied}')
     for fix in ('--init_from=resume', '--out_dir', '--overwrite'):
@@ -1000,14 +1000,14 @@ def test_a_new_run_does_not_touch_a_used_folder_unasked(run_here, copied):
     assert changed <= {str(copied), str(copied / '.lock')}
 
 
-def test_overwrite_starts_anew(run_here, copied):
+def test_overwrite_starts_a_new_run(run_here, copied):
     assert run_here(f'--out_dir={copied}', '--overwrite') == 0
     assert steps(copied) == [2, 4]
     assert list(metrics(copied)) == [1, 2, 3, 4]
     assert 'overwrite = False' in (copied / 'config.py').read_text()
 
 
-def test_auto_resume_serves_the_first_start_and_every_other(
+def test_auto_resume_works_for_the_first_start_and_every_later_one(
     run_here, tmp_path, monkeypatch, capsys
 ):
     args = (f'--out_dir={tmp_path}/a', '--auto_resume', '--max_iters=6', *FIXED)
@@ -1023,7 +1023,7 @@ def test_auto_resume_serves_the_first_start_and_every_other(
     )
 
 
-def test_auto_resume_starts_anew_if_nothing_can_be_loaded(run_here, copied, capsys):
+def test_auto_resume_starts_a_new_run_if_no_checkpoint_can_be_loaded(run_here, copied, capsys):
     damaged = list_checkpoints(copied)
     for path in damaged:
         (path / load.MODEL_FILE).unlink()
@@ -1035,7 +1035,7 @@ def test_auto_resume_starts_anew_if_nothing_can_be_loaded(run_here, copied, caps
     assert len(list((copied / 'checkpoints').glob('*.aside1'))) == len(damaged)  # nothing deleted
 
 
-def test_auto_resume_does_not_mistake_the_source_of_fine_tuning_for_its_own(
+def test_auto_resume_does_not_resume_the_checkpoint_that_fine_tuning_started_from(
     run_here, source, tmp_path
 ):
     first = list_checkpoints(source)[0]
@@ -1046,7 +1046,7 @@ def test_auto_resume_does_not_mistake_the_source_of_fine_tuning_for_its_own(
     assert steps(source) == [10, 20]
 
 
-def test_auto_resume_needs_to_know_where(run_here):
+def test_auto_resume_needs_an_out_dir(run_here):
     assert '--out_dir' in refused(run_here, '--auto_resume')
 
 
@@ -1054,7 +1054,7 @@ def test_auto_resume_needs_to_know_where(run_here):
 # fine-tuning
 
 
-def test_fine_tuning_begins_with_the_other_run_s_weights(run_here, source, tmp_path):
+def test_fine_tuning_starts_from_the_weights_of_the_other_run(run_here, source, tmp_path):
     args = (f'--init_from={source}', '--eval_iters=None', '--n_layer=2', '--n_embd=32')
     assert run_here(f'--out_dir={tmp_path}/tuned', *args) == 0
     run_here(f'--out_dir={tmp_path}/scratch', '--eval_iters=None')
@@ -1070,7 +1070,9 @@ def test_fine_tuning_begins_with_the_other_run_s_weights(run_here, source, tmp_p
     assert run_here(*more, config=tmp_path / 'tuned' / 'config.py') == 0
 
 
-def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path, capsys):
+def test_a_resumed_fine_tuning_run_reports_the_settings_it_keeps(
+    run_here, source, tmp_path, capsys
+):
     run_here(f'--out_dir={tmp_path}', f'--init_from={source}')
     capsys.readouterr()
     args = (f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=6')
@@ -1078,7 +1080,7 @@ def test_a_resumed_fine_tuned_run_says_what_it_keeps(run_here, source, tmp_path,
     assert 'using the arch, n_layer of ' in capsys.readouterr().out
 
 
-def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, capsys):
+def test_settings_that_conflict_are_reported(run_here, tmp_path, capsys):
     run_here(f'--out_dir={tmp_path}', '--learning_rate=1e-4', *SHORT)
     out = capsys.readouterr().out
     assert 'warning: min_lr=0.001 is above learning_rate=0.0001: the learning rate will rise' in out
@@ -1104,7 +1106,7 @@ def test_settings_that_work_against_each_other_are_named(run_here, tmp_path, cap
         ),
     ],
 )
-def test_a_setting_that_acts_only_with_another_is_named(
+def test_a_setting_without_effect_is_reported_with_the_one_it_needs(
     run_here, tmp_path, capsys, flags, needed, unused
 ):
     assert run_here(f'--out_dir={tmp_path}/run', '--max_iters=0', *flags) == 0
@@ -1120,13 +1122,13 @@ def test_a_setting_that_acts_only_with_another_is_named(
         (['--init_from=resume', '--overwrite'], 'overwrite=True starts a new run'),
     ],
 )
-def test_settings_that_exclude_one_another_are_refused(run_here, copied, flags, text):
+def test_mutually_exclusive_settings_are_refused(run_here, copied, flags, text):
     before = contents(copied)
     assert text in refused(run_here, f'--out_dir={copied}', *flags)
     assert contents(copied) == before
 
 
-def test_fine_tuning_may_take_a_shorter_context(run_here, source, tmp_path):
+def test_fine_tuning_may_shorten_the_context(run_here, source, tmp_path):
     assert run_here(f'--out_dir={tmp_path}', f'--init_from={source}', '--block_size=8') == 0
     model, _, _ = load_model(tmp_path)
     assert model.config.block_size == 8
@@ -1157,7 +1159,7 @@ def test_fine_tuning_on_text_of_another_tokenizer_is_refused(
 # evaluation alone
 
 
-def test_eval_only_measures_and_writes_nothing(run_here, source, tmp_path, capsys, monkeypatch):
+def test_eval_only_evaluates_and_writes_nothing(run_here, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = contents(source)
     loss = json.loads((find_checkpoint(source, 'last') / 'state.json').read_text())['val_loss']
@@ -1194,7 +1196,7 @@ def broken_forward(monkeypatch, at_calls):
     monkeypatch.setattr(model_module.GPT, 'forward', forward_or_nan)
 
 
-def test_a_gradient_that_overflows_lowers_the_scale_and_leaves_the_update_out(
+def test_an_overflowing_gradient_lowers_the_loss_scale_and_skips_the_update(
     run_here, tmp_path, monkeypatch
 ):
     """float16's loss scaling with two optimizers, which needs no GPU to be tried."""
@@ -1223,7 +1225,7 @@ def test_a_gradient_that_overflows_lowers_the_scale_and_leaves_the_update_out(
     assert made[0].get_scale() == 2.0**7
 
 
-def test_one_loss_that_is_not_a_number_costs_one_update(run_here, tmp_path, monkeypatch, capsys):
+def test_a_nan_loss_skips_one_update(run_here, tmp_path, monkeypatch, capsys):
     broken_forward(monkeypatch, {3})  # the first micro-batch of the second step
     assert run_here(f'--out_dir={tmp_path}', '--eval_interval=1') == 0
     assert 'step 2: loss nan' in capsys.readouterr().out
@@ -1233,7 +1235,7 @@ def test_one_loss_that_is_not_a_number_costs_one_update(run_here, tmp_path, monk
     assert steps(tmp_path)[-1] == 4
 
 
-def test_three_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
+def test_three_nan_losses_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
     run_here, tmp_path, monkeypatch
 ):
     broken_forward(monkeypatch, range(7, 100))  # from the fourth step on
@@ -1246,7 +1248,7 @@ def test_three_in_a_row_stop_the_run_and_keep_the_last_good_checkpoint(
     assert not (tmp_path / 'DONE').exists()
 
 
-def test_a_learning_rate_that_blows_up_leaves_a_checkpoint_to_go_on_from(run_here, copied):
+def test_a_run_that_diverges_keeps_a_checkpoint_to_resume_from(run_here, copied):
     args = (f'--out_dir={copied}', '--init_from=resume', '--max_iters=50')
     text = refused(run_here, *args, '--learning_rate=1e30', '--min_lr=1e30', '--eval_interval=1')
     assert '--learning_rate' in text
@@ -1255,7 +1257,7 @@ def test_a_learning_rate_that_blows_up_leaves_a_checkpoint_to_go_on_from(run_her
 
 
 @error_line('free disk space and {}')
-def test_a_full_disk_does_not_end_the_training_and_spares_the_old_checkpoint(
+def test_a_full_disk_does_not_stop_training_or_damage_the_previous_checkpoint(
     run_here, tmp_path, monkeypatch, capsys
 ):
     free = iter([2**40, 2**40, 0, 2**40, 0])  # the first is looked at before the run
@@ -1276,7 +1278,7 @@ def test_a_full_disk_does_not_end_the_training_and_spares_the_old_checkpoint(
 
 
 @pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
-def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
+def test_a_model_that_cannot_be_compiled_is_trained_uncompiled(
     run_here, tmp_path, monkeypatch, capsys, settings
 ):
     def compile(model, **options):
@@ -1295,7 +1297,7 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is(
     assert hashes(find_checkpoint(tmp_path / 'a')) == hashes(find_checkpoint(tmp_path / 'b'))
 
 
-def test_a_compiled_model_is_saved_under_its_bare_names(run_here, tmp_path, monkeypatch):
+def test_a_compiled_model_is_saved_under_its_uncompiled_names(run_here, tmp_path, monkeypatch):
     class Wrapped(torch.nn.Module):
         def __init__(self, model, **options):
             super().__init__()
@@ -1327,7 +1329,7 @@ def one_line(done):
     return done.stderr
 
 
-def test_out_of_memory_says_what_to_lower_and_by_how_much(environment, tiny, tmp_path):
+def test_an_out_of_memory_error_advises_what_to_lower_and_by_how_much(environment, tiny, tmp_path):
     command = [sys.executable, '-c', CRASH, str(ROOT / 'train.py'), str(tiny)]
     done = subprocess.run(
         [*command, f'--out_dir={tmp_path}/a'], env=environment, capture_output=True, text=True
@@ -1337,13 +1339,13 @@ def test_out_of_memory_says_what_to_lower_and_by_how_much(environment, tiny, tmp
     assert '--batch_size=2 --gradient_accumulation_steps=4' in text
 
 
-def test_a_model_too_large_for_the_memory_is_one_line_too(script, tiny, tmp_path):
+def test_a_model_too_large_for_memory_is_one_line(script, tiny, tmp_path):
     text = one_line(script('train.py', tiny, '--n_embd=400000', f'--out_dir={tmp_path}/a'))
     assert 'memory' in text
     assert '--n_embd' in text
 
 
-def test_two_runs_do_not_share_a_folder(run_here, copied):
+def test_two_runs_cannot_use_one_directory(run_here, copied):
     with FileLock(copied / '.lock'):
         for args in (('--init_from=resume', '--max_iters=30'), ('--overwrite',)):
             text = refused(run_here, f'--out_dir={copied}', *args)
@@ -1395,7 +1397,9 @@ def test_two_runs_do_not_share_a_folder(run_here, copied):
     ],
     ids=lambda value: ' '.join(value) if value[0][:2] == '--' else '',
 )
-def test_a_mistake_is_one_line_and_leaves_no_folder(run_here, tmp_path, monkeypatch, args, texts):
+def test_a_mistake_is_one_line_and_creates_no_directory(
+    run_here, tmp_path, monkeypatch, args, texts
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     (tmp_path / 'there').mkdir()
@@ -1407,7 +1411,7 @@ def test_a_mistake_is_one_line_and_leaves_no_folder(run_here, tmp_path, monkeypa
     assert list(tmp_path.rglob('*')) == [tmp_path / 'there', tmp_path / 'there' / 'file']
 
 
-def test_resuming_with_nothing_there_says_how_to_begin(run_here, tmp_path, monkeypatch):
+def test_resuming_without_a_run_advises_how_to_start_one(run_here, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert 'python train.py' in refused(run_here, '--init_from=resume')
     assert 'no such run directory' in refused(run_here, '--init_from=resume', '--out_dir=nowhere')
@@ -1432,7 +1436,7 @@ def test_a_resumed_run_keeps_its_optimizer(run_here, tmp_path, settings):
     assert contents(tmp_path) == before
 
 
-def test_a_run_from_before_there_were_two_architectures_goes_on(run_here, copied):
+def test_a_run_older_than_the_second_architecture_can_be_resumed(run_here, copied):
     for path in list_checkpoints(copied):
         state = json.loads((path / 'state.json').read_text())
         for name in ('arch', 'n_kv_head'):
@@ -1448,7 +1452,7 @@ def test_a_run_from_before_there_were_two_architectures_goes_on(run_here, copied
     assert steps(copied)[-1] == 22
 
 
-def test_seconds_go_on_in_a_resumed_run(run_here, copied):
+def test_the_seconds_of_a_resumed_run_continue(run_here, copied):
     before = metrics(copied, 'seconds')
     assert sorted(before.values()) == list(before.values())
     run_here(f'--out_dir={copied}', '--init_from=resume', '--max_iters=22')
@@ -1473,7 +1477,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(run_here, copied):
     assert 'n_experts' in text
 
 
-def test_a_token_outside_the_vocabulary_is_named_by_file_and_offset(run_here, dataset, tmp_path):
+def test_a_token_outside_the_vocabulary_is_reported_with_file_and_offset(
+    run_here, dataset, tmp_path
+):
     bad = shutil.copytree(dataset, tmp_path / 'bad')
     ids = np.fromfile(bad / 'train.bin', '<u2')
     ids[2000] = 60000
@@ -1483,7 +1489,9 @@ def test_a_token_outside_the_vocabulary_is_named_by_file_and_offset(run_here, da
     assert f'{bad}/train.bin: token id 60000 at byte 4000' in text
 
 
-def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp_path, monkeypatch):
+def test_a_global_batch_that_cannot_be_divided_among_the_processes_is_refused(
+    run_here, tmp_path, monkeypatch
+):
     class Three(runtime.Runtime):
         def broadcast_from_rank0(self, decide):
             return decide()
@@ -1499,12 +1507,12 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(run_here, tmp
     assert not (tmp_path / 'new').exists()
 
 
-def test_a_run_s_generated_name_is_fresh_and_readable():
+def test_the_generated_name_of_a_run_is_new_and_readable():
     assert re.fullmatch(r'out/[a-z]+_[a-z]+-\d{6}-\d{4}', run_directory.new_name())
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux alone')
-def test_a_folder_whose_name_is_no_text_is_refused_before_anything_is_written(
+def test_a_directory_name_that_is_not_utf_8_is_refused_before_anything_is_written(
     run_here, source, tmp_path
 ):
     bad = os.fsdecode(bytes(tmp_path) + b'/run\xff')
@@ -1572,21 +1580,21 @@ def in_checkout(checkout, environment):
     return run
 
 
-def test_train_alone_says_what_it_would_fetch_and_how_to_start(in_checkout, checkout):
+def test_train_without_arguments_reports_the_download_and_how_to_start(in_checkout, checkout):
     text = one_line(in_checkout())
     for part in ('openwebtext', 'GB', 'data/openwebtext/prepare.py', 'config/quickstart.py'):
         assert part in text
     assert not (checkout / 'out').exists()
 
 
-def test_a_missing_dataset_without_a_network_says_where_to_put_the_file(in_checkout, checkout):
+def test_a_missing_dataset_without_a_network_reports_where_to_put_the_file(in_checkout, checkout):
     text = one_line(in_checkout('train_shakespeare_char_cpu'))
     assert 'http' in text
     assert 'input.txt' in text
     assert not list((checkout / 'data' / 'shakespeare_char').glob('*.bin*'))
 
 
-def test_the_quickstart_prepares_its_text_trains_and_writes(in_checkout, checkout):
+def test_the_quickstart_prepares_text_and_trains(in_checkout, checkout):
     small = ('--max_iters=2', '--eval_iters=1', '--n_layer=1', '--n_head=2', '--n_embd=16')
     more = ('--batch_size=2', '--gradient_accumulation_steps=1', '--block_size=32')
     done = in_checkout('config/quickstart.py', *small, *more, '--sample_tokens=5')
@@ -1618,7 +1626,7 @@ def by_torchrun(script, tiny):
     [('by_torchrun', ()), ('two_ranks', MODERN)],
     ids=['gpt2-torchrun', 'modern'],
 )
-def test_two_processes_train_as_one(run_here, tmp_path, request, start, settings):
+def test_two_processes_train_like_one(run_here, tmp_path, request, start, settings):
     args = (*settings, '--max_iters=6', '--eval_iters=None', '--eval_interval=3')
     run_here(f'--out_dir={tmp_path}/one', *args)
     printed = request.getfixturevalue(start)(f'--out_dir={tmp_path}/two', *args)
@@ -1633,7 +1641,7 @@ def test_two_processes_train_as_one(run_here, tmp_path, request, start, settings
     assert (tmp_path / 'two' / 'DONE').exists()
 
 
-def test_two_processes_that_share_a_model_mask_documents_as_one(
+def test_two_processes_with_a_sharded_model_mask_documents_like_one(
     two_ranks, run_here, tmp_path, stories
 ):
     args = (f'--dataset={stories}', '--mask_documents', '--arch=modern')
@@ -1644,6 +1652,6 @@ def test_two_processes_that_share_a_model_mask_documents_as_one(
         assert two == pytest.approx(one, rel=1e-5), key
 
 
-def test_a_dataset_fixture_has_text_of_one_byte_a_character(tmp_path):
+def test_the_dataset_fixture_has_one_byte_per_character(tmp_path):
     data = Dataset(make_dataset(tmp_path / 'd', byte_tokenizer(), train=50, val=40), 8)
     assert data.bytes == data.tokens == {'train': 50, 'val': 40}

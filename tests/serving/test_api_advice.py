@@ -54,6 +54,17 @@ def send(client, body, path=PATH):
         case('does not support it; leave it out{}', {'min_tokens': 3}, {'min_tokens': 0}),
         case('leave it out, or give 1 or n', {'best_of': 2}, {'best_of': 1}),
         case('must be a string, a list of token ids', {'prompt': ['']}, {'prompt': ['b']}),
+        case('must be a string of 1 to', {'stop': ['']}, {'stop': ['b']}),
+        case('must have token ids as keys', {'logit_bias': {'a': 1}}, {'logit_bias': {'97': 1}}),
+        case('entries; send fewer', {'logit_bias': dict.fromkeys(range(1025), 1)}, {}),
+        case('a whole number', {'n': 1.5}, {'n': 1}),
+        case('a number', {'temperature': '1'}, {'temperature': 1}),
+        case('true or false', {'echo': 1}, {'echo': True}),
+        case('a string', {'model': 1}, {'model': 'tiny'}),
+        case('an object', {'stream_options': True}, {'stream_options': {'include_usage': None}}),
+        case('greater than {}', {'top_p': 0}, {'top_p': 0.1}),
+        case('at least {}', {'n': 0}, {'n': 1}),
+        case('at most {}', {'top_p': 1.5}, {'top_p': 1}),
     ],
 )  # fmt: skip
 def test_the_advice_for_a_field_is_right(client, bad, good):
@@ -84,7 +95,7 @@ def test_a_limit_of_the_server_is_reported_and_can_be_kept(make_app, bad):
     assert send(client, body).json['choices']
 
 
-@error_line('the body: {}; send valid JSON in UTF-8')
+@error_line('{}; send valid JSON in UTF-8')
 @pytest.mark.parametrize(
     ('bad', 'good'),
     [
@@ -92,6 +103,7 @@ def test_a_limit_of_the_server_is_reported_and_can_be_kept(make_app, bad):
         (b'{"prompt": "a", "user": NaN}', b'{"prompt": "a", "user": null}'),
         (b'{"prompt": "\xe9"}', b'{"prompt": "\xc3\xa9"}'),
         (b"{'prompt': 'a'}", b'{"prompt": "a"}'),
+        (b'{"prompt": "\\ud83d"}', b'{"prompt": "\\ud83d\\ude00"}'),
     ],
 )
 def test_an_invalid_body_is_accepted_once_it_is_valid(client, bad, good):
@@ -110,7 +122,8 @@ def test_an_invalid_body_is_accepted_once_it_is_valid(client, bad, good):
         ),
         case('send the JSON uncompressed', {'Content-Encoding': 'gzip'}, 415),
         case('into the JSON body, not into the URL', {}, 400),
-        case("send this server's API key in the header", {'Authorization': ''}, 401),
+        case("{}; send this server's key in the header", {'Authorization': ''}, 401),
+        case("{}; send this server's key in the header", {'Authorization': 'Bearer OLD'}, 401),
     ],
 )  # fmt: skip
 def test_a_request_works_with_the_headers_that_an_error_asks_for(make_app, bad, status):
@@ -124,12 +137,48 @@ def test_a_request_works_with_the_headers_that_an_error_asks_for(make_app, bad, 
     assert len(reply.json['choices']) == 2
 
 
+@error_line('the body: {}')
+def test_a_body_of_fewer_levels_is_accepted(client):
+    for levels, status in ((10_000, 400), (500, 400), (50, 200)):
+        data = f'{{"prompt": "a", "user": {"[" * levels + "]" * levels}}}'
+        reply = client.post(PATH, data=data, content_type='application/json')
+        assert reply.status_code == status
+        assert status == 200 or reply.json['error']['message'].endswith('use fewer levels')
+
+
+@error_line('the body: has a number of too many digits; send a shorter one')
+def test_a_shorter_number_is_accepted(client):
+    message_of(
+        client.post(
+            PATH,
+            data=f'{{"prompt": "a", "metadata": {"9" * 5000}}}',
+            content_type='application/json',
+        ),
+        400,
+    )
+    assert send(client, {'prompt': 'a', 'metadata': 99}).json['choices']
+
+
+@error_line('is a field of {}; send the request there, or omit it')
+@pytest.mark.parametrize('sent_to', [PATH, CHAT])
+def test_a_request_to_the_wrong_path_works_at_the_one_that_an_error_gives(chat_client, sent_to):
+    body = ABC if sent_to == PATH else {'prompt': 'abc', 'max_tokens': 1}
+    error = message_of(send(chat_client, body, sent_to), 400)
+    (path,) = re.findall('is a field of (.*?);', error)
+    assert send(chat_client, body, path).json['choices']
+    both = {**ABC, 'prompt': 'abc'}
+    for path in (PATH, CHAT):
+        field = message_of(send(chat_client, both, path), 400).partition(':')[0]
+        right = {name: value for name, value in both.items() if name != field}
+        assert send(chat_client, right, path).json['choices']
+
+
 @error_line('no such field; {}')
 def test_an_unknown_field_is_found_in_the_documentation(chat_client):
     message = {**ABC['messages'][0], 'text': 'abc'}
     error = message_of(send(chat_client, {**ABC, 'messages': [message]}, CHAT), 400)
     assert error == 'messages[0].text: no such field; /docs lists the fields'
-    documented = chat_client.get('/openapi.json').json['components']['schemas']['Message']
+    documented = chat_client.get('/openapi.json').json['components']['schemas']['ChatMessage']
     assert 'content' in documented['properties']
     assert 'text' not in documented['properties']
     assert send(chat_client, ABC, CHAT).json['choices']
@@ -166,6 +215,14 @@ def test_messages_are_completed_once_they_are_as_an_error_asks(chat_client, bad,
 def test_the_advice_for_a_field_of_a_chat_is_right(chat_client, bad, good):
     message_of(send(chat_client, {**ABC, **bad}, CHAT), 400)
     assert send(chat_client, {**ABC, **good}, CHAT).json['choices']
+
+
+@error_line('is missing; add it', 'is empty; it needs at least one entry')
+def test_a_missing_field_is_added_and_an_empty_one_gets_an_entry(chat_client):
+    assert message_of(send(chat_client, {}, CHAT), 400) == 'messages: is missing; add it'
+    body = {'messages': [], 'max_tokens': 1}
+    assert message_of(send(chat_client, body, CHAT), 400).startswith('messages: is empty')
+    assert send(chat_client, ABC, CHAT).json['choices']
 
 
 @error_line('has no chat template; use /v1/completions')

@@ -170,7 +170,7 @@ def test_stopping_midway_frees_the_slot_and_keeps_the_text(visit, by):
     wait_until(lambda: page.text)
     assert page.service.engine.running == 1
     page['run'].click() if by == 'button' else page.press(Keys.ESCAPE)
-    assert free_again(page.service, seconds=2)
+    assert free_again(page.service)
     wait_until(lambda: not page.busy)
     assert 0 < len(page.text) < 4000
     assert page['status'].text.endswith(' · stopped')

@@ -73,7 +73,7 @@ def whole(run_here, tmp_path_factory):
 
 
 @pytest.mark.parametrize('at', range(1, 21))
-def test_stopped_at_any_step_a_run_ends_as_if_it_had_not_been(
+def test_a_run_stopped_and_resumed_at_any_step_equals_an_uninterrupted_one(
     run_here, whole, tmp_path, monkeypatch, at
 ):
     log = metrics_module.Tracker.log
@@ -107,7 +107,7 @@ def long(run_here, tmp_path_factory):
 
 @posix
 @pytest.mark.parametrize('number', times(100))
-def test_killed_at_any_moment_at_most_five_steps_are_lost(run_here, ranks, long, tmp_path, number):
+def test_a_kill_at_any_time_loses_at_most_five_steps(run_here, ranks, long, tmp_path, number):
     reference, duration = long
     (process,) = ranks(0, f'--out_dir={tmp_path}', *LONG)
     process.says('step 6/')
@@ -176,7 +176,7 @@ print(json.dumps(stages))
 
 
 @posix
-def test_killed_at_any_file_operation_of_a_save_the_previous_checkpoint_loads(
+def test_a_kill_at_any_file_operation_of_a_save_keeps_the_previous_checkpoint(
     tmp_path, environment
 ):
     command = [sys.executable, '-W', 'ignore', '-c', SAVES, str(tmp_path)]
@@ -197,7 +197,7 @@ def test_killed_at_any_file_operation_of_a_save_the_previous_checkpoint_loads(
 @pytest.mark.parametrize(
     'what', ['background', 'again', 'part-0', 'part-1', 'mirror', 'mirror-again']
 )
-def test_killed_at_any_file_operation_the_last_checkpoint_is_a_whole_one(
+def test_a_kill_at_any_file_operation_leaves_a_complete_last_checkpoint(
     tmp_path, environment, what
 ):
     command = [sys.executable, '-W', 'ignore', str(ROOT / 'tests' / 'killed.py'), what, tmp_path]
@@ -218,7 +218,7 @@ def test_killed_at_any_file_operation_the_last_checkpoint_is_a_whole_one(
 
 
 @posix
-def test_killed_again_and_again_a_supervised_run_ends_the_same(ranks, tmp_path):
+def test_a_supervised_run_that_is_killed_repeatedly_has_the_same_result(ranks, tmp_path):
     """What SLURM or a loop in a shell does: start with --auto_resume until there is DONE."""
     steps_in_all, chance = max(200, round(2000 * SHARE)), np.random.default_rng(0)
     args = (f'--max_iters={steps_in_all}', '--eval_interval=50', '--save_interval=5')
@@ -333,7 +333,7 @@ def disk(tmp_path):
 LARGER = ('--n_embd=64', '--n_layer=2', '--eval_interval=1', '--max_iters=9')  # 1.2 MB each
 
 
-def test_a_disk_that_fills_up_while_saving_spares_what_was_there(
+def test_a_disk_that_fills_up_during_a_save_keeps_the_previous_checkpoint(
     run_here, disk, monkeypatch, capsys
 ):
     monkeypatch.setattr(save, 'check_free_space', lambda folder, tensors: None)
@@ -348,9 +348,7 @@ def test_a_disk_that_fills_up_while_saving_spares_what_was_there(
     assert find_checkpoint(disk / 'run', 'last').name == names[-1]
 
 
-def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
-    run_here, disk, monkeypatch, capsys
-):
+def test_a_completely_full_disk_does_not_stop_training(run_here, disk, monkeypatch, capsys):
     log = metrics_module.Tracker.log
 
     def fill_up(self, step, **values):
@@ -372,7 +370,7 @@ def test_a_disk_full_to_the_last_byte_does_not_end_the_training(
     assert run_here(*args, '--init_from=resume', '--max_iters=6') == 0
 
 
-def test_a_mirror_that_fills_up_does_not_end_the_training(run_here, disk, tmp_path, capsys):
+def test_a_full_mirror_does_not_stop_training(run_here, disk, tmp_path, capsys):
     mirror = f'--checkpoint_mirror={disk}/mirror'
     assert run_here(f'--out_dir={tmp_path}/run', mirror, *LARGER) == 0
     assert 'No space left' in capsys.readouterr().out
@@ -382,7 +380,7 @@ def test_a_mirror_that_fills_up_does_not_end_the_training(run_here, disk, tmp_pa
     assert list(metrics(tmp_path / 'run')) == list(range(1, 10))
 
 
-def test_a_mirror_that_becomes_read_only_does_not_end_the_training(
+def test_a_mirror_that_becomes_read_only_does_not_stop_training(
     run_here, disk, tmp_path, monkeypatch, capsys
 ):
     log = metrics_module.Tracker.log
@@ -454,7 +452,7 @@ GPT.forward = slow
 
 @posix
 @pytest.mark.parametrize('shard', [False, True])
-def test_a_signal_to_one_rank_ends_the_evaluation_of_all(ranks, tmp_path, shard):
+def test_a_signal_to_one_rank_stops_the_evaluation_on_all(ranks, tmp_path, shard):
     """Which would take half a minute; what was trained before it is saved."""
     args = ('--eval_interval=3', '--eval_iters=4', '--eval_train=False', f'--shard={shard}')
     crew = ranks(2, f'--out_dir={tmp_path}', '--max_iters=1000', *args, before=SLOW)
@@ -467,7 +465,7 @@ def test_a_signal_to_one_rank_ends_the_evaluation_of_all(ranks, tmp_path, shard)
 
 
 @posix
-def test_where_torchrun_is_killed_the_ranks_save_and_leave(launch, tmp_path):
+def test_if_torchrun_is_killed_the_ranks_save_and_exit(launch, tmp_path):
     process = launch(
         f'--out_dir={tmp_path}/a', '--max_iters=1000000', '--eval_interval=1000000', python=TORCHRUN
     )
@@ -479,7 +477,7 @@ def test_where_torchrun_is_killed_the_ranks_save_and_leave(launch, tmp_path):
 
 
 @posix
-def test_a_killed_rank_is_restarted_and_the_run_ends_the_same(
+def test_a_killed_rank_is_restarted_and_the_run_has_the_same_result(
     script, launch, tiny, tmp_path, environment, monkeypatch
 ):
     args = ('--max_iters=300', '--eval_interval=100000', '--save_interval=5', *FIXED)
@@ -518,7 +516,7 @@ model.GPT.forward = spoilt
 
 
 @pytest.mark.parametrize('shard', [False, True])
-def test_one_rank_s_nan_is_left_out_by_all(ranks, tmp_path, shard):
+def test_a_nan_on_one_rank_skips_the_update_on_all(ranks, tmp_path, shard):
     """Each rank computes one micro-batch a step, so call 5 is of step 5."""
     args = ('--max_iters=9', '--save_interval=1', '--eval_interval=9', f'--shard={shard}')
     ends = []
@@ -540,14 +538,14 @@ def test_one_rank_s_nan_is_left_out_by_all(ranks, tmp_path, shard):
 
 
 @pytest.mark.parametrize('number', times(200))
-def test_two_processes_end_cleanly_every_time(ranks, tmp_path, number):
+def test_two_processes_exit_cleanly_every_time(ranks, tmp_path, number):
     crew = ranks(2, f'--out_dir={tmp_path}', f'--shard={number % 4 == 3}')
     assert crew.end() == [0, 0], crew.err
     assert crew.err == ''
     assert (tmp_path / 'DONE').exists()
 
 
-def test_processes_that_cannot_share_the_batch_say_so_in_one_line(script, tiny, tmp_path):
+def test_a_batch_that_cannot_be_divided_among_the_processes_is_one_line(script, tiny, tmp_path):
     args = ('--batch_size=3', '--gradient_accumulation_steps=1')
     done = script('train.py', tiny, f'--out_dir={tmp_path}/a', *args, python=TORCHRUN)
     assert done.returncode != 0
@@ -558,7 +556,7 @@ def test_processes_that_cannot_share_the_batch_say_so_in_one_line(script, tiny, 
 
 
 @posix
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(
+def test_a_second_run_in_the_same_directory_is_refused_and_the_first_continues(
     script, launch, tiny, tmp_path
 ):
     process = launch(f'--out_dir={tmp_path}', '--max_iters=100000', '--save_interval=1', *FIXED)
@@ -584,14 +582,14 @@ def compiled(script, tiny, tmp_path, *settings, **env):
     return script('train.py', tiny, f'--out_dir={tmp_path}/a', '--compile=True', *settings, env=env)
 
 
-def test_without_a_c_compiler_training_goes_on_uncompiled(script, tiny, tmp_path):
+def test_without_a_c_compiler_training_is_not_compiled(script, tiny, tmp_path):
     done = compiled(script, tiny, tmp_path, CXX='/bin/false', CC='/bin/false')
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('training without torch.compile, which failed') == 1
     assert (tmp_path / 'a' / 'DONE').exists()
 
 
-def test_a_sharded_model_that_cannot_be_compiled_trains_all_the_same(script, tiny, tmp_path):
+def test_a_sharded_model_that_cannot_be_compiled_is_trained_uncompiled(script, tiny, tmp_path):
     env = {
         'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache'),
         'CXX': '/bin/false',
@@ -609,7 +607,7 @@ SHORT = ('--short_block_size=4', '--short_iters=2')
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler here')
 @pytest.mark.parametrize('settings', [(), (*MODERN, *SHORT)], ids=['gpt2', 'modern'])
-def test_a_compiled_model_trains_alike(script, run_here, tiny, tmp_path, settings):
+def test_a_compiled_model_trains_like_an_uncompiled_one(script, run_here, tiny, tmp_path, settings):
     done = compiled(script, tiny, tmp_path, *settings)
     assert done.returncode == 0, done.stderr
     assert 'which failed' not in done.stdout

@@ -73,14 +73,14 @@ def keep_busy(*watches):
     threading.Thread(target=work, daemon=True).start()
 
 
-def test_nobody_is_blamed_while_all_get_on(crew):
+def test_no_rank_is_reported_while_all_make_progress(crew):
     start, said = crew
     keep_busy(*start(3, timeout=0.1))
     time.sleep(0.5)
     assert said == {}
 
 
-def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
+def test_a_rank_that_waits_reports_the_rank_that_hangs(crew):
     start, said = crew
     watches = start(3)
     watches[0].enter_phase(7, 'computing gradients')
@@ -98,7 +98,7 @@ def test_the_rank_that_stays_behind_is_named_by_one_that_waits(crew):
     assert [mine for *_, mine in said.values()].count(True) == 1
 
 
-def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
+def test_the_rank_that_hangs_is_reported_even_if_it_times_out_first(crew):
     start, said = crew
     watches = start(3)
     watches[0].enter_phase(7, 'saving a checkpoint')
@@ -116,7 +116,7 @@ def test_who_is_behind_is_named_by_those_who_wait_though_it_is_late_first(crew):
 @pytest.mark.parametrize(
     'behind', [(7, 'updating the weights'), (8, 'evaluating'), (8, 'generating a sample')]
 )
-def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
+def test_ranks_are_ordered_by_step_and_then_by_phase(crew, behind):
     start, said = crew
     watches = start(2)
     watches[0].enter_phase(8, 'reading data')
@@ -124,7 +124,7 @@ def test_the_order_is_that_of_steps_and_within_one_of_the_loop(crew, behind):
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
-def test_the_places_are_those_of_train_py_in_its_order():
+def test_the_phases_are_those_of_train_py_in_order():
     places = {
         path: re.findall(
             r"watchdog\.(?:enter_phase|keep_alive)[(,] ?\w+, '(.*?)'",
@@ -138,7 +138,7 @@ def test_the_places_are_those_of_train_py_in_its_order():
     assert ['starting up', checks, *set_up, *loop, update] == list(PHASES)
 
 
-def test_who_is_late_but_keeps_nobody_waiting_is_not_named(crew):
+def test_a_slow_rank_that_no_other_waits_for_is_not_reported(crew):
     start, said = crew
     watches = start(2)
     watches[1].enter_phase(1, 'reading data')
@@ -158,7 +158,7 @@ def wait_together(*watches):
     threading.Thread(target=work, daemon=True).start()
 
 
-def test_all_may_wait_for_long_while_another_copies(crew):
+def test_ranks_may_wait_long_while_another_copies_the_dataset(crew):
     start, said = crew
     watches = start(3)
     wait_together(*watches[:2])
@@ -168,7 +168,7 @@ def test_all_may_wait_for_long_while_another_copies(crew):
     assert said == {}
 
 
-def test_who_dies_while_another_waits_for_its_data_is_named(crew):
+def test_a_rank_that_dies_while_it_copies_the_dataset_is_reported(crew):
     start, said = crew
     watches = start(3)
     wait_together(*watches[:2])
@@ -183,7 +183,7 @@ def test_who_dies_while_another_waits_for_its_data_is_named(crew):
     )
 
 
-def test_who_gets_no_data_for_too_long_is_named(crew):
+def test_a_rank_that_hangs_while_it_copies_the_dataset_is_reported(crew):
     start, said = crew
     watches = start(2)
     wait_together(watches[0])
@@ -191,7 +191,7 @@ def test_who_gets_no_data_for_too_long_is_named(crew):
     assert wait_for_speaker(said)[1].startswith('rank 1 ')
 
 
-def test_the_rank_whose_signs_stopped_is_named(crew):
+def test_a_rank_without_heartbeats_is_reported(crew):
     start, said = crew
     watches = start(3, timeout=1)
     watches[1].enter_phase(4, 'saving a checkpoint')
@@ -206,7 +206,7 @@ def test_the_rank_whose_signs_stopped_is_named(crew):
     assert 'rank 0' not in why
 
 
-def test_all_may_take_long_for_the_same(crew):
+def test_ranks_that_are_slow_in_the_same_phase_are_not_reported(crew):
     start, said = crew
     start(2)
     time.sleep(2)
@@ -222,7 +222,9 @@ class Silent(dist.HashStore):
 
 
 @pytest.mark.parametrize(('agent', 'keeper'), [('True', 'torchrun'), ('False', 'rank 0')])
-def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keeper):
+def test_a_store_that_does_not_answer_is_reported_within_the_timeout(
+    crew, monkeypatch, agent, keeper
+):
     monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', agent)
     start, said = crew
     started = time.monotonic()
@@ -233,7 +235,7 @@ def test_a_store_that_never_answers_holds_nobody(crew, monkeypatch, agent, keepe
     assert why.startswith(f'{keeper} on first.host, or the network to it, does not ans')
 
 
-def test_a_lost_connection_names_who_is_gone(crew):
+def test_a_lost_connection_reports_the_rank_that_died(crew):
     start, said = crew
     watches = start(2, timeout=3)
     time.sleep(0.5)
@@ -248,7 +250,7 @@ def test_a_lost_connection_names_who_is_gone(crew):
 
 
 @pytest.mark.parametrize('meanwhile', ['it is late', 'another speaks'])
-def test_a_watch_that_is_closed_while_it_looks_round_ends_nothing(crew, monkeypatch, meanwhile):
+def test_a_watchdog_that_is_closed_during_a_check_stops_nothing(crew, monkeypatch, meanwhile):
     start, said = crew
     looks, seen = threading.Event(), threading.Event()
 
@@ -269,7 +271,7 @@ def test_a_watch_that_is_closed_while_it_looks_round_ends_nothing(crew, monkeypa
     assert said == {}
 
 
-def test_only_a_lost_connection_counts_as_one(crew, capsys):
+def test_other_errors_are_not_reported_as_a_lost_connection(crew, capsys):
     start, said = crew
     start(2)
     sys.excepthook(RuntimeError, RuntimeError('shapes differ'), None)
@@ -280,7 +282,7 @@ def test_only_a_lost_connection_counts_as_one(crew, capsys):
     assert not is_lost_connection(ValueError(GLOO))
 
 
-def test_one_process_is_not_watched(monkeypatch):
+def test_a_single_process_has_no_watchdog(monkeypatch):
     monkeypatch.setattr(threading.Thread, 'start', lambda self: pytest.fail('a thread'))
     explainers = [*errors._explainers]
     Watchdog(Runtime('cpu', torch.float32), 0.1).close()
@@ -288,7 +290,7 @@ def test_one_process_is_not_watched(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='needs /proc')
-def test_only_a_process_of_the_same_parent_would_be_killed():
+def test_only_a_process_of_the_same_parent_is_a_sibling():
     assert is_sibling(os.getpid())
     assert not is_sibling(1)
     assert not is_sibling(os.getppid())
@@ -299,7 +301,7 @@ def last_line(rank):
     return rank.err.splitlines()[-1]
 
 
-def test_of_a_killed_rank_the_others_say_so_in_one_line(ranks, tmp_path):
+def test_a_killed_rank_is_reported_in_one_line(ranks, tmp_path):
     crew = ranks(3, f'--out_dir={tmp_path}', *FOREVER, '--hang_timeout=4')
     crew[0].says('step 3/')
     crew[1].send(signal.SIGKILL)
@@ -328,7 +330,7 @@ def sleep(*args): time.sleep(60)
         (1, 'dataset.Dataset.batch = sleep', 'reading data in step 0'),
     ],
 )
-def test_of_three_the_stuck_one_is_named_once(ranks, tmp_path, which, fault, place):
+def test_the_stuck_rank_of_three_is_reported_once(ranks, tmp_path, which, fault, place):
     before = lambda rank: SLOW + fault if rank == which else ''  # noqa: E731
     args = (f'--out_dir={tmp_path}', *FOREVER, '--save_interval=2', '--hang_timeout=2')
     crew = ranks(3, *args, before=before)
@@ -350,7 +352,7 @@ def while_opening(fault):
     return lambda rank: f'{lines}mixture.open_data = fails' if rank == 1 else ''
 
 
-def test_any_error_while_the_data_is_opened_ends_all(ranks, tmp_path):
+def test_an_error_while_the_dataset_is_opened_stops_all_ranks(ranks, tmp_path):
     crew = ranks(2, f'--out_dir={tmp_path}/run', before=while_opening('raise OSError("no disk")'))
     assert crew.end(30) == [2, 1]
     assert crew[0].err == 'error: rank 1: OSError: no disk\n'
@@ -358,7 +360,9 @@ def test_any_error_while_the_data_is_opened_ends_all(ranks, tmp_path):
 
 
 @pytest.mark.parametrize('number', ['SIGSTOP', 'SIGKILL'])
-def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path, number):
+def test_a_rank_that_freezes_or_dies_while_the_dataset_is_opened_is_reported(
+    ranks, tmp_path, number
+):
     fault = while_opening(f'time.sleep(0.5); os.kill(os.getpid(), signal.{number})')
     crew = ranks(2, f'--out_dir={tmp_path}/run', '--hang_timeout=2', before=fault)
     assert crew.end(20) == [1, -signal.SIGKILL]  # a frozen one would not hear torchrun
@@ -372,7 +376,9 @@ def test_who_is_frozen_or_gone_while_the_data_is_opened_is_named(ranks, tmp_path
 @pytest.mark.faults
 @pytest.mark.parametrize('shard', [False, True])
 @pytest.mark.parametrize('which', [0, 1])
-def test_a_stopped_rank_is_named_within_the_timeout_and_five_seconds(ranks, tmp_path, which, shard):
+def test_a_frozen_rank_is_reported_within_the_timeout_and_five_seconds(
+    ranks, tmp_path, which, shard
+):
     args = (f'--out_dir={tmp_path}', *FOREVER, '--hang_timeout=3', f'--shard={shard}')
     crew = ranks(2, *args)
     crew[0].says('step 3/')
@@ -389,7 +395,7 @@ def test_a_stopped_rank_is_named_within_the_timeout_and_five_seconds(ranks, tmp_
         assert crew[1].end(5) == -signal.SIGKILL  # it would not hear torchrun
 
 
-def test_a_sign_can_be_read_by_all(crew):
+def test_a_heartbeat_can_be_read_by_every_rank(crew):
     start, _ = crew
     (first, *_) = start(2)
     first.enter_phase(3, 'reading data')

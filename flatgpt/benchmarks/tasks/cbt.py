@@ -7,7 +7,7 @@ section 3.2).
 import re
 
 # the text is tokenized for a parser; these rules rejoin it, like the detokenizers of the paper
-RULES = (
+DETOKENIZER = (
     (r'`` ?', '"'),
     (r" ?''", '"'),
     (r'` ', "'"),
@@ -37,6 +37,6 @@ def answer(doc: dict) -> int:
 
 
 def as_written(text: str) -> str:
-    for pattern, replacement in RULES:
+    for pattern, replacement in DETOKENIZER:
         text = re.sub(pattern, replacement, text)
     return text
