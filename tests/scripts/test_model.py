@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from error_lines import case, error_line
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import model as model_module
+from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import ConfigError, as_config_error
 from flatgpt.inference.kv_cache import KVCache
 from model import GPT, TRANSPOSED, GPTConfig
@@ -49,7 +51,7 @@ def test_logits_equal_those_of_transformers():
             weights[name].normal_(std=0.3)
             parameter.copy_(weights[name].T if name.endswith(TRANSPOSED) else weights[name])
         idx = tokens(4, BLOCK)
-        logits, loss = ours(idx, idx)
+        logits, loss = ours(idx)[0], ours(idx, idx)[1]
         assert logits.abs().max() > 1
         assert_close(logits, theirs(idx).logits)
         assert_close(loss, F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()))
@@ -77,7 +79,7 @@ def test_modern_logits_equal_those_of_nanochat(n_kv_head, direction):
     giver, taker = (ours, theirs) if direction == 'ours to theirs' else (theirs, ours)
     taker.load_state_dict(giver.state_dict())  # strict: the same names and shapes
     idx = tokens(4, BLOCK)
-    expected, (logits, loss) = theirs(idx).logits, ours(idx, idx)
+    expected, logits, loss = theirs(idx).logits, ours(idx)[0], ours(idx, idx)[1]
     assert logits.abs().max() > 3  # where the cap on the logits counts
     assert_close(logits, expected)
     assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()))
@@ -225,10 +227,65 @@ def test_no_token_attends_to_a_later_one(model):
 def test_the_loss_ignores_targets_of_minus_one(model):
     idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
     targets[0, 5:] = -1
-    logits, loss = model(idx, targets)
+    logits, no_loss = model(idx)
+    no_logits, loss = model(idx, targets)
     kept = targets != -1
     assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
-    assert model(idx)[1] is None
+    assert no_loss is None
+    assert no_logits is None  # autograd would keep them
+
+
+@pytest.mark.parametrize('rows', [1, 7, 32])
+def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(model, rows):
+    idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
+    targets[0, 5:] = -1  # some chunks have no target
+    _, whole = model(idx, targets)
+    whole.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    x = model.trunk(idx, torch.arange(16)).flatten(0, 1)
+    loss = model_module.chunked_loss(model.head, x, targets.flatten(), rows)
+    loss.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_in_chunks_keeps_no_logits():
+    head, x = torch.nn.Linear(8, 50, bias=False), torch.randn(64, 8, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model_module.chunked_loss(head, x, torch.zeros(64, dtype=torch.long), rows=16)
+    assert not [shape for shape in kept if 50 in shape and shape != head.weight.shape]
+
+
+@torch.no_grad()  # torch for CPUs has no backward pass on fake CUDA tensors
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_only_an_eager_cuda_loss_of_many_logits_is_computed_in_chunks(device, monkeypatch):
+    made, chunked = [], model_module.chunked_loss
+
+    def count(head, x, targets, rows):
+        made.append(rows)
+        return chunked(head, x, targets, rows)
+
+    monkeypatch.setattr(model_module, 'chunked_loss', count)
+    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 32 * VOCAB)
+    with FakeTensorMode(), torch.device(device), SkipRandom():
+        model, idx = GPT(GPTConfig(BLOCK, VOCAB, 1, 2, 16)), torch.zeros(1, BLOCK, dtype=torch.long)
+        model(idx, idx)
+        assert made == []
+        idx = idx.expand(3, BLOCK)
+        model(idx, idx)
+        assert made == ([32] if device == 'cuda' else [])
+        made.clear()
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        model(idx, idx)
+        assert made == []
 
 
 @torch.no_grad()
