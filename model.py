@@ -48,6 +48,8 @@ class GPTConfig:
     bias: bool = False  # in Linear and LayerNorm; True in the released GPT-2; 'modern' has none
     arch: str = 'gpt2'  # or 'modern'
     n_kv_head: int | None = None  # key/value heads, 'modern' only; None: n_head
+    # 'gpt2': keep the residual stream in bfloat16 under its autocast, as 'modern' always does
+    bf16_residual: bool = False
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
@@ -166,6 +168,11 @@ def eager_attention(q, k, v, p, mask=None):
     return (weights @ v).view(B, H, T, D)
 
 
+def autocasts_to_bf16(x) -> bool:
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
 def run_blocks(blocks, x, *others, recompute=False):
     """Apply the blocks to x (B, T, C) in order.
 
@@ -249,10 +256,13 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.dropout = config.dropout
+        self.bf16_residual = config.bf16_residual
         self.recompute = False  # gradient checkpointing
 
     def forward(self, idx, pos, cache=None, mask=None):
         x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
+        if self.bf16_residual and autocasts_to_bf16(x):
+            x = x.bfloat16()
         x = dropout(x, self.dropout, self.training)
         return self.ln_f(run_blocks(self.h, x, cache, mask, recompute=self.recompute))
 
@@ -394,8 +404,7 @@ class Modern(nn.Module):
 
     def forward(self, idx, pos, cache=None, mask=None):
         x = self.embed_tokens(idx)  # (B, T, C)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        if autocasts_to_bf16(x):
             x = x.bfloat16()  # as in NanoChat: half the memory traffic; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
         angles = rotary_cos_sin(pos, self.head_size, x.dtype)

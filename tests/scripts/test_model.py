@@ -176,6 +176,27 @@ def test_bfloat16_autocast_stays_near_float32(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ('shape', 'autocast', 'residual'),
+    [
+        ({}, torch.bfloat16, torch.float32),
+        ({'bf16_residual': True}, torch.bfloat16, torch.bfloat16),
+        ({'bf16_residual': True}, torch.float16, torch.float32),  # which could overflow
+        ({'bf16_residual': True}, None, torch.float32),
+        (MODERN, torch.bfloat16, torch.bfloat16),
+        (MODERN, torch.float16, torch.float32),
+    ],
+)
+def test_the_residual_stream_is_bfloat16_only_under_its_autocast(shape, autocast, residual):
+    model, seen = tiny(**shape), set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, x: seen.update((args[0].dtype, x.dtype)))
+    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+        model(tokens(2, BLOCK))
+    assert seen == {residual}
+
+
+@torch.no_grad()
 def test_cached_logits_equal_uncached_ones_for_rows_of_different_lengths(model):
     idx, lengths = tokens(4, 20), torch.tensor([20, 5, 11, 1])
     rows = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
