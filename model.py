@@ -131,14 +131,23 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
         y = eager_attention(q, k, v, p, mask)
-    elif mask is not None:
-        if grouped and q.device.type == 'cuda':  # otherwise torch stores (B, H, T, T)
+    else:
+        if grouped and q.device.type == 'cuda' and not (mask is None and has_flash_attention(q)):
+            # otherwise torch stores (B, H, T, T)
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             grouped = False
-        y = F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=grouped)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=grouped)
+        options = {'is_causal': mask is None, 'enable_gqa': grouped}
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, **options)
     return y.transpose(1, 2).flatten(2)
+
+
+def has_flash_attention(q) -> bool:
+    """Whether torch has flash attention (Dao 2023) for q, which is on a CUDA GPU.
+
+    Of its fused kernels, only this one lets heads share keys and values, and it has no mask.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def document_mask(documents):

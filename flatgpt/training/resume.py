@@ -275,7 +275,9 @@ def build_model(
         )
     if data.tokenizer.chat_template:
         if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
-            runtime.print0(f'warning: the chat template of dataset {dataset} replaces that of {where}')
+            runtime.print0(
+                f'warning: the chat template of dataset {dataset} replaces that of {where}'
+            )
         tokenizer = data.tokenizer  # the same, with the chat template for sampling
     return model, tokenizer
 

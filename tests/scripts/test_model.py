@@ -123,6 +123,36 @@ def test_eager_attention_equals_torch_s(groups):
     assert_close(model_module.eager_attention(q, k, v, 0.0), expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ('capability', 'dtype', 'masked', 'shared'),
+    [
+        ((8, 0), torch.bfloat16, False, True),
+        ((9, 0), torch.float16, False, True),
+        ((7, 5), torch.float16, False, False),  # no flash attention
+        ((9, 0), torch.float32, False, False),  # nor here
+        ((9, 0), torch.bfloat16, True, False),  # it has no mask
+    ],
+)
+def test_heads_share_keys_on_a_gpu_only_where_flash_attention_runs(
+    capability, dtype, masked, shared, monkeypatch
+):
+    calls = []
+
+    def record(q, k, v, *args, is_causal, enable_gqa):
+        calls.append((k.size(1), v.size(1), is_causal, enable_gqa))
+        return q
+
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', record)
+    with FakeTensorMode(), torch.device('cuda'):
+        q, k = torch.empty(1, 4, 8, 16, dtype=dtype), torch.empty(1, 2, 8, 16, dtype=dtype)
+        mask = torch.empty(1, 1, 8, 8, dtype=torch.bool) if masked else None
+        model_module.attention(q, k, k, mask=mask)
+    heads = 2 if shared else 4
+    assert calls == [(heads, heads, not masked, shared)]
+
+
 class OnApple(torch.Tensor):
     """A tensor that claims to be on an Apple GPU."""
 
