@@ -252,12 +252,12 @@ def build_model(
     model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, runtime: Runtime
 ) -> tuple[GPT, Tokenizer | None]:
     """The given model, if its tokenizer matches the dataset; a new one for None."""
-    dataset, where = config['dataset'], config['init_from']
+    dataset, where, print0 = config['dataset'], config['init_from'], runtime.print0
     if where == 'scratch':  # a resumed run
         where = config['out_dir']
     if model is None:
         new = GPT(new_model_config(data, config, runtime))
-        return new, dataset_tokenizer(data, runtime.print0)
+        return new, dataset_tokenizer(data, print0)
     if tokenizer is None:  # the model came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
