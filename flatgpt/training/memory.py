@@ -6,7 +6,8 @@ $ python train.py train_gpt2 --batch_size=4 --plan
     fits, table = check_fit(workload_of(config, shape, runtime), runtime)
 
 A few steps run on fake tensors, which have shapes but no data, under torch's memory trackers. A
-sharded model runs as one rank of a fake process group.
+sharded model runs as one rank of a fake process group. The fake step is eager; a step that
+torch.compile compiles on a GPU is estimated by arithmetic.
 """
 
 import json
@@ -28,11 +29,17 @@ from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import as_config_error
 from flatgpt.lora import add_lora
 from flatgpt.parallel import apply_fsdp, sync_gradients
-from flatgpt.runtime import Runtime, available_host_memory, available_memory
+from flatgpt.runtime import (
+    ComputeWorkload,
+    Runtime,
+    available_host_memory,
+    available_memory,
+    compile_pays,
+)
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.validate import global_batch_size
-from model import GPT, GPTConfig
+from model import LOGITS_AT_ONCE, GPT, GPTConfig
 
 KINDS = {  # printed name: the names of the trackers; the training state comes first
     'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
@@ -49,6 +56,13 @@ SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two
 # of gloo cause more.
 LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
+
+# What a step compiled on CUDA keeps for its backward pass, bytes per token and n_embd where a number
+# has 2 bytes: in each block, and beside them. Fitted to the allocator's peaks of steps that were
+# counted on a stub of the CUDA libraries, not run on a GPU; tests/training/test_memory.py has them.
+COMPILED_BLOCK = {'gpt2': 30.7, 'modern': 23.4}  # of 'modern', without keys and values
+COMPILED_KEYS_VALUES = 8  # of 'modern', with as many heads as the queries
+COMPILED_ENDS = 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +83,13 @@ class MemoryWorkload:
     freeze: int | None = None
     objective: str = 'lm'
     saves: bool = True  # checkpoints during training, not only at the end
-    compiled: bool = False  # by torch.compile; see step_peak()
+    compiled: bool = False  # by torch.compile
+
+    @property
+    def compiled_whole(self) -> bool:
+        """Whether compiled_peak() applies: to a model compiled with its loss, for CUDA."""
+        others = self.shard or self.objective == 'dpo' or self.lora or self.freeze is not None
+        return self.compiled and self.device == 'cuda' and not others
 
 
 def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkload:
@@ -87,17 +107,29 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
         gradient_checkpointing=config['gradient_checkpointing'],
         lora=(rank, config['lora_targets']) if rank else None,
         saves=any(steps and steps < config['max_iters'] for steps in every),
-        compiled=runtime.wants_compile(config['compile']),
+        compiled=will_compile(config, shape, runtime, rows, batch // rows),
         **{name: config[name] for name in same},
     )
 
 
-def step_peak(workload: MemoryWorkload) -> Counter[str]:
-    """Bytes of tensors on the device at the peak of a step, by kind.
+def will_compile(
+    config: dict, shape: GPTConfig, runtime: Runtime, rows: int, micro_steps: int
+) -> bool:
+    """Whether a new run of max_iters steps is compiled, as Runtime.decide_compile() decides."""
+    setting = config['compile']
+    if setting != 'auto' or not runtime.wants_compile(setting):
+        return runtime.wants_compile(setting)
+    with torch.device('meta'), SkipRandom():
+        flops = GPT(shape).flops_per_token()
+    tokens = rows * (1 + (config['objective'] == 'dpo')) * shape.block_size
+    passes, shapes = config['max_iters'] * micro_steps, 1 + (config['short_iters'] > 0)
+    work = ComputeWorkload(passes, tokens * flops, shape.n_layer, shapes)
+    peak_flops = (config['peak_tflops'] or 0) * 1e12 or runtime.peak_flops()
+    return compile_pays(work, peak_flops)[0]
 
-    The step is eager. A compiled one keeps other activations; its peak on CUDA has not been
-    measured yet, and report() says so.
-    """
+
+def step_peak(workload: MemoryWorkload) -> Counter[str]:
+    """Bytes of tensors on the device at the peak of an eager step, by kind."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
 
     fake = FakeTensorMode()
@@ -201,15 +233,54 @@ def build_memory_tracker(workload: MemoryWorkload, model: GPT, optimizers: list)
     return tracker
 
 
-def estimate(workload: MemoryWorkload) -> Counter[str]:
-    """Peak bytes of tensors in one process, by kind."""
+def eager_peak(workload: MemoryWorkload) -> Counter[str]:
+    """step_peak(); that of a deep model is extrapolated, since all blocks need the same."""
     shape, (few, more) = workload.shape, SHALLOW
     if shape.n_layer <= MAX_EXACT_LAYERS or workload.freeze:
-        peak = step_peak(workload)
-    else:  # all blocks need the same
-        low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
-        times = (shape.n_layer - few) / (more - few)
-        peak = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+        return step_peak(workload)
+    low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
+    times = (shape.n_layer - few) / (more - few)
+    return Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+
+
+def compiled_peak(workload: MemoryWorkload) -> Counter[str]:
+    """The same for a step whose model and loss torch.compile has compiled for CUDA.
+
+    The peak is at the start of the backward pass, or at its end, where all gradients are there.
+    """
+    shape, state, size = workload.shape, state_bytes(workload), workload.dtype.itemsize
+    tokens = workload.micro_batch_size * shape.block_size
+    kept = COMPILED_BLOCK[shape.arch] * size / 2  # per token and n_embd
+    if shape.arch == 'modern':
+        kept += COMPILED_KEYS_VALUES * size / 2 * shape.kv_heads / shape.n_head
+    elif size == 2 and not (shape.bf16_residual and workload.dtype == torch.bfloat16):
+        kept += 4  # two additions to the residual stream, in float32
+    logits = size * shape.vocab_size
+    if workload.gradient_checkpointing:  # of one block all, of the others their input
+        wide = 4 if shape.arch == 'gpt2' and not shape.bf16_residual else size
+        blocks = wide * shape.n_layer
+        logits *= 2 if shape.arch == 'modern' else 1
+        kept, logits = blocks + 10, max(logits, kept * shape.n_embd)
+    else:
+        kept = kept * shape.n_layer + COMPILED_ENDS * size / 2
+    held = Counter(
+        parameters=state.parameters,
+        gradients=state.gradients if workload.micro_steps > 1 else 0,  # of earlier micro-batches
+        optimizer=state.optimizer,
+        temporaries=state.parameters // 2 if size == 2 else 0,  # copies in 16 bits
+    )
+    activations = Counter(activations=round(tokens * (kept * shape.n_embd + logits)))
+    return held + max(activations, Counter(gradients=state.gradients), key=Counter.total)
+
+
+def estimate(workload: MemoryWorkload) -> Counter[str]:
+    """Peak bytes of tensors in one process, by kind."""
+    if workload.compiled_whole:  # the update is an eager one
+        short = replace(workload.shape, block_size=min(16, workload.shape.block_size))
+        update = eager_peak(replace(workload, shape=short, micro_batch_size=1))
+        peak = max(compiled_peak(workload), update, key=Counter.total)
+    else:
+        peak = eager_peak(workload)
     state, shards = state_bytes(workload), workload.ranks if workload.shard else 1
     if not workload.offload:  # at the update all gradients exist: the peak of some deep models
         update = dict(zip(KINDS, (size / shards for size in state), strict=False))
@@ -269,6 +340,8 @@ def min_bytes(workload: MemoryWorkload) -> float:
     """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
     state, shape = state_bytes(workload), workload.shape
     logits = 4 * workload.micro_batch_size * shape.block_size * shape.vocab_size
+    if workload.device == 'cuda':  # only some of them at a time, or all in 16 bits
+        logits = min(logits, 4 * LOGITS_AT_ONCE)
     if workload.offload:
         return logits
     on_cpu = workload.shard and workload.device == 'cpu'
@@ -418,6 +491,7 @@ def report(
     whole, trained, _ = (size // 4 for size in state_bytes(workload))
     of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
     process = f'each of {workload.ranks} processes' if workload.ranks > 1 else 'one process'
+    step = 'a compiled step' if workload.compiled_whole else 'an eager step'
     head_size = shape.n_embd // shape.n_head
     kv_cache = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * head_size
     lines = [
@@ -425,7 +499,7 @@ def report(
         f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
-        f'  {"total tensors at the peak":<28}{peak.total() / 1e6:10,.0f} MB',
+        f'  {f"total at the peak of {step}":<28}{peak.total() / 1e6:10,.0f} MB',
     ]
     if workload.device == 'cpu':
         span = ' to '.join(f'{(libraries + by * peak.total()) / 1e6:,.0f}' for by in (low, high))
@@ -435,8 +509,8 @@ def report(
         ]
     if workload.device == 'cuda':
         lines += ['not included: CUDA context, cuBLAS workspace, fragmentation of the allocator']
-    if workload.compiled:
-        lines += ['not included: torch.compile, which keeps other activations']
+    if workload.compiled and not workload.compiled_whole:
+        lines += ['an eager step; torch.compile keeps other activations, usually fewer']
     lines += [
         f'KV cache for inference: {kv_cache / 1e6:,.1f} MB per sequence of '
         f'{shape.block_size} tokens in float32'
