@@ -39,7 +39,7 @@ from flatgpt.runtime import (
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.validate import global_batch_size
-from model import LOGITS_AT_ONCE, GPT, GPTConfig
+from model import GPT, LOGITS_AT_ONCE, GPTConfig
 
 KINDS = {  # printed name: the names of the trackers; the training state comes first
     'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
@@ -56,12 +56,13 @@ SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two
 # of gloo cause more.
 LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
+FASTEST_TOKENS = 48 * 1024  # of a micro-batch on a GPU; more are hardly faster
 
-# What a step compiled on CUDA keeps for its backward pass, bytes per token and n_embd where a number
-# has 2 bytes: in each block, and beside them. Fitted to the allocator's peaks of steps that were
+# What a step compiled for CUDA keeps for its backward pass, in each block and besides: bytes per
+# token and n_embd, where a number has 2 bytes. Fitted to the allocator's peaks of steps that were
 # counted on a stub of the CUDA libraries, not run on a GPU; tests/training/test_memory.py has them.
-COMPILED_BLOCK = {'gpt2': 30.7, 'modern': 23.4}  # of 'modern', without keys and values
-COMPILED_KEYS_VALUES = 8  # of 'modern', with as many heads as the queries
+COMPILED_BLOCK = {'gpt2': 30.7, 'modern': 23.4}  # 'modern': without keys and values
+COMPILED_KEYS_VALUES = 8  # 'modern', with as many heads as the queries
 COMPILED_ENDS = 20
 
 
@@ -88,7 +89,7 @@ class MemoryWorkload:
     @property
     def compiled_whole(self) -> bool:
         """Whether compiled_peak() applies: to a model compiled with its loss, for CUDA."""
-        others = self.shard or self.objective == 'dpo' or self.lora or self.freeze is not None
+        others = self.shard or self.objective == 'dpo' or self.freeze is not None
         return self.compiled and self.device == 'cuda' and not others
 
 
@@ -263,14 +264,16 @@ def compiled_peak(workload: MemoryWorkload) -> Counter[str]:
         kept, logits = blocks + 10, max(logits, kept * shape.n_embd)
     else:
         kept = kept * shape.n_layer + COMPILED_ENDS * size / 2
-    held = Counter(
+    activations = round(tokens * (kept * shape.n_embd + logits))
+    at_the_end = state.gradients > activations  # of the backward pass
+    gradients = (workload.micro_steps > 1) + at_the_end  # of earlier micro-batches, and of this one
+    return Counter(
         parameters=state.parameters,
-        gradients=state.gradients if workload.micro_steps > 1 else 0,  # of earlier micro-batches
+        gradients=gradients * state.gradients,
         optimizer=state.optimizer,
+        activations=0 if at_the_end else activations,
         temporaries=state.parameters // 2 if size == 2 else 0,  # copies in 16 bits
     )
-    activations = Counter(activations=round(tokens * (kept * shape.n_embd + logits)))
-    return held + max(activations, Counter(gradients=state.gradients), key=Counter.total)
 
 
 def estimate(workload: MemoryWorkload) -> Counter[str]:
@@ -282,11 +285,11 @@ def estimate(workload: MemoryWorkload) -> Counter[str]:
     else:
         peak = eager_peak(workload)
     state, shards = state_bytes(workload), workload.ranks if workload.shard else 1
+    if workload.ranks > 1 and not workload.shard:  # DDP's buckets; at the update, the gradients
+        peak['communication'] += state.gradients
     if not workload.offload:  # at the update all gradients exist: the peak of some deep models
         update = dict(zip(KINDS, (size / shards for size in state), strict=False))
         peak = max(peak, Counter(update), key=Counter.total)
-    if workload.ranks > 1 and not workload.shard:
-        peak['communication'] += state.gradients  # DDP's buckets
     if workload.device == 'cpu':
         saved = (state.parameters + state.optimizer) / shards
         if workload.saves and saved >= SYNC_SAVE_BYTES:  # the copy is written during training
@@ -390,6 +393,25 @@ def suggest_savings(
             for shape in layers
         )
     return found or sorted(others, key=lambda other: other[1])[:1]
+
+
+def suggest_larger_batch(
+    workload: MemoryWorkload, memory: float
+) -> tuple[MemoryWorkload, float] | None:
+    """A larger micro-batch with the same global batch, for speed, and its bytes.
+
+    On CUDA the launches of a micro-batch, and the copies of the weights in 16 bits, take as long
+    for few tokens as for many. It leaves a fifth of the memory free.
+    """
+    if workload.device != 'cuda':
+        return None
+    batch = workload.micro_batch_size * workload.micro_steps
+    most = min(batch, FASTEST_TOKENS // workload.shape.block_size)
+    for rows in range(most, workload.micro_batch_size, -1):
+        larger = with_batch_size(workload, rows)
+        if batch % rows == 0 and (size := max_bytes(larger)) <= 0.8 * memory:
+            return larger, size
+    return None
 
 
 def changes(workload: MemoryWorkload) -> Iterator[list[MemoryWorkload]]:
@@ -498,8 +520,8 @@ def report(
         f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings{of}; '
         f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
-        *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
-        f'  {f"total at the peak of {step}":<28}{peak.total() / 1e6:10,.0f} MB',
+        *(f'  {name:<36}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
+        f'  {f"total at the peak of {step}":<36}{peak.total() / 1e6:10,.0f} MB',
     ]
     if workload.device == 'cpu':
         span = ' to '.join(f'{(libraries + by * peak.total()) / 1e6:,.0f}' for by in (low, high))
@@ -522,6 +544,8 @@ def report(
         f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB '
         f'{"available to each process" if workload.ranks > 1 else "free"} on {where}'
     ]
+    if fits and (larger := suggest_larger_batch(workload, memory)):
+        lines += [f'faster, with {larger[1] / 1e9:,.1f} GB: {flags(workload, larger[0])}']
     if not fits:
         options = suggest_savings(workload, memory, fresh)
         enough = options and options[0][1] <= memory

@@ -90,7 +90,7 @@ def test_a_missing_dataset_is_a_no_and_is_planned_all_the_same(checked, run_here
     assert run_here('--plan', '--dataset=nowhere') == 0
     out = capsys.readouterr().out
     assert 'assuming' in out
-    assert 'total tensors at the peak' in out
+    assert 'total at the peak of an eager step' in out
 
 
 def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked, tmp_path):
