@@ -249,31 +249,36 @@ def compiled_peak(workload: MemoryWorkload) -> Counter[str]:
 
     The peak is at the start of the backward pass, or at its end, where all gradients are there.
     """
-    shape, state, size = workload.shape, state_bytes(workload), workload.dtype.itemsize
-    tokens = workload.micro_batch_size * shape.block_size
-    kept = COMPILED_BLOCK[shape.arch] * size / 2  # per token and n_embd
-    if shape.arch == 'modern':
-        kept += COMPILED_KEYS_VALUES * size / 2 * shape.kv_heads / shape.n_head
-    elif size == 2 and not (shape.bf16_residual and workload.dtype == torch.bfloat16):
-        kept += 4  # two additions to the residual stream, in float32
-    logits = size * shape.vocab_size
-    if workload.gradient_checkpointing:  # of one block all, of the others their input
-        wide = 4 if shape.arch == 'gpt2' and not shape.bf16_residual else size
-        blocks = wide * shape.n_layer
-        logits *= 2 if shape.arch == 'modern' else 1
-        kept, logits = blocks + 10, max(logits, kept * shape.n_embd)
-    else:
-        kept = kept * shape.n_layer + COMPILED_ENDS * size / 2
-    activations = round(tokens * (kept * shape.n_embd + logits))
+    state, tokens = state_bytes(workload), workload.micro_batch_size * workload.shape.block_size
+    activations = round(tokens * compiled_token_bytes(workload))
     at_the_end = state.gradients > activations  # of the backward pass
     gradients = (workload.micro_steps > 1) + at_the_end  # of earlier micro-batches, and of this one
+    copies = workload.dtype != torch.float32  # of the parameters, in 16 bits
     return Counter(
         parameters=state.parameters,
         gradients=gradients * state.gradients,
         optimizer=state.optimizer,
         activations=0 if at_the_end else activations,
-        temporaries=state.parameters // 2 if size == 2 else 0,  # copies in 16 bits
+        temporaries=state.parameters // 2 if copies else 0,
     )
+
+
+def compiled_token_bytes(workload: MemoryWorkload) -> float:
+    """Bytes that a compiled step keeps for each token of a micro-batch."""
+    shape, size = workload.shape, workload.dtype.itemsize
+    modern, bf16 = shape.arch == 'modern', workload.dtype == torch.bfloat16
+    residual = 2 if bf16 and (modern or shape.bf16_residual) else 4  # bytes of its numbers
+    block = COMPILED_BLOCK[shape.arch] * size / 2  # per n_embd
+    if modern:
+        block += COMPILED_KEYS_VALUES * size / 2 * shape.kv_heads / shape.n_head
+    elif residual > size:
+        block += 4  # it is added to twice
+    logits = size * shape.vocab_size
+    if not workload.gradient_checkpointing:
+        return (shape.n_layer * block + COMPILED_ENDS * size / 2) * shape.n_embd + logits
+    # the inputs of all blocks, with the logits and their gradient or one block at a time
+    inputs = (shape.n_layer * residual + COMPILED_ENDS * size / 4) * shape.n_embd
+    return inputs + max((1 + modern) * logits, block * shape.n_embd)
 
 
 def estimate(workload: MemoryWorkload) -> Counter[str]:
