@@ -4,7 +4,7 @@ Two architectures in one file, each with a forward pass for training and one ove
     from flatgpt.inference.kv_cache import KVCache
 
     model = GPT(GPTConfig(arch='modern', n_layer=6, n_head=6, n_embd=384))
-    logits, loss = model(idx, targets)                     # training and evaluation
+    _, loss = model(idx, targets)                          # training and evaluation
     logits, _ = model(idx, cache=KVCache(model, rows=8))   # generation: logits of the next token
 
 'gpt2' is GPT-2 as released (Radford et al. 2019, "Language Models are Unsupervised Multitask
@@ -34,6 +34,8 @@ TRANSPOSED = (
     'mlp.c_proj.weight',
 )
 
+LOGITS_AT_ONCE = 2**26  # of a loss computed in chunks: 0.27 GB in float32
+
 
 @dataclass
 class GPTConfig:
@@ -46,6 +48,8 @@ class GPTConfig:
     bias: bool = False  # in Linear and LayerNorm; True in the released GPT-2; 'modern' has none
     arch: str = 'gpt2'  # or 'modern'
     n_kv_head: int | None = None  # key/value heads, 'modern' only; None: n_head
+    # 'gpt2': keep the residual stream in bfloat16 under its autocast, as 'modern' always does
+    bf16_residual: bool = False
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
@@ -127,14 +131,23 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
         y = eager_attention(q, k, v, p, mask)
-    elif mask is not None:
-        if grouped and q.device.type == 'cuda':  # otherwise torch stores (B, H, T, T)
+    else:
+        if grouped and q.device.type == 'cuda' and not (mask is None and has_flash_attention(q)):
+            # otherwise torch stores (B, H, T, T)
             k, v = (t.repeat_interleave(q.size(1) // t.size(1), 1) for t in (k, v))
             grouped = False
-        y = F.scaled_dot_product_attention(q, k, v, mask, p, enable_gqa=grouped)
-    else:
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True, enable_gqa=grouped)
+        options = {'is_causal': mask is None, 'enable_gqa': grouped}
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, **options)
     return y.transpose(1, 2).flatten(2)
+
+
+def has_flash_attention(q) -> bool:
+    """Whether torch has flash attention (Dao 2023) for q, which is on a CUDA GPU.
+
+    Of its fused kernels, only this one lets heads share keys and values, and it has no mask.
+    """
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def document_mask(documents):
@@ -162,6 +175,11 @@ def eager_attention(q, k, v, p, mask=None):
     scores = torch.baddbmm(future, q, k.mT, alpha=D**-0.5)  # (B * H, T, T)
     weights = dropout(scores.softmax(-1).to(v.dtype), p, training=True)
     return (weights @ v).view(B, H, T, D)
+
+
+def autocasts_to_bf16(x) -> bool:
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def run_blocks(blocks, x, *others, recompute=False):
@@ -247,10 +265,13 @@ class GPT2(nn.Module):
         self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, config.bias)
         self.dropout = config.dropout
+        self.bf16_residual = config.bf16_residual
         self.recompute = False  # gradient checkpointing
 
     def forward(self, idx, pos, cache=None, mask=None):
         x = self.wte(idx) + self.wpe(pos)  # (B, T, C)
+        if self.bf16_residual and autocasts_to_bf16(x):
+            x = x.bfloat16()
         x = dropout(x, self.dropout, self.training)
         return self.ln_f(run_blocks(self.h, x, cache, mask, recompute=self.recompute))
 
@@ -392,8 +413,7 @@ class Modern(nn.Module):
 
     def forward(self, idx, pos, cache=None, mask=None):
         x = self.embed_tokens(idx)  # (B, T, C)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16:
+        if autocasts_to_bf16(x):
             x = x.bfloat16()  # as in NanoChat: half the memory traffic; float16 could overflow
         x = dropout(rms_norm(x), self.dropout, self.training)
         angles = rotary_cos_sin(pos, self.head_size, x.dtype)
@@ -413,6 +433,24 @@ class Modern(nn.Module):
 
 # -----------------------------------------------------------------------------
 # the model
+
+
+def chunked_loss(head, x, targets, rows):
+    """The mean cross-entropy of head(x), x (N, C), with the logits of `rows` rows at a time.
+
+    The backward pass computes them again: a tenth more computation for GPT-2, less for a larger
+    model, and half the memory of an eager step. torch.compile needs less memory without it.
+    """
+
+    def total(x, targets):
+        return F.cross_entropy(head(x).float(), targets, ignore_index=-1, reduction='sum')
+
+    options = {'use_reentrant': False, 'preserve_rng_state': False}  # nothing random in the head
+    sums = [
+        torch.utils.checkpoint.checkpoint(total, *chunk, **options)
+        for chunk in zip(x.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.stack(sums).sum() / (targets >= 0).sum()
 
 
 class GPT(nn.Module):
@@ -451,8 +489,10 @@ class GPT(nn.Module):
     def forward(
         self, idx, targets=None, cache=None, lengths=None, all_positions=False, documents=None
     ):
-        """Logits, and the mean cross-entropy in nats per token if targets are given, else None.
+        """(logits, None) without targets, (None, loss) with them: the mean cross-entropy in nats.
 
+        The logits are the largest tensor of a training step, and autograd would keep them and their
+        gradient for a caller, used or not.
         idx (B, T): token ids. targets (B, T): the next token of each; -1 is ignored.
         cache: a KVCache of B rows, to which idx is appended.
         lengths (B,): with a cache, the number of tokens in each row before its padding.
@@ -469,11 +509,13 @@ class GPT(nn.Module):
         x = self.trunk(idx, pos, cache, mask)  # (B, T, C)
         if cache is not None and not all_positions:  # only the last token of each row
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
-        logits = self.head(x)  # (B, T, V) or (B, V)
         if targets is None:
-            return logits, None
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+            return self.head(x), None  # (B, T, V) or (B, V)
+        rows = LOGITS_AT_ONCE // self.config.vocab_size
+        if x.is_cuda and targets.numel() > rows and not torch.compiler.is_compiling():
+            return None, chunked_loss(self.head, x.flatten(0, 1), targets.flatten(), rows)
+        logits = self.head(x).float().flatten(0, 1)  # (B T, V)
+        return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
 
     def head(self, x):
         """Output of the trunk (..., C) -> logits of the next token (..., V)."""

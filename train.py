@@ -184,7 +184,8 @@ if should_compile and not shard:
     model, compiled = runtime.try_compile(raw_model, shapes, runtime.print0, trial_loss)
 if runtime.world_size > 1 and not shard and not eval_only:
     gpu = [runtime.device] if runtime.device_type == 'cuda' else None
-    model = DistributedDataParallel(model, device_ids=gpu)
+    # the gradients lie in the buffers that are reduced, instead of being copied out of them
+    model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
 
 use_graph = should_capture(config, work, peak_flops, runtime)
 reshard(raw_model)  # the optimizer needs the shards; a forward pass may have gathered the root

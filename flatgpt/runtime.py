@@ -79,11 +79,12 @@ PEAK_TFLOPS = {
 }
 
 
-# Rough estimates of what torch.compile costs and saves, not measured on a GPU
-COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 20, 1  # per batch shape; per layer in each
+# Estimates of what torch.compile costs and saves. The seconds are those of one core of a processor,
+# with a stub of the CUDA libraries and an empty cache; the other two were not measured.
+COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 10, 1  # per batch shape; per layer in each
 COMPILE_SAVING = 1 / 3  # of a run's time
 EAGER_MFU = 0.25  # of large models without it
-EAGER_LAYER_SECONDS = 3e-4  # to launch a layer's 60 kernels, forward and backward
+EAGER_LAYER_SECONDS = 5e-4  # to launch a layer's 46 kernels ('modern': 86), forward and backward
 ASSUMED_TFLOPS = 50  # if a GPU's peak is unknown
 
 

@@ -293,6 +293,21 @@ def test_compiling_pays_sooner_on_a_slower_gpu():
     assert not runtime.compile_pays(past_the_end, None)[0]
 
 
+@pytest.mark.parametrize(
+    # processor seconds of torch 2.11 for an H100, with an empty cache: 'gpt2', then 'modern'
+    ('layers', 'seconds'),
+    [(2, 7.4), (6, 9.8), (12, 15.3), (2, 12.0), (6, 15.3), (12, 23.7)],
+)
+def test_compiling_is_assumed_to_take_about_as_long_as_it_took(layers, seconds):
+    takes = runtime.COMPILE_SECONDS + layers * runtime.COMPILE_LAYER_SECONDS
+    assert 0.9 < takes / seconds < 1.7
+    # on a GPU of unlimited speed a run is as long as its launches
+    passes = takes / runtime.COMPILE_SAVING / (layers * runtime.EAGER_LAYER_SECONDS)
+    for factor, pays in ((0.9, False), (1.1, True)):
+        work = ComputeWorkload(round(factor * passes), flops=1e6, layers=layers)
+        assert runtime.compile_pays(work, 1e18)[0] == pays
+
+
 def test_nothing_is_estimated_without_auto_or_cuda():
     work, said = work_of('train_gpt2', None), []
     for device, setting, compiles in (

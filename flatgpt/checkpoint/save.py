@@ -127,7 +127,10 @@ def small_files_of(model: GPT, tokenizer: Tokenizer | None, state: dict) -> dict
     small_files = {f'{ADAPTER_FOLDER}/{name}': content for name, content in files.items()}
     if tokenizer is not None:
         small_files[TOKENIZER_FILE] = as_json(tokenizer.to_dict())
-    return small_files | {STATE_FILE: as_json({**state, 'model': asdict(model.config)})}
+    shape = asdict(model.config)
+    if not shape['bf16_residual']:  # as earlier versions wrote it, which can load the checkpoint
+        del shape['bf16_residual']
+    return small_files | {STATE_FILE: as_json({**state, 'model': shape})}
 
 
 def size_of(tensors: dict) -> int:

@@ -6,7 +6,8 @@ $ python train.py train_gpt2 --batch_size=4 --plan
     fits, table = check_fit(workload_of(config, shape, runtime), runtime)
 
 A few steps run on fake tensors, which have shapes but no data, under torch's memory trackers. A
-sharded model runs as one rank of a fake process group.
+sharded model runs as one rank of a fake process group. The fake step is eager; a step that
+torch.compile compiles on a GPU is estimated by arithmetic.
 """
 
 import json
@@ -28,11 +29,17 @@ from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import as_config_error
 from flatgpt.lora import add_lora
 from flatgpt.parallel import apply_fsdp, sync_gradients
-from flatgpt.runtime import Runtime, available_host_memory, available_memory
+from flatgpt.runtime import (
+    ComputeWorkload,
+    Runtime,
+    available_host_memory,
+    available_memory,
+    compile_pays,
+)
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.validate import global_batch_size
-from model import GPT, GPTConfig
+from model import GPT, LOGITS_AT_ONCE, GPTConfig
 
 KINDS = {  # printed name: the names of the trackers; the training state comes first
     'parameters': ('Parameter', 'Buffer', 'Sharded Param'),
@@ -49,6 +56,14 @@ SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two
 # of gloo cause more.
 LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
+FASTEST_TOKENS = 48 * 1024  # of a micro-batch on a GPU; more are hardly faster
+
+# What a step compiled for CUDA keeps for its backward pass, in each block and besides: bytes per
+# token and n_embd, where a number has 2 bytes. Fitted to the allocator's peaks of steps that were
+# counted on a stub of the CUDA libraries, not run on a GPU; tests/training/test_memory.py has them.
+COMPILED_BLOCK = {'gpt2': 30.7, 'modern': 23.4}  # 'modern': without keys and values
+COMPILED_KEYS_VALUES = 8  # 'modern', with as many heads as the queries
+COMPILED_ENDS = 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,13 @@ class MemoryWorkload:
     freeze: int | None = None
     objective: str = 'lm'
     saves: bool = True  # checkpoints during training, not only at the end
-    compiled: bool = False  # by torch.compile; see step_peak()
+    compiled: bool = False  # by torch.compile
+
+    @property
+    def compiled_whole(self) -> bool:
+        """Whether compiled_peak() applies: to a model compiled with its loss, for CUDA."""
+        others = self.shard or self.objective == 'dpo' or self.freeze is not None
+        return self.compiled and self.device == 'cuda' and not others
 
 
 def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkload:
@@ -87,17 +108,29 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
         gradient_checkpointing=config['gradient_checkpointing'],
         lora=(rank, config['lora_targets']) if rank else None,
         saves=any(steps and steps < config['max_iters'] for steps in every),
-        compiled=runtime.wants_compile(config['compile']),
+        compiled=will_compile(config, shape, runtime, rows, batch // rows),
         **{name: config[name] for name in same},
     )
 
 
-def step_peak(workload: MemoryWorkload) -> Counter[str]:
-    """Bytes of tensors on the device at the peak of a step, by kind.
+def will_compile(
+    config: dict, shape: GPTConfig, runtime: Runtime, rows: int, micro_steps: int
+) -> bool:
+    """Whether a new run of max_iters steps is compiled, as Runtime.decide_compile() decides."""
+    setting = config['compile']
+    if setting != 'auto' or not runtime.wants_compile(setting):
+        return runtime.wants_compile(setting)
+    with torch.device('meta'), SkipRandom():
+        flops = GPT(shape).flops_per_token()
+    tokens = rows * (1 + (config['objective'] == 'dpo')) * shape.block_size
+    passes, shapes = config['max_iters'] * micro_steps, 1 + (config['short_iters'] > 0)
+    work = ComputeWorkload(passes, tokens * flops, shape.n_layer, shapes)
+    peak_flops = (config['peak_tflops'] or 0) * 1e12 or runtime.peak_flops()
+    return compile_pays(work, peak_flops)[0]
 
-    The step is eager. A compiled one keeps other activations; its peak on CUDA has not been
-    measured yet, and report() says so.
-    """
+
+def step_peak(workload: MemoryWorkload) -> Counter[str]:
+    """Bytes of tensors on the device at the peak of an eager step, by kind."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # a fifth of a second to import
 
     fake = FakeTensorMode()
@@ -201,21 +234,67 @@ def build_memory_tracker(workload: MemoryWorkload, model: GPT, optimizers: list)
     return tracker
 
 
-def estimate(workload: MemoryWorkload) -> Counter[str]:
-    """Peak bytes of tensors in one process, by kind."""
+def eager_peak(workload: MemoryWorkload) -> Counter[str]:
+    """step_peak(); that of a deep model is extrapolated, since all blocks need the same."""
     shape, (few, more) = workload.shape, SHALLOW
     if shape.n_layer <= MAX_EXACT_LAYERS or workload.freeze:
-        peak = step_peak(workload)
-    else:  # all blocks need the same
-        low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
-        times = (shape.n_layer - few) / (more - few)
-        peak = Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+        return step_peak(workload)
+    low, high = (step_peak(replace(workload, shape=replace(shape, n_layer=n))) for n in SHALLOW)
+    times = (shape.n_layer - few) / (more - few)
+    return Counter({kind: low[kind] + times * (high[kind] - low[kind]) for kind in low})
+
+
+def compiled_peak(workload: MemoryWorkload) -> Counter[str]:
+    """The same for a step whose model and loss torch.compile has compiled for CUDA.
+
+    The peak is at the start of the backward pass, or at its end, where all gradients are there.
+    """
+    state, tokens = state_bytes(workload), workload.micro_batch_size * workload.shape.block_size
+    activations = round(tokens * compiled_token_bytes(workload))
+    at_the_end = state.gradients > activations  # of the backward pass
+    gradients = (workload.micro_steps > 1) + at_the_end  # of earlier micro-batches, and of this one
+    copies = workload.dtype != torch.float32  # of the parameters, in 16 bits
+    return Counter(
+        parameters=state.parameters,
+        gradients=gradients * state.gradients,
+        optimizer=state.optimizer,
+        activations=0 if at_the_end else activations,
+        temporaries=state.parameters // 2 if copies else 0,
+    )
+
+
+def compiled_token_bytes(workload: MemoryWorkload) -> float:
+    """Bytes that a compiled step keeps for each token of a micro-batch."""
+    shape, size = workload.shape, workload.dtype.itemsize
+    modern, bf16 = shape.arch == 'modern', workload.dtype == torch.bfloat16
+    residual = 2 if bf16 and (modern or shape.bf16_residual) else 4  # bytes of its numbers
+    block = COMPILED_BLOCK[shape.arch] * size / 2  # per n_embd
+    if modern:
+        block += COMPILED_KEYS_VALUES * size / 2 * shape.kv_heads / shape.n_head
+    elif residual > size:
+        block += 4  # it is added to twice
+    logits = size * shape.vocab_size
+    if not workload.gradient_checkpointing:
+        return (shape.n_layer * block + COMPILED_ENDS * size / 2) * shape.n_embd + logits
+    # the inputs of all blocks, with the logits and their gradient or one block at a time
+    inputs = (shape.n_layer * residual + COMPILED_ENDS * size / 4) * shape.n_embd
+    return inputs + max((1 + modern) * logits, block * shape.n_embd)
+
+
+def estimate(workload: MemoryWorkload) -> Counter[str]:
+    """Peak bytes of tensors in one process, by kind."""
+    if workload.compiled_whole:  # the update is an eager one
+        short = replace(workload.shape, block_size=min(16, workload.shape.block_size))
+        update = eager_peak(replace(workload, shape=short, micro_batch_size=1))
+        peak = max(compiled_peak(workload), update, key=Counter.total)
+    else:
+        peak = eager_peak(workload)
     state, shards = state_bytes(workload), workload.ranks if workload.shard else 1
+    if workload.ranks > 1 and not workload.shard:  # DDP's buckets; at the update, the gradients
+        peak['communication'] += state.gradients
     if not workload.offload:  # at the update all gradients exist: the peak of some deep models
         update = dict(zip(KINDS, (size / shards for size in state), strict=False))
         peak = max(peak, Counter(update), key=Counter.total)
-    if workload.ranks > 1 and not workload.shard:
-        peak['communication'] += state.gradients  # DDP's buckets
     if workload.device == 'cpu':
         saved = (state.parameters + state.optimizer) / shards
         if workload.saves and saved >= SYNC_SAVE_BYTES:  # the copy is written during training
@@ -269,6 +348,8 @@ def min_bytes(workload: MemoryWorkload) -> float:
     """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
     state, shape = state_bytes(workload), workload.shape
     logits = 4 * workload.micro_batch_size * shape.block_size * shape.vocab_size
+    if workload.device == 'cuda':  # only some of them at a time, or all in 16 bits
+        logits = min(logits, 4 * LOGITS_AT_ONCE)
     if workload.offload:
         return logits
     on_cpu = workload.shard and workload.device == 'cpu'
@@ -317,6 +398,25 @@ def suggest_savings(
             for shape in layers
         )
     return found or sorted(others, key=lambda other: other[1])[:1]
+
+
+def suggest_larger_batch(
+    workload: MemoryWorkload, memory: float
+) -> tuple[MemoryWorkload, float] | None:
+    """A larger micro-batch with the same global batch, for speed, and its bytes.
+
+    On CUDA the launches of a micro-batch, and the copies of the weights in 16 bits, take as long
+    for few tokens as for many. It leaves a fifth of the memory free.
+    """
+    if workload.device != 'cuda':
+        return None
+    batch = workload.micro_batch_size * workload.micro_steps
+    most = min(batch, FASTEST_TOKENS // workload.shape.block_size)
+    for rows in range(most, workload.micro_batch_size, -1):
+        larger = with_batch_size(workload, rows)
+        if batch % rows == 0 and (size := max_bytes(larger)) <= 0.8 * memory:
+            return larger, size
+    return None
 
 
 def changes(workload: MemoryWorkload) -> Iterator[list[MemoryWorkload]]:
@@ -418,14 +518,15 @@ def report(
     whole, trained, _ = (size // 4 for size in state_bytes(workload))
     of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
     process = f'each of {workload.ranks} processes' if workload.ranks > 1 else 'one process'
+    step = 'a compiled step' if workload.compiled_whole else 'an eager step'
     head_size = shape.n_embd // shape.n_head
     kv_cache = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * head_size
     lines = [
         f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings{of}; '
         f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
-        *(f'  {name:<28}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
-        f'  {"total tensors at the peak":<28}{peak.total() / 1e6:10,.0f} MB',
+        *(f'  {name:<36}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
+        f'  {f"total at the peak of {step}":<36}{peak.total() / 1e6:10,.0f} MB',
     ]
     if workload.device == 'cpu':
         span = ' to '.join(f'{(libraries + by * peak.total()) / 1e6:,.0f}' for by in (low, high))
@@ -435,8 +536,8 @@ def report(
         ]
     if workload.device == 'cuda':
         lines += ['not included: CUDA context, cuBLAS workspace, fragmentation of the allocator']
-    if workload.compiled:
-        lines += ['not included: torch.compile, which keeps other activations']
+    if workload.compiled and not workload.compiled_whole:
+        lines += ['an eager step; torch.compile keeps other activations, usually fewer']
     lines += [
         f'KV cache for inference: {kv_cache / 1e6:,.1f} MB per sequence of '
         f'{shape.block_size} tokens in float32'
@@ -448,6 +549,8 @@ def report(
         f'{"fits" if fits else "does not fit"} in the {memory / 1e9:,.1f} GB '
         f'{"available to each process" if workload.ranks > 1 else "free"} on {where}'
     ]
+    if fits and (larger := suggest_larger_batch(workload, memory)):
+        lines += [f'faster, with {larger[1] / 1e9:,.1f} GB: {flags(workload, larger[0])}']
     if not fits:
         options = suggest_savings(workload, memory, fresh)
         enough = options and options[0][1] <= memory

@@ -61,13 +61,13 @@ from flatgpt.training.memory import (
     workload_of,
 )
 from flatgpt.training.validate import (
-    SHAPE,
     check_new_model,
     check_short_blocks,
     check_unchanged,
     global_batch_size,
     is_resuming,
     lint_settings,
+    new_shape,
     padded_vocab_size,
     steps_of,
     validate_data,
@@ -148,7 +148,7 @@ class Preflight:
         if self.shape is None:
             source, config = self.model_source(), self.config
             if source == 'scratch':
-                shape = {name: config[name] for name in SHAPE} | {'vocab_size': self.vocab_size()}
+                shape = new_shape(config, self.runtime) | {'vocab_size': self.vocab_size()}
             elif isinstance(source, Path):
                 shape = shape_in(source)
             else:

@@ -43,6 +43,7 @@ from flatgpt.training.validate import (
     check_unchanged,
     is_resuming,
     lint_settings,
+    new_shape,
     padded_vocab_size,
     validate_data,
 )
@@ -175,12 +176,12 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
         )
     run.state.data = data.fingerprint
     validate_data(config, data)
-    shape = model.config if model else new_model_config(data, config)
+    shape = model.config if model else new_model_config(data, config, runtime)
     for lint in (early_warnings(shape, config, runtime), lint_settings(config, data)):
         with suppress(OSError):  # free space or memory may be unknown
             for warning in lint:
                 print0(f'warning: {warning}')
-    model, tokenizer = build_model(model, tokenizer, data, config, print0)
+    model, tokenizer = build_model(model, tokenizer, data, config, runtime)
     if not config['shard']:  # the whole model may not fit on one device
         model.to(runtime.device)
     return model.train(), tokenizer, data
@@ -248,14 +249,15 @@ def open_dataset(config: dict, runtime: Runtime, watchdog: Watchdog) -> Dataset:
 
 
 def build_model(
-    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, print0: Callable
+    model: GPT | None, tokenizer: Tokenizer | None, data: Dataset, config: dict, runtime: Runtime
 ) -> tuple[GPT, Tokenizer | None]:
     """The given model, if its tokenizer matches the dataset; a new one for None."""
-    dataset, where = config['dataset'], config['init_from']
+    dataset, where, print0 = config['dataset'], config['init_from'], runtime.print0
     if where == 'scratch':  # a resumed run
         where = config['out_dir']
     if model is None:
-        return GPT(new_model_config(data, config)), dataset_tokenizer(data, print0)
+        new = GPT(new_model_config(data, config, runtime))
+        return new, dataset_tokenizer(data, print0)
     if tokenizer is None:  # the model came without one
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
@@ -273,13 +275,15 @@ def build_model(
         )
     if data.tokenizer.chat_template:
         if tokenizer.chat_template not in (None, data.tokenizer.chat_template):
-            print0(f'warning: the chat template of dataset {dataset} replaces that of {where}')
+            runtime.print0(
+                f'warning: the chat template of dataset {dataset} replaces that of {where}'
+            )
         tokenizer = data.tokenizer  # the same, with the chat template for sampling
     return model, tokenizer
 
 
-def new_model_config(data: Dataset, config: dict) -> GPTConfig:
-    shape = {name: config[name] for name in SHAPE}
+def new_model_config(data: Dataset, config: dict, runtime: Runtime) -> GPTConfig:
+    shape = new_shape(config, runtime)
     shape |= {'vocab_size': padded_vocab_size(data.vocab_size), 'dropout': config['dropout']}
     with as_config_error():
         return GPTConfig(**shape)

@@ -266,6 +266,17 @@ def check_short_blocks(config: dict, block_size: int) -> None:
         )
 
 
+def new_shape(config: dict, runtime: Runtime) -> dict:
+    """The fields of GPTConfig that follow from the settings and the machine, for a new model.
+
+    A bfloat16 residual stream halves its memory traffic on a GPU. It is recorded in the
+    checkpoint: a model that began without it continues without it.
+    """
+    shape = {name: config[name] for name in SHAPE}
+    on_gpu = runtime.device_type == 'cuda' and runtime.dtype == torch.bfloat16
+    return shape | {'bf16_residual': on_gpu and config['arch'] == 'gpt2'}
+
+
 def padded_vocab_size(size: int) -> int:
     """The vocabulary size of a new model: a large one is rounded up, for faster matrix products."""
     return -(-size // 64) * 64 if size > 1024 else size

@@ -100,6 +100,15 @@ def refused(function, *args, **options):
 # round trip
 
 
+@pytest.mark.parametrize('bf16', [True, False])
+def test_the_precision_of_the_residual_stream_is_recorded_where_it_is_not_float32(bf16, tmp_path):
+    model, optimizers = trained(bf16_residual=bf16)
+    path = save_checkpoint(tmp_path, model, optimizers, None, {'step': 1}, keep_evaluated=False)
+    # an earlier version rejects the name, and can load a checkpoint without it
+    assert json.loads((path / STATE_FILE).read_text())['model'].get('bf16_residual', 0) == bf16
+    assert load_checkpoint(path)[0].config.bf16_residual == bf16
+
+
 def test_a_checkpoint_loads_as_it_was_saved(pair, put):
     model, (optimizer,) = pair
     path = put(7, 2.5)

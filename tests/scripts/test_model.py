@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from error_lines import case, error_line
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import model as model_module
+from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.errors import ConfigError, as_config_error
 from flatgpt.inference.kv_cache import KVCache
 from model import GPT, TRANSPOSED, GPTConfig
@@ -49,7 +51,7 @@ def test_logits_equal_those_of_transformers():
             weights[name].normal_(std=0.3)
             parameter.copy_(weights[name].T if name.endswith(TRANSPOSED) else weights[name])
         idx = tokens(4, BLOCK)
-        logits, loss = ours(idx, idx)
+        logits, loss = ours(idx)[0], ours(idx, idx)[1]
         assert logits.abs().max() > 1
         assert_close(logits, theirs(idx).logits)
         assert_close(loss, F.cross_entropy(theirs(idx).logits.flatten(0, 1), idx.flatten()))
@@ -77,7 +79,7 @@ def test_modern_logits_equal_those_of_nanochat(n_kv_head, direction):
     giver, taker = (ours, theirs) if direction == 'ours to theirs' else (theirs, ours)
     taker.load_state_dict(giver.state_dict())  # strict: the same names and shapes
     idx = tokens(4, BLOCK)
-    expected, (logits, loss) = theirs(idx).logits, ours(idx, idx)
+    expected, logits, loss = theirs(idx).logits, ours(idx)[0], ours(idx, idx)[1]
     assert logits.abs().max() > 3  # where the cap on the logits counts
     assert_close(logits, expected)
     assert_close(loss, F.cross_entropy(expected.flatten(0, 1), idx.flatten()))
@@ -119,6 +121,36 @@ def test_eager_attention_equals_torch_s(groups):
     q, k, v = torch.randn(2, 4, 12, 8), *torch.randn(2, 2, 4 // groups, 12, 8)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     assert_close(model_module.eager_attention(q, k, v, 0.0), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ('capability', 'dtype', 'masked', 'shared'),
+    [
+        ((8, 0), torch.bfloat16, False, True),
+        ((9, 0), torch.float16, False, True),
+        ((7, 5), torch.float16, False, False),  # no flash attention
+        ((9, 0), torch.float32, False, False),  # nor here
+        ((9, 0), torch.bfloat16, True, False),  # it has no mask
+    ],
+)
+def test_heads_share_keys_on_a_gpu_only_where_flash_attention_runs(
+    capability, dtype, masked, shared, monkeypatch
+):
+    calls = []
+
+    def record(q, k, v, *args, is_causal, enable_gqa):
+        calls.append((k.size(1), v.size(1), is_causal, enable_gqa))
+        return q
+
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', record)
+    with FakeTensorMode(), torch.device('cuda'):
+        q, k = torch.empty(1, 4, 8, 16, dtype=dtype), torch.empty(1, 2, 8, 16, dtype=dtype)
+        mask = torch.empty(1, 1, 8, 8, dtype=torch.bool) if masked else None
+        model_module.attention(q, k, k, mask=mask)
+    heads = 2 if shared else 4
+    assert calls == [(heads, heads, not masked, shared)]
 
 
 class OnApple(torch.Tensor):
@@ -174,6 +206,27 @@ def test_bfloat16_autocast_stays_near_float32(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ('shape', 'autocast', 'residual'),
+    [
+        ({}, torch.bfloat16, torch.float32),
+        ({'bf16_residual': True}, torch.bfloat16, torch.bfloat16),
+        ({'bf16_residual': True}, torch.float16, torch.float32),  # which could overflow
+        ({'bf16_residual': True}, None, torch.float32),
+        (MODERN, torch.bfloat16, torch.bfloat16),
+        (MODERN, torch.float16, torch.float32),
+    ],
+)
+def test_the_residual_stream_is_bfloat16_only_under_its_autocast(shape, autocast, residual):
+    model, seen = tiny(**shape), set()
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, x: seen.update((args[0].dtype, x.dtype)))
+    with torch.autocast('cpu', autocast, enabled=autocast is not None):
+        model(tokens(2, BLOCK))
+    assert seen == {residual}
+
+
+@torch.no_grad()
 def test_cached_logits_equal_uncached_ones_for_rows_of_different_lengths(model):
     idx, lengths = tokens(4, 20), torch.tensor([20, 5, 11, 1])
     rows = [row[:n].tolist() for row, n in zip(idx, lengths, strict=True)]
@@ -225,10 +278,65 @@ def test_no_token_attends_to_a_later_one(model):
 def test_the_loss_ignores_targets_of_minus_one(model):
     idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
     targets[0, 5:] = -1
-    logits, loss = model(idx, targets)
+    logits, no_loss = model(idx)
+    no_logits, loss = model(idx, targets)
     kept = targets != -1
     assert_close(loss, F.cross_entropy(logits[kept], targets[kept]))
-    assert model(idx)[1] is None
+    assert no_loss is None
+    assert no_logits is None  # autograd would keep them
+
+
+@pytest.mark.parametrize('rows', [1, 7, 32])
+def test_the_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(model, rows):
+    idx, targets = tokens(2, 16), tokens(2, 17)[:, 1:].clone()
+    targets[0, 5:] = -1  # some chunks have no target
+    _, whole = model(idx, targets)
+    whole.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    x = model.trunk(idx, torch.arange(16)).flatten(0, 1)
+    loss = model_module.chunked_loss(model.head, x, targets.flatten(), rows)
+    loss.backward()
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_in_chunks_keeps_no_logits():
+    head, x = torch.nn.Linear(8, 50, bias=False), torch.randn(64, 8, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model_module.chunked_loss(head, x, torch.zeros(64, dtype=torch.long), rows=16)
+    assert not [shape for shape in kept if 50 in shape and shape != head.weight.shape]
+
+
+@torch.no_grad()  # torch for CPUs has no backward pass on fake CUDA tensors
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_only_an_eager_cuda_loss_of_many_logits_is_computed_in_chunks(device, monkeypatch):
+    made, chunked = [], model_module.chunked_loss
+
+    def count(head, x, targets, rows):
+        made.append(rows)
+        return chunked(head, x, targets, rows)
+
+    monkeypatch.setattr(model_module, 'chunked_loss', count)
+    monkeypatch.setattr(model_module, 'LOGITS_AT_ONCE', 32 * VOCAB)
+    with FakeTensorMode(), torch.device(device), SkipRandom():
+        model, idx = GPT(GPTConfig(BLOCK, VOCAB, 1, 2, 16)), torch.zeros(1, BLOCK, dtype=torch.long)
+        model(idx, idx)
+        assert made == []
+        idx = idx.expand(3, BLOCK)
+        model(idx, idx)
+        assert made == ([32] if device == 'cuda' else [])
+        made.clear()
+        monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+        model(idx, idx)
+        assert made == []
 
 
 @torch.no_grad()

@@ -1,14 +1,16 @@
 """The memory estimate of a run, and the report of --plan."""
 
 import re
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import follow_advice, make_dataset
+from conftest import ROOT, follow_advice, make_dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from configurator import settings_of
 from flatgpt.checkpoint.load import list_checkpoints, verify_checkpoint
 from flatgpt.checkpoint.save import size_of, tensors_of
 from flatgpt.data.tokenizer import byte_tokenizer
@@ -125,6 +127,134 @@ def test_what_a_process_holds_beside_a_step_is_added():
     alone = replace(SMALL, saves=False)
     held = memory_module.estimate(replace(alone, ranks=2))  # DDP has the gradients twice
     assert held['communication'] == 4 * count(alone)
+
+
+# --- a compiled step
+
+GPT2, MODERN = GPTConfig(bf16_residual=True), GPTConfig(arch='modern')
+COMPILED = MemoryWorkload(GPT2, 'cuda', torch.bfloat16, 'adamw', 12, compiled=True)
+MUON = replace(COMPILED, shape=MODERN, optimizer='muon')
+# torch's allocator at the peak of a step that torch 2.11 compiled for an H100, GB. Its CUDA
+# libraries were a stub, which allocates and computes nothing: no GPU was used.
+ALLOCATED = {
+    'gpt2': (COMPILED, {}, 6.80),
+    'float32 residual': (COMPILED, {'bf16_residual': False}, 7.27),
+    'many rows': (replace(COMPILED, micro_batch_size=32), {}, 15.00),
+    'few tokens': (
+        replace(COMPILED, micro_batch_size=4),
+        {'block_size': 256, 'bf16_residual': False},
+        2.36,
+    ),
+    'recomputed': (replace(COMPILED, gradient_checkpointing=True), {}, 3.20),
+    'medium': (
+        replace(COMPILED, micro_batch_size=8),
+        {'n_layer': 24, 'n_head': 16, 'n_embd': 1024},
+        12.45,
+    ),
+    'characters': (
+        replace(COMPILED, micro_batch_size=64),
+        {'block_size': 256, 'vocab_size': 256, 'n_layer': 6, 'n_head': 6, 'n_embd': 384}
+        | {'bf16_residual': False},
+        1.65,
+    ),
+    'accumulated': (replace(COMPILED, micro_steps=2), {'n_layer': 4}, 3.85),
+    'float16': (replace(COMPILED, dtype=torch.float16), {'n_layer': 4}, 3.75),
+    'float32': (replace(COMPILED, dtype=torch.float32), {'n_layer': 4}, 5.93),
+    'lora': (replace(COMPILED, lora=(8, 'all')), {'n_layer': 4}, 2.95),
+    'modern': (replace(MUON, optimizer='adamw'), {}, 7.28),
+    'modern, muon': (MUON, {}, 6.93),
+    'modern, few tokens': (replace(MUON, micro_batch_size=4), {'block_size': 256}, 2.88),
+    'modern, recomputed': (replace(MUON, gradient_checkpointing=True), {}, 4.49),
+    'modern, grouped': (
+        replace(MUON, micro_batch_size=8),
+        {'n_layer': 24, 'n_head': 16, 'n_embd': 1024, 'n_kv_head': 4},
+        10.61,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', ALLOCATED)
+def test_the_estimate_of_a_compiled_step_is_near_what_it_allocated(name):
+    workload, shape, allocated = ALLOCATED[name]
+    workload = replace(workload, shape=replace(workload.shape, **shape))
+    assert workload.compiled_whole
+    peak = memory_module.compiled_peak(workload).total() / 1e9
+    assert peak == pytest.approx(allocated, rel=0.11)  # of few tokens, Muon's update is the peak
+
+
+def test_the_update_of_a_compiled_step_is_counted_too(monkeypatch):
+    asked = []
+
+    def update(workload):
+        asked.append((workload.micro_batch_size, workload.shape.block_size))
+        return Counter(parameters=1, temporaries=20e9)
+
+    monkeypatch.setattr(memory_module, 'eager_peak', update)
+    assert memory_module.estimate(COMPILED).total() == 1 + 20e9
+    assert asked == [(1, 16)]  # hardly any activations
+
+
+@pytest.mark.parametrize(
+    'changed', [{'compiled': False}, {'device': 'cpu'}, {'objective': 'dpo'}, {'shard': True}]
+)
+def test_another_step_is_estimated_as_an_eager_one(changed, monkeypatch):
+    monkeypatch.setattr(memory_module, 'eager_peak', lambda workload: Counter(parameters=1))
+    workload = replace(COMPILED, offload=True, **changed)
+    assert memory_module.estimate(workload)['parameters'] == 1
+    _, table = memory_module.report(workload, 'cuda:0', None, fresh=True)
+    assert 'total at the peak of an eager step' in table
+    assert ('torch.compile keeps' in table) == workload.compiled
+
+
+@pytest.mark.parametrize(
+    ('flags', 'device', 'compiled'),
+    [
+        ('', 'cuda:0', True),
+        ('--max_iters=5', 'cuda:0', False),  # over before it is compiled
+        ('--max_iters=5 --compile=True', 'cuda:0', True),
+        ('--compile=False', 'cuda:0', False),
+        ('', 'cpu', False),
+    ],
+)
+def test_the_plan_is_of_a_compiled_step_where_the_run_will_compile(flags, device, compiled):
+    config = settings_of(str(ROOT / 'train.py'), ['--peak_tflops=989', *flags.split()])
+    runtime = Runtime(device, torch.bfloat16)
+    assert memory_module.workload_of(config, GPT2, runtime).compiled == compiled
+
+
+@pytest.mark.parametrize(
+    ('memory', 'rows'),
+    [(85e9, 48), (24e9, 40), (16e9, 24), (9e9, None), (7.5e9, None)],
+)
+def test_a_larger_micro_batch_is_suggested_where_it_fits_with_room(memory, rows, monkeypatch):
+    monkeypatch.setattr(memory_module, 'eager_peak', lambda workload: Counter())
+    fits, table = memory_module.report(
+        replace(COMPILED, micro_steps=40), 'cuda:0', memory, fresh=True
+    )
+    assert fits
+    found = re.search(
+        r'faster, .* GB: --batch_size=(\d+) --gradient_accumulation_steps=(\d+)', table
+    )
+    assert (found and int(found[1])) == rows
+    assert not found or rows * int(found[2]) == 480  # the same global batch
+
+
+def test_no_larger_micro_batch_is_suggested_where_it_would_not_be_faster(monkeypatch):
+    monkeypatch.setattr(memory_module, 'eager_peak', lambda workload: Counter())
+    for workload in (
+        replace(COMPILED, micro_batch_size=48, micro_steps=10),
+        COMPILED,  # a single micro-batch
+        replace(COMPILED, device='cpu', micro_steps=40),
+    ):
+        assert memory_module.suggest_larger_batch(workload, 1e12) is None
+
+
+def test_on_a_gpu_only_some_logits_are_there_at_a_time():
+    assert (
+        memory_module.min_bytes(COMPILED)
+        < 2.5e9
+        < memory_module.min_bytes(replace(COMPILED, device='cpu'))
+    )
 
 
 # --- what it comes to

@@ -2,16 +2,18 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_dataset
 
+from configurator import settings_of
 from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
-from flatgpt.training import preflight
+from flatgpt.training import preflight, resume
 from model import GPT, GPTConfig
 
 
@@ -88,7 +90,7 @@ def test_a_missing_dataset_is_a_no_and_is_planned_all_the_same(checked, run_here
     assert run_here('--plan', '--dataset=nowhere') == 0
     out = capsys.readouterr().out
     assert 'assuming' in out
-    assert 'total tensors at the peak' in out
+    assert 'total at the peak of an eager step' in out
 
 
 def test_a_folder_with_a_run_is_a_no_until_it_is_to_be_resumed(run_here, checked, tmp_path):
@@ -185,6 +187,31 @@ def test_the_shape_of_a_released_model_is_known_without_it():
     assert sum(p.numel() for p in model.parameters()) == 124_439_808
     with pytest.raises(UserError, match='is not downloaded yet'):
         preflight.external_shape('somebody/something')
+
+
+@pytest.mark.parametrize(
+    ('runtime', 'arch', 'expected'),
+    [
+        (Runtime('cuda:0', torch.bfloat16), 'gpt2', True),
+        (Runtime('cuda:0', torch.bfloat16), 'modern', False),  # always bfloat16, not a choice
+        (Runtime('cuda:0', torch.float16), 'gpt2', False),
+        (Runtime('cpu', torch.bfloat16), 'gpt2', False),
+    ],
+)
+def test_a_new_gpt2_has_a_bfloat16_residual_stream_on_a_gpu(runtime, arch, expected):
+    config = settings_of(str(ROOT / 'train.py'), [f'--arch={arch}'])
+    shape = preflight.Preflight(config, runtime).model_shape()
+    assert shape.bf16_residual == expected
+    data = SimpleNamespace(vocab_size=shape.vocab_size)
+    assert resume.new_model_config(data, config, runtime) == shape
+
+
+def test_a_run_that_began_with_a_float32_residual_stream_keeps_it(run_here, tmp_path):
+    where = f'--out_dir={tmp_path}'
+    assert run_here(where, '--max_iters=1') == 0
+    config = settings_of(str(ROOT / 'train.py'), [where, '--init_from=resume'])
+    resumed = preflight.Preflight(config, Runtime('cuda:0', torch.bfloat16))
+    assert resumed.model_shape().bf16_residual is False
 
 
 def test_what_the_run_will_fetch_is_a_warning(checked, monkeypatch, tmp_path):

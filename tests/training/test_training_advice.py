@@ -146,10 +146,10 @@ def test_text_of_another_tokenizer_is_prepared_again_as_the_line_says(
 def test_a_vocabulary_that_is_too_large_fits_with_the_model_s_tokenizer(tmp_path, byte_dataset):
     config = {'dataset': 'd', 'init_from': 'out/a'}
     model = random_model(64)
-    rejected(resume.build_model, model, None, Dataset(byte_dataset, 16), config, print)
+    rejected(resume.build_model, model, None, Dataset(byte_dataset, 16), config, CPU)
     letters = char_tokenizer(list(' abcdefghijklmnopqrstuvwxyz'))
     data = Dataset(make_dataset(tmp_path / 'd', letters), 16)
-    assert resume.build_model(model, None, data, config, print)[0] is model
+    assert resume.build_model(model, None, data, config, CPU)[0] is model
 
 
 # -----------------------------------------------------------------------------
