@@ -1,0 +1,27 @@
+# draft
+dataset = 'shakespeare_char'
+eval_interval = None
+eval_iters = None
+eval_train = False
+log_interval = 20
+always_save_checkpoint = False
+gradient_accumulation_steps = 1
+batch_size = 32
+block_size = 256
+max_iters = 350
+lr_decay_iters = None
+arch = 'modern'
+n_layer = 4
+n_head = 3
+n_embd = 384
+optimizer = 'muon'
+muon_lr = 0.03
+muon_momentum = 0.9
+learning_rate = 6e-3
+beta1 = 0.8
+beta2 = 0.95
+weight_decay = 0.1
+lr_schedule = 'linear'
+warmup_iters = 5
+cooldown = 0.9
+min_lr = 0.0

@@ -1,0 +1,601 @@
+"""
+The jobs of gpu_day.py, each in a process of its own; a row is a line that print_row() writes.
+
+Training is measured by train.py and bench.py as a user runs them, and read from what they write.
+"""
+
+import json
+import math
+import os
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from flatgpt import ROOT
+from flatgpt.benchmarks.baselines import (
+    build_model,
+    placeholder_tokenizer,
+    random_prompts,
+    transformers_model,
+)
+from flatgpt.benchmarks.gpu_day import (
+    BELOW,
+    FAILED,
+    MEASURED,
+    NOT_COMPARABLE,
+    PASSED,
+    RESULT,
+    SKIPPED,
+)
+from flatgpt.benchmarks.machine import synchronize
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import char_tokenizer, get_tokenizer
+from flatgpt.errors import reason_of
+from flatgpt.inference.engine import Engine
+from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.quantize import prepare_for_inference
+from flatgpt.inference.request import Request
+from flatgpt.inference.sampling import SamplingParams
+from flatgpt.runtime import code_hash, pick_dtype
+from model import GPT
+
+GPT2 = {  # 124M parameters
+    'block_size': 1024,
+    'vocab_size': 50304,
+    'n_layer': 12,
+    'n_head': 12,
+    'n_embd': 768,
+    'n_kv_head': None,
+    'dropout': 0.0,
+    'bias': False,
+    'seed': 1337,
+}
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 32, 256, 3
+# train.py, for 60 steps of a micro-batch each; a checkpoint is written in the background of some
+STEPS, SAVE_AT, LOG_INTERVAL = 60, 40, 10
+TRAIN = f"""--gradient_accumulation_steps=1 --block_size=1024 --max_iters={STEPS} --warmup_iters=10
+--lr_decay_iters=None --log_interval={LOG_INTERVAL} --eval_interval=None --eval_iters=1
+--eval_train=False --sample_tokens=0 --compile=True --save_interval={SAVE_AT}""".split()
+TARGET_LOSS = 1.4697  # the best in nanoGPT's README
+SPEEDRUN_BAR, SPEEDRUN_GOAL = 20, 8  # seconds
+MFU_BAR, MFU_GOAL = 0.5, 0.6  # on an H100 or H200
+NANOGPT_BAR, NANOGPT_GOAL = 1.15, 1.3  # times as fast
+DECODE_BAR = 5  # times as fast as generate()
+PLAN_TOLERANCE = 0.15
+# GB of GPU memory that a micro-batch of GPT-2 124M needs
+MICRO_BATCHES = ((40, 12), (20, 4), (0, 2))
+
+
+# -----------------------------------------------------------------------------
+# rows
+
+
+def print_row(row: str, status: str, result: str, bar: str = '', **more) -> None:
+    values = {'row': row, 'status': status, 'result': result, 'bar': bar, **more}
+    print(RESULT + json.dumps(values), flush=True)
+
+
+class Rows:
+    """Reports rows, with numbers only from a device that computes."""
+
+    def __init__(self, computes: bool):
+        self.computes = computes
+
+    def measured(self, row: str, result: str, **more) -> None:
+        if not self.computes:
+            return self.ran(row)
+        print_row(row, MEASURED, result, **more)
+
+    def compare(self, row: str, is_good: bool, result: str, bar: str = '') -> None:
+        """A number, which may have a bar or must equal another one."""
+        if not self.computes:
+            return self.ran(row)
+        print_row(row, PASSED if is_good else BELOW if bar else FAILED, result, bar)
+
+    def ran(self, row: str) -> None:
+        print_row(row, NOT_COMPARABLE, 'it ran, but this device does not compute')
+
+
+# -----------------------------------------------------------------------------
+# correctness
+
+
+def arithmetic(options: dict, rows: Rows) -> None:
+    """Whether the device computes: without that, no number below means anything."""
+    a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    apart = ((a.cuda() @ b.cuda()).cpu() - a @ b).abs().max().item()
+    status = PASSED if apart < 1e-3 else NOT_COMPARABLE
+    result = f'a product of matrices is {apart:.1e} from the CPU'
+    result += '' if status == PASSED else ': this device does not compute'
+    print_row('arithmetic', status, result, machine=describe_machine())
+
+
+def describe_machine() -> dict[str, str]:
+    import numpy
+    import transformers
+
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        'GPU': f'{torch.cuda.device_count()} x {properties.name}, '
+        f'{properties.total_memory / 2**30:.0f} GiB',
+        'driver': driver_version(),
+        'versions': f'torch {torch.__version__}, transformers {transformers.__version__}, '
+        f'numpy {numpy.__version__}, Python {sys.version.split()[0]}',
+        'processor': f'{os.cpu_count()} cores',
+        'source': code_hash(),
+    }
+
+
+def driver_version() -> str:
+    try:
+        text = Path('/proc/driver/nvidia/version').read_text()
+        return re.search(r'\d+\.\d+[.\d]*', text)[0]
+    except (OSError, TypeError):
+        return 'unknown'
+
+
+def tests(options: dict, rows: Rows) -> None:
+    """Every function of tests/test_gpu.py that is asked for."""
+    module = runpy.run_path(str(ROOT / 'tests' / 'test_gpu.py'))
+    if len(options['rows']) == len([name for name in module if name.startswith('test_')]):
+        module['start_runs']()
+    for name in options['rows']:
+        structural = name in module['WITHOUT_NUMBERS']
+        run_test(name, module[name], rows if not structural else Rows(computes=True))
+
+
+def run_test(name: str, test: Callable[[], None], rows: Rows) -> None:
+    written, real = LastLine(sys.stdout), sys.stdout
+    sys.stdout = written
+    try:
+        test()
+        error = None
+    except Exception as caught:
+        traceback.print_exc()
+        error = caught
+    finally:
+        sys.stdout = real
+    if error is None:
+        return rows.compare(name, True, written.last)
+    text = str(error).partition('\n')[0] or type(error).__name__
+    compared = isinstance(error, AssertionError) or 'not finite' in text
+    if compared and not rows.computes:
+        return rows.ran(name)
+    print_row(name, FAILED, text if compared else reason_of(error))
+    if 'CUDA error' in str(error):  # every later call would fail: another process does the rest
+        sys.stdout.flush()
+        os._exit(1)
+
+
+class LastLine:
+    """A stream that remembers the last line."""
+
+    def __init__(self, stream):
+        self.stream, self.last = stream, ''
+
+    def write(self, text: str) -> None:
+        self.last = text.strip() or self.last
+        self.stream.write(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+# -----------------------------------------------------------------------------
+# the speedrun
+
+
+def speedrun(options: dict, rows: Rows) -> None:
+    run_speedrun('speedrun', options, rows)
+
+
+def speedrun_eager(options: dict, rows: Rows) -> None:
+    run_speedrun('speedrun without torch.compile', options, rows, '--compile=False')
+
+
+def run_speedrun(row: str, options: dict, rows: Rows, *flags: str) -> None:
+    if options['text'] is None:
+        return print_row(row, SKIPPED, 'needs --data=DIR with input.txt')
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(options['text']).read_bytes().decode()
+        write_dataset(Path(folder) / 'text', char_tokenizer(sorted(set(text))), text)
+        config = str(ROOT / 'config' / 'speedrun_shakespeare_char_gpu.py')
+        out_dir = Path(folder) / 'run'
+        begin = time.perf_counter()
+        run_train(config, f'--dataset={folder}/text', f'--out_dir={out_dir}', *flags)
+        whole = time.perf_counter() - begin
+        lines = read_log(out_dir)
+    (loss,) = (line['val_loss'] for line in lines if 'val_loss' in line)
+    first, last = lines[0]['seconds'], lines[-1]['seconds']
+    seconds = last - first
+    result = (
+        f'loss {loss:.4f} in {seconds:.1f} s from the first step to the last evaluation; building, '
+        f'compiling and the first step {first:.1f} s, the whole command {whole:.1f} s'
+    )
+    reached = loss <= TARGET_LOSS and seconds <= SPEEDRUN_BAR
+    if reached and seconds <= SPEEDRUN_GOAL:
+        result += '; goal reached'
+    bar = f'loss {TARGET_LOSS}, {SPEEDRUN_BAR} s; goal {SPEEDRUN_GOAL} s'
+    rows.compare(row, reached, result, bar)
+
+
+def write_dataset(folder: Path, tokenizer, text: str) -> None:
+    border = int(len(text) * 0.9)
+    with Writer(folder, tokenizer) as writer:
+        writer.write('train', tokenizer.encode(text[:border]))
+        writer.write('val', tokenizer.encode(text[border:]))
+
+
+def run_train(*arguments: str) -> str:
+    return run_script('train.py', *arguments)
+
+
+def run_script(name: str, *arguments: str, must_succeed: bool = True) -> str:
+    """What a script prints. SystemExit if it fails, after its error as the last line."""
+    command = [sys.executable, str(ROOT / name), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, flush=True)
+    if done.returncode and must_succeed:
+        errors = re.findall(r'^(?:error|\S*Error\b).*', done.stdout, re.MULTILINE)
+        print(errors[-1] if errors else f'{name} exited with status {done.returncode}')
+        raise SystemExit(1)
+    return done.stdout
+
+
+def read_log(out_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (out_dir / 'metrics.jsonl').read_text().splitlines()]
+
+
+# -----------------------------------------------------------------------------
+# training GPT-2 124M
+
+
+def gpt2(options: dict, rows: Rows) -> None:
+    run_124m('gpt2', options, rows, micro_batch())
+
+
+def modern(options: dict, rows: Rows) -> None:
+    run_124m('modern', options, rows, micro_batch(), *MODERN_FLAGS)
+
+
+MODERN_FLAGS = ('--arch=modern', '--n_head=6', '--optimizer=muon', '--learning_rate=4e-3')
+
+
+def batch_32(options: dict, rows: Rows) -> None:
+    run_micro_batch(options, rows, 32)
+
+
+def batch_48(options: dict, rows: Rows) -> None:
+    run_micro_batch(options, rows, 48)
+
+
+def run_micro_batch(options: dict, rows: Rows, size: int) -> None:
+    row = f'gpt2, micro-batch {size}'
+    with tempfile.TemporaryDirectory() as folder:
+        flags = train_flags(options, Path(folder), size)
+        plan = run_script('train.py', *flags, '--plan', must_succeed=False)
+        if 'does not fit' in plan:
+            return print_row(row, SKIPPED, re.search(r'does not fit.*', plan)[0])
+        printed = run_train(*flags, '--save_interval=None')
+        result, _ = speed_of(read_log(Path(folder) / 'run'))
+        rows.measured(row, f'{result}, {peak_memory(printed) / 1e3:.1f} GB')
+
+
+def run_124m(arch: str, options: dict, rows: Rows, size: int, *flags: str) -> None:
+    """Training as a user starts it, its peak beside --plan, and a checkpoint on the way."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*train_flags(options, Path(folder), size), *flags]
+        printed = run_train(*flags)
+        lines = read_log(Path(folder) / 'run')
+        result, mfu = speed_of(lines)
+        has_bar = re.search('H100|H200', torch.cuda.get_device_name())
+        bar = f'MFU {MFU_BAR:.0%}; goal {MFU_GOAL:.0%}' if has_bar else ''
+        result = f'{size} x 1,024: {result}, {peak_memory(printed) / 1e3:.1f} GB'
+        is_good = not has_bar or mfu >= MFU_BAR
+        rows.compare(f'train {arch}', is_good, result, bar)
+        compare_plan(arch, run_script('train.py', *flags, '--plan', must_succeed=False), printed)
+        if arch == 'gpt2':
+            report_saving(lines, rows)
+
+
+def micro_batch() -> int:
+    total = torch.cuda.get_device_properties(0).total_memory / 1e9
+    return next(size for least, size in MICRO_BATCHES if total >= least)
+
+
+def train_flags(options: dict, folder: Path, size: int) -> list[str]:
+    make_124m_dataset(options, folder / 'tokens')
+    data = [f'--dataset={folder}/tokens', f'--out_dir={folder}/run', f'--batch_size={size}']
+    return [*TRAIN, *data]
+
+
+def make_124m_dataset(options: dict, folder: Path) -> None:
+    """Shakespeare in GPT-2's tokens; without the vocabulary or tiktoken, random tokens."""
+    if options['text'] and options['vocabulary'] and find_spec('tiktoken'):
+        text = Path(options['text']).read_text(encoding='utf-8')
+        return write_dataset(folder, get_tokenizer('gpt2'), text)
+    print('training on random tokens')
+    ids = torch.randint(50257, (300_000,), generator=torch.Generator().manual_seed(0)).numpy()
+    with Writer(folder, placeholder_tokenizer(50257)) as writer:
+        writer.write('train', ids[:270_000])
+        writer.write('val', ids[270_000:])
+
+
+def speed_of(lines: list[dict]) -> tuple[str, float]:
+    """Tokens/s and MFU of the steps before the checkpoint; the first ones may be slower."""
+    steady = [line for line in lines if LOG_INTERVAL < line['step'] <= SAVE_AT and 'mfu' in line]
+    if not steady:
+        return 'MFU unknown: train.py does not know the peak of this GPU', math.nan
+    tokens, mfu = (statistics.median(line[k] for line in steady) for k in ('tokens_per_s', 'mfu'))
+    return f'{tokens:,.0f} tokens/s, MFU {mfu:.1%}', mfu
+
+
+def peak_memory(printed: str) -> float:
+    """Megabytes, as train.py prints them."""
+    return float(re.search(r'peak memory ([\d,]+) MB', printed)[1].replace(',', ''))
+
+
+def compare_plan(arch: str, plan: str, printed: str) -> None:
+    """--plan beside the allocator's peak, which even a device that does not compute has."""
+    planned = re.search(r'total tensors at the peak +([\d,]+) MB', plan)
+    if not planned:
+        return print_row(f'plan {arch}', FAILED, plan.strip().splitlines()[-1][:200])
+    planned, peak = float(planned[1].replace(',', '')), peak_memory(printed)
+    result = f'plan {planned:,.0f} MB, peak {peak:,.0f} MB: {peak / planned - 1:+.0%}'
+    status = PASSED if abs(peak / planned - 1) <= PLAN_TOLERANCE else BELOW
+    print_row(f'plan {arch}', status, result, f'{PLAN_TOLERANCE:.0%}')
+
+
+def report_saving(lines: list[dict], rows: Rows) -> None:
+    (saved,) = [line for line in lines if line['step'] == SAVE_AT + LOG_INTERVAL]
+    pause = next(line['save_pause'] for line in lines if 'save_pause' in line)
+    seconds = next(line['save_seconds'] for line in lines if 'save_seconds' in line)
+    slower = saved['tokens_per_s'] / lines[2]['tokens_per_s'] - 1
+    rows.measured(
+        'saving',
+        f'a checkpoint paused training for {pause:.2f} s of {seconds:.1f} s; the speed of the '
+        f'{LOG_INTERVAL} steps after it: {slower:+.0%}',
+    )
+
+
+# --- beside other programs
+
+
+def beside_gpt2(options: dict, rows: Rows) -> None:
+    flags = [f'--nanogpt={options["nanogpt"]}'] if options['nanogpt'] else []
+    results = bench_training('gpt2', *flags)
+    report_beside('gpt2 beside transformers', 'transformers', results, rows)
+    row = 'gpt2 beside nanoGPT'
+    if not options['nanogpt']:
+        return print_row(row, SKIPPED, 'needs --nanogpt=DIR')
+    bar = f'{NANOGPT_BAR} times; goal {NANOGPT_GOAL} times'
+    report_beside(row, 'nanoGPT', results, rows, NANOGPT_BAR, bar)
+
+
+def beside_modern(options: dict, rows: Rows) -> None:
+    results = bench_training('modern', '--arch=modern', '--n_head=6')
+    report_beside('modern beside transformers', 'transformers', results, rows)
+
+
+def bench_training(arch: str, *flags: str) -> dict[str, dict]:
+    """bench.py's results of each side."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'bench.json'
+        size = f'--batch_size={micro_batch()}'
+        fixed = [
+            '--only=training',
+            '--block_size=1024',
+            '--rounds=3',
+            '--steps=10',
+            f'--json={path}',
+        ]
+        run_script('bench.py', *fixed, size, *flags)
+        return {entry['side']: entry for entry in json.loads(path.read_text())['results']}
+
+
+def report_beside(
+    row: str, side: str, results: dict, rows: Rows, least: float = 0.0, bar: str = ''
+) -> None:
+    ours, other = results['flatGPT'], results[side]
+    for name, entry in (('flatGPT', ours), (side, other)):
+        if 'tokens_per_second' not in entry:
+            return print_row(row, FAILED, f'{name}: {entry["note"]}')
+    ratio = other.get('times as fast is flatGPT')
+    result = ', '.join(
+        f'{name} {entry["tokens_per_second"]["median"]:,.0f} tokens/s ({entry["note"]})'
+        for name, entry in (('flatGPT', ours), (side, other))
+    )
+    if ratio is None:
+        return rows.compare(row, False, f'no ratio, the results differ: {result}')
+    times = f'{ratio["median"]:.2f} times ({ratio["low"]:.2f} to {ratio["high"]:.2f}); '
+    rows.compare(row, ratio['median'] >= least, times + result, bar)
+
+
+# -----------------------------------------------------------------------------
+# decoding and prefill of GPT-2 124M, one text
+
+
+def settings_of_124m() -> dict:
+    return {**GPT2, 'arch': 'gpt2', 'device': 'cuda', 'prompt_tokens': PROMPT_TOKENS}
+
+
+def model_of_124m(device: str, dtype: torch.dtype) -> GPT:
+    model = build_model(settings_of_124m()).to(dtype).to(device).eval()
+    return prepare_for_inference(model, None)
+
+
+def prompt() -> list[int]:
+    return random_prompts(settings_of_124m(), 1)[0].tolist()
+
+
+class Ours:
+    """An engine that completes one text again and again, as a server or a console does."""
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        model = model_of_124m(device, dtype)
+        tokenizer = placeholder_tokenizer(GPT2['vocab_size'])
+        self.engine = Engine(model, tokenizer, 1, max_length=PROMPT_TOKENS + NEW_TOKENS)
+
+    def complete(self) -> list[int]:
+        tokens = []
+        sampling = SamplingParams(NEW_TOKENS, temperature=0)
+        on_token = lambda output: tokens.append(output.token)  # noqa: E731
+        self.engine.submit(Request(prompt(), sampling, on_token))
+        while self.engine.step():
+            pass
+        return tokens
+
+
+class Theirs:
+    """transformers' generate(), with its dynamic cache or a static one."""
+
+    def __init__(self, dtype: torch.dtype, **options):
+        self.model = transformers_model(settings_of_124m()).to(dtype).eval()
+        self.options = {'max_new_tokens': NEW_TOKENS, 'min_new_tokens': NEW_TOKENS, **options}
+
+    @torch.inference_mode()
+    def complete(self) -> list[int]:
+        ids = torch.tensor([prompt()], device='cuda')
+        mask, greedy = torch.ones_like(ids), {'do_sample': False, 'pad_token_id': 0}
+        output = self.model.generate(ids, attention_mask=mask, **greedy, **self.options)
+        return output[0, PROMPT_TOKENS:].tolist()
+
+
+def time_in_turns(*runs: Callable) -> list[list[float]]:
+    """Seconds of each in ROUNDS rounds, after two warm-ups."""
+    seconds = [[] for _ in runs]
+    for number in range(ROUNDS + 2):
+        for run, own in zip(runs, seconds, strict=True):
+            synchronize('cuda')
+            begin = time.perf_counter()
+            run()
+            synchronize('cuda')
+            own.append(time.perf_counter() - begin)
+            print(f'round {number}: {own[-1]:.3f} s')
+    return [own[2:] for own in seconds]
+
+
+def compare_decoding(row: str, theirs: Theirs, ours: Ours, rows: Rows, least: float) -> None:
+    for side in (ours, theirs):
+        assert len(side.complete()) == NEW_TOKENS
+    mine, its = map(statistics.median, time_in_turns(ours.complete, theirs.complete))
+    result = (
+        f'{its / mine:.2f} times: {NEW_TOKENS / mine:,.0f} tokens/s and {NEW_TOKENS / its:,.0f} '
+        f'tokens/s, {PROMPT_TOKENS} tokens of prompt and {NEW_TOKENS} new'
+    )
+    rows.compare(row, its >= least * mine, result, f'{least} times' if least else '')
+
+
+def decode(options: dict, rows: Rows) -> None:
+    dtype = pick_dtype('auto', 'cuda')
+    compare_decoding('decode', Theirs(dtype), Ours('cuda', dtype), rows, DECODE_BAR)
+    expected, found = (Ours(device, torch.float32).complete() for device in ('cpu', 'cuda'))
+    equal = next(
+        (i for i, pair in enumerate(zip(expected, found, strict=True)) if len({*pair}) > 1), 0
+    )
+    same = found == expected
+    result = 'as on the CPU in float32' if same else f'differ from the CPU after {equal}'
+    rows.compare('greedy tokens', same, f'{NEW_TOKENS} tokens: {result}')
+
+
+def decode_static(options: dict, rows: Rows) -> None:
+    dtype = pick_dtype('auto', 'cuda')
+    static = Theirs(dtype, cache_implementation='static')  # which transformers compiles
+    compare_decoding('decode beside a static cache', static, Ours('cuda', dtype), rows, 0)
+
+
+def prefill(options: dict, rows: Rows) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    dtype = pick_dtype('auto', 'cuda')
+    model, other = model_of_124m('cuda', dtype), Theirs(dtype).model
+    ids = torch.randint(50257, (1, 1024), generator=torch.Generator().manual_seed(0)).cuda()
+
+    @torch.inference_mode()
+    def ours():
+        return model(ids, cache=KVCache(model, 1, 1025))[0]
+
+    @torch.inference_mode()
+    def theirs():
+        return other(ids, use_cache=True, logits_to_keep=1).logits
+
+    mine, its = map(statistics.median, time_in_turns(ours, theirs))
+    result = f'{its / mine:.2f} times: {mine * 1e3:.2f} and {its * 1e3:.2f} ms for 1,024 tokens'
+    rows.compare('prefill beside transformers', True, result)
+    found = []
+    for name, backend in (
+        ('flash', SDPBackend.FLASH_ATTENTION),
+        ('cuDNN', SDPBackend.CUDNN_ATTENTION),
+        ('memory-efficient', SDPBackend.EFFICIENT_ATTENTION),
+    ):
+        try:
+            with sdpa_kernel(backend):
+                found.append(f'{name} {statistics.median(time_in_turns(ours)[0]) * 1e3:.2f} ms')
+        except RuntimeError as error:
+            found.append(f'{name} is not available ({str(error).partition(chr(10))[0][:60]})')
+    rows.measured('flash beside cuDNN', ', '.join(found))
+
+
+# -----------------------------------------------------------------------------
+# two GPUs
+
+
+def ddp(options: dict, rows: Rows) -> None:
+    """Tokens/s and peak of two processes with and without gradient_as_bucket_view."""
+    row = 'gradient_as_bucket_view'
+    if torch.cuda.device_count() < 2:
+        return print_row(row, SKIPPED, 'needs two GPUs')
+    launch = '-m torch.distributed.run --standalone --nproc_per_node=2 -m'.split()
+    command = [
+        sys.executable,
+        *launch,
+        'flatgpt.benchmarks.gpu_jobs',
+        'ddp_rank',
+        '{"computes": 0}',
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout)
+    rows.measured(row, ', '.join(re.findall(r'^bucket view .*', done.stdout, re.MULTILINE)))
+
+
+def ddp_rank(options: dict, rows: Rows) -> None:
+    """One of two processes: GPT-2 124M under DDP."""
+    from flatgpt.runtime import init_runtime
+
+    runtime = init_runtime('cuda', 'auto')
+    x = torch.randint(50257, (micro_batch(), 1024), device=runtime.device)
+    for view in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        model = build_model(settings_of_124m()).to(runtime.device)
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
+        adamw = torch.optim.AdamW(model.parameters(), fused=True)
+        for step in range(12):
+            if step == 2:
+                synchronize(runtime.device)
+                begin = time.perf_counter()
+            with runtime.autocast():
+                loss = model(x, x)[1]
+            loss.backward()
+            adamw.step()
+            adamw.zero_grad(set_to_none=not view)
+        synchronize(runtime.device)
+        speed = 2 * 10 * x.numel() / (time.perf_counter() - begin)
+        memory = runtime.peak_memory() / 1e9
+        runtime.print0(f'bucket view {view}: {speed:,.0f} tokens/s, {memory:.1f} GB')
+        del model, adamw, loss
+    runtime.exit()
+
+
+if __name__ == '__main__':
+    name, given = sys.argv[1], json.loads(sys.argv[2])
+    globals()[name](given, Rows(given['computes']))
