@@ -34,8 +34,8 @@ MIN_SECONDS = 15  # with less time left, no job starts: importing torch can take
 RESULT = 'RESULT '  # begins a line of a job that is a row
 PASSED, BELOW, MEASURED, FAILED = 'passed', 'below the bar', 'measured', 'failed'
 NOT_COMPARABLE, SKIPPED, CUT = 'not comparable', 'skipped', 'cut'
-# errors that follow from wrong numbers
-NOT_FINITE = re.compile(r'not finite|is nan|nan in|results differ', re.IGNORECASE)
+# errors that follow from numbers that a device did not compute
+WRONG_NUMBERS = re.compile('not finite|is nan|division by zero', re.IGNORECASE)
 
 
 class Job(NamedTuple):
@@ -219,7 +219,7 @@ class Day:
             self.waited = time.monotonic() - began
             process.kill()
         status = process.process.returncode
-        wrong = not self.options['computes'] and NOT_FINITE.search(process.last_line)
+        wrong = not self.options['computes'] and WRONG_NUMBERS.search(process.last_line)
         text = process.last_line or f'exit status {status}'
         return text, NOT_COMPARABLE if wrong else FAILED
 
