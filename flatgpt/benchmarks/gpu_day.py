@@ -21,6 +21,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -31,11 +32,12 @@ from flatgpt.files import atomic_file
 
 MINUTES = 9.0  # for which the limits below are meant
 MIN_SECONDS = 15  # with less time left, no job starts: importing torch can take that long
+PROGRAM = [sys.executable, '-u', '-m', 'flatgpt.benchmarks.gpu_jobs']
 RESULT = 'RESULT '  # begins a line of a job that is a row
 PASSED, BELOW, MEASURED, FAILED = 'passed', 'below the bar', 'measured', 'failed'
 NOT_COMPARABLE, SKIPPED, CUT = 'not comparable', 'skipped', 'cut'
 # errors that follow from numbers that a device did not compute
-WRONG_NUMBERS = re.compile('not finite|is nan|division by zero', re.IGNORECASE)
+WRONG_NUMBERS = re.compile('not finite|is nan|division by zero|index out of range', re.IGNORECASE)
 
 
 class Job(NamedTuple):
@@ -134,9 +136,8 @@ class Process:
     """A job in a process group of its own. A thread reads its lines, so that it cannot hang us."""
 
     def __init__(self, job: Job, rows: list[str], options: dict, log):
-        program = [sys.executable, '-u', '-m', 'flatgpt.benchmarks.gpu_jobs', job.name]
         self.process = subprocess.Popen(
-            [*program, json.dumps({**options, 'rows': rows})],
+            [*PROGRAM, job.name, json.dumps({**options, 'rows': rows})],
             cwd=ROOT,
             env={**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONFAULTHANDLER': '1'},
             stdout=subprocess.PIPE,
@@ -146,7 +147,8 @@ class Process:
             start_new_session=True,
         )
         self.log, self.last_line, self.lines = log, '', queue.Queue()
-        threading.Thread(target=self.read, daemon=True).start()
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
 
     def read(self) -> None:
         for line in self.process.stdout:
@@ -173,11 +175,15 @@ class Process:
                 self.last_line = line.strip()[:200]
 
     def kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)  # also what it started
-        except ProcessLookupError:
-            pass
-        self.process.wait()
+        """End the process and all that it started."""
+        for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun passes on only the first
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(5)
+        self.reader.join(5)
+        if not self.reader.is_alive():
+            self.process.stdout.close()
 
 
 class Day:
