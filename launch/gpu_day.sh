@@ -7,4 +7,6 @@
 #
 # Needs torch, transformers and numpy. PYTHON=... is the interpreter; --help lists the arguments.
 
-cd "$(dirname "$0")/.." && exec "${PYTHON:-python3}" -m flatgpt.benchmarks.gpu_day "$@"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+exec "${PYTHON:-python3}" -m flatgpt.benchmarks.gpu_day "$@"
