@@ -122,6 +122,7 @@ def pool() -> ThreadPoolExecutor:
 @functools.cache
 def started(name: str) -> Future:
     """A training run that another thread starts."""
+    folder()  # before several threads would each make one
     return pool().submit(train, name, started('eager') if name == 'resumed' else None)
 
 

@@ -330,7 +330,10 @@ def run_124m(arch: str, options: dict, rows: Rows, size: int, *flags: str) -> No
         result, mfu = speed_of(lines)
         has_bar = re.search('H100|H200', torch.cuda.get_device_name())
         bar = f'MFU {MFU_BAR:.0%}; goal {MFU_GOAL:.0%}' if has_bar else ''
-        rows.compare(row, not has_bar or mfu >= MFU_BAR, f'{result}; {peak}', bar)
+        if has_bar:
+            rows.compare(row, mfu >= MFU_BAR, f'{result}; {peak}', bar)
+        else:
+            rows.measured(row, f'{result}; {peak}')
     else:
         rows.ran(row, peak)
     compare_plan(arch, plan, printed)
@@ -439,6 +442,8 @@ def report_beside(
     if ratio is None:
         return rows.compare(row, False, f'no ratio, the results differ: {result}')
     times = f'{ratio["median"]:.2f} times ({ratio["low"]:.2f} to {ratio["high"]:.2f}); '
+    if not bar:
+        return rows.measured(row, times + result)
     rows.compare(row, ratio['median'] >= least, times + result, bar)
 
 
@@ -514,7 +519,9 @@ def compare_decoding(row: str, theirs: Theirs, ours: Ours, rows: Rows, least: fl
         f'{its / mine:.2f} times: {NEW_TOKENS / mine:,.0f} tokens/s and {NEW_TOKENS / its:,.0f} '
         f'tokens/s, {PROMPT_TOKENS} tokens of prompt and {NEW_TOKENS} new'
     )
-    rows.compare(row, its >= least * mine, result, f'{least} times' if least else '')
+    if not least:
+        return rows.measured(row, result)
+    rows.compare(row, its >= least * mine, result, f'{least} times')
 
 
 def decode(options: dict, rows: Rows) -> None:
@@ -552,7 +559,7 @@ def prefill(options: dict, rows: Rows) -> None:
 
     mine, its = map(statistics.median, time_in_turns(ours, theirs))
     result = f'{its / mine:.2f} times: {mine * 1e3:.2f} and {its * 1e3:.2f} ms for 1,024 tokens'
-    rows.compare('prefill beside transformers', True, result)
+    rows.measured('prefill beside transformers', result)
     found = []
     for name, backend in (
         ('flash', SDPBackend.FLASH_ATTENTION),
