@@ -325,18 +325,20 @@ def run_124m(arch: str, options: dict, rows: Rows, size: int, *flags: str) -> No
         printed = run_train(*flags, may_fail=not rows.computes)
         lines = read_log(Path(folder) / 'run') if rows.computes else []
         plan = run_script('train.py', *flags, '--plan', may_fail=True)
-    row, peak = f'train {arch}', f'{size} x 1,024, {peak_memory(printed) / 1e9:.1f} GB'
+    peak = f'{size} x 1,024, {peak_memory(printed) / 1e9:.1f} GB'
     if rows.computes:
-        result, mfu = speed_of(lines)
-        has_bar = re.search('H100|H200', torch.cuda.get_device_name())
-        bar = f'MFU {MFU_BAR:.0%}; goal {MFU_GOAL:.0%}' if has_bar else ''
-        if has_bar:
-            rows.compare(row, mfu >= MFU_BAR, f'{result}; {peak}', bar)
-        else:
-            rows.measured(row, f'{result}; {peak}')
+        report_speed(f'train {arch}', lines, peak, rows)
     else:
-        rows.ran(row, peak)
+        rows.ran(f'train {arch}', peak)
     compare_plan(arch, plan, printed)
+
+
+def report_speed(row: str, lines: list[dict], peak: str, rows: Rows) -> None:
+    text, mfu = speed_of(lines)
+    if not re.search('H100|H200', torch.cuda.get_device_name()):
+        return rows.measured(row, f'{text}; {peak}')
+    bar = f'MFU {MFU_BAR:.0%}; goal {MFU_GOAL:.0%}'
+    rows.compare(row, mfu >= MFU_BAR, f'{text}; {peak}', bar)
 
 
 def micro_batch() -> int:
