@@ -1,6 +1,6 @@
 # Character-level Shakespeare to a loss of 1.4697, the best in nanoGPT's README (10.7M parameters,
 # three minutes on an A100), on one GPU. Not run there yet: launch/gpu_day.sh times it. Whether it
-# reaches the loss is not known either: of a run with max_iters=350, the first 80 steps were run on a
+# reaches the loss is not known either: of a run with max_iters=350, the first 80 steps ran on a
 # CPU, to a training loss of 1.62. The sizes are chosen for an H100, where such a run waits for the
 # launch of kernels more than for their work: few layers and steps, each with more work than in
 # speedrun_shakespeare_char_cpu.

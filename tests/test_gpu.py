@@ -26,6 +26,7 @@ import torch
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import placeholder_tokenizer
+from flatgpt.benchmarks.gpu_day import last_error
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.files import sha256
@@ -160,9 +161,8 @@ def run(*command: str) -> str:
         encoding='utf-8',
     )
     if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or 'no output').splitlines()
-        errors = [line for line in lines if re.match(r'error|\S*Error: ', line)]
-        raise RuntimeError(f'exit status {done.returncode}: {(errors or lines)[-1]}')
+        error = last_error(done.stderr or done.stdout)
+        raise RuntimeError(f'exit status {done.returncode}: {error}')
     return done.stdout
 
 

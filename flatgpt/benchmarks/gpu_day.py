@@ -133,6 +133,13 @@ def commit() -> str:
 # a job
 
 
+def last_error(printed: str) -> str:
+    """The last error that a program printed, not torchrun's own after one; or its last line."""
+    line = r'^(?:\[rank\d+\]: )?((?:error|[\w.]*Error): \S.*)'
+    errors = re.findall(line, printed, re.MULTILINE)
+    return (errors or printed.strip().splitlines() or ['no output'])[-1]
+
+
 class Process:
     """A job in a process group of its own. A thread reads its lines, so that it cannot hang us."""
 

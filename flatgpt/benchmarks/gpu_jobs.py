@@ -40,6 +40,7 @@ from flatgpt.benchmarks.gpu_day import (
     RESULT,
     SKIPPED,
     WRONG_NUMBERS,
+    last_error,
 )
 from flatgpt.benchmarks.machine import synchronize
 from flatgpt.data.dataset import Writer
@@ -271,8 +272,7 @@ def run_script(*command: str, may_fail: bool = False) -> str:
     done = subprocess.run(command, cwd=ROOT, **pipes, encoding='utf-8', errors='replace')
     print(done.stdout, flush=True)
     if done.returncode and not may_fail:
-        errors = re.findall(r'^(?:error|\S*Error\b).*', done.stdout, re.MULTILINE)
-        print(errors[-1] if errors else f'exit status {done.returncode}')
+        print(f'exit status {done.returncode}: {last_error(done.stdout)}')
         raise SystemExit(1)
     return done.stdout
 

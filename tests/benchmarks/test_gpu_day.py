@@ -107,6 +107,20 @@ def test_wrong_numbers_of_a_device_that_does_not_compute_are_no_failure(day):
     assert rows['share']['status'] == 'failed'
 
 
+@pytest.mark.parametrize(
+    ('printed', 'error'),
+    [
+        ('step 1\nerror: no such config; use another', 'error: no such config; use another'),
+        ('Traceback\n  line\ntorch.OutOfMemoryError: CUDA\n\n', 'torch.OutOfMemoryError: CUDA'),
+        ('[rank0]: KeyError: 3\nerrors.ChildFailedError: \n=====', 'KeyError: 3'),
+        ('killed\n', 'killed'),
+        ('', 'no output'),
+    ],
+)
+def test_the_error_of_a_program_is_found_in_its_output(printed, error):
+    assert gpu_day.last_error(printed) == error
+
+
 def test_every_test_of_the_gpu_is_a_row():
     tests = next(job for job in gpu_day.JOBS if job.name == 'tests')
     assert len(tests.rows) > 10
