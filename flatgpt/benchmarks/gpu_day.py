@@ -36,6 +36,7 @@ PROGRAM = [sys.executable, '-u', '-m', 'flatgpt.benchmarks.gpu_jobs']
 RESULT = 'RESULT '  # begins a line of a job that is a row
 PASSED, BELOW, MEASURED, FAILED = 'passed', 'below the bar', 'measured', 'failed'
 NOT_COMPARABLE, SKIPPED, CUT = 'not comparable', 'skipped', 'cut'
+ERROR = r'^(?:\[rank\d+\]: )?((?:error|exit status \d+|[\w.]*Error): \S.*)'
 # errors that follow from numbers that a device did not compute
 WRONG_NUMBERS = re.compile('not finite|is nan|division by zero|index out of range', re.IGNORECASE)
 
@@ -135,8 +136,7 @@ def commit() -> str:
 
 def last_error(printed: str) -> str:
     """The last error that a program printed, not torchrun's own after one; or its last line."""
-    line = r'^(?:\[rank\d+\]: )?((?:error|[\w.]*Error): \S.*)'
-    errors = re.findall(line, printed, re.MULTILINE)
+    errors = re.findall(ERROR, printed, re.MULTILINE)
     return (errors or printed.strip().splitlines() or ['no output'])[-1]
 
 
@@ -154,7 +154,7 @@ class Process:
             errors='replace',
             start_new_session=True,
         )
-        self.log, self.last_line, self.lines = log, '', queue.Queue()
+        self.log, self.printed, self.lines = log, '', queue.Queue()
         self.reader = threading.Thread(target=self.read, daemon=True)
         self.reader.start()
 
@@ -179,16 +179,18 @@ class Process:
                 continue
             self.log.write(line)
             self.log.flush()
-            if line.strip() and not line.startswith((' ', '\t')):
-                self.last_line = line.strip()[:200]
+            self.printed = (self.printed + line)[-10_000:]
+
+    def wait(self) -> None:
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
 
     def kill(self) -> None:
         """End the process and all that it started."""
         for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun passes on only the first
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+            self.wait()
         self.reader.join(5)
         if not self.reader.is_alive():
             self.process.stdout.close()
@@ -225,17 +227,19 @@ class Day:
                 rows.remove(result['row'])
                 self.take(result, time.monotonic() - began)
                 began = time.monotonic()
+            process.wait()
         except TimeoutError:
             if time.monotonic() >= self.end:
                 return f'by the limit of {self.minutes:g} minutes', CUT
-            return f'no result within {limit:.0f} s; last line: {process.last_line}', FAILED
+            last = (process.printed.strip().splitlines() or ['none'])[-1]
+            return f'no result within {limit:.0f} s; last line: {last[:200]}', FAILED
         finally:
             self.waited = time.monotonic() - began
             process.kill()
         status = process.process.returncode
-        wrong = not self.options['computes'] and WRONG_NUMBERS.search(process.last_line)
-        text = process.last_line or f'exit status {status}'
-        return text, NOT_COMPARABLE if wrong else FAILED
+        error = f'killed by signal {-status}; ' * (status < 0) + last_error(process.printed)[:200]
+        wrong = not self.options['computes'] and WRONG_NUMBERS.search(error)
+        return error, NOT_COMPARABLE if wrong else FAILED
 
     def take(self, result: dict, seconds: float) -> None:
         if result['row'] == 'arithmetic':

@@ -28,6 +28,8 @@ elif name == 'hangs':
     os.system('sleep 60')
 elif name == 'divides':
     1 / 0
+elif name == 'killed':
+    os.kill(os.getpid(), 9)
 elif name == 'tests':
     for test in options['rows']:
         if test == 'dies':
@@ -68,6 +70,11 @@ def test_a_crash_is_a_row_and_the_next_job_starts(day, tmp_path):
     table = (tmp_path / 'out' / 'table.md').read_text()
     assert '| first | passed | 1.5 times | 1.2 times | ' in table
     assert 'output of crashes' in (tmp_path / 'out' / 'crashes.log').read_text()
+
+
+def test_a_killed_job_is_a_row_with_its_signal(day):
+    rows, _ = day(Job('killed', 20, ('large',)))
+    assert rows['large']['result'] == 'killed by signal 9; output of killed'
 
 
 def test_a_job_that_hangs_is_stopped_at_its_limit(day):
