@@ -15,6 +15,7 @@ from error_lines import SOURCES, text_of, tree_of
 import bench
 import configurator
 from configurator import configure
+from flatgpt.benchmarks import gpu_day
 from flatgpt.benchmarks import validate as bench_rules
 from flatgpt.checkpoint import __main__ as checkpoint_command
 from flatgpt.data.tokenizer import byte_tokenizer
@@ -226,6 +227,8 @@ def check_command(words, prepared):
         args = arguments_of(module['main'], words[at + 1 :])
         prepared |= {getattr(args, 'name', None) or Path(words[at]).parent.name}
         prepared |= {'openwebtext_dev'} if getattr(args, 'dev', False) else set()
+    elif words[at] == 'launch/gpu_day.sh':
+        gpu_day.requested_jobs(arguments_of(gpu_day.main, words[at + 1 :]).only)
     else:
         script = 'train.py' if words[at] == 'launch/slurm.sh' else words[at]
         assert script in SCRIPTS

@@ -1,0 +1,157 @@
+"""The table of gpu_day.py with jobs that crash, hang and are cut off; no GPU is used."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, refused
+from error_lines import error_line
+
+from flatgpt.benchmarks import gpu_day
+from flatgpt.benchmarks.gpu_day import Day, Job, Table
+
+JOBS = """
+import json, os, sys, time
+
+def row(name, status='passed', result='', **more):
+    print('RESULT ' + json.dumps({'row': name, 'status': status, 'result': result, **more}))
+
+name, options = sys.argv[1], json.loads(sys.argv[2])
+print('output of', name)
+if name == 'arithmetic':
+    row('arithmetic', options['text'], machine={'GPU': 'none'})
+elif name == 'crashes':
+    row('first', result='1.5 times', bar='1.2 times')
+    raise ValueError('three is broken')
+elif name == 'hangs':
+    os.system('sleep 60')
+elif name == 'divides':
+    1 / 0
+elif name == 'killed':
+    os.kill(os.getpid(), 9)
+elif name == 'tests':
+    for test in options['rows']:
+        if test == 'dies':
+            os._exit(1)
+        row(test, 'failed' if test == 'fails' else 'passed')
+        if test == 'fails':
+            os._exit(1)
+"""
+
+
+@pytest.fixture
+def day(tmp_path, monkeypatch):
+    """Run jobs of the program above -> the table's rows by name, and its summary."""
+    program = tmp_path / 'jobs.py'
+    program.write_text(JOBS, encoding='utf-8')
+    monkeypatch.setattr(gpu_day, 'PROGRAM', [sys.executable, '-S', '-u', str(program)])
+
+    def run(*jobs, arithmetic='passed', minutes=gpu_day.MINUTES):
+        options = {'text': arithmetic, 'computes': False}
+        day = Day(options, Table(tmp_path / 'out'), minutes)
+        for job in (Job('arithmetic', 20, ('arithmetic',)), *jobs):
+            day.run(job)
+        content = json.loads((tmp_path / 'out' / 'table.json').read_text())
+        assert content['summary'] in (tmp_path / 'out' / 'table.md').read_text()
+        return {row['row']: row for row in content['rows']}, content
+
+    return run
+
+
+def test_a_crash_is_a_row_and_the_next_job_starts(day, tmp_path):
+    jobs = Job('crashes', 20, ('first', 'second', 'third')), Job('tests', 20, ('after',))
+    rows, content = day(*jobs)
+    assert list(rows) == ['arithmetic', 'first', 'second', 'third', 'after']
+    assert rows['second']['status'] == rows['third']['status'] == 'failed'
+    assert rows['second']['result'] == 'ValueError: three is broken'
+    assert content['summary'] == '3 rows passed, 2 failed, 0 not comparable, 0 cut'
+    assert content['machine']['GPU'] == 'none'
+    table = (tmp_path / 'out' / 'table.md').read_text()
+    assert '| first | passed | 1.5 times | 1.2 times | ' in table
+    assert 'output of crashes' in (tmp_path / 'out' / 'crashes.log').read_text()
+
+
+def test_a_killed_job_is_a_row_with_its_signal(day):
+    rows, _ = day(Job('killed', 20, ('large',)))
+    assert rows['large']['result'] == 'killed by signal 9; output of killed'
+
+
+def test_a_job_that_hangs_is_stopped_at_its_limit(day):
+    rows, _ = day(Job('hangs', 0.5, ('stuck',)), Job('tests', 20, ('after',)))
+    assert rows['stuck']['status'] == 'failed'
+    assert rows['stuck']['result'].startswith('no result within 0 s; last line: output of hangs')
+    assert rows['after']['status'] == 'passed'
+
+
+def test_the_total_limit_cuts_the_rows_that_are_left(day, monkeypatch):
+    monkeypatch.setattr(gpu_day, 'MIN_SECONDS', 0)
+    jobs = Job('hangs', 600, ('stuck', 'later')), Job('tests', 20, ('after',))
+    rows, content = day(*jobs, minutes=0.02)
+    assert [row['status'] for row in rows.values()][1:] == ['cut', 'cut', 'cut']
+    assert rows['after']['result'] == 'by the limit of 0.02 minutes'
+    assert content['summary'].endswith('3 cut')
+
+
+def test_tests_go_on_in_a_new_process_after_one_that_ended_it(day):
+    names = ('works', 'fails', 'dies', 'works too')
+    rows, _ = day(Job('tests', 20, names, restarts=True))
+    statuses = {name: rows[name]['status'] for name in names}
+    assert statuses == {
+        'works': 'passed',
+        'fails': 'failed',
+        'dies': 'failed',
+        'works too': 'passed',
+    }
+
+
+def test_wrong_numbers_of_a_device_that_does_not_compute_are_no_failure(day):
+    job = Job('divides', 20, ('share',))
+    rows, content = day(job, arithmetic='not comparable')
+    assert rows['share']['status'] == 'not comparable'
+    assert content['summary'] == '0 rows passed, 0 failed, 2 not comparable, 0 cut'
+    rows, _ = day(job)
+    assert rows['share']['status'] == 'failed'
+
+
+@pytest.mark.parametrize(
+    ('printed', 'error'),
+    [
+        ('step 1\nerror: no such config; use another', 'error: no such config; use another'),
+        ('Traceback\n  line\ntorch.OutOfMemoryError: CUDA\n\n', 'torch.OutOfMemoryError: CUDA'),
+        ('[rank0]: KeyError: 3\nerrors.ChildFailedError: \n=====', 'KeyError: 3'),
+        ('killed\n', 'killed'),
+        ('', 'no output'),
+    ],
+)
+def test_the_error_of_a_program_is_found_in_its_output(printed, error):
+    assert gpu_day.last_error(printed) == error
+
+
+def test_every_test_of_the_gpu_is_a_row():
+    tests = next(job for job in gpu_day.JOBS if job.name == 'tests')
+    assert len(tests.rows) > 10
+    rows = [row for job in gpu_day.JOBS for row in job.rows]
+    assert len(rows) == len({*rows})
+
+
+def test_every_job_has_a_function():
+    source = (ROOT / 'flatgpt' / 'benchmarks' / 'gpu_jobs.py').read_text(encoding='utf-8')
+    assert [job.name for job in gpu_day.JOBS if f'\ndef {job.name}(options' not in source] == []
+
+
+@error_line('has no input.txt; save Shakespeare')
+def test_a_data_folder_without_the_text_is_refused_until_it_has_it(tmp_path):
+    assert 'has no input.txt' in refused(gpu_day.find_data, str(tmp_path))
+    cache = tmp_path / 'tiktoken' / ('0123456789' * 4)
+    cache.parent.mkdir()
+    cache.touch()
+    Path(tmp_path / 'input.txt').touch()
+    found = gpu_day.find_data(str(tmp_path))
+    assert found == {'text': str(tmp_path / 'input.txt'), 'vocabulary': str(cache.parent)}
+
+
+def test_only_some_jobs_run_after_arithmetic():
+    jobs = gpu_day.requested_jobs('decode,speedrun')
+    assert [job.name for job in jobs] == ['arithmetic', 'speedrun', 'decode']
+    assert 'must be one of' in refused(gpu_day.requested_jobs, 'decoding')
