@@ -26,7 +26,7 @@ import torch
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import (
-    build_model,
+    build_random_model,
     placeholder_tokenizer,
     random_prompts,
     transformers_model,
@@ -459,7 +459,7 @@ def settings_of_124m() -> dict:
 
 
 def model_of_124m(device: str, dtype: torch.dtype) -> GPT:
-    model = build_model(settings_of_124m()).to(dtype).to(device).eval()
+    model = build_random_model(settings_of_124m()).to(dtype).to(device).eval()
     return prepare_for_inference(model, None)
 
 
@@ -610,7 +610,7 @@ def ddp_rank(options: dict, rows: Rows) -> None:
     x = torch.randint(50257, (micro_batch(), 1024), device=runtime.device)
     for view in (False, True):
         torch.cuda.reset_peak_memory_stats()
-        model = build_model(settings_of_124m()).to(runtime.device)
+        model = build_random_model(settings_of_124m()).to(runtime.device)
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view)
         adamw = torch.optim.AdamW(model.parameters(), fused=True)
         for step in range(12):
