@@ -54,7 +54,7 @@ def first_error(error: ValidationError) -> tuple[str, str | None]:
     if 'recursion' in str(limits.get('error')):
         problem = TOO_DEEP
     elif kind in NEEDS:
-        problem = f'must be {NEEDS[kind].format(**limits)}, not {short_json(first["input"])}'
+        problem = f'must be {NEEDS[kind].format(**limits)}, not {sent_value(first["input"])}'
     else:
         problem = PROBLEMS[kind].format(**limits) if kind in PROBLEMS else first['msg']
     # pydantic's path in other fields has names of types, too
@@ -68,8 +68,8 @@ def whole(limit):
     return int(limit) if isinstance(limit, float) and limit.is_integer() else limit
 
 
-def short_json(value) -> str:
-    """A value as JSON, if it is short."""
+def sent_value(value) -> str:
+    """What was sent, as JSON if it is short."""
     if isinstance(value, (list, dict)):
         return 'a list' if isinstance(value, list) else 'an object'
     text = json.dumps(value[:40] if isinstance(value, str) else value, ensure_ascii=False)
