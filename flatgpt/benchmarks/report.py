@@ -21,7 +21,8 @@ class Report:
         self.command = ' '.join(['python bench.py', *sys.argv[1:]])
 
     def add(self, benchmark: str, variant: str, note: str = '', **figures) -> None:
-        self.entries.append({'benchmark': benchmark, 'variant': variant, 'note': note, **figures})
+        # the names of the file format
+        self.entries.append({'job': benchmark, 'side': variant, 'note': note, **figures})
 
     def compare(
         self,

@@ -42,14 +42,14 @@ def test_all_implementations_generate_as_many_tokens_from_the_same_weights(arch,
     report = Report(config, measure_machine(RUNTIME))
     bench_generation({**config, 'benchmarks': ['prefill', 'decode']}, RUNTIME, report)
     results = report.entries
-    assert [entry['benchmark'] for entry in results[::2]] == [
+    assert [entry['job'] for entry in results[::2]] == [
         'prefill 1 row',
         'prefill 3 rows',
         'decode 1 row',
         'decode 3 rows',
     ]
     for ours, theirs in zip(results[::2], results[1::2], strict=True):
-        assert ours['variant'] == 'flatGPT float32'
+        assert ours['side'] == 'flatGPT float32'
         assert theirs['times as fast is flatGPT float32']['median'] > 0
     assert results[4]['note'].endswith(('of the memory-bandwidth limit', 'of the compute limit'))
 

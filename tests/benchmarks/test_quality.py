@@ -28,7 +28,7 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, capsys):
     report = Report({'json': 'bench.json'}, {})
     config = settings('--only=quality', f'--out_dir={tmp_path / "run"}')
     decoding.bench_quality(config, Runtime('cpu', torch.float32), report)
-    found = {entry['variant']: entry['perplexity'] for entry in report.entries}
+    found = {entry['side']: entry['perplexity'] for entry in report.entries}
     assert [*found] == ['float32', 'bfloat16', 'int8']
     assert abs(found['int8'] / found['float32'] - 1) < 0.01
     assert '399 tokens of data' in capsys.readouterr().out

@@ -32,7 +32,7 @@ def test_implementations_alternate_and_a_training_step_is_profiled(tmp_path, mon
     assert 'float32' in out or 'bfloat16' in out
     assert json.loads((tmp_path / 'trace_training.json').read_text())['traceEvents']
     results = json.loads((tmp_path / 'bench.json').read_text())['results']
-    assert [entry['variant'] for entry in results] == ['flatGPT', 'transformers']
+    assert [entry['side'] for entry in results] == ['flatGPT', 'transformers']
 
 
 @pytest.mark.usefixtures('small_machine')
