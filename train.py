@@ -170,6 +170,8 @@ state.start_clock()  # the logged seconds include compilation and evaluation
 model, compiled = raw_model, False
 peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
 work = batches.work(raw_model, max_iters)
+use_graph = should_capture(config, work, peak_flops, runtime)
+work = work._replace(graphed=use_graph)
 should_compile = not eval_only and runtime.decide_compile(compile, work, peak_flops, runtime.print0)
 batches.fixed_width = should_compile
 if shard:  # FSDP2: compile each block, then shard
@@ -187,7 +189,6 @@ if runtime.world_size > 1 and not shard and not eval_only:
     # the gradients lie in the buffers that are reduced, instead of being copied out of them
     model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
 
-use_graph = should_capture(config, work, peak_flops, runtime)
 reshard(raw_model)  # the optimizer needs the shards; a forward pass may have gathered the root
 optimizers = build_optimizers(
     optimizer,

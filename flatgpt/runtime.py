@@ -95,11 +95,13 @@ class ComputeWorkload(NamedTuple):
     flops: float  # of one pass
     layers: int
     batch_shapes: int = 1  # torch.compile makes kernels for each
+    graphed: bool = False  # a CUDA graph launches all kernels at once
 
     def pass_seconds(self, peak_flops: float | None) -> tuple[float, float]:
         """Estimates of the seconds to compute a pass, and to launch its kernels."""
         speed = EAGER_MFU * (peak_flops or ASSUMED_TFLOPS * 1e12)
-        return self.flops / speed, self.layers * EAGER_LAYER_SECONDS
+        launching = 0.0 if self.graphed else self.layers * EAGER_LAYER_SECONDS
+        return self.flops / speed, launching
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,12 @@ def test_auto_compiles_long_runs_only(gpus, name, config, steps, pays):
     assert ('--compile=True' in line) == (not pays)
 
 
+def test_compiling_saves_no_launches_that_a_cuda_graph_saves():
+    tiny = ComputeWorkload(passes=100_000, flops=1e9, layers=6)
+    assert runtime.compile_pays(tiny, 989e12)[0]
+    assert not runtime.compile_pays(tiny._replace(graphed=True), 989e12)[0]
+
+
 def test_compiling_pays_sooner_on_a_slower_gpu():
     middling = ComputeWorkload(passes=2000, flops=1e12, layers=6)
     assert not runtime.compile_pays(middling, 989e12)[0]
