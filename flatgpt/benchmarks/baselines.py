@@ -166,6 +166,8 @@ def build_flatgpt(settings: dict, runtime: Runtime):
     if settings['workload'] != 'training':
         return FlatGPTGeneration(settings, runtime)
     model = build_random_model(settings).to(runtime.device)
+    on_gpu = runtime.device_type == 'cuda' and runtime.dtype == torch.bfloat16
+    model.trunk.bf16_residual = on_gpu  # as train.py does for a new model
     compiled = runtime.wants_compile(settings['compile'])
     optimizers = build_optimizers(settings['optimizer'], model, **OPTIMIZER, compile=compiled)
     run = torch.compile(model, dynamic=False) if compiled else model
