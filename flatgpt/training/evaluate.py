@@ -36,6 +36,7 @@ def estimate_loss(
         sums = sum_losses(model, batches, part, split, share, config, runtime, stop_signal)
         # weight: the number of targets or pairs
         *sums, weight, stopped = runtime.all_reduce([*sums.tolist(), stop_signal.signal])
+        weight = weight or math.nan  # without targets there is no loss
         if stopped:
             stop_signal.sync_ranks()
             model.train()
