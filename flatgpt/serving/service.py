@@ -178,7 +178,7 @@ class Service:
             raise APIError(
                 400,
                 f'the prompt has {counted(prompt, "token")}, and max_tokens={new} make '
-                f"{prompt + new}; the model's context holds {self.block_size}; {fix}",
+                f"{prompt + new:,}; the model's context holds {self.block_size:,}; {fix}",
                 'prompt' if too_long else 'max_tokens',
                 'context_length_exceeded',
             )

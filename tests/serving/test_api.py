@@ -449,7 +449,7 @@ def test_tokens_with_the_same_text_have_unique_keys_and_infinity_is_a_number():
         ({'prompt': 'a' * 60, 'max_tokens': 5}, 'max_tokens', '60 tokens, and max_tokens=5'),
         ({'prompt': 'a' * 60}, 'max_tokens', 'max_tokens=16 make 76'),
         ({'prompt': 'a' * 64, 'max_tokens': 1}, 'prompt', 'holds 64'),
-        ({'prompt': 'a' * 5000}, 'prompt', '5000 tokens'),
+        ({'prompt': 'a' * 5000}, 'prompt', '5,000 tokens'),
         ({'prompt': 'a', 'max_tokens': 0}, 'max_tokens', 'echo'),
         ({'prompt': 'a', 'max_tokens': -1}, 'max_tokens', 'must be at least 0, not -1'),
         ({'prompt': 'a', 'max_tokens': 1.5}, 'max_tokens', 'a whole number, not 1.5'),
