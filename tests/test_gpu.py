@@ -12,6 +12,7 @@ starts all of them.
 import atexit
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -174,7 +175,9 @@ def logged(name: str, key: str) -> list:
 
 
 def compare_losses(name: str, reference: str, tolerance: float) -> None:
-    losses, expected = torch.tensor([logged(name, 'loss'), logged(reference, 'loss')])
+    both = [logged(each, 'loss') for each in (name, reference)]
+    both = [[math.nan if loss is None else loss for loss in losses] for losses in both]
+    losses, expected = torch.tensor(both)
     assert len(losses) == 20
     apart = ((losses - expected).abs() / expected).max().item()
     print(f'losses apart by at most {apart:.1e}')

@@ -61,7 +61,7 @@ def names_of_tests() -> tuple[str, ...]:
 
 JOBS = (  # in this order: a lease may end early
     Job('arithmetic', 60, ('arithmetic',)),
-    Job('tests', 75, names_of_tests(), restarts=True),
+    Job('tests', 60, names_of_tests(), restarts=True),
     Job('speedrun', 100, ('speedrun',)),
     Job('gpt2', 120, ('train gpt2', 'plan gpt2')),
     Job('beside_gpt2', 150, ('gpt2 beside transformers', 'gpt2 beside nanoGPT')),
@@ -209,7 +209,9 @@ class Day:
             while rows and self.end - time.monotonic() > MIN_SECONDS:
                 count = len(rows)
                 problem, status = self.run_process(job, rows, log)
-                if rows and (len(rows) == count or not job.restarts):
+                # a process may also end because of the row that it reported last
+                is_certain = self.timed_out or len(rows) == count or not job.restarts
+                if rows and is_certain:
                     self.table.add(rows.pop(0), status, problem, self.waited)
                 if not job.restarts:
                     break
@@ -221,7 +223,7 @@ class Day:
     def run_process(self, job: Job, rows: list[str], log) -> tuple[str, str]:
         """Take a process's rows off `rows` -> why the others are missing, and their status."""
         process, limit = Process(job, rows, self.options, log), job.seconds * self.scale
-        began = time.monotonic()
+        began, self.timed_out = time.monotonic(), False
         try:
             for result in process.results(limit, self.end):
                 rows.remove(result['row'])
@@ -229,6 +231,7 @@ class Day:
                 began = time.monotonic()
             process.wait()
         except TimeoutError:
+            self.timed_out = True
             if time.monotonic() >= self.end:
                 return f'by the limit of {self.minutes:g} minutes', CUT
             last = (process.printed.strip().splitlines() or ['none'])[-1]

@@ -34,6 +34,8 @@ elif name == 'tests':
     for test in options['rows']:
         if test == 'dies':
             os._exit(1)
+        if test == 'hangs':
+            time.sleep(60)
         row(test, 'failed' if test == 'fails' else 'passed')
         if test == 'fails':
             os._exit(1)
@@ -93,16 +95,14 @@ def test_the_total_limit_cuts_the_rows_that_are_left(day, monkeypatch):
     assert content['summary'].endswith('3 cut')
 
 
-def test_tests_go_on_in_a_new_process_after_one_that_ended_it(day):
-    names = ('works', 'fails', 'dies', 'works too')
-    rows, _ = day(Job('tests', 20, names, restarts=True))
+def test_tests_go_on_in_a_new_process_after_one_that_ended_it(day, tmp_path):
+    names = ('works', 'fails', 'dies', 'works too', 'hangs', 'works again')
+    rows, _ = day(Job('tests', 3, names, restarts=True))
     statuses = {name: rows[name]['status'] for name in names}
-    assert statuses == {
-        'works': 'passed',
-        'fails': 'failed',
-        'dies': 'failed',
-        'works too': 'passed',
-    }
+    failed = dict.fromkeys(('fails', 'dies', 'hangs'), 'failed')
+    assert statuses == {**dict.fromkeys(names, 'passed'), **failed}
+    log = (tmp_path / 'out' / 'tests.log').read_text()
+    assert log.count('output of tests') == 4  # each that did not end by itself is met once
 
 
 def test_wrong_numbers_of_a_device_that_does_not_compute_are_no_failure(day):
