@@ -77,9 +77,10 @@ RUNS = {  # name: flags of train.py
     'gpt2': '--dtype=float32',
     'modern on the CPU': f'{MUON} --device=cpu --dtype=float32',
     'modern': f'{MUON} --dtype=float32',
-    'eager': f'{MUON} --save_interval=10',
-    'again': f'{MUON} --save_interval=10',
+    'eager': f'{MUON} --save_interval=10 --cuda_graph=False',
+    'again': f'{MUON} --save_interval=10 --cuda_graph=False',
     'resumed': '--init_from=resume',
+    'graphed': f'{MUON} --cuda_graph=True',
     'compiled': f'{MUON} --compile=True',
     'float16': '--dtype=float16 --max_iters=40',
     'sharded': SHARDED,
@@ -296,6 +297,13 @@ def test_twenty_steps_of_gpt2_have_the_losses_of_the_cpu():
 
 def test_twenty_steps_of_the_modern_architecture_with_muon_have_the_losses_of_the_cpu():
     compare_losses('modern', 'modern on the CPU', 2e-2)  # Muon computes in bfloat16
+
+
+def test_updates_that_a_cuda_graph_replays_have_the_losses_of_eager_ones():
+    printed = finished('graphed')
+    failure = [line for line in printed.splitlines() if 'without a CUDA graph' in line]
+    assert not failure, failure[0]
+    compare_losses('graphed', 'eager', 1e-3)
 
 
 def test_compiled_training_has_the_losses_of_eager_training():
