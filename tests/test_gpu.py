@@ -387,7 +387,7 @@ def test_the_memory_plan_is_within_15_percent_of_the_peak():
     planned, peak = (
         float(re.search(pattern, finished(name))[1].replace(',', ''))
         for name, pattern in (
-            ('plan', r'total tensors at the peak +([\d,]+) MB'),
+            ('plan', r'total at the peak of \w+ \w+ step +([\d,]+) MB'),
             ('planned', r'peak memory ([\d,]+) MB'),
         )
     )
