@@ -26,7 +26,7 @@ import torch
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import placeholder_tokenizer
-from flatgpt.benchmarks.gpu_day import last_error
+from flatgpt.benchmarks.gpu_day import PLAN_TOTAL, last_error
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.files import sha256
@@ -376,7 +376,7 @@ def test_the_memory_plan_is_within_15_percent_of_the_peak():
     planned, peak = (
         float(re.search(pattern, finished(name))[1].replace(',', ''))
         for name, pattern in (
-            ('plan', r'total tensors at the peak +([\d,]+) MB'),
+            ('plan', PLAN_TOTAL),
             ('planned', r'peak memory ([\d,]+) MB'),
         )
     )

@@ -37,6 +37,7 @@ RESULT = 'RESULT '  # begins a line of a job that is a row
 PASSED, BELOW, MEASURED, FAILED = 'passed', 'below the bar', 'measured', 'failed'
 NOT_COMPARABLE, SKIPPED, CUT = 'not comparable', 'skipped', 'cut'
 ERROR = r'^(?:\[rank\d+\]: )?((?:error|exit status \d+|[\w.]*Error): \S.*)'
+PLAN_TOTAL = r'total at the peak of .* step +([\d,]+) MB'  # in the output of train.py --plan
 # errors that follow from numbers that a device did not compute
 WRONG_NUMBERS = re.compile('not finite|is nan|division by zero|index out of range', re.IGNORECASE)
 

@@ -37,6 +37,7 @@ from flatgpt.benchmarks.gpu_day import (
     MEASURED,
     NOT_COMPARABLE,
     PASSED,
+    PLAN_TOTAL,
     RESULT,
     SKIPPED,
     WRONG_NUMBERS,
@@ -381,7 +382,7 @@ def peak_memory(printed: str) -> float:
 
 def compare_plan(arch: str, plan: str, printed: str) -> None:
     """--plan beside the allocator's peak, which even a device that does not compute has."""
-    planned = re.search(r'total tensors at the peak +([\d,]+) MB', plan)
+    planned = re.search(PLAN_TOTAL, plan)
     if not planned:
         return print_row(f'plan {arch}', FAILED, plan.strip().splitlines()[-1][:200])
     planned, peak = float(planned[1].replace(',', '')), peak_memory(printed) / 1e6
