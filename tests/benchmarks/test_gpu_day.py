@@ -12,7 +12,7 @@ from conftest import ROOT, refused
 from error_lines import error_line
 
 from flatgpt.benchmarks import gpu_day
-from flatgpt.benchmarks.gpu_day import Day, Job, Table
+from flatgpt.benchmarks.gpu_day import Job, JobRunner, Table
 from flatgpt.training import memory
 from model import GPTConfig
 
@@ -54,9 +54,9 @@ def day(tmp_path, monkeypatch):
 
     def run(*jobs, arithmetic='passed', minutes=gpu_day.MINUTES):
         options = {'text': arithmetic, 'computes': False}
-        day = Day(options, Table(tmp_path / 'out'), minutes)
+        runner = JobRunner(options, Table(tmp_path / 'out'), minutes)
         for job in (Job('arithmetic', 20, ('arithmetic',)), *jobs):
-            day.run(job)
+            runner.run(job)
         content = json.loads((tmp_path / 'out' / 'table.json').read_text())
         assert content['summary'] in (tmp_path / 'out' / 'table.md').read_text()
         return {row['row']: row for row in content['rows']}, content
