@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ['TIKTOKEN_CACHE_DIR'] = str(Path(data['vocabulary']).resolve())
     folder = Path(chosen['out']).resolve()
     nanogpt = str(Path(chosen['nanogpt']).resolve()) if chosen['nanogpt'] else None
-    options = {**data, 'nanogpt': nanogpt, 'folder': str(folder), 'computes': False}
+    options = {**data, 'nanogpt': nanogpt, 'computes': False}
     table = Table(folder)
     runner = JobRunner(options, table, chosen['minutes'])
     for job in jobs:
