@@ -34,7 +34,7 @@ TRANSPOSED = (
     'mlp.c_proj.weight',
 )
 
-LOGITS_AT_ONCE = 2**26  # of a loss computed in chunks: 0.27 GB in float32
+LOGITS_AT_ONCE = 2**26  # logits per chunk of an eager loss on CUDA: 0.27 GB in float32
 
 
 @dataclass
@@ -144,7 +144,8 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
 def has_flash_attention(q) -> bool:
     """Whether torch has flash attention (Dao 2023) for q, which is on a CUDA GPU.
 
-    Of its fused kernels, only this one lets heads share keys and values, and it has no mask.
+    It lets heads share keys and values, but has no mask. The memory-efficient kernel has one, but
+    does not let heads share in every version of torch.
     """
     half = q.dtype in (torch.float16, torch.bfloat16)
     return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -163,8 +164,8 @@ def eager_attention(q, k, v, p, mask=None):
     """Causal attention as plain matrix products (Vaswani et al. 2017, equation 1).
 
     For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
-    it in the backward pass, and 1.5 times at 2,048. The limit of 1,024 bounds the memory, which
-    grows with T squared.
+    it in the backward pass, and 1.5 times at 2,048. attention() uses this one up to T = 1,024,
+    since its memory grows with T squared.
     """
     B, H, T, D = q.shape
     k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, T, D)
@@ -438,8 +439,9 @@ class Modern(nn.Module):
 def chunked_loss(head, x, targets, rows):
     """The mean cross-entropy of head(x), x (N, C), with the logits of `rows` rows at a time.
 
-    The backward pass computes them again: a tenth more computation for GPT-2, less for a larger
-    model, and half the memory of an eager step. torch.compile needs less memory without it.
+    The backward pass computes them again: by count, a tenth more computation for GPT-2 124M, less
+    for a larger model, and half the memory of an eager step. torch.compile needs less memory
+    without it. None of this was measured on a GPU.
     """
 
     def total(x, targets):

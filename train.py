@@ -119,7 +119,7 @@ device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
 gradient_checkpointing = False  # recompute activations in the backward pass: less memory
 compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, for long runs
-cuda_graph: bool | str = 'auto'  # launch an update at once; 'auto': on CUDA, for tiny models
+cuda_graph: bool | str = 'auto'  # an update as one CUDA graph; 'auto': on CUDA, for tiny models
 backend = 'auto'  # of torch.distributed: 'nccl' or 'gloo'; 'auto': nccl on CUDA
 shard = False  # shard parameters, gradients and optimizer (FSDP2); False: DDP
 offload = False  # with shard: keep parameters and optimizer state in host memory
@@ -226,10 +226,10 @@ def get_lr(step: int) -> float:
 
 
 def update(micro_batches: list, signals) -> torch.Tensor:
-    """One update of the weights; all ranks or none skip it if it is not finite.
+    """One update of the weights; if the loss or the gradient is not finite, all ranks skip it.
 
-    The result stays on the device, so that the host need not wait for it: the norm and the scale
-    of the gradient, the mean loss, and with several ranks the sum of StopSignal.to_device().
+    Returns a tensor on the device, so that the host need not wait for it: the gradient norm, the
+    loss scale, the mean loss, and with several ranks the sum of their StopSignal.to_device().
     """
     mean_loss = 0.0
     for number, (batch, divisor) in enumerate(micro_batches, 1):
@@ -250,7 +250,7 @@ def update(micro_batches: list, signals) -> torch.Tensor:
     sums = runtime.sum_over_ranks(torch.cat([mean_loss[None], signals]))
     norm, scale = norm.to(sums), scaler.scale(torch.ones_like(sums[0]))
     found_inf = (sums + norm).isfinite().all().logical_not().float()
-    for opt in optimizers:  # not scaler.step(): whether to skip is decided for all ranks
+    for opt in optimizers:  # not scaler.step(), which would decide on each rank whether to skip
         opt.found_inf = found_inf  # 1: leave weights and optimizer as they are
         opt.step()
     scaler.update()
@@ -295,12 +295,12 @@ run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)
 batches.on_read_error = stop_signal.fail  # a read error stops the run as a signal does
 stopping = False
-in_flight = deque()  # updates whose numbers have not been read; on a GPU the last one
+in_flight = deque()  # updates whose results were not read yet: on a GPU, the last one
 
 while True:
     # once in a while: evaluate, before the update, so step 0 is the untrained model
     step = state.step + len(in_flight)
-    # several ranks agree on a signal with the numbers of an update
+    # several ranks learn of each other's signals from the result of an update
     stopping = stopping or (runtime.world_size == 1 and stop_signal.signal > 0)
     should_evaluate = step >= max_iters or (eval_interval and step % eval_interval == 0)
     if should_evaluate or stopping or (save_interval and step % save_interval == 0):
@@ -329,7 +329,7 @@ while True:
         watchdog.enter_phase(step, 'generating a sample')
         run.show_sample(raw_model, tokenizer, data, eval_sample_tokens)
 
-    # one update: on a GPU its numbers are read while the next one is computed
+    # one update: on a GPU its result is read while the next one is computed
     watchdog.enter_phase(step, 'reading data')
     started = time.perf_counter()
     micro_batches = batches.next_update()

@@ -1,12 +1,12 @@
 """
-CUDA graphs: many small kernels are launched at once, without the time Python needs for each.
+CUDA graphs: many small kernels are launched at once, without Python's overhead for each.
 
     replay, result = capture(lambda: layer(x), x.device)
-    x.copy_(other)                # the input has a fixed place in memory
-    replay()                      # result holds the new values, as soon as the stream computed them
+    x.copy_(other)                # the input has a fixed address
+    replay()                      # `result` gets the new values, in the order of the stream
 
-What a captured function may do: launch kernels on tensors that stay where they are. It must not
-wait for the device, and what Python decides during the capture holds for every replay.
+A captured function may launch kernels on tensors that stay where they are. It must not wait for the
+device, and a branch that Python takes during the capture is taken in every replay.
 """
 
 import functools
@@ -34,8 +34,8 @@ def capture(
     graph alone. Graphs that share a pool must be replayed on one stream, and a replay may overwrite
     the results of the others. Memory returns to torch once all of them are deleted; no more graphs
     can use the pool then.
-    warm_up: run the function first, since libraries allocate memory in their first call; its
-    effects are the caller's to undo. False: it ran before.
+    warm_up: run the function once before the capture, since libraries allocate memory in their
+    first call; the caller must undo its effects. False: it ran before.
     """
     with CAPTURING, torch.cuda.device(device):
         graph, stream = torch.cuda.CUDAGraph(), capture_stream(device)
@@ -45,7 +45,7 @@ def capture(
             with torch.cuda.stream(stream):
                 function()
             current.wait_stream(stream)
-        # thread_local: other threads may allocate memory meanwhile
+        # thread_local: other threads may allocate memory during the capture
         with torch.cuda.graph(graph, pool, stream, capture_error_mode='thread_local'):
             result = function()
         return graph.replay, result

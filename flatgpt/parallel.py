@@ -23,7 +23,7 @@ from model import GPT
 def apply_fsdp(model: GPT, runtime: Runtime, offload: bool = False):
     """Shard a model in place over all processes.
 
-    offload: keep the shards and the optimizer state in host memory.
+    offload: keep the shards in host memory, and so the optimizer state.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -59,7 +59,7 @@ def sync_gradients(model, last: bool) -> None:
 
 
 def reshard(model) -> None:
-    """Free gathered parameters: after an evaluation those of the root are still gathered."""
+    """Free gathered parameters: those of the root stay gathered after an evaluation."""
     if hasattr(model, 'reshard'):
         model.reshard()
 
@@ -82,7 +82,9 @@ def weights_are_finite(model: GPT, runtime: Runtime) -> bool:
 
 def shard_like(full, like):
     """`full`, sharded like the tensor `like` and on its device; unchanged if `like` is not sharded.
-    Not a collective."""
+
+    Not a collective.
+    """
     if not hasattr(like, 'device_mesh'):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -101,11 +103,12 @@ def compute_device(tensor) -> torch.device:
 
 
 class MatrixExchange:
-    """Gathers each of the sharded matrices on one rank, which computes with it, and scatters them.
+    """Gathers sharded matrices so that each is whole on one rank, and scatters the results.
 
-    Every rank gets a share of the matrices, and sends each rank the rows of that one's share. What
-    is flat has the elements of one matrix after the other in the order of `parameters`: the share
-    of the first rank, then that of the second. Without sharding one rank has everything.
+    Each rank gets a share of the matrices: it receives their rows from the other ranks, and sends
+    each of them its rows of that rank's share. A flat tensor has this rank's rows of one matrix
+    after the other, in the order of `parameters`: the first rank's share, then the second's.
+    Without sharding, the only share has all matrices.
     """
 
     def __init__(self, matrices: list):

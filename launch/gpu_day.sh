@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every check and benchmark that needs a GPU, in at most nine minutes on one GPU without a network. Writes
-# one table with a row each, out/gpu_day/table.md, and goes on after a failure:
+# Every check and benchmark that needs a GPU: on one GPU, in at most nine minutes, without a network. Writes
+# a table with a row for each, out/gpu_day/table.md, and continues after a failure:
 #
 #   bash launch/gpu_day.sh --data=DIR --nanogpt=DIR     # input.txt of Shakespeare, GPT-2's vocabulary
 #   bash launch/gpu_day.sh --only=tests,decode

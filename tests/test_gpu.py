@@ -1,11 +1,11 @@
 """
-What only a CUDA GPU can show: that it computes what the CPU does, recorded, compiled and sharded.
+What only a CUDA GPU can show: it computes what the CPU does, with CUDA graphs, compiled, sharded.
 
 $ python -m pytest -m gpu              # skipped without a GPU
 $ bash launch/gpu_day.sh --only=tests  # each test as a row of a table; needs no pytest
 
-The tests take no fixtures, so that launch/gpu_day.sh can call them. The last line that one prints
-is the measured value in that table. Training runs are processes, several at once: start_runs()
+The tests take no fixtures, so that launch/gpu_day.sh can call them. The last line that a test
+prints is its result in that table. Training runs are processes, several at once: start_runs()
 starts all of them.
 """
 
@@ -27,7 +27,7 @@ import torch
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import placeholder_tokenizer
-from flatgpt.benchmarks.gpu_day import last_error
+from flatgpt.benchmarks.gpu_day import PLAN_TOTAL, last_error
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.files import sha256
@@ -42,12 +42,13 @@ try:
     pytestmark = [
         pytest.mark.gpu,
         pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU'),
-        pytest.mark.filterwarnings('default'),  # those of CUDA are not known yet
+        pytest.mark.filterwarnings('default'),  # not errors: those of CUDA are not known yet
     ]
-except ModuleNotFoundError:  # launch/gpu_day.sh needs none
+except ModuleNotFoundError:  # launch/gpu_day.sh does not need pytest
     pass
 
-WITHOUT_NUMBERS = ('test_the_memory_plan_is_within_15_percent_of_the_peak',)  # computed by kernels
+# tests that compare nothing that kernels compute
+WITHOUT_NUMBERS = ('test_the_memory_plan_is_within_15_percent_of_the_peak',)
 VOCAB_SIZE = 100
 MODERN = {'arch': 'modern', 'n_kv_head': 2}
 TINY = """
@@ -222,16 +223,16 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 def compare_completions(*lengths: int, block_size: int, new: int) -> None:
-    """Greedy texts, and samples, which repeat themselves less."""
+    """Compare greedy completions, and samples, which repeat themselves less."""
     prompts = random_prompts(*lengths)
     for on_cpu, on_gpu in both_architectures(block_size=block_size):
         for sampling in ({}, {'temperature': 1.0}, {'temperature': 1.0, 'top_k': 20, 'top_p': 0.9}):
             expected = completions(on_cpu, prompts, new, **sampling)
-            for _ in range(2):  # another engine records again
+            for _ in range(2):  # the second time with the CUDA graphs that the first one kept
                 found = completions(on_gpu, prompts, new, **sampling)
                 equal = [first_difference(*pair) for pair in zip(found, expected, strict=True)]
                 assert found == expected, f'{on_gpu.config.arch}, {sampling}: {equal} tokens equal'
-    print(f'{6 * len(prompts)} texts of {new} tokens are equal')
+    print(f'{6 * len(prompts)} completions of {new} tokens are equal')
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
@@ -262,7 +263,7 @@ def test_logits_in_16_bits_are_near_those_of_the_cpu():
     assert apart < 0.1, f'{dtype}: relative error {apart:.1e}'
 
 
-def test_recorded_decoding_agrees_with_a_forward_pass_of_the_whole_text():
+def test_decoding_by_cuda_graphs_agrees_with_a_forward_pass_of_the_whole_text():
     for _, model in both_architectures(block_size=320):  # more than 256: two graphs
         (prompt,) = random_prompts(5)
         (new,) = completions(model, [prompt], 300)
@@ -340,7 +341,7 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted():
 
 
 def deviation(a: str, b: str) -> dict[str, float]:
-    """{a parameter or an optimizer's state that differs: largest difference} after 20 steps."""
+    """{tensor of the weights or the optimizer that differs: largest difference} after 20 steps."""
     from safetensors.torch import load_file
 
     found = {}
@@ -387,7 +388,7 @@ def test_the_memory_plan_is_within_15_percent_of_the_peak():
     planned, peak = (
         float(re.search(pattern, finished(name))[1].replace(',', ''))
         for name, pattern in (
-            ('plan', r'total at the peak of \w+ \w+ step +([\d,]+) MB'),
+            ('plan', PLAN_TOTAL),
             ('planned', r'peak memory ([\d,]+) MB'),
         )
     )

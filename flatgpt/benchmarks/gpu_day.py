@@ -1,12 +1,12 @@
 """
-Every check and benchmark that needs a GPU, as one table: correctness first, then speed by worth.
+Every check and benchmark that needs a GPU, as one table: correctness first, then speed.
 
 $ bash launch/gpu_day.sh --data=DIR --nanogpt=DIR
 
 Each job of gpu_jobs.py is a process with a time limit, which reports one or more rows. A crash, a
 hang or an exception is a row, too, and the next job starts. table.md and table.json are written
-after each row, so that a machine that is taken away leaves what was measured; what a job printed is
-in a log of its name. This process imports no torch, which may be what fails.
+after each row, so that nothing measured is lost if the machine is taken away; the output of a job
+is in <its name>.log. This process does not import torch, since that import may be what fails.
 """
 
 import ast
@@ -30,13 +30,14 @@ from flatgpt import ROOT
 from flatgpt.errors import ArgumentParser, UserError, check_choice, one_line_errors
 from flatgpt.files import atomic_file
 
-MINUTES = 9.0  # for which the limits below are meant
+MINUTES = 9.0  # in total; --minutes scales the limits below with it
 MIN_SECONDS = 15  # with less time left, no job starts: importing torch can take that long
 PROGRAM = [sys.executable, '-u', '-m', 'flatgpt.benchmarks.gpu_jobs']
 RESULT = 'RESULT '  # begins a line of a job that is a row
 PASSED, BELOW, MEASURED, FAILED = 'passed', 'below the bar', 'measured', 'failed'
 NOT_COMPARABLE, SKIPPED, CUT = 'not comparable', 'skipped', 'cut'
 ERROR = r'^(?:\[rank\d+\]: )?((?:error|exit status \d+|[\w.]*Error): \S.*)'
+PLAN_TOTAL = r'total at the peak of .* step +([\d,]+) MB'  # in the output of train.py --plan
 # errors that follow from numbers that a device did not compute
 WRONG_NUMBERS = re.compile('not finite|is nan|division by zero|index out of range', re.IGNORECASE)
 
@@ -50,7 +51,7 @@ class Job(NamedTuple):
     name: str
     seconds: float
     rows: tuple[str, ...]
-    restarts: bool = False  # whether a new process can do the rest after a row failed
+    restarts: bool = False  # whether a new process runs the remaining rows after one failed
 
 
 def names_of_tests() -> tuple[str, ...]:
@@ -59,7 +60,7 @@ def names_of_tests() -> tuple[str, ...]:
     return tuple(name for name in functions if name.startswith('test_'))
 
 
-JOBS = (  # in this order: a lease may end early
+JOBS = (  # the most important first: the machine may be taken away
     Job('arithmetic', 60, ('arithmetic',)),
     Job('tests', 60, names_of_tests(), restarts=True),
     Job('speedrun', 100, ('speedrun',)),
@@ -141,7 +142,7 @@ def last_error(printed: str) -> str:
 
 
 class Process:
-    """A job in a process group of its own. A thread reads its lines, so that it cannot hang us."""
+    """A job in a process group of its own. A thread reads its output: a read may block forever."""
 
     def __init__(self, job: Job, rows: list[str], options: dict, log):
         self.process = subprocess.Popen(
@@ -196,8 +197,8 @@ class Process:
             self.process.stdout.close()
 
 
-class Day:
-    """Runs jobs one after the other, and makes sure that each row gets into the table."""
+class JobRunner:
+    """Runs jobs one after the other; each of their rows ends up in the table."""
 
     def __init__(self, options: dict, table: Table, minutes: float):
         self.options, self.table, self.scale = options, table, minutes / MINUTES
@@ -261,7 +262,7 @@ def arguments(argv: list[str] | None) -> dict:
     parser.add_argument('--out', default='out/gpu_day', help='folder to write to: %(default)s')
     names = ','.join(job.name for job in JOBS)
     parser.add_argument('--only', default='', help=f'jobs to run: {names}')
-    text = 'total limit; those of the rows change with it (default: %(default)g)'
+    text = 'time limit in total; those of the rows scale with it (default: %(default)g)'
     parser.add_argument('--minutes', type=float, default=MINUTES, help=text)
     return vars(parser.parse_args(argv))
 
@@ -297,11 +298,11 @@ def main(argv: list[str] | None = None) -> None:
         os.environ['TIKTOKEN_CACHE_DIR'] = str(Path(data['vocabulary']).resolve())
     folder = Path(chosen['out']).resolve()
     nanogpt = str(Path(chosen['nanogpt']).resolve()) if chosen['nanogpt'] else None
-    options = {**data, 'nanogpt': nanogpt, 'folder': str(folder), 'computes': False}
+    options = {**data, 'nanogpt': nanogpt, 'computes': False}
     table = Table(folder)
-    day = Day(options, table, chosen['minutes'])
+    runner = JobRunner(options, table, chosen['minutes'])
     for job in jobs:
-        day.run(job)
+        runner.run(job)
     print(f'\n{table.markdown()}\nwrote {folder / "table.md"}')
 
 

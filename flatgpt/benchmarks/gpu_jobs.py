@@ -1,7 +1,7 @@
 """
 The jobs of gpu_day.py, each in a process of its own; a row is a line that print_row() writes.
 
-Training is measured by train.py and bench.py as a user runs them, and read from what they write.
+Training is measured as a user would: by running train.py and bench.py and reading their files.
 """
 
 import importlib.metadata
@@ -37,6 +37,7 @@ from flatgpt.benchmarks.gpu_day import (
     MEASURED,
     NOT_COMPARABLE,
     PASSED,
+    PLAN_TOTAL,
     RESULT,
     SKIPPED,
     WRONG_NUMBERS,
@@ -83,7 +84,7 @@ atexit.register(lambda: print('peak', torch.cuda.max_memory_allocated(), 'bytes'
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
-# GB of GPU memory that a micro-batch of GPT-2 124M needs
+# (GB of GPU memory, at least; the micro-batch of GPT-2 124M for it)
 MICRO_BATCHES = ((40, 12), (20, 4), (0, 2))
 
 
@@ -97,7 +98,8 @@ def print_row(row: str, status: str, result: str, bar: str = '', **more) -> None
 
 
 class Rows:
-    """Reports rows, with numbers only from a device that computes."""
+    """Reports rows, without the numbers of a device that does not compute, such as a stub of the
+    CUDA libraries."""
 
     def __init__(self, computes: bool):
         self.computes = computes
@@ -114,7 +116,7 @@ class Rows:
         print_row(row, PASSED if is_good else BELOW if bar else FAILED, result, bar)
 
     def ran(self, row: str, counted: str = '') -> None:
-        """counted: what a device that does not compute has, too, such as a peak of memory."""
+        """counted: what counts even on a device that does not compute, such as peak memory."""
         result = 'it ran, but this device does not compute'
         print_row(row, NOT_COMPARABLE, f'{result}; {counted}' if counted else result)
 
@@ -162,7 +164,7 @@ def driver_version() -> str:
 
 
 def tests(options: dict, rows: Rows) -> None:
-    """Every function of tests/test_gpu.py that is asked for."""
+    """The requested functions of tests/test_gpu.py."""
     torch.set_num_threads(1)  # more threads are slower for tiny models
     module = runpy.run_path(str(ROOT / 'tests' / 'test_gpu.py'))
     if len(options['rows']) == len([name for name in module if name.startswith('test_')]):
@@ -241,7 +243,7 @@ def run_speedrun(row: str, options: dict, rows: Rows, *flags: str) -> None:
         return rows.ran(row, f'{len(lines)} steps, {peak_memory(printed) / 1e9:.1f} GB')
     *steps, end = lines  # the last line is that of the evaluation
     step_seconds = (steps[-1]['seconds'] - steps[0]['seconds']) / (len(steps) - 1)
-    # the first step compiles Muon's kernels, so its own time is that of the others
+    # the first step also compiles Muon's kernels; its own time is taken to be the others' mean
     compiling = steps[0]['seconds'] - step_seconds
     loss, seconds = end['val_loss'], end['seconds'] - compiling
     result = (
@@ -263,13 +265,13 @@ def write_dataset(folder: Path, tokenizer, text: str) -> None:
 
 
 def run_train(*arguments: str, rows: Rows) -> str:
-    """What train.py prints, and the allocator's peak, which a run that wrong numbers stop has."""
+    """The output of train.py and the allocator's peak, which is printed even if the run fails."""
     expected = None if rows.computes else WRONG_NUMBERS
     return run_script('-c', WITH_PEAK, 'train.py', *arguments, expected=expected)
 
 
 def run_script(*command: str, expected: re.Pattern | None = None) -> str:
-    """What a script prints. SystemExit if it fails, unless its error is an expected one."""
+    """The output of a script. SystemExit if it fails, unless its error is an expected one."""
     command = [sys.executable, *command]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}
     done = subprocess.run(command, cwd=ROOT, **pipes, encoding='utf-8', errors='replace')
@@ -323,7 +325,7 @@ def run_micro_batch(options: dict, rows: Rows, size: int) -> None:
 
 
 def run_124m(arch: str, options: dict, rows: Rows, size: int, *flags: str) -> None:
-    """Training as a user starts it, and its peak beside --plan."""
+    """Training as a user starts it; its speed, and its peak memory next to --plan."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [*train_flags(options, Path(folder), size), *flags]
         printed = run_train(*flags, rows=rows)
@@ -369,7 +371,7 @@ def make_124m_dataset(options: dict, folder: Path) -> None:
 
 
 def speed_of(lines: list[dict]) -> tuple[str, float]:
-    """Tokens/s and MFU, without the first steps, which are slower."""
+    """Tokens/s and MFU as text, and the MFU; without the first steps, which are slower."""
     steady = [line for line in lines if line['step'] > LOG_INTERVAL and 'mfu' in line]
     if not steady:
         return 'MFU unknown: train.py does not know the peak of this GPU', math.nan
@@ -383,8 +385,8 @@ def peak_memory(printed: str) -> float:
 
 
 def compare_plan(arch: str, plan: str, printed: str) -> None:
-    """--plan beside the allocator's peak, which even a device that does not compute has."""
-    planned = re.search(r'total at the peak of \w+ \w+ step +([\d,]+) MB', plan)
+    """--plan next to the allocator's peak, which counts even on a device that does not compute."""
+    planned = re.search(PLAN_TOTAL, plan)
     if not planned:
         return print_row(f'plan {arch}', FAILED, plan.strip().splitlines()[-1][:200])
     planned, peak = float(planned[1].replace(',', '')), peak_memory(printed) / 1e6
@@ -427,7 +429,7 @@ def beside_modern(options: dict, rows: Rows) -> None:
 
 
 def bench_training(*flags: str) -> dict[str, dict]:
-    """bench.py's result of each side."""
+    """bench.py's result for each program."""
     fixed = ('--only=training', '--block_size=1024', '--rounds=3', '--steps=10')
     results = bench(*fixed, f'--batch_size={micro_batch()}', *flags)
     return {entry['side']: entry for entry in results}
@@ -454,7 +456,7 @@ def report_beside(
 
 
 # -----------------------------------------------------------------------------
-# decoding and prefill of GPT-2 124M, one text
+# decoding and prefill of GPT-2 124M, one sequence
 
 
 def settings_of_124m() -> dict:
@@ -470,8 +472,8 @@ def prompt() -> list[int]:
     return random_prompts(settings_of_124m(), 1)[0].tolist()
 
 
-class Ours:
-    """An engine that completes one text again and again, as a server or a console does."""
+class OurEngine:
+    """An engine that completes one prompt again and again, as a server or a console does."""
 
     def __init__(self, device: str, dtype: torch.dtype):
         model = model_of_124m(device, dtype)
@@ -488,8 +490,8 @@ class Ours:
         return tokens
 
 
-class Theirs:
-    """transformers' generate(), with its dynamic cache or a static one."""
+class TheirGenerate:
+    """generate() of transformers, with its dynamic cache or a static one."""
 
     def __init__(self, dtype: torch.dtype, **options):
         self.model = transformers_model(settings_of_124m()).to(dtype).eval()
@@ -504,7 +506,7 @@ class Theirs:
 
 
 def time_in_turns(*runs: Callable) -> list[list[float]]:
-    """Seconds of each in ROUNDS rounds, after two warm-ups."""
+    """Seconds of each in ROUNDS rounds, after two rounds of warm-up."""
     seconds = [[] for _ in runs]
     for number in range(ROUNDS + 2):
         for run, own in zip(runs, seconds, strict=True):
@@ -517,8 +519,10 @@ def time_in_turns(*runs: Callable) -> list[list[float]]:
     return [own[2:] for own in seconds]
 
 
-def compare_decoding(row: str, theirs: Theirs, ours: Ours, rows: Rows, least: float) -> None:
-    if not rows.computes:  # generate() would never end: it stops by a value on the device
+def compare_decoding(
+    row: str, theirs: TheirGenerate, ours: OurEngine, rows: Rows, least: float
+) -> None:
+    if not rows.computes:  # their generate() would never end: it tests a value on the device
         return rows.ran(row, f'{len(ours.complete())} tokens')
     for side in (ours, theirs):
         if len(side.complete()) != NEW_TOKENS:
@@ -535,8 +539,8 @@ def compare_decoding(row: str, theirs: Theirs, ours: Ours, rows: Rows, least: fl
 
 def decode(options: dict, rows: Rows) -> None:
     dtype = pick_dtype('auto', 'cuda')
-    compare_decoding('decode', Theirs(dtype), Ours('cuda', dtype), rows, DECODE_BAR)
-    expected, found = (Ours(device, torch.float32).complete() for device in ('cpu', 'cuda'))
+    compare_decoding('decode', TheirGenerate(dtype), OurEngine('cuda', dtype), rows, DECODE_BAR)
+    expected, found = (OurEngine(device, torch.float32).complete() for device in ('cpu', 'cuda'))
     equal = next(
         (i for i, pair in enumerate(zip(expected, found, strict=True)) if len({*pair}) > 1), 0
     )
@@ -547,15 +551,15 @@ def decode(options: dict, rows: Rows) -> None:
 
 def decode_static(options: dict, rows: Rows) -> None:
     dtype = pick_dtype('auto', 'cuda')
-    static = Theirs(dtype, cache_implementation='static')  # which transformers compiles
-    compare_decoding('decode beside a static cache', static, Ours('cuda', dtype), rows, 0)
+    static = TheirGenerate(dtype, cache_implementation='static')  # which transformers compiles
+    compare_decoding('decode beside a static cache', static, OurEngine('cuda', dtype), rows, 0)
 
 
 def prefill(options: dict, rows: Rows) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     dtype = pick_dtype('auto', 'cuda')
-    model, other = model_of_124m('cuda', dtype), Theirs(dtype).model
+    model, other = model_of_124m('cuda', dtype), TheirGenerate(dtype).model
     ids = torch.randint(50257, (1, 1024), generator=torch.Generator().manual_seed(0)).cuda()
 
     @torch.inference_mode()

@@ -1,5 +1,5 @@
 """
-Decoding steps as CUDA graphs: the forward pass and the sampling of all rows are one launch.
+Decoding steps as CUDA graphs: one launch runs the forward pass and the sampling of all rows.
 
     graphs = DecodeGraphs(model, cache)
     graphs.upload(rows, settings, tokens)
@@ -30,15 +30,16 @@ class Step(NamedTuple):
     """What a graph computes for the first `rows` of the cache."""
 
     rows: int
-    columns: int  # of the cache, to attend to; 0: no forward pass, the logits are there already
-    work: int | None  # of the sampling, as in sampling.py; None: no sampling
+    columns: int  # of the cache, to attend to; 0: no forward pass, `logits` has been filled
+    work: int | None  # of the sampling: ARGMAX, DRAW or SORT of sampling.py; None: no sampling
 
 
 class DecodeGraphs:
-    """The graphs of one KV cache, and the tensors at fixed places that they read and write.
+    """The graphs of one KV cache, and the tensors at fixed addresses that they read and write.
 
-    A graph is captured when first needed, which takes as long as a few steps. They share a pool of
-    memory; that is why `logits` and `tokens` lie outside of it. No reference to the model is kept.
+    A graph is captured when first needed. All share a pool of memory, in which one may overwrite
+    the results of another, so `logits` and `tokens` are outside of it. No reference to the model is
+    kept.
     """
 
     def __init__(self, model: GPT, cache: KVCache):
@@ -50,8 +51,8 @@ class DecodeGraphs:
         self.logits = torch.zeros(rows, vocab_size, device=device)
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self.host_tokens = torch.zeros(rows, dtype=torch.long, **pinned)
-        # of each row: its token, the number of its tokens (0: a free row), and sample_rows()'s
-        # settings; floats are stored as their bits, so that one copy takes all to the device
+        # of each row: its token, the number of its tokens (0: a free row), and the settings of
+        # sample_rows(), floats as their bits, so that one copy brings everything to the device
         self.host_inputs = torch.zeros(2 + NUM_SETTINGS, rows, dtype=torch.int32, **pinned)
         self.inputs = torch.zeros_like(self.host_inputs, device=device, pin_memory=False)
 
@@ -69,7 +70,7 @@ class DecodeGraphs:
     def upload(self, rows: list[int], settings: np.ndarray, tokens: list[int] | None = None):
         """Set the inputs of some rows: settings (NUM_SETTINGS, R), and the tokens to compute.
 
-        The previous step must be over: read_tokens() waits for it.
+        The previous step must be finished: read_tokens() waits for it.
         """
         inputs = self.host_inputs.numpy()
         inputs[:] = 0
@@ -81,7 +82,7 @@ class DecodeGraphs:
     def replay(self, forward: Callable, step: Step) -> None:
         """Compute a step: `logits` of the next token, and `tokens` sampled from them.
 
-        forward: from a model's arguments to its logits, used only if the step is new.
+        forward: the model's arguments -> its logits; called only if the step is not captured yet.
         """
         if step not in self.graphs:
             inputs = self.inputs.clone()
@@ -90,7 +91,7 @@ class DecodeGraphs:
         self.graphs[step]()
 
     def capture(self, forward: Callable, step: Step) -> None:
-        """Capture a step. It sets the inputs to those of free rows, which compute nothing."""
+        """Capture a step. Clears the inputs, so that running it changes no row of the cache."""
         rows, columns, work = step
         cache = copy.copy(self.cache)
         settings = self.inputs[2:, :rows].view(torch.float32)
@@ -98,8 +99,8 @@ class DecodeGraphs:
 
         def compute():
             if columns:
-                # as if the columns were full: then there is a mask, which an empty cache would not
-                # need; its values come from `pos`, on the device
+                # as if the columns were full: an empty cache would have no mask; the mask's values
+                # come from `pos`, on the device
                 cache.max_pos = columns - 1
                 tokens, lengths = self.inputs[:2, :rows].long()
                 logits.copy_(forward(tokens[:, None], cache=cache, lengths=lengths))
@@ -131,9 +132,10 @@ def keep_graphs(model: GPT, graphs: DecodeGraphs | None) -> None:
 
 
 def take_graphs(model: GPT, rows: int, max_length: int) -> DecodeGraphs | None:
-    """The kept graphs of a model, whose cache is emptied, if they suffice; the others are freed.
+    """The kept graphs of a model, their cache emptied; if the cache is too small or the weights
+    have moved, the graphs are freed instead.
 
-    Weights may have changed in place, as in training, but not their place: graphs read them there.
+    The values of the weights may have changed, as in training: graphs read them at their address.
     """
     graphs = KEPT.pop(model, None)
     if graphs is None or graphs.weights != weights_of(model):
@@ -150,7 +152,7 @@ def free_graphs(model: GPT) -> None:
 
 
 def weights_of(model: GPT) -> tuple:
-    """What the graphs of a model depend on: the place of its weights, and the dtype of products."""
+    """What the graphs of a model depend on: the dtype of products and the addresses of weights."""
     weight = model.embedding.weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype

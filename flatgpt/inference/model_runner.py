@@ -31,9 +31,9 @@ from flatgpt.inference.scheduler import ScheduledBatch, Slot
 from flatgpt.runtime import to_device
 from model import GPT
 
-# On Hopper, torch computes the attention of 16-bit tensors by cuDNN, which plans each new length of
-# a prompt, for about 42 ms, and each decoding step that is captured. False: by its other kernels,
-# which need no plan. Which is faster has not been measured.
+# On Hopper, torch uses cuDNN for the attention of 16-bit tensors, which makes a plan for each new
+# prompt length and for each decoding step that is captured. False: torch's other kernels, which
+# need no plan. Which is faster has not been measured; launch/gpu_day.sh --only=prefill times both.
 CUDNN_ATTENTION = True
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -76,8 +76,8 @@ class ModelRunner:
     # --- batches
 
     def prefill(self, batch: ScheduledBatch) -> list[Sample | None]:
-        """Compute tokens of one prompt, or of several uncached ones -> the next token of each slot
-        whose prompt is complete, None for others and for a request that ends there."""
+        """Compute tokens of one prompt, or of several uncached ones -> the next token of each slot;
+        None if its prompt is not complete yet, or if its request ends with the prompt."""
         self.copy_rows(batch)
         logits, samples = self.forward_prompts(batch), [None] * len(batch.slots)
         sampled = [
@@ -114,7 +114,7 @@ class ModelRunner:
             return self.model(*args, **options)[0]
 
     def forward_prompts(self, batch: ScheduledBatch):
-        """Logits (R, V) after the batch's tokens of one prompt, or of several uncached ones."""
+        """Logits (R, V) after the last of each slot's tokens; see prefill()."""
         slots, scored = batch.slots, batch.slots[0].request.needs_prompt_logprobs
         idx, lengths = pad(batch.tokens, self.cache.pos.device)
         cache = self.cache.view([slot.row for slot in slots], max_pos=len(slots[0].cached_ids))
@@ -139,8 +139,8 @@ class ModelRunner:
     def replay(
         self, requests: list[Request], rows: list[int], size: int, columns: int
     ) -> list[Sample]:
-        """Decode and sample the first `size` rows by graphs whose inputs are uploaded: by a single
-        one unless logits are edited in between. columns 0: the logits are there already."""
+        """Decode and sample the first `size` rows, whose inputs are uploaded, by one graph; by two
+        if penalties edit the logits in between. columns 0: the logits are computed already."""
         graphs, work = self.graphs, max(request.sampling.work for request in requests)
         logits = graphs.logits[:size]
         if any(request.sampling.has_penalties for request in requests):
@@ -155,10 +155,11 @@ class ModelRunner:
         return self.add_logprobs(requests, rows, tokens, logits)
 
     def capture_common(self, batch_sizes: list[int]) -> int:
-        """Capture the steps of contexts that are short yet -> their number, 0 without a GPU."""
+        """Capture the steps of short contexts -> the number of graphs, 0 without a GPU."""
         if not self.graphs:
             return 0
         self.cache.max_pos = 0
+        # (1, 0): the sampling after the prompt of one request
         shapes = [(1, 0), *((size, self.cache.columns(1)) for size in batch_sizes)]
         for (size, columns), work in product(shapes, (ARGMAX, DRAW, SORT)):
             self.graphs.capture(self.forward, Step(size, columns, work))
@@ -204,7 +205,7 @@ class ModelRunner:
     def add_logprobs(
         self, requests: list[Request], rows: list[int], tokens: list[int], logits
     ) -> list[Sample]:
-        """The tokens, with log-probabilities from their rows of logits for those who want them."""
+        """The tokens, with log-probabilities, if requested, from their rows of logits."""
         samples = [*map(Sample, tokens)]
         asked = [i for i, request in enumerate(requests) if request.top_logprobs is not None]
         asked = [i for i in asked if tokens[i] >= 0]
@@ -224,7 +225,7 @@ def settings_of(requests: list[Request]) -> np.ndarray:
 
 
 def edits_of(requests: list[Request], rows: list[int]) -> list[tuple]:
-    """The rows whose logits apply_penalties() changes."""
+    """The argument of apply_penalties(): the rows that it changes."""
     return [
         (row, r.sampling, r.prompt_tokens, r.counts)
         for row, r in zip(rows, requests, strict=True)

@@ -1,6 +1,6 @@
 """
-Sampling: sample_tokens() draws from logits as SamplingParams specify. sample_rows() draws the same
-tokens in a CUDA graph.
+Sampling: sample_tokens() draws from logits as SamplingParams specify. sample_rows() does the
+same in a CUDA graph, for rows with different parameters.
 
 Filters and their order are those of `transformers`; penalties and biases those of OpenAI's API.
 """
@@ -23,7 +23,7 @@ from model import GPT
 TOP_P_CANDIDATES = 1024  # most likely tokens, which are nearly always enough for top_p
 MIN_TEMPERATURE = 1e-6  # below it, sampling is greedy
 NUM_SETTINGS = 5  # of sample_rows(), per row
-# the work of sample_rows(): each includes the one before
+# how much sample_rows() computes: each value includes the one before
 ARGMAX, DRAW, SORT = range(3)
 
 
@@ -33,9 +33,9 @@ class SamplingParams:
 
     max_new_tokens: int = 16
     temperature: float = 1.0  # 0: greedy
-    top_k: int | None = None
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_k: int | None = None  # sample from this many most likely tokens; 0, None: all
+    top_p: float = 1.0  # from the most likely ones whose probabilities add up to this
+    min_p: float = 0.0  # from those at least min_p times as likely as the most likely one
     repetition_penalty: float = 1.0  # of tokens in the prompt or the completion
     frequency_penalty: float = 0.0  # per occurrence of a token in the completion
     presence_penalty: float = 0.0  # if a token occurs in the completion
@@ -139,11 +139,11 @@ def draw(values, uniforms):
 
 
 def sample_rows(logits, settings, work: int):
-    """sample_tokens() for rows (R, V) with filters of their own, without a decision of Python.
+    """sample_tokens() for rows (R, V) with filters of their own, without a branch on their values.
 
-    settings (NUM_SETTINGS, R) float32: the uniform number and row_settings of each row. work: the
-    most that any of them needs. Equal logits are ordered by id, so that the token of a row depends
-    neither on the other rows nor on `work`.
+    settings (NUM_SETTINGS, R) float32: the uniform random number and the row_settings of each row.
+    work: the most that any row needs. Equal logits are ordered by id, so that the token of a row
+    depends neither on the other rows nor on `work`.
     """
     uniforms, temperature, top_k, top_p, log_min_p = settings[..., None]  # each (R, 1)
     best, greedy = logits.max(-1, keepdim=True)
@@ -170,7 +170,7 @@ Edit = tuple[int, SamplingParams, Iterable[int], Iterable[int] | Counter[int]]
 
 
 def apply_penalties(logits, rows: Iterable[Edit]) -> None:
-    """Apply penalties and biases to rows of logits (R, V), in place, to all of them at once.
+    """Apply penalties and biases to rows of logits (R, V), in place, all rows at once.
 
     rows: (row, its SamplingParams, prompt_ids, output_ids). A set of prompt_ids and a Counter of
     output_ids are faster for long texts.

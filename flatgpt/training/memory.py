@@ -56,11 +56,11 @@ SHALLOW, MAX_EXACT_LAYERS = (3, 5), 8  # a deeper model is extrapolated from two
 # of gloo cause more.
 LIBRARY_BYTES, LIBRARY_BYTES_RANKS = 260e6, 340e6  # the peak of a tiny model
 TENSOR_FACTOR, TENSOR_FACTOR_FRAGMENTED = (1.2, 2.1), (1.7, 2.9)
-FASTEST_TOKENS = 48 * 1024  # of a micro-batch on a GPU; more are hardly faster
+FASTEST_TOKENS = 48 * 1024  # of a micro-batch on a GPU; more are hardly faster (not measured)
 
-# What a step compiled for CUDA keeps for its backward pass, in each block and besides: bytes per
-# token and n_embd, where a number has 2 bytes. Fitted to the allocator's peaks of steps that were
-# counted on a stub of the CUDA libraries, not run on a GPU; tests/training/test_memory.py has them.
+# What a step compiled for CUDA keeps for its backward pass, in each block and outside the blocks:
+# bytes per token and n_embd, in 16 bits. Fitted to peaks of torch's allocator, counted on a stub of
+# the CUDA libraries and not measured on a GPU; tests/training/test_memory.py has them.
 COMPILED_BLOCK = {'gpt2': 30.7, 'modern': 23.4}  # 'modern': without keys and values
 COMPILED_KEYS_VALUES = 8  # 'modern', with as many heads as the queries
 COMPILED_ENDS = 20
@@ -251,7 +251,7 @@ def compiled_peak(workload: MemoryWorkload) -> Counter[str]:
     """
     state, tokens = state_bytes(workload), workload.micro_batch_size * workload.shape.block_size
     activations = round(tokens * compiled_token_bytes(workload))
-    at_the_end = state.gradients > activations  # of the backward pass
+    at_the_end = state.gradients > activations  # whether the end of the backward pass is the peak
     gradients = (workload.micro_steps > 1) + at_the_end  # of earlier micro-batches, and of this one
     copies = workload.dtype != torch.float32  # of the parameters, in 16 bits
     return Counter(
@@ -314,7 +314,7 @@ def process_overhead(workload: MemoryWorkload) -> tuple[float, float, float]:
 
 
 def max_bytes(workload: MemoryWorkload) -> float:
-    """Maximum bytes of one process."""
+    """Upper end of the estimated bytes of one process."""
     libraries, _, most = process_overhead(workload)
     return libraries + most * estimate(workload).total()
 
@@ -376,7 +376,7 @@ def host_memory_problem(workload: MemoryWorkload) -> str | None:
 def suggest_savings(
     workload: MemoryWorkload, memory: float, fresh: bool = True
 ) -> list[tuple[str, float]]:
-    """Changes that reduce a workload to `memory` bytes -> their flags and bytes. If none does, the
+    """Changes that reduce a workload to `memory` bytes, as their flags and bytes; if none does, the
     one that comes closest.
 
     fresh: whether the shape of the model can still be changed.
@@ -405,8 +405,8 @@ def suggest_larger_batch(
 ) -> tuple[MemoryWorkload, float] | None:
     """A larger micro-batch with the same global batch, for speed, and its bytes.
 
-    On CUDA the launches of a micro-batch, and the copies of the weights in 16 bits, take as long
-    for few tokens as for many. It leaves a fifth of the memory free.
+    On CUDA, launching the kernels of a micro-batch and copying the weights to 16 bits take as long
+    for few tokens as for many. The suggestion leaves a fifth of the memory free.
     """
     if workload.device != 'cuda':
         return None
@@ -489,16 +489,16 @@ def flags(before: MemoryWorkload, workload: MemoryWorkload) -> str:
 def check_fit(workload: MemoryWorkload, runtime: Runtime, fresh: bool = True) -> tuple[bool, str]:
     """Whether the workload fits this device, and the table to print."""
     problem = host_memory_problem(workload)
-    asked = workload, str(runtime.device), available_memory(runtime), fresh
+    arguments = workload, str(runtime.device), available_memory(runtime), fresh
     if dist.is_initialized():  # by torchrun: a fake process group then needs another process
         code = 'from flatgpt.training import memory; memory.report_to_parent()'
-        case_given = {**asdict(workload), 'dtype': runtime.dtype_name}
-        given = json.dumps([case_given, *asked[1:]])
+        fields = {**asdict(workload), 'dtype': runtime.dtype_name}
+        given = json.dumps([fields, *arguments[1:]])
         command, pipe = [sys.executable, '-c', code], subprocess.PIPE
         done = subprocess.run(command, input=given, stdout=pipe, text=True, cwd=ROOT, check=True)
         fits, table = json.loads(done.stdout)
     else:
-        fits, table = report(*asked)
+        fits, table = report(*arguments)
     return fits and not problem, f'{table}\n{problem}' if problem else table
 
 
@@ -516,14 +516,14 @@ def report(
     peak, shape = estimate(workload), workload.shape
     libraries, low, high = process_overhead(workload)
     whole, trained, _ = (size // 4 for size in state_bytes(workload))
-    of = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
+    trained_part = '' if trained == whole else f', {trained / 1e6:,.1f}M of them trained'
     process = f'each of {workload.ranks} processes' if workload.ranks > 1 else 'one process'
     step = 'a compiled step' if workload.compiled_whole else 'an eager step'
     head_size = shape.n_embd // shape.n_head
     kv_cache = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * head_size
     lines = [
-        f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings{of}; '
-        f'{workload.micro_batch_size} x {shape.block_size} tokens at a time, '
+        f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings'
+        f'{trained_part}; {workload.micro_batch_size} x {shape.block_size} tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<36}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
         f'  {f"total at the peak of {step}":<36}{peak.total() / 1e6:10,.0f} MB',
@@ -550,7 +550,7 @@ def report(
         f'{"available to each process" if workload.ranks > 1 else "free"} on {where}'
     ]
     if fits and (larger := suggest_larger_batch(workload, memory)):
-        lines += [f'faster, with {larger[1] / 1e9:,.1f} GB: {flags(workload, larger[0])}']
+        lines += [f'probably faster, with {larger[1] / 1e9:,.1f} GB: {flags(workload, larger[0])}']
     if not fits:
         options = suggest_savings(workload, memory, fresh)
         enough = options and options[0][1] <= memory

@@ -25,8 +25,9 @@ def orthogonalize(x, steps: int = 5, dtype=torch.bfloat16):
     """Set the singular values of x (N, R, C), R <= C, to about 1 by Newton-Schulz iteration.
 
     The coefficients of the quintic are Jordan's: steep at zero, so that few steps suffice, but the
-    values end between 0.7 and 1.2. In bfloat16, whose rounding error is smaller than that, or with
-    products in another dtype.
+    values end between 0.7 and 1.2, a spread that hides the rounding errors of 16 bits.
+
+    dtype: of the matrix products. The result is bfloat16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = x.bfloat16()
@@ -41,17 +42,18 @@ def orthogonalize(x, steps: int = 5, dtype=torch.bfloat16):
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16; float16 on GPUs before Ampere, which would emulate bfloat16."""
-    emulated = device.type == 'cuda' and torch.cuda.is_available()
-    emulated = emulated and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    if device.type != 'cuda' or not torch.cuda.is_available():  # --plan has fake CUDA tensors
+        return torch.bfloat16
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 class UnwrappedOptimizer(torch.optim.Optimizer):
-    """An optimizer without the wrappers that exclude its methods from torch.compile.
+    """An optimizer without torch's wrappers that exclude its methods from torch.compile.
 
-    They import the compiler, which takes a second, and nothing is compiled here.
+    The wrappers import the compiler, which takes a second, and no optimizer step is compiled here.
 
-    found_inf: a float32 tensor without dimensions; step() changes nothing if it is 1.
+    found_inf: None, or a float32 scalar tensor; step() changes nothing if it is 1.
     """
 
     found_inf = None
@@ -64,9 +66,10 @@ class AdamW(UnwrappedOptimizer, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
     def _init_group(self, group, *lists):
-        """Collects the tensors of an update; of a sharded model, this rank's rows.
+        """Collect the tensors of an update; of a sharded model, this rank's rows.
 
-        They make it faster, and a skipped update possible: found_inf is not sharded.
+        With DTensors instead, a step would be slower, and found_inf, which is not sharded, could
+        not skip it.
         """
         has_complex = super()._init_group(group, *lists)
         for tensors in lists:
@@ -143,7 +146,8 @@ class Muon(UnwrappedOptimizer):
 def make_buckets(matrices: list) -> list[list]:
     """Sort matrices by shape and divide them into lists of about BUCKET_SIZE elements per rank.
 
-    All stacks of a shape but the last are equally high: each height is compiled.
+    All stacks of a shape but the last have the same number of matrices, since torch.compile
+    compiles each number.
     """
     buckets, free = [], 0
     for _, same in groupby(sorted(matrices, key=matrix_key), lambda m: sorted(m.shape)):
@@ -218,8 +222,8 @@ def build_optimizers(
 
     The lr_ratio of a group is its learning rate divided by AdamW's: one schedule serves both.
 
-    capturable: a CUDA graph can record step(). The learning rates are tensors on the device, filled
-    in place before a replay; load_state_dict() replaces them.
+    capturable: a CUDA graph can capture step(). The learning rates are tensors on the device, which
+    set_lr() fills in place before a replay; load_state_dict() replaces them.
     """
     if name == 'adamw':
         groups, muon = model.param_groups(weight_decay), []

@@ -1,17 +1,18 @@
 """
-How an update of train.py is launched on a GPU: as a CUDA graph, and without waiting for its result.
+How train.py launches an update on a GPU: as a CUDA graph, and without waiting for its result.
 
-    update = GraphedUpdate(update, print0)             # called eagerly at first, then replayed
+    update = GraphedUpdate(update, print0)             # eager at first, then captured and replayed
     numbers = PendingNumbers(update(micro_batches, signals))
     ...                                                # launch the next one
     mean_loss, *others = numbers.read()
 
-A tiny model needs hundreds of small kernels per update, which take longer to launch one by one than
-to compute. A graph launches them all at once.
+An update of a tiny model is hundreds of small kernels, which are expected to take longer to launch
+one by one than to compute. A graph launches them all at once. Neither was timed on a GPU.
 """
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -20,15 +21,17 @@ from flatgpt.runtime import ComputeWorkload, Runtime, is_out_of_memory
 from flatgpt.training.validate import graph_obstacles
 
 EAGER_UPDATES = 3  # before the capture: libraries and optimizers allocate what they need
-LAUNCH_BOUND = 3.0  # a graph pays up to this ratio of estimated computing to launching
+LAUNCH_BOUND = 3.0  # capture up to this ratio of computing to launching, both estimated
 
 
 def should_capture(
     config: dict, work: ComputeWorkload, peak_flops: float | None, runtime: Runtime
 ) -> bool:
-    """Whether to capture updates; cuda_graph='auto' does if launching kernels is the limit."""
-    if config['eval_only'] or config['cuda_graph'] != 'auto':
-        return config['cuda_graph'] is True and not config['eval_only']
+    """Whether to capture updates; 'auto': if launching kernels takes a large part of the time."""
+    if config['eval_only']:
+        return False
+    if config['cuda_graph'] != 'auto':
+        return config['cuda_graph'] is True
     can = runtime.device_type == 'cuda' and runtime.world_size == 1 and not graph_obstacles(config)
     # the loss scaler of float16 could not be restored after a failed capture
     return can and runtime.dtype != torch.float16 and is_launch_bound(work, peak_flops)
@@ -40,7 +43,7 @@ def is_launch_bound(work: ComputeWorkload, peak_flops: float | None) -> bool:
 
 
 class PendingNumbers:
-    """A small tensor on its way from the device to the host."""
+    """The values of a small tensor, on their way from the device to the host."""
 
     def __init__(self, tensor: torch.Tensor):
         self.values, self.arrived = tensor.to('cpu', non_blocking=tensor.is_cuda), None
@@ -58,8 +61,8 @@ class PendingNumbers:
 class GraphedUpdate:
     """update(micro_batches, signals), captured as one CUDA graph for each shape of micro-batches.
 
-    The first EAGER_UPDATES calls with a shape, and all calls if the capture fails, are eager. A
-    divisor is a constant of its graph.
+    The first EAGER_UPDATES calls with a shape are eager, and all calls after a capture failed. The
+    divisors are constants in a graph, so other divisors are another shape.
     """
 
     def __init__(self, update: Callable, print0: Callable):
@@ -88,7 +91,7 @@ class GraphedUpdate:
         return result
 
     def run_on_capture_stream(self, micro_batches: list, signals) -> torch.Tensor:
-        """An eager update on the stream of the capture, where autograd's nodes then stay."""
+        """An eager update on the stream of the capture, to which autograd's nodes are then tied."""
         stream, current = capture_stream(signals.device), torch.cuda.current_stream()
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -97,9 +100,10 @@ class GraphedUpdate:
         return result
 
     def capture(self, micro_batches: list, signals) -> tuple:
-        """Capture an update of copies of these micro-batches, without computing it."""
+        """Capture an update of copies of these micro-batches, without computing it -> the tensors
+        to copy later micro-batches to, a function that replays it, and its result."""
         static = [({k: v.clone() for k, v in b.items()}, d) for b, d in micro_batches]
-        update = lambda: self.update(static, signals)  # noqa: E731
+        update = partial(self.update, static, signals)
         replay, result = capture(update, signals.device, warm_up=False)
         return tensors_of(static), replay, result
 

@@ -1,15 +1,20 @@
 """The table of gpu_day.py with jobs that crash, hang and are cut off; no GPU is used."""
 
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, refused
 from error_lines import error_line
 
 from flatgpt.benchmarks import gpu_day
-from flatgpt.benchmarks.gpu_day import Day, Job, Table
+from flatgpt.benchmarks.gpu_day import Job, JobRunner, Table
+from flatgpt.training import memory
+from model import GPTConfig
 
 JOBS = """
 import json, os, sys, time
@@ -51,9 +56,9 @@ def day(tmp_path, monkeypatch):
 
     def run(*jobs, arithmetic='passed', minutes=gpu_day.MINUTES):
         options = {'text': arithmetic, 'computes': False}
-        day = Day(options, Table(tmp_path / 'out'), minutes)
+        runner = JobRunner(options, Table(tmp_path / 'out'), minutes)
         for job in (Job('arithmetic', 20, ('arithmetic',)), *jobs):
-            day.run(job)
+            runner.run(job)
         content = json.loads((tmp_path / 'out' / 'table.json').read_text())
         assert content['summary'] in (tmp_path / 'out' / 'table.md').read_text()
         return {row['row']: row for row in content['rows']}, content
@@ -126,6 +131,16 @@ def test_wrong_numbers_of_a_device_that_does_not_compute_are_no_failure(day):
 )
 def test_the_error_of_a_program_is_found_in_its_output(printed, error):
     assert gpu_day.last_error(printed) == error
+
+
+@pytest.mark.parametrize('compiled', [True, False])
+def test_the_total_of_a_memory_plan_is_found_in_its_output(compiled, monkeypatch):
+    monkeypatch.setattr(memory, 'eager_peak', lambda workload: Counter(activations=10e9))
+    workload = memory.MemoryWorkload(
+        GPTConfig(), 'cuda', torch.bfloat16, 'adamw', micro_batch_size=1, compiled=compiled
+    )
+    _, plan = memory.report(workload, 'cuda:0', memory=None, fresh=True)
+    assert re.search(gpu_day.PLAN_TOTAL, plan)[1] == '10,000'
 
 
 def test_every_test_of_the_gpu_is_a_row():
