@@ -628,7 +628,7 @@ def ddp_rank(options: dict, rows: Rows) -> None:
                 loss = model(x, x)[1]
             loss.backward()
             adamw.step()
-            adamw.zero_grad(set_to_none=not view)
+            adamw.zero_grad(set_to_none=True)
         synchronize(runtime.device)
         speed = 2 * 10 * x.numel() / (time.perf_counter() - begin)
         memory = runtime.peak_memory() / 1e9
