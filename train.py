@@ -258,6 +258,12 @@ def update(micro_batches: list, signals) -> torch.Tensor:
     return torch.cat([torch.stack([norm, scale]), sums])
 
 
+def discard_update() -> None:
+    """Drop the gradients of an update that stopped halfway, and what the scaler noted of them."""
+    raw_model.zero_grad(set_to_none=True)
+    scaler.update(scaler.get_scale())  # does not change the scale
+
+
 def read_update(lr: float, started: float, numbers: PendingNumbers) -> bool:
     """Count, report and log an update -> whether a rank received a signal to stop."""
     norm, scale, mean_loss, *signals = numbers.read()
@@ -281,7 +287,7 @@ def read_update(lr: float, started: float, numbers: PendingNumbers) -> bool:
     return any(signals)
 
 
-launch = GraphedUpdate(update, runtime.print0) if use_graph else update
+launch = GraphedUpdate(update, discard_update, runtime.print0) if use_graph else update
 
 # -----------------------------------------------------------------------------
 # the loop

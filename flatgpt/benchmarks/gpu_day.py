@@ -5,8 +5,9 @@ $ bash launch/gpu_day.sh --data=DIR --nanogpt=DIR
 
 Each job of gpu_jobs.py is a process with a time limit, which reports one or more rows. A crash, a
 hang or an exception is a row, too, and the next job starts. table.md and table.json are written
-after each row, so that nothing measured is lost if the machine is taken away; the output of a job
-is in <its name>.log. This process does not import torch, since that import may be what fails.
+after each row, so that nothing measured is lost if the machine is taken away; a table of an
+earlier run is renamed to table-1.md. The output of a job is in <its name>.log. This process does
+not import torch, since that import may be what fails.
 """
 
 import ast
@@ -23,11 +24,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from flatgpt import ROOT
-from flatgpt.errors import ArgumentParser, UserError, check_choice, one_line_errors
+from flatgpt.errors import (
+    ArgumentParser,
+    UserError,
+    check_choice,
+    check_range,
+    one_line_errors,
+    reason_of,
+)
 from flatgpt.files import atomic_file
 
 MINUTES = 9.0  # in total; --minutes scales the limits below with it
@@ -36,6 +45,7 @@ PROGRAM = [sys.executable, '-u', '-m', 'flatgpt.benchmarks.gpu_jobs']
 RESULT = 'RESULT '  # begins a line of a job that is a row
 PASSED, BELOW, MEASURED, FAILED = 'passed', 'below the bar', 'measured', 'failed'
 NOT_COMPARABLE, SKIPPED, CUT = 'not comparable', 'skipped', 'cut'
+NO_GPU = 'none'  # of the machine
 ERROR = r'^(?:\[rank\d+\]: )?((?:error|exit status \d+|[\w.]*Error): \S.*)'
 PLAN_TOTAL = r'total at the peak of .* step +([\d,]+) MB'  # in the output of train.py --plan
 # errors that follow from numbers that a device did not compute
@@ -89,8 +99,21 @@ class Table:
     def __init__(self, folder: Path):
         self.folder, self.rows, self.machine = folder, [], {'commit': commit()}
         self.machine['date'] = datetime.now().astimezone().isoformat(timespec='seconds')
-        folder.mkdir(parents=True, exist_ok=True)
-        self.write()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.keep_earlier()
+            self.write()
+        except OSError as error:
+            raise UserError(
+                f'--out={folder}: cannot be written: {reason_of(error)}; choose another --out'
+            ) from None
+
+    def keep_earlier(self) -> None:
+        """Rename the table of an earlier run, which may be all that a lost machine left."""
+        number = next(n for n in count(1) if not [*self.folder.glob(f'table-{n}.*')])
+        for suffix in ('md', 'json'):
+            with suppress(FileNotFoundError):
+                (self.folder / f'table.{suffix}').rename(self.folder / f'table-{number}.{suffix}')
 
     def add(self, row: str, status: str, result: str, seconds: float = 0.0, **more) -> None:
         self.machine |= more.pop('machine', {})
@@ -264,7 +287,9 @@ def arguments(argv: list[str] | None) -> dict:
     parser.add_argument('--only', default='', help=f'jobs to run: {names}')
     text = 'time limit in total; those of the rows scale with it (default: %(default)g)'
     parser.add_argument('--minutes', type=float, default=MINUTES, help=text)
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    check_range(1, None, given, 'minutes')
+    return given
 
 
 def requested_jobs(only: str) -> list[Job]:
@@ -291,18 +316,35 @@ def is_cache_file(path: Path) -> bool:
     return bool(re.fullmatch('[0-9a-f]{40}', path.name))
 
 
+def find_nanogpt(folder: str | None) -> str | None:
+    """The whole path of a nanoGPT checkout."""
+    if folder is not None and not (Path(folder) / 'model.py').is_file():
+        raise UserError(f'--nanogpt={folder}: has no model.py; give the folder of a checkout')
+    return folder and str(Path(folder).resolve())
+
+
+def exit_on_signals() -> None:
+    """Make the signals that end a lease or a connection end the job, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
 def main(argv: list[str] | None = None) -> None:
     chosen = arguments(argv)
     jobs, data = requested_jobs(chosen['only']), find_data(chosen['data'])
     if data['vocabulary']:
         os.environ['TIKTOKEN_CACHE_DIR'] = str(Path(data['vocabulary']).resolve())
     folder = Path(chosen['out']).resolve()
-    nanogpt = str(Path(chosen['nanogpt']).resolve()) if chosen['nanogpt'] else None
+    nanogpt = find_nanogpt(chosen['nanogpt'])
     options = {**data, 'nanogpt': nanogpt, 'computes': False}
     table = Table(folder)
     runner = JobRunner(options, table, chosen['minutes'])
+    exit_on_signals()
     for job in jobs:
         runner.run(job)
+        if table.machine.get('GPU') == NO_GPU:
+            raise UserError(f'{table.rows[0]["result"]}; run this on a machine with a GPU')
     print(f'\n{table.markdown()}\nwrote {folder / "table.md"}')
 
 

@@ -35,6 +35,7 @@ from flatgpt.benchmarks.gpu_day import (
     BELOW,
     FAILED,
     MEASURED,
+    NO_GPU,
     NOT_COMPARABLE,
     PASSED,
     PLAN_TOTAL,
@@ -127,6 +128,9 @@ class Rows:
 
 def arithmetic(options: dict, rows: Rows) -> None:
     """Whether the device computes: without that, no number below means anything."""
+    if not torch.cuda.is_available():
+        why = f'torch {torch.__version__} finds no CUDA GPU'
+        return print_row('arithmetic', FAILED, why, machine={'GPU': NO_GPU})
     a, b = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
     apart = ((a.cuda() @ b.cuda()).cpu() - a @ b).abs().max().item()
     status = PASSED if apart < 1e-3 else NOT_COMPARABLE

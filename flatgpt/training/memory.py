@@ -38,6 +38,7 @@ from flatgpt.runtime import (
 )
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
+from flatgpt.training.update import should_capture
 from flatgpt.training.validate import global_batch_size
 from model import GPT, LOGITS_AT_ONCE, GPTConfig
 
@@ -116,7 +117,7 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
 def will_compile(
     config: dict, shape: GPTConfig, runtime: Runtime, rows: int, micro_steps: int
 ) -> bool:
-    """Whether a new run of max_iters steps is compiled, as Runtime.decide_compile() decides."""
+    """Whether a new run of max_iters steps is compiled, as train.py decides."""
     setting = config['compile']
     if setting != 'auto' or not runtime.wants_compile(setting):
         return runtime.wants_compile(setting)
@@ -126,7 +127,8 @@ def will_compile(
     passes, shapes = config['max_iters'] * micro_steps, 1 + (config['short_iters'] > 0)
     work = ComputeWorkload(passes, tokens * flops, shape.n_layer, shapes)
     peak_flops = (config['peak_tflops'] or 0) * 1e12 or runtime.peak_flops()
-    return compile_pays(work, peak_flops)[0]
+    graphed = should_capture(config, work, peak_flops, runtime)
+    return compile_pays(work._replace(graphed=graphed), peak_flops)[0]
 
 
 def step_peak(workload: MemoryWorkload) -> Counter[str]:

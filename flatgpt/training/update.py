@@ -1,7 +1,7 @@
 """
 How train.py launches an update on a GPU: as a CUDA graph, and without waiting for its result.
 
-    update = GraphedUpdate(update, print0)             # eager at first, then captured and replayed
+    update = GraphedUpdate(update, discard, print0)    # eager at first, then captured and replayed
     numbers = PendingNumbers(update(micro_batches, signals))
     ...                                                # launch the next one
     mean_loss, *others = numbers.read()
@@ -33,7 +33,7 @@ def should_capture(
     if config['cuda_graph'] != 'auto':
         return config['cuda_graph'] is True
     can = runtime.device_type == 'cuda' and runtime.world_size == 1 and not graph_obstacles(config)
-    # the loss scaler of float16 could not be restored after a failed capture
+    # float16 only on request: a capture of the loss scaler was not tried on a GPU
     return can and runtime.dtype != torch.float16 and is_launch_bound(work, peak_flops)
 
 
@@ -63,18 +63,18 @@ class GraphedUpdate:
 
     The first EAGER_UPDATES calls with a shape are eager, and all calls after a capture failed. The
     divisors are constants in a graph, so other divisors are another shape.
+
+    discard: called after a failed capture, to drop the gradients that it did not compute.
     """
 
-    def __init__(self, update: Callable, print0: Callable):
-        self.update, self.print0 = update, print0
+    def __init__(self, update: Callable, discard: Callable, print0: Callable):
+        self.update, self.discard, self.print0 = update, discard, print0
         self.calls, self.graphs, self.failed = Counter(), {}, False
 
     def __call__(self, micro_batches: list[tuple[dict, float]], signals) -> torch.Tensor:
         shapes = tuple((d, *(tensor.shape for tensor in b.values())) for b, d in micro_batches)
         self.calls[shapes] += 1
-        if self.failed:
-            return self.update(micro_batches, signals)
-        if self.calls[shapes] <= EAGER_UPDATES:
+        if self.failed or self.calls[shapes] <= EAGER_UPDATES:
             return self.run_on_capture_stream(micro_batches, signals)
         if shapes not in self.graphs:
             try:
@@ -84,7 +84,8 @@ class GraphedUpdate:
                     raise
                 self.failed, reason = True, (str(error).strip().splitlines() or [''])[0][:100]
                 self.print0(f'training without a CUDA graph, whose capture failed: {reason}')
-                return self.update(micro_batches, signals)
+                self.discard()
+                return self.run_on_capture_stream(micro_batches, signals)
         inputs, replay, result = self.graphs[shapes]
         torch._foreach_copy_(inputs, tensors_of(micro_batches))
         replay()

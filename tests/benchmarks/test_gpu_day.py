@@ -1,8 +1,12 @@
 """The table of gpu_day.py with jobs that crash, hang and are cut off; no GPU is used."""
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -25,7 +29,7 @@ def row(name, status='passed', result='', **more):
 name, options = sys.argv[1], json.loads(sys.argv[2])
 print('output of', name)
 if name == 'arithmetic':
-    row('arithmetic', options['text'], machine={'GPU': 'none'})
+    row('arithmetic', options['text'], machine={'GPU': 'T4'})
 elif name == 'crashes':
     row('first', result='1.5 times', bar='1.2 times')
     raise ValueError('three is broken')
@@ -73,7 +77,7 @@ def test_a_crash_is_a_row_and_the_next_job_starts(day, tmp_path):
     assert rows['second']['status'] == rows['third']['status'] == 'failed'
     assert rows['second']['result'] == 'ValueError: three is broken'
     assert content['summary'] == '3 rows passed, 2 failed, 0 not comparable, 0 cut'
-    assert content['machine']['GPU'] == 'none'
+    assert content['machine']['GPU'] == 'T4'
     table = (tmp_path / 'out' / 'table.md').read_text()
     assert '| first | passed | 1.5 times | 1.2 times | ' in table
     assert 'output of crashes' in (tmp_path / 'out' / 'crashes.log').read_text()
@@ -164,6 +168,68 @@ def test_a_data_folder_without_the_text_is_refused_until_it_has_it(tmp_path):
     Path(tmp_path / 'input.txt').touch()
     found = gpu_day.find_data(str(tmp_path))
     assert found == {'text': str(tmp_path / 'input.txt'), 'vocabulary': str(cache.parent)}
+
+
+@error_line('has no model.py; give the folder of a checkout')
+def test_a_nanogpt_folder_without_its_model_is_refused_until_it_has_it(tmp_path):
+    assert 'has no model.py' in refused(gpu_day.find_nanogpt, str(tmp_path))
+    (tmp_path / 'model.py').touch()
+    assert gpu_day.find_nanogpt(str(tmp_path)) == str(tmp_path)
+
+
+@error_line('cannot be written: {}; choose another --out')
+def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / 'file').touch()
+    for out in ('file', 'file/folder'):
+        assert 'choose another --out' in refused(Table, tmp_path / out)
+    Table(tmp_path / 'other')
+
+
+@pytest.mark.parametrize('minutes', ['0', '-1', 'nan', 'inf'])
+def test_a_limit_that_is_no_time_is_refused(minutes):
+    assert f'minutes={float(minutes)}: must be at least 1' in refused(
+        gpu_day.arguments, [f'--minutes={minutes}']
+    )
+
+
+def test_the_tables_of_earlier_runs_in_a_folder_are_kept(tmp_path):
+    for name in ('first', 'second', 'third'):
+        Table(tmp_path).add(name, 'passed', '')
+    kept = {path.name: path.read_text() for path in tmp_path.glob('table*.md')}
+    assert sorted(kept) == ['table-1.md', 'table-2.md', 'table.md']
+    assert 'first' in kept['table-1.md']
+    assert 'second' in kept['table-2.md']
+    assert (tmp_path / 'table-2.json').exists()
+
+
+@error_line('{}; run this on a machine with a GPU')
+def test_without_a_gpu_no_other_job_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_day, 'exit_on_signals', list)
+    program = tmp_path / 'jobs.py'
+    row = {'row': 'arithmetic', 'status': 'failed', 'result': 'no GPU', 'machine': {'GPU': 'none'}}
+    program.write_text(f'print({gpu_day.RESULT + json.dumps(row)!r})', encoding='utf-8')
+    monkeypatch.setattr(gpu_day, 'PROGRAM', [sys.executable, '-S', '-u', str(program)])
+    told = refused(gpu_day.main, [f'--out={tmp_path / "out"}'])
+    assert told == 'no GPU; run this on a machine with a GPU'
+    assert len(json.loads((tmp_path / 'out' / 'table.json').read_text())['rows']) == 1
+
+
+def test_a_signal_to_end_also_ends_the_job(tmp_path):
+    program = tmp_path / 'jobs.py'
+    program.write_text('import os\nprint(os.getpid(), flush=True)\nos.system("sleep 60")')
+    code = (
+        f'import sys; from flatgpt.benchmarks import gpu_day\n'
+        f'gpu_day.PROGRAM = [sys.executable, "-S", "-u", {str(program)!r}]\n'
+        f'gpu_day.main(["--only=decode", "--out={tmp_path / "out"}"])'
+    )
+    day = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT)
+    log = tmp_path / 'out' / 'arithmetic.log'
+    while not (log.exists() and log.read_text().strip()) and day.poll() is None:
+        time.sleep(0.01)
+    day.terminate()
+    assert day.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
 
 
 def test_only_some_jobs_run_after_arithmetic():

@@ -206,6 +206,9 @@ def test_another_step_is_estimated_as_an_eager_one(changed, monkeypatch):
     assert ('torch.compile keeps' in table) == workload.compiled
 
 
+SHORT = '--max_iters=12000 --batch_size=1 --gradient_accumulation_steps=1'
+
+
 @pytest.mark.parametrize(
     ('flags', 'device', 'compiled'),
     [
@@ -213,6 +216,8 @@ def test_another_step_is_estimated_as_an_eager_one(changed, monkeypatch):
         ('--max_iters=5', 'cuda:0', False),  # over before it is compiled
         ('--max_iters=5 --compile=True', 'cuda:0', True),
         ('--compile=False', 'cuda:0', False),
+        (SHORT, 'cuda:0', False),  # a CUDA graph launches its kernels
+        (f'{SHORT} --cuda_graph=False', 'cuda:0', True),
         ('', 'cpu', False),
     ],
 )

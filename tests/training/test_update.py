@@ -146,7 +146,7 @@ def total(micro_batches, signals):
 
 
 def test_a_graph_is_captured_after_the_eager_updates_and_then_replayed(recorder):
-    update = GraphedUpdate(total, print)
+    update = GraphedUpdate(total, list, print)
     results = [update(batch(number), torch.zeros(0)).item() for number in range(8)]
     assert results == [8 * number for number in range(8)]  # of the new batches, not the captured
     assert recorder.captured == 1
@@ -154,7 +154,7 @@ def test_a_graph_is_captured_after_the_eager_updates_and_then_replayed(recorder)
 
 
 def test_each_shape_of_a_batch_has_a_graph_of_its_own(recorder):
-    update = GraphedUpdate(total, print)
+    update = GraphedUpdate(total, list, print)
     for width in (2, 2, 2, 2, 4, 4, 4, 4, 2, 4):
         assert update(batch(1, width), torch.zeros(0)).item() == 2 * width
     assert recorder.captured == 2
@@ -163,7 +163,7 @@ def test_each_shape_of_a_batch_has_a_graph_of_its_own(recorder):
 
 def test_training_goes_on_eagerly_if_the_capture_fails(recorder, capsys):
     recorder.error = RuntimeError('operation not permitted when stream is capturing\ntraceback')
-    update = GraphedUpdate(total, print)
+    update = GraphedUpdate(total, list, print)
     assert [update(batch(n), torch.zeros(0)).item() for n in range(6)] == [8 * n for n in range(6)]
     assert capsys.readouterr().out == (
         'training without a CUDA graph, whose capture failed: '
@@ -171,9 +171,39 @@ def test_training_goes_on_eagerly_if_the_capture_fails(recorder, capsys):
     )
 
 
+@pytest.mark.parametrize('scaled', [False, True])
+def test_a_capture_that_fails_halfway_leaves_nothing_to_the_next_update(
+    run_here, tmp_path, monkeypatch, recorder, scaled
+):
+    clip, scaler, capturing = torch.nn.utils.clip_grad_norm_, torch.amp.GradScaler, []
+
+    def capture(function, device, pool=None, warm_up=True):
+        capturing.append(True)
+        return function()
+
+    def fail(*args):  # after the backward pass
+        if capturing and capturing.pop():
+            raise RuntimeError('not permitted when stream is capturing')
+        return clip(*args)
+
+    def make_scaler(device, enabled):
+        return scaler(device, enabled=scaled)
+
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', fail)
+    monkeypatch.setattr(torch.amp, 'GradScaler', make_scaler)
+    monkeypatch.setattr(update_module, 'should_capture', lambda *args: True)
+    args = ('--max_iters=6', '--eval_interval=6', *MODERN)
+    recorder.error = RuntimeError('not supported')  # before anything is computed
+    assert run_here(f'--out_dir={tmp_path / "at_once"}', *args) == 0
+    monkeypatch.setattr(update_module, 'capture', capture)
+    assert run_here(f'--out_dir={tmp_path / "halfway"}', *args) == 0
+    at_once, halfway = (list_checkpoints(tmp_path / name)[-1] for name in ('at_once', 'halfway'))
+    assert hashes(at_once) == hashes(halfway)
+
+
 def test_a_capture_that_runs_out_of_memory_ends_the_run(recorder):
     recorder.error = torch.OutOfMemoryError('CUDA out of memory')
-    update = GraphedUpdate(total, print)
+    update = GraphedUpdate(total, list, print)
     with pytest.raises(torch.OutOfMemoryError):
         [update(batch(1), torch.zeros(0)) for _ in range(4)]
 
