@@ -228,8 +228,9 @@ def check_choice(choices: tuple, settings: dict, name: str) -> None:
 
 
 def counted(number: int, noun: str) -> str:
-    """'1 file', '2,000 files': a number and its noun."""
-    return f'{number:,} {noun}{"" if number == 1 else "s"}'
+    """'1 file', '2,000 files', '3 batches': a number and its noun."""
+    plural = 'es' if noun.endswith('ch') else 's'
+    return f'{number:,} {noun}{"" if number == 1 else plural}'
 
 
 def short_repr(value: object, show: Callable[[object], str] = repr) -> str:

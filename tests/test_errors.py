@@ -135,6 +135,18 @@ def test_a_long_value_is_cut():
     assert short_repr({'a': None}, json.dumps) == '{"a": null}'
 
 
+@pytest.mark.parametrize(
+    ('number', 'noun', 'text'),
+    [
+        (1, 'micro-batch', '1 micro-batch'),
+        (2, 'micro-batch', '2 micro-batches'),
+        (0, 'file', '0 files'),
+    ],
+)
+def test_a_counted_noun_has_its_plural(number, noun, text):
+    assert errors.counted(number, noun) == text
+
+
 def test_a_bug_keeps_its_traceback():
     for name in ('flatgpt.nothing', 'model', 'a_typing_mistake'):  # PyPI may have an unrelated one
         assert as_user_error(ModuleNotFoundError('x', name=name)) is None
