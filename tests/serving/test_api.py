@@ -600,9 +600,9 @@ def test_an_error_has_the_place_and_the_value(client, path, body, says):
 
 def test_many_unknown_fields_and_a_very_long_name_are_refused_in_a_line(client):
     for body in ({f'f{i}': 1 for i in range(100_000)}, {'temperature' * 300_000: 1}):
-        began = time.monotonic()
+        began = time.thread_time()  # of the processor: others may use it
         message = ask(client, 400, prompt='a', **body)['error']['message']
-        assert time.monotonic() - began < 5
+        assert time.thread_time() - began < 5
         assert len(message) < 200
 
 
