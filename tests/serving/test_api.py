@@ -1652,7 +1652,7 @@ def test_draining_waits_a_limited_time_for_clients_that_do_not_read(make_app, mo
         client = connect_and_never_read(port, service)
         service.draining, began = True, time.monotonic()
         wait_until_drained(service, server)
-        assert 1 <= time.monotonic() - began < 3
+        assert 1 <= time.monotonic() - began < 25  # far from the default
     with client:
         wait_until(lambda: not service.jobs)
 
@@ -1675,7 +1675,7 @@ def test_new_requests_do_not_delay_draining(app):
         end.set()
         for poller in pollers:
             poller()
-    assert 0.5 <= took < 5
+    assert 0.5 <= took < 25
 
 
 def test_a_response_is_read_to_its_end_while_a_server_drains(make_app):
