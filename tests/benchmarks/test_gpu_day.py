@@ -162,7 +162,7 @@ def test_a_nanogpt_folder_without_its_model_is_refused_until_it_has_it(tmp_path)
     assert gpu_day.find_nanogpt(str(tmp_path)) == str(tmp_path)
 
 
-@error_line('cannot be written: {}; choose another --out')
+@error_line('--out={}: cannot be written')
 def test_an_output_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / 'file').touch()
     for out in ('file', 'file/folder'):
