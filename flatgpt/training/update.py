@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 from flatgpt.cuda_graph import capture, capture_stream
-from flatgpt.runtime import ComputeWorkload, Runtime, is_out_of_memory
+from flatgpt.runtime import ComputeWorkload, Runtime
 from flatgpt.training.validate import graph_obstacles
 
 EAGER_UPDATES = 3  # before the capture: libraries and optimizers allocate what they need
@@ -79,9 +79,7 @@ class GraphedUpdate:
         if shapes not in self.graphs:
             try:
                 self.graphs[shapes] = self.capture(micro_batches, signals)
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
+            except Exception as error:  # also out of memory: an eager update needs less
                 self.failed, reason = True, (str(error).strip().splitlines() or [''])[0][:100]
                 self.print0(f'training without a CUDA graph, whose capture failed: {reason}')
                 self.discard()

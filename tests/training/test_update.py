@@ -201,11 +201,10 @@ def test_a_capture_that_fails_halfway_leaves_nothing_to_the_next_update(
     assert hashes(at_once) == hashes(halfway)
 
 
-def test_a_capture_that_runs_out_of_memory_ends_the_run(recorder):
+def test_training_goes_on_eagerly_if_a_capture_runs_out_of_memory(recorder):
     recorder.error = torch.OutOfMemoryError('CUDA out of memory')
     update = GraphedUpdate(total, list, print)
-    with pytest.raises(torch.OutOfMemoryError):
-        [update(batch(1), torch.zeros(0)) for _ in range(4)]
+    assert [update(batch(n), torch.zeros(0)).item() for n in range(5)] == [8 * n for n in range(5)]
 
 
 def test_a_learning_rate_that_a_graph_reads_is_set_in_place():
