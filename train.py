@@ -168,7 +168,7 @@ state.start_clock()  # the logged seconds include compilation and evaluation
 
 # raw_model is evaluated, sampled from and saved; model shares its weights and is trained
 model, compiled = raw_model, False
-peak_flops = peak_tflops * 1e12 if peak_tflops else runtime.peak_flops()
+peak_flops = runtime.peak_flops(peak_tflops)
 work = batches.work(raw_model, max_iters)
 use_graph = should_capture(config, work, peak_flops, runtime)
 work = work._replace(graphed=use_graph)

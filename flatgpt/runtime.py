@@ -229,8 +229,13 @@ class Runtime:
             time.sleep(0.1)
         return result
 
-    def peak_flops(self) -> float | None:
-        """Peak FLOP/s of this device for 16-bit matrix products, None if unknown."""
+    def peak_flops(self, peak_tflops: float | None = None) -> float | None:
+        """Peak FLOP/s of this device for 16-bit matrix products, None if unknown.
+
+        peak_tflops: the setting, which replaces the table.
+        """
+        if peak_tflops:
+            return peak_tflops * 1e12
         if self.device_type != 'cuda' or self.dtype == torch.float32:
             return None
         name = torch.cuda.get_device_name(self.device)

@@ -31,6 +31,7 @@ from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.runtime import DTYPES, Runtime
 from flatgpt.training.optim import build_optimizers
+from flatgpt.training.validate import uses_bf16_residual
 from model import GPT, GPTConfig
 
 SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 256, 'vocab_size': 8192, 'n_kv_head': None}
@@ -166,8 +167,7 @@ def build_flatgpt(settings: dict, runtime: Runtime):
     if settings['workload'] != 'training':
         return FlatGPTGeneration(settings, runtime)
     model = build_random_model(settings).to(runtime.device)
-    on_gpu = runtime.device_type == 'cuda' and runtime.dtype == torch.bfloat16
-    model.trunk.bf16_residual = on_gpu  # as train.py does for a new model
+    model.trunk.bf16_residual = uses_bf16_residual(settings['arch'], runtime)
     compiled = runtime.wants_compile(settings['compile'])
     optimizers = build_optimizers(settings['optimizer'], model, **OPTIMIZER, compile=compiled)
     run = torch.compile(model, dynamic=False) if compiled else model

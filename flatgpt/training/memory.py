@@ -126,7 +126,7 @@ def will_compile(
     tokens = rows * (1 + (config['objective'] == 'dpo')) * shape.block_size
     passes, shapes = config['max_iters'] * micro_steps, 1 + (config['short_iters'] > 0)
     work = ComputeWorkload(passes, tokens * flops, shape.n_layer, shapes)
-    peak_flops = (config['peak_tflops'] or 0) * 1e12 or runtime.peak_flops()
+    peak_flops = runtime.peak_flops(config['peak_tflops'])
     graphed = should_capture(config, work, peak_flops, runtime)
     return compile_pays(work._replace(graphed=graphed), peak_flops)[0]
 

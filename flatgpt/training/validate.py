@@ -273,8 +273,12 @@ def new_shape(config: dict, runtime: Runtime) -> dict:
     checkpoint: a model that began without it continues without it.
     """
     shape = {name: config[name] for name in SHAPE}
+    return shape | {'bf16_residual': uses_bf16_residual(config['arch'], runtime)}
+
+
+def uses_bf16_residual(arch: str, runtime: Runtime) -> bool:
     on_gpu = runtime.device_type == 'cuda' and runtime.dtype == torch.bfloat16
-    return shape | {'bf16_residual': on_gpu and config['arch'] == 'gpt2'}
+    return on_gpu and arch == 'gpt2'
 
 
 def padded_vocab_size(size: int) -> int:
