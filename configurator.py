@@ -42,11 +42,14 @@ TYPES = {  # type -> how an error line describes it, and an example
 }
 
 
-def configure(defaults: dict, argv: list[str], positional: str | None = None) -> dict:
+def configure(
+    defaults: dict, argv: list[str], positional: str | None = None, given: dict | None = None
+) -> dict:
     """`defaults` overridden by the config files and flags in `argv`, in order.
 
     defaults: a script's globals(), or any dict of scalars.
     positional: the setting that takes an argument which is neither a flag nor a config: a prompt.
+    given: gets {setting: the flag or config that assigns it last}, also with the same value.
     --help prints the settings and exits. All mistakes are raised as one ConfigError, which ends the
     program with a line for each (see one_line_errors).
     """
@@ -59,15 +62,20 @@ def configure(defaults: dict, argv: list[str], positional: str | None = None) ->
     if '--help' in argv or '-h' in argv:
         print(help_text(defaults))
         raise SystemExit(0)
-    mistakes, prompt = Mistakes(), None
+    mistakes, prompt, sources = Mistakes(), None, {} if given is None else given
     for before, arg, after in zip(['', *argv], argv, [*argv[1:], ''], strict=False):
         with mistakes.collect():
             if is_flag(arg, positional):
-                values |= read_flag(arg, types, after)
+                values |= (flag := read_flag(arg, types, after))
+                sources |= dict.fromkeys(flag, arg)
                 prompt = arg if arg.startswith(f'--{positional}=') else prompt
             elif (path := find_config(arg, positional)) is not None:
                 ignored = {} if script and Path(script).name == 'train.py' else train_settings()
-                values |= read_config(path, values, types, ignored, mistakes)
+                assigned = read_config(path, values, types, ignored, mistakes)
+                names = assigned_names(path)
+                changed = [k for k, v in assigned.items() if k in names or v != values[k]]
+                sources |= dict.fromkeys(changed, str(path))
+                values |= assigned
             elif before.startswith('-') and '=' not in before and mistakes.lines:
                 pass  # the value of a flag without =, which is already reported
             elif lacks_dashes(arg, types):
@@ -185,6 +193,17 @@ def run_config(path: Path, values: dict) -> dict:
         key: value
         for key, value in namespace.items()
         if not key.startswith('_') and not inspect.ismodule(value) and not callable(value)
+    }
+
+
+def assigned_names(path: Path) -> set[str]:
+    """The names that a config file assigns outside functions."""
+    tree = ast.parse(path.read_bytes())
+    return {
+        node.id
+        for statement in tree.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
 
 

@@ -29,6 +29,7 @@ from configurator import configure
 from flatgpt.parallel import apply_fsdp, compile_blocks, full_tensor, reshard, sync_gradients
 from flatgpt.runtime import StopSignal, init_runtime, on_out_of_memory
 from flatgpt.streams import ignore_output_errors
+from flatgpt.training.auto import choose_settings
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish
@@ -78,6 +79,10 @@ block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # sequence length during the first short_iters steps
 short_iters = 0  # steps with short_block_size; cheaper, since attention is shorter
 mask_documents = False  # no attention across documents or conversations
+# one dial for the model, the schedule and the number of steps; at most one, see config/auto.py
+minutes: float | None = None  # choose them so that the command takes this long
+tokens: float | None = None  # choose them so that the model trains on this many tokens
+flops: float | None = None  # choose them so that training takes this many operations
 # loss
 objective = 'lm'  # 'lm': text; 'sft': assistant messages; 'dpo': preference pairs
 dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the initial model
@@ -129,7 +134,8 @@ peak_tflops: float | None = None  # peak speed of one device, for MFU; None: kno
 check = False  # check everything the run needs, report go or no-go, exit
 plan = False  # estimate memory, suggest savings, exit
 # -----------------------------------------------------------------------------
-config = configure(globals(), sys.argv[1:])
+given = {}  # the settings that this command sets, and where
+config = configure(globals(), sys.argv[1:], given=given)
 if saved := saved_settings(config):  # of the run to resume; this command overrides them
     config = configure({**globals(), **saved}, sys.argv[1:])
 validate(config)
@@ -143,6 +149,8 @@ runtime = init_runtime(device, dtype, backend, hang_timeout, config, offload)
 watchdog = Watchdog(runtime, hang_timeout)
 validate_machine(config, runtime)
 on_out_of_memory(runtime.device, lambda: suggest_smaller_model(config))
+deadline = choose_settings(config, given, runtime, resumed=bool(saved))  # None without minutes
+globals().update(config)
 if check or plan:
     watchdog.enter_phase(0, 'running the checks')
     status = preflight(config, runtime)
@@ -156,8 +164,10 @@ globals().update(config)  # build() sets the shape and init_from of a loaded mod
 state = run.state
 batches = BatchLoader(data, state, config, runtime)
 on_out_of_memory(runtime.device, batches.suggest_smaller_batch)  # replaces the advice above
-max_iters = steps_of(config, data)
-lr_decay_iters = max_iters if epochs is not None or lr_decay_iters is None else lr_decay_iters
+schedule_iters = steps_of(config, data)  # the length of the schedule, which events stretch
+max_iters = state.max_iters(schedule_iters)
+if epochs is not None or lr_decay_iters is None:
+    lr_decay_iters = schedule_iters
 runtime.print0(format_setup(config, raw_model, data, runtime, batches.tokens_per_step))
 set_trainable(raw_model, config, runtime.print0)
 if objective == 'dpo' and not run.resume_from:
@@ -207,8 +217,8 @@ if run.resume_from:
     run.restore(raw_model, optimizers, scaler)
 
 
-def get_lr(step: int) -> float:
-    """Learning rate of a step: linear warmup, then lr_schedule."""
+def get_lr(step: float) -> float:
+    """Learning rate of a step of the schedule: linear warmup, then lr_schedule."""
     if not decay_lr:
         return learning_rate
     if step < warmup_iters:
@@ -323,6 +333,10 @@ while True:
         run.log_evaluation(losses)
     finished = state.is_finished(max_iters, patience)
 
+    # once in a while, with --minutes: adjust the number of steps to the speed of the machine
+    if deadline and deadline.is_due(step) and not (finished or stopping):
+        max_iters = run.refit(deadline, step, max_iters)
+
     # once in a while: save a checkpoint, print a sample
     can_save = not in_flight and run.can_save(raw_model, losses, stopping)
     if can_save and run.is_due_to_save(losses, last=finished or stopping):
@@ -338,12 +352,13 @@ while True:
     # one update: on a GPU its result is read while the next one is computed
     watchdog.enter_phase(step, 'reading data')
     started = time.perf_counter()
-    micro_batches = batches.next_update()
+    schedule_step = state.schedule_step(step, schedule_iters)
+    micro_batches = batches.next_update(schedule_step)
     if stop_signal.failed and runtime.world_size == 1:
         continue
     watchdog.enter_phase(step, 'computing gradients')
     runtime.seed(seed, step)
-    lr = get_lr(step)
+    lr = get_lr(schedule_step)
     for opt in optimizers:
         for group in opt.param_groups:
             set_lr(group, lr * group['lr_ratio'])  # 1, or muon_lr / learning_rate

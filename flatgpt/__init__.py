@@ -7,8 +7,10 @@ contains another model.py: the scripts and the library must share one GPT class.
 
 import importlib.util
 import sys
+import time
 from pathlib import Path
 
+STARTED = time.perf_counter()  # of the process, before the slow imports
 ROOT = Path(__file__).resolve().parents[1]  # the clone: its scripts, config/ and data/
 _MODEL = ROOT / 'model.py'
 

@@ -68,9 +68,13 @@ class BatchLoader:
         self._submit()
         return self._last
 
-    def next_update(self) -> list[tuple[dict, float]]:
-        """The micro-batches of an update."""
-        return [next(self) for _ in range(self.micro_steps)]
+    def next_update(self, schedule_step: float) -> list[tuple[dict, float]]:
+        """The micro-batches of an update, cut into short sequences up to step short_iters."""
+        micro_batches = [next(self) for _ in range(self.micro_steps)]
+        if schedule_step >= self.config['short_iters']:
+            return micro_batches
+        length = min(self.config['short_block_size'], self.data.block_size)
+        return [(with_length(batch, length), divisor) for batch, divisor in micro_batches]
 
     @contextmanager
     def _repeat_last_on_error(self, last) -> Iterator[None]:
@@ -109,9 +113,6 @@ class BatchLoader:
         mine = first + self.runtime.rank * self.rank_batch_size + part * self.micro_batch_size
         batch = self.data.batch(mine, self.micro_batch_size, c['mask_documents'])
         divisor = self.micro_steps
-        if self.first_step + steps < c['short_iters']:
-            short_block = min(c['short_block_size'], c['block_size'])
-            batch = [array.reshape(-1, short_block) for array in batch]
         if c['objective'] == 'sft':  # the number of targets differs between conversations
             targets = self.data.count_targets(mine, self.micro_batch_size)
             all_targets = self.data.count_targets(first, self.global_batch_size)
@@ -148,10 +149,10 @@ class BatchLoader:
     def shapes_to_compile(self) -> list[dict]:
         """One batch of each sequence length in training: short ones, if any, and full-length."""
         batch, _ = self.micro_batch(0)
-        widths = sorted({batch['x'].size(1), self.data.block_size})
-        return [
-            {k: v.reshape(-1, T) if v.dim() == 2 else v for k, v in batch.items()} for T in widths
-        ]
+        if self.first_step >= self.config['short_iters']:
+            return [batch]
+        lengths = {min(self.config['short_block_size'], self.data.block_size), self.data.block_size}
+        return [with_length(batch, length) for length in sorted(lengths)]
 
     def work(self, model: GPT, max_iters: int) -> ComputeWorkload:
         """The work of this rank up to step max_iters."""
@@ -178,3 +179,8 @@ class BatchLoader:
         if c['block_size'] == 1:
             return 'a smaller model'
         return f'--block_size={c["block_size"] // 2} or a smaller model'
+
+
+def with_length(batch: dict, length: int) -> dict:
+    """A batch of text (B, T) as more sequences of `length` tokens each."""
+    return {name: tensor.reshape(-1, length) for name, tensor in batch.items()}

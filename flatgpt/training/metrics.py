@@ -83,6 +83,9 @@ class Progress:
         self.step, self.steps, self.last = self.step + 1, self.steps + 1, now
         self.bar.update()
 
+    def set_total(self, total: int) -> None:
+        self.total = self.bar.total = total
+
     def steps_per_second(self) -> float:
         return self.steps / self.seconds
 

@@ -62,6 +62,8 @@ def saved_settings(config: dict) -> dict:
     saved = run_directory.saved_settings_in(out_dir) or run_directory.saved_settings_in(
         config['checkpoint_mirror']
     )
+    if not saved and config['auto_resume']:
+        return {}
     return {**saved, 'out_dir': out_dir, 'checkpoint': None}
 
 
@@ -165,6 +167,8 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
         saved, run_id=runtime.broadcast_from_rank0(lambda: secrets.token_hex(8))
     )
     run.first_step = run.state.step
+    if saved and any(config[k] != saved['config'].get(k) for k in ('max_iters', 'epochs')):
+        run.state.events = []  # the new length of the run counts
     if model and (kept := adopt_model_shape(model, config)):
         where = run.resume_from or config['init_from']
         print0(f'using the {", ".join(kept)} of {where}; the settings are ignored')

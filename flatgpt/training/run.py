@@ -18,6 +18,7 @@ from flatgpt.errors import UserError, counted, warn_on_failure
 from flatgpt.parallel import weights_are_finite
 from flatgpt.runtime import Runtime
 from flatgpt.training import run_directory
+from flatgpt.training.deadline import Deadline
 from flatgpt.training.evaluate import training_sample
 from flatgpt.training.loss import REFERENCE_FILE, write_reference
 from flatgpt.training.metrics import Progress, Tracker
@@ -126,6 +127,19 @@ class Run:
             measured |= {'loss': loss, 'tokens_per_s': tokens_per_s, 'mfu': mfu, **counts}
             measured |= self.saver.times()
             self.tracker.log(self.state.step, **measured, seconds=self.state.tick())
+
+    def refit(self, deadline: Deadline, step: int, max_iters: int) -> int:
+        """The number of steps that ends in time, recorded as an event if it changes."""
+        new = self.runtime.broadcast_from_rank0(lambda: deadline.refit(step, max_iters))
+        if new is None:
+            return max_iters
+        self.state.events.append([step, new])
+        self.progress.set_total(new)
+        pace = f'steps take {deadline.slowdown:.2f} of the time that was measured'
+        self.runtime.print0(f'step {step}: {pace}; {new:,} steps instead of {max_iters:,}')
+        if self.runtime.is_main:
+            self.tracker.log(step, max_iters=new)
+        return new
 
     def report_skipped(self, loss: float, norm: float) -> None:
         """Report a skipped update; three in a row end the run."""

@@ -30,6 +30,8 @@ class TrainState:
     run: str | None = None  # random id of the run
     data: str | None = None  # fingerprint of the dataset
     reference: str | None = None  # fingerprint of the initial model, objective='dpo'
+    # changes of the number of steps, [step, max_iters] each; see deadline.py
+    events: list = field(default_factory=list)
     losses: dict = field(default_factory=dict)  # of the last evaluation: val_loss and others
 
     @classmethod
@@ -44,14 +46,36 @@ class TrainState:
         """The values of state.json, as JSON types."""
         values = asdict(self)
         losses = values.pop('losses')
-        if self.reference is None:
-            del values['reference']
+        for name in ('reference', 'events'):
+            if not values[name]:
+                del values[name]
         return {**losses, **values, 'evaluated': self.is_evaluated}
 
     @property
     def reference_key(self) -> str:
         """Identifies the reference log-probabilities: by initial model and dataset."""
         return f'{self.reference} {self.data}'
+
+    def max_iters(self, planned: int) -> int:
+        """The total number of steps, which an event may have changed."""
+        return self.events[-1][1] if self.events else planned
+
+    def schedule_step(self, step: int, max_iters: int) -> float:
+        """The step of the schedule of max_iters steps that this step stands for.
+
+        The same, unless an event changed the number of steps: the rest of the schedule is then
+        compressed or stretched.
+        """
+        if not self.events:
+            return step
+        from_step, from_schedule, end = 0, 0.0, max_iters
+        for event_step, new_end in self.events:
+            if event_step >= step:
+                break
+            per_step = (max_iters - from_schedule) / (end - from_step)
+            from_schedule += (event_step - from_step) * per_step
+            from_step, end = event_step, new_end
+        return from_schedule + (step - from_step) * (max_iters - from_schedule) / (end - from_step)
 
     def start_clock(self) -> None:
         self._began = time.perf_counter() - self.seconds

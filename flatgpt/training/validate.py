@@ -35,6 +35,8 @@ SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias
 LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_targets': 'all'}
 # settings that a resumed run cannot change, and their values in runs that did not save them
 FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}
+DIALS = ('minutes', 'tokens', 'flops')  # settings that choose the model and the schedule
+LENGTHS = ('max_iters', 'epochs', 'lr_decay_iters', 'short_iters', 'short_block_size')
 RANGES = (  # minimum, maximum, settings; None is always valid
     (1, None, ('eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')),
     (1, None, ('batch_size', 'gradient_accumulation_steps', 'block_size', 'short_block_size')),
@@ -44,7 +46,8 @@ RANGES = (  # minimum, maximum, settings; None is always valid
     (0, None, ('freeze', 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')),
     (0, 2**63 - 1, ('seed',)),
     (0, 1, ('cooldown',)),
-    (1e-9, None, ('dpo_beta',)),
+    (1e-9, None, ('dpo_beta', 'minutes')),
+    (1, None, ('tokens', 'flops')),
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
 # (setting, the value it needs; for a number, any but 0 will do): the settings without effect
@@ -193,6 +196,8 @@ def check_new_lora(config: dict) -> None:
 
 
 def check_new_shape(config: dict) -> None:
+    if any(config[dial] is not None for dial in DIALS):
+        return  # auto.py chooses and checks the shape
     shape = {name: config[name] for name in (*SHAPE, 'dropout')}
     with as_config_error():
         GPTConfig(**shape)
@@ -204,6 +209,42 @@ NEW_MODEL_RULES = (check_new_objective, check_new_freeze, check_new_lora, check_
 def check_new_model(config: dict) -> None:
     """Reject settings that need a pretrained model."""
     apply_rules([partial(rule, config) for rule in NEW_MODEL_RULES])
+
+
+def check_dial(config: dict, given: dict) -> str | None:
+    """The dial that is set, None without one. ConfigError for what it cannot be combined with."""
+    dials = [name for name in DIALS if config[name] is not None]
+    if not dials:
+        return None
+    dial = dials[0]
+    if len(dials) > 1:
+        raise ConfigError(f'{dials[0]} and {dials[1]} are both set; use --{dials[1]}=None')
+    shown = f'{dial}={config[dial]:g}'
+    for name in LENGTHS:
+        if name in given and config[name]:
+            raise ConfigError(
+                f'{given[name]}: {shown} chooses {name}; omit one of them (--{dial}=None)'
+            )
+    if config['init_from'] != 'scratch':
+        raise ConfigError(
+            f'{shown}: chooses the shape of a new model, but init_from={config["init_from"]!r} '
+            'gives one; use --max_iters instead'
+        )
+    if config['objective'] != 'lm':
+        raise ConfigError(
+            f'{shown}: is for text, not for objective={config["objective"]!r}; use --max_iters'
+        )
+    return dial
+
+
+def check_resumed_dial(config: dict, given: dict) -> None:
+    """Reject the flag of a dial with init_from='resume'. With auto_resume it is for the start."""
+    for dial in DIALS:
+        if given.get(dial, '').startswith('--') and config[dial] and not config['auto_resume']:
+            raise ConfigError(
+                f'{given[dial]}: chose the settings when this run began; to resume, omit it, and '
+                'to train longer, use --max_iters'
+            )
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,285 @@
+"""config/auto.py: what is chosen for a time, and a run that keeps to it and resumes."""
+
+import json
+import shutil
+import time
+
+import pytest
+from conftest import ROOT, hashes
+from error_lines import case, error_line
+
+from flatgpt.data.dataset import Writer
+from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
+from flatgpt.errors import ConfigError
+from flatgpt.training import auto, deadline
+from flatgpt.training.auto import Candidate, Machine, Shape, StepCost
+from flatgpt.training.deadline import Deadline
+from flatgpt.training.scaling import Text, predict_loss
+from flatgpt.training.state import TrainState
+
+AUTO = ROOT / 'config' / 'auto.py'
+TEXT = Text(2_500_000, 257, 1.0)
+LAPTOP = Machine({64: 1e11, 128: 2.5e11, 256: 3.5e11}, 2.0)
+
+
+@pytest.fixture
+def auto_here(run_here, byte_dataset, monkeypatch):
+    """Run config/auto.py in this process, on a machine of known speed."""
+    monkeypatch.setattr(auto, 'measure', lambda *args: Machine({64: 2e10}, 0.1))
+
+    def run(*args):
+        monkeypatch.setattr(auto, 'STARTED', time.perf_counter())
+        fixed = ('--sample_tokens=0', f'--dataset={byte_dataset}', '--device=cpu')
+        return run_here(*fixed, *args, config=AUTO)
+
+    return run
+
+
+def settings_in(out_dir):
+    """What a run's config.py assigns."""
+    lines = (out_dir / 'config.py').read_text(encoding='utf-8').splitlines()
+    pairs = [line.split(' = ', 1) for line in lines if ' = ' in line and '#' not in line]
+    return {name: value for name, value in pairs}
+
+
+# -----------------------------------------------------------------------------
+# the choice
+
+
+BYTES = byte_tokenizer()
+SMALL = ('--n_layer=2', '--n_embd=64')
+SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps': 40}
+
+
+def choose_in(seconds, text=TEXT, machine=LAPTOP, **given):
+    config = {'sample_tokens': 600, 'eval_train': False, **given}
+    return auto.choose_in_time(config, given, text, machine, seconds)[0]
+
+
+def test_more_time_buys_a_larger_model_more_tokens_and_a_lower_loss():
+    short, long = choose_in(60), choose_in(15 * 60)
+    assert long.shape.block_parameters > short.shape.block_parameters
+    assert long.tokens > 3 * short.tokens
+    assert long.loss < short.loss
+
+
+def test_a_slower_machine_gets_a_smaller_model():
+    slow = Machine({width: speed / 8 for width, speed in LAPTOP.speeds.items()}, 2.0)
+    shape = choose_in(240, machine=slow).shape
+    assert shape.block_parameters < choose_in(240).shape.block_parameters
+
+
+def test_what_is_given_stays():
+    choice = choose_in(240, n_layer=3, block_size=64)
+    assert (choice.shape.n_layer, choice.block_size) == (3, 64)
+    settings = auto.settings_of(choice, TEXT, SETTINGS, {'muon_lr': 0.1}, 1)
+    assert 'muon_lr' not in settings
+
+
+def test_a_short_text_is_repeated_with_dropout_and_a_long_one_without():
+    short = auto.settings_of(
+        Candidate(Shape(4, 2, 160), 256, 8e6, 1.0), TEXT._replace(tokens=200_000),
+        SETTINGS, {}, 1,
+    )  # fmt: skip
+    assert short['dropout'] > 0.1
+    long = auto.settings_of(Candidate(Shape(4, 2, 160), 256, 8e6, 1.0), TEXT, SETTINGS, {}, 1)
+    assert long['dropout'] == 0.0
+
+
+def test_repeated_text_teaches_less_than_new_text():
+    new = predict_loss(1e6, 2e7, 256, TEXT._replace(tokens=20_000_000))
+    repeated = predict_loss(1e6, 2e7, 256, TEXT._replace(tokens=500_000))
+    assert new < repeated < predict_loss(1e6, 5e5, 256, TEXT._replace(tokens=500_000))
+
+
+def test_every_rank_gets_whole_micro_batches():
+    choice = choose_in(240)
+    for ranks in (1, 2, 3, 8):
+        settings = auto.settings_of(choice, TEXT, SETTINGS, {}, ranks, 1e9)
+        rows = settings['batch_size'] * settings['gradient_accumulation_steps']
+        assert rows % ranks == 0
+
+
+def test_the_speed_between_two_measured_widths_is_interpolated():
+    assert LAPTOP.speed(32) == 1e11
+    assert 1e11 < LAPTOP.speed(96) < 2.5e11
+    assert LAPTOP.speed(1024) == 3.5e11
+
+
+def test_a_step_cost_counts_short_steps_full_steps_and_evaluations():
+    cost = StepCost(short=1.0, full=2.0, short_iters=10, evaluation=100.0, eval_interval=8)
+    assert cost.seconds(0, 10) == 10 + 2 * 100  # before steps 0 and 8
+    assert cost.seconds(1, 8) == 7
+    assert cost.seconds(9, 12) == 1 + 2 * 2
+
+
+# -----------------------------------------------------------------------------
+# a run
+
+
+def test_a_run_writes_plain_settings_and_an_equal_run_needs_no_measuring(
+    auto_here, run_here, tmp_path, capsys, monkeypatch
+):
+    out, again = tmp_path / 'out', tmp_path / 'again'
+    assert auto_here('--minutes=None', '--tokens=90_000', f'--out_dir={out}') == 0
+    said = capsys.readouterr().out
+    assert len([line for line in said.splitlines() if line.startswith('auto: ')]) == 5
+    settings = settings_in(out)
+    assert settings['minutes'] == settings['tokens'] == 'None'
+    assert int(settings['max_iters']) >= auto.LEAST_STEPS
+    monkeypatch.setattr(auto, 'choose', None)
+    assert run_here(f'--out_dir={again}', config=out / 'config.py') == 0
+    name = f'checkpoints/step-{int(settings["max_iters"]):08d}'
+    assert hashes(out / name) == hashes(again / name)
+
+
+@pytest.fixture
+def changes_at(monkeypatch):
+    """The deadline changes the number of steps at given steps: {step: new number}."""
+
+    def change(changes):
+        monkeypatch.setattr(Deadline, 'is_due', lambda self, step: step in changes)
+        monkeypatch.setattr(Deadline, 'refit', lambda self, step, _: changes[step])
+
+    return change
+
+
+def test_a_shortened_run_still_cools_down_and_a_resumed_one_follows_its_events(
+    auto_here, run_here, changes_at, tmp_path, capsys, monkeypatch
+):
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    every = ('--log_interval=1', '--eval_interval=5', '--always_save_checkpoint=True')
+    changes_at({10: 30, 20: 26})
+    assert auto_here('--minutes=0.2', *SMALL, *every, f'--out_dir={whole}') == 0
+    assert '26 steps instead of 30' in capsys.readouterr().out
+    lines = [json.loads(line) for line in (whole / 'metrics.jsonl').read_text().splitlines()]
+    rates = [line['lr'] for line in lines if 'lr' in line]
+    assert len(rates) == 26
+    assert rates[-1] < 0.2 * max(rates)
+    state = json.loads((whole / 'checkpoints/step-00000026/state.json').read_text())
+    assert state['events'] == [[10, 30], [20, 26]]
+
+    # killed after step 20, and resumed, without a clock
+    shutil.copytree(whole, cut)
+    (cut / 'DONE').unlink()
+    for step in (25, 26):
+        shutil.rmtree(cut / f'checkpoints/step-{step:08d}')
+    monkeypatch.setattr(Deadline, 'is_due', None)
+    assert run_here('--init_from=resume', config=cut / 'config.py') == 0
+    last = 'checkpoints/step-00000026'
+    assert hashes(whole / last) == hashes(cut / last)
+
+
+def test_the_same_command_resumes_with_the_settings_that_were_chosen(
+    auto_here, tmp_path, monkeypatch
+):
+    args = ('--minutes=0.1', *SMALL, f'--out_dir={tmp_path / "out"}', '--auto_resume')
+    assert auto_here(*args) == 0
+    (tmp_path / 'out/DONE').unlink()
+    monkeypatch.setattr(auto, 'choose', None)
+    assert auto_here(*args) == 0
+    assert (tmp_path / 'out/DONE').exists()
+
+
+def test_a_deadline_changes_nothing_while_the_machine_keeps_its_speed(clock):
+    line = Deadline(100.0, lambda first, last: 1.0 * (last - first), 100)
+    for step in range(100):
+        clock.now = step * 1.0
+        if line.is_due(step):
+            assert line.refit(step, 100) is None
+
+
+@pytest.mark.parametrize(('factor', 'low', 'high'), [(2.0, 50, 56), (4.0, 25, 32), (0.5, 190, 205)])
+def test_a_deadline_ends_in_time_on_a_machine_of_another_speed(clock, factor, low, high):
+    line, step, steps = Deadline(100.0, lambda first, last: 1.0 * (last - first), 100), 0, 100
+    while step < steps:
+        if line.is_due(step):
+            steps = line.refit(step, steps) or steps
+        step, clock.now = step + 1, clock.now + factor
+    assert low <= steps <= high
+    assert 95 <= clock.now <= 105
+
+
+def test_a_machine_that_becomes_slow_halfway_still_ends_in_time(clock):
+    line, step, steps = Deadline(100.0, lambda first, last: 1.0 * (last - first), 100), 0, 100
+    while step < steps:
+        if line.is_due(step):
+            steps = line.refit(step, steps) or steps
+        step, clock.now = step + 1, clock.now + (2.0 if step >= 50 else 1.0)
+    assert 95 <= clock.now <= 105
+    assert 72 <= steps <= 78
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(deadline, 'time', clock)
+    return clock
+
+
+def test_the_schedule_continues_from_where_it_was_at_an_event():
+    state = TrainState(events=[[50, 75]])
+    assert [state.schedule_step(step, 100) for step in (0, 49, 50)] == [0, 49, 50]
+    assert state.schedule_step(51, 100) == 52
+    assert state.schedule_step(75, 100) == 100
+    state.events.append([60, 100])
+    assert state.schedule_step(60, 100) == 70
+    assert state.schedule_step(80, 100) == 85
+
+
+def test_a_run_without_events_has_the_schedule_of_its_steps():
+    assert [TrainState().schedule_step(step, 7) for step in range(8)] == list(range(8))
+
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+@pytest.mark.parametrize(
+    ('bad', 'good'),
+    [
+        case('chooses {}; omit one', ['--max_iters=100'], []),
+        case('are both set', ['--tokens=1e5'], ['--minutes=None', '--tokens=1e5']),
+        case('is too little for', ['--minutes=0.0001'], []),
+        case('is for text, not for objective', ['--objective=sft'], []),
+        case('chooses the shape of a new model', ['--init_from=gpt2'], []),
+    ],
+)
+def test_a_dial_that_cannot_be_followed_is_refused(auto_here, tmp_path, bad, good):
+    out = f'--out_dir={tmp_path / "out"}'
+    with pytest.raises(ConfigError):
+        auto_here('--minutes=0.1', out, *bad)
+    assert not (tmp_path / 'out').exists()
+    assert auto_here('--minutes=0.1', *SMALL, out, *good) == 0
+
+
+@error_line('to train on, and a model needs at least', 'more than the text')
+def test_a_text_that_is_too_short_is_refused_until_there_is_more(auto_here, tmp_path):
+    def dataset(name, tokens, tokenizer=BYTES):
+        with Writer(tmp_path / name, tokenizer) as writer:
+            writer.write('train', [65] * tokens)
+            writer.write('val', [65] * 100)
+        return f'--dataset={tmp_path / name}'
+
+    out = f'--out_dir={tmp_path / "out"}'
+    with pytest.raises(ConfigError, match='has 200 tokens to train on'):
+        auto_here(dataset('tiny', 200), out)
+    with pytest.raises(ConfigError, match='gpt2 tokenizer has 50,257 tokens'):
+        auto_here(dataset('gpt2', 3000, get_tokenizer('gpt2')), out)
+    assert auto_here(dataset('enough', 3000), '--minutes=0.1', *SMALL, out) == 0
+
+
+@error_line('chose the settings when this run began')
+def test_minutes_are_refused_with_a_run_that_is_resumed(auto_here, tmp_path):
+    out = f'--out_dir={tmp_path / "out"}'
+    assert auto_here('--minutes=0.1', *SMALL, out) == 0
+    (tmp_path / 'out/DONE').unlink()
+    with pytest.raises(ConfigError):
+        auto_here('--minutes=0.1', out, '--init_from=resume')
+    assert auto_here(out, '--init_from=resume') == 0
