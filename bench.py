@@ -9,6 +9,8 @@ $ python bench.py --only=quality --out_dir=out/mine   # its perplexity in 32, 16
 $ python bench.py --only=data --text=corpus/          # tokenizers on your own files, and reading
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
 $ python bench.py --only=saving,processes             # the cost of checkpoints and of two processes
+$ python bench.py --only=scaling --dataset=pydocs     # the runs behind config/auto.py
+$ python bench.py --only=rivals --dataset=mine --minutes=4  # config/auto.py and other shapes
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
 $ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
 $ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
@@ -37,6 +39,7 @@ from flatgpt.benchmarks.decoding import bench_generation, bench_quality, bench_s
 from flatgpt.benchmarks.load_test import bench_serving
 from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report, print_row
+from flatgpt.benchmarks.scaling import bench_rivals, bench_scaling
 from flatgpt.benchmarks.training import bench_processes, bench_saving, bench_training
 from flatgpt.benchmarks.validate import (
     check_benchmark_settings,
@@ -53,7 +56,8 @@ from sample import load
 
 # -----------------------------------------------------------------------------
 # benchmarks
-only = ''  # of training,prefill,decode,quality,data,startup,saving,processes; '': the first six
+# of training,prefill,decode,quality,data,startup,saving,processes,scaling,rivals; '': the first six
+only = ''
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # repetitions: each implementation is measured once per round
 nanogpt: str | None = None  # folder of a nanoGPT checkout to compare with
@@ -77,13 +81,16 @@ clients = 16  # concurrent clients; each sends its next request when the previou
 serve_format = 'bfloat16'  # number format of the weights
 # quality (perplexity in each format), and tasks (instead of benchmarks)
 out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
-dataset: str | None = None  # quality: dataset to evaluate on; None: that of the run
+dataset: str | None = None  # of quality; None: that of the run
 task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
 limit: int | None = None  # tasks: use only this many examples of each, the first; None: all
 init_from = 'resume'  # tasks, without out_dir: 'resume' (the newest run in out/), or as out_dir
 checkpoint: str | None = None  # tasks: None or 'best' (lowest validation loss), 'last', or a path
 tokenizer: str | None = None  # tasks: tokenizer for a model without one
 quantize: str | None = None  # tasks: 'int8' for the scores of the quantized model
+# scaling (also uses dataset, a list 'a,b', and seed) and rivals
+max_tokens = 1_500_000.0  # scaling: train the models of the grid up to this many tokens
+minutes = 4.0  # rivals: 1, 4 or 15
 # data
 text: str | None = None  # a folder of text; None: the source of Python's library and packages
 text_bytes = 60_000_000  # maximum bytes of text to use
@@ -111,8 +118,10 @@ BENCHMARKS = {  # in this order
     'startup': bench_startup,
     'saving': bench_saving,
     'processes': bench_processes,
+    'scaling': bench_scaling,
+    'rivals': bench_rivals,
 }
-EXTRA_BENCHMARKS = ('saving', 'processes')  # only when `only` names them
+EXTRA_BENCHMARKS = ('saving', 'processes', 'scaling', 'rivals')  # only when `only` names them
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 

@@ -67,6 +67,9 @@ def requested_benchmarks(
     named = [name for name in settings['only'].split(',') if name]
     for name in named:
         check_choice(tuple(benchmarks), {'only': name}, 'only')
+    for name in {'scaling', 'rivals'} & {*named}:
+        if not settings['dataset']:
+            raise UserError(f'{name}: trains on a dataset; give --dataset=NAME, or several: a,b')
     if 'quality' in named and not settings['out_dir']:
         raise UserError('quality: needs a trained model; give --out_dir=RUN')
     if named:

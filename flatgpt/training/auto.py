@@ -28,7 +28,7 @@ from flatgpt.errors import ConfigError, as_config_error, counted
 from flatgpt.runtime import Runtime, available_memory
 from flatgpt.training.deadline import Deadline
 from flatgpt.training.optim import build_optimizers
-from flatgpt.training.scaling import FITTED, Text, predict_loss
+from flatgpt.training.scaling import FITTED, LAW, Text
 from flatgpt.training.validate import (
     DIALS,
     SHAPE,
@@ -147,8 +147,8 @@ def heads(n_embd: int) -> int:
 def candidate_block_sizes(config: dict, given: dict, text: Text) -> tuple[int, ...]:
     if 'block_size' in given:
         return (config['block_size'],)
-    fits = [size for size in BLOCK_SIZES if size <= text.max_block_size]
-    return tuple(fits or [text.max_block_size])
+    longest = min(text.tokens // 16, text.val_tokens - 1)
+    return tuple(size for size in BLOCK_SIZES if size <= longest) or (longest,)
 
 
 def tokens_per_step(tokens: float) -> float:
@@ -283,7 +283,7 @@ def candidates(config: dict, given: dict, text: Text, tokens_in) -> list[Candida
             tokens = tokens_in(shape, block_size)
             steps = tokens / tokens_per_step(max(tokens, 1))
             if steps >= LEAST_STEPS:
-                loss = predict_loss(shape.block_parameters, tokens, block_size, text)
+                loss = LAW.predict(shape.block_parameters, tokens, block_size, text)
                 found.append(Candidate(shape, block_size, tokens, loss))
     return sorted(found, key=lambda candidate: candidate.loss)
 
@@ -341,8 +341,8 @@ def read_text(config: dict) -> Text:
             '--tokenizer=byte, or with --tokenizer=bpe and a small --vocab_size'
         )
     text_bytes = data.text_bytes('train') or tokens
-    longest = min(tokens // 16, data.tokens['val'] - 1)
-    return Text(tokens, padded_vocab_size(vocab_size), text_bytes / tokens, longest)
+    vocab_size, val_tokens = padded_vocab_size(vocab_size), data.tokens['val']
+    return Text(tokens, vocab_size, text_bytes / tokens, val_tokens)
 
 
 def choose_settings(
@@ -377,9 +377,12 @@ def step_cost(config: dict, shape: Shape, text: Text, machine: Machine | None) -
         tokens * shape.flops_per_token(text.vocab_size, n) / speed
         for n in (config['short_block_size'], length)
     )
-    batches = config['eval_iters'] * (1 + config['eval_train'])
-    evaluation = batches * config['batch_size'] / rows * full * FORWARD_SHARE
-    return StepCost(short, full, config['short_iters'], evaluation, config['eval_interval'])
+    evaluated = text.val_tokens
+    if config['eval_iters'] is not None:
+        evaluated = min(evaluated, config['eval_iters'] * config['batch_size'] * length)
+    evaluation = evaluated * (1 + config['eval_train']) / tokens * full * FORWARD_SHARE
+    interval = config['eval_interval'] or config['max_iters']
+    return StepCost(short, full, config['short_iters'], evaluation, interval)
 
 
 def least_value(dial: str, config: dict, given: dict, text: Text, machine: Machine | None) -> float:
@@ -427,11 +430,8 @@ def describe(
         f'of {config["short_block_size"]}'
     )
     if machine:
-        evaluations = cost.evaluation * (1 + -(-steps // config['eval_interval']))
-        schedule += (
-            f': {cost.seconds(0, steps):,.0f} s, of them {evaluations:.0f} s of evaluation; before '
-            f'them {spent:.0f} s, after them {closing:.0f} s'
-        )
+        training = cost.seconds(0, steps)
+        schedule += f': {training:,.0f} s, after {spent:.0f} s and before {closing:.0f} s'
     yield schedule
     yield reach(best, text)
 
@@ -495,6 +495,8 @@ def choose(
     with as_config_error():
         GPTConfig(**{name: final[name] for name in ('arch', *SHAPE)}, vocab_size=text.vocab_size)
     cost = step_cost(final, best.shape, text, machine)
-    closing = closing_seconds(best.shape, config['sample_tokens'], machine) if machine else 0.0
+    closing = 0.0
+    if machine:
+        closing = closing_seconds(best.shape, config['sample_tokens'], machine) + cost.evaluation
     lines = [*describe(final, found, text, machine, cost, closing, time.perf_counter() - STARTED)]
     return chosen, cost, closing, lines

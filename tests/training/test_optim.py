@@ -1,4 +1,4 @@
-"""Muon: its update compared with torch.optim.Muon, and the parameters that it trains."""
+"""Muon: its update compared with a plain one, and the parameters that it trains."""
 
 import math
 import subprocess
@@ -21,7 +21,14 @@ from flatgpt.errors import ConfigError
 from flatgpt.parallel import shard_like
 from flatgpt.training import optim
 from flatgpt.training.memory import fake_ranks
-from flatgpt.training.optim import AdamW, Muon, build_optimizers, make_buckets, orthogonalize
+from flatgpt.training.optim import (
+    POLAR_EXPRESS,
+    AdamW,
+    Muon,
+    build_optimizers,
+    make_buckets,
+    orthogonalize,
+)
 from model import GPT, GPTConfig
 
 SETTINGS = {'lr': 0.02, 'weight_decay': 0.1, 'momentum': 0.95}
@@ -45,20 +52,38 @@ def model(arch='modern'):
     return GPT(GPTConfig(arch=arch, **shape))
 
 
-def test_steps_agree_with_those_of_torch():
-    """To bfloat16's rounding, in which both iterate: 2^-8 of entries below 1."""
+def plain_step(p, mean, square, lr, weight_decay, momentum, beta2=0.95):
+    """A step of one matrix, as the papers write it; changes p, mean and square in place."""
+    R, C = p.shape
+    mean.lerp_(p.grad, 1 - momentum)
+    x = torch.lerp(p.grad, mean, momentum)
+    x = x.mT if R > C else x
+    x = x / (1.02 * x.norm())
+    for a, b, c in POLAR_EXPRESS[:3]:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x.mT if R > C else x
+    square.lerp_(x.square().mean(1, keepdim=True), 1 - beta2)
+    x = x / (square * max(R, C)).sqrt()
+    p.data -= lr * weight_decay * p.data + lr * max(1, R / C) ** 0.5 * x
+
+
+@pytest.mark.parametrize(('dtype', 'error'), [(torch.float32, 1e-4), (torch.bfloat16, 0.08)])
+def test_steps_agree_with_plain_ones_of_single_matrices(monkeypatch, dtype, error):
+    """To the rounding of the products."""
+    monkeypatch.setattr(optim, 'product_dtype', lambda device: dtype)
     (ours, generator), (theirs, _) = matrices(), matrices()
-    mine, reference = Muon(ours, **SETTINGS), torch.optim.Muon(theirs, **SETTINGS)
+    mine = Muon(ours, **SETTINGS)
+    state = [(torch.zeros_like(p), torch.full((p.size(0), 1), 1 / max(p.shape))) for p in theirs]
     for _ in range(3):
         before = [p.detach().clone() for p in ours]
         give_gradients(ours, generator)
-        for a, b in zip(ours, theirs, strict=True):
-            b.grad = a.grad.clone()
         mine.step()
-        reference.step()
-        for a, b, start in zip(ours, theirs, before, strict=True):
+        for a, b, start, (mean, square) in zip(ours, theirs, before, state, strict=True):
+            b.grad = a.grad.clone()
+            plain_step(b, mean, square, **SETTINGS)
             moved = (a - start).norm()
-            assert (a - b).norm() < 0.01 * moved
+            assert (a - b).norm() < error * moved
             assert moved > 0.01
             b.data.copy_(a)  # each step is compared for itself
 
@@ -70,8 +95,15 @@ def test_a_stack_is_orthogonalised_as_each_matrix_alone(dtype):
     for one, alone in zip(together, stack, strict=True):
         assert torch.allclose(one, orthogonalize(alone[None], dtype=dtype)[0], atol=0.02)
     values = torch.linalg.svdvals(together.float())
-    assert values.min() > 0.5
-    assert values.max() < 1.3
+    assert values.min() > 0.1
+    assert values.max() < 2.0
+
+
+def test_the_singular_values_of_a_large_matrix_end_near_1():
+    stack = torch.randn(1, 520, 640, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(stack, dtype=torch.float32))
+    assert values.min() > 0.7
+    assert values.max() < 1.2
 
 
 def test_a_gpu_without_bfloat16_multiplies_in_float16(monkeypatch):
@@ -109,7 +141,7 @@ def test_the_number_of_operations_does_not_grow_with_the_number_of_matrices():
         counts.append(operations.counts)
     assert counts[0] == counts[1]
     products = sum(n for name, n in counts[0].items() if 'bmm' in name)
-    assert products == 3 * 15  # stacks of three shapes
+    assert products == 3 * 9  # stacks of three shapes
 
 
 def test_buckets_bound_the_elements_updated_at_once_and_change_no_bit(monkeypatch):
