@@ -9,6 +9,7 @@ $ python bench.py --only=quality --out_dir=out/mine   # its perplexity in 32, 16
 $ python bench.py --only=data --text=corpus/          # tokenizers on your own files, and reading
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
 $ python bench.py --only=saving,processes             # the cost of checkpoints and of two processes
+$ python bench.py --only=pieces                       # parts written out here, beside torch's
 $ python bench.py --only=scaling --dataset=pydocs     # the runs behind config/auto.py
 $ python bench.py --only=rivals --dataset=mine --minutes=4  # config/auto.py and other shapes
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
@@ -38,6 +39,7 @@ from flatgpt.benchmarks.data import bench_data
 from flatgpt.benchmarks.decoding import bench_generation, bench_quality, bench_startup
 from flatgpt.benchmarks.load_test import bench_serving
 from flatgpt.benchmarks.machine import measure_machine
+from flatgpt.benchmarks.pieces import bench_pieces
 from flatgpt.benchmarks.report import Report, print_row
 from flatgpt.benchmarks.scaling import bench_rivals, bench_scaling
 from flatgpt.benchmarks.training import bench_processes, bench_saving, bench_training
@@ -56,7 +58,8 @@ from sample import load
 
 # -----------------------------------------------------------------------------
 # benchmarks
-# of training,prefill,decode,quality,data,startup,saving,processes,scaling,rivals; '': the first six
+# of training,prefill,decode,quality,data,startup,saving,processes,pieces,scaling,rivals;
+# '': the first six
 only = ''
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # repetitions: each implementation is measured once per round
@@ -118,10 +121,17 @@ BENCHMARKS = {  # in this order
     'startup': bench_startup,
     'saving': bench_saving,
     'processes': bench_processes,
+    'pieces': bench_pieces,
     'scaling': bench_scaling,
     'rivals': bench_rivals,
 }
-EXTRA_BENCHMARKS = ('saving', 'processes', 'scaling', 'rivals')  # only when `only` names them
+EXTRA_BENCHMARKS = (
+    'saving',
+    'processes',
+    'pieces',
+    'scaling',
+    'rivals',
+)  # only when `only` names them
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 

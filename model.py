@@ -129,7 +129,7 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
     if cache is not None and cache.mask is not None:
         q, mask = q.to(k.dtype), cache.mask
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
-    elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 1024:
+    elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 512:
         y = eager_attention(q, k, v, p, mask)
     else:
         if grouped and q.device.type == 'cuda' and not (mask is None and has_flash_attention(q)):
@@ -163,9 +163,9 @@ def document_mask(documents):
 def eager_attention(q, k, v, p, mask=None):
     """Causal attention as plain matrix products (Vaswani et al. 2017, equation 1).
 
-    For bfloat16 on a CPU, where torch's fused kernel takes three times as long at T = 256, most of
-    it in the backward pass, and 1.5 times at 2,048. attention() uses this one up to T = 1,024,
-    since its memory grows with T squared.
+    For bfloat16 on a CPU, where torch's fused kernel takes three times as long up to T = 512, most
+    of it in the backward pass. At T = 1,024 that one is faster, and in float32 both are alike
+    (bench.py --only=pieces).
     """
     B, H, T, D = q.shape
     k, v = (t.repeat_interleave(H // t.size(1), 1) for t in (k, v))  # (B, H, T, D)

@@ -36,7 +36,7 @@ GRID = [  # tokens, layers, width, context of the runs that the law is fitted to
     *((1.5e6, 3, 128, block_size) for block_size in (64, 128, 512)),
     *((5e6, *shape, 256) for shape in ((2, 128), (4, 128), (5, 160), (6, 224))),
     (5e6, 4, 128, 512),
-    *((1.5e7, *shape, 256) for shape in ((4, 128), (5, 192))),
+    (1.5e7, 4, 128, 256),
 ]
 # layers, width, context of four other models that one might choose, by minutes on two cores
 RIVAL_SHAPES = {

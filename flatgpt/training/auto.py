@@ -194,7 +194,7 @@ def settings_of(
         'lr_decay_iters': None,  # the last step
         'muon_lr': float(f'{muon_lr:.2g}'),
         'learning_rate': float(f'{muon_lr / 5:.2g}'),
-        'muon_momentum': round(min(0.95, max(0.85, 1 - 0.1 * (775 / steps) ** 0.45)), 3),
+        'muon_momentum': round(min(0.95, max(0.85, 1 - 0.1 * (775 / steps) ** 0.2)), 3),
         'warmup_iters': min(10, steps // 150),
         'dropout': dropout_rule(choice.tokens / text.tokens),
         'eval_interval': max(1, -(-steps // EVALUATIONS)),
