@@ -70,7 +70,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def selected(folder: Path, args: argparse.Namespace) -> list[Path]:
     """The text files of a package that --files matches."""
-    patterns = args.files or ['**/*']
+    patterns = args.files or ['.']
     files = text_files_in(folder, args.encoding, patterns)
     if not files:
         kinds = Counter(path.suffix or path.name for path in folder.rglob('*') if path.is_file())
