@@ -33,8 +33,17 @@ SPECS = {  # registry -> how it writes a package and its version
 }
 # what `pip index versions -vv` prints of each file that fits this machine
 FOUND_LINK = re.compile(r'Found link (\S+?)(?: \(.*\))?, version: (\S+)$', re.M)
+UNREACHABLE = re.compile(r'Could not fetch URL .*?: (?:connection error|timed out)')
 AVAILABLE = re.compile(r'^Available versions: (.*)', re.M)
-NO_CONNECTION = re.compile(r'connection broken by|problem confirming the ssl certificate')
+NO_CONNECTION = re.compile(
+    r'connection broken by|problem confirming the ssl certificate|Could not connect|'
+    r'Temporary failure resolving|\b(?:ECONNREFUSED|ENOTFOUND|EAI_AGAIN|ETIMEDOUT)\b'
+)
+NPM_FLAGS = [
+    '--ignore-scripts',
+    '--fetch-retries=1',
+    '--fetch-retry-mintimeout=2000',
+]  # not minutes
 ERROR_LINE = re.compile(r'^(?:ERROR: |E: |npm (?:error|ERR!) (?!code|errno|syscall))(.*)', re.M)
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, LZMAError)
 
@@ -87,6 +96,11 @@ def fetch_from_pypi(name: str, version: str | None, folder: Path) -> Path:
     """
     options = ['-vv', '--ignore-requires-python', *(['--pre'] if version else [])]
     listing = run(f'pypi:{name}', folder, ['pip', 'index', 'versions', name, *options])
+    if UNREACHABLE.search(listing):  # a file from another index may be older, or only a wheel
+        raise UserError(
+            f'pypi:{name}: pip cannot connect to one of its indexes; check the network, or set '
+            'PIP_NO_INDEX=1 for what is in PIP_FIND_LINKS'
+        )
     released = AVAILABLE.search(listing)[1].split(', ')
     wanted = version or released[0]
     urls = [urldefrag(url).url for url, each in FOUND_LINK.findall(listing) if each == wanted]
@@ -106,7 +120,7 @@ def fetch_from_pypi(name: str, version: str | None, folder: Path) -> Path:
 
 def fetch_from_npm(name: str, version: str | None, folder: Path) -> Path:
     wanted = f'{name}@{version}' if version else name
-    run(f'npm:{wanted}', folder, ['npm', 'pack', '--ignore-scripts', wanted])
+    run(f'npm:{wanted}', folder, ['npm', 'pack', wanted, *NPM_FLAGS])
     return next(folder.glob('*.tgz'))
 
 

@@ -24,11 +24,11 @@ WORDS = b'The cat sat on the mat, and the dog ran off. '
 DOCS = {f'demo-1.2/docs/{name}': WORDS * 20 for name in ('a.txt', 'b.txt', 'more/c.txt')}
 CODE = {'demo-1.2/setup.py': b'raise SystemExit("the code was run")\n', 'demo-1.2/empty.py': b''}
 FOUND = '  Found link {} (from https://index/demo/) (requires-python:>=3.10), version: {}\n'
-PROGRAMS = {  # each prints or copies the file of the package that is its last argument
+PROGRAMS = {  # each prints or copies the file of a package
     'pip': 'cat {registry}/$3.pip 2>/dev/null || '
     '{{ echo "ERROR: No matching distribution found for $3" >&2; exit 1; }}',
-    'npm': 'cp {registry}/${{3##*/}}.tgz . 2>/dev/null || '
-    '{{ echo "npm error code E404\nnpm error 404 Not Found - GET $3" >&2; exit 1; }}',
+    'npm': 'cp {registry}/${{2##*/}}.tgz . 2>/dev/null || '
+    '{{ echo "npm error code E404\nnpm error 404 Not Found - GET $2" >&2; exit 1; }}',
     'apt-get': 'cp {registry}/$2.deb . 2>/dev/null || '
     '{{ echo "E: Unable to locate package $2" >&2; exit 100; }}',
     'dpkg-deb': 'cat $2',
@@ -153,7 +153,7 @@ def test_an_npm_package_is_packed_without_its_scripts(registry, package):
     name = package.rpartition('/')[2].removeprefix('npm:')
     make_tar(registry / f'{name}.tgz', {'package/README.md': WORDS})
     assert fetched(package) == {'README.md': WORDS}
-    assert calls() == [f'npm pack --ignore-scripts {package.removeprefix("npm:")}']
+    assert f'npm pack {package.removeprefix("npm:")} --ignore-scripts' in calls()[0]
 
 
 @pytest.mark.parametrize('package', ['debian:demo', 'debian:demo=1:1.2-3+deb~1'])
@@ -273,6 +273,17 @@ def test_a_line_shows_the_kinds_of_files_or_the_reason():
 def test_what_is_no_name_of_a_package_never_reaches_a_program(registry, package):
     assert 'not a package name' in refused(prepare, package)
     assert not (registry / 'log').exists()
+
+
+@error_line('cannot connect to one of its indexes')
+def test_a_file_of_another_index_is_not_used_instead_of_an_unreachable_one(registry):
+    listing = (registry / 'demo.pip').read_text()
+    lost = 'Could not fetch URL https://index/demo/: connection error: HTTPSConnectionPool(...)'
+    (registry / 'demo.pip').write_text(f'{lost} - skipping\n{listing}')
+    assert 'PIP_NO_INDEX=1' in refused(prepare, 'pypi:demo')
+    missing = 'Could not fetch URL https://other/demo/: 404 Client Error: Not Found for url: https'
+    (registry / 'demo.pip').write_text(f'{missing} - skipping\n{listing}')
+    prepare('pypi:demo')
 
 
 @error_line('which is not installed; install it')
