@@ -53,6 +53,7 @@ TEXT_COMMAND = 'python data/text/prepare.py FILES'
 SCRIPT_FOLDERS = {
     'chat': 'talks.jsonl --name=talks',
     'gutenberg': '1342 84 --name=novels',
+    'packages': 'pypi:click --name=click',
     'text': 'FILES --name=mine',
 }
 

@@ -126,9 +126,21 @@ def is_inside(path: Path, folder: Path) -> bool:
     return os.path.realpath(path).startswith(os.path.realpath(folder) + os.sep)
 
 
-def text_files_in(folder: Path, encoding: str | None = None) -> list[Path]:
-    """The text files in a folder and below it, including linked ones; prints what it skips."""
+def text_files_in(
+    folder: Path, encoding: str | None = None, patterns: list[str] | None = None
+) -> list[Path]:
+    """The text files in a folder and below it, including linked ones; prints what it skips.
+
+    patterns: glob patterns in the folder; only the files and folders that they match are read.
+    """
     paths, repeated = list_files(folder)
+    if patterns is not None:
+        found = {
+            Path(folder, match)
+            for pattern in patterns
+            for match in glob.glob(pattern, root_dir=folder, recursive=True)
+        }
+        paths = [path for path in paths if found & {path, *path.parents}]
     reasons = {path: skip_reason(path, folder, encoding) for path in paths}
     taken = [path for path, reason in reasons.items() if reason is None]
     others = Counter(reason for reason in reasons.values() if reason is not None)

@@ -125,13 +125,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help='key or column that has the text in JSON, JSON Lines, CSV and TSV; default text',
     )
     add('--plain', action='store_true', help='read JSON, JSON Lines, CSV and TSV as plain text')
-    add(
-        '--errors',
-        choices=('strict', 'replace'),
-        default='strict',
-        help='invalid bytes: strict stops with an error (default), replace inserts U+FFFD',
-    )
-    add('--encoding', help='encoding of files that are not UTF-8: cp1252, latin-1, utf-16-le ...')
+    add_decoding_options(parser)
     add(
         '--read_eot',
         action='store_true',
@@ -146,7 +140,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(
             f'--name={args.name} and --out_dir={args.out_dir} both set the output folder; give one'
         )
-    args.encoding = normalize_encoding(args.encoding) if args.encoding is not None else None
     return args
 
 
@@ -174,6 +167,18 @@ def check_field(args: argparse.Namespace, files: list[Path]) -> None:
 
 def make_reader(args: argparse.Namespace) -> Reader:
     return Reader(args.field, args.errors, args.encoding, args.plain)
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags for bytes that are not UTF-8."""
+    add = parser.add_argument
+    add(
+        '--errors',
+        choices=('strict', 'replace'),
+        default='strict',
+        help='invalid bytes: strict stops with an error (default), replace inserts U+FFFD',
+    )
+    add('--encoding', help='encoding of files that are not UTF-8: cp1252, latin-1, utf-16-le ...')
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -206,6 +211,8 @@ def check_options(args: argparse.Namespace) -> None:
     args.val_fraction = 0.1 if args.val_fraction is None else args.val_fraction
     args.split = args.split or 'auto'
     check_val_fraction(args)
+    if args.encoding is not None:
+        args.encoding = normalize_encoding(args.encoding)
     if args.vocab_size is not None and args.tokenizer != 'bpe':
         raise UserError(
             f'--vocab_size={args.vocab_size}: needs --tokenizer=bpe, not {args.tokenizer}; omit '

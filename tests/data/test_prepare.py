@@ -29,7 +29,8 @@ from flatgpt.data.tokenizer import EOT, Tokenizer, byte_tokenizer, char_tokenize
 from flatgpt.errors import UserError
 
 SCRIPTS = (
-    *('gutenberg', 'openwebtext', 'pydocs', 'shakespeare', 'shakespeare_char', 'sre', 'text'),
+    *('gutenberg', 'openwebtext', 'packages', 'pydocs', 'shakespeare', 'shakespeare_char', 'sre'),
+    'text',
 )
 WORDS = 'The cat sat on the mat, and the dog ran off. '
 pytestmark = pytest.mark.usefixtures('in_empty_folder')
