@@ -30,6 +30,7 @@ from flatgpt.runtime import Runtime
 from flatgpt.training.scaling import fit
 
 SCALING, RIVALS = ROOT / 'docs' / 'scaling.jsonl', ROOT / 'docs' / 'rivals.jsonl'
+EVALUATED = 400_000  # tokens; a shorter validation split is evaluated whole
 GRID = [  # tokens, layers, width, context of the runs that the law is fitted to
     *((5e5, *shape, 256) for shape in ((2, 64), (2, 128), (3, 128), (5, 160))),
     *((1.5e6, *shape, 256) for shape in ((2, 64), (2, 128), (3, 128), (4, 160), (6, 192))),
@@ -56,8 +57,7 @@ def bench_scaling(settings: dict, runtime: Runtime, report: Report) -> None:
             continue
         shape = {'n_layer': n_layer, 'n_embd': n_embd, 'block_size': block_size}
         flags = {'dataset': name, 'minutes': None, 'tokens': tokens, 'seed': settings['seed']}
-        # nothing but training and one evaluation of the whole split
-        quick = {'eval_interval': None, 'eval_iters': None, 'sample_tokens': 0}
+        quick = {'eval_interval': None, 'eval_iters': 1, 'sample_tokens': 0}
         row = train_once(SCALING, flags | shape, quick, runtime)
         variant = f'{Path(name).name} {n_layer} x {n_embd}'
         note = f'{tokens:,.0f} tokens, context {block_size}'
@@ -89,7 +89,8 @@ def bench_rivals(settings: dict, runtime: Runtime, report: Report) -> None:
 def train_once(table: Path, flags: dict, other: dict, runtime: Runtime) -> dict:
     """The table's row of a run of config/auto.py with these flags, trained if there is none.
 
-    Its loss is over the whole validation split. other: flags that do not change the model.
+    Its loss is over EVALUATED tokens of the validation split, the same for all models.
+    other: flags that do not change the model.
     """
     data = Dataset(find_or_prepare_dataset(flags['dataset']), 1)
     key = {**flags, 'dataset': data.name, 'fingerprint': data.fingerprint[:12]}
@@ -102,11 +103,13 @@ def train_once(table: Path, flags: dict, other: dict, runtime: Runtime) -> dict:
         began = time.perf_counter()
         run_train('auto', flags | other | common)
         seconds = time.perf_counter() - began
-        whole = {'init_from': 'resume', 'eval_only': True, 'eval_iters': None}
-        said = run_train(out / 'config.py', whole)
         (last,) = list_checkpoints(out)[-1:]
         state = read_state(last)
-    config, text_bytes = state['config'], data.text_bytes('train')
+        config = state['config']
+        batches = -(-EVALUATED // (config['batch_size'] * config['block_size']))
+        again = {'init_from': 'resume', 'eval_only': True, 'eval_iters': batches}
+        said = run_train(out / 'config.py', again)
+    text_bytes = data.text_bytes('train')
     text = {'text_tokens': data.tokens['train'], 'text_bytes': text_bytes}
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'batch_size')
     row = {

@@ -365,7 +365,9 @@ def choose_settings(
         runtime.print0(f'auto: {line}')
     ends = STARTED + 60 * config['minutes'] - closing if dial == 'minutes' else None
     config |= chosen | {dial: None}  # plain settings: a resumed run does not measure
-    return Deadline(ends, StepCost(*cost).seconds, config['max_iters']) if ends else None
+    if ends is None:
+        return None
+    return Deadline(ends, cost.seconds, config['max_iters'], alone=runtime.world_size == 1)
 
 
 def step_cost(config: dict, shape: Shape, text: Text, machine: Machine | None) -> StepCost:
@@ -462,7 +464,7 @@ def reach(best: Candidate, text: Text) -> str:
     }
     outside = [name for name, value in values.items() if not within(value, FITTED[name])]
     if not outside:
-        return 'the loss is interpolated between runs of this kind (docs/auto.md)'
+        return 'the loss is interpolated between runs of this kind (docs/results.md)'
     return f'the loss is extrapolated: no run had such a number of {" and ".join(outside)}'
 
 

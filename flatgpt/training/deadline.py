@@ -25,27 +25,38 @@ class Deadline:
 
     cost(first, last): seconds that the steps from `first` to `last` were planned to take, with
     the evaluations among them.
+    alone: whether this is the only rank; otherwise all must check at the same steps.
     """
 
-    def __init__(self, ends: float, cost: Callable[[int, int], float], max_iters: int):
-        self.ends, self.cost = ends, cost
+    def __init__(
+        self, ends: float, cost: Callable[[int, int], float], max_iters: int, alone: bool = True
+    ):
+        self.ends, self.cost, self.alone = ends, cost, alone
         self.interval = max(1, max_iters // CHECKS)
         self.tolerance = max(LEAST_TOLERANCE, TOLERANCE * (ends - time.perf_counter()))
         self.passed: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # step, time
         self.slowdown = 1.0  # the measured time of a step, relative to the plan
 
     def is_due(self, step: int) -> bool:
-        return step >= WARM_UP and (step - WARM_UP) % self.interval == 0
+        """Whether to check now: CHECKS times in a run, and earlier if steps become slow."""
+        if step < WARM_UP:
+            return False
+        if (step - WARM_UP) % self.interval == 0:
+            return True
+        last, then = self.passed[-1] if self.alone and self.passed else (step, 0.0)
+        return last < step and time.perf_counter() - then > max(
+            1.0, 3 * self.slowdown * self.cost(last, step)
+        )
 
     def refit(self, step: int, max_iters: int) -> int | None:
         """The number of steps that ends in time; None if the present one does."""
         now = time.perf_counter()
-        if self.passed and step > self.passed[0][0]:
+        if self.passed:
             first, began = self.passed[0]
             self.slowdown = (now - began) / self.cost(first, step)
         self.passed.append((step, now))
         left, needed = self.ends - now, self.slowdown * self.cost(step, max_iters)
-        if step >= max_iters or abs(needed - left) <= self.tolerance:
+        if abs(needed - left) <= self.tolerance:
             return None
         # a run whose time is over still lowers its learning rate, in a hundredth of its steps
         steps = max((max_iters - step) * left / needed, step / 100, 1)

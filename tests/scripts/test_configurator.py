@@ -721,3 +721,11 @@ def test_ctrl_c_during_the_imports_ends_in_one_line(script, tmp_path, name):
 
 def test_error_classes_are_related():
     assert issubclass(ConfigError, UserError)
+
+
+def test_given_has_what_flags_and_configs_assign_also_with_the_same_value(tmp_path):
+    path = tmp_path / 'some.py'
+    path.write_text('steps = 10\n_scratch = rate\nexec("width = 9")\n', encoding='utf-8')
+    defaults, given = {'steps': 10, 'rate': 0.1, 'width': 8, 'loud': False}, {}
+    configure(defaults, [str(path), '--loud=False', '--steps=12'], given=given)
+    assert given == {'steps': '--steps=12', 'width': str(path), 'loud': '--loud=False'}

@@ -344,7 +344,8 @@ def test_own_text_is_prepared_learned_and_continued(walk, capsys):
     Path('prompts.jsonl').write_text('{"prompt": "the cat"}\n{"prompt": "a", "top_k": 1}\n')
     page = ROOT / 'docs' / 'text.md'
     few = (
-        '--max_iters=2 --eval_iters=1 --eval_interval=2 --log_interval=1 --n_embd=48 --batch_size=2'
+        '--minutes=None --tokens=90_000 --n_layer=2 --n_embd=48 --n_head=2 --block_size=16 '
+        '--log_interval=1 --eval_train=True --eval_iters=1'
     )
     walk(shell(read(page).partition('\n## ')[0]), few)
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ from flatgpt.errors import ConfigError
 from flatgpt.training import auto, deadline
 from flatgpt.training.auto import Candidate, Machine, Shape, StepCost
 from flatgpt.training.deadline import Deadline
-from flatgpt.training.scaling import Text, predict_loss
+from flatgpt.training.scaling import LAW, Text
 from flatgpt.training.state import TrainState
 
 AUTO = ROOT / 'config' / 'auto.py'
@@ -87,9 +87,9 @@ def test_a_short_text_is_repeated_with_dropout_and_a_long_one_without():
 
 
 def test_repeated_text_teaches_less_than_new_text():
-    new = predict_loss(1e6, 2e7, 256, TEXT._replace(tokens=20_000_000))
-    repeated = predict_loss(1e6, 2e7, 256, TEXT._replace(tokens=500_000))
-    assert new < repeated < predict_loss(1e6, 5e5, 256, TEXT._replace(tokens=500_000))
+    new = LAW.predict(1e6, 2e7, 256, TEXT._replace(tokens=20_000_000))
+    repeated = LAW.predict(1e6, 2e7, 256, TEXT._replace(tokens=500_000))
+    assert new < repeated < LAW.predict(1e6, 5e5, 256, TEXT._replace(tokens=500_000))
 
 
 def test_every_rank_gets_whole_micro_batches():
