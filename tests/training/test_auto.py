@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from itertools import product
 
 import pytest
 from conftest import ROOT, hashes
@@ -11,10 +12,18 @@ from error_lines import case, error_line
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
 from flatgpt.errors import ConfigError
-from flatgpt.training import auto, deadline
-from flatgpt.training.auto import Candidate, Machine, Shape, StepCost
+from flatgpt.runtime import Runtime, pick_dtype
+from flatgpt.training import auto, deadline, speed
 from flatgpt.training.deadline import Deadline
-from flatgpt.training.scaling import LAW, Text
+from flatgpt.training.recipe import (
+    Choice,
+    Shape,
+    possible_block_sizes,
+    possible_shapes,
+    settings_of,
+)
+from flatgpt.training.scaling import Text
+from flatgpt.training.speed import Machine, StepCost
 from flatgpt.training.state import TrainState
 
 AUTO = ROOT / 'config' / 'auto.py'
@@ -52,65 +61,88 @@ SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps'
 
 
 def choose_in(seconds, text=TEXT, machine=LAPTOP, **given):
-    config = {'sample_tokens': 600, 'eval_train': False, **given}
-    return auto.choose_in_time(config, given, text, machine, seconds)[0]
+    config = {**SETTINGS, **given}
+    shapes = possible_shapes(config, given, 1e9)
+    sizes = possible_block_sizes(config, given, text)
+    tokens_of = auto.tokens_in_time(seconds, 600, text, machine)
+    return auto.rank([*product(shapes, sizes)], text, tokens_of)[0]
 
 
-def test_more_time_buys_a_larger_model_more_tokens_and_a_lower_loss():
+def test_more_time_buys_a_larger_model_and_more_tokens():
     short, long = choose_in(60), choose_in(15 * 60)
-    assert long.shape.block_parameters > short.shape.block_parameters
+    assert long.shape.parameters > short.shape.parameters
     assert long.tokens > 3 * short.tokens
-    assert long.loss < short.loss
 
 
 def test_a_slower_machine_gets_a_smaller_model():
     slow = Machine({width: speed / 8 for width, speed in LAPTOP.speeds.items()}, 2.0)
-    shape = choose_in(240, machine=slow).shape
-    assert shape.block_parameters < choose_in(240).shape.block_parameters
+    assert choose_in(240, machine=slow).shape.parameters < choose_in(240).shape.parameters
+
+
+def test_a_model_that_does_not_fit_into_memory_is_no_choice():
+    shapes = [*possible_shapes({}, {}, 16 * 5e6)]
+    assert shapes
+    assert max(shape.parameters for shape in shapes) < 5e6
+
+
+def test_so_many_tokens_or_operations_get_a_model_in_proportion():
+    options = [*product(possible_shapes({}, {}, 1e12), (256,))]
+    few, many = (auto.rank_for_tokens(options, TEXT, n)[0] for n in (5e5, 2e7))
+    assert many.shape.parameters > few.shape.parameters
+    flops = 2e7 * many.shape.mean_flops(257, 256)
+    best = auto.rank(options, TEXT, auto.tokens_for_flops(flops, TEXT))[0]
+    assert best.shape == many.shape
 
 
 def test_what_is_given_stays():
     choice = choose_in(240, n_layer=3, block_size=64)
     assert (choice.shape.n_layer, choice.block_size) == (3, 64)
-    settings = auto.settings_of(choice, TEXT, SETTINGS, {'muon_lr': 0.1}, 1)
-    assert 'muon_lr' not in settings
+    assert 'muon_lr' not in settings_of(choice, TEXT, SETTINGS, {'muon_lr': 0.1})
+    rows = settings_of(choice, TEXT, SETTINGS, {'batch_size': 12})
+    assert 'batch_size' not in rows
+    assert rows['gradient_accumulation_steps'] * 12 * 64 == pytest.approx(3072, rel=0.4)
 
 
 def test_a_short_text_is_repeated_with_dropout_and_a_long_one_without():
-    short = auto.settings_of(
-        Candidate(Shape(4, 2, 160), 256, 8e6, 1.0), TEXT._replace(tokens=200_000),
-        SETTINGS, {}, 1,
-    )  # fmt: skip
-    assert short['dropout'] > 0.1
-    long = auto.settings_of(Candidate(Shape(4, 2, 160), 256, 8e6, 1.0), TEXT, SETTINGS, {}, 1)
-    assert long['dropout'] == 0.0
+    choice = Choice(Shape(4, 2, 160), 256, 8e6)
+    assert settings_of(choice, TEXT._replace(tokens=200_000), SETTINGS, {})['dropout'] > 0.1
+    assert settings_of(choice, TEXT, SETTINGS, {})['dropout'] == 0.0
 
 
-def test_repeated_text_teaches_less_than_new_text():
-    new = LAW.predict(1e6, 2e7, 256, TEXT._replace(tokens=20_000_000))
-    repeated = LAW.predict(1e6, 2e7, 256, TEXT._replace(tokens=500_000))
-    assert new < repeated < LAW.predict(1e6, 5e5, 256, TEXT._replace(tokens=500_000))
+@pytest.mark.parametrize('ranks', [1, 2, 3, 8])
+@pytest.mark.parametrize('memory', [1e9, 5e6])
+def test_every_rank_gets_as_many_whole_micro_batches(ranks, memory):
+    settings = settings_of(choose_in(240), TEXT, SETTINGS, {}, ranks, memory)
+    assert settings['gradient_accumulation_steps'] % ranks == 0
 
 
-def test_every_rank_gets_whole_micro_batches():
+def test_little_memory_divides_a_step_into_micro_batches():
     choice = choose_in(240)
-    for ranks in (1, 2, 3, 8):
-        settings = auto.settings_of(choice, TEXT, SETTINGS, {}, ranks, 1e9)
-        rows = settings['batch_size'] * settings['gradient_accumulation_steps']
-        assert rows % ranks == 0
+    whole, cut = (settings_of(choice, TEXT, SETTINGS, {}, 1, n) for n in (1e9, 5e6))
+    assert cut['batch_size'] < whole['batch_size']
+    rows = [s['batch_size'] * s['gradient_accumulation_steps'] for s in (whole, cut)]
+    assert rows[1] == pytest.approx(rows[0], rel=0.1)
 
 
 def test_the_speed_between_two_measured_widths_is_interpolated():
-    assert LAPTOP.speed(32) == 1e11
+    assert LAPTOP.speed(32) == LAPTOP.speed(64) == 1e11
     assert 1e11 < LAPTOP.speed(96) < 2.5e11
     assert LAPTOP.speed(1024) == 3.5e11
 
 
-def test_a_step_cost_counts_short_steps_full_steps_and_evaluations():
+def test_the_cost_of_steps_counts_short_ones_full_ones_and_evaluations():
     cost = StepCost(short=1.0, full=2.0, short_iters=10, evaluation=100.0, eval_interval=8)
     assert cost.seconds(0, 10) == 10 + 2 * 100  # before steps 0 and 8
     assert cost.seconds(1, 8) == 7
     assert cost.seconds(9, 12) == 1 + 2 * 2
+
+
+def test_a_machine_is_measured_until_a_probe_would_take_too_long(monkeypatch):
+    monkeypatch.setattr(speed, 'time_step', lambda config, runtime, vocab, shape, tokens: 0.1)
+    runtime = Runtime('cpu', pick_dtype('float32', 'cpu'))
+    widths = [[*speed.measure(SETTINGS, runtime, 257, n).speeds] for n in (1, 600, 60_000)]
+    assert widths[0] == [64]
+    assert widths[0] < widths[1] < widths[2]
 
 
 # -----------------------------------------------------------------------------
@@ -127,7 +159,7 @@ def test_a_run_writes_plain_settings_and_an_equal_run_needs_no_measuring(
     settings = settings_in(out)
     assert settings['minutes'] == settings['tokens'] == 'None'
     assert int(settings['max_iters']) >= auto.LEAST_STEPS
-    monkeypatch.setattr(auto, 'choose', None)
+    monkeypatch.setattr(auto, 'make_plan', None)
     assert run_here(f'--out_dir={again}', config=out / 'config.py') == 0
     name = f'checkpoints/step-{int(settings["max_iters"]):08d}'
     assert hashes(out / name) == hashes(again / name)
@@ -176,7 +208,7 @@ def test_the_same_command_resumes_with_the_settings_that_were_chosen(
     args = ('--minutes=0.1', *SMALL, f'--out_dir={tmp_path / "out"}', '--auto_resume')
     assert auto_here(*args) == 0
     (tmp_path / 'out/DONE').unlink()
-    monkeypatch.setattr(auto, 'choose', None)
+    monkeypatch.setattr(auto, 'make_plan', None)
     assert auto_here(*args) == 0
     assert (tmp_path / 'out/DONE').exists()
 

@@ -1,0 +1,142 @@
+"""
+The recipe of config/auto.py: all settings of a run that follow from its size and its length.
+
+    choice = Choice(Shape(n_layer=5, n_head=2, n_embd=160), block_size=256, tokens=4e6)
+    settings = settings_of(choice, text, config, given)
+
+The rules follow runs of 0.2 to 20 million tokens on CPUs. What the command gives stays as it is.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+from flatgpt.training.scaling import Text
+
+# layers and width; the ratio of both changes the loss little, and few wide layers are faster
+LADDER = (
+    *((2, 64), (2, 96), (2, 128), (3, 128), (4, 128), (4, 160), (5, 160), (5, 192), (6, 192)),
+    *((6, 224), (6, 256), (7, 288), (8, 320), (8, 384), (10, 448), (10, 512), (12, 640), (12, 768)),
+    *((16, 896), (16, 1024), (20, 1280), (24, 1536), (28, 1792), (32, 2048)),
+)
+BLOCK_SIZES = (64, 128, 256, 512, 1024)
+SHORT = 0.53  # of the steps use sequences of a quarter of the length: cheaper attention
+EVALUATIONS = 4  # and one before the first step
+EVALUATION_SHARE = 0.03  # of the time
+FORWARD_SHARE = 1 / 3  # of the time of a training step
+STATE_BYTES = 16  # of a parameter, with its gradient and the optimizer
+ACTIVATION_BYTES = 60  # per token, layer and n_embd, at most
+
+
+class Shape(NamedTuple):
+    n_layer: int
+    n_head: int
+    n_embd: int
+
+    @property
+    def parameters(self) -> int:
+        """Of the blocks."""
+        return 12 * self.n_layer * self.n_embd**2
+
+    def flops_per_token(self, vocab_size: int, block_size: float) -> float:
+        """Forward and backward, as GPT.flops_per_token()."""
+        head = vocab_size * self.n_embd
+        return 6 * (self.parameters + head) + 12 * self.n_layer * self.n_embd * block_size
+
+    def mean_flops(self, vocab_size: int, block_size: int) -> float:
+        """flops_per_token() over the whole run, with its short sequences."""
+        short, full = (self.flops_per_token(vocab_size, n) for n in (block_size / 4, block_size))
+        return SHORT * short + (1 - SHORT) * full
+
+
+class Choice(NamedTuple):
+    """A model, and how many tokens it trains on."""
+
+    shape: Shape
+    block_size: int
+    tokens: float
+
+
+def possible_shapes(config: dict, given: dict, memory: float) -> Iterator[Shape]:
+    """The shapes of LADDER that fit into `memory` bytes; those with what is given."""
+    pinned = {name: config[name] for name in Shape._fields if name in given}
+    shapes = {(n, c) for n, c in LADDER if STATE_BYTES * Shape(n, 1, c).parameters < memory}
+    if pinned.keys() & {'n_layer', 'n_embd'}:
+        layers, widths = map(set, zip(*shapes, strict=True))
+        layers = {pinned['n_layer']} if 'n_layer' in pinned else layers
+        widths = {pinned['n_embd']} if 'n_embd' in pinned else widths
+        shapes = product(layers, widths)
+    for n_layer, n_embd in sorted(shapes):
+        yield Shape(n_layer, pinned.get('n_head', heads(n_embd)), n_embd)
+
+
+def heads(n_embd: int) -> int:
+    """Few wide heads for a small model, since they make attention cheaper; GPT-2's 12 at 768."""
+    widest = 96 if n_embd < 512 else 64 if n_embd < 1280 else 128
+    return next(n for n in range(1, n_embd + 1) if n_embd % (2 * n) == 0 and n_embd // n <= widest)
+
+
+def possible_block_sizes(config: dict, given: dict, text: Text) -> tuple[int, ...]:
+    if 'block_size' in given:
+        return (config['block_size'],)
+    longest = min(text.tokens // 16, text.val_tokens - 1)
+    return tuple(size for size in BLOCK_SIZES if size <= longest) or (longest,)
+
+
+def tokens_per_step(tokens: float) -> float:
+    """Of a run on so many tokens."""
+    return max(2048.0, 3072 * (tokens / 2.4e6) ** 0.3)
+
+
+def dropout_after(epochs: float) -> float:
+    """None for a text that is read up to four times, 0.15 if it is read thirteen times."""
+    return round(min(0.3, max(0.0, 0.088 * math.log2(max(epochs, 1) / 4))), 2)
+
+
+def settings_of(
+    choice: Choice, text: Text, config: dict, given: dict, ranks: int = 1, memory: float = math.inf
+) -> dict:
+    """The settings of a run, without those that are given. memory: bytes of each rank."""
+    shape, block_size, tokens = choice
+    rows = batch(choice, text, config, given, ranks, memory)
+    step_tokens = math.prod(rows.values()) * block_size
+    steps = max(1, round(tokens / step_tokens))
+    muon_lr = min(0.06, max(0.01, 0.03 * (775 / steps) ** 0.3))
+    evaluated = EVALUATION_SHARE / FORWARD_SHARE * tokens / (1 + config['eval_train'])  # tokens
+    settings = {
+        **shape._asdict(),
+        'block_size': block_size,
+        'short_block_size': max(1, block_size // 4),
+        'short_iters': round(SHORT * steps),
+        **rows,
+        'max_iters': steps,
+        'lr_decay_iters': None,  # the last step
+        'muon_lr': float(f'{muon_lr:.2g}'),
+        'learning_rate': float(f'{muon_lr / 5:.2g}'),
+        'muon_momentum': round(min(0.95, max(0.85, 1 - 0.1 * (775 / steps) ** 0.2)), 3),
+        'warmup_iters': min(10, steps // 150),
+        'dropout': dropout_after(tokens / text.tokens),
+        'eval_interval': -(-steps // EVALUATIONS),
+        'eval_iters': max(1, round(evaluated / EVALUATIONS / rows['batch_size'] / block_size)),
+        'log_interval': max(1, steps // 100),
+    }
+    return {name: value for name, value in settings.items() if name not in given}
+
+
+def batch(
+    choice: Choice, text: Text, config: dict, given: dict, ranks: int, memory: float
+) -> dict[str, int]:
+    """batch_size and gradient_accumulation_steps, in micro-batches that half the memory holds."""
+    shape, block_size, tokens = choice
+    rows = max(1, round(tokens_per_step(tokens) / block_size / ranks))  # of each rank
+    if 'batch_size' in given:
+        size = config['batch_size']
+    else:
+        token_bytes = ACTIVATION_BYTES * shape.n_layer * shape.n_embd + 10 * text.vocab_size
+        most = max(1, int(min(memory / 2 / token_bytes / block_size, rows)))
+        size = -(-rows // -(-rows // most))
+    steps = max(1, round(rows / size)) * ranks
+    if 'gradient_accumulation_steps' in given:
+        steps = config['gradient_accumulation_steps']
+    return {'batch_size': size, 'gradient_accumulation_steps': steps}
