@@ -138,9 +138,9 @@ def test_the_cost_of_steps_counts_short_ones_full_ones_and_evaluations():
 
 
 def test_a_machine_is_measured_until_a_probe_would_take_too_long(monkeypatch):
-    monkeypatch.setattr(speed, 'time_step', lambda config, runtime, vocab, shape, tokens: 0.1)
+    monkeypatch.setattr(speed, 'time_step', lambda *args: 1e-5 * args[3].n_embd ** 2)
     runtime = Runtime('cpu', pick_dtype('float32', 'cpu'))
-    widths = [[*speed.measure(SETTINGS, runtime, 257, n).speeds] for n in (1, 600, 60_000)]
+    widths = [[*speed.measure(SETTINGS, runtime, 257, n).speeds] for n in (1, 100, 60_000)]
     assert widths[0] == [64]
     assert widths[0] < widths[1] < widths[2]
 
