@@ -142,6 +142,12 @@ class MatrixExchange:
         flat = torch.cat(parts) if parts else like[:0]
         return self._exchange(flat, [sum(sizes) for sizes in self.stacks], self.rows)
 
+    def sum_over_ranks(self, tensor):
+        """The sum over all ranks, of what each has of its rows. A collective."""
+        if self.group:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
     def _exchange(self, flat, sizes: list[int], received: list[int]):
         """Send `sizes[r]` elements to each rank r, receive `received[r]` from it."""
         if not self.group:

@@ -134,7 +134,7 @@ class Muon(UnwrappedOptimizer):
         flat = exchange.scatter(self.orthogonalize_all(exchange.gather(flat), dtype), like=flat)
         flat = flat.to(to_local(parameters[0]).device).float()
         if group['beta2']:
-            self.normalize_neurons(parameters, flat, group['beta2'], skip)
+            self.normalize_neurons(exchange, flat, group['beta2'], skip)
         apply_updates(parameters, flat, group, skip)
 
     def should_skip(self, parameter):
@@ -154,34 +154,33 @@ class Muon(UnwrappedOptimizer):
         torch._foreach_lerp_(rows, means, momentum)
         return flat
 
-    def normalize_neurons(self, parameters: list, flat, beta2: float, skip) -> None:
+    def normalize_neurons(self, exchange: MatrixExchange, flat, beta2: float, skip) -> None:
         """Divide each row of the updates by its root mean square over the last steps, in place.
 
-        Times the root mean square of an orthogonal matrix, which is also what the mean starts with:
-        all rows together keep their norm. Rows of matrices of equal shape are divided together.
+        Relative to the root mean square of its matrix over these steps, so that the norm of an
+        update stays about the same. A collective if the matrices are sharded.
         """
-        moments = [to_local(self.state_of(p)['second_moment']) for p in parameters]  # (R, 1) each
         first = 0
-        for shape, same in groupby(range(len(parameters)), lambda i: parameters[i].shape):
+        for shape, same in groupby(exchange.parameters, lambda p: p.shape):
             same = [*same]
-            size = sum(to_local(parameters[i]).numel() for i in same)
-            rows, first = flat[first : first + size].view(-1, shape[1]), first + size
-            kept = [moments[i] for i in same]
-            means = torch.cat(kept)
-            new = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square() / shape[1]
-            new = torch.lerp(means, new, 1 - beta2)
+            kept = [to_local(self.state_of(p)['second_moment']) for p in same]  # (R, 1) each
+            size = sum(to_local(p).numel() for p in same)
+            rows = flat[first : first + size].view(len(same), len(kept[0]), shape[1])  # (N, R, C)
+            means = torch.stack(kept)  # (N, R, 1)
+            new = torch.lerp(means, rows.square().mean(2, keepdim=True), 1 - beta2)
             if skip is not None:
                 new = torch.where(skip, means, new)
-            torch._foreach_copy_(kept, split_like(new.flatten(), kept))
-            rows.mul_((mean_square(shape) / (new + 1e-10)).sqrt())
+            torch._foreach_copy_(kept, [*new])
+            usual = exchange.sum_over_ranks(new.sum(1, keepdim=True)) / shape[0]  # (N, 1, 1)
+            rows.mul_((usual / (new + 1e-20)).sqrt())
+            first += size
 
     def state_of(self, parameter) -> dict:
         state = self.state[parameter]
         if 'momentum_buffer' not in state:
             state['momentum_buffer'] = torch.zeros_like(parameter)
         if 'second_moment' not in state:
-            usual = mean_square(parameter.shape)
-            state['second_moment'] = torch.full_like(parameter[:, :1], usual)
+            state['second_moment'] = torch.zeros_like(parameter[:, :1])
         return state
 
     def orthogonalize_all(self, stacks: list, dtype: torch.dtype) -> list:
@@ -221,11 +220,6 @@ def make_buckets(matrices: list) -> list[list]:
 
 def matrix_key(matrix) -> tuple:
     return *sorted(matrix.shape), is_tall(matrix)
-
-
-def mean_square(shape) -> float:
-    """Of the elements of an orthogonal matrix: its squared norm is the smaller of its sides."""
-    return 1 / max(shape)
 
 
 def is_tall(matrix) -> bool:

@@ -64,7 +64,7 @@ def plain_step(p, mean, square, lr, weight_decay, momentum, beta2=0.95):
         x = a * x + (b * gram + c * gram @ gram) @ x
     x = x.mT if R > C else x
     square.lerp_(x.square().mean(1, keepdim=True), 1 - beta2)
-    x = x / (square * max(R, C)).sqrt()
+    x = x * (square.mean() / square).sqrt()
     p.data -= lr * weight_decay * p.data + lr * max(1, R / C) ** 0.5 * x
 
 
@@ -74,7 +74,7 @@ def test_steps_agree_with_plain_ones_of_single_matrices(monkeypatch, dtype, erro
     monkeypatch.setattr(optim, 'product_dtype', lambda device: dtype)
     (ours, generator), (theirs, _) = matrices(), matrices()
     mine = Muon(ours, **SETTINGS)
-    state = [(torch.zeros_like(p), torch.full((p.size(0), 1), 1 / max(p.shape))) for p in theirs]
+    state = [(torch.zeros_like(p), torch.zeros(p.size(0), 1)) for p in theirs]
     for _ in range(3):
         before = [p.detach().clone() for p in ours]
         give_gradients(ours, generator)
