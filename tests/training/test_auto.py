@@ -202,6 +202,28 @@ def test_a_shortened_run_still_cools_down_and_a_resumed_one_follows_its_events(
     assert hashes(whole / last) == hashes(cut / last)
 
 
+KNOWN_SPEED = """
+import time
+import flatgpt
+from flatgpt.training import auto, deadline, speed
+flatgpt.STARTED = auto.STARTED = time.perf_counter()
+auto.measure = lambda *args: speed.Machine({64: 2e10}, 0.1)
+deadline.Deadline.is_due = lambda self, step: step in (10, 20)
+deadline.Deadline.refit = lambda self, step, _: {10: 30, 20: 26}[step]
+"""
+
+
+def test_two_ranks_choose_and_change_the_same(ranks, byte_dataset, tmp_path):
+    crew = ranks(
+        2, f'--dataset={byte_dataset}', '--minutes=0.2', *SMALL, '--device=cpu',
+        '--sample_tokens=0', f'--out_dir={tmp_path / "out"}', config=AUTO, before=KNOWN_SPEED,
+    )  # fmt: skip
+    assert crew.end() == [0, 0], crew.err
+    assert int(settings_in(tmp_path / 'out')['gradient_accumulation_steps']) == 2
+    assert '26 steps instead of 30' in crew.out
+    assert (tmp_path / 'out/checkpoints/step-00000026').exists()
+
+
 def test_the_same_command_resumes_with_the_settings_that_were_chosen(
     auto_here, tmp_path, monkeypatch
 ):
