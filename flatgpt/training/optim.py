@@ -108,7 +108,7 @@ class Muon(UnwrappedOptimizer):
     beta2: decay of the mean square of each neuron's update, by whose root it is divided; 0: none.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum, beta2=0.95, compile=False):
+    def __init__(self, params, lr, weight_decay, momentum, *, beta2=0.95, compile=False):
         super().__init__(
             params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)
         )
@@ -293,7 +293,7 @@ def build_optimizers(
             )
         # no weight decay for the embeddings and the head, as in nanochat
         groups = model.param_groups(weight_decay=0.0, exclude=matrices)
-        muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
+        muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile=compile)]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     for optimizer in (adamw, *muon):
         for group in optimizer.param_groups:

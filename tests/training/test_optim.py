@@ -413,3 +413,9 @@ def test_muon_without_a_matrix_is_one_line():
         build('muon', built, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="learning_rate=0: optimizer='muon'"):
         build('muon', model(), learning_rate=0.0)
+
+
+def test_muon_of_a_run_normalizes_neurons():
+    rates = {'learning_rate': 1e-3, 'muon_lr': 0.02, 'muon_momentum': 0.9}
+    _, muon = build_optimizers('muon', model(), **rates, betas=(0.9, 0.95), weight_decay=0.1)
+    assert muon.param_groups[0]['beta2'] == 0.95
