@@ -102,7 +102,7 @@ def settings_of(
     rows = batch(choice, text, config, given, ranks, memory)
     step_tokens = math.prod(rows.values()) * block_size
     steps = max(1, round(tokens / step_tokens))
-    muon_lr = min(0.06, max(0.01, 0.03 * (775 / steps) ** 0.3))
+    muon_lr = min(0.06, max(0.01, 0.04 * (400 / steps) ** 0.3))
     evaluated = EVALUATION_SHARE / FORWARD_SHARE * tokens / (1 + config['eval_train'])  # tokens
     settings = {
         **shape._asdict(),
@@ -113,7 +113,7 @@ def settings_of(
         'max_iters': steps,
         'lr_decay_iters': None,  # the last step
         'muon_lr': float(f'{muon_lr:.2g}'),
-        'learning_rate': float(f'{muon_lr / 5:.2g}'),
+        'learning_rate': float(f'{muon_lr / 6:.2g}'),
         'muon_momentum': round(min(0.95, max(0.85, 1 - 0.1 * (775 / steps) ** 0.2)), 3),
         'warmup_iters': min(10, steps // 150),
         'dropout': dropout_after(tokens / text.tokens),
