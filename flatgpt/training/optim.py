@@ -23,7 +23,6 @@ from flatgpt.runtime import cpu_has_bf16
 SMALL_MATRIX = 512  # up to this size, three polynomials reach the loss that five do
 BUCKET_SIZE = 2**27  # matrix elements that Muon updates at once: bounds its temporary memory
 
-
 # Coefficients of the polynomials that Amsel et al. (2025, "The Polar Express") give for singular
 # values from 0.001 of the largest on: each is the best one after those before it
 POLAR_EXPRESS = (
@@ -108,7 +107,7 @@ class Muon(UnwrappedOptimizer):
     beta2: decay of the mean square of each neuron's update, by whose root it is divided; 0: none.
     """
 
-    def __init__(self, params, lr, weight_decay, momentum, beta2=0.95, compile=False):
+    def __init__(self, params, lr, weight_decay, momentum, *, beta2=0.95, compile=False):
         super().__init__(
             params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, beta2=beta2)
         )
@@ -299,7 +298,7 @@ def build_optimizers(
             )
         # no weight decay for the embeddings and the head, as in nanochat
         groups = model.param_groups(weight_decay=0.0, exclude=matrices)
-        muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile)]
+        muon = [Muon(matrices, muon_lr, weight_decay, muon_momentum, compile=compile)]
     adamw = AdamW(groups, lr=learning_rate, betas=betas, fused=True)
     for optimizer in (adamw, *muon):
         for group in optimizer.param_groups:

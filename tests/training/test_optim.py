@@ -399,6 +399,14 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(arch):
     assert group['weight_decay'] == 0.1
 
 
+@pytest.mark.parametrize('compile', [False, True])
+def test_neurons_are_divided_by_their_usual_size_compiled_or_not(monkeypatch, compile):
+    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: 'compiled')
+    _, muon = build('muon', model(), learning_rate=4e-3, compile=compile)
+    assert muon.param_groups[0]['beta2'] == 0.95
+    assert (muon.orthogonalize == 'compiled') == compile
+
+
 def test_adamw_alone_takes_everything():
     built = model()
     (adamw,) = build('adamw', built, learning_rate=0.0)
