@@ -224,7 +224,7 @@ def check_dial(config: dict, given: dict) -> str | None:
     for name in LENGTHS:
         if name in given and (name, config[name]) not in NO_LENGTHS:
             raise ConfigError(
-                f'{given[name]}: {shown} chooses {name}; omit one of them (--{dial}=None)'
+                f'{given[name]}: {shown} chooses {name}; use --{dial}=None, or omit {name}'
             )
     if config['init_from'] not in ('scratch', 'resume'):  # 'resume' found no checkpoint
         raise ConfigError(

@@ -351,9 +351,9 @@ def test_a_run_without_events_has_the_schedule_of_its_steps():
 @pytest.mark.parametrize(
     ('bad', 'good'),
     [
-        case('chooses {}; omit one', ['--max_iters=100'], []),
-        case('chooses {}; omit one', ['--max_iters=0'], ['--short_iters=0']),
-        case('chooses {}; omit one', ['--short_block_size=None'], ['--lr_decay_iters=None']),
+        case('chooses {}; use', ['--max_iters=100'], []),
+        case('chooses {}; use', ['--max_iters=0'], ['--short_iters=0']),
+        case('chooses {}; use', ['--short_block_size=None'], ['--lr_decay_iters=None']),
         case('are both set', ['--tokens=1e5'], ['--minutes=None', '--tokens=1e5']),
         case('is too little for', ['--minutes=0.0001'], []),
         case('is for text, not for objective', ['--objective=sft'], []),
