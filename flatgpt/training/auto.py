@@ -2,7 +2,7 @@
 One dial: the model and the schedule that reach the lowest loss in the given time.
 
 $ python train.py config/auto.py --dataset=mine --minutes=10
-$ python train.py config/auto.py --minutes=None --tokens=20_000_000 --n_layer=6
+$ python train.py config/auto.py --tokens=20_000_000 --n_layer=6
 
     deadline = choose_settings(config, given, runtime)    # sets them in config
 
@@ -74,7 +74,9 @@ def choose_settings(
     plan = runtime.broadcast_from_rank0(lambda: make_plan(dial, config, given, runtime))
     for line in plan.lines:
         runtime.print0(f'auto: {line}')
-    config |= plan.settings | {dial: None}  # plain settings: a run with them measures nothing
+    config |= plan.settings | dict.fromkeys(
+        DIALS
+    )  # plain settings: a run with them measures nothing
     if plan.cost is None:
         return None
     ends, alone = STARTED + 60 * value - plan.closing, runtime.world_size == 1

@@ -217,6 +217,8 @@ def check_dial(config: dict, given: dict) -> str | None:
     dials = [name for name in DIALS if config[name] is not None]
     if not dials:
         return None
+    # a flag replaces the dial of a config
+    dials = [name for name in dials if given.get(name, '').startswith('--')] or dials
     dial = dials[0]
     if len(dials) > 1:
         raise ConfigError(f'{dials[0]} and {dials[1]} are both set; use --{dials[1]}=None')

@@ -211,7 +211,7 @@ def test_a_run_writes_plain_settings_and_an_equal_run_needs_no_measuring(
     auto_here, run_here, tmp_path, capsys, monkeypatch
 ):
     out, again = tmp_path / 'out', tmp_path / 'again'
-    assert auto_here('--minutes=None', '--tokens=90_000', f'--out_dir={out}') == 0
+    assert auto_here('--tokens=90_000', f'--out_dir={out}') == 0
     said = capsys.readouterr().out
     assert len([line for line in said.splitlines() if line.startswith('auto: ')]) == 5
     settings = settings_in(out)
