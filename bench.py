@@ -125,13 +125,8 @@ BENCHMARKS = {  # in this order
     'scaling': bench_scaling,
     'rivals': bench_rivals,
 }
-EXTRA_BENCHMARKS = (
-    'saving',
-    'processes',
-    'pieces',
-    'scaling',
-    'rivals',
-)  # only when `only` names them
+# only when `only` names them
+EXTRA_BENCHMARKS = ('saving', 'processes', 'pieces', 'scaling', 'rivals')
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 

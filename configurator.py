@@ -198,10 +198,11 @@ def run_config(path: Path, values: dict) -> dict:
 
 def assigned_names(path: Path) -> set[str]:
     """The names that a config file assigns outside functions."""
-    tree = ast.parse(path.read_bytes())
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return {
         node.id
-        for statement in tree.body
+        for statement in ast.parse(path.read_bytes()).body
+        if not isinstance(statement, functions)
         for node in ast.walk(statement)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }

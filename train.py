@@ -134,8 +134,8 @@ peak_tflops: float | None = None  # peak speed of one device, for MFU; None: kno
 check = False  # check everything the run needs, report go or no-go, exit
 plan = False  # estimate memory, suggest savings, exit
 # -----------------------------------------------------------------------------
-given = {}  # the settings that this command sets, and where
-config = configure(globals(), sys.argv[1:], given=given)
+# given: the settings that this command sets, and where
+config = configure(globals(), sys.argv[1:], given=(given := {}))
 if saved := saved_settings(config):  # of the run to resume; this command overrides them
     config = configure({**globals(), **saved}, sys.argv[1:])
 validate(config)

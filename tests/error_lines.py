@@ -35,6 +35,7 @@ WITHOUT = {
     'serving: {}: {}': 'what made an implementation fail',
     'serving: api.py exited with status': 'needs a server that fails after its flags were checked',
     'processes: {}': 'an error line of train.py',
+    'train.py: {}': 'an error line of train.py',
     'out of main memory while using {}': 'needs a GPU, and main memory that is full',
     'another file could not be copied': 'internal: the error of that file is raised instead',
     'it encodes text differently than': 'no known tokenizer passes all checks but this last one',

@@ -39,11 +39,8 @@ NO_CONNECTION = re.compile(
     r'connection broken by|problem confirming the ssl certificate|Could not connect|'
     r'Temporary failure resolving|\b(?:ECONNREFUSED|ENOTFOUND|EAI_AGAIN|ETIMEDOUT)\b'
 )
-NPM_FLAGS = [
-    '--ignore-scripts',
-    '--fetch-retries=1',
-    '--fetch-retry-mintimeout=2000',
-]  # not minutes
+# a network that is down is reported within seconds, not minutes
+NPM_FLAGS = ['--ignore-scripts', '--fetch-retries=1', '--fetch-retry-mintimeout=2000']
 ERROR_LINE = re.compile(r'^(?:ERROR: |E: |npm (?:error|ERR!) (?!code|errno|syscall))(.*)', re.M)
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error, LZMAError)
 

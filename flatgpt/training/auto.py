@@ -2,7 +2,7 @@
 One dial: the model and the schedule that reach the lowest loss in the given time.
 
 $ python train.py config/auto.py --dataset=mine --minutes=10
-$ python train.py config/auto.py --minutes=None --tokens=20_000_000 --n_layer=6
+$ python train.py config/auto.py --tokens=20_000_000 --n_layer=6
 
     deadline = choose_settings(config, given, runtime)    # sets them in config
 
@@ -13,11 +13,12 @@ recipe.py has the settings that follow. With `tokens` or `flops` nothing is meas
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from flatgpt import STARTED
-from flatgpt.data.mixture import open_data
+from flatgpt.data.dataset import is_prepared, prepare_command, prepare_script, resolve_dataset
+from flatgpt.data.mixture import dataset_names, open_data
 from flatgpt.errors import ConfigError, as_config_error, counted
 from flatgpt.runtime import Runtime, available_memory
 from flatgpt.training.deadline import Deadline
@@ -73,23 +74,25 @@ def choose_settings(
     plan = runtime.broadcast_from_rank0(lambda: make_plan(dial, config, given, runtime))
     for line in plan.lines:
         runtime.print0(f'auto: {line}')
-    config |= plan.settings | {dial: None}  # plain settings: a run with them measures nothing
+    # plain settings: a run with them measures nothing
+    config |= plan.settings | dict.fromkeys(DIALS)
     if plan.cost is None:
         return None
     ends, alone = STARTED + 60 * value - plan.closing, runtime.world_size == 1
-    return Deadline(ends, plan.cost.seconds, config['max_iters'], alone)
+    return Deadline(ends, plan.cost, config['max_iters'], alone)
 
 
 def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
     """Measure, compare and choose. ConfigError if the dial allows no run."""
     text, memory = read_text(config), available_memory(runtime) or math.inf
-    shapes = [*possible_shapes(config, given, memory)]
+    with as_config_error():
+        shapes = valid_shapes(possible_shapes(config, given, memory), config)
     options = [
         (shape, size) for shape in shapes for size in possible_block_sizes(config, given, text)
     ]
     if dial == 'minutes':
         left = 60 * config['minutes'] - SETUP_SECONDS - (time.perf_counter() - STARTED)
-        machine = measure(config, runtime, text.vocab_size, left)
+        machine = measure(config, runtime, text.vocab_size, left, memory)
         reachable = tokens_in_time(left - machine.seconds, config['sample_tokens'], text, machine)
         ranked = rank(options, text, reachable)
     elif dial == 'flops':
@@ -104,8 +107,6 @@ def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
         )
     settings = settings_of(ranked[0], text, config, given, runtime.world_size, memory)
     final = {**config, **settings}
-    with as_config_error():
-        GPTConfig(**{name: final[name] for name in ('arch', *SHAPE)}, vocab_size=text.vocab_size)
     lines = [*describe_choice(ranked, text, final)]
     if not machine:
         return Plan(settings, ['nothing is measured without --minutes', *lines])
@@ -115,9 +116,25 @@ def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
     return Plan(settings, [describe_time(machine, final, cost, closing), *lines], cost, closing)
 
 
+def valid_shapes(shapes: Iterable[Shape], config: dict) -> list[Shape]:
+    """Those that go with the settings. ValueError if none does, for example with n_head=0."""
+    valid, errors = [], []
+    for shape in shapes:
+        try:
+            GPTConfig(**{name: config[name] for name in SHAPE} | shape._asdict())
+            valid.append(shape)
+        except ValueError as error:
+            errors.append(error)
+    if not valid:
+        raise errors[0]
+    return valid
+
+
 def read_text(config: dict) -> Text:
     """What the prediction needs to know of the dataset. ConfigError if it is too small."""
-    data = open_data(config['dataset'], 1, config['seed'], config['objective'])
+    check_prepared(config)
+    where = config['dataset'], 1, config['seed'], config['objective']
+    data = open_data(*where, config['data_cache'])
     tokens, vocab_size = data.tokens['train'], data.vocab_size
     if tokens < LEAST_TOKENS:
         raise ConfigError(
@@ -130,8 +147,23 @@ def read_text(config: dict) -> Text:
             f'{vocab_size:,} tokens, more than the text ({tokens:,}); prepare it with '
             '--tokenizer=byte, or with --tokenizer=bpe and a small --vocab_size'
         )
-    text_bytes = data.text_bytes('train') or tokens
-    return Text(tokens, padded_vocab_size(vocab_size), text_bytes / tokens, data.tokens['val'])
+    sizes = [part.data.tokens for part in data.parts]  # each must have a window in each split
+    longest = max(1, min(min(size['train'] // 16, size['val'] - 1) for size in sizes))
+    # of the short split: of a nanoGPT folder the bytes are counted
+    val_tokens = data.tokens['val']
+    bytes_per_token = (data.text_bytes('val') or val_tokens) / val_tokens
+    return Text(tokens, padded_vocab_size(vocab_size), bytes_per_token, val_tokens, longest)
+
+
+def check_prepared(config: dict) -> None:
+    """Reject --check and --plan, which write nothing, if a dataset has yet to be prepared."""
+    for name in dataset_names(config['dataset']) if config['check'] or config['plan'] else ():
+        folder, is_path = resolve_dataset(name)
+        if not is_path and not is_prepared(folder) and prepare_script(folder):
+            raise ConfigError(
+                f'dataset={name!r}: is not prepared, and the model is chosen by its size; run '
+                f'{prepare_command(folder)}, then --check or --plan'
+            )
 
 
 # -----------------------------------------------------------------------------

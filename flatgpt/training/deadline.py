@@ -1,8 +1,9 @@
 """
 Keep a run to its time: the number of steps follows the speed of the machine.
 
-    deadline = Deadline(ends, cost, max_iters)         # rank 0 of a run with --minutes
-    new = deadline.refit(step, max_iters)              # None, or another number of steps
+    deadline = Deadline(ends, cost, max_iters)     # of a run with --minutes
+    if deadline.is_due(step):                      # the same on all ranks
+        new = deadline.refit(step, max_iters)      # rank 0: None, or another number of steps
 
 A change is an event, which the checkpoint keeps: the rest of the schedule, with its decay of the
 learning rate, is compressed or stretched to the new number of steps. A resumed run follows the
@@ -11,7 +12,8 @@ events and never the clock, so that it computes what the first one would have.
 
 import time
 from collections import deque
-from collections.abc import Callable
+
+from flatgpt.training.speed import StepCost
 
 CHECKS = 50  # in a run: how often the speed is compared with the plan
 WINDOW = 5  # checks that the speed is a mean over
@@ -23,14 +25,11 @@ LEAST_TOLERANCE = 1.0  # seconds
 class Deadline:
     """ends: when training has to end, in seconds of time.perf_counter().
 
-    cost(first, last): seconds that the steps from `first` to `last` were planned to take, with
-    the evaluations among them.
+    cost: what the steps were planned to take.
     alone: whether this is the only rank; otherwise all must check at the same steps.
     """
 
-    def __init__(
-        self, ends: float, cost: Callable[[int, int], float], max_iters: int, alone: bool = True
-    ):
+    def __init__(self, ends: float, cost: StepCost, max_iters: int, alone: bool = True):
         self.ends, self.cost, self.alone = ends, cost, alone
         self.interval = max(1, max_iters // CHECKS)
         self.tolerance = max(LEAST_TOLERANCE, TOLERANCE * (ends - time.perf_counter()))
@@ -45,7 +44,7 @@ class Deadline:
             return True
         last, then = self.passed[-1] if self.alone and self.passed else (step, 0.0)
         return last < step and time.perf_counter() - then > max(
-            1.0, 3 * self.slowdown * self.cost(last, step)
+            1.0, 3 * self.slowdown * self.cost.seconds(last, step)
         )
 
     def refit(self, step: int, max_iters: int) -> int | None:
@@ -53,12 +52,13 @@ class Deadline:
         now = time.perf_counter()
         if self.passed:
             first, began = self.passed[0]
-            self.slowdown = (now - began) / self.cost(first, step)
+            self.slowdown = (now - began) / self.cost.seconds(first, step)
         self.passed.append((step, now))
-        left, needed = self.ends - now, self.slowdown * self.cost(step, max_iters)
+        left, needed = self.ends - now, self.slowdown * self.cost.seconds(step, max_iters)
         if abs(needed - left) <= self.tolerance:
             return None
         # a run whose time is over still lowers its learning rate, in a hundredth of its steps
         steps = max((max_iters - step) * left / needed, step / 100, 1)
         new = step + round(steps)
+        self.cost = self.cost.stretched(step, (new - step) / (max_iters - step))
         return None if new == max_iters else new

@@ -23,7 +23,6 @@ from flatgpt.runtime import cpu_has_bf16
 SMALL_MATRIX = 512  # up to this size, three polynomials reach the loss that five do
 BUCKET_SIZE = 2**27  # matrix elements that Muon updates at once: bounds its temporary memory
 
-
 # Coefficients of the polynomials that Amsel et al. (2025, "The Polar Express") give for singular
 # values from 0.001 of the largest on: each is the best one after those before it
 POLAR_EXPRESS = (

@@ -62,6 +62,7 @@ def possible_shapes(config: dict, given: dict, memory: float) -> Iterator[Shape]
     """The shapes of LADDER that fit into `memory` bytes; those with what is given."""
     pinned = {name: config[name] for name in Shape._fields if name in given}
     shapes = {(n, c) for n, c in LADDER if STATE_BYTES * Shape(n, 1, c).parameters < memory}
+    shapes = shapes or {LADDER[0]}
     if pinned.keys() & {'n_layer', 'n_embd'}:
         layers, widths = map(set, zip(*shapes, strict=True))
         layers = {pinned['n_layer']} if 'n_layer' in pinned else layers
@@ -74,14 +75,14 @@ def possible_shapes(config: dict, given: dict, memory: float) -> Iterator[Shape]
 def heads(n_embd: int) -> int:
     """Few wide heads for a small model, since they make attention cheaper; GPT-2's 12 at 768."""
     widest = 96 if n_embd < 512 else 64 if n_embd < 1280 else 128
-    return next(n for n in range(1, n_embd + 1) if n_embd % (2 * n) == 0 and n_embd // n <= widest)
+    even = (n for n in range(1, n_embd + 1) if n_embd % (2 * n) == 0)
+    return next((n for n in even if n_embd // n <= widest), 1)
 
 
 def possible_block_sizes(config: dict, given: dict, text: Text) -> tuple[int, ...]:
     if 'block_size' in given:
         return (config['block_size'],)
-    longest = min(text.tokens // 16, text.val_tokens - 1)
-    return tuple(size for size in BLOCK_SIZES if size <= longest) or (longest,)
+    return tuple(n for n in BLOCK_SIZES if n <= text.max_context) or (text.max_context,)
 
 
 def tokens_per_step(tokens: float) -> float:
@@ -102,7 +103,9 @@ def settings_of(
     rows = batch(choice, text, config, given, ranks, memory)
     step_tokens = math.prod(rows.values()) * block_size
     steps = max(1, round(tokens / step_tokens))
-    muon_lr = min(0.06, max(0.01, 0.04 * (400 / steps) ** 0.3))
+    evaluations = EVALUATIONS
+    if 'eval_interval' in given:
+        evaluations = max(1, steps // (config['eval_interval'] or steps))
     evaluated = EVALUATION_SHARE / FORWARD_SHARE * tokens / (1 + config['eval_train'])  # tokens
     settings = {
         **shape._asdict(),
@@ -112,16 +115,24 @@ def settings_of(
         **rows,
         'max_iters': steps,
         'lr_decay_iters': None,  # the last step
-        'muon_lr': float(f'{muon_lr:.2g}'),
-        'learning_rate': float(f'{muon_lr / 6:.2g}'),
-        'muon_momentum': round(min(0.95, max(0.85, 1 - 0.1 * (775 / steps) ** 0.2)), 3),
+        **(muon_settings(steps) if config['optimizer'] == 'muon' else {}),
         'warmup_iters': min(10, steps // 150),
         'dropout': dropout_after(tokens / text.tokens),
         'eval_interval': -(-steps // EVALUATIONS),
-        'eval_iters': max(1, round(evaluated / EVALUATIONS / rows['batch_size'] / block_size)),
+        'eval_iters': max(1, round(evaluated / evaluations / rows['batch_size'] / block_size)),
         'log_interval': max(1, steps // 100),
     }
     return {name: value for name, value in settings.items() if name not in given}
+
+
+def muon_settings(steps: int) -> dict[str, float]:
+    """The learning rates of Muon and of AdamW beside it, and the momentum."""
+    muon_lr = min(0.06, max(0.01, 0.04 * (400 / steps) ** 0.3))
+    return {
+        'muon_lr': float(f'{muon_lr:.2g}'),
+        'learning_rate': float(f'{muon_lr / 6:.2g}'),
+        'muon_momentum': round(min(0.95, max(0.85, 1 - 0.1 * (775 / steps) ** 0.2)), 3),
+    }
 
 
 def batch(
@@ -130,13 +141,19 @@ def batch(
     """batch_size and gradient_accumulation_steps, in micro-batches that half the memory holds."""
     shape, block_size, tokens = choice
     rows = max(1, round(tokens_per_step(tokens) / block_size / ranks))  # of each rank
+    most = max(1, int(min(memory / 2 / token_bytes(shape, text.vocab_size) / block_size, rows)))
     if 'batch_size' in given:
         size = config['batch_size']
+    elif 'gradient_accumulation_steps' in given:
+        size = min(most, max(1, round(rows * ranks / config['gradient_accumulation_steps'])))
     else:
-        token_bytes = ACTIVATION_BYTES * shape.n_layer * shape.n_embd + 10 * text.vocab_size
-        most = max(1, int(min(memory / 2 / token_bytes / block_size, rows)))
         size = -(-rows // -(-rows // most))
     steps = max(1, round(rows / size)) * ranks
     if 'gradient_accumulation_steps' in given:
         steps = config['gradient_accumulation_steps']
     return {'batch_size': size, 'gradient_accumulation_steps': steps}
+
+
+def token_bytes(shape: Shape, vocab_size: int) -> int:
+    """Memory of the activations of a token, at most."""
+    return ACTIVATION_BYTES * shape.n_layer * shape.n_embd + 10 * vocab_size

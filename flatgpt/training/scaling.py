@@ -25,6 +25,7 @@ class Text(NamedTuple):
     vocab_size: int
     bytes_per_token: float
     val_tokens: int = 100_000
+    max_context: int = 99_999  # tokens; the longest that all splits have room for
 
 
 class Law(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 
 from flatgpt.runtime import Runtime
 from flatgpt.training.optim import build_optimizers
-from flatgpt.training.recipe import FORWARD_SHARE, Shape, heads
+from flatgpt.training.recipe import FORWARD_SHARE, STATE_BYTES, Shape, heads, token_bytes
 from flatgpt.training.scaling import Text
 from model import GPT, GPTConfig
 
 PROBES = (64, 128, 256, 512, 1024, 2048)  # widths of the models whose speed is measured
-PROBE_LENGTH, PROBE_TOKENS = 128, {'cpu': 3072}  # of a sequence and a step
-PROBE_TOKENS_GPU = 16384
+PROBE_LENGTH = 128  # tokens of a sequence
+PROBE_TOKENS, PROBE_TOKENS_GPU = 3072, 16384  # of a step
 PROBE_STEPS = 3  # measured, after one to warm up
 PROBE_SHARE = 0.02  # of the time of the run: a probe that takes longer is of no use to it
 RANKS_SHARE = 0.9  # of the speed of each rank is left when they train together; a guess
@@ -53,31 +53,43 @@ class StepCost(NamedTuple):
 
     short: float
     full: float
-    short_iters: int
+    short_iters: float
     evaluation: float
-    eval_interval: int
+    eval_interval: int | None
 
     def seconds(self, first: int, last: int) -> float:
         """Of the steps from `first` to `last`, with the evaluations before them."""
         short = max(0, min(last, self.short_iters) - first)
-        evaluations = -(-last // self.eval_interval) - -(-first // self.eval_interval)
         steps = short * self.short + (last - first - short) * self.full
+        if not self.eval_interval:
+            return steps
+        evaluations = -(-last // self.eval_interval) - -(-first // self.eval_interval)
         return steps + evaluations * self.evaluation
 
+    def stretched(self, step: int, factor: float) -> 'StepCost':
+        """That of a run with `factor` times as many steps after `step`, short ones included."""
+        short = max(0, self.short_iters - step)
+        return self._replace(short_iters=self.short_iters + short * (factor - 1))
 
-def measure(config: dict, runtime: Runtime, vocab_size: int, seconds: float) -> Machine:
+
+def measure(
+    config: dict, runtime: Runtime, vocab_size: int, seconds: float, memory: float = math.inf
+) -> Machine:
     """Time training steps of small models, the wider ones only if the run could use them.
 
-    seconds: that the run may take.
+    seconds: that the run may take. memory: bytes that it may use.
     """
     began, speeds = time.perf_counter(), {}
-    tokens = PROBE_TOKENS.get(runtime.device_type, PROBE_TOKENS_GPU)
+    tokens = PROBE_TOKENS if runtime.device_type == 'cpu' else PROBE_TOKENS_GPU
     ranks = runtime.world_size * RANKS_SHARE if runtime.world_size > 1 else 1.0
     for width in PROBES:
         shape = Shape(2, heads(width), width)
         flops = tokens * shape.flops_per_token(vocab_size, PROBE_LENGTH)
         expected = flops / max(speeds.values(), default=math.inf) * ranks
-        if expected * (1 + PROBE_STEPS) > PROBE_SHARE * seconds:
+        weights = shape.parameters + 2 * vocab_size * width
+        needed = STATE_BYTES * weights + tokens * token_bytes(shape, vocab_size)
+        too_long = expected * (1 + PROBE_STEPS) > PROBE_SHARE * seconds
+        if speeds and (too_long or needed > memory):
             break
         speeds[width] = ranks * flops / time_step(config, runtime, vocab_size, shape, tokens)
     return Machine(speeds, time.perf_counter() - began)
@@ -124,8 +136,7 @@ def step_cost(config: dict, shape: Shape, text: Text, machine: Machine) -> StepC
     if config['eval_iters'] is not None:
         evaluated = min(evaluated, config['eval_iters'] * config['batch_size'] * length)
     evaluation = evaluated * (1 + config['eval_train']) / tokens * full * FORWARD_SHARE
-    interval = config['eval_interval'] or config['max_iters']
-    return StepCost(short, full, config['short_iters'], evaluation, interval)
+    return StepCost(short, full, config['short_iters'], evaluation, config['eval_interval'])
 
 
 def closing_seconds(shape: Shape, sample_tokens: int, machine: Machine) -> float:

@@ -37,6 +37,7 @@ LORA = {'lora_rank': None, 'lora_alpha': None, 'lora_dropout': 0.0, 'lora_target
 FIXED = {'optimizer': 'adamw', 'objective': 'lm', **LORA}
 DIALS = ('minutes', 'tokens', 'flops')  # settings that choose the model and the schedule
 LENGTHS = ('max_iters', 'epochs', 'lr_decay_iters', 'short_iters', 'short_block_size')
+NO_LENGTHS = (('epochs', None), ('lr_decay_iters', None), ('short_iters', 0))  # fit any dial
 RANGES = (  # minimum, maximum, settings; None is always valid
     (1, None, ('eval_interval', 'eval_iters', 'save_interval', 'log_interval', 'patience')),
     (1, None, ('batch_size', 'gradient_accumulation_steps', 'block_size', 'short_block_size')),
@@ -47,7 +48,8 @@ RANGES = (  # minimum, maximum, settings; None is always valid
     (0, 2**63 - 1, ('seed',)),
     (0, 1, ('cooldown',)),
     (1e-9, None, ('dpo_beta', 'minutes')),
-    (1, None, ('tokens', 'flops')),
+    (1, 1e15, ('tokens',)),
+    (1, 1e30, ('flops',)),
     (0, 0.9999999, ('lora_dropout', 'beta1', 'beta2', 'muon_momentum')),
 )
 # (setting, the value it needs; for a number, any but 0 will do): the settings without effect
@@ -216,23 +218,26 @@ def check_dial(config: dict, given: dict) -> str | None:
     dials = [name for name in DIALS if config[name] is not None]
     if not dials:
         return None
+    # a flag replaces the dial of a config
+    dials = [name for name in dials if given.get(name, '').startswith('--')] or dials
     dial = dials[0]
     if len(dials) > 1:
         raise ConfigError(f'{dials[0]} and {dials[1]} are both set; use --{dials[1]}=None')
     shown = f'{dial}={config[dial]:g}'
     for name in LENGTHS:
-        if name in given and config[name]:
+        if name in given and (name, config[name]) not in NO_LENGTHS:
             raise ConfigError(
-                f'{given[name]}: {shown} chooses {name}; omit one of them (--{dial}=None)'
+                f'{given[name]}: {shown} chooses {name}; use --{dial}=None, or omit {name}'
             )
-    if config['init_from'] != 'scratch':
+    if config['init_from'] not in ('scratch', 'resume'):  # 'resume' found no checkpoint
         raise ConfigError(
             f'{shown}: chooses the shape of a new model, but init_from={config["init_from"]!r} '
-            'gives one; use --max_iters instead'
+            f'gives one; use --max_iters and --{dial}=None'
         )
     if config['objective'] != 'lm':
         raise ConfigError(
-            f'{shown}: is for text, not for objective={config["objective"]!r}; use --max_iters'
+            f'{shown}: is for text, not for objective={config["objective"]!r}; use '
+            f'--max_iters and --{dial}=None'
         )
     return dial
 

@@ -63,6 +63,8 @@ def dataset(folder, tokenizer):
         case('measures random weights of the given', '--serve --out_dir=run', '--serve'),
         case('not a file that can be written', '--json=no/x.json', '--json=x.json'),
         case('needs a trained model; give', '--only=quality', '--only=quality --out_dir=run'),
+        case('trains on a dataset', '--only=scaling', '--only=scaling --dataset=words'),
+        case('trains on a dataset', '--only=rivals', '--only=rivals --dataset=words'),
         case('no such folder; give an existing', '--text=no', '--text=texts'),
         case('do not fit into block_size', '--prompt_tokens=13', '--prompt_tokens=11'),
         case('GiB free; lower --n_layer or', '--n_layer=9 --n_embd=65536', '--n_embd=64'),

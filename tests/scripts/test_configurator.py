@@ -707,6 +707,7 @@ def test_train_help_starts_with_its_docstring_and_lists_every_setting(script):
     done = script('train.py', '--help')
     assert done.returncode == 0
     assert done.stdout.startswith('Train a GPT')
+    assert len(re.findall(r'^  \w+ = ', done.stdout, re.M)) == len(settings_of('train'))
     for name in settings_of('train'):
         assert re.search(rf'^  {name} = .+ \S', done.stdout, re.M), name
 
@@ -725,7 +726,8 @@ def test_error_classes_are_related():
 
 def test_given_has_what_flags_and_configs_assign_also_with_the_same_value(tmp_path):
     path = tmp_path / 'some.py'
-    path.write_text('steps = 10\n_scratch = rate\nexec("width = 9")\n', encoding='utf-8')
-    defaults, given = {'steps': 10, 'rate': 0.1, 'width': 8, 'loud': False}, {}
+    lines = 'steps = 10\n_scratch = rate\nexec("width = 9")\ndef f():\n    depth = 3\n'
+    path.write_text(lines, encoding='utf-8')
+    defaults, given = {'steps': 10, 'rate': 0.1, 'width': 8, 'depth': 2, 'loud': False}, {}
     configure(defaults, [str(path), '--loud=False', '--steps=12'], given=given)
     assert given == {'steps': '--steps=12', 'width': str(path), 'loud': '--loud=False'}

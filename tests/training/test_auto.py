@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, hashes
 from error_lines import case, error_line
 
+from flatgpt.data import dataset as dataset_module
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
 from flatgpt.errors import ConfigError
@@ -58,6 +59,7 @@ def settings_in(out_dir):
 BYTES = byte_tokenizer()
 SMALL = ('--n_layer=2', '--n_embd=64')
 SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps': 40}
+SETTINGS |= {'optimizer': 'muon'}
 
 
 def choose_in(seconds, text=TEXT, machine=LAPTOP, **given):
@@ -103,6 +105,59 @@ def test_what_is_given_stays():
     assert rows['gradient_accumulation_steps'] * 12 * 64 == pytest.approx(3072, rel=0.4)
 
 
+def test_a_shape_that_the_given_heads_cannot_have_is_no_choice():
+    config = dict(
+        arch='modern', block_size=64, n_layer=2, n_head=2, n_embd=64, n_kv_head=None, bias=False
+    )
+
+    def widths(**given):
+        now = config | given
+        return {s.n_embd for s in auto.valid_shapes(possible_shapes(now, given, 1e12), now)}
+
+    assert 160 in widths(n_head=5)
+    assert all(width % 10 == 0 for width in widths(n_head=5))
+    assert widths(n_kv_head=2) < widths(n_kv_head=1) == widths()
+    assert widths(n_embd=66) == {66}
+    for wrong in ({'n_embd': 65}, {'n_embd': 0}, {'n_layer': 0}, {'n_head': 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            widths(**wrong)
+
+
+def test_micro_batches_that_are_given_share_the_rows_of_a_step():
+    choice, given = choose_in(240), {'gradient_accumulation_steps': 4}
+    free = settings_of(choice, TEXT, SETTINGS, {})
+    for ranks in (1, 2, 4):
+        config = SETTINGS | given
+        size = settings_of(choice, TEXT, config, given, ranks)['batch_size']
+        assert 4 * size == pytest.approx(free['batch_size'], abs=3)
+
+
+def test_many_evaluations_are_short_ones():
+    choice, given = choose_in(240), {'eval_interval': 50}
+    free = settings_of(choice, TEXT, SETTINGS, {})
+    many = settings_of(choice, TEXT, SETTINGS | given, given)
+    assert many['eval_iters'] * (many['max_iters'] // 50) < 1.3 * free['eval_iters'] * 4
+    once = {'eval_interval': None}
+    assert settings_of(choice, TEXT, SETTINGS | once, once)['eval_iters'] > free['eval_iters']
+
+
+def test_adamw_gets_no_learning_rate_of_muons():
+    adamw = settings_of(choose_in(240), TEXT, SETTINGS | {'optimizer': 'adamw'}, {})
+    assert not adamw.keys() & {'learning_rate', 'muon_lr', 'muon_momentum'}
+
+
+def test_the_context_fits_into_each_part_of_a_mixture(tmp_path):
+    for name, tokens in (('long', 100_000), ('short', 3000)):
+        with Writer(tmp_path / name, BYTES) as writer:
+            writer.write('train', [65] * tokens)
+            writer.write('val', [65] * (tokens // 20))
+    mixture = f'{tmp_path / "long"}:0.5,{tmp_path / "short"}:0.5'
+    config = dict(dataset=mixture, seed=1, objective='lm', data_cache=None, check=0, plan=0)
+    text = auto.read_text(config)
+    assert (text.tokens, text.max_context) == (103_000, 149)
+    assert possible_block_sizes({}, {}, text) == (64, 128)
+
+
 def test_a_short_text_is_repeated_with_dropout_and_a_long_one_without():
     choice = Choice(Shape(4, 2, 160), 256, 8e6)
     assert settings_of(choice, TEXT._replace(tokens=200_000), SETTINGS, {})['dropout'] > 0.1
@@ -135,6 +190,9 @@ def test_the_cost_of_steps_counts_short_ones_full_ones_and_evaluations():
     assert cost.seconds(0, 10) == 10 + 2 * 100  # before steps 0 and 8
     assert cost.seconds(1, 8) == 7
     assert cost.seconds(9, 12) == 1 + 2 * 2
+    assert cost._replace(eval_interval=None).seconds(0, 11) == 10 + 2
+    assert cost.stretched(4, 0.5).short_iters == 4 + 3
+    assert cost.stretched(11, 0.5) == cost
 
 
 def test_a_machine_is_measured_until_a_probe_would_take_too_long(monkeypatch):
@@ -153,7 +211,7 @@ def test_a_run_writes_plain_settings_and_an_equal_run_needs_no_measuring(
     auto_here, run_here, tmp_path, capsys, monkeypatch
 ):
     out, again = tmp_path / 'out', tmp_path / 'again'
-    assert auto_here('--minutes=None', '--tokens=90_000', f'--out_dir={out}') == 0
+    assert auto_here('--tokens=90_000', f'--out_dir={out}') == 0
     said = capsys.readouterr().out
     assert len([line for line in said.splitlines() if line.startswith('auto: ')]) == 5
     settings = settings_in(out)
@@ -235,8 +293,11 @@ def test_the_same_command_resumes_with_the_settings_that_were_chosen(
     assert (tmp_path / 'out/DONE').exists()
 
 
+EVEN = StepCost(short=1.0, full=1.0, short_iters=0, evaluation=0.0, eval_interval=None)
+
+
 def test_a_deadline_changes_nothing_while_the_machine_keeps_its_speed(clock):
-    line = Deadline(100.0, lambda first, last: 1.0 * (last - first), 100)
+    line = Deadline(100.0, EVEN, 100)
     for step in range(100):
         clock.now = step * 1.0
         if line.is_due(step):
@@ -245,7 +306,7 @@ def test_a_deadline_changes_nothing_while_the_machine_keeps_its_speed(clock):
 
 @pytest.mark.parametrize(('factor', 'low', 'high'), [(2.0, 50, 56), (4.0, 25, 32), (0.5, 190, 205)])
 def test_a_deadline_ends_in_time_on_a_machine_of_another_speed(clock, factor, low, high):
-    line, step, steps = Deadline(100.0, lambda first, last: 1.0 * (last - first), 100), 0, 100
+    line, step, steps = Deadline(100.0, EVEN, 100), 0, 100
     while step < steps:
         if line.is_due(step):
             steps = line.refit(step, steps) or steps
@@ -254,8 +315,22 @@ def test_a_deadline_ends_in_time_on_a_machine_of_another_speed(clock, factor, lo
     assert 95 <= clock.now <= 105
 
 
+def test_short_sequences_stay_the_same_part_of_a_run_that_is_cut(clock):
+    cost = StepCost(short=1.0, full=2.0, short_iters=50, evaluation=0.0, eval_interval=None)
+    line, state, steps, changes = Deadline(150.0, cost, 100), TrainState(), 100, 0
+    for step in range(100):
+        if step < steps and line.is_due(step) and (new := line.refit(step, steps)):
+            state.events.append([step, new])
+            steps, changes = new, changes + 1
+        if step < steps:
+            clock.now += 2 * (1.0 if state.schedule_step(step, 100) < 50 else 2.0)
+    assert 145 <= clock.now <= 156
+    assert 48 <= steps <= 56
+    assert changes <= 3
+
+
 def test_a_machine_that_becomes_slow_halfway_still_ends_in_time(clock):
-    line, step, steps = Deadline(100.0, lambda first, last: 1.0 * (last - first), 100), 0, 100
+    line, step, steps = Deadline(100.0, EVEN, 100), 0, 100
     while step < steps:
         if line.is_due(step):
             steps = line.refit(step, steps) or steps
@@ -298,11 +373,23 @@ def test_a_run_without_events_has_the_schedule_of_its_steps():
 @pytest.mark.parametrize(
     ('bad', 'good'),
     [
-        case('chooses {}; omit one', ['--max_iters=100'], []),
+        case('chooses {}; use', ['--max_iters=100'], []),
+        case('chooses {}; use', ['--max_iters=0'], ['--short_iters=0']),
+        case('chooses {}; use', ['--short_block_size=None'], ['--lr_decay_iters=None']),
         case('are both set', ['--tokens=1e5'], ['--minutes=None', '--tokens=1e5']),
         case('is too little for', ['--minutes=0.0001'], []),
         case('is for text, not for objective', ['--objective=sft'], []),
-        case('chooses the shape of a new model', ['--init_from=gpt2'], []),
+        case(
+            'chooses the shape of a new model',
+            ['--init_from=gpt2'],
+            [
+                '--init_from=scratch',
+                '--max_iters=3',
+                '--minutes=None',
+                '--block_size=16',
+                '--n_head=2',
+            ],
+        ),
     ],
 )
 def test_a_dial_that_cannot_be_followed_is_refused(auto_here, tmp_path, bad, good):
@@ -337,3 +424,16 @@ def test_minutes_are_refused_with_a_run_that_is_resumed(auto_here, tmp_path):
     with pytest.raises(ConfigError):
         auto_here('--minutes=0.1', out, '--init_from=resume')
     assert auto_here(out, '--init_from=resume') == 0
+
+
+@error_line('is not prepared, and the model is chosen by its size')
+def test_a_plan_prepares_no_dataset(auto_here, byte_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset_module, 'DATA', tmp_path / 'data')
+    folder = tmp_path / 'data/small'
+    folder.mkdir(parents=True)
+    (folder / 'prepare.py').write_text('')
+    with pytest.raises(ConfigError):
+        auto_here('--minutes=0.1', *SMALL, '--plan', '--dataset=small')
+    assert len([*folder.iterdir()]) == 1
+    shutil.copytree(byte_dataset, folder, dirs_exist_ok=True)  # as the command does
+    assert auto_here('--minutes=0.1', *SMALL, '--plan', '--dataset=small') == 0

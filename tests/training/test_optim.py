@@ -399,6 +399,14 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest(arch):
     assert group['weight_decay'] == 0.1
 
 
+@pytest.mark.parametrize('compile', [False, True])
+def test_neurons_are_divided_by_their_usual_size_compiled_or_not(monkeypatch, compile):
+    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: 'compiled')
+    _, muon = build('muon', model(), learning_rate=4e-3, compile=compile)
+    assert muon.param_groups[0]['beta2'] == 0.95
+    assert (muon.orthogonalize == 'compiled') == compile
+
+
 def test_adamw_alone_takes_everything():
     built = model()
     (adamw,) = build('adamw', built, learning_rate=0.0)
@@ -413,9 +421,3 @@ def test_muon_without_a_matrix_is_one_line():
         build('muon', built, learning_rate=1e-3)
     with pytest.raises(ConfigError, match="learning_rate=0: optimizer='muon'"):
         build('muon', model(), learning_rate=0.0)
-
-
-def test_muon_of_a_run_normalizes_neurons():
-    rates = {'learning_rate': 1e-3, 'muon_lr': 0.02, 'muon_momentum': 0.9}
-    _, muon = build_optimizers('muon', model(), **rates, betas=(0.9, 0.95), weight_decay=0.1)
-    assert muon.param_groups[0]['beta2'] == 0.95
