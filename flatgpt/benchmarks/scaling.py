@@ -73,27 +73,30 @@ def bench_rivals(settings: dict, runtime: Runtime, report: Report) -> None:
     if minutes not in RIVAL_SHAPES:
         known = ', '.join(map(str, RIVAL_SHAPES))
         raise UserError(f'minutes={minutes}: rivals are written down for {known}; use one of them')
-    for name in settings['dataset'].split(','):
-        for seed in RIVAL_SEEDS.get(minutes, (1,)):
-            for shape in (None, *RIVAL_SHAPES[minutes]):
-                names = ('n_layer', 'n_embd', 'block_size')
-                pinned = dict(zip(names, shape, strict=True)) if shape else {}
-                flags = {'dataset': name, 'minutes': minutes, 'seed': seed, **pinned}
-                row = train_once(RIVALS, flags, {}, runtime)
-                variant = 'x'.join(map(str, shape)) if shape else 'auto'
-                loss, seconds = f'{row["val_loss"]:.4f}', f'{row["seconds"]:.1f} s'
-                print_row('rivals', f'{Path(name).name} {variant}', loss, seconds)
-                report.add('rivals', variant, **row)
+    models = {'auto': {}}
+    for shape in RIVAL_SHAPES[minutes]:
+        names = ('n_layer', 'n_embd', 'block_size')
+        models['x'.join(map(str, shape))] = dict(zip(names, shape, strict=True))
+    names, seeds = settings['dataset'].split(','), RIVAL_SEEDS.get(minutes, (1,))
+    for name, seed, (model, pinned) in product(names, seeds, models.items()):
+        flags = {'dataset': name, 'minutes': minutes, 'seed': seed, **pinned}
+        row = train_once(RIVALS, flags, {}, runtime, {'model': model})
+        loss, seconds = f'{row["val_loss"]:.4f}', f'{row["seconds"]:.1f} s'
+        print_row('rivals', f'{Path(name).name} {model}', loss, seconds)
+        report.add('rivals', model, **row)
 
 
-def train_once(table: Path, flags: dict, other: dict, runtime: Runtime) -> dict:
+def train_once(
+    table: Path, flags: dict, other: dict, runtime: Runtime, labels: dict | None = None
+) -> dict:
     """The table's row of a run of config/auto.py with these flags, trained if there is none.
 
-    Its loss is over EVALUATED tokens of the validation split, the same for all models.
-    other: flags that do not change the model.
+    other: flags that do not change the model. labels: further keys of the row.
     """
     data = Dataset(find_or_prepare_dataset(flags['dataset']), 1)
-    key = {**flags, 'dataset': data.name, 'fingerprint': data.fingerprint[:12]}
+    key = {**flags, **(labels or {}), 'dataset': data.name, 'fingerprint': data.fingerprint[:12]}
+    key |= {'processor': processor_name(), 'threads': torch.get_num_threads()}
+    key['dtype'] = runtime.dtype_name
     for row in read_rows(table):
         if all(name in row and row[name] == value for name, value in key.items()):
             return row
@@ -103,32 +106,30 @@ def train_once(table: Path, flags: dict, other: dict, runtime: Runtime) -> dict:
         began = time.perf_counter()
         run_train('auto', flags | other | common)
         seconds = time.perf_counter() - began
-        (last,) = list_checkpoints(out)[-1:]
-        state = read_state(last)
-        config = state['config']
-        batches = -(-EVALUATED // (config['batch_size'] * config['block_size']))
-        again = {'init_from': 'resume', 'eval_only': True, 'eval_iters': batches}
-        said = run_train(out / 'config.py', again)
-    text_bytes = data.text_bytes('train')
-    text = {'text_tokens': data.tokens['train'], 'text_bytes': text_bytes}
+        row = key | measured(out, data) | {'seconds': round(seconds, 2)}
+    with table.open('a', encoding='utf-8') as file:
+        file.write(json.dumps(row) + '\n')
+    return row
+
+
+def measured(out: Path, data: Dataset) -> dict:
+    """What a finished run was, and its loss over EVALUATED tokens of the validation split."""
+    state = read_state(list_checkpoints(out)[-1])
+    config = state['config']
     names = ('n_layer', 'n_head', 'n_embd', 'block_size', 'dropout', 'batch_size')
-    row = {
-        **key,
-        **text,
+    batches = -(-EVALUATED // (config['batch_size'] * config['block_size']))
+    again = {'init_from': 'resume', 'eval_only': True, 'eval_iters': batches}
+    printed = run_train(out / 'config.py', again)
+    return {
+        'text_tokens': data.tokens['train'],
+        'text_bytes': data.text_bytes('train'),
         'vocab_size': data.vocab_size,
         **{name: config[name] for name in names},
         'trained': state['samples'] * config['block_size'],
         'steps': state['step'],
         'events': state.get('events', []),
-        'val_loss': float(re.search(r'val_loss ([\d.]+)', said)[1]),
-        'seconds': round(seconds, 2),
-        'processor': processor_name(),
-        'threads': torch.get_num_threads(),
-        'dtype': runtime.dtype_name,
+        'val_loss': float(re.search(r'val_loss ([\d.]+)', printed)[1]),
     }
-    with table.open('a', encoding='utf-8') as file:
-        file.write(json.dumps(row) + '\n')
-    return row
 
 
 def run_train(config: str | Path, flags: dict) -> str:

@@ -9,11 +9,12 @@ equation 2) with a term for the context, and counts repeated tokens as Muennigho
 the models that it is fitted to, whose losses are in docs/scaling.jsonl.
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 FITTED = {'parameters': (2e4, 2e6), 'tokens': (5e5, 1.5e7), 'epochs': (0, 35)}
 
@@ -44,29 +45,33 @@ class Law(NamedTuple):
     half_life: float  # passes over the text after which a repetition is worth 1 / e of the first
 
     def useful_tokens(self, tokens, unique):
-        """Repeated tokens are worth less than new ones."""
-        repeats = max(0.0, tokens / unique - 1)
-        worth = self.half_life * (1 - math.exp(-repeats / self.half_life))
-        return min(tokens, unique) + unique * worth
+        """Repeated tokens are worth less than new ones. Takes and returns tensors."""
+        repeats = (tokens / unique - 1).clamp(min=0)
+        worth = self.half_life * (1 - torch.exp(-repeats / self.half_life))
+        return torch.minimum(tokens, unique) + unique * worth
+
+    def excess(self, parameters, tokens, unique, context):
+        """The excess loss of tensors. parameters: of the blocks. tokens: trained on, with
+        repetitions of the `unique` ones. context: in bytes of text."""
+        useful = self.useful_tokens(tokens, unique)
+        size = (self.size / parameters) ** self.a
+        return size + (self.data / useful) ** self.b + (self.span / context) ** self.c
 
     def predict(self, parameters: float, tokens: float, block_size: int, text: Text) -> float:
-        """The excess loss. parameters: of the blocks. tokens: trained on, with repetitions."""
-        useful = self.useful_tokens(tokens, text.tokens)
-        context = block_size * text.bytes_per_token
-        return (
-            (self.size / parameters) ** self.a
-            + (self.data / useful) ** self.b
-            + (self.span / context) ** self.c
-        )
+        """The excess loss of one model."""
+        values = parameters, tokens, text.tokens, block_size * text.bytes_per_token
+        return self.excess(*torch.tensor(values, dtype=torch.float64)).item()
 
 
 LAW = Law(size=5e3, a=0.35, data=2e4, b=0.4, span=4.0, c=0.7, half_life=15.0)
+STARTS = ((0.3, 0.3), (0.5, 0.3), (0.3, 0.5), (0.5, 0.5))  # a and b of a fit
 
 
 def fit(rows: Iterable[dict]) -> tuple[Law, dict[str, tuple[float, float]], float]:
     """The law of these runs, {text: (its lowest loss, its unit)}, and the mean absolute error.
 
-    Minimizes the Huber loss of the errors from several starts, since the problem is not convex.
+    Minimizes the Huber loss of the errors, as Hoffmann et al. do, from several starts, since the
+    problem is not convex.
     """
     rows = list(rows)
     texts = sorted({row['dataset'] for row in rows})
@@ -75,44 +80,48 @@ def fit(rows: Iterable[dict]) -> tuple[Law, dict[str, tuple[float, float]], floa
     def column(name):
         return torch.tensor([row[name] for row in rows], dtype=torch.float64)
 
-    parameters = 12 * column('n_layer') * column('n_embd') ** 2
-    tokens, unique = column('trained'), column('text_tokens')
+    parameters, unique = 12 * column('n_layer') * column('n_embd') ** 2, column('text_tokens')
     context = column('block_size') * column('text_bytes') / unique
-    target = column('val_loss')
+    trained, target = column('trained'), column('val_loss')
+
+    def parts(x):
+        """The unknowns, whose logarithms are fitted: the law, and each text's loss and unit."""
+        law, lowest, unit = x.exp().split([len(LAW), len(texts), len(texts)])
+        return Law(*law), lowest, unit
 
     def predict(x):
-        size, a, data, b, span, c, half_life = x[:7].exp()
-        lowest, unit = x[7 : 7 + len(texts)].exp(), x[7 + len(texts) :].exp()
-        repeats = (tokens / unique - 1).clamp(min=0)
-        useful = torch.minimum(tokens, unique)
-        useful = useful + unique * half_life * (1 - torch.exp(-repeats / half_life))
-        excess = (size / parameters) ** a + (data / useful) ** b + (span / context) ** c
-        return lowest[number] + unit[number] * excess
+        law, lowest, unit = parts(x)
+        return lowest[number] + unit[number] * law.excess(parameters, trained, unique, context)
 
-    def train(start):
-        x = start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS([x], max_iter=500, line_search_fn='strong_wolfe')
+    def distance(x, start):
+        loss = F.huber_loss(predict(x), target, delta=0.01)
+        # the scale of the excess is undetermined: the units are 1 on average
+        return loss + 1e-3 * parts(x)[2].log().mean() ** 2 + 1e-6 * (x - start).square().sum()
 
-        def closure():
-            optimizer.zero_grad()
-            errors = predict(x) - target
-            loss = torch.nn.functional.huber_loss(errors, torch.zeros_like(errors), delta=0.01)
-            # one unit for all texts together: the scale of the excess is otherwise undetermined
-            loss = loss + 1e-3 * x[7 + len(texts) :].mean() ** 2
-            loss = loss + 1e-6 * (x - start).square().sum()
-            loss.backward()
-            return loss
+    found = []
+    for a, b in STARTS:
+        law = [*LAW._replace(a=a, b=b)]
+        start = law + [0.5 * target.min().item()] * len(texts) + [1.0] * len(texts)
+        start = torch.tensor(start, dtype=torch.float64).log()
+        x = minimize(partial(distance, start=start), start)
+        found.append((distance(x, start).item(), x))
+    x = min(found, key=lambda each: each[0])[1]
+    law, *of_texts = parts(x)
+    pairs = zip(*(values.tolist() for values in of_texts), strict=True)
+    law = Law(*(float(f'{value:.4g}') for value in law))
+    return law, dict(zip(texts, pairs, strict=True)), (predict(x) - target).abs().mean().item()
 
-        optimizer.step(closure)
-        return closure().item(), x.detach()
 
-    starts = []
-    for a, b in ((0.3, 0.3), (0.5, 0.3), (0.3, 0.5), (0.5, 0.5)):
-        law = LAW._replace(a=a, b=b)
-        start = [*map(math.log, law), *[math.log(0.5 * target.min())] * len(texts)]
-        starts.append(torch.tensor(start + [0.0] * len(texts), dtype=torch.float64))
-    _, best = min((train(start) for start in starts), key=lambda found: found[0])
-    law = Law(*(float(f'{value:.4g}') for value in best[:7].exp().tolist()))
-    units = best[7:].exp().view(2, -1).T.tolist()
-    error = (predict(best) - target).abs().mean().item()
-    return law, {text: tuple(pair) for text, pair in zip(texts, units, strict=True)}, error
+def minimize(function: Callable, start):
+    """A tensor at which function() has a local minimum, by L-BFGS."""
+    x = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([x], max_iter=500, line_search_fn='strong_wolfe')
+
+    def closure():
+        optimizer.zero_grad()
+        loss = function(x)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return x.detach()
