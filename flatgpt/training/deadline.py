@@ -20,6 +20,7 @@ WINDOW = 5  # checks that the speed is a mean over
 WARM_UP = 3  # steps that are slower than all others
 TOLERANCE = 0.02  # of the time: a smaller deviation changes nothing
 LEAST_TOLERANCE = 1.0  # seconds
+EARLY_TOLERANCE = 0.05  # of the time that is left, in addition: later checks correct the rest
 
 
 class Deadline:
@@ -55,7 +56,7 @@ class Deadline:
             self.slowdown = (now - began) / self.cost.seconds(first, step)
         self.passed.append((step, now))
         left, needed = self.ends - now, self.slowdown * self.cost.seconds(step, max_iters)
-        if abs(needed - left) <= self.tolerance:
+        if abs(needed - left) <= self.tolerance + EARLY_TOLERANCE * max(0.0, left):
             return None
         # a run whose time is over still lowers its learning rate, in a hundredth of its steps
         steps = max((max_iters - step) * left / needed, step / 100, 1)
