@@ -74,6 +74,10 @@ def configure(
                 assigned = read_config(path, values, types, ignored, mistakes)
                 names = assigned_names(path)
                 changed = [k for k, v in assigned.items() if k in names or v != values[k]]
+                for name in (k for k in changed if assigned[k] != values[k]):
+                    if (flag := sources.get(name, '')).startswith('--'):
+                        change = f'{name} = {short_repr(assigned[name])}'
+                        warn_once(f'{arg} follows {flag} and sets {change}; put the config first')
                 sources |= dict.fromkeys(changed, str(path))
                 values |= assigned
             elif before.startswith('-') and '=' not in before and mistakes.lines:
@@ -90,6 +94,13 @@ def configure(
                     print(f'{arg}: is used as the prompt; {hint}', file=sys.stderr)
     mistakes.raise_all()
     return values
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print a warning, the first time and on rank 0."""
+    if os.environ.get('RANK', '0') == '0':
+        print(f'warning: {text}', file=sys.stderr)
 
 
 def is_flag(arg: str, positional: str | None) -> bool:

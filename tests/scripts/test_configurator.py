@@ -125,6 +125,14 @@ def test_config_files_and_flags_apply_in_order(thing, config):
     assert thing(one, '--steps=5', two)['width'] == 1
 
 
+def test_a_flag_that_a_later_config_replaces_has_a_warning(thing, config, capsys):
+    path = config('steps = 1', 'later.py')
+    thing('--steps=1', path, '--steps=5')
+    assert capsys.readouterr().err == ''
+    thing('--steps=5', path)
+    assert f'{path} follows --steps=5 and sets steps = 1' in capsys.readouterr().err
+
+
 def test_a_config_starts_with_the_current_values(thing, config):
     path = config('width = steps\nrate = rate / 10')
     assert thing(path)['width'] == 10
