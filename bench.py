@@ -58,8 +58,7 @@ from sample import load
 
 # -----------------------------------------------------------------------------
 # benchmarks
-# of training,prefill,decode,quality,data,startup,saving,processes,pieces,scaling,rivals;
-# '': the first six
+# '': training,prefill,decode,quality,data,startup; also saving,processes,pieces,scaling,rivals
 only = ''
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # repetitions: each implementation is measured once per round

@@ -4,8 +4,8 @@ bench.py's runs behind config/auto.py: what loss each shape of model reaches, an
 $ python bench.py --only=scaling --dataset=pydocs,mine       # fits the law that predicts the loss
 $ python bench.py --only=rivals --dataset=mine --minutes=4   # auto beside four other shapes
 
-Each run is one line of a table in docs/. A run that is in the table is not repeated, so that a
-stopped command continues; the rivals were written down before any of them ran.
+Each run is one line of a table beside this file. A run that is in the table is not repeated, so
+that a stopped command continues; the rivals were written down before any of them ran.
 """
 
 import json
@@ -29,7 +29,7 @@ from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 from flatgpt.training.scaling import fit
 
-SCALING, RIVALS = ROOT / 'docs' / 'scaling.jsonl', ROOT / 'docs' / 'rivals.jsonl'
+SCALING, RIVALS = (Path(__file__).parent / name for name in ('scaling.jsonl', 'rivals.jsonl'))
 EVALUATED = 400_000  # tokens; a shorter validation split is evaluated whole
 GRID = [  # tokens, layers, width, context of the runs that the law is fitted to
     *((5e5, *shape, 256) for shape in ((2, 64), (2, 128), (3, 128), (5, 160))),

@@ -86,7 +86,7 @@ def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
     """Measure, compare and choose. ConfigError if the dial allows no run."""
     text, memory = read_text(config), available_memory(runtime) or math.inf
     with as_config_error():
-        shapes = valid_shapes(possible_shapes(config, given, memory), config)
+        shapes = valid_shapes(possible_shapes(config, given, text, memory), config)
     options = [
         (shape, size) for shape in shapes for size in possible_block_sizes(config, given, text)
     ]

@@ -334,7 +334,8 @@ def state_bytes(workload: MemoryWorkload) -> StateBytes:
     model = build_fake_model(replace(workload, device='meta'))
     trained = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
     muon = workload.optimizer == 'muon'
-    matrices = sum(trained[id(p)] for p in model.block_matrices()) if muon else 0
+    blocks = model.block_matrices() if muon else []
+    matrices = sum(p.numel() - p.size(0) for p in blocks)  # which have one moment, and one per row
     count = sum(trained.values())
     whole = sum(p.numel() for p in model.parameters())
     return StateBytes(4 * whole, 4 * count, 8 * count - 4 * matrices)

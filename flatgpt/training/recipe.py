@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-from flatgpt.training.scaling import Text
+from flatgpt.training.scaling import Text, fits_text
 
 # layers and width; the ratio of both changes the loss little, and few wide layers are faster
 LADDER = (
@@ -58,11 +58,15 @@ class Choice(NamedTuple):
     tokens: float
 
 
-def possible_shapes(config: dict, given: dict, memory: float) -> Iterator[Shape]:
-    """The shapes of LADDER that fit into `memory` bytes; those with what is given."""
+def possible_shapes(config: dict, given: dict, text: Text, memory: float) -> Iterator[Shape]:
+    """The shapes of LADDER that fit the text and `memory` bytes; those with what is given."""
     pinned = {name: config[name] for name in Shape._fields if name in given}
-    shapes = {(n, c) for n, c in LADDER if STATE_BYTES * Shape(n, 1, c).parameters < memory}
-    shapes = shapes or {LADDER[0]}
+    sizes = {(n, c): Shape(n, 1, c).parameters for n, c in LADDER}
+    shapes = {
+        shape
+        for shape, size in sizes.items()
+        if STATE_BYTES * size < memory and fits_text(size, text.tokens)
+    } or {LADDER[0]}
     if pinned.keys() & {'n_layer', 'n_embd'}:
         layers, widths = map(set, zip(*shapes, strict=True))
         layers = {pinned['n_layer']} if 'n_layer' in pinned else layers
@@ -92,7 +96,7 @@ def tokens_per_step(tokens: float) -> float:
 
 def dropout_after(epochs: float) -> float:
     """None for a text that is read up to four times, 0.15 if it is read thirteen times."""
-    return round(min(0.3, max(0.0, 0.088 * math.log2(max(epochs, 1) / 4))), 2)
+    return round(min(0.2, max(0.0, 0.088 * math.log2(max(epochs, 1) / 4))), 2)
 
 
 def settings_of(

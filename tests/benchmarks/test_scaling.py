@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
 from error_lines import case
 
 from flatgpt.benchmarks import scaling
@@ -113,7 +112,3 @@ def test_only_the_minutes_with_rivals_are_accepted(bad, good, monkeypatch, byte_
     assert not made
     scaling.bench_rivals(settings | good, runtime, Report(settings, {}))
     assert len(made) == 2 * 5  # two seeds, auto and four rivals
-
-
-def test_the_tables_are_where_the_docs_say():
-    assert scaling.SCALING.parent == scaling.RIVALS.parent == ROOT / 'docs'

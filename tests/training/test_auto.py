@@ -64,7 +64,7 @@ SETTINGS |= {'optimizer': 'muon'}
 
 def choose_in(seconds, text=TEXT, machine=LAPTOP, **given):
     config = {**SETTINGS, **given}
-    shapes = possible_shapes(config, given, 1e9)
+    shapes = possible_shapes(config, given, text, 1e9)
     sizes = possible_block_sizes(config, given, text)
     tokens_of = auto.tokens_in_time(seconds, 600, text, machine)
     return auto.rank([*product(shapes, sizes)], text, tokens_of)[0]
@@ -82,13 +82,19 @@ def test_a_slower_machine_gets_a_smaller_model():
 
 
 def test_a_model_that_does_not_fit_into_memory_is_no_choice():
-    shapes = [*possible_shapes({}, {}, 16 * 5e6)]
+    shapes = [*possible_shapes({}, {}, TEXT, 16 * 5e6)]
     assert shapes
     assert max(shape.parameters for shape in shapes) < 5e6
 
 
+def test_a_model_with_many_more_parameters_than_its_text_has_tokens_is_no_choice():
+    short = TEXT._replace(tokens=200_000)
+    assert max(shape.parameters for shape in possible_shapes({}, {}, short, 1e12)) <= 1.6e6
+    assert choose_in(3600, text=short).shape.parameters <= 1.6e6
+
+
 def test_so_many_tokens_or_operations_get_a_model_in_proportion():
-    options = [*product(possible_shapes({}, {}, 1e12), (256,))]
+    options = [*product(possible_shapes({}, {}, TEXT, 1e12), (256,))]
     few, many = (auto.rank_for_tokens(options, TEXT, n)[0] for n in (5e5, 2e7))
     assert many.shape.parameters > few.shape.parameters
     flops = 2e7 * many.shape.mean_flops(257, 256)
