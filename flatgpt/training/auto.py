@@ -14,6 +14,8 @@ recipe.py has the settings that follow. With `tokens` or `flops` nothing is meas
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from flatgpt import STARTED
@@ -26,11 +28,14 @@ from flatgpt.training.recipe import (
     EVALUATION_SHARE,
     Choice,
     Shape,
+    batch,
     possible_block_sizes,
     possible_shapes,
     settings_of,
+    steps_of,
     tokens_per_step,
 )
+from flatgpt.training.resume import reject_existing_run
 from flatgpt.training.scaling import FITTED, LAW, Text
 from flatgpt.training.speed import Machine, StepCost, closing_seconds, measure, step_cost
 from flatgpt.training.validate import (
@@ -45,6 +50,7 @@ from model import GPTConfig
 SETUP_SECONDS = 0.5  # to build the model and open the run
 LEAST_STEPS = 40  # a run of fewer is refused
 LEAST_TOKENS = 2_000  # of a training split
+MEASURED_WITH = {'arch': 'modern', 'optimizer': 'muon'}  # all runs of the law
 
 
 class Plan(NamedTuple):
@@ -66,10 +72,15 @@ def choose_settings(
     """
     if resumed:
         check_resumed_dial(config, given)
+        for flag in (given[dial] for dial in DIALS if given.get(dial, '').startswith('--')):
+            runtime.print0(f'auto: {flag} is ignored: the settings were chosen when this run began')
         config |= dict.fromkeys(DIALS)
     dial = check_dial(config, given)
     if not dial:
         return None
+    if config['out_dir'] and not (config['check'] or config['plan'] or resumed):
+        # before it is measured for a run that cannot start
+        runtime.broadcast_from_rank0(lambda: reject_existing_run(Path(config['out_dir']), config))
     value = config[dial]
     plan = runtime.broadcast_from_rank0(lambda: make_plan(dial, config, given, runtime))
     for line in plan.lines:
@@ -94,13 +105,19 @@ def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
         left = 60 * config['minutes'] - SETUP_SECONDS - (time.perf_counter() - STARTED)
         machine = measure(config, runtime, text.vocab_size, left, memory)
         reachable = tokens_in_time(left - machine.seconds, config['sample_tokens'], text, machine)
-        ranked = rank(options, text, reachable)
     elif dial == 'flops':
-        machine, ranked = None, rank(options, text, tokens_for_flops(config['flops'], text))
+        machine, reachable = None, tokens_for_flops(config['flops'], text)
     else:
-        machine, ranked = None, rank_for_tokens(options, text, config['tokens'])
+        machine, reachable = None, lambda shape, size: config['tokens']
+    split = {'ranks': runtime.world_size, 'memory': memory}
+    rows = partial(batch, text=text, config=config, given=given, **split)
+    enough = long_enough(options, reachable, rows)
+    if dial == 'tokens':
+        ranked = rank_for_tokens(enough, text, config['tokens'])
+    else:
+        ranked = rank(enough, text, reachable)
     if not ranked:
-        least = least_value(dial, options, config, text, machine)
+        least = least_value(dial, options, config, text, machine, rows)
         raise ConfigError(
             f'{dial}={config[dial]:g}: is too little for the {LEAST_STEPS} steps that the smallest '
             f'model needs; use at least --{dial}={least:.2g}'
@@ -182,6 +199,17 @@ def rank(options: Options, text: Text, tokens_of: Callable[[Shape, int], float])
     return sorted(choices, key=lambda choice: predicted_loss(choice, text))
 
 
+def long_enough(
+    options: Options, tokens_of: Callable[[Shape, int], float], rows: Callable[[Choice], dict]
+) -> Options:
+    """Those with LEAST_STEPS steps, of which a context or a batch that is given may leave fewer.
+
+    rows(choice): see recipe.batch().
+    """
+    choices = [Choice(shape, size, tokens_of(shape, size)) for shape, size in options]
+    return [(c.shape, c.block_size) for c in choices if steps_of(c, rows(c)) >= LEAST_STEPS]
+
+
 def rank_for_tokens(options: Options, text: Text, tokens: float) -> list[Choice]:
     """First the largest model for which so many tokens are the best use of its operations."""
     ranked = rank(options, text, lambda shape, size: tokens)
@@ -216,13 +244,26 @@ def tokens_in_time(
 
 
 def least_value(
-    dial: str, options: Options, config: dict, text: Text, machine: Machine | None
+    dial: str,
+    options: Options,
+    config: dict,
+    text: Text,
+    machine: Machine | None,
+    rows: Callable[[Choice], dict],
 ) -> float:
     """The least value of the dial for LEAST_STEPS steps of the smallest model, and a margin."""
-    shape, size = min(options, key=lambda option: option[0].mean_flops(text.vocab_size, option[1]))
-    least = tokens = LEAST_STEPS * tokens_per_step(1)
-    if dial != 'tokens':
-        least = flops = tokens * shape.mean_flops(text.vocab_size, size)
+
+    def tokens_of(shape: Shape, size: int) -> float:
+        step = size * math.prod(rows(Choice(shape, size, 1.0)).values())
+        return LEAST_STEPS * max(step, tokens_per_step(1))
+
+    def flops_of(option: tuple[Shape, int]) -> float:
+        return tokens_of(*option) * option[0].mean_flops(text.vocab_size, option[1])
+
+    if dial == 'tokens':
+        return 1.1 * min(tokens_of(*option) for option in options)
+    shape, _ = best = min(options, key=flops_of)
+    least = flops = flops_of(best)
     if dial == 'minutes':
         training = (1 + EVALUATION_SHARE) * flops / machine.speed(shape.n_embd)
         after = closing_seconds(shape, config['sample_tokens'], machine)
@@ -250,7 +291,7 @@ def describe_choice(ranked: list[Choice], text: Text, config: dict) -> Iterator[
         f'{config["dataset"]}: {text.tokens:,} tokens of {text.bytes_per_token:.2f} bytes, read '
         f'{epochs:,.2g} times; dropout {config["dropout"]}'
     )
-    others = '; '.join(f'{describe(c)} +{loss:.3f}' for c, loss in runners_up(ranked, text))
+    others = '; '.join(f'{describe(c)} {loss:+.3f}' for c, loss in runners_up(ranked, text))
     yield f'model: {describe(best)}' + (f'; predicted loss of others: {others}' if others else '')
     rows = config['batch_size'] * config['gradient_accumulation_steps']
     yield (
@@ -263,6 +304,10 @@ def describe_choice(ranked: list[Choice], text: Text, config: dict) -> Iterator[
         yield f'the prediction is extrapolated: no run had such a number of {", ".join(outside)}'
     else:
         yield 'the prediction is interpolated between measured runs, see docs/results.md'
+    now = {name: config[name] for name in MEASURED_WITH}
+    if now != MEASURED_WITH:
+        other, known = (' '.join(f'--{k}={v}' for k, v in c.items()) for c in (now, MEASURED_WITH))
+        yield f'warning: the prediction and the settings are for {known}, not for {other}'
 
 
 def describe(choice: Choice) -> str:

@@ -25,7 +25,7 @@ SHORT = 0.53  # of the steps use sequences of a quarter of the length: cheaper a
 EVALUATIONS = 4  # and one before the first step
 EVALUATION_SHARE = 0.03  # of the time
 FORWARD_SHARE = 1 / 3  # of the time of a training step
-STATE_BYTES = 16  # of a parameter, with its gradient and the optimizer
+STATE_BYTES = 24  # of a parameter: its gradient, the optimizer, and the copy that is saved
 ACTIVATION_BYTES = 60  # per token, layer and n_embd, at most
 
 
@@ -105,8 +105,7 @@ def settings_of(
     """The settings of a run, without those that are given. memory: bytes of each rank."""
     shape, block_size, tokens = choice
     rows = batch(choice, text, config, given, ranks, memory)
-    step_tokens = math.prod(rows.values()) * block_size
-    steps = max(1, round(tokens / step_tokens))
+    steps = steps_of(choice, rows)
     evaluations = EVALUATIONS
     if 'eval_interval' in given:
         evaluations = max(1, steps // (config['eval_interval'] or steps))
@@ -127,6 +126,11 @@ def settings_of(
         'log_interval': max(1, steps // 100),
     }
     return {name: value for name, value in settings.items() if name not in given}
+
+
+def steps_of(choice: Choice, rows: dict[str, int]) -> int:
+    """rows: see batch()."""
+    return max(1, round(choice.tokens / math.prod(rows.values()) / choice.block_size))
 
 
 def muon_settings(steps: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from error_lines import case, error_line
 from flatgpt.data import dataset as dataset_module
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
-from flatgpt.errors import ConfigError
+from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import Runtime, pick_dtype
 from flatgpt.training import auto, deadline, speed
 from flatgpt.training.deadline import Deadline
@@ -289,13 +289,14 @@ def test_two_ranks_choose_and_change_the_same(ranks, byte_dataset, tmp_path):
 
 
 def test_the_same_command_resumes_with_the_settings_that_were_chosen(
-    auto_here, tmp_path, monkeypatch
+    auto_here, tmp_path, monkeypatch, capsys
 ):
     args = ('--minutes=0.1', *SMALL, f'--out_dir={tmp_path / "out"}', '--auto_resume')
     assert auto_here(*args) == 0
     (tmp_path / 'out/DONE').unlink()
     monkeypatch.setattr(auto, 'make_plan', None)
     assert auto_here(*args) == 0
+    assert '--minutes=0.1 is ignored' in capsys.readouterr().out
     assert (tmp_path / 'out/DONE').exists()
 
 
@@ -384,6 +385,8 @@ def test_a_run_without_events_has_the_schedule_of_its_steps():
         case('chooses {}; use', ['--short_block_size=None'], ['--lr_decay_iters=None']),
         case('are both set', ['--tokens=1e5'], ['--minutes=None', '--tokens=1e5']),
         case('is too little for', ['--minutes=0.0001'], []),
+        case('is too little for', ['--batch_size=999'], ['--batch_size=4']),
+        case('is too little for', ['--minutes=None', '--tokens=1e5', '--batch_size=999'], []),
         case('is for text, not for objective', ['--objective=sft'], []),
         case(
             'chooses the shape of a new model',
@@ -404,6 +407,26 @@ def test_a_dial_that_cannot_be_followed_is_refused(auto_here, tmp_path, bad, goo
         auto_here('--minutes=0.1', out, *bad)
     assert not (tmp_path / 'out').exists()
     assert auto_here('--minutes=0.1', *SMALL, out, *good) == 0
+
+
+def test_a_run_that_exists_is_refused_before_the_machine_is_measured(
+    auto_here, tmp_path, monkeypatch
+):
+    out = f'--out_dir={tmp_path / "out"}'
+    assert auto_here('--minutes=0.1', *SMALL, out) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(auto, 'make_plan', None)
+        with pytest.raises(UserError, match='has checkpoints already'):
+            auto_here('--minutes=0.1', *SMALL, out)
+    assert auto_here('--minutes=0.1', *SMALL, out, '--overwrite') == 0
+
+
+def test_a_prediction_for_another_architecture_has_a_warning(auto_here, capsys):
+    plan = ('--minutes=0.1', *SMALL, '--plan')
+    assert auto_here(*plan) == 0
+    assert 'warning' not in capsys.readouterr().out
+    assert auto_here(*plan, '--arch=gpt2') == 0
+    assert 'not for --arch=gpt2 --optimizer=muon' in capsys.readouterr().out
 
 
 @error_line('to train on, and a model needs at least', 'more than the text')
