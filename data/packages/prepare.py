@@ -4,7 +4,7 @@ Prepare files of published packages of PyPI, npm or Debian: documentation, manua
 $ python data/packages/prepare.py pypi:django==5.2.8 --files='docs/**/*.txt' --name=django_docs
 $ python data/packages/prepare.py npm:typescript@5.9.3 --files='**/*.ts' --name=ts --tokenizer=bpe
 $ python data/packages/prepare.py debian:manpages-fr --files=usr/share/man --name=pages
-$ python train.py config/train_text.py --dataset=django_docs
+$ python train.py config/auto.py --dataset=django_docs
 
 Give the version to get the same text again. pip, npm or apt-get finds the package, and no code of
 it is run: of PyPI, the source archive is read, or a wheel if there is none. A package is fetched

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         keep = download_folder(FOLDER, args.out_dir)
         chapters = read_books(keep)  # download all before encoding any
-        recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'train_text'
+        recipe = 'finetune_sre' if args.tokenizer == 'gpt2' else 'auto'
         text.prepare(args, args.out_dir, chapters, [], recipe)
     except OSError as error:
         raise UserError(f'{error.filename or FOLDER}: {error.strerror or error}') from error

@@ -2,7 +2,7 @@
 Prepare your own text: files, folders and glob patterns, with any tokenizer.
 
 $ python data/text/prepare.py novel.txt more/ --name=mine --tokenizer=byte
-$ python train.py config/train_text.py --dataset=mine
+$ python train.py config/auto.py --dataset=mine
 $ python data/text/prepare.py --help
 """
 

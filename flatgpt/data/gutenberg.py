@@ -78,7 +78,7 @@ def output_and_config(args: argparse.Namespace, sets: dict) -> tuple[Path, str]:
     if not args.books:
         raise UserError(f'give book numbers: {COMMAND} 1342 84 --name=novels (see --help)')
     name = args.books[0] if len(args.books) == 1 and args.books[0] in sets else None
-    recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'train_text'
+    recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'auto'
     if name and not (args.name or args.out_dir):
         return DATA / name, recipe
     if not (args.name or args.out_dir):

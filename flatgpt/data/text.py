@@ -3,7 +3,7 @@ Prepare your own text: files, folders and glob patterns, with any tokenizer, on 
 
 $ python data/text/prepare.py novel.txt more/ 'corpus/*.txt' --name=mine --tokenizer=gpt2
 $ python data/text/prepare.py posts.jsonl --field=body --name=posts --tokenizer=bpe
-$ python train.py config/train_text.py --dataset=mine
+$ python train.py config/auto.py --dataset=mine
 
 A plain-text file is one document. So is each line of a JSON Lines file (.jsonl or .ndjson; blank
 lines are skipped), each item of a .json array and each row of a .csv or .tsv file; --field names
@@ -72,7 +72,7 @@ def prepare(
     folder: Path,
     files: list[Path],
     val_files: list[Path],
-    recipe: str = 'train_text',
+    recipe: str = 'auto',
 ) -> None:
     tokenizer = make_tokenizer(args, files, val_files)
     if args.read_eot and tokenizer.eot is None:

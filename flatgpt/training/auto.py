@@ -301,7 +301,8 @@ def describe_choice(ranked: list[Choice], text: Text, config: dict) -> Iterator[
     values = {'parameters': best.shape.parameters, 'tokens': best.tokens, 'epochs': epochs}
     outside = [k for k, v in values.items() if not FITTED[k][0] <= v <= FITTED[k][1]]
     if outside:
-        yield f'the prediction is extrapolated: no run had such a number of {", ".join(outside)}'
+        what = ', '.join(outside)
+        yield f'the prediction is extrapolated: no measured run had such a number of {what}'
     else:
         yield 'the prediction is interpolated between measured runs, see docs/results.md'
     now = {name: config[name] for name in MEASURED_WITH}

@@ -12,15 +12,16 @@ events and never the clock, so that it computes what the first one would have.
 
 import time
 from collections import deque
+from statistics import median
 
 from flatgpt.training.speed import StepCost
 
 CHECKS = 50  # in a run: how often the speed is compared with the plan
-WINDOW = 5  # checks that the speed is a mean over
+WINDOW = 5  # checks that the speed is the median of, so that a pause does not count
 WARM_UP = 3  # steps that are slower than all others
 TOLERANCE = 0.02  # of the time: a smaller deviation changes nothing
 LEAST_TOLERANCE = 1.0  # seconds
-EARLY_TOLERANCE = 0.05  # of the time that is left, in addition: later checks correct the rest
+EARLY_TOLERANCE = 0.1  # of the time that is left, in addition: later checks correct the rest
 
 
 class Deadline:
@@ -34,8 +35,9 @@ class Deadline:
         self.ends, self.cost, self.alone = ends, cost, alone
         self.interval = max(1, max_iters // CHECKS)
         self.tolerance = max(LEAST_TOLERANCE, TOLERANCE * (ends - time.perf_counter()))
-        self.passed: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # step, time
-        self.slowdown = 1.0  # the measured time of a step, relative to the plan
+        self.last: tuple[int, float] | None = None  # step and time of the last check
+        self.ratios: deque[float] = deque(maxlen=WINDOW)  # measured time to planned time
+        self.slowdown = 1.0  # their median
 
     def is_due(self, step: int) -> bool:
         """Whether to check now: CHECKS times in a run, and earlier if steps become slow."""
@@ -43,7 +45,7 @@ class Deadline:
             return False
         if (step - WARM_UP) % self.interval == 0:
             return True
-        last, then = self.passed[-1] if self.alone and self.passed else (step, 0.0)
+        last, then = self.last if self.alone and self.last else (step, 0.0)
         return last < step and time.perf_counter() - then > max(
             1.0, 3 * self.slowdown * self.cost.seconds(last, step)
         )
@@ -51,10 +53,11 @@ class Deadline:
     def refit(self, step: int, max_iters: int) -> int | None:
         """The number of steps that ends in time; None if the present one does."""
         now = time.perf_counter()
-        if self.passed:
-            first, began = self.passed[0]
-            self.slowdown = (now - began) / self.cost.seconds(first, step)
-        self.passed.append((step, now))
+        if self.last:
+            last, then = self.last
+            self.ratios.append((now - then) / self.cost.seconds(last, step))
+            self.slowdown = median(self.ratios)
+        self.last = step, now
         left, needed = self.ends - now, self.slowdown * self.cost.seconds(step, max_iters)
         if abs(needed - left) <= self.tolerance + EARLY_TOLERANCE * max(0.0, left):
             return None

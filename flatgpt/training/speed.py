@@ -24,7 +24,7 @@ from model import GPT, GPTConfig
 PROBES = (64, 128, 256, 512, 1024, 2048)  # widths of the models whose speed is measured
 PROBE_LENGTH = 128  # tokens of a sequence
 PROBE_TOKENS, PROBE_TOKENS_GPU = 3072, 16384  # of a step
-PROBE_STEPS = 3  # measured, after one to warm up
+PROBE_STEPS, PROBE_SECONDS = 3, 0.2  # at least, after a step to warm up
 PROBE_SHARE = 0.02  # of the time of the run: a probe that takes longer is of no use to it
 RANKS_SHARE = 0.9  # of the speed of each rank is left when they train together; a guess
 PLOT_SECONDS = 1.0  # to save the last checkpoint, draw the loss and exit
@@ -105,8 +105,11 @@ def time_step(config: dict, runtime: Runtime, vocab_size: int, shape: Shape, tok
     )
     rows = tokens // PROBE_LENGTH
     x = torch.randint(vocab_size, (rows, PROBE_LENGTH), device=runtime.device)
-    times = [train_step(model, optimizers, x, runtime) for _ in range(1 + PROBE_STEPS)]
-    return statistics.median(times[1:])
+    train_step(model, optimizers, x, runtime)
+    times = []
+    while len(times) < PROBE_STEPS or sum(times) < PROBE_SECONDS:
+        times.append(train_step(model, optimizers, x, runtime))
+    return statistics.median(times)
 
 
 def train_step(model: GPT, optimizers: list, x, runtime: Runtime) -> float:

@@ -561,9 +561,7 @@ def test_a_chapter_without_text_is_one_line(site, monkeypatch):
 
 
 @needs_gpt2
-@pytest.mark.parametrize(
-    ('argv', 'recipe'), [([], 'finetune_poe'), (['--tokenizer=byte'], 'train_text')]
-)
+@pytest.mark.parametrize(('argv', 'recipe'), [([], 'finetune_poe'), (['--tokenizer=byte'], 'auto')])
 def test_the_matching_config_is_suggested(site, argv, recipe, capsys):
     serve(*books.SETS['poe'])
     books.main(['poe', '--out_dir=out', f'--site={site}', *argv])

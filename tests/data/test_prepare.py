@@ -397,7 +397,7 @@ def test_the_last_line_printed_is_the_next_command(capsys, monkeypatch, tmp_path
     write('novel.txt', WORDS * 100)
     text.main(['novel.txt', '--name=mine', '--tokenizer=byte'])
     out = capsys.readouterr().out
-    assert out.endswith('Train on it: python train.py config/train_text.py --dataset=mine\n')
+    assert out.endswith('Train on it: python train.py config/auto.py --dataset=mine\n')
     assert ' tokens per second' in out
     assert (tmp_path / 'data' / 'mine' / 'meta.json').exists()
 

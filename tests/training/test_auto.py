@@ -73,7 +73,7 @@ def choose_in(seconds, text=TEXT, machine=LAPTOP, **given):
 def test_more_time_buys_a_larger_model_and_more_tokens():
     short, long = choose_in(60), choose_in(15 * 60)
     assert long.shape.parameters > short.shape.parameters
-    assert long.tokens > 3 * short.tokens
+    assert long.tokens > 1.5 * short.tokens
 
 
 def test_a_slower_machine_gets_a_smaller_model():
@@ -118,7 +118,7 @@ def test_a_shape_that_the_given_heads_cannot_have_is_no_choice():
 
     def widths(**given):
         now = config | given
-        return {s.n_embd for s in auto.valid_shapes(possible_shapes(now, given, 1e12), now)}
+        return {s.n_embd for s in auto.valid_shapes(possible_shapes(now, given, TEXT, 1e12), now)}
 
     assert 160 in widths(n_head=5)
     assert all(width % 10 == 0 for width in widths(n_head=5))
@@ -384,7 +384,7 @@ def test_a_run_without_events_has_the_schedule_of_its_steps():
         case('chooses {}; use', ['--max_iters=0'], ['--short_iters=0']),
         case('chooses {}; use', ['--short_block_size=None'], ['--lr_decay_iters=None']),
         case('are both set', ['--tokens=1e5'], ['--minutes=None', '--tokens=1e5']),
-        case('is too little for', ['--minutes=0.0001'], []),
+        case('is too little for', ['--minutes=0.001'], []),
         case('is too little for', ['--batch_size=999'], ['--batch_size=4']),
         case('is too little for', ['--minutes=None', '--tokens=1e5', '--batch_size=999'], []),
         case('is for text, not for objective', ['--objective=sft'], []),
