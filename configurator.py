@@ -75,7 +75,9 @@ def configure(
                 names = assigned_names(path)
                 changed = [k for k, v in assigned.items() if k in names or v != values[k]]
                 for name in (k for k in changed if assigned[k] != values[k]):
-                    if (flag := sources.get(name, '')).startswith('--'):
+                    flag = sources.get(name, '')
+                    # launch/slurm.sh gives its default for out_dir first
+                    if flag.startswith('--') and name != 'out_dir':
                         change = f'{name} = {short_repr(assigned[name])}'
                         warn_once(f'{arg} follows {flag} and sets {change}; put the config first')
                 sources |= dict.fromkeys(changed, str(path))

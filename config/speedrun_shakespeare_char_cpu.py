@@ -1,6 +1,6 @@
 # Character-level Shakespeare to a loss of 1.4697, the best in nanoGPT's README (10.7M parameters,
-# three minutes on an A100). Three runs of the command took 79 to 84 s on 2 cores of an AMD EPYC with
-# AVX512-BF16, to 1.463, 1.464 and 1.466.
+# three minutes on an A100). Three runs of the command took 79 to 84 s on 2 cores of an AMD EPYC
+# with AVX512-BF16, to 1.463, 1.464 and 1.466.
 # $ python train.py config/speedrun_shakespeare_char_cpu.py
 
 dataset = 'shakespeare_char'
