@@ -23,6 +23,7 @@ from flatgpt.parallel import (
     to_local,
 )
 from flatgpt.runtime import Runtime
+from flatgpt.training import optim
 from flatgpt.training.validate import validate_machine
 
 # 24 sequences per step in micro-batches of 4: every rank accumulates. The validation split has 37
@@ -128,7 +129,13 @@ LEGS = [(0, False), (2, False), (3, True), (1, True), (2, True), (3, False), (0,
 
 @pytest.mark.faults
 @pytest.mark.parametrize('kind', ['gpt2', 'modern-muon'])
-def test_a_run_resumes_with_another_number_of_processes(ranks, run_here, tmp_path, kind):
+def test_a_run_resumes_with_another_number_of_processes(
+    ranks, run_here, tmp_path, monkeypatch, kind
+):
+    # in bfloat16, Muon's products let the losses drift apart within tens of steps
+    monkeypatch.setattr(optim, 'product_dtype', lambda device: torch.float32)
+    precise = 'import torch\nfrom flatgpt.training import optim\n'
+    precise += 'optim.product_dtype = lambda device: torch.float32\n'
     args = ('--gradient_accumulation_steps=6', '--lr_decay_iters=200', '--n_layer=2', *KINDS[kind])
     args += ('--eval_interval=1000', '--eval_iters=None', '--muon_lr=0.02')
     for leg, (world, shard) in enumerate(LEGS):
@@ -136,13 +143,12 @@ def test_a_run_resumes_with_another_number_of_processes(ranks, run_here, tmp_pat
             shutil.copytree(tmp_path / 'many', tmp_path / str(leg))
         flags = (f'--max_iters={10 * leg + 10}', '--auto_resume')
         run_here(f'--out_dir={tmp_path}/{leg}', *args, *flags, '--shard=False')
-        crew = ranks(world, f'--out_dir={tmp_path}/many', *args, *flags, f'--shard={shard}')
+        flags += (f'--out_dir={tmp_path}/many', f'--shard={shard}')
+        crew = ranks(world, *args, *flags, before=precise)
         assert crew.end() == [0] * max(1, world), crew.err
         got, expected = metrics(tmp_path / 'many'), metrics(tmp_path / str(leg))
         assert list(got) == list(expected) == list(range(1, 10 * leg + 11))
-        # Muon's roundings differ by processor: after 46 steps by 2.3e-4 on an AMD EPYC; the first
-        # step after a resume, below, shows whether anything was lost
-        assert got == pytest.approx(expected, rel=1e-5 if kind == 'gpt2' else 1e-3)
+        assert got == pytest.approx(expected, rel=1e-5 if kind == 'gpt2' else 1e-4)
         assert got[10 * leg + 1] == pytest.approx(expected[10 * leg + 1], rel=1e-6)
 
 
