@@ -72,15 +72,10 @@ def configure(
             elif (path := find_config(arg, positional)) is not None:
                 ignored = {} if script and Path(script).name == 'train.py' else train_settings()
                 assigned = read_config(path, values, types, ignored, mistakes)
-                names = assigned_names(path)
-                changed = [k for k, v in assigned.items() if k in names or v != values[k]]
-                for name in (k for k in changed if assigned[k] != values[k]):
-                    flag = sources.get(name, '')
-                    # launch/slurm.sh gives its default for out_dir first
-                    if flag.startswith('--') and name != 'out_dir':
-                        change = f'{name} = {short_repr(assigned[name])}'
-                        warn_once(f'{arg} follows {flag} and sets {change}; put the config first')
-                sources |= dict.fromkeys(changed, str(path))
+                changed = {k: v for k, v in assigned.items() if v != values[k]}
+                warn_of_replaced_flags(arg, changed, sources)
+                named = assigned.keys() & assigned_names(path)
+                sources |= dict.fromkeys(named | changed.keys(), str(path))
                 values |= assigned
             elif before.startswith('-') and '=' not in before and mistakes.lines:
                 pass  # the value of a flag without =, which is already reported
@@ -96,6 +91,16 @@ def configure(
                     print(f'{arg}: is used as the prompt; {hint}', file=sys.stderr)
     mistakes.raise_all()
     return values
+
+
+def warn_of_replaced_flags(config: str, changed: dict, sources: dict) -> None:
+    """Warn of flags before a config that changes their settings."""
+    for name, value in changed.items():
+        flag = sources.get(name, '')
+        # launch/slurm.sh gives its default for out_dir first
+        if flag.startswith('--') and name != 'out_dir':
+            change = f'{name} = {short_repr(value)}'
+            warn_once(f'{config} follows {flag} and sets {change}; put the config first')
 
 
 @functools.cache

@@ -703,6 +703,15 @@ def to_device(tensor: torch.Tensor, device: str | torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def synchronize(device: str) -> None:
+    """Wait until the device has finished its work."""
+    kind = device.partition(':')[0]
+    if kind == 'cuda':
+        torch.cuda.synchronize(device)
+    elif kind == 'mps':
+        torch.mps.synchronize()
+
+
 def available_memory(runtime: Runtime) -> float | None:
     """Bytes of device memory that each local process can use in total, None if unknown."""
     if runtime.device_type == 'cuda':

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from flatgpt.benchmarks.machine import synchronize
 from flatgpt.checkpoint.convert import config_json, transformers_tensors
 from flatgpt.checkpoint.weights import meta_model
 from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
@@ -29,7 +28,7 @@ from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
-from flatgpt.runtime import DTYPES, Runtime
+from flatgpt.runtime import DTYPES, Runtime, synchronize
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.validate import uses_bf16_residual
 from model import GPT, GPTConfig

@@ -44,7 +44,6 @@ from flatgpt.benchmarks.gpu_day import (
     WRONG_NUMBERS,
     last_error,
 )
-from flatgpt.benchmarks.machine import synchronize
 from flatgpt.data.dataset import Writer
 from flatgpt.data.tokenizer import char_tokenizer, get_tokenizer
 from flatgpt.errors import reason_of
@@ -53,7 +52,7 @@ from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request
 from flatgpt.inference.sampling import SamplingParams
-from flatgpt.runtime import code_hash, pick_dtype
+from flatgpt.runtime import code_hash, pick_dtype, synchronize
 from model import GPT
 
 GPT2 = {  # 124M parameters

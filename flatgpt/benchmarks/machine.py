@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flatgpt.errors import counted
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, synchronize
 
 # Sizes of the measurements: large enough to saturate the device
 READ_BYTES = {'cpu': 2**29, 'gpu': 2**32}
@@ -73,15 +73,6 @@ def time_repeatedly(run: Callable, device: str, times: int = 9) -> float:
         synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has finished its work."""
-    kind = device.partition(':')[0]
-    if kind == 'cuda':
-        torch.cuda.synchronize(device)
-    elif kind == 'mps':
-        torch.mps.synchronize()
 
 
 def reset_peak_memory(device: str) -> None:

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from flatgpt.benchmarks.machine import synchronize
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, synchronize
 from flatgpt.training.optim import orthogonalize
 from model import dropout, eager_attention, rms_norm, squared_relu
 

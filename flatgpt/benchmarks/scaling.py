@@ -23,6 +23,7 @@ import torch
 from flatgpt import ROOT
 from flatgpt.benchmarks.machine import processor_name
 from flatgpt.benchmarks.report import Report, print_row
+from flatgpt.benchmarks.training import error_line_of
 from flatgpt.checkpoint.load import list_checkpoints, read_state
 from flatgpt.data.dataset import Dataset, find_or_prepare_dataset
 from flatgpt.errors import UserError
@@ -138,8 +139,7 @@ def run_train(config: str | Path, flags: dict) -> str:
     command += [f'--{name}={value}' for name, value in flags.items()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.startswith('error')]
-        raise UserError(f'train.py: {lines[0]}') if lines else RuntimeError(done.stderr)
+        raise UserError(f'train.py: {error_line_of(done.stderr)}')
     return done.stdout
 
 

@@ -190,8 +190,15 @@ def wait_for(started: list[subprocess.Popen]) -> None:
     errors = [process.communicate()[1] for process in started]
     for process, error in zip(started, errors, strict=True):
         if process.returncode:
-            lines = [line for line in error.splitlines() if line.startswith('error')]
-            raise UserError(f'processes: {lines[0]}') if lines else RuntimeError(error)
+            raise UserError(f'processes: {error_line_of(error)}')
+
+
+def error_line_of(output: str) -> str:
+    """The first error line that train.py printed; RuntimeError with its output if there is none."""
+    for line in output.splitlines():
+        if line.startswith('error'):
+            return line
+    raise RuntimeError(output)
 
 
 def tokens_per_second(out_dir: Path) -> float:

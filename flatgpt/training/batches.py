@@ -73,8 +73,11 @@ class BatchLoader:
         micro_batches = [next(self) for _ in range(self.micro_steps)]
         if schedule_step >= self.config['short_iters']:
             return micro_batches
-        length = min(self.config['short_block_size'], self.data.block_size)
-        return [(with_length(batch, length), divisor) for batch, divisor in micro_batches]
+        return [(with_length(b, self.short_length), divisor) for b, divisor in micro_batches]
+
+    @property
+    def short_length(self) -> int:
+        return min(self.config['short_block_size'], self.data.block_size)
 
     @contextmanager
     def _repeat_last_on_error(self, last) -> Iterator[None]:
@@ -151,8 +154,8 @@ class BatchLoader:
         batch, _ = self.micro_batch(0)
         if self.first_step >= self.config['short_iters']:
             return [batch]
-        lengths = {min(self.config['short_block_size'], self.data.block_size), self.data.block_size}
-        return [with_length(batch, length) for length in sorted(lengths)]
+        lengths = sorted({self.short_length, self.data.block_size})
+        return [with_length(batch, length) for length in lengths]
 
     def work(self, model: GPT, max_iters: int) -> ComputeWorkload:
         """The work of this rank up to step max_iters."""

@@ -20,7 +20,7 @@ from flatgpt.errors import ConfigError
 from flatgpt.parallel import MatrixExchange, compute_device, shard_count, to_local
 from flatgpt.runtime import cpu_has_bf16
 
-SMALL_MATRIX = 512  # up to this size, three polynomials reach the loss that five do
+SMALL_MATRIX = 512  # up to this size, three polynomials; measured for 160, where five are no better
 BUCKET_SIZE = 2**27  # matrix elements that Muon updates at once: bounds its temporary memory
 
 # Coefficients of the polynomials that Amsel et al. (2025, "The Polar Express") give for singular
@@ -40,10 +40,9 @@ def orthogonalize(x, dtype=torch.bfloat16):
     Singular values that are small compared with the norm end below 1, with three polynomials more
     of them than with five. Measured for R = 160; with wider models the products matter less.
 
-    dtype: of the matrix products and the result; float32 for float32, bfloat16 otherwise.
+    dtype: of the matrix products. The result has update_dtype(dtype).
     """
-    result = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    x = x.to(result)
+    x = x.to(update_dtype(dtype))
     # the largest singular value becomes less than 1, also after rounding
     x = (x / (1.02 * x.norm(dim=(1, 2), keepdim=True)).clamp(min=1e-7)).to(dtype)
     steps = 3 if x.size(1) <= SMALL_MATRIX else len(POLAR_EXPRESS)
@@ -51,14 +50,18 @@ def orthogonalize(x, dtype=torch.bfloat16):
         gram = x @ x.mT  # (N, R, R)
         gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, gram, x, beta=a)
-    return x.to(result)
+    return x.to(update_dtype(dtype))
+
+
+def update_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of updates before and after products in `dtype`: float16 could underflow."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """The dtype of Muon's products: bfloat16, where the hardware multiplies it.
 
-    Otherwise it would be emulated: float32 on a CPU, twice as fast there; float16 on GPUs before
-    Ampere.
+    Otherwise it would be emulated: float32 on a CPU, float16 on GPUs before Ampere.
     """
     if device.type == 'cpu':
         return torch.bfloat16 if cpu_has_bf16() else torch.float32
@@ -129,7 +132,7 @@ class Muon(UnwrappedOptimizer):
         flat = self.nesterov(parameters, group['momentum'], skip)
         device = compute_device(bucket[0])
         dtype = product_dtype(device)
-        flat = flat.to(device, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+        flat = flat.to(device, update_dtype(dtype))
         flat = exchange.scatter(self.orthogonalize_all(exchange.gather(flat), dtype), like=flat)
         flat = flat.to(to_local(parameters[0]).device).float()
         if group['beta2']:

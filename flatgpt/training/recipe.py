@@ -4,7 +4,7 @@ The recipe of config/auto.py: all settings of a run that follow from its size an
     choice = Choice(Shape(n_layer=5, n_head=2, n_embd=160), block_size=256, tokens=4e6)
     settings = settings_of(choice, text, config, given)
 
-The rules follow runs of 0.2 to 20 million tokens on CPUs. What the command gives stays as it is.
+The rules follow runs of 0.2 to 13 million tokens on CPUs. What the command gives stays as it is.
 """
 
 import math

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, synchronize
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.recipe import FORWARD_SHARE, STATE_BYTES, Shape, heads, token_bytes
 from flatgpt.training.scaling import Text
@@ -122,8 +122,7 @@ def train_step(model: GPT, optimizers: list, x, runtime: Runtime) -> float:
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad()
-    if runtime.device_type != 'cpu':
-        getattr(torch, runtime.device_type).synchronize()
+    synchronize(runtime.device)
     return time.perf_counter() - began
 
 
