@@ -1,6 +1,6 @@
 # Reaches the loss that nanoGPT prints after the 2,000 steps of its laptop recipe, 1.8857. Two runs
-# of the command took 6.6 and 6.1 s on 2 cores of an AMD EPYC with AVX512-BF16, a third of it for
-# startup, evaluation and plot, before the last change of the optimizer.
+# of the command took 6.5 and 6.2 s on 2 cores of an AMD EPYC with AVX512-BF16, a third of it for
+# startup, evaluation and plot.
 # $ python train.py config/speedrun_laptop.py
 
 dataset = 'shakespeare_char'
