@@ -35,8 +35,10 @@ EVALUATED = 400_000  # tokens; a shorter validation split is evaluated whole
 GRID = [  # tokens, layers, width, context of the runs that the law is fitted to
     *((5e5, *shape, 256) for shape in ((2, 64), (2, 128), (3, 128), (5, 160))),
     *((1.5e6, *shape, 256) for shape in ((2, 64), (2, 128), (3, 128), (4, 160), (6, 192))),
+    *((1.5e6, *shape, 256) for shape in ((2, 192), (2, 256), (3, 192), (3, 256))),
     *((1.5e6, 3, 128, block_size) for block_size in (64, 128, 512)),
-    *((5e6, *shape, 256) for shape in ((2, 128), (4, 128), (5, 160), (6, 224))),
+    *((1.5e6, *shape, 256) for shape in ((6, 128), (4, 256))),
+    *((5e6, *shape, 256) for shape in ((2, 128), (4, 128), (5, 160), (3, 192), (3, 256), (5, 192))),
     (5e6, 4, 128, 512),
     (1.5e7, 4, 128, 256),
 ]

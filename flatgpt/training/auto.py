@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,31 +97,21 @@ def choose_settings(
 def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
     """Measure, compare and choose. ConfigError if the dial allows no run."""
     text, memory = read_text(config), available_memory(runtime) or math.inf
-    with as_config_error():
-        shapes = valid_shapes(possible_shapes(config, given, text, memory), config)
-    options = [
-        (shape, size) for shape in shapes for size in possible_block_sizes(config, given, text)
-    ]
+    search = Search(text, config, given, runtime.world_size, memory)
+    machine = None
     if dial == 'minutes':
         left = 60 * config['minutes'] - SETUP_SECONDS - (time.perf_counter() - STARTED)
         machine = measure(config, runtime, text.vocab_size, left, memory)
-        reachable = tokens_in_time(left - machine.seconds, config['sample_tokens'], text, machine)
+        left -= machine.seconds
+        ranked = search.rank(tokens_in_time(left, config['sample_tokens'], text, machine))
     elif dial == 'flops':
-        machine, reachable = None, tokens_for_flops(config['flops'], text)
+        ranked = search.rank(tokens_for_flops(config['flops'], text))
     else:
-        machine, reachable = None, lambda shape, size: config['tokens']
-    split = {'ranks': runtime.world_size, 'memory': memory}
-    rows = partial(batch, text=text, config=config, given=given, **split)
-    enough = long_enough(options, reachable, rows)
-    if dial == 'tokens':
-        ranked = rank_for_tokens(enough, text, config['tokens'])
-    else:
-        ranked = rank(enough, text, reachable)
+        ranked = search.rank_for_tokens(config['tokens'])
     if not ranked:
-        least = least_value(dial, options, config, text, machine, rows)
         raise ConfigError(
             f'{dial}={config[dial]:g}: is too little for the {LEAST_STEPS} steps that the smallest '
-            f'model needs; use at least --{dial}={least:.2g}'
+            f'model needs; use at least --{dial}={search.least(dial, machine):.2g}'
         )
     settings = settings_of(ranked[0], text, config, given, runtime.world_size, memory)
     final = {**config, **settings}
@@ -131,20 +122,6 @@ def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
     cost = step_cost(final, shape, text, machine)
     closing = closing_seconds(shape, config['sample_tokens'], machine) + cost.evaluation
     return Plan(settings, [describe_time(machine, final, cost, closing), *lines], cost, closing)
-
-
-def valid_shapes(shapes: Iterable[Shape], config: dict) -> list[Shape]:
-    """Those that go with the settings. ValueError if none does, for example with n_head=0."""
-    valid, errors = [], []
-    for shape in shapes:
-        try:
-            GPTConfig(**{name: config[name] for name in SHAPE} | shape._asdict())
-            valid.append(shape)
-        except ValueError as error:
-            errors.append(error)
-    if not valid:
-        raise errors[0]
-    return valid
 
 
 def read_text(config: dict) -> Text:
@@ -186,44 +163,77 @@ def check_prepared(config: dict) -> None:
 # -----------------------------------------------------------------------------
 # the choice
 
-Options = list[tuple[Shape, int]]  # with the block size
+
+class Search:
+    """The models that the settings allow. ConfigError if there is none, as with n_head=0."""
+
+    def __init__(self, text: Text, config: dict, given: dict, ranks: int, memory: float):
+        with as_config_error():
+            shapes = valid_shapes(possible_shapes(config, given, text, memory), config)
+        self.options = [*product(shapes, possible_block_sizes(config, given, text))]
+        self.text, self.config = text, config
+        self.split = partial(
+            batch, text=text, config=config, given=given, ranks=ranks, memory=memory
+        )
+
+    def rank(self, tokens_of: Callable[[Shape, int], float]) -> list[Choice]:
+        """The choices of at least LEAST_STEPS steps, the lowest predicted loss first.
+
+        tokens_of(shape, block_size): what each could train on.
+        """
+        choices = [Choice(shape, size, tokens_of(shape, size)) for shape, size in self.options]
+        choices = [c for c in choices if steps_of(c, self.split(c)) >= LEAST_STEPS]
+        return sorted(choices, key=lambda choice: predicted_loss(choice, self.text))
+
+    def rank_for_tokens(self, tokens: float) -> list[Choice]:
+        """First the largest model for which so many tokens are the best use of its operations."""
+        ranked = self.rank(lambda shape, size: tokens)
+        for choice in sorted(ranked, key=lambda choice: choice.shape.parameters, reverse=True):
+            best = self.rank(tokens_for_flops(flops_of(choice, self.text), self.text))[0]
+            if best.shape.parameters >= choice.shape.parameters:
+                return [choice, *ranked]
+        return ranked
+
+    def least(self, dial: str, machine: Machine | None) -> float:
+        """The least value of the dial for LEAST_STEPS steps of the smallest model, and a margin."""
+        choices = []
+        for shape, size in self.options:
+            step = size * math.prod(self.split(Choice(shape, size, 1.0)).values())
+            choices.append(Choice(shape, size, LEAST_STEPS * max(step, tokens_per_step(1))))
+        best = min(choices, key=lambda choice: flops_of(choice, self.text))
+        if dial == 'tokens':
+            return 1.1 * min(choice.tokens for choice in choices)
+        if dial == 'flops':
+            return 1.1 * flops_of(best, self.text)
+        training = (1 + EVALUATION_SHARE) * flops_of(best, self.text)
+        training /= machine.speed(best.shape.n_embd)
+        after = closing_seconds(best.shape, self.config['sample_tokens'], machine)
+        return 1.1 / 60 * (time.perf_counter() - STARTED + SETUP_SECONDS + training + after)
 
 
-def rank(options: Options, text: Text, tokens_of: Callable[[Shape, int], float]) -> list[Choice]:
-    """The choices of at least LEAST_STEPS steps, the lowest predicted loss first.
-
-    tokens_of(shape, block_size): what each could train on.
-    """
-    choices = [Choice(shape, size, tokens_of(shape, size)) for shape, size in options]
-    choices = [c for c in choices if c.tokens >= LEAST_STEPS * tokens_per_step(c.tokens)]
-    return sorted(choices, key=lambda choice: predicted_loss(choice, text))
-
-
-def long_enough(
-    options: Options, tokens_of: Callable[[Shape, int], float], rows: Callable[[Choice], dict]
-) -> Options:
-    """Those with LEAST_STEPS steps, of which a context or a batch that is given may leave fewer.
-
-    rows(choice): see recipe.batch().
-    """
-    choices = [Choice(shape, size, tokens_of(shape, size)) for shape, size in options]
-    return [(c.shape, c.block_size) for c in choices if steps_of(c, rows(c)) >= LEAST_STEPS]
-
-
-def rank_for_tokens(options: Options, text: Text, tokens: float) -> list[Choice]:
-    """First the largest model for which so many tokens are the best use of its operations."""
-    ranked = rank(options, text, lambda shape, size: tokens)
-    for choice in sorted(ranked, key=lambda choice: choice.shape.parameters, reverse=True):
-        flops = tokens * choice.shape.mean_flops(text.vocab_size, choice.block_size)
-        best = rank(options, text, tokens_for_flops(flops, text))[0]
-        if best.shape.parameters >= choice.shape.parameters:
-            return [choice, *ranked]
-    return ranked
+def valid_shapes(shapes: Iterable[Shape], config: dict) -> list[Shape]:
+    """Those that go with the settings. ValueError if none does."""
+    valid, errors = [], []
+    for shape in shapes:
+        try:
+            GPTConfig(**{name: config[name] for name in SHAPE} | shape._asdict())
+            valid.append(shape)
+        except ValueError as error:
+            errors.append(error)
+    if not valid:
+        raise errors[0]
+    return valid
 
 
 def predicted_loss(choice: Choice, text: Text) -> float:
     """The excess loss, see scaling.Law."""
-    return LAW.predict(choice.shape.parameters, choice.tokens, choice.block_size, text)
+    shape, block_size, tokens = choice
+    return LAW.predict(shape.parameters, shape.n_layer, tokens, block_size, text)
+
+
+def flops_of(choice: Choice, text: Text) -> float:
+    """Of its training."""
+    return choice.tokens * choice.shape.mean_flops(text.vocab_size, choice.block_size)
 
 
 def tokens_for_flops(flops: float, text: Text) -> Callable[[Shape, int], float]:
@@ -241,34 +251,6 @@ def tokens_in_time(
         return tokens_for_flops(flops, text)(shape, block_size)
 
     return tokens_of
-
-
-def least_value(
-    dial: str,
-    options: Options,
-    config: dict,
-    text: Text,
-    machine: Machine | None,
-    rows: Callable[[Choice], dict],
-) -> float:
-    """The least value of the dial for LEAST_STEPS steps of the smallest model, and a margin."""
-
-    def tokens_of(shape: Shape, size: int) -> float:
-        step = size * math.prod(rows(Choice(shape, size, 1.0)).values())
-        return LEAST_STEPS * max(step, tokens_per_step(1))
-
-    def flops_of(option: tuple[Shape, int]) -> float:
-        return tokens_of(*option) * option[0].mean_flops(text.vocab_size, option[1])
-
-    if dial == 'tokens':
-        return 1.1 * min(tokens_of(*option) for option in options)
-    shape, _ = best = min(options, key=flops_of)
-    least = flops = flops_of(best)
-    if dial == 'minutes':
-        training = (1 + EVALUATION_SHARE) * flops / machine.speed(shape.n_embd)
-        after = closing_seconds(shape, config['sample_tokens'], machine)
-        least = (time.perf_counter() - STARTED + SETUP_SECONDS + training + after) / 60
-    return 1.1 * least
 
 
 # -----------------------------------------------------------------------------
@@ -291,13 +273,12 @@ def describe_choice(ranked: list[Choice], text: Text, config: dict) -> Iterator[
         f'{config["dataset"]}: {text.tokens:,} tokens of {text.bytes_per_token:.2f} bytes, read '
         f'{epochs:,.2g} times; dropout {config["dropout"]}'
     )
-    others = '; '.join(f'{describe(c)} {loss:+.3f}' for c, loss in runners_up(ranked, text))
+    others = '; '.join(compare(other, best, text) for other in runners_up(ranked))
     yield f'model: {describe(best)}' + (f'; predicted loss of others: {others}' if others else '')
     rows = config['batch_size'] * config['gradient_accumulation_steps']
-    yield (
-        f'schedule: {config["max_iters"]:,} steps of {rows * best.block_size:,} tokens, the first '
-        f'{config["short_iters"]:,} in sequences of {config["short_block_size"]}'
-    )
+    short = f'the first {config["short_iters"]:,} in sequences of {config["short_block_size"]}'
+    steps = f'{config["max_iters"]:,} steps of {rows * best.block_size:,} tokens'
+    yield f'schedule: {steps}' + (f', {short}' if config['short_iters'] else '')
     values = {'parameters': best.shape.parameters, 'tokens': best.tokens, 'epochs': epochs}
     outside = [k for k, v in values.items() if not FITTED[k][0] <= v <= FITTED[k][1]]
     if outside:
@@ -317,11 +298,18 @@ def describe(choice: Choice) -> str:
     return f'{layers} x {width} ({size:,.1f}M), context {choice.block_size}'
 
 
-def runners_up(ranked: list[Choice], text: Text) -> list[tuple[Choice, float]]:
-    """The best choices of two other shapes, and how much higher their losses are."""
-    best, others = ranked[0], {}
+def compare(other: Choice, best: Choice, text: Text) -> str:
+    """The difference of their predicted losses, which with --tokens can be bought with time."""
+    higher = predicted_loss(other, text) - predicted_loss(best, text)
+    cost = flops_of(other, text) / flops_of(best, text)
+    after = f' after {cost:.1f} times the operations' if abs(cost - 1) > 0.1 else ''
+    return f'{describe(other)} {higher:+.3f}{after}'
+
+
+def runners_up(ranked: list[Choice]) -> list[Choice]:
+    """The best choices of two other shapes."""
+    others = {}
     for choice in ranked:
-        if choice.shape != best.shape:
-            higher = predicted_loss(choice, text) - predicted_loss(best, text)
-            others.setdefault(choice.shape, (choice, higher))
+        if choice.shape != ranked[0].shape:
+            others.setdefault(choice.shape, choice)
     return [*others.values()][:2]

@@ -55,6 +55,8 @@ class Run:
             return
         at_end = state.step >= max_iters
         longer = '--epochs' if c['epochs'] else '--max_iters' if at_end else '--patience'
+        if state.events and at_end:  # the plan's number of steps means the plan with its events
+            longer += f' above {c["max_iters"]}'
         if c['lr_decay_iters'] is not None and c['decay_lr']:
             longer += ' (and --lr_decay_iters)'
         if self.runtime.is_main:  # the process may have been killed before it did this

@@ -26,6 +26,7 @@ PROBE_LENGTH = 128  # tokens of a sequence
 PROBE_TOKENS, PROBE_TOKENS_GPU = 3072, 16384  # of a step
 PROBE_STEPS, PROBE_SECONDS = 3, 0.2  # at least, after a step to warm up
 PROBE_SHARE = 0.02  # of the time of the run: a probe that takes longer is of no use to it
+LONGEST_PROBE = 15.0  # seconds, however long the run is
 RANKS_SHARE = 0.9  # of the speed of each rank is left when they train together; a guess
 PLOT_SECONDS = 1.0  # to save the last checkpoint, draw the loss and exit
 
@@ -88,7 +89,7 @@ def measure(
         expected = flops / max(speeds.values(), default=math.inf) * ranks
         weights = shape.parameters + 2 * vocab_size * width
         needed = STATE_BYTES * weights + tokens * token_bytes(shape, vocab_size)
-        too_long = expected * (1 + PROBE_STEPS) > PROBE_SHARE * seconds
+        too_long = expected * (1 + PROBE_STEPS) > min(PROBE_SHARE * seconds, LONGEST_PROBE)
         if speeds and (too_long or needed > memory):
             break
         speeds[width] = ranks * flops / time_step(config, runtime, vocab_size, shape, tokens)

@@ -230,6 +230,11 @@ def check_dial(config: dict, given: dict) -> str | None:
             raise ConfigError(
                 f'{given[name]}: {shown} chooses {name}; use --{dial}=None, or omit {name}'
             )
+    if config['eval_only']:
+        raise ConfigError(
+            f'{shown}: chooses a model to train, which eval_only does not do; to evaluate a run, '
+            'use --init_from=resume with its out_dir'
+        )
     if config['init_from'] not in ('scratch', 'resume'):  # 'resume' found no checkpoint
         raise ConfigError(
             f'{shown}: chooses the shape of a new model, but init_from={config["init_from"]!r} '

@@ -13,7 +13,7 @@ from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, pick_dtype
 from flatgpt.training.scaling import LAW, Law, Text, fit
 
-TRUE = Law(size=4e3, a=0.4, data=3e4, b=0.35, span=3.0, c=0.8, half_life=10.0)
+TRUE = Law(size=7e3, a=0.4, depth=0.4, data=3e4, b=0.35, span=3.0, c=0.8, half_life=10.0)
 
 
 def made_up_rows():
@@ -23,12 +23,12 @@ def made_up_rows():
         ('b', 1e6, 1.1, 1.3),
         ('c', 2e5, 0.5, 0.8),
     ):
-        for n_layer, n_embd in ((2, 64), (2, 128), (4, 128), (5, 192)):
+        for n_layer, n_embd in ((2, 64), (2, 128), (4, 128), (2, 192), (5, 192)):
             for tokens in (3e5, 1e6, 3e6):
                 for block_size in (64, 256):
                     parameters = 12 * n_layer * n_embd**2
                     text = Text(int(unique), 257, 1.0)
-                    excess = TRUE.predict(parameters, tokens, block_size, text)
+                    excess = TRUE.predict(parameters, n_layer, tokens, block_size, text)
                     yield {
                         'dataset': name, 'text_tokens': unique, 'text_bytes': unique,
                         'n_layer': n_layer, 'n_embd': n_embd, 'block_size': block_size,
@@ -45,10 +45,10 @@ def test_the_fit_finds_a_law_that_orders_models_as_the_true_one():
 
     def best(law):
         shapes = [(n, 12 * n * c * c) for n, c in ((2, 64), (2, 128), (4, 128), (5, 160), (6, 256))]
-        return min(shapes, key=lambda s: law.predict(s[1], flops / 6 / s[1], 256, text))
+        return min(shapes, key=lambda s: law.predict(s[1], s[0], flops / 6 / s[1], 256, text))
 
     chosen, right = best(law), best(TRUE)
-    losses = [TRUE.predict(n, flops / 6 / n, 256, text) for _, n in (chosen, right)]
+    losses = [TRUE.predict(n, layers, flops / 6 / n, 256, text) for layers, n in (chosen, right)]
     assert losses[0] - losses[1] < 0.005
 
 

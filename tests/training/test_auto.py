@@ -1,9 +1,9 @@
 """config/auto.py: what is chosen for a time, and a run that keeps to it and resumes."""
 
 import json
+import re
 import shutil
 import time
-from itertools import product
 
 import pytest
 from conftest import ROOT, hashes
@@ -15,6 +15,7 @@ from flatgpt.data.tokenizer import byte_tokenizer, get_tokenizer
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import Runtime, pick_dtype
 from flatgpt.training import auto, deadline, speed
+from flatgpt.training.auto import Search
 from flatgpt.training.deadline import Deadline
 from flatgpt.training.recipe import (
     Choice,
@@ -59,15 +60,18 @@ def settings_in(out_dir):
 BYTES = byte_tokenizer()
 SMALL = ('--n_layer=2', '--n_embd=64')
 SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps': 40}
-SETTINGS |= {'optimizer': 'muon'}
+SETTINGS |= {'optimizer': 'muon', 'sample_tokens': 600, 'arch': 'modern', 'bias': False}
+SETTINGS |= {'n_kv_head': None, 'dataset': 'mine', 'block_size': 64}
+SETTINGS |= {'n_layer': 2, 'n_head': 2, 'n_embd': 64}
+
+
+def search(text=TEXT, memory=1e9, **given):
+    return Search(text, {**SETTINGS, **given}, given, 1, memory)
 
 
 def choose_in(seconds, text=TEXT, machine=LAPTOP, **given):
-    config = {**SETTINGS, **given}
-    shapes = possible_shapes(config, given, text, 1e9)
-    sizes = possible_block_sizes(config, given, text)
     tokens_of = auto.tokens_in_time(seconds, 600, text, machine)
-    return auto.rank([*product(shapes, sizes)], text, tokens_of)[0]
+    return search(text, **given).rank(tokens_of)[0]
 
 
 def test_more_time_buys_a_larger_model_and_more_tokens():
@@ -94,12 +98,19 @@ def test_a_model_with_many_more_parameters_than_its_text_has_tokens_is_no_choice
 
 
 def test_so_many_tokens_or_operations_get_a_model_in_proportion():
-    options = [*product(possible_shapes({}, {}, TEXT, 1e12), (256,))]
-    few, many = (auto.rank_for_tokens(options, TEXT, n)[0] for n in (5e5, 2e7))
+    models = search(memory=1e12, block_size=256)
+    few, many = (models.rank_for_tokens(n)[0] for n in (5e5, 2e7))
     assert many.shape.parameters > few.shape.parameters
-    flops = 2e7 * many.shape.mean_flops(257, 256)
-    best = auto.rank(options, TEXT, auto.tokens_for_flops(flops, TEXT))[0]
+    best = models.rank(auto.tokens_for_flops(auto.flops_of(many, TEXT), TEXT))[0]
     assert best.shape == many.shape
+
+
+def test_models_that_take_more_operations_for_the_same_tokens_say_so():
+    ranked = search().rank_for_tokens(5e6)
+    lines = [
+        *auto.describe_choice(ranked, TEXT, SETTINGS | settings_of(ranked[0], TEXT, SETTINGS, {}))
+    ]
+    assert re.search(r'-0\.\d+ after [\d.]+ times the operations', lines[1])
 
 
 def test_what_is_given_stays():
@@ -112,20 +123,15 @@ def test_what_is_given_stays():
 
 
 def test_a_shape_that_the_given_heads_cannot_have_is_no_choice():
-    config = dict(
-        arch='modern', block_size=64, n_layer=2, n_head=2, n_embd=64, n_kv_head=None, bias=False
-    )
-
     def widths(**given):
-        now = config | given
-        return {s.n_embd for s in auto.valid_shapes(possible_shapes(now, given, TEXT, 1e12), now)}
+        return {shape.n_embd for shape, _ in search(memory=1e12, **given).options}
 
-    assert 160 in widths(n_head=5)
+    assert 320 in widths(n_head=5)
     assert all(width % 10 == 0 for width in widths(n_head=5))
     assert widths(n_kv_head=2) < widths(n_kv_head=1) == widths()
     assert widths(n_embd=66) == {66}
     for wrong in ({'n_embd': 65}, {'n_embd': 0}, {'n_layer': 0}, {'n_head': 0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
             widths(**wrong)
 
 
@@ -388,6 +394,7 @@ def test_a_run_without_events_has_the_schedule_of_its_steps():
         case('is too little for', ['--batch_size=999'], ['--batch_size=4']),
         case('is too little for', ['--minutes=None', '--tokens=1e5', '--batch_size=999'], []),
         case('is for text, not for objective', ['--objective=sft'], []),
+        case('which eval_only does not do', ['--eval_only'], []),
         case(
             'chooses the shape of a new model',
             ['--init_from=gpt2'],
