@@ -101,7 +101,7 @@ class DecodeGraphs:
             if columns:
                 # as if the columns were full: an empty cache would have no mask; the mask's values
                 # come from `pos`, on the device
-                cache.max_pos = columns - 1
+                cache.max_pos = min(columns, cache.max_length) - 1
                 tokens, lengths = self.inputs[:2, :rows].long()
                 logits.copy_(forward(tokens[:, None], cache=cache, lengths=lengths))
             if work is not None:

@@ -23,31 +23,33 @@ class KVCache:
         self.max_length = max_length or c.block_size
         if weight.is_cuda:  # so that a later cache of another length has the same columns
             self.max_length = min(c.block_size, -(-self.max_length // self.stride) * self.stride)
+        # whole strides, because torch rounds attention to an odd number of columns differently
+        self.width = -(-self.max_length // self.stride) * self.stride
         # without AMX, torch's CPU attention of one query takes five times as long in bfloat16 as in
         # float32
         slow = weight.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
         dtype = torch.float32 if slow else weight.dtype
         # one more column takes the keys and values of padding, which are never read
-        shape = (c.n_layer, 2, rows, c.kv_heads, self.max_length + 1, c.n_embd // c.n_head)
+        shape = (c.n_layer, 2, rows, c.kv_heads, self.width + 1, c.n_embd // c.n_head)
         self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)
         self.pos = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.row_ids = torch.arange(rows, device=weight.device)[:, None]  # (rows, 1)
-        self.arange = torch.arange(self.max_length, device=weight.device)
-        self.zeros = torch.zeros(self.max_length, device=weight.device, dtype=dtype)
+        self.arange = torch.arange(self.width, device=weight.device)
+        self.zeros = torch.zeros(self.width, device=weight.device, dtype=dtype)
         self.max_pos = 0  # upper bound of pos, on the host, so that no step waits for the device
 
     def columns(self, T: int) -> int:
         """How many columns T more tokens attend to, rounded up."""
-        return min(self.max_length, -(-(self.max_pos + T) // self.stride) * self.stride)
+        return -(-(self.max_pos + T) // self.stride) * self.stride
 
     def extend(self, B: int, T: int, lengths=None):
         """Make room for T more tokens in B rows, `lengths` of them real -> positions (B, T)."""
         assert self.max_pos + T <= self.max_length, 'the cache is full'
         pos = self.pos[:B, None] + self.arange[:T]
-        self.write_columns = pos.clamp(max=self.max_length)
+        self.write_columns = pos.clamp(max=self.width)
         if lengths is not None:
             is_real = self.arange[:T] < lengths[:, None]
-            self.write_columns = self.write_columns.where(is_real, self.max_length)
+            self.write_columns = self.write_columns.where(is_real, self.width)
         self.mask = None  # for empty rows: plain causal attention
         if self.max_pos:
             unseen = self.arange[: self.columns(T)] > pos[..., None]

@@ -5,10 +5,10 @@ The loss of a model after training, predicted from its size, its context and its
     LAW.predict(parameters=1.5e6, n_layer=5, tokens=4e6, block_size=256, text=text)
 
 The law has the form of Hoffmann et al. (2022, "Training Compute-Optimal Large Language Models",
-equation 2) with a term for the context. A model with more layers counts as larger, since of two
-small models with as many parameters the deeper one is better. It counts repeated tokens as Muennighoff et al. (2023,
-"Scaling Data-Constrained Language Models", equation 5) do. `python bench.py --only=scaling` trains
-the models that it is fitted to, whose losses are in docs/scaling.jsonl.
+equation 2) with a term for the context. Of two small models with as many parameters, the one with
+more layers counts as larger. Repeated tokens count as in Muennighoff et al. (2023, "Scaling
+Data-Constrained Language Models", equation 5). `python bench.py --only=scaling` trains the models
+that the law is fitted to; their losses are in flatgpt/benchmarks/scaling.jsonl.
 """
 
 from collections.abc import Callable, Iterable

@@ -727,7 +727,8 @@ def test_48_staggered_requests_get_the_same_completions_as_alone(model, tokenize
 def test_deterministic_logits_are_bit_identical_alone_in_a_batch_and_in_any_slot(
     kind, changes, monkeypatch
 ):
-    model = random_model(len(LETTERS), 100, n_head=4, n_embd=64, n_layer=2, **changes)
+    # a context that is no multiple of the cache's stride
+    model = random_model(len(LETTERS), 94, n_head=4, n_embd=64, n_layer=2, **changes)
     model = model if kind == 'float32' else model.bfloat16()
     try:
         model = prepare_for_inference(model, 'int8' if kind == 'int8' else None)
