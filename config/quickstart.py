@@ -19,7 +19,7 @@ n_layer = 5
 n_head = 2
 n_embd = 160
 
-# tuned for speedrun_shakespeare_char_cpu
+# tuned for characters of Shakespeare and the same time
 optimizer = 'muon'
 muon_lr = 0.03
 muon_momentum = 0.9
