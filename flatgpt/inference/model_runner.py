@@ -116,9 +116,14 @@ class ModelRunner:
     def forward_prompts(self, batch: ScheduledBatch):
         """Logits (R, V) after the last of each slot's tokens; see prefill()."""
         slots, scored = batch.slots, batch.slots[0].request.needs_prompt_logprobs
-        idx, lengths = pad(batch.tokens, self.cache.pos.device)
-        cache = self.cache.view([slot.row for slot in slots], max_pos=len(slots[0].cached_ids))
-        ragged = len({*map(len, batch.tokens)}) > 1
+        rows, tokens = [slot.row for slot in slots], batch.tokens
+        width = batch.width and min(batch.width, self.cache.max_length)
+        if width:  # rows of padding, which write nothing
+            padding = batch.rows - len(slots)
+            rows, tokens = rows + rows[:1] * padding, tokens + [[]] * padding
+        idx, lengths = pad(tokens, self.cache.pos.device, width)
+        cache = self.cache.view(rows, max_pos=len(slots[0].cached_ids))
+        ragged = width or len({*map(len, tokens)}) > 1
         lengths = lengths if ragged else None
         logits = self.forward(idx, cache=cache, lengths=lengths, all_positions=scored)
         if scored:
@@ -233,10 +238,10 @@ def edits_of(requests: list[Request], rows: list[int]) -> list[tuple]:
     ]
 
 
-def pad(parts: list[list[int]], device):
+def pad(parts: list[list[int]], device, width: int | None = None):
     """Token lists -> ids (R, T), padded on the right, and their lengths (R,)."""
     lengths = torch.tensor([len(part) for part in parts])
-    idx = torch.zeros(len(parts), int(lengths.max()), dtype=torch.long)
+    idx = torch.zeros(len(parts), width or int(lengths.max()), dtype=torch.long)
     for row, part in zip(idx, parts, strict=True):
         row[: len(part)] = torch.tensor(part)
     return to_device(idx, device), to_device(lengths, device)

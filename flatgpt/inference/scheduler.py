@@ -16,6 +16,7 @@ from flatgpt.inference.request import Request
 MIN_PREFIX = 16  # tokens; shorter shared prefixes are computed again
 IDLE_PREFILL_TOKENS = 2048  # prompt tokens per batch while no request is decoding
 LOGPROB_CHUNK = 128  # tokens per batch if a prompt needs logprobs: each has logits (V,)
+PROMPTS_AT_ONCE = 8  # with batch_prompts
 
 
 class Slot:
@@ -30,6 +31,7 @@ class Slot:
         self.request: Request | None = None
         self.cached_ids: list[int] = []  # tokens in the cache, kept after the request
         self.uncached_ids: list[int] = []  # the tokens after them
+        self.prompt: list[int] = []  # of cached_ids; empty if they begin with something else
         self.is_new = False  # cached_ids are still those of the previous request
         self.last_used = 0.0
 
@@ -42,7 +44,7 @@ class Slot:
         self.uncached_ids = [token]
         if len(self.cached_ids) == block_size:
             self.uncached_ids = self.cached_ids[max(1, block_size // 8) :] + [token]
-            self.cached_ids = []
+            self.cached_ids, self.prompt = [], []
 
     def end(self) -> None:
         self.request, self.uncached_ids, self.last_used = None, [], time.monotonic()
@@ -64,18 +66,27 @@ class ScheduledBatch(NamedTuple):
     tokens: list[list[int]]  # of each slot: the first of its uncached_ids
     rows: int  # to compute; for decoding, the first rows of the cache
     copies: list[tuple[int, int, int]]  # (from row, to row, tokens), copied before the pass
+    width: int | None = None  # tokens per row, with padding; None: of the longest
 
 
 class Scheduler:
     """Assigns slots to waiting requests, first come first served, and plans each forward pass.
 
     prefill_chunk: prompt tokens between two decoding steps. deterministic: every batch has all
-    slots or a single prompt, and no prefix is shared.
+    slots, or a single prompt up to its last token, which is decoded: so equal prompts can share
+    their KV entries, and no other prefix is shared. batch_prompts: see Engine.
     """
 
-    def __init__(self, num_slots: int, block_size: int, prefill_chunk: int, deterministic: bool):
+    def __init__(
+        self,
+        num_slots: int,
+        block_size: int,
+        prefill_chunk: int,
+        deterministic: bool,
+        batch_prompts: bool = False,
+    ):
         self.block_size, self.prefill_chunk = block_size, prefill_chunk
-        self.deterministic = deterministic
+        self.deterministic, self.batch_prompts = deterministic, batch_prompts
         self.slots = [Slot(row) for row in range(num_slots)]
         self.waiting: deque[Request] = deque()
         self.copies: list[tuple[int, int, int]] = []  # for the next batch
@@ -124,6 +135,8 @@ class Scheduler:
 
     def schedule_prefill(self) -> ScheduledBatch | None:
         """Tokens of the oldest prompt, or of several whole ones; None if there is no prompt."""
+        if self.batch_prompts:
+            return self.schedule_prompts()
         while slots := self.prefilling_slots():
             if slots[0].is_new:
                 self.reuse_prefix(slots[0])
@@ -138,7 +151,33 @@ class Scheduler:
         slots = slots[:1] if alone else self.group_prompts(slots, token_budget)
         if oldest.request.needs_prompt_logprobs:
             token_budget = min(token_budget, LOGPROB_CHUNK)
+        elif self.deterministic:
+            token_budget = min(token_budget, len(oldest.uncached_ids) - 1)
         return self.make_batch(slots, len(slots), token_budget // len(slots))
+
+    def schedule_prompts(self) -> ScheduledBatch | None:
+        """Different prompts of similar length, each up to its last token; None if there is none.
+
+        The width depends on the length alone, so that a prompt is always computed in one shape.
+        """
+        taken, width = [], 0
+        for slot in self.prefilling_slots():
+            if any(slot.uncached_ids == other.uncached_ids for other in taken):
+                continue  # it copies the KV entries of that one later
+            if taken and padded_width(slot) != width:
+                continue
+            if slot.is_new:
+                self.reuse_prefix(slot)
+            if slot.prefilling:
+                taken.append(slot)
+                width = padded_width(slot)
+            if len(taken) == PROMPTS_AT_ONCE:
+                break
+        if not taken:
+            return None
+        batch = self.make_batch(taken, PROMPTS_AT_ONCE, width)
+        tokens = [slot.uncached_ids[:-1] for slot in taken]
+        return batch._replace(tokens=tokens, width=width)
 
     def prefilling_slots(self) -> list[Slot]:
         """The slots whose prompt is not complete, the oldest request first."""
@@ -147,14 +186,23 @@ class Scheduler:
 
     def reuse_prefix(self, slot: Slot) -> None:
         """Reuse the KV entries of the longest prefix that a prompt shares with any slot."""
-        prompt, best, count = slot.uncached_ids, slot, 0
-        if not (self.deterministic or slot.request.needs_prompt_logprobs):
-            best = max(self.slots, key=lambda other: common_prefix(prompt, other.cached_ids))
-            shared = common_prefix(prompt, best.cached_ids)
-            count = min(shared, len(prompt) - 1)  # the last token is needed for logits
-        count = count if count >= MIN_PREFIX else 0
+        prompt, scored = slot.uncached_ids, slot.request.needs_prompt_logprobs
+        best, count = (slot, 0) if scored else self.find_prefix(slot)
         self.copies.append((best.row, slot.row, count))
         slot.cached_ids, slot.uncached_ids, slot.is_new = prompt[:count], prompt[count:], False
+        slot.prompt = [] if scored else prompt  # a scored one is computed in other batches
+
+    def find_prefix(self, slot: Slot) -> tuple[Slot, int]:
+        """The slot whose cached tokens share the longest prefix with a new prompt, and its length;
+        without the last token, which is needed for logits."""
+        prompt, most = slot.uncached_ids, len(slot.uncached_ids) - 1
+        if self.deterministic:
+            same = (s for s in self.slots if s.prompt == prompt and len(s.cached_ids) >= most)
+            best = next(same, None)
+            return (best, most) if best else (slot, 0)
+        best = max(self.slots, key=lambda other: common_prefix(prompt, other.cached_ids))
+        count = min(common_prefix(prompt, best.cached_ids), most)
+        return (best, count) if count >= MIN_PREFIX else (slot, 0)
 
     def group_prompts(self, slots: list[Slot], token_budget: int) -> list[Slot]:
         """The first of these slots and those whose prompts fit in one pass with it."""
@@ -208,6 +256,11 @@ class Scheduler:
         slot.append(token, self.block_size)
         if not slot.cached_ids:
             self.copies.append((slot.row, slot.row, 0))  # positions start at 0 again
+
+
+def padded_width(slot: Slot) -> int:
+    """The tokens of a prompt without its last one, rounded up."""
+    return max(8, 1 << (len(slot.uncached_ids) - 2).bit_length())
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -724,8 +724,9 @@ def test_48_staggered_requests_get_the_same_completions_as_alone(model, tokenize
 @pytest.mark.parametrize(
     'changes', [{}, {'arch': 'modern', 'n_kv_head': 2}], ids=['gpt2', 'modern']
 )
+@pytest.mark.parametrize('batch_prompts', [False, True])
 def test_deterministic_logits_are_bit_identical_alone_in_a_batch_and_in_any_slot(
-    kind, changes, monkeypatch
+    kind, changes, batch_prompts, monkeypatch
 ):
     # a context that is no multiple of the cache's stride
     model = random_model(len(LETTERS), 94, n_head=4, n_embd=64, n_layer=2, **changes)
@@ -739,7 +740,7 @@ def test_deterministic_logits_are_bit_identical_alone_in_a_batch_and_in_any_slot
 
     def logits_of(numbers):
         seen = record_logits(monkeypatch)
-        engine = Engine(model, tokenizer, 4, 8, deterministic=True)
+        engine = Engine(model, tokenizer, 4, 8, deterministic=True, batch_prompts=batch_prompts)
         for slot in engine.slots:  # what a row was left with must not matter
             engine.runner.cache.kv[:, :, slot.row] = 1e4 * draw.random()
         requests = [Request(prompts[i], SamplingParams(25), lambda piece: None, i) for i in numbers]
