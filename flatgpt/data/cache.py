@@ -27,7 +27,14 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import SPLITS, check_files, mask_file, read_meta
+from flatgpt.data.dataset import (
+    SPLITS,
+    check_files,
+    has_records,
+    mask_file,
+    read_meta,
+    records_file,
+)
 from flatgpt.data.download import HEADERS, with_retries
 from flatgpt.errors import UserError, reason_of
 from flatgpt.files import atomic_file
@@ -152,6 +159,9 @@ def listed_files(source: str, raw: bytes) -> list[FileEntry]:
             if meta.get('rows'):
                 mask = mask_file(shard['file'])
                 files.append(FileEntry(mask, shard['tokens'], shard['mask_sha256']))
+        for split in SPLITS if has_records(meta.get('rows')) else ():
+            records = meta['splits'][split]['records']
+            files.append(FileEntry(records_file(split), records['bytes'], records['sha256']))
         for file in files:
             if not re.fullmatch(r'([\w-][\w.-]*/)*[\w-][\w.-]*', file.name):
                 raise ValueError(f'invalid file name {file.name!r}')

@@ -71,7 +71,11 @@ Sequence = tuple[np.ndarray, np.ndarray]  # ids (T,), loss mask (T,)
 
 def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
-    folder = output_folder(args)
+    prepare(args, output_folder(args))
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> None:
+    """Write the dataset folder. args: of arguments()."""
     tokenizer = with_template(find_tokenizer(args.tokenizer), args.template)
     try:
         files, val_files = find_files(args.files), find_files(args.val, flag='--val=')

@@ -10,7 +10,9 @@ The shards of a large dataset are in the folders of its parts (see data/parquet.
 Conversations (see data/chat/prepare.py) are packed into sequences of fixed length, here called
 rows: meta.json has "rows": {"length", "pairs"}, and train.mask.bin beside train.bin has one byte of
 flags per id: TARGET, FIRST (of a conversation, or of the padding), PADDING. With pairs, the row of
-the chosen completion precedes that of the rejected one.
+the chosen completion precedes that of the rejected one. Prompts for reinforcement learning (see
+data/prompts/prepare.py) have one row each, and a line with the record in
+train.records.jsonl.
 A nanoGPT folder with only train.bin, val.bin and perhaps meta.pkl can be read, too.
 
     with Writer(folder, tokenizer) as writer:        # publishes nothing if this raises
@@ -54,6 +56,7 @@ SCRIPT_FOLDERS = {
     'chat': 'talks.jsonl --name=talks',
     'gutenberg': '1342 84 --name=novels',
     'packages': 'pypi:click --name=click',
+    'prompts': 'sums.jsonl --name=sums',
     'text': 'FILES --name=mine',
 }
 
@@ -84,6 +87,7 @@ class Writer:
             self.shard_tokens = max(1, shard_tokens // unit) * unit
         self.shards: dict[str, list[dict]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
+        self.records: dict[str, list[bytes]] = {split: [] for split in SPLITS}
         # split -> [(file, sha256)] of the open shard and its flags
         self._files: dict[str, list] = {}
         self._byte_lengths = tokenizer.byte_lengths()
@@ -103,9 +107,14 @@ class Writer:
         self._remove_parts()  # of a killed run
         return self
 
-    def write(self, split: str, ids: np.ndarray, flags: np.ndarray | None = None) -> None:
-        """Append `ids` to a split; rows need one flag per id."""
+    def write(
+        self, split: str, ids: np.ndarray, flags: np.ndarray | None = None, record: str = ''
+    ) -> None:
+        """Append `ids` to a split; rows need one flag per id, and those of prompts a record."""
         assert (flags is not None) == bool(self.rows)
+        if record:
+            # a lone surrogate is written as a JSON escape
+            self.records[split].append(record.encode(errors='backslashreplace') + b'\n')
         if not len(ids):
             return
         self.bytes[split] += int(self._byte_lengths[ids].sum())
@@ -178,7 +187,7 @@ class Writer:
             if not self.shards[split] and not self.source:
                 raise UserError(f'{self.folder}: the {split} split would be empty; add more text')
         (self.folder / UNFINISHED).touch()
-        masks = ('train.mask.bin', 'val.mask.bin')
+        masks = ('train.mask.bin', 'val.mask.bin', *map(records_file, SPLITS))
         metas = ('meta.json', 'meta.pkl')
         for pattern in ('train.bin', 'train-*.bin', 'val.bin', 'val-*.bin', *masks, *metas):
             for old in self.folder.glob(pattern):
@@ -194,6 +203,9 @@ class Writer:
                 os.replace(part, self.folder / shard['file'])
                 if self.rows:
                     os.replace(mask, self.folder / mask_file(shard['file']))
+        for split in SPLITS if has_records(self.rows) else ():
+            with atomic_file(self.folder / records_file(split)) as part:
+                part.write_bytes(b''.join(self.records[split]))
         self.tokenizer.save(self.folder / 'tokenizer.json')
         self._write_meta()
         (self.folder / UNFINISHED).unlink()
@@ -203,6 +215,10 @@ class Writer:
             split: {'tokens': self.tokens(split), 'bytes': self.bytes[split], 'shards': shards}
             for split, shards in self.shards.items()
         }
+        for split in SPLITS if has_records(self.rows) else ():
+            content = b''.join(self.records[split])
+            digest = hashlib.sha256(content).hexdigest()
+            splits[split]['records'] = {'bytes': len(content), 'sha256': digest}
         tokenizer = self.tokenizer
         meta = {'format': 'flatgpt', 'tokenizer': tokenizer.name, 'splits': splits}
         meta |= {'vocab_size': tokenizer.vocab_size, 'dtype': tokenizer.dtype.name}
@@ -244,6 +260,15 @@ def mask_file(name: str) -> str:
     return f'{name.removesuffix(".bin")}.mask.bin'
 
 
+def records_file(split: str) -> str:
+    """The file with the records of prompts, a line each."""
+    return f'{split}.records.jsonl'
+
+
+def has_records(rows: dict | None) -> bool:
+    return bool(rows and rows.get('prompts'))
+
+
 def row_unit(rows: dict) -> int:
     """Tokens per row, or per pair of rows."""
     return int(rows['length']) * (2 if rows['pairs'] else 1)
@@ -252,6 +277,14 @@ def row_unit(rows: dict) -> int:
 def temporary_files(folder: Path) -> list[Path]:
     patterns = ('train-*.bin.part', 'val-*.bin.part', 'meta.json.part', 'tokenizer.json.part')
     return [part for pattern in patterns for part in folder.glob(pattern)]
+
+
+class Prompt(NamedTuple):
+    """A prompt for reinforcement learning: its number in the split, and the record it is from."""
+
+    number: int
+    ids: list[int]
+    record: dict
 
 
 class MixturePart(NamedTuple):
@@ -264,8 +297,9 @@ class Dataset:
     Batches of a prepared folder. A batch depends only on its sample numbers: it is the same for
     every world size and order of calls, and resuming needs no saved state.
 
-    objective: 'lm' for text, in windows of block_size; 'sft' for rows of conversations, 'dpo' for
-    pairs of rows. Rows keep their length, which must be at most block_size and replaces it.
+    objective: 'lm' for text, in windows of block_size; 'sft' for rows of conversations, 'dpo' and
+    'reward' for pairs of rows, 'rl' for prompts, a row each. Rows keep their length, which must be
+    at most block_size and replaces it.
     A window is what one sample is read from: block_size tokens, or a row or pair of chat data.
     """
 
@@ -308,13 +342,18 @@ class Dataset:
 
     @property
     def is_chat(self) -> bool:
-        """Whether the samples are conversations or preference pairs, in rows of fixed length."""
+        """Whether the samples are conversations, pairs or prompts, in rows of fixed length."""
         return bool(self._rows)
 
     @property
     def has_pairs(self) -> bool:
         """Whether the samples are preference pairs."""
         return self.is_chat and bool(self._rows['pairs'])
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether the samples are prompts for reinforcement learning."""
+        return has_records(self._rows)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -362,6 +401,22 @@ class Dataset:
         if not self.is_chat:
             return self.block_size
         return sum(int((flags & PADDING == 0).sum()) for flags in self._flags()) / self.n_windows
+
+    def prompts(self, split: str, windows: np.ndarray) -> list[Prompt]:
+        """The prompts in these windows of a split."""
+        starts = np.asarray(windows, np.int64) * self.stride
+        ids = self._read(split, starts)[:, : self.stride]
+        flags = self._read_files(split, starts, np.dtype(np.uint8), mask_file)[:, : self.stride]
+        records = self._records[split]
+        return [
+            Prompt(int(window), row[flag & PADDING == 0].tolist(), json.loads(records[window]))
+            for window, row, flag in zip(windows, ids, flags, strict=True)
+        ]
+
+    @functools.cached_property
+    def _records(self) -> dict[str, list[bytes]]:
+        """The lines of the records of each split."""
+        return {s: (self.folder / records_file(s)).read_bytes().splitlines() for s in SPLITS}
 
     def _flags(self) -> Iterator[np.ndarray]:
         """The flags of each shard of the training split, (windows, stride)."""
@@ -496,13 +551,15 @@ class Dataset:
         )
 
     def _check_objective(self, objective: str) -> None:
-        holds = {'lm': 'text', 'sft': 'conversations', 'dpo': 'preference pairs'}
-        fits = ('dpo' if self.has_pairs else 'sft') if self.is_chat else 'lm'
-        if objective != fits:
-            script = 'text' if objective == 'lm' else 'chat'
+        holds = {'lm': 'text', 'sft': 'conversations', 'dpo': 'preference pairs', 'rl': 'prompts'}
+        fits = 'dpo' if self.has_pairs else 'rl' if self.has_prompts else 'sft'
+        fits = fits if self.is_chat else 'lm'
+        needed = 'dpo' if objective == 'reward' else objective
+        if needed != fits:
+            script = {'lm': 'text', 'rl': 'prompts'}.get(objective, 'chat')
             raise UserError(
                 f'{self.folder}: contains {holds[fits]}, for --objective={fits}; '
-                f'objective={objective!r} needs {holds[objective]}: prepare them with '
+                f'objective={objective!r} needs {holds[needed]}: prepare them with '
                 f'data/{script}/prepare.py'
             )
 
@@ -594,6 +651,8 @@ def check_files(folder: Path, meta: dict) -> None:
             check_size(folder / shard['file'], shard['tokens'] * np.dtype(meta['dtype']).itemsize)
             if meta.get('rows'):
                 check_size(folder / mask_file(shard['file']), shard['tokens'])
+        if has_records(meta.get('rows')):
+            check_size(folder / records_file(split), meta['splits'][split]['records']['bytes'])
 
 
 def check_size(path: Path, expected: int) -> None:

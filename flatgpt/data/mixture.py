@@ -47,9 +47,10 @@ def open_data(
     """
     if not is_mixture(name):
         return Dataset(local_folder(name, cache, keep_alive), block_size, seed, objective)
-    if objective == 'dpo':
+    if objective in ('dpo', 'rl'):
         raise UserError(
-            f"dataset={name!r}: objective='dpo' does not support mixtures; choose one dataset"
+            f'dataset={name!r}: objective={objective!r} does not support mixtures; choose one '
+            'dataset'
         )
     weights = parse_weights(name)
     folders = [local_folder(part, cache, keep_alive) for part in weights]
@@ -141,7 +142,8 @@ class Mixture:
         ]
         self._check()
         first = datasets[0]
-        self.block_size, self.is_chat = first.block_size, first.is_chat
+        self.block_size = first.block_size
+        self.is_chat, self.has_pairs = first.is_chat, first.has_pairs
         self.vocab_size, self.tokenizer = first.vocab_size, first.tokenizer
         self.tokens = {split: sum(data.tokens[split] for data in datasets) for split in SPLITS}
         self.name = ', '.join(f'{share:.1%} {data.name}' for share, data in self.parts)
