@@ -8,6 +8,7 @@ $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --n
 $ python bench.py --only=quality --out_dir=out/mine   # its perplexity in 32, 16 and 8 bits
 $ python bench.py --only=data --text=corpus/          # tokenizers on your own files, and reading
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
+$ python bench.py --only=rl --n_layer=6 --n_head=6 --n_embd=384  # beside TRL
 $ python bench.py --only=saving,processes             # the cost of checkpoints and of two processes
 $ python bench.py --only=pieces                       # parts written out here, beside torch's
 $ python bench.py --only=scaling --dataset=pydocs     # the runs behind config/auto.py
@@ -42,7 +43,7 @@ from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.pieces import bench_pieces
 from flatgpt.benchmarks.report import Report, print_row
 from flatgpt.benchmarks.scaling import bench_rivals, bench_scaling
-from flatgpt.benchmarks.training import bench_processes, bench_saving, bench_training
+from flatgpt.benchmarks.training import bench_processes, bench_rl, bench_saving, bench_training
 from flatgpt.benchmarks.validate import (
     check_benchmark_settings,
     check_memory,
@@ -58,7 +59,7 @@ from sample import load
 
 # -----------------------------------------------------------------------------
 # benchmarks
-# '': training,prefill,decode,quality,data,startup; also saving,processes,pieces,scaling,rivals
+# '': training,prefill,decode,quality,data,startup; also rl,saving,processes,pieces,scaling,rivals
 only = ''
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # repetitions: each implementation is measured once per round
@@ -118,6 +119,7 @@ BENCHMARKS = {  # in this order
     'quality': bench_quality,
     'data': bench_data,
     'startup': bench_startup,
+    'rl': bench_rl,
     'saving': bench_saving,
     'processes': bench_processes,
     'pieces': bench_pieces,
@@ -125,7 +127,7 @@ BENCHMARKS = {  # in this order
     'rivals': bench_rivals,
 }
 # only when `only` names them
-EXTRA_BENCHMARKS = ('saving', 'processes', 'pieces', 'scaling', 'rivals')
+EXTRA_BENCHMARKS = ('rl', 'saving', 'processes', 'pieces', 'scaling', 'rivals')
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 

@@ -50,6 +50,7 @@ class GPTConfig:
     n_kv_head: int | None = None  # key/value heads, 'modern' only; None: n_head
     # 'gpt2': keep the residual stream in bfloat16 under its autocast, as 'modern' always does
     bf16_residual: bool = False
+    score: bool = False  # a reward model: one number for a sequence instead of logits
 
     def __post_init__(self):
         for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_kv_head'):
@@ -468,11 +469,22 @@ class GPT(nn.Module):
         if config.arch == 'modern':
             nn.init.normal_(self.lm_head.weight, std=0.001)  # all tokens start equally likely
         self.trunk.init_weights()
+        if config.score:
+            self.become_reward_model()
 
     def tie_weights(self) -> None:
         """GPT-2 uses one matrix for the embedding and the head."""
-        if self.config.arch == 'gpt2':
+        if self.config.arch == 'gpt2' and not self.config.score:
             self.lm_head.weight = self.transformer.wte.weight
+
+    def become_reward_model(self) -> None:
+        """Replace the head by a new one, for the score of a sequence."""
+        del self.lm_head
+        self.config.score = True
+        self.score = nn.Linear(
+            self.config.n_embd, 1, bias=False, device=self.embedding.weight.device
+        )
+        nn.init.normal_(self.score.weight, std=0.02)
 
     @property
     def trunk(self) -> nn.Module:
@@ -489,7 +501,16 @@ class GPT(nn.Module):
         return self.transformer.h if self.config.arch == 'gpt2' else self.model.layers
 
     def forward(
-        self, idx, targets=None, cache=None, lengths=None, all_positions=False, documents=None
+        self,
+        idx,
+        targets=None,
+        cache=None,
+        lengths=None,
+        all_positions=False,
+        documents=None,
+        ends=None,
+        at=None,
+        suppressed=None,
     ):
         """(logits, None) without targets, (None, loss) with them: the mean cross-entropy in nats.
 
@@ -500,6 +521,9 @@ class GPT(nn.Module):
         lengths (B,): with a cache, the number of tokens in each row before its padding.
         documents (B, T): without a cache, the number of each token's document in the row. Tokens
         attend to their own document only; positions are not reset.
+        ends (B,): the position of each row's last token; a reward model then returns (scores (B,),
+        None). at (N,): positions in the flattened targets; the loss is then that of each of them
+        (N,). suppressed (V,): tokens that are never sampled, and have no share of the probability.
         Logits are (B, T, V); with a cache (B, V), for each row's last token, unless all_positions.
         """
         B, T = idx.shape
@@ -509,15 +533,27 @@ class GPT(nn.Module):
             pos = cache.extend(B, T, lengths)  # (B, T)
         mask = None if documents is None else document_mask(documents)
         x = self.trunk(idx, pos, cache, mask)  # (B, T, C)
+        if ends is not None:  # in float32: autocast would round the product to 16 bits
+            last = x[torch.arange(B, device=x.device), ends].float()
+            return (last * self.score.weight).sum(1), None
         if cache is not None and not all_positions:  # only the last token of each row
             x = x[:, -1] if lengths is None else x[torch.arange(B, device=x.device), lengths - 1]
         if targets is None:
             return self.head(x), None  # (B, T, V) or (B, V)
+        if at is not None:
+            return None, self.token_loss(x.flatten(0, 1)[at], targets.flatten()[at], suppressed)
         rows = LOGITS_AT_ONCE // self.config.vocab_size
         if x.is_cuda and targets.numel() > rows and not torch.compiler.is_compiling():
             return None, chunked_loss(self.head, x.flatten(0, 1), targets.flatten(), rows)
         logits = self.head(x).float().flatten(0, 1)  # (B T, V)
         return None, F.cross_entropy(logits, targets.flatten(), ignore_index=-1)
+
+    def token_loss(self, x, targets, suppressed=None):
+        """The cross-entropy of each target (N,) in nats, from the trunk's output (N, C)."""
+        logits = self.head(x).float()  # (N, V)
+        if suppressed is not None:
+            logits = logits.masked_fill(suppressed, -math.inf)
+        return F.cross_entropy(logits, targets, ignore_index=-1, reduction='none')
 
     def head(self, x):
         """Output of the trunk (..., C) -> logits of the next token (..., V)."""

@@ -39,6 +39,7 @@ from flatgpt.training.metrics import format_losses, format_setup
 from flatgpt.training.optim import build_optimizers, set_lr
 from flatgpt.training.preflight import preflight
 from flatgpt.training.resume import build, saved_settings, set_trainable
+from flatgpt.training.rollout import Rollouts, load_reference
 from flatgpt.training.run import Run
 from flatgpt.training.update import GraphedUpdate, PendingNumbers, should_capture
 from flatgpt.training.validate import steps_of, validate, validate_machine
@@ -74,7 +75,7 @@ tensorboard_log = False  # write TensorBoard logs to tb/ in the run directory
 dataset = 'openwebtext'  # a name in data/, a path or URL, or a mixture: 'poe:0.7,poems:0.3'
 data_cache: str | None = None  # local directory to copy the dataset to first
 gradient_accumulation_steps = 5 * 8  # micro-batches per update, summed over all processes
-batch_size = 12  # micro-batch size: sequences (objective='dpo': pairs) per process
+batch_size = 12  # micro-batch size per process: sequences ('dpo', 'reward': pairs; 'rl': prompts)
 block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # sequence length during the first short_iters steps
 short_iters = 0  # steps with short_block_size; cheaper, since attention is shorter
@@ -84,8 +85,18 @@ minutes: float | None = None  # choose them so that the command takes this long
 tokens: float | None = None  # choose them so that the model trains on this many tokens
 flops: float | None = None  # choose them so that training takes this many operations
 # loss
-objective = 'lm'  # 'lm': text; 'sft': assistant messages; 'dpo': preference pairs
+# 'lm': text; 'sft': assistant messages; 'dpo': preference pairs; 'reward': a reward model of them;
+# 'rl': completions with rewards
+objective = 'lm'
 dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the initial model
+# reinforcement learning, objective='rl'
+# FILE.py:function, 'exact', 'regex' or 'length', or the run directory of a reward model
+reward: str | None = None
+rl_samples = 8  # completions of each prompt, which are compared with each other
+rl_tokens = 64  # tokens of a completion, at most
+rl_baseline = 'mean'  # of a prompt's rewards; 'std': divide by their spread, too; 'leave_one_out'
+rl_normalize = 'tokens'  # the loss is the mean over a step's tokens; or over its 'completions'
+rl_kl = 0.0  # strength of the KL penalty to the initial model; 0: none, and no copy of it
 # model (defaults: GPT-2 124M)
 arch = 'gpt2'  # or 'modern': rotary embeddings, RMSNorm, squared ReLU, as in nanochat
 n_layer = 12  # blocks
@@ -170,7 +181,7 @@ if epochs is not None or lr_decay_iters is None:
     lr_decay_iters = schedule_iters
 runtime.print0(format_setup(config, raw_model, data, runtime, batches.tokens_per_step))
 set_trainable(raw_model, config, runtime.print0)
-if objective == 'dpo' and not run.resume_from:
+if (objective == 'dpo' or rl_kl) and not run.resume_from:
     state.reference = runtime.broadcast_from_rank0(
         lambda: reference_fingerprint(raw_model, runtime.dtype_name)
     )
@@ -190,8 +201,15 @@ if shard:  # FSDP2: compile each block, then shard
     model = apply_fsdp(raw_model, runtime, offload)
 if objective == 'dpo':  # log-probabilities before training
     batches.reference = find_or_compute_reference(raw_model, batches, run, config)
+rollouts = None
+if objective == 'rl':
+    rollouts = Rollouts(raw_model, tokenizer, data, config, runtime)
+    if rl_kl:
+        rollouts.reference, batches.reference = load_reference(raw_model, run)
 if should_compile and not shard:
     trial_loss, shapes = partial(loss_of, beta=dpo_beta), batches.shapes_to_compile()
+    if rollouts:
+        shapes = rollouts.shapes_to_compile()
     # (raw_model, False) if that fails
     model, compiled = runtime.try_compile(raw_model, shapes, runtime.print0, trial_loss)
 if runtime.world_size > 1 and not shard and not eval_only:
@@ -247,7 +265,7 @@ def update(micro_batches: list, signals) -> torch.Tensor:
             sync_gradients(model, last=number == len(micro_batches))
         with runtime.autocast():
             # summed over micro-batches and averaged over ranks, this is the mean
-            loss = loss_of(model, **batch, beta=dpo_beta) / divisor
+            loss = loss_of(model, **batch, beta=rl_kl if rollouts else dpo_beta) / divisor
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     for opt in optimizers:
@@ -290,9 +308,11 @@ def read_update(lr: float, started: float, numbers: PendingNumbers) -> bool:
     if skipped:
         run.report_skipped(mean_loss, norm)
     if state.step % log_interval == 0:
-        speed = run.progress.steps_per_second() * batches.tokens_per_step
+        tokens = rollouts.tokens_per_step if rollouts else batches.tokens_per_step
+        speed = run.progress.steps_per_second() * tokens
         mfu = peak_flops and speed * raw_model.flops_per_token() / (peak_flops * runtime.world_size)
         values = {'lr': lr, 'grad_norm': norm, 'tokens_per_s': speed, 'mfu': mfu}
+        values |= rollouts.stats if rollouts else {}
         run.log_update(loss=mean_loss, **values, data_wait=data_wait)
     return any(signals)
 
@@ -303,8 +323,11 @@ launch = GraphedUpdate(update, discard_update, runtime.print0) if use_graph else
 # the loop
 
 stop_signal = StopSignal(runtime)  # from here on a signal finishes the step, saves and exits
+evaluate = partial(estimate_loss, raw_model, batches, config, runtime)
+if rollouts:
+    evaluate = rollouts.evaluate
 if eval_only:
-    if losses := estimate_loss(raw_model, batches, config, runtime, stop_signal):
+    if losses := evaluate(stop_signal):
         runtime.print0(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
     runtime.exit(stop_signal.status)
 run.exit_if_finished(max_iters)
@@ -325,7 +348,7 @@ while True:
     losses, step = None, state.step + len(in_flight)
     if should_evaluate and not state.is_evaluated and not stopping:
         watchdog.enter_phase(step, 'evaluating')
-        losses = estimate_loss(raw_model, batches, config, runtime, stop_signal)
+        losses = evaluate(stop_signal)
         stopping = losses is None
     if losses:
         state.record_evaluation(losses)
@@ -356,6 +379,12 @@ while True:
     micro_batches = batches.next_update(schedule_step)
     if stop_signal.failed and runtime.world_size == 1:
         continue
+    if rollouts:  # complete the prompts and reward the completions
+        keep_alive = partial(watchdog.keep_alive, step, 'completing prompts')
+        micro_batches = rollouts.micro_batches(micro_batches, stop_signal, keep_alive)
+        if micro_batches is None:  # a signal, or the reward failed
+            stopping = True
+            continue
     watchdog.enter_phase(step, 'computing gradients')
     runtime.seed(seed, step)
     lr = get_lr(schedule_step)
@@ -364,7 +393,8 @@ while True:
             set_lr(group, lr * group['lr_ratio'])  # 1, or muon_lr / learning_rate
     numbers = PendingNumbers(launch(micro_batches, stop_signal.to_device()))
     in_flight.append((lr, started, numbers))
-    while len(in_flight) > runtime.max_in_flight:
+    # completions wait for the weights, and so for the result
+    while len(in_flight) > (0 if rollouts else runtime.max_in_flight):
         stopping |= read_update(*in_flight.popleft())
 
 batches.close()

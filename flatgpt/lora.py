@@ -53,7 +53,7 @@ class LoRALinear(nn.Module):
 def linear_layers(model: GPT) -> dict[str, nn.Linear]:
     """The linear layers of the blocks by name, such as transformer.h.0.attn.c_attn."""
     named = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return {name: linear for name, linear in named.items() if name != 'lm_head'}
+    return {name: linear for name, linear in named.items() if name not in ('lm_head', 'score')}
 
 
 def lora_layers(model: GPT) -> dict[str, LoRALinear]:

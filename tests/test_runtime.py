@@ -255,7 +255,8 @@ def work_of(config, steps):
     shape = {name: c[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd')}
     with torch.device('meta'):
         model = GPT(GPTConfig(vocab_size=65, **shape))
-    data = SimpleNamespace(block_size=c['block_size'], window_tokens=c['block_size'])
+    sizes = {'block_size': c['block_size'], 'window_tokens': c['block_size']}
+    data = SimpleNamespace(**sizes, has_pairs=False)
     state = SimpleNamespace(step=0, samples=0)
     return BatchLoader(data, state, c, CPU).work(model, steps or c['max_iters'])
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from flatgpt.benchmarks.baselines import BUILDERS
+from flatgpt.benchmarks import baselines, rl
 from flatgpt.benchmarks.machine import reset_peak_memory
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, init_runtime, is_out_of_memory, pick_dtype
@@ -43,11 +43,11 @@ class Failure(str):
 
 
 class Implementation:
-    """A program of baselines.py, such as flatGPT or transformers, in a process of its own."""
+    """A program of baselines.py or rl.py, such as flatGPT or TRL, in a process of its own."""
 
     def __init__(self, name: str, settings: dict):
         self.name = name
-        self.format = settings['format'] if settings['workload'] != 'training' else ''
+        self.format = settings['format'] if settings['workload'] == 'generation' else ''
         context = multiprocessing.get_context('spawn')
         self.pipe, other = context.Pipe()
         self.process = context.Process(
@@ -109,7 +109,7 @@ def start_implementations(
 ) -> Iterator[list[Implementation]]:
     """Start a process for each (program, format of the weights), and end them afterwards.
 
-    workload: 'training' or 'generation'.
+    workload: 'training', 'generation' or 'rl'.
     """
     implementations = []
     try:
@@ -161,7 +161,8 @@ def run_implementation(pipe, name: str, settings: dict) -> None:
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             runtime = open_runtime(name, settings)
-            program = BUILDERS[name](settings, runtime)
+            builders = rl.BUILDERS if settings['workload'] == 'rl' else baselines.BUILDERS
+            program = builders[name](settings, runtime)
             pipe.send(None)
             while (request := pipe.recv()) is not None:
                 pipe.send(measure(program, runtime, *request))

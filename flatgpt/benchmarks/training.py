@@ -2,6 +2,7 @@
 bench.py's training benchmarks: a step's speed, the cost of checkpoints and of a second process.
 
 $ python bench.py --only=training     # compared with transformers, and nanoGPT by --nanogpt=PATH
+$ python bench.py --only=rl           # a step of reinforcement learning, compared with TRL
 $ python bench.py --only=saving       # how long saving a checkpoint takes and pauses training
 $ python bench.py --only=processes    # two processes of one run, compared with two separate runs
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from flatgpt import ROOT
+from flatgpt.benchmarks import rl
 from flatgpt.benchmarks.baselines import OPTIMIZER, build_meta_model, build_random_model
 from flatgpt.benchmarks.implementations import (
     Implementation,
@@ -92,6 +94,24 @@ def describe_step(
     if implementation.name != 'transformers' and runtime.wants_compile(settings['compile']):
         parts.append('compiled')
     return ', '.join(parts)
+
+
+def bench_rl(settings: dict, runtime: Runtime, report: Report) -> None:
+    """Tokens/s of whole steps of reinforcement learning: completions, rewards, an update."""
+    names = [('flatGPT', ''), ('TRL', '')]
+    with start_implementations(names, settings, 'rl') as implementations:
+        measurements = measure_interleaved(implementations, settings, 'step')
+        notes = {each.label: each.failure or runtime.dtype_name for each in implementations}
+        if own := measurements['flatGPT']:
+            share = [measurement.work['rollouts'] for measurement in own]
+            notes['flatGPT'] += f', {format_spread(share, ".0%")} of the time in rollouts'
+        name = f'rl {rl.PROMPTS}x{rl.SAMPLES}x{settings["new_tokens"]}'
+        report.compare(name, measurements, notes, {'TRL': {'flatGPT': 0.0}})
+        ours = implementations[:1]
+        for deterministic in (True, False):
+            found = measure_interleaved(ours, settings, 'completions', deterministic)
+            variant = 'deterministic' if deterministic else 'any order'
+            report.compare('rollouts alone', {variant: found['flatGPT']}, {}, {})
 
 
 # -----------------------------------------------------------------------------

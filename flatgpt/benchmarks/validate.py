@@ -87,7 +87,7 @@ def check_benchmark_settings(settings: dict, benchmarks: list[str]) -> None:
     if settings['text'] and not Path(settings['text']).is_dir():
         raise UserError(f'text={settings["text"]}: no such folder; give an existing one')
     prompt, new, size = (settings[k] for k in ('prompt_tokens', 'new_tokens', 'block_size'))
-    if {'prefill', 'decode'} & {*benchmarks} and prompt + new > size:
+    if {'prefill', 'decode', 'rl'} & {*benchmarks} and prompt + new > size:
         raise UserError(
             f'prompt_tokens={prompt} and new_tokens={new} do not fit into block_size={size}; '
             f'lower one of them, or use --block_size={prompt + new}'
@@ -119,6 +119,7 @@ def check_memory(settings: dict, runtime: Runtime, benchmarks: list[str]) -> Non
     training = 16 * (2 + bool(settings['nanogpt']))  # parameters, gradients and AdamW, of each
     bytes_each = {
         'training': training,
+        'rl': 32,
         'prefill': 16,
         'decode': 16,
     }  # of all implementations together

@@ -67,14 +67,15 @@ def describe_model(config: GPTConfig, tokenizer: Tokenizer | None) -> str:
     name = tokenizer.name if tokenizer else 'none'
     return (
         f'{config.arch}, {parameters / 1e6:.2f}M parameters, {shape}, '
-        f'context {config.block_size}; tokenizer {name}'
+        f'context {config.block_size}; tokenizer {name}{"; reward model" if config.score else ""}'
     )
 
 
 def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -> None:
     if kind == 'peft':
         return export_adapter(where, which, to)
-    model, tokens, state = load_model(where, which, tokenizer=tokenizer)
+    scores = kind == 'transformers'  # AutoModelForSequenceClassification
+    model, tokens, state = load_model(where, which, tokenizer=tokenizer, reward_model=scores)
     {'transformers': export_transformers, 'gguf': export_gguf}[kind](model, tokens, state, to)
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: written to {to}{"" if tokens else ", without a tokenizer"}')
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         return export(args.out_dir, args.checkpoint, args.to, args.format, args.tokenizer)
     if is_external(args.out_dir):
-        model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer)
+        model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer, reward_model=True)
         return print(f'{describe_model(model.config, tokenizer)}; loaded, it has no hashes')
     # find_checkpoint() reports if there is none
     paths = list_checkpoints(args.out_dir) or [find_checkpoint(args.out_dir)]

@@ -36,6 +36,7 @@ from flatgpt.errors import CheckpointError, did_you_mean
 from flatgpt.files import atomic_folder, read_json
 from model import GPT, TRANSPOSED
 
+REWARD_MODEL = 'GPT2ForSequenceClassification'
 RELEASED = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl', 'distilgpt2')
 # Of a config.json: its names for the fields of GPTConfig, and the values of other fields that
 # model.py computes
@@ -159,7 +160,8 @@ def load_transformers(folder: Path, name: str, dropout: float) -> GPT:
 
 def parameter_name(key: str) -> str:
     """The name of a parameter here; OpenAI's files lack the prefix."""
-    return key if key.startswith(('transformer.', 'model.', 'lm_head.')) else f'transformer.{key}'
+    prefixes = ('transformer.', 'model.', 'lm_head.', 'score.')
+    return key if key.startswith(prefixes) else f'transformer.{key}'
 
 
 def parse_model_config(config: dict, name: str) -> dict:
@@ -174,6 +176,7 @@ def parse_model_config(config: dict, name: str) -> dict:
             raise CheckpointError(f'{name}: config.json needs an integer {theirs!r}')
     if kind == 'gpt2':
         shape |= {'arch': 'gpt2', 'bias': config.get('flatgpt_bias', True)}
+        shape |= {'score': gives_a_score(config, name)}
         expected = GPT2_SETTINGS | {'n_inner': (None, 4 * shape['n_embd'])}
         expected['n_ctx'] = (shape['block_size'],)  # its name in older versions
     else:
@@ -193,6 +196,19 @@ def parse_model_config(config: dict, name: str) -> dict:
             'not depend on it'
         )
     return shape
+
+
+def gives_a_score(config: dict, name: str) -> bool:
+    """Whether a config.json is of a reward model."""
+    if config.get('architectures') != [REWARD_MODEL]:
+        return False
+    labels = config.get('num_labels', len(config.get('id2label') or (0, 1)))
+    if labels != 1:
+        raise CheckpointError(
+            f'{name} is a {REWARD_MODEL} with {labels} labels; give one with num_labels=1, whose '
+            'only output is the score'
+        )
+    return True
 
 
 def unsupported_fields(
@@ -356,9 +372,15 @@ def read_tokenizer(folder: Path, name: str, vocab_size: int) -> Tokenizer | None
 
 
 def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, folder: Path) -> None:
-    """Write a folder that AutoModelForCausalLM and AutoTokenizer load: all of it or nothing."""
+    """Write a folder that AutoModelForCausalLM, or of a reward model
+    AutoModelForSequenceClassification, and AutoTokenizer load: all of it or nothing."""
+    if model.config.score and model.config.arch == 'modern':
+        raise CheckpointError(
+            'transformers has no class for a reward model of NanoChat; export one with arch=gpt2'
+        )
     files = {'config.json': config_json(model, tokenizer)}
-    files[GENERATION] = bos_and_eos(tokenizer)
+    if not model.config.score:
+        files[GENERATION] = bos_and_eos(tokenizer)
     if tokenizer is not None:
         end = tokenizer.eot_text if tokenizer.eot in tokenizer.stop_ids else None
         files['tokenizer.json'] = tokenizer_json(tokenizer)
@@ -369,6 +391,8 @@ def export_transformers(model: GPT, tokenizer: Tokenizer | None, state: dict, fo
             **(dict.fromkeys(('bos_token', 'eos_token'), end) if end else {}),
             **({'chat_template': chat_jinja(tokenizer)} if tokenizer.chat_template else {}),
         }
+        if model.config.score and unused_id(model, tokenizer):
+            files['tokenizer_config.json']['pad_token'] = '<|padding|>'
         if tokenizer.chat_template:  # Jinja cannot be converted back
             files[CHAT_TEMPLATE_FILE] = tokenizer.chat_template
     with atomic_folder(folder) as part:
@@ -388,8 +412,9 @@ def transformers_tensors(model: GPT) -> dict[str, torch.Tensor]:
         for name, tensor in tensors.items()
     }
     if model.config.arch == 'gpt2' and not model.config.bias:
+        without = ('wte.weight', 'wpe.weight', 'score.weight')
         for name, tensor in list(tensors.items()):
-            if name.endswith('.weight') and '.wte.' not in name and '.wpe.' not in name:
+            if name.endswith('.weight') and not name.endswith(without):
                 tensors[name.removesuffix('weight') + 'bias'] = torch.zeros(tensor.shape[-1])
     return tensors
 
@@ -401,11 +426,21 @@ def bos_and_eos(tokenizer: Tokenizer | None) -> dict:
     return {'bos_token_id': None if tokenizer is None else tokenizer.eot, 'eos_token_id': end}
 
 
+def unused_id(model: GPT, tokenizer: Tokenizer | None) -> int | None:
+    """The first id after the tokenizer's, for padding: a reward model of transformers scores the
+    last token of a row that is no padding. None if there is none; then it takes one row at a time.
+    """
+    if tokenizer is None or tokenizer.vocab_size >= model.config.vocab_size:
+        return None
+    return tokenizer.vocab_size
+
+
 def config_json(model: GPT, tokenizer: Tokenizer | None) -> dict:
     c, both = model.config, bos_and_eos(tokenizer) | {'dtype': 'float32'}
     if c.arch == 'gpt2':
         return {
-            'architectures': ['GPT2LMHeadModel'],
+            'architectures': [REWARD_MODEL if c.score else 'GPT2LMHeadModel'],
+            **({'num_labels': 1, 'pad_token_id': unused_id(model, tokenizer)} if c.score else {}),
             'model_type': 'gpt2',
             **{theirs: asdict(c)[ours] for ours, theirs in GPT2_NAMES.items()},
             **{key: values[0] for key, values in GPT2_SETTINGS.items()},
@@ -445,11 +480,14 @@ def model_card(model: GPT, tokenizer: Tokenizer | None, state: dict) -> str:
         **{name: settings.get(name) for name in CARD_SETTINGS},
     }
     rows = [f'| {name} | {value} |' for name, value in facts.items() if value is not None]
-    head = '---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n'
+    task, kind = 'text-generation', 'AutoModelForCausalLM'
+    if c.score:
+        task, kind = 'text-classification', 'AutoModelForSequenceClassification'
+    head = f'---\nlibrary_name: transformers\npipeline_tag: {task}\n---\n\n'
     title = f'# {settings.get("dataset", "A model")}, by flatGPT\n\n'
     use = (
-        '\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
-        "model = AutoModelForCausalLM.from_pretrained('.')\n"
+        f'\n```python\nfrom transformers import {kind}, AutoTokenizer\n\n'
+        f"model = {kind}.from_pretrained('.')\n"
         "tokenizer = AutoTokenizer.from_pretrained('.')\n```\n"
     )
     return head + title + '| | |\n|---|---|\n' + '\n'.join(rows) + '\n' + use

@@ -195,13 +195,14 @@ def load_model(
     device: str = 'cpu',
     dropout: float = 0.0,
     tokenizer: str | None = None,
+    reward_model: bool = False,
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """A model ready for evaluation on `device` -> model, tokenizer, state ({} if external).
 
     where: a run directory, a checkpoint, None for the newest run, or an external model: a
     `transformers` folder, a name on the Hub such as 'gpt2', a nanoGPT checkpoint, a `peft` folder,
     whose config gives its base. Adapters are merged. tokenizer: replaces the model's own, see
-    find_tokenizer().
+    find_tokenizer(). reward_model: accept one, too.
     """
     where = newest_run() if where is None else where
     replacement = find_tokenizer(tokenizer) if tokenizer else None
@@ -213,6 +214,11 @@ def load_model(
         model, found, state = load_external(where, dropout, replacement)
     else:
         model, found, state = load_checkpoint(find_checkpoint(where, which), dropout)
+    if model.config.score and not reward_model:
+        raise CheckpointError(
+            f'{where} is a reward model, which writes no text; give the model that it judges, or '
+            f'train one with --objective=rl --reward={where}'
+        )
     model, found = merge_lora(model), replacement or found
     if found and found.vocab_size > model.config.vocab_size:
         raise CheckpointError(

@@ -64,7 +64,8 @@ def model_from_tensors(
     if missing:
         raise CheckpointError(f'{where} lacks the tensor {min(missing)}; {SAME_MODEL}')
     model.tie_weights()
-    if head is not None and not torch.equal(head.float(), model.lm_head.weight):
+    has_head = head is not None and not model.config.score
+    if has_head and not torch.equal(head.float(), model.lm_head.weight):
         raise CheckpointError(
             f'{where}: lm_head.weight differs from the embedding; give a model that ties them'
         )

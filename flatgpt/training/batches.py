@@ -20,7 +20,7 @@ import torch
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
 from flatgpt.runtime import ComputeWorkload, Runtime, to_device
-from flatgpt.training.loss import trim_padding
+from flatgpt.training.loss import last_tokens, trim_padding
 from flatgpt.training.state import TrainState
 from flatgpt.training.validate import global_batch_size
 from model import GPT
@@ -108,21 +108,25 @@ class BatchLoader:
 
     def micro_batch(self, number: int) -> tuple[dict, float]:
         """Micro-batch `number` of this rank, counted from the first step: the arguments of
-        loss_of(), x and y (B, T), and a divisor. loss / divisor, summed over the micro-batches of
-        an update and averaged over the ranks, is the mean.
+        loss_of(), or for objective='rl' prompts, and a divisor. loss / divisor, summed over the
+        micro-batches of an update and averaged over the ranks, is the mean.
         """
         c, steps, part = self.config, *divmod(number, self.micro_steps)
         first = self.first_sample + steps * self.global_batch_size
         mine = first + self.runtime.rank * self.rank_batch_size + part * self.micro_batch_size
+        if c['objective'] == 'rl':  # see rollout.py
+            samples = range(mine, mine + self.micro_batch_size)
+            windows = self.data.windows(mine, self.micro_batch_size)
+            return {'samples': samples, 'prompts': self.data.prompts('train', windows)}, 1.0
         batch = self.data.batch(mine, self.micro_batch_size, c['mask_documents'])
         divisor = self.micro_steps
         if c['objective'] == 'sft':  # the number of targets differs between conversations
             targets = self.data.count_targets(mine, self.micro_batch_size)
             all_targets = self.data.count_targets(first, self.global_batch_size)
             divisor = all_targets / (targets * self.runtime.world_size)
+        if self.data.has_pairs and not self.fixed_width:
+            batch = trim_padding(*batch)
         if c['objective'] == 'dpo':
-            if not self.fixed_width:
-                batch = trim_padding(*batch)
             pairs = self.data.windows(mine, self.micro_batch_size)
             batch = [*batch, self.reference['train'][pairs].ravel()]
         return self.as_kwargs(batch), float(divisor)
@@ -135,14 +139,19 @@ class BatchLoader:
 
     def _eval_batch(self, part: Dataset, split: str, windows) -> dict:
         batch = part.eval_batch(split, windows, self.config['mask_documents'])
+        if part.has_pairs:
+            batch = trim_padding(*batch)
         if self.config['objective'] == 'dpo':
             reference = self.reference[split][windows // self.data.stride]
-            batch = [*trim_padding(*batch), reference.ravel()]
+            batch = [*batch, reference.ravel()]
         return self.as_kwargs(batch)
 
     def as_kwargs(self, arrays) -> dict:
         """Arrays -> the arguments of loss_of(), on the device."""
         names = ('x', 'y', 'reference' if self.config['objective'] == 'dpo' else 'documents')
+        if self.config['objective'] == 'reward':
+            x, y = arrays
+            names, arrays = ('x', 'ends'), (x, last_tokens(y))
         return dict(zip(names, self.to_device(*arrays), strict=False))
 
     def to_device(self, *arrays) -> list[torch.Tensor]:
@@ -159,8 +168,12 @@ class BatchLoader:
 
     def work(self, model: GPT, max_iters: int) -> ComputeWorkload:
         """The work of this rank up to step max_iters."""
-        c, pairs = self.config, self.config['objective'] == 'dpo'
-        tokens = self.micro_batch_size * (1 + pairs) * self.data.block_size
+        c, length = self.config, self.data.block_size
+        sequences = self.micro_batch_size * (1 + self.data.has_pairs)
+        if c['objective'] == 'rl':
+            sequences *= c['rl_samples']
+            length += c['rl_tokens']
+        tokens = sequences * length
         passes = (max_iters - self.first_step) * self.micro_steps
         shapes = 1 + (self.first_step < c['short_iters'])
         return ComputeWorkload(passes, tokens * model.flops_per_token(), len(model.blocks), shapes)

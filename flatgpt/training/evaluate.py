@@ -76,9 +76,12 @@ def sum_losses(model, batches, part, split, share, config, runtime, stop_signal)
 
 def training_sample(model: GPT, tokenizer: Tokenizer, data: Dataset, tokens: int, seed: int) -> str:
     """About `tokens` generated tokens. The prompt is end of text, or the first token of the
-    validation split; for chat data, the first conversation of that split up to the reply."""
+    validation split; for chat data, the first conversation of that split up to the reply, or the
+    first prompt."""
     x, y = data.parts[0].data.eval_batch('val', [0])
     prompt = x[0, :1] if tokenizer.eot is None else [tokenizer.eot]
-    if data.is_chat:  # up to the assistant message
+    if data.is_chat and data.parts[0].data.has_prompts:
+        prompt = data.parts[0].data.prompts('val', [0])[0].ids
+    elif data.is_chat:  # up to the assistant message
         prompt = x[0, : int((y[0] >= 0).argmax()) + 1]
     return generate_sample(model.eval(), tokenizer, prompt, tokens, seed, answer=data.is_chat)

@@ -77,7 +77,11 @@ def report_end(run: Run, model: GPT, tokenizer, data: Dataset, peak: int | None)
         print0(f'no step was trained, so there is no checkpoint in {run.out_dir}')
     for path in run.checkpoints[-1:]:
         print0(f'checkpoint: {path}')
-        print0(f'generate text: python sample.py --out_dir={shlex.quote(str(run.out_dir))}')
+        where = shlex.quote(str(run.out_dir))
+        if model.config.score:
+            print0(f'use it: python train.py train_rl --reward={where}')
+        else:
+            print0(f'generate text: python sample.py --out_dir={where}')
 
 
 def report_stop(run: Run) -> None:

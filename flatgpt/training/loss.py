@@ -1,13 +1,18 @@
 """
-The losses: on text ('lm'), on assistant messages ('sft'), or on preference pairs ('dpo', Rafailov
-et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model").
+The losses: on text ('lm'), on assistant messages ('sft'), on preference pairs ('dpo', Rafailov et
+al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model", and
+'reward', Ouyang et al. 2022, InstructGPT), or on completions with rewards ('rl', Williams 1992,
+REINFORCE).
 
     loss = loss_of(model, x, y)                         # 'lm', 'sft': -1 in y is not a target
     loss = loss_of(model, x, y, documents=numbers)      # no attention across documents
     loss = loss_of(model, x, y, reference, beta=0.1)    # 'dpo': rows chosen, rejected, chosen, ...
+    loss = loss_of(model, x, ends=positions)            # 'reward': the same rows; last tokens
+    loss = loss_of(model, x, y, advantages=values)      # 'rl': a value per row
 
-`reference` has the log-probabilities of the same completions under the initial model. All ranks
-compute it once; REFERENCE_FILE keeps it for a resumed run.
+`reference` has the log-probabilities of the same completions under the initial model: for 'dpo' of
+whole ones, which all ranks compute once, and REFERENCE_FILE keeps them for a resumed run; for 'rl'
+of each token.
 """
 
 import hashlib
@@ -28,52 +33,110 @@ from flatgpt.files import atomic_file
 from flatgpt.runtime import Runtime
 from model import GPT
 
-METRIC_NAMES = {
-    'lm': ['loss'],
-    'sft': ['loss'],
-    'dpo': ['loss', 'reward_accuracy', 'reward_margin'],
-}
+PAIR_METRICS = ['loss', 'reward_accuracy', 'reward_margin']
+METRIC_NAMES = {'lm': ['loss'], 'sft': ['loss'], 'dpo': PAIR_METRICS, 'reward': PAIR_METRICS}
 REFERENCE_FILE = 'reference.safetensors'  # in the run directory
 
 
-def loss_of(model, x, y, reference=None, beta: float | None = None, documents=None):
-    """Mean loss of a batch, in nats per target; with a reference, per pair."""
+def loss_of(
+    model,
+    x,
+    y=None,
+    reference=None,
+    beta: float | None = None,
+    documents=None,
+    advantages=None,
+    suppressed=None,
+    at=None,
+    ends=None,
+):
+    """Mean loss of a batch, in nats per target; for pairs, per pair. suppressed, at: see
+    token_logps()."""
+    if ends is not None:
+        return preference_loss(model(x, ends=ends)[0])[0].mean()
+    if advantages is not None:
+        return rl_loss(token_logps(model, x, y, suppressed, at), y, advantages, reference, beta)
     if reference is None:
         return model(x, y, documents=documents)[1]
     return dpo_loss(completion_logps(model, x, y), reference, beta)[0].mean()
 
 
-def compute_metrics(model, x, y, reference=None, beta: float | None = None, documents=None):
+def compute_metrics(
+    model, x, y=None, reference=None, beta: float | None = None, documents=None, ends=None
+):
     """The batch means of METRIC_NAMES, and the number of targets or pairs that they are over."""
-    if reference is None:
+    if reference is None and ends is None:
         return [model(x, y, documents=documents)[1]], (y >= 0).sum()
-    losses, margins = dpo_loss(completion_logps(model, x, y), reference, beta)
+    if ends is not None:
+        losses, margins = preference_loss(model(x, ends=ends)[0])
+    else:
+        losses, margins = dpo_loss(completion_logps(model, x, y), reference, beta)
     means = [values.mean() for values in (losses, (margins > 0).float(), margins)]
     return means, losses.new_tensor(len(losses))
 
 
 def completion_logps(model, x, y):
     """The sum of the log-probabilities of each row's targets, (B,)."""
-    logits = model(x)[0].float().flatten(0, 1)  # (B T, V)
-    nats = F.cross_entropy(logits, y.flatten(), ignore_index=-1, reduction='none')
-    return -nats.view_as(y).sum(1)
+    return token_logps(model, x, y).sum(1)
+
+
+def token_logps(model, x, y, suppressed=None, at=None):
+    """The log-probability of each target, 0 where there is none (B, T).
+
+    suppressed (V,): tokens that are never sampled, and have no share of the probability. at (N,):
+    the positions of all targets in the flattened y; only their logits are computed.
+    """
+    if at is None:
+        at = torch.arange(y.numel(), device=y.device)
+    nats = model(x, y, at=at, suppressed=suppressed)[1]
+    return -nats.new_zeros(y.numel()).index_put((at,), nats).view_as(y)
+
+
+def rl_loss(logps, y, advantages, reference=None, beta: float | None = None):
+    """The mean over the targets of -advantage * log p, whose gradient is the policy gradient.
+
+    beta: strength of the KL penalty to the reference. logps, reference (B, T) are of the targets
+    in y, 0 elsewhere; advantages (B,).
+    """
+    loss = -(advantages[:, None] * logps).sum()
+    if reference is not None:
+        loss = loss + beta * kl_estimate(logps, reference).sum()
+    return loss / (y >= 0).sum()
+
+
+def kl_estimate(logps, reference):
+    """An estimate of the KL divergence from the reference at each sampled token, which is never
+    negative: k3 of Schulman (2020), "Approximating KL Divergence"."""
+    ratio = reference - logps
+    return ratio.exp() - 1 - ratio
 
 
 def dpo_loss(logps, reference, beta: float):
-    """The loss of each pair (equation 7) and its reward margin.
+    """preference_loss() of the rewards beta * log(p / p_reference) of the completions (equation 7).
 
-    The reward of a completion is beta * log(p / p_reference); the margin is that of the chosen one
-    minus that of the rejected one. logps, reference: (2 pairs,), chosen and rejected alternating.
+    logps, reference: (2 pairs,), chosen and rejected alternating.
     """
-    chosen, rejected = (beta * (logps - reference)).view(-1, 2).unbind(1)
+    return preference_loss(beta * (logps - reference))
+
+
+def preference_loss(rewards):
+    """The loss of each pair and its margin, the reward of the chosen completion minus that of the
+    rejected one (2 pairs,): minus the log of the probability of the preference, as Bradley and
+    Terry (1952) model it."""
+    chosen, rejected = rewards.view(-1, 2).unbind(1)
     return -F.logsigmoid(chosen - rejected), chosen - rejected
 
 
 def trim_padding(x: np.ndarray, y: np.ndarray, step: int = 64) -> list[np.ndarray]:
-    """The batch without the columns after its last target; its width is a multiple of `step`."""
-    last = int(np.flatnonzero((y >= 0).any(0))[-1]) + 1
-    width = -(-last // step) * step
+    """The batch without the columns after its last target in x; its width is a multiple of `step`,
+    unless the batch is not."""
+    width = -(-int(last_tokens(y).max() + 1) // step) * step
     return [np.ascontiguousarray(array[:, :width]) for array in (x, y)]
+
+
+def last_tokens(y: np.ndarray) -> np.ndarray:
+    """The position in x of each row's last target, one after its position in y (B,)."""
+    return y.shape[1] - (y >= 0)[:, ::-1].argmax(1)
 
 
 # -----------------------------------------------------------------------------
@@ -117,11 +180,7 @@ def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[st
     path, key, runtime = run.out_dir / REFERENCE_FILE, run.state.reference_key, run.runtime
     logps = runtime.broadcast_from_rank0(lambda: read_reference(path, key))
     if logps is None and run.resume_from:
-        raise UserError(
-            f'{path}: is missing or does not match the dataset, and the initial model of the run '
-            'is not available; start a new run with another --out_dir and '
-            f'--init_from={shlex.quote(str(run.out_dir))}'
-        )
+        raise reference_lost(path, run.out_dir)
     if logps is None:
         runtime.print0('computing the log-probabilities of the reference model, once per run ...')
         rows = config['batch_size']
@@ -129,11 +188,19 @@ def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[st
     return logps
 
 
+def reference_lost(path: Path, out_dir: Path) -> UserError:
+    return UserError(
+        f'{path}: is missing or does not match the dataset, and the initial model of the run '
+        'is not available; start a new run with another --out_dir and '
+        f'--init_from={shlex.quote(str(out_dir))}'
+    )
+
+
 def read_reference(path: Path, key: str) -> dict[str, np.ndarray] | None:
     """The contents of the file; None if it does not exist or has another key."""
     with suppress(FileNotFoundError, SafetensorError), safe_open(path, framework='np') as file:
         if (file.metadata() or {}).get('key') == key:
-            return {split: file.get_tensor(split) for split in SPLITS}
+            return {name: file.get_tensor(name) for name in file.keys()}
     return None
 
 

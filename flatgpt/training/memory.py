@@ -15,8 +15,9 @@ import subprocess
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,11 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from flatgpt import ROOT
+from flatgpt.checkpoint.load import list_checkpoints
 from flatgpt.checkpoint.save import SYNC_SAVE_BYTES
 from flatgpt.checkpoint.weights import SkipRandom
-from flatgpt.errors import as_config_error
+from flatgpt.data.dataset import read_meta, resolve_dataset
+from flatgpt.errors import UserError, as_config_error
 from flatgpt.lora import add_lora
 from flatgpt.parallel import apply_fsdp, sync_gradients
 from flatgpt.runtime import (
@@ -38,6 +41,8 @@ from flatgpt.runtime import (
 )
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
+from flatgpt.training.reward import is_model
+from flatgpt.training.rollout import SLOTS
 from flatgpt.training.update import should_capture
 from flatgpt.training.validate import global_batch_size
 from model import GPT, LOGITS_AT_ONCE, GPTConfig
@@ -84,13 +89,15 @@ class MemoryWorkload:
     lora: tuple | None = None  # rank and targets of LoRA
     freeze: int | None = None
     objective: str = 'lm'
+    sequences: int = 1  # of each one in the micro-batch: of pairs two, of prompts rl_samples
+    rollout_bytes: int = 0  # of copies of the model and the KV cache, objective='rl'
     saves: bool = True  # checkpoints during training, not only at the end
     compiled: bool = False  # by torch.compile
 
     @property
     def compiled_whole(self) -> bool:
         """Whether compiled_peak() applies: to a model compiled with its loss, for CUDA."""
-        others = self.shard or self.objective == 'dpo' or self.freeze is not None
+        others = self.shard or self.objective not in ('lm', 'sft') or self.freeze is not None
         return self.compiled and self.device == 'cuda' and not others
 
 
@@ -99,8 +106,17 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
     batch, rows = runtime.split_batch(global_batch_size(config), config['batch_size'])
     every = config['eval_interval'], config['save_interval']
     rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
+    size = 0
+    if config['objective'] == 'rl':
+        shape = replace(shape, block_size=min(shape.block_size, rollout_length(config, shape)))
+        size = rollout_bytes(shape, runtime.dtype, bool(config['rl_kl']))
+        size += reward_model_bytes(config['reward'])
+    if config['objective'] == 'reward':
+        shape = replace(shape, score=True)
     return MemoryWorkload(
         shape=shape,
+        sequences=sequences_of_each(config),
+        rollout_bytes=size,
         device=runtime.device_type,
         dtype=runtime.dtype,
         micro_batch_size=rows,
@@ -114,6 +130,37 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
     )
 
 
+def sequences_of_each(config: dict) -> int:
+    """Sequences per pair or prompt."""
+    return {'dpo': 2, 'reward': 2, 'rl': config['rl_samples']}.get(config['objective'], 1)
+
+
+def rollout_length(config: dict, shape: GPTConfig) -> int:
+    """Tokens of the longest prompt with its completion; of a dataset that is not here, a guess."""
+    with suppress(UserError, KeyError):
+        meta = read_meta(resolve_dataset(config['dataset'])[0])
+        return meta['rows']['length'] + config['rl_tokens']
+    return shape.block_size
+
+
+def rollout_bytes(shape: GPTConfig, dtype: torch.dtype, has_reference: bool) -> int:
+    """Bytes of the model that completes prompts, of the reference and of the KV cache."""
+    with torch.device('meta'), SkipRandom():
+        parameters = sum(p.numel() for p in GPT(shape).parameters())
+    copies = (dtype != torch.float32) * dtype.itemsize + 4 * has_reference
+    head = shape.n_embd // shape.n_head
+    cache = 2 * shape.n_layer * SLOTS * shape.block_size * shape.kv_heads * head * 4
+    return parameters * copies + cache
+
+
+def reward_model_bytes(reward: str) -> int:
+    """Bytes of the reward's weights, if it is a model."""
+    if not is_model(reward):
+        return 0
+    folder = (list_checkpoints(reward) or [Path(reward)])[-1]
+    return sum(file.stat().st_size for file in folder.glob('model*.safetensors'))
+
+
 def will_compile(
     config: dict, shape: GPTConfig, runtime: Runtime, rows: int, micro_steps: int
 ) -> bool:
@@ -123,7 +170,7 @@ def will_compile(
         return runtime.wants_compile(setting)
     with torch.device('meta'), SkipRandom():
         flops = GPT(shape).flops_per_token()
-    tokens = rows * (1 + (config['objective'] == 'dpo')) * shape.block_size
+    tokens = rows * sequences_of_each(config) * shape.block_size
     passes, shapes = config['max_iters'] * micro_steps, 1 + (config['short_iters'] > 0)
     work = ComputeWorkload(passes, tokens * flops, shape.n_layer, shapes)
     peak_flops = runtime.peak_flops(config['peak_tflops'])
@@ -178,16 +225,22 @@ def build_fake_optimizers(workload: MemoryWorkload, model: GPT) -> list:
     return build_optimizers(workload.optimizer, model, betas=(0.9, 0.95), **rates)
 
 
-def build_fake_batch(workload: MemoryWorkload) -> list:
+def build_fake_batch(workload: MemoryWorkload) -> dict:
     """The arguments of loss_of() after the model."""
-    pairs = workload.objective == 'dpo'
-    rows = workload.micro_batch_size * (1 + pairs)
+    rows = workload.micro_batch_size * workload.sequences
     idx = torch.zeros(rows, workload.shape.block_size, dtype=torch.long, device=workload.device)
-    return [idx, idx, torch.zeros(rows, device=workload.device), 0.1] if pairs else [idx, idx]
+    values = torch.zeros(rows, device=workload.device)
+    others = {
+        'dpo': {'reference': values, 'beta': 0.1},
+        'rl': {'advantages': values},
+    }
+    if workload.objective == 'reward':
+        return {'x': idx, 'ends': values.long()}
+    return {'x': idx, 'y': idx} | others.get(workload.objective, {})
 
 
 def run_step(
-    workload: MemoryWorkload, model: GPT, optimizers: list, batch: list, before=lambda: None
+    workload: MemoryWorkload, model: GPT, optimizers: list, batch: dict, before=lambda: None
 ) -> None:
     """One update as in train.py, with at most two micro-batches: more need no more memory."""
     micro_steps = min(workload.micro_steps, 2)
@@ -197,7 +250,7 @@ def run_step(
         with torch.autocast(
             workload.device, workload.dtype, enabled=workload.dtype != torch.float32
         ):
-            loss = loss_of(model, *batch)
+            loss = loss_of(model, **batch)
         loss.backward()
         del loss
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -291,6 +344,7 @@ def estimate(workload: MemoryWorkload) -> Counter[str]:
         peak = max(compiled_peak(workload), update, key=Counter.total)
     else:
         peak = eager_peak(workload)
+    peak['parameters'] += workload.rollout_bytes
     state, shards = state_bytes(workload), workload.ranks if workload.shard else 1
     if workload.ranks > 1 and not workload.shard:  # DDP's buckets; at the update, the gradients
         peak['communication'] += state.gradients
@@ -350,14 +404,18 @@ def checkpoint_size(workload: MemoryWorkload) -> int:
 def min_bytes(workload: MemoryWorkload) -> float:
     """A lower bound in bytes, by arithmetic alone; each run checks it at its start."""
     state, shape = state_bytes(workload), workload.shape
-    logits = 4 * workload.micro_batch_size * shape.block_size * shape.vocab_size
+    rows = workload.micro_batch_size * workload.sequences
+    logits = 4 * rows * shape.block_size * shape.vocab_size
+    if shape.score:  # a reward model has none
+        logits = 0
     if workload.device == 'cuda':  # only some of them at a time, or all in 16 bits
         logits = min(logits, 4 * LOGITS_AT_ONCE)
     if workload.offload:
         return logits
     on_cpu = workload.shard and workload.device == 'cpu'
     whole = state.parameters if on_cpu else 0  # built there before sharding
-    return logits + max(whole, sum(state) / (workload.ranks if workload.shard else 1))
+    needed = max(whole, sum(state) / (workload.ranks if workload.shard else 1))
+    return logits + needed + workload.rollout_bytes
 
 
 def host_memory_problem(workload: MemoryWorkload) -> str | None:

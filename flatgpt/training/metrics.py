@@ -47,19 +47,30 @@ def format_losses(step: int, losses: dict[str, float]) -> str:
     """'step 0: train loss 4.1, val loss 4.2, on books 4.3, reward margin 0.1'"""
     labels = {'train_loss': 'train loss', 'val_loss': 'val loss'}
     labels |= {k: f'on {k.removeprefix(ON)}' for k in losses if k.startswith(ON)}
+    if 'val_reward' in losses:  # reinforcement learning, where the loss is the reward, negated
+        labels = {k: k.removeprefix('val_').replace('pass_at_', 'pass@') for k in losses}
+        labels = {k: label.replace('_', ' ') for k, label in labels.items()}
+        del labels['val_loss']
     rewards = [k for k in losses if k.startswith('val_reward_')]
     labels |= {k: k.removeprefix('val_').replace('_', ' ') for k in rewards}
-    shown = [f'{label} {losses[k]:.4f}' for k, label in labels.items() if k in losses]
+    shown = [
+        f'{label} {losses[k]:{".1e" if 0 < losses[k] < 1e-4 else ".4f"}}'
+        for k, label in labels.items()
+        if k in losses
+    ]
     return f'step {step}: {", ".join(shown)}'
 
 
 def format_result(state: TrainState, objective: str) -> str:
     """The final validation loss, the best, and the time."""
     losses = state.losses
+    spent = f'{tqdm.format_interval(state.seconds)} after the start'
+    if objective == 'rl':
+        best = f'; best {-state.best_val_loss:.4f}' if state.stale else ''
+        return f'validation reward {losses["val_reward"]:.4f}{best}, {spent}'
     bpb = f', {losses["val_bpb"]:.4f} bits per byte' if 'val_bpb' in losses else ''
     best = f'; best {state.best_val_loss:.4f}' if state.stale else ''
-    spent = f'{tqdm.format_interval(state.seconds)} after the start'
-    unit = 'per pair' if objective == 'dpo' else 'nats per token'
+    unit = 'per pair' if objective in ('dpo', 'reward') else 'nats per token'
     return f'validation loss {losses["val_loss"]:.4f} {unit}{bpb}{best}, {spent}'
 
 
@@ -226,6 +237,8 @@ def draw_loss(out_dir: str | Path) -> Path:
     """Plot the training and validation loss of a run -> the path of the image."""
     lines = read_metrics(out_dir)
     figure, (axes,) = plot('step')
+    if points(lines, 'step', 'val_reward')[0]:
+        return draw_rewards(lines, figure, axes, Path(out_dir))
     axes.plot(*points(lines, 'step', 'loss'), lw=1, alpha=0.5, label='training batch')
     for key, label in (('train_loss', 'train split'), ('val_loss', 'validation split')):
         steps, losses = points(lines, 'step', key)
@@ -236,6 +249,18 @@ def draw_loss(out_dir: str | Path) -> Path:
         label = f'best validation {min(losses):.4f}'
         axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
     return write(figure, Path(out_dir) / 'loss.png')
+
+
+def draw_rewards(lines: list[dict], figure, axes, out_dir: Path) -> Path:
+    """The picture of reinforcement learning: rewards, and the share of completions that pass."""
+    axes.set_ylabel('reward')
+    axes.plot(*points(lines, 'step', 'reward'), lw=1, alpha=0.5, label='training batch')
+    for key in sorted({key for line in lines for key in line if key.startswith('val_pass_at_')}):
+        label = key.removeprefix('val_').replace('pass_at_', 'pass@')
+        axes.plot(*points(lines, 'step', key), '--', lw=1, label=label)
+    axes.plot(*points(lines, 'step', 'val_reward'), 'o-', ms=4, label='validation split')
+    axes.set_title(printable(out_dir), parse_math=False)
+    return write(figure, out_dir / 'loss.png')
 
 
 def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:

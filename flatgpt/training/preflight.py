@@ -60,6 +60,7 @@ from flatgpt.training.memory import (
     min_bytes,
     workload_of,
 )
+from flatgpt.training.reward import is_model, load_reward, load_reward_model
 from flatgpt.training.validate import (
     check_new_model,
     check_short_blocks,
@@ -232,6 +233,12 @@ class Preflight:
         yield ('ok', 'works on a small model') if good else ('warning', lines[-1])
 
     # --- the data
+
+    def check_reward(self) -> Iterator[tuple[str, str]]:
+        if not (name := self.config['reward']):
+            return
+        load_reward_model(name) if is_model(name) else load_reward(name)
+        yield 'ok', f'{name} can be called'
 
     def check_dataset(self) -> Iterator[tuple[str, str]]:
         config, names = self.config, dataset_names(self.config['dataset'])
@@ -410,8 +417,8 @@ class Preflight:
 
 
 CHECKS = (
-    'settings', 'device', 'batch', 'dataset', 'tokenizer', 'schedule', 'compile', 'memory',
-    'folder', 'disk', 'trackers',
+    'settings', 'device', 'batch', 'dataset', 'reward', 'tokenizer', 'schedule', 'compile',
+    'memory', 'folder', 'disk', 'trackers',
 )  # fmt: skip
 
 

@@ -221,7 +221,12 @@ def load_pretrained(config: dict) -> tuple[GPT, Tokenizer | None]:
         )
     if config['checkpoint']:
         config['init_from'] = str(find_checkpoint(where, config['checkpoint']))
-    model, tokenizer, _ = load_model(config['init_from'], dropout=config['dropout'])
+    to_score = config['objective'] == 'reward'
+    model, tokenizer, _ = load_model(
+        config['init_from'], dropout=config['dropout'], reward_model=to_score
+    )
+    if to_score and not model.config.score:
+        model.become_reward_model()
     if config['block_size'] < model.config.block_size:
         model.crop_block_size(config['block_size'])
     return model, tokenizer
@@ -310,6 +315,8 @@ def set_trainable(model: GPT, config: dict, print0: Callable) -> None:
     elif freeze is not None and not rank:
         with as_config_error():
             model.freeze_lower(freeze)
+    if model.config.score:  # also beside adapters
+        model.score.requires_grad_(True)
     model.trunk.recompute = config['gradient_checkpointing']
     whole = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

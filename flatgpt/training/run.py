@@ -121,7 +121,8 @@ class Run:
 
     def log_update(self, loss: float, tokens_per_s: float, mfu: float | None, **measured) -> None:
         """Print and log the last step; tokens_per_s is the mean since the last line."""
-        text = f'loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s{f", MFU {mfu:.1%}" if mfu else ""}'
+        result = f'reward {measured["reward"]:.4f}' if 'reward' in measured else f'loss {loss:.4f}'
+        text = f'{result}, {tokens_per_s:,.0f} tokens/s{f", MFU {mfu:.1%}" if mfu else ""}'
         if line := self.progress.status(text):
             self.runtime.print0(line)
         counts = self.state.pop_counts()
@@ -185,6 +186,8 @@ class Run:
     ) -> None:
         """Print and log a generated sample; tokens=0: none."""
         if not tokens or tokenizer is None or (self.config['shard'] and not self.checkpoints):
+            return
+        if model.config.score:
             return
         with warn_on_failure('no sample', self.runtime.print0):
             self._show_sample(model, tokenizer, data, tokens)

@@ -48,6 +48,9 @@ RANGES = (  # minimum, maximum, settings; None is always valid
     (0, 2**63 - 1, ('seed',)),
     (0, 1, ('cooldown',)),
     (1e-9, None, ('dpo_beta',)),
+    (2, None, ('rl_samples',)),  # one has nothing to be compared with
+    (1, None, ('rl_tokens',)),
+    (0, None, ('rl_kl',)),
     (0.001, 1e6, ('minutes',)),
     (1, 1e15, ('tokens',)),
     (1, 1e30, ('flops',)),
@@ -58,6 +61,14 @@ RANGES = (  # minimum, maximum, settings; None is always valid
 NO_EFFECT_UNLESS = {
     ('optimizer', 'muon'): {'muon_lr': 0.02, 'muon_momentum': 0.95},
     ('objective', 'dpo'): {'dpo_beta': 0.1},
+    ('objective', 'rl'): {
+        'reward': None,
+        'rl_samples': 8,
+        'rl_tokens': 64,
+        'rl_baseline': 'mean',
+        'rl_normalize': 'tokens',
+        'rl_kl': 0.0,
+    },
     ('lr_schedule', 'linear'): {'cooldown': 0.4},
     ('decay_lr', True): {'lr_schedule': 'cosine'},
     ('short_iters', 400): {'short_block_size': None},
@@ -69,7 +80,9 @@ CHOICES = {
     'lr_schedule': ('cosine', 'linear', 'constant'),
     'compile': (True, False, 'auto'),
     'cuda_graph': (True, False, 'auto'),
-    'objective': ('lm', 'sft', 'dpo'),
+    'objective': ('lm', 'sft', 'dpo', 'reward', 'rl'),
+    'rl_baseline': ('mean', 'std', 'leave_one_out'),
+    'rl_normalize': ('tokens', 'completions'),
 }
 
 
@@ -159,6 +172,23 @@ def check_eval_only(config: dict) -> None:
         )
 
 
+def check_rl(config: dict) -> None:
+    """Reject what reinforcement learning lacks, and what has no meaning for it."""
+    if config['objective'] != 'rl':
+        return
+    if not config['reward']:
+        raise ConfigError(
+            "objective='rl' needs a reward: give --reward=FILE.py with def reward(prompt, "
+            'completion, row), or --reward=exact'
+        )
+    useless = {'dropout': 0.0, 'lora_dropout': 0.0, 'mask_documents': False, 'shard': False}
+    for name, off in useless.items():
+        if config[name] != off:
+            raise ConfigError(
+                f"{name}={config[name]!r}: is not for objective='rl'; use --{name}={off}"
+            )
+
+
 def check_mirror_setting(config: dict) -> None:
     if config['checkpoint_mirror']:
         check_mirror(config['checkpoint_mirror'], config['out_dir'])
@@ -171,6 +201,7 @@ RULES = (
     check_cuda_graph,
     check_mirror_setting,
     check_eval_only,
+    check_rl,
 )
 
 
@@ -178,8 +209,12 @@ RULES = (
 
 
 def check_new_objective(config: dict) -> None:
-    if config['objective'] == 'dpo':
-        raise ConfigError("objective='dpo' needs a chat model: give --init_from=RUN_DIRECTORY")
+    needed = {'dpo': 'a chat model', 'reward': 'a chat model', 'rl': 'a trained model'}
+    needed = needed.get(config['objective'])
+    if needed:
+        raise ConfigError(
+            f'objective={config["objective"]!r} needs {needed}: give --init_from=RUN_DIRECTORY'
+        )
 
 
 def check_new_freeze(config: dict) -> None:
@@ -291,17 +326,31 @@ def validate_data(config: dict, data: Dataset) -> None:
             'use --short_iters=0'
         )
     check_short_blocks(config, config['block_size'])
+    if config['objective'] == 'rl':
+        check_room(config, data)
     if not config['mask_documents']:
         return
-    if config['objective'] == 'dpo':
+    if config['objective'] in ('dpo', 'reward'):
         raise ConfigError(
-            "mask_documents=True: with objective='dpo' a sequence is one conversation; "
-            'use --mask_documents=False'
+            f'mask_documents=True: with objective={config["objective"]!r} a sequence is one '
+            'conversation; use --mask_documents=False'
         )
     if not data.is_chat and data.tokenizer.eot is None:
         raise ConfigError(
             f'mask_documents=True: nothing separates the documents of {name}, because its '
             f'{data.tokenizer.name} tokenizer has no end-of-text token; use --mask_documents=False'
+        )
+
+
+def check_room(config: dict, data: Dataset) -> None:
+    """Reject prompts that leave no room for a completion."""
+    room = config['block_size'] - data.block_size  # a row has the length of the longest prompt
+    if room < config['rl_tokens']:
+        fix = f'use --rl_tokens={room}, or prepare' if room else 'prepare'
+        raise ConfigError(
+            f'rl_tokens={config["rl_tokens"]}: the prompts of {config["dataset"]}, of up to '
+            f'{data.block_size} tokens, leave room for {room} in a context of '
+            f'{config["block_size"]}; {fix} shorter prompts'
         )
 
 
@@ -339,7 +388,8 @@ def padded_vocab_size(size: int) -> int:
 
 
 def global_batch_size(config: dict) -> int:
-    """Sequences (objective='dpo': pairs) per update, over all processes."""
+    """Sequences (or pairs, or prompts: see train.py's batch_size) per update, over all
+    processes."""
     return config['gradient_accumulation_steps'] * config['batch_size']
 
 

@@ -35,6 +35,7 @@ PHASES = (
     'saving a checkpoint',
     'generating a sample',
     'reading data',
+    'completing prompts',
     'computing gradients',
     'updating the weights',
 )

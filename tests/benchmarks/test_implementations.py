@@ -37,7 +37,9 @@ def test_an_implementation_that_cannot_be_built_reports_why_in_a_line(monkeypatc
 
     monkeypatch.setitem(baselines.BUILDERS, 'transformers', build)
     pipe = Pipe()
-    implementations.run_implementation(pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32'})
+    implementations.run_implementation(
+        pipe, 'transformers', {'device': 'cpu', 'dtype': 'float32', 'workload': 'training'}
+    )
     assert len(pipe.sent) == 1
     assert isinstance(pipe.sent[0], implementations.Failure)
     assert line in pipe.sent[0]

@@ -240,7 +240,7 @@ def test_an_unsupported_config_is_an_error(tmp_path, write, change, line):
     [
         (
             lambda t: t.update({'score.weight': torch.ones(2, 32)}),
-            'an unknown tensor transformer.score.weight',
+            'an unknown tensor score.weight',
         ),
         (lambda t: t.update({k: v.to(torch.int8) for k, v in t.items()}), 'quantized'),
         (lambda t: t.pop('transformer.ln_f.weight'), 'lacks the tensor transformer.ln_f.weight'),

@@ -218,7 +218,7 @@ def check_command(words, prepared):
     at = next((i for i, word in enumerate(words) if word.endswith(('.py', '.sh'))), None)
     if words[:3] == ['python', '-m', 'flatgpt.checkpoint']:
         arguments_of(checkpoint_command.main, words[3:])
-    elif at is None or words[1:3] == ['-m', 'pytest']:
+    elif at is None or words[0] == 'cat' or words[1:3] == ['-m', 'pytest']:
         pass  # not ours
     elif words[at + 1 :] == ['--help']:
         assert (ROOT / words[at]).is_file()

@@ -69,7 +69,11 @@ def rejected(check, *args):
             '--objective=dpo --eval_only --init_from=out/sft',
             ['--objective=dpo --eval_only --init_from=resume --out_dir=out/a'],
         ),
-        case('needs a chat model', '--objective=dpo', ['--objective=dpo --init_from=out/sft']),
+        case(
+            ' needs {}: give --init_from=RUN_DIRECTORY',
+            '--objective=dpo',
+            ['--objective=dpo --init_from=out/sft'],
+        ),
         case(
             'would keep random weights',
             '--freeze=1',
@@ -124,7 +128,7 @@ CHAT = SimpleNamespace(is_chat=True, tokenizer=SimpleNamespace(name='byte', eot=
     [
         case('cannot be cut;', '--short_iters=9 --short_block_size=8', '--short_iters=0', CHAT),
         case(
-            "with objective='dpo' a sequence",
+            'a sequence is one conversation',
             '--mask_documents --objective=dpo',
             '--mask_documents=False --objective=dpo',
             CHAT,
