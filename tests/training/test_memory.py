@@ -14,6 +14,7 @@ from configurator import settings_of
 from flatgpt.checkpoint.load import list_checkpoints, verify_checkpoint
 from flatgpt.checkpoint.save import size_of, tensors_of
 from flatgpt.data.tokenizer import byte_tokenizer
+from flatgpt.inference.kv_cache import KVCache
 from flatgpt.runtime import Runtime
 from flatgpt.training import memory as memory_module
 from flatgpt.training.batches import BatchLoader
@@ -23,8 +24,10 @@ from flatgpt.training.memory import (
     build_fake_batch,
     build_fake_model,
     build_fake_optimizers,
+    rollout_bytes,
     step_peak,
 )
+from flatgpt.training.rollout import SLOTS
 from model import GPT, GPTConfig
 
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
@@ -121,6 +124,28 @@ def test_main_memory_beside_gpus_is_looked_at_where_the_model_goes_through_it(mo
 def test_a_preference_pair_is_two_rows():
     pair = step_peak(replace(SMALL, objective='dpo', sequences=2))['activations']
     assert pair > 1.8 * step_peak(SMALL)['activations']
+
+
+def test_each_completion_of_a_prompt_is_a_row():
+    prompts = replace(SMALL, objective='rl', sequences=4)
+    assert step_peak(prompts)['activations'] > 3.5 * step_peak(SMALL)['activations']
+
+
+def test_a_reward_model_computes_two_rows_of_a_pair_and_no_logits():
+    shape = replace(SMALL.shape, vocab_size=4096)
+    pair = replace(SMALL, shape=replace(shape, score=True), objective='reward', sequences=2)
+    text = replace(SMALL, shape=shape, micro_batch_size=8)
+    assert 0 < step_peak(pair)['activations'] < step_peak(text)['activations'] / 2
+
+
+@pytest.mark.parametrize('shape', [SMALL.shape, replace(SMALL.shape, arch='modern', n_kv_head=1)])
+def test_the_cache_and_the_copies_of_rollouts_are_counted(shape):
+    model = GPT(shape)
+    weights = sum(p.numel() for p in model.parameters())
+    cache = KVCache(model, SLOTS).kv.nbytes  # the cache has one more column
+    assert rollout_bytes(shape, torch.float32, False) == pytest.approx(cache, rel=0.02)
+    both = rollout_bytes(shape, torch.bfloat16, True) - rollout_bytes(shape, torch.float32, False)
+    assert both == (2 + 4) * weights
 
 
 def test_what_a_process_holds_beside_a_step_is_added():
