@@ -80,20 +80,20 @@ block_size = 1024  # tokens per sequence
 short_block_size: int | None = None  # sequence length during the first short_iters steps
 short_iters = 0  # steps with short_block_size; cheaper, since attention is shorter
 mask_documents = False  # no attention across documents or conversations
-# one dial for the model, the schedule and the number of steps; at most one, see config/auto.py
+# budget, at most one: the model, the batch and the schedule are chosen for it, see config/auto.py
 minutes: float | None = None  # choose them so that the command takes this long
 tokens: float | None = None  # choose them so that the model trains on this many tokens
 flops: float | None = None  # choose them so that training takes this many operations
 # loss
-# 'lm': text; 'sft': assistant messages; 'dpo': preference pairs; 'reward': a reward model of them;
-# 'rl': completions with rewards
+# 'lm': text; 'sft': assistant messages; 'dpo': preference pairs; 'reward': a reward model, from
+# preference pairs; 'rl': completions with rewards
 objective = 'lm'
 dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the initial model
 # reinforcement learning, objective='rl'
 # FILE.py:function, 'exact', 'regex' or 'length', or the run directory of a reward model
 reward: str | None = None
-rl_samples = 8  # completions of each prompt, which are compared with each other
-rl_tokens = 64  # tokens of a completion, at most
+rl_samples = 8  # completions per prompt; their mean reward is the baseline
+rl_tokens = 64  # maximum tokens per completion
 rl_baseline = 'mean'  # of a prompt's rewards; 'std': divide by their spread, too; 'leave_one_out'
 rl_normalize = 'tokens'  # the loss is the mean over a step's tokens; or over its 'completions'
 rl_kl = 0.0  # strength of the KL penalty to the initial model; 0: none, and no copy of it
@@ -181,7 +181,7 @@ if epochs is not None or lr_decay_iters is None:
     lr_decay_iters = schedule_iters
 runtime.print0(format_setup(config, raw_model, data, runtime, batches.tokens_per_step))
 set_trainable(raw_model, config, runtime.print0)
-if (objective == 'dpo' or rl_kl) and not run.resume_from:
+if (objective == 'dpo' or (objective == 'rl' and rl_kl)) and not run.resume_from:
     state.reference = runtime.broadcast_from_rank0(
         lambda: reference_fingerprint(raw_model, runtime.dtype_name)
     )

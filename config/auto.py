@@ -1,8 +1,8 @@
-# The best model that this machine can learn in the given time:
+# The best model that this machine can train in the given time:
 # $ python data/text/prepare.py novel.txt more/ --name=mine --tokenizer=byte
 # $ python train.py config/auto.py --dataset=mine --minutes=10
 # It chooses the shape, the context, the batch, the schedule and the number of steps, and writes
-# them into the run's config.py. What you give, for example --n_layer=4, stays.
+# them into the run's config.py. Settings that you give, such as --n_layer=4, are kept.
 
 dataset = 'pydocs'  # the documentation that comes with Python; prepared by the first run
 minutes = 4.0  # from the start of the command to its end

@@ -1,5 +1,5 @@
-# Reinforcement learning from a pass or a fail: sums, which the model of sft_arithmetic often gets
-# wrong.
+# Reinforcement learning with a reward of 0 or 1: sums, of which the model of sft_arithmetic gets
+# about half wrong.
 # $ python train.py sft_arithmetic --out_dir=out/arithmetic
 # $ python train.py rl_arithmetic --init_from=out/arithmetic
 
@@ -28,6 +28,5 @@ weight_decay = 0.0
 
 eval_interval = 200
 eval_iters = None  # all 512 sums that were held out
-eval_train = False
 log_interval = 10
 always_save_checkpoint = False

@@ -26,6 +26,5 @@ weight_decay = 0.0
 
 eval_interval = 50
 eval_iters = 32  # * 8 prompts
-eval_train = False
 log_interval = 5
 always_save_checkpoint = False

@@ -1,4 +1,4 @@
-# The first half of rl_arithmetic: a small model learns from worked sums, until it is right about
+# The first half of rl_arithmetic: a small model learns from solved sums, until it is right about
 # half of the time.
 # $ python train.py sft_arithmetic --out_dir=out/arithmetic
 # $ python train.py rl_arithmetic --init_from=out/arithmetic

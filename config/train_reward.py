@@ -1,8 +1,8 @@
 # A reward model, which learns from preference pairs to give a completion a number:
 # $ python data/chat/prepare.py pairs.jsonl --name=pairs --tokenizer=out/chat
-# $ python train.py train_reward --dataset=pairs --init_from=out/chat --out_dir=out/judge
+# $ python train.py train_reward --dataset=pairs --init_from=out/chat --out_dir=out/reward_model
 # $ python data/prompts/prepare.py letters.jsonl --name=letters --tokenizer=out/chat
-# $ python train.py train_rl --dataset=letters --init_from=out/chat --reward=out/judge --rl_kl=0.05
+# $ python train.py train_rl --dataset=letters --init_from=out/chat --reward=out/reward_model
 
 objective = 'reward'
 dataset = 'pairs'  # the --name of data/chat/prepare.py

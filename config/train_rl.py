@@ -1,4 +1,4 @@
-# Reinforcement learning: a reward, in plain Python, judges what the model writes after a prompt.
+# Reinforcement learning: a reward, in plain Python, scores what the model writes after a prompt.
 # $ python data/prompts/prepare.py sums.jsonl --name=sums --tokenizer=out/chat
 # $ python train.py train_rl --dataset=sums --init_from=out/chat --reward=rewards.py
 
@@ -16,7 +16,8 @@ block_size = 1024  # if the model's context is shorter, that is used
 max_iters = 200
 lr_decay_iters = None  # the last step
 
-# far below a pretraining rate: the gradient of a reward is noisy, and no data holds the model back
+# far below a pretraining rate: policy gradients are noisy, and without rl_kl nothing keeps the
+# model near its start
 learning_rate = 1e-5
 min_lr = 0.0
 lr_schedule = 'constant'
@@ -25,5 +26,4 @@ weight_decay = 0.0
 
 eval_interval = 50
 eval_iters = 16  # * 4 prompts
-eval_train = False
 always_save_checkpoint = False

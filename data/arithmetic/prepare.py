@@ -1,5 +1,5 @@
 """
-Prepare worked sums, such as 347+58=405, for fine-tuning.
+Prepare solved sums, such as 347+58=405, for fine-tuning.
 
 $ python data/arithmetic/prepare.py
 """
@@ -14,7 +14,7 @@ from flatgpt.errors import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare(argv, __doc__, Path(__file__).parent, worked=True)
+    prepare(argv, __doc__, Path(__file__).parent, solved=True)
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from flatgpt.errors import one_line_errors
 
 
 def main(argv: list[str] | None = None) -> None:
-    prepare(argv, __doc__, Path(__file__).parent, worked=False)
+    prepare(argv, __doc__, Path(__file__).parent, solved=False)
 
 
 if __name__ == '__main__':

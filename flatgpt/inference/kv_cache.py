@@ -9,6 +9,16 @@ from flatgpt.runtime import to_device
 from model import GPT
 
 
+def cache_dtype(weights: torch.dtype, device: str) -> torch.dtype:
+    """The dtype of keys and values.
+
+    Without AMX, torch's CPU attention of one query takes five times as long in bfloat16 as in
+    float32.
+    """
+    slow = device == 'cpu' and not torch.cpu._is_amx_tile_supported()
+    return torch.float32 if slow else weights
+
+
 class KVCache:
     """Keys and values of the tokens of each row, so that a new token costs one token's work.
 
@@ -25,10 +35,7 @@ class KVCache:
             self.max_length = min(c.block_size, -(-self.max_length // self.stride) * self.stride)
         # whole strides, because torch rounds attention to an odd number of columns differently
         self.width = -(-self.max_length // self.stride) * self.stride
-        # without AMX, torch's CPU attention of one query takes five times as long in bfloat16 as in
-        # float32
-        slow = weight.device.type == 'cpu' and not torch.cpu._is_amx_tile_supported()
-        dtype = torch.float32 if slow else weight.dtype
+        dtype = cache_dtype(weight.dtype, weight.device.type)
         # one more column takes the keys and values of padding, which are never read
         shape = (c.n_layer, 2, rows, c.kv_heads, self.width + 1, c.n_embd // c.n_head)
         self.kv = torch.zeros(shape, device=weight.device, dtype=dtype)

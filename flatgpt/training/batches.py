@@ -191,7 +191,10 @@ class BatchLoader:
             return '--offload'
         if self.first_step:  # a resumed run keeps its shape
             more = ', more GPUs' if c['shard'] else ', or --shard with torchrun on several'
+            more *= c['objective'] != 'rl'
             return f'a GPU with more memory{more}' if on_gpu else 'a machine with more memory'
+        if c['objective'] == 'rl':  # its prompts are not cut to block_size
+            return f'--rl_tokens={max(1, c["rl_tokens"] // 2)} or a smaller model'
         if c['block_size'] == 1:
             return 'a smaller model'
         return f'--block_size={c["block_size"] // 2} or a smaller model'

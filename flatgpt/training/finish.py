@@ -79,7 +79,7 @@ def report_end(run: Run, model: GPT, tokenizer, data: Dataset, peak: int | None)
         print0(f'checkpoint: {path}')
         where = shlex.quote(str(run.out_dir))
         if model.config.score:
-            print0(f'use it: python train.py train_rl --reward={where}')
+            print0(f'reward a model: python train.py train_rl --reward={where} --init_from=MODEL')
         else:
             print0(f'generate text: python sample.py --out_dir={where}')
 

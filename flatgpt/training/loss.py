@@ -190,8 +190,8 @@ def find_or_compute_reference(model: GPT, batches, run, config: dict) -> dict[st
 
 def reference_lost(path: Path, out_dir: Path) -> UserError:
     return UserError(
-        f'{path}: is missing or does not match the dataset, and the initial model of the run '
-        'is not available; start a new run with another --out_dir and '
+        f'{path}: is missing or belongs to another run; it cannot be computed again, because the '
+        'initial model of the run was not kept; start a new run with another --out_dir and '
         f'--init_from={shlex.quote(str(out_dir))}'
     )
 

@@ -30,6 +30,7 @@ from flatgpt.checkpoint.save import SYNC_SAVE_BYTES
 from flatgpt.checkpoint.weights import SkipRandom
 from flatgpt.data.dataset import read_meta, resolve_dataset
 from flatgpt.errors import UserError, as_config_error
+from flatgpt.inference.kv_cache import cache_dtype
 from flatgpt.lora import add_lora
 from flatgpt.parallel import apply_fsdp, sync_gradients
 from flatgpt.runtime import (
@@ -89,8 +90,9 @@ class MemoryWorkload:
     lora: tuple | None = None  # rank and targets of LoRA
     freeze: int | None = None
     objective: str = 'lm'
-    sequences: int = 1  # of each one in the micro-batch: of pairs two, of prompts rl_samples
-    rollout_bytes: int = 0  # of copies of the model and the KV cache, objective='rl'
+    sequences: int = 1  # per item of the micro-batch: 2 of a pair, rl_samples of a prompt
+    copies: int = 0  # bytes of further models, objective='rl': of rollouts, reference, reward
+    cache: int = 0  # bytes of the KV cache of rollouts, which is freed before an update
     saves: bool = True  # checkpoints during training, not only at the end
     compiled: bool = False  # by torch.compile
 
@@ -106,17 +108,19 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
     batch, rows = runtime.split_batch(global_batch_size(config), config['batch_size'])
     every = config['eval_interval'], config['save_interval']
     rank, same = config['lora_rank'], ('optimizer', 'shard', 'offload', 'freeze', 'objective')
-    size = 0
+    copies = cache = 0
     if config['objective'] == 'rl':
         shape = replace(shape, block_size=min(shape.block_size, rollout_length(config, shape)))
-        size = rollout_bytes(shape, runtime.dtype, bool(config['rl_kl']))
-        size += reward_model_bytes(config['reward'])
+        copies = copies_bytes(shape, runtime.dtype, bool(config['rl_kl']))
+        copies += reward_model_bytes(config['reward'])
+        cache = cache_bytes(shape, runtime)
     if config['objective'] == 'reward':
         shape = replace(shape, score=True)
     return MemoryWorkload(
         shape=shape,
         sequences=sequences_of_each(config),
-        rollout_bytes=size,
+        copies=copies,
+        cache=cache,
         device=runtime.device_type,
         dtype=runtime.dtype,
         micro_batch_size=rows,
@@ -143,14 +147,18 @@ def rollout_length(config: dict, shape: GPTConfig) -> int:
     return shape.block_size
 
 
-def rollout_bytes(shape: GPTConfig, dtype: torch.dtype, has_reference: bool) -> int:
-    """Bytes of the model that completes prompts, of the reference and of the KV cache."""
+def copies_bytes(shape: GPTConfig, dtype: torch.dtype, has_reference: bool) -> int:
+    """Bytes of the weights in 16 bits, which complete prompts, and of the reference."""
     with torch.device('meta'), SkipRandom():
         parameters = sum(p.numel() for p in GPT(shape).parameters())
-    copies = (dtype != torch.float32) * dtype.itemsize + 4 * has_reference
+    return parameters * ((dtype != torch.float32) * dtype.itemsize + 4 * has_reference)
+
+
+def cache_bytes(shape: GPTConfig, runtime: Runtime) -> int:
+    """Bytes of the KV cache of rollouts."""
+    size = cache_dtype(runtime.dtype, runtime.device_type).itemsize
     head = shape.n_embd // shape.n_head
-    cache = 2 * shape.n_layer * SLOTS * shape.block_size * shape.kv_heads * head * 4
-    return parameters * copies + cache
+    return 2 * shape.n_layer * SLOTS * shape.block_size * shape.kv_heads * head * size
 
 
 def reward_model_bytes(reward: str) -> int:
@@ -344,13 +352,17 @@ def estimate(workload: MemoryWorkload) -> Counter[str]:
         peak = max(compiled_peak(workload), update, key=Counter.total)
     else:
         peak = eager_peak(workload)
-    peak['parameters'] += workload.rollout_bytes
     state, shards = state_bytes(workload), workload.ranks if workload.shard else 1
     if workload.ranks > 1 and not workload.shard:  # DDP's buckets; at the update, the gradients
         peak['communication'] += state.gradients
     if not workload.offload:  # at the update all gradients exist: the peak of some deep models
         update = dict(zip(KINDS, (size / shards for size in state), strict=False))
         peak = max(peak, Counter(update), key=Counter.total)
+    if workload.cache:  # rollouts: no gradients and no activations yet
+        rollouts = {'parameters': state.parameters, 'optimizer': state.optimizer}
+        rollouts = Counter(rollouts | {'KV cache of rollouts': workload.cache})
+        peak = max(peak, rollouts, key=Counter.total)
+    peak['further models'] = workload.copies
     if workload.device == 'cpu':
         saved = (state.parameters + state.optimizer) / shards
         if workload.saves and saved >= SYNC_SAVE_BYTES:  # the copy is written during training
@@ -415,7 +427,7 @@ def min_bytes(workload: MemoryWorkload) -> float:
     on_cpu = workload.shard and workload.device == 'cpu'
     whole = state.parameters if on_cpu else 0  # built there before sharding
     needed = max(whole, sum(state) / (workload.ranks if workload.shard else 1))
-    return logits + needed + workload.rollout_bytes
+    return logits + needed + workload.copies
 
 
 def host_memory_problem(workload: MemoryWorkload) -> str | None:
@@ -490,6 +502,8 @@ def changes(workload: MemoryWorkload) -> Iterator[list[MemoryWorkload]]:
             with_batch_size(workload, n, gradient_checkpointing=True)
             for n in (workload.micro_batch_size, *rows)
         ]
+    if workload.objective == 'rl':  # neither sharded nor cut to a context
+        return
     yield [replace(workload, shape=replace(shape, block_size=max(1, shape.block_size // 2)))]
     if workload.shard and workload.device == 'cuda' and not workload.offload:
         yield [replace(workload, offload=True)]
@@ -507,7 +521,8 @@ def changes(workload: MemoryWorkload) -> Iterator[list[MemoryWorkload]]:
 def suggest_smaller_model(config: dict) -> str:
     """The advice for a model that does not fit."""
     if config['init_from'] != 'scratch':  # a pretrained model keeps its shape
-        return 'a smaller model, or --shard with torchrun on several GPUs'
+        sharding = ', or --shard with torchrun on several GPUs'
+        return 'a smaller model' + sharding * (config['objective'] != 'rl')
     unit = 2 * config['n_head']  # rotary embeddings need an even head size
     if width := config['n_embd'] // 2 // unit * unit:
         return f'a smaller model, such as --n_embd={width}'
@@ -584,7 +599,8 @@ def report(
     kv_cache = 4 * 2 * shape.n_layer * shape.kv_heads * (shape.block_size + 1) * head_size
     lines = [
         f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings'
-        f'{trained_part}; {workload.micro_batch_size} x {shape.block_size} tokens at a time, '
+        f'{trained_part}; {workload.micro_batch_size * workload.sequences} x {shape.block_size} '
+        f'tokens at a time, '
         f'{str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<36}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
         f'  {f"total at the peak of {step}":<36}{peak.total() / 1e6:10,.0f} MB',

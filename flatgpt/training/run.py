@@ -138,7 +138,7 @@ class Run:
             return max_iters
         self.state.events.append([step, new])
         self.progress.set_total(new)
-        pace = f'steps take {deadline.slowdown:.2f} of the time that was measured'
+        pace = f'steps take {deadline.slowdown:.2f} times as long as measured at the start'
         self.runtime.print0(f'step {step}: {pace}; {new:,} steps instead of {max_iters:,}')
         if self.runtime.is_main:
             self.tracker.log(step, max_iters=new)

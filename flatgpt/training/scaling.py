@@ -35,8 +35,8 @@ class Law(NamedTuple):
     """excess loss = (size / (parameters * layers^depth))^a + (data / useful tokens)^b
                   + (span / context)^c
 
-    In units that differ from text to text, as does the loss that it is added to. Both are unknown
-    before a model was trained on the text, but models can be compared without them.
+    Its scale and the irreducible loss differ from text to text and are unknown before a model was
+    trained on the text; to rank models, neither is needed.
     """
 
     size: float
@@ -46,12 +46,12 @@ class Law(NamedTuple):
     b: float
     span: float  # bytes
     c: float
-    half_life: float  # passes over the text after which a repetition is worth 1 / e of the first
+    repeat_decay: float  # repetitions of the text after which one more is worth 1 / e of the first
 
     def useful_tokens(self, tokens, unique):
         """Repeated tokens are worth less than new ones. Takes and returns tensors."""
         repeats = (tokens / unique - 1).clamp(min=0)
-        worth = self.half_life * (1 - torch.exp(-repeats / self.half_life))
+        worth = self.repeat_decay * (1 - torch.exp(-repeats / self.repeat_decay))
         return torch.minimum(tokens, unique) + unique * worth
 
     def excess(self, parameters, n_layer, tokens, unique, context):
@@ -70,13 +70,20 @@ class Law(NamedTuple):
 
 
 LAW = Law(
-    size=20320, a=0.3342, depth=0.369, data=331300, b=0.3467, span=3.425, c=0.8745, half_life=1.667
+    size=20320,
+    a=0.3342,
+    depth=0.369,
+    data=331300,
+    b=0.3467,
+    span=3.425,
+    c=0.8745,
+    repeat_decay=1.667,
 )
 # A model with more parameters for each token of its text overfits, which the law does not know: on
 # 0.15M tokens, read ten times, 18 parameters per token ended above 8
 MAX_PARAMETERS_PER_TOKEN = 8
 # of a fit
-START = Law(size=8e3, a=0.4, depth=0.4, data=2e4, b=0.4, span=4.0, c=0.7, half_life=15.0)
+START = Law(size=8e3, a=0.4, depth=0.4, data=2e4, b=0.4, span=4.0, c=0.7, repeat_decay=15.0)
 STARTS = ((0.3, 0.3), (0.5, 0.3), (0.3, 0.5), (0.5, 0.5))  # its a and b
 
 

@@ -1,5 +1,5 @@
 """
-The speed at which this machine trains, measured in some seconds, and what a run will take.
+Measures the training speed of this machine in a few seconds; predicts how long a run takes.
 
     machine = measure(config, runtime, vocab_size=257, seconds=600)   # of the run
     cost = step_cost(settings, shape, text, machine)

@@ -13,7 +13,7 @@ from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, pick_dtype
 from flatgpt.training.scaling import LAW, Law, Text, fit
 
-TRUE = Law(size=7e3, a=0.4, depth=0.4, data=3e4, b=0.35, span=3.0, c=0.8, half_life=10.0)
+TRUE = Law(size=7e3, a=0.4, depth=0.4, data=3e4, b=0.35, span=3.0, c=0.8, repeat_decay=10.0)
 
 
 def made_up_rows():

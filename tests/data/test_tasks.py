@@ -31,9 +31,9 @@ def prepared(name, folder):
 @pytest.fixture(scope='module')
 def sums(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sums')
-    worked = Dataset(prepared('arithmetic', folder / 'worked'), 128, objective='sft')
+    solved = Dataset(prepared('arithmetic', folder / 'solved'), 128, objective='sft')
     asked = Dataset(prepared('arithmetic_prompts', folder / 'asked'), 128, objective='rl')
-    return worked, asked
+    return solved, asked
 
 
 def test_the_answers_of_the_prompts_are_right_and_their_own_reward_says_so(sums):
@@ -46,12 +46,12 @@ def test_the_answers_of_the_prompts_are_right_and_their_own_reward_says_so(sums)
         assert reward(['', ''], [right, wrong], [prompt.record] * 2) == [1, 0]
 
 
-def test_no_sum_is_worked_and_asked_and_both_hold_out_the_same(sums):
-    worked, asked = sums
+def test_no_sum_is_solved_and_asked_and_both_hold_out_the_same(sums):
+    solved, asked = sums
     lines = {}
     for split in ('train', 'val'):
-        x, _ = worked.eval_batch(split, worked.eval_starts(split))
-        texts = worked.tokenizer.decode(x.ravel().tolist()).split('<|endoftext|>')
+        x, _ = solved.eval_batch(split, solved.eval_starts(split))
+        texts = solved.tokenizer.decode(x.ravel().tolist()).split('<|endoftext|>')
         lines[split] = {text.strip('\0').partition('=')[0] for text in texts} - {''}
     count = {split: asked.tokens[split] // asked.stride for split in lines}
     prompts = {
@@ -61,7 +61,7 @@ def test_no_sum_is_worked_and_asked_and_both_hold_out_the_same(sums):
     assert len(prompts['train']) == arithmetic.PROMPTS
     assert prompts['val'] == lines['val']
     assert len(lines['val']) == arithmetic.HELD_OUT
-    assert len(lines['train']) == arithmetic.WORKED
+    assert len(lines['train']) == arithmetic.SOLVED
     assert not prompts['train'] & (lines['train'] | lines['val'])
 
 

@@ -24,7 +24,8 @@ from flatgpt.training.memory import (
     build_fake_batch,
     build_fake_model,
     build_fake_optimizers,
-    rollout_bytes,
+    cache_bytes,
+    copies_bytes,
     step_peak,
 )
 from flatgpt.training.rollout import SLOTS
@@ -143,9 +144,28 @@ def test_the_cache_and_the_copies_of_rollouts_are_counted(shape):
     model = GPT(shape)
     weights = sum(p.numel() for p in model.parameters())
     cache = KVCache(model, SLOTS).kv.nbytes  # the cache has one more column
-    assert rollout_bytes(shape, torch.float32, False) == pytest.approx(cache, rel=0.02)
-    both = rollout_bytes(shape, torch.bfloat16, True) - rollout_bytes(shape, torch.float32, False)
-    assert both == (2 + 4) * weights
+    assert cache_bytes(shape, CPU) == pytest.approx(cache, rel=0.02)
+    assert copies_bytes(shape, torch.float32, has_reference=False) == 0
+    assert copies_bytes(shape, torch.bfloat16, has_reference=True) == (2 + 4) * weights
+
+
+def test_the_cache_of_rollouts_is_freed_before_an_update():
+    prompts = replace(SMALL, objective='rl', sequences=4)
+    update = memory_module.estimate(prompts).total()
+    assert memory_module.estimate(replace(prompts, cache=1000)).total() == update
+    held = sum(memory_module.state_bytes(prompts)) - memory_module.state_bytes(prompts).gradients
+    assert memory_module.estimate(replace(prompts, cache=10**9)).total() == held + 10**9
+    assert memory_module.estimate(replace(prompts, copies=1000)).total() == update + 1000
+
+
+def test_what_reinforcement_learning_refuses_is_not_advised():
+    prompts = replace(SMALL, objective='rl', sequences=4, micro_batch_size=8)
+    advised = ' '.join(text for text, _ in memory_module.suggest_savings(prompts, 1, fresh=False))
+    tried = [flags for group in memory_module.changes(prompts) for flags in group]
+    assert tried
+    assert not any(each.shard for each in tried)
+    assert '--batch_size' in advised
+    assert '--block_size' not in advised
 
 
 def test_what_a_process_holds_beside_a_step_is_added():
@@ -359,6 +379,7 @@ def test_following_the_advice_of_each_lack_of_memory_ends_in_a_run(
 def test_a_resumed_run_is_not_advised_to_change_its_shape(monkeypatch):
     settings = {'batch_size': 1, 'gradient_accumulation_steps': 4, 'block_size': 64}
     settings |= {'gradient_checkpointing': True, 'shard': False, 'offload': False}
+    settings |= {'objective': 'lm', 'rl_tokens': 16}
     data, state = SimpleNamespace(window_tokens=64), SimpleNamespace(step=3, samples=0)
 
     def advice(device, **changes):
@@ -369,15 +390,18 @@ def test_a_resumed_run_is_not_advised_to_change_its_shape(monkeypatch):
 
     assert advice('cpu') == 'a machine with more memory'
     assert '--shard with torchrun' in advice('cuda:0')
+    assert advice('cuda:0', objective='rl') == 'a GPU with more memory'
     assert advice('cuda:0', shard=True) == '--offload'
     assert advice('cuda:0', shard=True, offload=True) == 'a GPU with more memory, more GPUs'
     state.step = 0
     assert advice('cpu').startswith('--block_size=32 ')
     assert advice('cpu', block_size=1) == 'a smaller model'
+    assert advice('cpu', objective='rl') == '--rl_tokens=8 or a smaller model'
 
 
 def test_a_model_that_does_not_fit_is_followed_by_one_that_can_be():
     config = {'init_from': 'scratch', 'n_head': 6, 'n_embd': 100, 'n_layer': 9, 'arch': 'modern'}
+    config |= {'objective': 'lm'}
     assert memory_module.suggest_smaller_model(config) == 'a smaller model, such as --n_embd=48'
     GPTConfig(arch='modern', n_head=6, n_embd=48)
     few = memory_module.suggest_smaller_model({**config, 'n_embd': 12})

@@ -113,7 +113,12 @@ def test_a_gpu_without_bfloat16_multiplies_in_float16(monkeypatch):
         supported = lambda including_emulation, has=has_bf16: has or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', supported)
         assert optim.product_dtype(cuda) == dtype
-        assert optim.product_dtype(torch.device('cpu')) == torch.bfloat16
+
+
+def test_a_cpu_without_bfloat16_multiplies_in_float32(monkeypatch):
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(optim, 'cpu_has_bf16', lambda has=has_bf16: has)
+        assert optim.product_dtype(torch.device('cpu')) == dtype
 
 
 class CountOperations(TorchDispatchMode):

@@ -178,7 +178,7 @@ def test_a_killed_run_resumes_bit_for_bit(run_here, base, asked, letters, tmp_pa
     assert hashes(tmp_path / 'whole' / last) == hashes(tmp_path / 'cut' / last)
 
 
-@error_line('is missing or does not match the dataset')
+@error_line('is missing or belongs to another run')
 def test_the_kl_penalty_needs_the_initial_model(run_here, base, asked, letters, tmp_path):
     flags = (*tuning(base, asked, letters), '--rl_kl=10', '--max_iters=4')
     run_here(f'--out_dir={tmp_path}/near', *flags)

@@ -241,7 +241,7 @@ def test_muon_or_adamw_is_built_as_advised(changes, good):
     assert build_optimizers(model=model, **{**settings, **good})
 
 
-@error_line('is missing or does not match the dataset')
+@error_line('is missing or belongs to another run')
 def test_a_run_that_lost_its_reference_is_the_start_of_a_new_one(tmp_path, monkeypatch):
     state = SimpleNamespace(reference_key='key')
     run = SimpleNamespace(out_dir=tmp_path, state=state, runtime=CPU, resume_from=tmp_path)
