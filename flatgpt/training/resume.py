@@ -271,10 +271,11 @@ def build_model(
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
         option = f'--tokenizer={shlex.quote(str(where))}'
+        kind = 'prompts' if config['objective'] == 'rl' else 'chat' if data.is_chat else 'text'
         raise UserError(
             f'dataset {dataset} has the {data.tokenizer.name} tokenizer, and {where} another one '
             f'({tokenizer.name}): prepare the dataset with {option}, for example python '
-            f'data/{"chat" if data.is_chat else "text"}/prepare.py FILES {option} '
+            f'data/{kind}/prepare.py FILES {option} '
             '--out_dir=FOLDER, and train with --dataset=./FOLDER'
         )
     if data.vocab_size > model.config.vocab_size:
