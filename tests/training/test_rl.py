@@ -230,6 +230,14 @@ def test_settings_without_a_meaning_are_refused(
     assert run_here(*flags, *good) == 0
 
 
+@error_line('the logits of a completion are not finite')
+def test_weights_that_an_update_broke_are_one_line(run_here, base, asked, letters, tmp_path):
+    flags = (*tuning(base, asked, letters), f'--out_dir={tmp_path}/run', '--max_iters=2')
+    with pytest.raises(UserError, match='lower --learning_rate'):
+        run_here(*flags, '--learning_rate=1e20')
+    assert run_here(*flags, '--overwrite') == 0
+
+
 def test_prompts_of_another_tokenizer_are_prepared_again(run_here, base, asked, letters, tmp_path):
     other = saved(tmp_path / 'other', char_tokenizer(sorted('abcsy ')), block_size=32)
     with pytest.raises(UserError, match=r'data/prompts/prepare\.py FILES --tokenizer='):
