@@ -178,6 +178,11 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
             f'warning: dataset {config["dataset"]} has changed since {run.resume_from.name} '
             'was saved; earlier losses, including the best, are not comparable'
         )
+    if saved and config['reward'] != saved['config'].get('reward'):
+        print0(
+            f'warning: reward={config["reward"]!r} is another than that of {run.resume_from.name}; '
+            'earlier rewards, including the best, are not comparable'
+        )
     run.state.data = data.fingerprint
     validate_data(config, data)
     shape = model.config if model else new_model_config(data, config, runtime)

@@ -244,13 +244,15 @@ def test_prompts_of_another_tokenizer_are_prepared_again(run_here, base, asked, 
         run_here(*tuning(other, asked, letters), f'--out_dir={tmp_path}/run')
 
 
-def test_a_reward_that_fails_later_loses_no_step(run_here, base, asked, letters, tmp_path):
+def test_a_reward_that_fails_later_loses_no_step(run_here, base, asked, letters, tmp_path, capsys):
     flags = tuning(base, asked, letters)
     run_here(f'--out_dir={tmp_path}/run', *flags, '--max_iters=4')
     again = (f'--out_dir={tmp_path}/run', *flags, '--init_from=resume')
     with pytest.raises(UserError, match='returned None'):
         run_here(*again, f'--reward={letters}:none')
+    assert 'warning: reward=' in capsys.readouterr().out
     assert run_here(*again) == 0
+    assert 'warning: reward=' not in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
