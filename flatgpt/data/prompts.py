@@ -24,14 +24,7 @@ import numpy as np
 from flatgpt.data.chat import parse_record, read_records, split_validation, with_template
 from flatgpt.data.dataset import FIRST, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import context_of, find_tokenizer
-from flatgpt.data.messages import (
-    SYSTEM_KEYS,
-    Message,
-    Record,
-    RecordReader,
-    SkipRecord,
-    field_missing,
-)
+from flatgpt.data.messages import Message, Record, RecordReader, SkipRecord, missing_error
 from flatgpt.data.sources import exclude_files, find_files
 from flatgpt.data.text import check_val_fraction, output_folder, train_command
 from flatgpt.data.tokenizer import ASSISTANT, Tokenizer
@@ -110,7 +103,9 @@ def read_prompts(files: list[Path], args: argparse.Namespace, tokenizer: Tokeniz
                         f'its prompt has {len(ids)} tokens, and the context of {args.tokenizer} '
                         f'only {longest}; shorten or remove it'
                     )
-            except (UserError, SkipRecord) as error:
+            except SkipRecord as error:
+                raise UserError(f'{where}: a message is empty; write one, or remove it') from error
+            except UserError as error:
                 raise UserError(f'{where}: {error}') from error
             samples.append((ids, record))
     return samples
@@ -137,11 +132,11 @@ def messages_of(fields: dict, template: dict) -> list[Message]:
         raise UserError("'history' is no part of a prompt; write it into 'messages'")
     given = [key for key in ('messages', 'prompt') if record.take(key)]
     if not given:
-        problem = "no 'prompt' or 'messages'"
-        raise field_missing(fields, ('prompt', 'messages', *SYSTEM_KEYS), problem)
+        raise missing_error(record, ('prompt', 'messages'), "no 'prompt' or 'messages'")
     if len(given) > 1:
         raise UserError("gives both 'messages' and 'prompt'; remove one of them")
-    messages = reader.with_system(record, reader.messages(fields[given[0]], given[0]))
+    messages = reader.messages(fields[given[0]], given[0], complete=False)
+    messages = reader.with_system(record, messages)
     if messages[-1].role == ASSISTANT:
         raise UserError(
             f'{given[0]!r} ends with a message of the assistant, which the model is to write; '
@@ -174,6 +169,6 @@ def write_dataset(
                 out.write(split, row, flags, json.dumps(record, ensure_ascii=False))
     counts = ', '.join(f'{counted(len(splits[split]), "prompt")} for {split}' for split in SPLITS)
     print(f'{folder}: {counts}, at most {longest:,} tokens ({tokenizer.name})')
-    start = 'RUN' if args.tokenizer == 'gpt2' else args.tokenizer
+    start = args.tokenizer if context_of(args.tokenizer) else 'RUN'  # or no model is there
     command = train_command(folder, 'train_rl')
     print(f'Train on them: {command} --init_from={start} --reward=FILE.py')

@@ -60,7 +60,7 @@ from flatgpt.training.memory import (
     min_bytes,
     workload_of,
 )
-from flatgpt.training.reward import is_model, load_reward, load_reward_model
+from flatgpt.training.reward import RewardModel, is_model, load_reward, load_reward_model
 from flatgpt.training.validate import (
     check_new_model,
     check_short_blocks,
@@ -237,7 +237,13 @@ class Preflight:
     def check_reward(self) -> Iterator[tuple[str, str]]:
         if not (name := self.config['reward']):
             return
-        load_reward_model(name) if is_model(name) else load_reward(name)
+        if not is_model(name):
+            load_reward(name)
+        elif self.data is None:
+            load_reward_model(name)
+        else:
+            longest = self.data.block_size + self.config['rl_tokens']
+            RewardModel(name, self.data.tokenizer, self.runtime, longest)
         yield 'ok', f'{name} can be called'
 
     def check_dataset(self) -> Iterator[tuple[str, str]]:

@@ -178,6 +178,11 @@ def build(config: dict, run) -> tuple[GPT, Tokenizer | None, Dataset]:
             f'warning: dataset {config["dataset"]} has changed since {run.resume_from.name} '
             'was saved; earlier losses, including the best, are not comparable'
         )
+    if saved and config['reward'] != saved['config'].get('reward'):
+        print0(
+            f'warning: reward={config["reward"]!r} is another than that of {run.resume_from.name}; '
+            'earlier rewards, including the best, are not comparable'
+        )
     run.state.data = data.fingerprint
     validate_data(config, data)
     shape = model.config if model else new_model_config(data, config, runtime)
@@ -271,10 +276,11 @@ def build_model(
         tokenizer = data.tokenizer
     if tokenizer != data.tokenizer:
         option = f'--tokenizer={shlex.quote(str(where))}'
+        kind = 'prompts' if config['objective'] == 'rl' else 'chat' if data.is_chat else 'text'
         raise UserError(
             f'dataset {dataset} has the {data.tokenizer.name} tokenizer, and {where} another one '
             f'({tokenizer.name}): prepare the dataset with {option}, for example python '
-            f'data/{"chat" if data.is_chat else "text"}/prepare.py FILES {option} '
+            f'data/{kind}/prepare.py FILES {option} '
             '--out_dir=FOLDER, and train with --dataset=./FOLDER'
         )
     if data.vocab_size > model.config.vocab_size:

@@ -12,22 +12,25 @@ the prompt was prepared from.
 """
 
 import inspect
-import math
 import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from numbers import Real
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from flatgpt import ROOT
 from flatgpt.checkpoint.load import load_model
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import ConfigError, UserError, did_you_mean, short_repr
+from flatgpt.errors import ConfigError, UserError, did_you_mean, reason_of, short_repr
 from flatgpt.runtime import Runtime
 from model import GPT
 
 ONE, MANY = ('prompt', 'completion', 'row'), ('prompts', 'completions', 'rows')
+LARGEST = 1e18  # its square is finite in float32
 BatchReward = Callable[[list[str], list[str], list[dict]], list[float]]
 
 
@@ -61,8 +64,8 @@ BUILT_IN = {function.__name__: function for function in (exact, regex, length)}
 
 def load_reward(name: str) -> BatchReward:
     """The reward with this name, or FILE.py, or FILE.py:function. ConfigError if there is none."""
-    path, _, function_name = name.partition('.py')
-    if not name.endswith('.py') and not function_name.startswith(':'):
+    file = re.fullmatch(r'(.+\.py)(?::(\w*))?', name)
+    if not file:
         if name not in BUILT_IN:
             hint = did_you_mean(name, BUILT_IN)
             raise ConfigError(
@@ -70,23 +73,26 @@ def load_reward(name: str) -> BatchReward:
                 'reward model, or FILE.py:function with def function(prompt, completion, row)'
             )
         return checked(BUILT_IN[name], name)
-    path, function_name = Path(f'{path}.py'), function_name[1:] or 'reward'
+    path, function_name = Path(file[1]), file[2] or 'reward'
     if not path.exists() and (ROOT / path).exists():
         path = ROOT / path  # in data/, from another folder
     return checked(find_function(path, function_name, name), name)
 
 
 def find_function(path: Path, name: str, setting: str) -> Callable:
-    """The function in a file of Python, which is executed."""
+    """The function in a file of Python, which is executed as a module."""
+    module = ModuleType(f'reward_{path.stem}')  # its own name may be that of another module
+    module.__file__, namespace = str(path), vars(module)
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # for what the file imports from beside it
     try:
-        code = compile(path.read_bytes(), str(path), 'exec')
-        namespace = {'__name__': path.stem, '__file__': str(path)}
-        exec(code, namespace)
+        exec(compile(path.read_bytes(), str(path), 'exec'), namespace)
     except OSError as error:
         raise ConfigError(
             f'reward={setting!r}: {path} cannot be opened: {error.strerror}; correct the path'
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f'reward={setting!r}: {path}: {describe(error)}; correct it') from error
     function = namespace.get(name)
     if not callable(function):
@@ -101,7 +107,10 @@ def find_function(path: Path, name: str, setting: str) -> Callable:
 
 def checked(function: Callable, name: str) -> BatchReward:
     """The function for a batch, which checks what it returns."""
-    parameters = tuple(inspect.signature(function).parameters)
+    try:
+        parameters = tuple(inspect.signature(function).parameters)
+    except ValueError:  # of some functions written in C
+        parameters = ('?',)
     if parameters not in (ONE, MANY):
         raise ConfigError(
             f'reward={name!r}: takes ({", ".join(parameters)}); it must take ({", ".join(ONE)}), '
@@ -118,7 +127,7 @@ def checked(function: Callable, name: str) -> BatchReward:
         try:
             values = function(prompts, completions, rows)
             found = list(values)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise reward_error(name, f'raised {describe(error)}') from error
         if len(found) != len(prompts):
             raise reward_error(name, f'returned {len(found)} values for {len(prompts)} completions')
@@ -132,11 +141,11 @@ def number_of(compute: Callable[[], object], name: str, prompt: str, completion:
     """A reward as a float. UserError if it is none, or not finite, or raises."""
     try:
         value = compute()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise reward_error(name, f'raised {describe(error)}', prompt, completion) from error
-    if hasattr(value, 'item'):  # of torch or numpy
+    with suppress(AttributeError, ValueError, RuntimeError):  # no number of numpy or torch
         value = value.item()
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not isinstance(value, Real) or not abs(value) <= LARGEST:
         raise reward_error(name, f'returned {short_repr(value)}', prompt, completion)
     return float(value)
 
@@ -146,11 +155,14 @@ def reward_error(name: str, problem: str, *texts: str) -> UserError:
         f', {label} {short_repr(text)}'
         for label, text in zip(('prompt', 'completion'), texts, strict=False)
     )
-    return UserError(f'reward={name}{where}: {problem}; it must return a finite number')
+    return UserError(
+        f'reward={name}{where}: {problem}; it must return a finite number, at most {LARGEST:g}'
+    )
 
 
-def describe(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'
+def describe(error: BaseException) -> str:
+    """An error as one short line, with the name of its class."""
+    return f'{type(error).__name__}: {reason_of(error)}'
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 from flatgpt.data.dataset import Dataset, Prompt
 from flatgpt.data.tokenizer import ASSISTANT, Tokenizer
 from flatgpt.errors import UserError, short_repr
-from flatgpt.inference.engine import NOT_FINITE, Engine
+from flatgpt.inference.engine import Engine
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams, suppressed_ids
 from flatgpt.runtime import Runtime, StopSignal
@@ -122,7 +122,11 @@ class Rollouts:
             while outputs:
                 output = outputs.popleft()
                 if output.finish_reason == 'error':
-                    raise UserError(NOT_FINITE)
+                    raise UserError(
+                        'the logits of a completion are not finite: an update was too large, or '
+                        'the weights are for another dtype; lower --learning_rate and start '
+                        'again, or use --dtype=float32'
+                    )
                 tokens[output.index].append(output)
             if not keep_going():
                 self.model.train()

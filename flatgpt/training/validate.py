@@ -344,7 +344,8 @@ def validate_data(config: dict, data: Dataset) -> None:
 
 def check_room(config: dict, data: Dataset) -> None:
     """Reject prompts that leave no room for a completion."""
-    room = config['block_size'] - data.block_size  # a row has the length of the longest prompt
+    # a row has the length of the longest prompt
+    room = max(0, config['block_size'] - data.block_size)
     if room < config['rl_tokens']:
         fix = f'use --rl_tokens={room}, or prepare' if room else 'prepare'
         raise ConfigError(

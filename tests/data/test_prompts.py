@@ -52,6 +52,19 @@ def test_messages_and_a_system_message_are_rendered(tmp_path):
     assert first.record == records[0]
 
 
+def test_a_dialogue_in_one_string_ends_where_the_reply_begins(tmp_path):
+    data = prepared(tmp_path, [{'prompt': '\n\nHuman: Hi\n\nAssistant:'}] * 2)
+    assert text_of(data, data.prompts('train', [0])[0]) == 'User:\nHi\nAssistant:\n'
+
+
+def test_the_next_command_names_a_run_that_exists(tmp_path, capsys):
+    prepared(tmp_path, RECORDS)
+    assert '--init_from=RUN' in capsys.readouterr().out
+    run = saved(tmp_path / 'run', byte_tokenizer(), block_size=64)
+    prepared(tmp_path, RECORDS, f'--tokenizer={run}')
+    assert f'--init_from={run}' in capsys.readouterr().out
+
+
 def test_each_epoch_has_every_prompt_once(tmp_path):
     data = prepared(tmp_path, RECORDS)
     windows = data.windows(0, 2 * data.n_windows)
@@ -92,6 +105,12 @@ def test_damaged_records_are_refused(tmp_path):
             "'history' is no part of a prompt",
             {'prompt': 'Hi', 'history': [['a', 'b']]},
             {'prompt': 'Hi'},
+        ),
+        case('a message is empty', {'prompt': ' '}, {'prompt': 'Hi'}),
+        case(
+            'a message is empty',
+            {'messages': [{'role': 'user', 'content': ''}]},
+            {'messages': [{'role': 'user', 'content': 'Hi'}]},
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """Rewards: built-in ones, and functions in a file."""
 
 import pytest
+from conftest import refused
 from error_lines import error_line
 
 from flatgpt.errors import UserError
@@ -55,9 +56,28 @@ def test_a_reward_that_cannot_be_loaded_is_one_line(file, tmp_path):
     for name in ('exct', f'{tmp_path}/none.py', f'{good}:rewrd'):
         with pytest.raises(UserError, match='reward='):
             load_reward(name)
-    for code in ('def reward(text): return 1', 'def reward(:', '1 / 0'):
-        with pytest.raises(UserError, match='reward='):
-            load_reward(file(code))
+    for code in (
+        'def reward(text): return 1', 'def reward(:', '1 / 0', 'import sys; sys.exit()',
+        'reward = max',
+    ):  # fmt: skip
+        assert 'reward=' in refused(load_reward, file(code))
+
+
+def test_a_reward_file_is_a_module(file, tmp_path):
+    """Its dataclasses work, it imports what is beside it, and any folder will do."""
+    folder = tmp_path / '.pyenv'
+    folder.mkdir()
+    (folder / 'counting_letters.py').write_text('def count(text): return len(text)')
+    path = folder / 'json.py'  # the name of a module
+    path.write_text(
+        'from __future__ import annotations\n'
+        'from dataclasses import dataclass\n'
+        'from counting_letters import count\n'
+        '@dataclass\nclass Weight:\n    value: float = 0.5\n'
+        'def reward(prompt, completion, row):\n    return count(completion) * Weight().value\n'
+    )
+    assert load_reward(str(path))(['?'], ['four'], [{}]) == [2.0]
+    assert load_reward(f'{path}:reward')(['?'], ['four'], [{}]) == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -66,14 +86,20 @@ def test_a_reward_that_cannot_be_loaded_is_one_line(file, tmp_path):
         ('None', '0.5'),
         ('float("nan")', '0'),
         ('row["x"]', 'row.get("x", 0)'),
+        ('1e39', '1e18'),
+        ('10**400', '10'),
+        ('__import__("numpy").ones(2)', '__import__("numpy").ones(1)'),
+        ('__import__("torch").ones(2)', '__import__("torch").ones(1)'),
+        ('__import__("sys").exit()', '1'),
+        ('int("two\\nlines")', 'int("2")'),
     ],
 )
 @error_line('it must return a finite number')
 def test_a_reward_that_is_no_number_is_one_line_with_the_prompt(file, bad, good):
     code = 'def reward(prompt, completion, row): return {}'
     reward = load_reward(file(code.format(bad)))
-    with pytest.raises(UserError, match=r"prompt 'two and two'.*finite number"):
-        reward(['two and two'], ['5'], [{}])
+    line = refused(reward, ['two and two'], ['5'], [{}])
+    assert "prompt 'two and two'" in line
     assert load_reward(file(code.format(good)))(['2'], ['5'], [{}])
 
 

@@ -233,7 +233,9 @@ def test_reinforcement_learning_raises_the_score(run_here, base, asked, judge, t
 @error_line(
     'is no reward model', 'has the {} tokenizer, and the model that writes', 'reads {} tokens'
 )
-def test_a_reward_model_that_does_not_fit_is_one_line(run_here, base, asked, judge, tmp_path):
+def test_a_reward_model_that_does_not_fit_is_one_line(
+    run_here, base, asked, judge, tmp_path, capsys
+):
     other = saved(tmp_path / 'other', char_tokenizer([chr(300 + n) for n in range(257)]))
     letters = char_tokenizer([chr(300 + n) for n in range(257)])
     with pytest.raises(ConfigError, match='is no reward model'):
@@ -244,6 +246,8 @@ def test_a_reward_model_that_does_not_fit_is_one_line(run_here, base, asked, jud
         RewardModel(str(judge), BYTES, RUNTIME, CONTEXT + 1)
     RewardModel(str(judge), BYTES, RUNTIME, CONTEXT)
     flags = rewarded(base, asked, judge)
+    assert run_here(*flags, '--rl_tokens=81', '--check') == 2
+    assert 'no       reward: ' in capsys.readouterr().out
     with pytest.raises(ConfigError, match='is no reward model'):
         run_here(*flags, f'--reward={base}', f'--out_dir={tmp_path}/run')
     assert not (tmp_path / 'run').exists()

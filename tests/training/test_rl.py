@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import hashes, metrics, random_model
+from conftest import hashes, metrics, random_model, saved
 from error_lines import case, error_line
 from rl_runs import BYTES, tuning
 
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.data.dataset import Dataset
+from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import Runtime, StopSignal
 from flatgpt.training.loss import loss_of, token_logps
@@ -215,6 +216,7 @@ def test_two_processes_give_the_same_result_as_one(
         case("is not for objective='rl'", ['--mask_documents'], []),
         case("is not for objective='rl'", ['--dropout=0.1'], ['--dropout=0']),
         case('leave room for {} in a context', ['--rl_tokens=99'], ['--rl_tokens=16']),
+        case('leave room for {} in a context', ['--block_size=8'], []),
         case(' needs {}: give --init_from=RUN_DIRECTORY', ['--init_from=scratch'], []),
     ],
 )
@@ -228,13 +230,29 @@ def test_settings_without_a_meaning_are_refused(
     assert run_here(*flags, *good) == 0
 
 
-def test_a_reward_that_fails_later_loses_no_step(run_here, base, asked, letters, tmp_path):
+@error_line('the logits of a completion are not finite')
+def test_weights_that_an_update_broke_are_one_line(run_here, base, asked, letters, tmp_path):
+    flags = (*tuning(base, asked, letters), f'--out_dir={tmp_path}/run', '--max_iters=2')
+    with pytest.raises(UserError, match='lower --learning_rate'):
+        run_here(*flags, '--learning_rate=1e20')
+    assert run_here(*flags, '--overwrite') == 0
+
+
+def test_prompts_of_another_tokenizer_are_prepared_again(run_here, base, asked, letters, tmp_path):
+    other = saved(tmp_path / 'other', char_tokenizer(sorted('abcsy ')), block_size=32)
+    with pytest.raises(UserError, match=r'data/prompts/prepare\.py FILES --tokenizer='):
+        run_here(*tuning(other, asked, letters), f'--out_dir={tmp_path}/run')
+
+
+def test_a_reward_that_fails_later_loses_no_step(run_here, base, asked, letters, tmp_path, capsys):
     flags = tuning(base, asked, letters)
     run_here(f'--out_dir={tmp_path}/run', *flags, '--max_iters=4')
     again = (f'--out_dir={tmp_path}/run', *flags, '--init_from=resume')
     with pytest.raises(UserError, match='returned None'):
         run_here(*again, f'--reward={letters}:none')
+    assert 'warning: reward=' in capsys.readouterr().out
     assert run_here(*again) == 0
+    assert 'warning: reward=' not in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
