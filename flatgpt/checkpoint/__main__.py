@@ -5,6 +5,7 @@ $ python -m flatgpt.checkpoint inspect out/my_run     # a table of its checkpoin
 $ python -m flatgpt.checkpoint verify out/my_run      # the same; fails if one is damaged
 $ python -m flatgpt.checkpoint export out/my_run DIR  # for transformers; --format=gguf for
                                                       # llama.cpp, --format=peft for the adapter
+$ python -m flatgpt.checkpoint export out/my_run my.html  # a page that runs it in a browser
 
 inspect and verify both recompute every hash. verify also exits with an error if one does not match.
 """
@@ -30,6 +31,7 @@ from flatgpt.checkpoint.load import (
     shape_in,
     tokenizer_in,
 )
+from flatgpt.checkpoint.page import export_page
 from flatgpt.checkpoint.peft import base_of, is_adapter
 from flatgpt.checkpoint.weights import meta_model
 from flatgpt.data.hf_tokenizer import CHAT_TEMPLATE_FILE
@@ -37,6 +39,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.files import as_json, atomic_folder
 from model import GPTConfig
 
+FORMATS = {'transformers': export_transformers, 'gguf': export_gguf, 'page': export_page}
 LOSSES = ('train_loss', 'val_loss')  # of state.json, measured by an evaluation
 
 
@@ -76,7 +79,7 @@ def export(where: str, which: str, to: Path, kind: str, tokenizer: str | None) -
         return export_adapter(where, which, to)
     scores = kind == 'transformers'  # AutoModelForSequenceClassification
     model, tokens, state = load_model(where, which, tokenizer=tokenizer, reward_model=scores)
-    {'transformers': export_transformers, 'gguf': export_gguf}[kind](model, tokens, state, to)
+    FORMATS[kind](model, tokens, state, to)
     at = f', step {state["step"]}' if 'step' in state else ''
     print(f'{where}{at}: written to {to}{"" if tokens else ", without a tokenizer"}')
 
@@ -111,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('to', type=Path, nargs='?', help='export: the folder or file to write')
     parser.add_argument(
         '--format',
-        choices=['transformers', 'gguf', 'peft'],
-        default='transformers',
-        help='export: a folder for transformers (default), a file for llama.cpp, or a LoRA adapter',
+        choices=[*FORMATS, 'peft'],
+        help='export: a folder for transformers (default), a file for llama.cpp, a page for '
+        'browsers (default for a name that ends with .html), or a LoRA adapter',
     )
     parser.add_argument(
         '--checkpoint',
@@ -130,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
                 'export needs a folder or file to write: '
                 f'python -m flatgpt.checkpoint export {args.out_dir} DIR'
             )
-        return export(args.out_dir, args.checkpoint, args.to, args.format, args.tokenizer)
+        kind = args.format or ('page' if args.to.suffix == '.html' else 'transformers')
+        return export(args.out_dir, args.checkpoint, args.to, kind, args.tokenizer)
     if is_external(args.out_dir):
         model, tokenizer, _ = load_model(args.out_dir, tokenizer=args.tokenizer, reward_model=True)
         return print(f'{describe_model(model.config, tokenizer)}; loaded, it has no hashes')

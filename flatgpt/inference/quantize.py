@@ -35,7 +35,7 @@ class PackedLinear:
 
 
 class Int8Linear:
-    """x (..., in) -> (..., out) with int8 weights and a scale per output; x is bfloat16.
+    """x (..., in) -> (..., out) with int8 weights and a scale per output.
 
     Absmax quantization: the largest weight of an output becomes 127.
     """
@@ -105,10 +105,12 @@ def can_pack(weight) -> bool:
 def check_int8(weight) -> None:
     """ConfigError unless this weight's device and dtype have an int8 matmul."""
     check_int8_device(str(weight.device))
-    if weight.dtype != torch.bfloat16:
+    on_cpu = weight.device.type == 'cpu'
+    if weight.dtype != torch.bfloat16 and not (on_cpu and weight.dtype == torch.float32):
         name = str(weight.dtype).removeprefix('torch.')
         raise ConfigError(
-            f"quantize='int8' with dtype={name!r}: int8 needs bfloat16; use --dtype=bfloat16"
+            f"quantize='int8' with dtype={name!r}: int8 needs bfloat16, or float32 on a CPU; use "
+            '--dtype=bfloat16'
         )
 
 

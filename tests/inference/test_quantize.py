@@ -51,18 +51,19 @@ def test_a_prepared_models_cache_changes_nothing(changes):
         torch.testing.assert_close(cached, model(idx)[0][:, t], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize('bias', [False, True])
 @torch.inference_mode()
-def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bias):
+def test_int8_is_within_half_a_step_of_each_weight_for_few_rows_and_for_many(bias, dtype):
     torch.manual_seed(0)
-    plain = nn.Linear(64, 48, bias=bias).bfloat16()
+    plain = nn.Linear(64, 48, bias=bias).to(dtype)
     plain.weight[5] = 0  # an output that needs no scale
     int8 = Int8Linear(plain)
     step = plain.weight.abs().amax(1, keepdim=True).float() / 127
     back = int8.weight * int8.scale[:, None].float()
     assert ((back - plain.weight.float()).abs() <= 0.505 * step).all()
     for rows in (1, 5, quantize.DEQUANTIZE_ROWS, 200):
-        x = torch.randn(rows, 64).bfloat16()
+        x = torch.randn(rows, 64).to(dtype)
         exact = x.float() @ back.T + (plain.bias.float() if bias else 0)
         assert (int8(x).float() - exact).abs().max() < 0.02 * exact.abs().max()
         assert torch.equal(int8(x[None]), int8(x)[None])
@@ -82,8 +83,8 @@ def test_int8_barely_changes_the_log_probabilities(changes):
 
 
 def test_int8_with_another_dtype_is_an_error():
-    with pytest.raises(ConfigError, match=r"'float32'.*--dtype=bfloat16"):
-        prepare_for_inference(tiny(), 'int8')
+    with pytest.raises(ConfigError, match=r"'float16'.*--dtype=bfloat16"):
+        prepare_for_inference(tiny(torch.float16), 'int8')
 
 
 def test_int8_on_a_device_without_its_product_is_an_error(monkeypatch):

@@ -60,7 +60,8 @@ def test_skypilot_takes_the_task_as_it_is_meant(environment, tmp_path):
 # does, for a bucket or its server
 
 SENT = ('*.py', 'flatgpt/**/*.py', 'data/*/prepare.py', 'config/*.py', 'launch/*')
-SENT += ('flatgpt/serving/playground.html', 'flatgpt/benchmarks/tasks/*')
+SENT += ('flatgpt/checkpoint/page.html', 'flatgpt/serving/playground.html')
+SENT += ('flatgpt/benchmarks/tasks/*',)
 SENT += ('pyproject.toml', 'README.md', 'LICENSE')  # which setuptools reads
 KEPT_HERE = """
     .git/config .venv/bin/python venv/bin/python __pycache__/train.pyc data/__pycache__/encode.pyc

@@ -5,9 +5,9 @@ import itertools
 import json
 import math
 import re
-import shutil
 
 import pytest
+from browser import needs_chromium, set_screen, severe_messages
 from conftest import random_model
 from server import (
     PATH,
@@ -21,42 +21,14 @@ from server import (
 from flatgpt.data.bpe import train_bpe
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
 
-pytest_plugins = ['server']
+pytest_plugins = ['browser', 'server']
 webdriver = pytest.importorskip('selenium.webdriver', reason='needs selenium, of [dev]')
 Keys = webdriver.Keys
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
-DRIVER = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason='needs Chromium and its driver: apt-get install chromium-driver',
-)
-FLAGS = (
-    '--headless',
-    '--no-sandbox',  # which root cannot have
-    '--disable-gpu',
-    '--disable-dev-shm-usage',
-    '--disable-quic',
-    '--no-first-run',
-    '--disable-background-networking',
-    '--disable-component-update',
-    '--disable-sync',
-)
+pytestmark = needs_chromium
 DESKTOP, PHONE = (1100, 800), (360, 640)
 AS_SHOWN = {'temperature': 0.8, 'top_p': 0.95}  # from the start
 WIDTH = 'document.documentElement.scrollWidth'
 LETTERS = ' abcdefghijklmnopqrstuvwxyz'  # and no end of text: each has as many tokens as allowed
-
-
-@pytest.fixture(scope='module')
-def chromium(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in (*FLAGS, f'--user-data-dir={tmp_path_factory.mktemp("chromium")}'):
-        options.add_argument(flag)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield browser
-    browser.quit()
 
 
 @pytest.fixture
@@ -69,19 +41,14 @@ def visit(chromium, make_app):
             model = random_model(tokenizer.vocab_size, block_size)
             app = make_app(tokenizer, model, name='tiny', **settings)
             port = servers.enter_context(served(app))
-            width, height = size
-            screen = {'width': width, 'height': height, 'deviceScaleFactor': 1, 'mobile': True}
-            chromium.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', screen)
-            scheme = {'name': 'prefers-color-scheme', 'value': scheme}
-            chromium.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [scheme]})
+            set_screen(chromium, *size, scheme)
             chromium.get(f'http://127.0.0.1:{port}/')
             return Page(chromium, app.extensions['flatgpt'], port)
 
         yield open_page
         chromium.execute_script('localStorage.clear(); sessionStorage.clear()')
         chromium.get('about:blank')
-    said = [line for line in chromium.get_log('browser') if line['level'] == 'SEVERE']
-    assert [line for line in said if line['source'] != 'network'] == []
+    assert severe_messages(chromium) == []
 
 
 class Page:
