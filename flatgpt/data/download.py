@@ -24,6 +24,7 @@ REQUEST_DELAY = 1.0  # seconds before each request for a page, unless robots.txt
 LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
 NETWORK_PROBLEMS = {  # part of the name of an exception or of its bases
     'GatedRepo': f'it is gated: request access on its page and {LOG_IN}',
+    'DatasetNotFound': f'it is gated or private, or does not exist: check the name, or {LOG_IN}',
     'RepositoryNotFound': f'no such repository, or a private one: check the name, or {LOG_IN}',
     'Timeout': 'no answer in time',
     'SSL': 'its certificate is not accepted',
@@ -174,8 +175,10 @@ def retry_delay(response, usual: float) -> float | None:
 
 def network_problem(error: Exception) -> str:
     """Why a request of requests, httpx or huggingface_hub failed, without the name of a class."""
-    if error.__cause__ and 'LocalEntryNotFound' in type(error).__name__:
-        return network_problem(error.__cause__)  # why the cache was tried
+    cause = error
+    while cause is not None and not hasattr(cause, 'response'):
+        cause = cause.__cause__
+    error = cause or error  # the answer of the server, if there was one
     kinds = ' '.join(kind.__name__ for kind in type(error).__mro__)
     found = next((text for name, text in NETWORK_PROBLEMS.items() if name in kinds), None)
     response = getattr(error, 'response', None)
