@@ -15,6 +15,7 @@ $ python bench.py --only=scaling --dataset=pydocs     # the runs behind config/a
 $ python bench.py --only=rivals --dataset=mine --minutes=4  # config/auto.py and other shapes
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
 $ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
+$ python bench.py --task=core --out_dir=gpt2          # DCLM's CORE, as nanochat reports it
 $ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
 
 Each implementation that is compared runs in its own process, with the same weights. Measurements
@@ -36,6 +37,7 @@ import torch
 
 from configurator import configure
 from flatgpt.benchmarks.baselines import SMALL
+from flatgpt.benchmarks.core import score_core
 from flatgpt.benchmarks.data import bench_data
 from flatgpt.benchmarks.decoding import bench_generation, bench_quality, bench_startup
 from flatgpt.benchmarks.load_test import bench_serving
@@ -85,7 +87,8 @@ serve_format = 'bfloat16'  # number format of the weights
 # quality (perplexity in each format), and tasks (instead of benchmarks)
 out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
 dataset: str | None = None  # of quality; None: that of the run
-task = ''  # lambada,hellaswag,wikitext2,wikitext103,cbt,blimp or others of lm-evaluation-harness
+task = ''  # core; lambada,hellaswag,wikitext2,wikitext103,cbt,blimp and others of the harness
+core_data: str | None = None  # task=core: its data, a folder or zip file; None: downloaded once
 limit: int | None = None  # tasks: use only this many examples of each, the first; None: all
 init_from = 'resume'  # tasks, without out_dir: 'resume' (the newest run in out/), or as out_dir
 checkpoint: str | None = None  # tasks: None or 'best' (lowest validation loss), 'last', or a path
@@ -153,18 +156,23 @@ def run_benchmarks(settings: dict) -> None:
 
 
 def bench_tasks(settings: dict) -> None:
-    """Score a model on tasks of lm-evaluation-harness."""
+    """Score a model on CORE, or on tasks of lm-evaluation-harness."""
     check_range(1, None, settings, 'limit')
-    check_used(settings, ['task'])
+    check_used(settings, ['task', *(['core'] if settings['task'] == 'core' else [])])
     check_writable(settings)
-    try:
-        from flatgpt.benchmarks import lm_eval
-    except ModuleNotFoundError as error:
-        raise UserError(f'task={settings["task"]}: needs pip install "lm_eval>=0.4.13"') from error
-    versions = {'torch': torch.__version__, 'lm_eval': importlib.metadata.version('lm_eval')}
+    versions = {'torch': torch.__version__}
+    if settings['task'] == 'core':
+        score = score_core
+    else:
+        try:
+            from flatgpt.benchmarks.lm_eval import score_tasks as score
+        except ModuleNotFoundError as error:
+            text = f'task={settings["task"]}: needs pip install "lm_eval>=0.4.13"'
+            raise UserError(text) from error
+        versions['lm_eval'] = importlib.metadata.version('lm_eval')
     report = Report(settings, {'device': pick_device(settings['device']), **versions})
     try:
-        lm_eval.score_tasks(settings, report.entries, load)
+        score(settings, report.entries, load)
     finally:
         if report.entries:
             report.write()

@@ -25,17 +25,16 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import torch
 from lm_eval import evaluator, tasks
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
+from flatgpt.benchmarks import scoring
 from flatgpt.data.tokenizer import EOT, Tokenizer
 from flatgpt.errors import UserError, counted, did_you_mean
-from flatgpt.inference.engine import NOT_FINITE, generate
-from flatgpt.inference.model_runner import pad
+from flatgpt.inference.engine import generate
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
 
@@ -55,8 +54,6 @@ PUBLISHED = {  # scores of these sizes, from SOURCES
     ('hellaswag', 'acc_norm'): (0.3114, None, None, 0.5089),
     ('blimp', 'acc'): (None, None, 0.8302, None),
 }
-BATCH_TOKENS = 8192  # at most, padding included, unless a single sequence is longer
-LOGITS_CHUNK = 2048  # predictions whose logits are in memory at once
 BOOTSTRAP = 1000  # resamplings by which the harness estimates the error of a perplexity
 MAX_MISTAKES = 3  # examples kept of each task
 PROMPT_END = 200  # characters kept of their prompts
@@ -65,28 +62,6 @@ PROGRESS_SECONDS = 30  # between lines of progress, where there is no terminal
 
 # -----------------------------------------------------------------------------
 # the model
-
-
-def windows(context: list[int], continuation: list[int], size: int) -> Iterator[tuple]:
-    """(input of at most `size` tokens, the targets of its last positions), in order.
-
-    Every token of the continuation is predicted once. Context that does not fit is cut off on the
-    left; a longer continuation is split over several windows, each as full as can be.
-    """
-    tokens = context + continuation
-    for start in range(len(context), len(tokens), size):
-        end = min(start + size, len(tokens))
-        yield tuple(tokens[max(0, end - 1 - size) : end - 1]), tokens[start:end]
-
-
-def batch_by_length(rows: list, length=len) -> Iterator[list]:
-    """Rows in groups of BATCH_TOKENS at most, or of one; the longest first, for little padding."""
-    rows = sorted(rows, key=length, reverse=True)
-    at = 0
-    while at < len(rows):
-        count = max(1, BATCH_TOKENS // length(rows[at]))
-        yield rows[at : at + count]
-        at += count
 
 
 class Scorer(TemplateLM):
@@ -126,39 +101,9 @@ class Scorer(TemplateLM):
             return continuation[:1], continuation[1:]
         return context, continuation
 
-    @torch.inference_mode()
     def score(self, pairs: list[tuple]) -> list[tuple[float, bool]]:
-        """(context, continuation) -> log-probability of each continuation, and whether all its
-        tokens are the likeliest."""
-        wanted = {}  # input, which several pairs may share -> (pair, tokens to predict) of each
-        for number, (context, continuation) in enumerate(pairs):
-            for given, targets in windows(context, continuation, self.size):
-                wanted.setdefault(given, []).append((number, targets))
-        total = torch.zeros(len(pairs), dtype=torch.float64)
-        misses = torch.zeros(len(pairs), dtype=torch.long)
-        for batch in self.with_progress(list(wanted), len):
-            for owners, logprobs, hits in self.predict(batch, wanted):
-                total.index_add_(0, owners, logprobs.cpu().double())
-                misses.index_add_(0, owners, (~hits).cpu().long())
-        if not total.isfinite().all():
-            raise UserError(NOT_FINITE)
-        return list(zip(total.tolist(), (misses == 0).tolist(), strict=True))
-
-    def predict(self, batch: list[tuple], wanted: dict) -> Iterator[tuple]:
-        """(pairs, log-probabilities, whether the likeliest) of LOGITS_CHUNK predictions or less."""
-        idx, _ = pad(batch, self.device)  # (B, T), padded on the right
-        x = self.model.trunk(idx, torch.arange(idx.size(1), device=idx.device))  # (B, T, C)
-        where = [
-            (number, row, len(given) - len(targets) + i, target)
-            for row, given in enumerate(batch)
-            for number, targets in wanted[given]
-            for i, target in enumerate(targets)
-        ]
-        for part in torch.tensor(where).split(LOGITS_CHUNK):
-            owners, (rows, columns, targets) = part[:, 0], part[:, 1:].T.to(idx.device)
-            logits = self.model.head(x[rows, columns]).float()  # (N, V)
-            chosen = logits.gather(1, targets[:, None])[:, 0]
-            yield owners, chosen - logits.logsumexp(1), logits.argmax(1) == targets
+        """(context, continuation) -> as score() of scoring.py."""
+        return scoring.score(self.model, pairs, self.with_progress)
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
         groups, texts = {}, [''] * len(requests)  # requests with the same generation settings
@@ -216,7 +161,7 @@ class Scorer(TemplateLM):
         is_terminal = self.screen.isatty()
         options = {'desc': self.task, 'unit': 'token', 'unit_scale': True, 'leave': False}
         with tqdm(total=total, file=self.screen, disable=not is_terminal, **options) as bar:
-            for batch in batch_by_length(rows, length):
+            for batch in scoring.batch_by_length(rows, length):
                 yield batch
                 tokens = sum(map(length, batch))
                 bar.update(tokens)

@@ -19,7 +19,9 @@ USED_BY = {
     'limit': ('task',),
     'quantize': ('task',),
     'tokenizer': ('task',),
+    'core_data': ('core',),
 }
+TASKS = {'task': '--task=', 'core': '--task=core'}
 FORMATS = (*DTYPES, 'int8')
 SERVING = ('flask', 'waitress', 'pydantic', 'spectree', 'prometheus_client')  # that api.py needs
 
@@ -50,7 +52,7 @@ def check_used(settings: dict, benchmarks: list[str]) -> None:
     """UserError for a setting that none of the benchmarks uses."""
     for name, users in USED_BY.items():
         if settings[name] and not {*users} & {*benchmarks}:
-            flags = ' or '.join('--task=' if user == 'task' else f'--only={user}' for user in users)
+            flags = ' or '.join(TASKS.get(user, f'--only={user}') for user in users)
             raise UserError(f'{name}={settings[name]!r}: is only for {flags}; omit it')
 
 

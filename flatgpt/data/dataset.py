@@ -55,6 +55,7 @@ TEXT_COMMAND = 'python data/text/prepare.py FILES'
 SCRIPT_FOLDERS = {
     'chat': 'talks.jsonl --name=talks',
     'gutenberg': '1342 84 --name=novels',
+    'hub': 'roneneldan/TinyStories --name=tinystories',
     'packages': 'pypi:click --name=click',
     'prompts': 'sums.jsonl --name=sums',
     'text': 'FILES --name=mine',

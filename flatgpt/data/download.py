@@ -21,7 +21,11 @@ ATTEMPTS = 3
 USER_AGENT = 'flatGPT'  # our name in robots.txt
 HEADERS = {'User-Agent': f'{USER_AGENT}/0.1 (prepares a text dataset; each page is fetched once)'}
 REQUEST_DELAY = 1.0  # seconds before each request for a page, unless robots.txt asks for more
+LOG_IN = 'log in with `hf auth login`, or set HF_TOKEN'
 NETWORK_PROBLEMS = {  # part of the name of an exception or of its bases
+    'GatedRepo': f'it is gated: request access on its page and {LOG_IN}',
+    'DatasetNotFound': f'it is gated or private, or does not exist: check the name, or {LOG_IN}',
+    'RepositoryNotFound': f'no such repository, or a private one: check the name, or {LOG_IN}',
     'Timeout': 'no answer in time',
     'SSL': 'its certificate is not accepted',
     'Offline': 'HF_HUB_OFFLINE is set',
@@ -171,12 +175,24 @@ def retry_delay(response, usual: float) -> float | None:
 
 def network_problem(error: Exception) -> str:
     """Why a request of requests, httpx or huggingface_hub failed, without the name of a class."""
-    if (response := getattr(error, 'response', None)) is not None:
-        asked = response.headers.get('Retry-After')
-        return f'HTTP {response.status_code}' + (f', retry after {asked}' if asked else '')
+    cause = error
+    while cause is not None and not hasattr(cause, 'response'):
+        cause = cause.__cause__
+    error = cause or error  # the answer of the server, if there was one
     kinds = ' '.join(kind.__name__ for kind in type(error).__mro__)
-    found = (problem for name, problem in NETWORK_PROBLEMS.items() if name in kinds)
-    return next(found, None) or reason_of(error)
+    found = next((text for name, text in NETWORK_PROBLEMS.items() if name in kinds), None)
+    response = getattr(error, 'response', None)
+    if found is None and response is not None:
+        return response_problem(response)
+    return found or reason_of(error)
+
+
+def response_problem(response) -> str:
+    """What a server answered: 'HTTP 429, retry after 60', or that it does not know the token."""
+    if 'Invalid credentials' in response.headers.get('X-Error-Message', ''):
+        return f'the token is not valid: {LOG_IN}'
+    asked = response.headers.get('Retry-After')
+    return f'HTTP {response.status_code}' + (f', retry after {asked}' if asked else '')
 
 
 def stream_to_file(url: str, part: Path) -> str:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from flatgpt.data.dataset import SPLITS, Writer, check_files, is_prepared, read_meta
+from flatgpt.data.dataset import SPLITS, Writer, is_prepared, read_meta
 from flatgpt.data.download import ATTEMPTS, network_problem
 from flatgpt.data.encode import (
     Chunk,
@@ -34,8 +34,8 @@ from flatgpt.data.encode import (
     map_in_processes,
     split_text,
 )
+from flatgpt.data.parts import combine, describe_source, is_finished, part_name
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import UserError, counted, reason_of
 
 # the dataset's own files, and the Hub's conversion of other formats
@@ -58,23 +58,7 @@ class Part(NamedTuple):
     source: dict  # recorded in meta.json; must be the same to resume
 
     def is_done(self) -> bool:
-        if not is_prepared(self.folder):
-            return False
-        meta = read_meta(self.folder)
-        if meta.get('source') != self.source:
-            before, now = describe_source(meta.get('source')), describe_source(self.source)
-            raise UserError(
-                f'{self.folder} was made from {before}, not from {now}; choose another --out_dir, '
-                'or delete the part-* folders'
-            )
-        with contextlib.suppress(UserError):
-            check_files(self.folder, meta)
-            return True
-        return False
-
-
-def describe_source(source: dict | None) -> str:
-    return ', '.join(f'{key} {value}' for key, value in (source or {}).items()) or 'something else'
+        return is_finished(self.folder, self.source)
 
 
 # --- which files
@@ -181,10 +165,6 @@ def plan_parts(folder: Path, files: list[SourceFile], val_every: int) -> list[Pa
         source = {'file': name, 'bytes': file.size, 'files': len(files), 'val_every': val_every}
         parts.append(Part(folder / part_name(number), file, source))
     return parts
-
-
-def part_name(number: int) -> str:
-    return f'part-{number:05d}'
 
 
 def write_parts(parts: list[Part], tokenizer: Tokenizer, workers: int | None = None) -> None:
@@ -301,7 +281,4 @@ def merge(folder: Path) -> str:
             f'{folder}: parts are missing, {len(missing)} of {len(names)}: {some}; run their jobs '
             'first'
         )
-    with Writer(folder, load_tokenizer(done[0] / 'tokenizer.json')) as writer:
-        for name in names:
-            writer.include(name)
-    return writer.summary()
+    return combine(folder, names)

@@ -44,8 +44,8 @@ def format_setup(config: dict, model, data, runtime, tokens_per_step: int) -> st
 
 
 def format_losses(step: int, losses: dict[str, float]) -> str:
-    """'step 0: train loss 4.1, val loss 4.2, on books 4.3, reward margin 0.1'"""
-    labels = {'train_loss': 'train loss', 'val_loss': 'val loss'}
+    """'step 0: train loss 4.1, val loss 4.2, val bpb 1.5, on books 4.3, reward margin 0.1'"""
+    labels = {'train_loss': 'train loss', 'val_loss': 'val loss', 'val_bpb': 'val bpb'}
     labels |= {k: f'on {k.removeprefix(ON)}' for k in losses if k.startswith(ON)}
     if 'val_reward' in losses:  # reinforcement learning, where the loss is the reward, negated
         labels = {k: k.removeprefix('val_').replace('pass_at_', 'pass@') for k in losses}

@@ -27,7 +27,7 @@ from lm_eval import evaluator, utils
 from lm_eval.tasks import TaskManager
 
 from flatgpt import benchmarks
-from flatgpt.benchmarks import lm_eval
+from flatgpt.benchmarks import lm_eval, scoring
 
 SIZE = 32  # of the models' context
 KINDS = {
@@ -173,15 +173,15 @@ def test_windows_are_those_of_the_harness():
     for length in (1, 2, 7, 8, 9, 16, 17, 50):
         theirs = utils.get_rolling_token_windows(tokens[:length], -1, 8, 1)
         theirs = [(tuple(given), wanted) for given, wanted in theirs]
-        assert list(lm_eval.windows([-1], tokens[:length], 8)) == theirs
-    assert list(lm_eval.windows([-1], [], 8)) == []
+        assert list(scoring.windows([-1], tokens[:length], 8)) == theirs
+    assert list(scoring.windows([-1], [], 8)) == []
 
 
 def test_context_is_cut_on_the_left_and_a_long_continuation_spans_windows():
     context, answer = list(range(10)), list(range(100, 103))
-    assert list(lm_eval.windows(context, answer, 4)) == [((8, 9, 100, 101), answer)]
+    assert list(scoring.windows(context, answer, 4)) == [((8, 9, 100, 101), answer)]
     answer = list(range(100, 110))
-    parts = list(lm_eval.windows(context, answer, 4))
+    parts = list(scoring.windows(context, answer, 4))
     assert [token for _, wanted in parts for token in wanted] == answer
     assert all(len(given) == 4 for given, _ in parts)
 
@@ -194,7 +194,7 @@ def test_a_continuation_longer_than_the_context_is_scored_in_windows():
     text = 'a line that is far longer than thirty-two bytes, which is all there is'
     ids = tokenizer.encode('So: ' + text).tolist()
     expected = 0.0
-    for given, wanted in lm_eval.windows(ids[:3], ids[3:], SIZE):
+    for given, wanted in scoring.windows(ids[:3], ids[3:], SIZE):
         logprobs = model(torch.tensor([given]))[0][0].log_softmax(-1)
         expected += sum(logprobs[i - len(wanted), w].item() for i, w in enumerate(wanted))
     assert lm.loglikelihood(asked(('So:', ' ' + text)))[0][0] == pytest.approx(expected, abs=1e-4)
@@ -208,17 +208,17 @@ def test_scores_are_the_same_in_batches_of_any_size_and_again(files, monkeypatch
     texts = asked(*[(doc['text'],) for doc in DOCS])
     together = lm.loglikelihood(requests), lm.loglikelihood_rolling(texts)
     assert together == (lm.loglikelihood(requests), lm.loglikelihood_rolling(texts))
-    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 1)
-    monkeypatch.setattr(lm_eval, 'LOGITS_CHUNK', 3)
+    monkeypatch.setattr(scoring, 'BATCH_TOKENS', 1)
+    monkeypatch.setattr(scoring, 'LOGITS_CHUNK', 3)
     alone = lm.loglikelihood(requests), lm.loglikelihood_rolling(texts)
     for a, b in zip(flat(together), flat(alone), strict=True):
         assert a == pytest.approx(b, abs=1e-4)
 
 
 def test_batches_are_of_like_length_and_keep_within_their_size(monkeypatch):
-    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 10)
+    monkeypatch.setattr(scoring, 'BATCH_TOKENS', 10)
     rows = ['a' * n for n in (1, 12, 3, 3, 5, 2)]
-    assert [list(map(len, batch)) for batch in lm_eval.batch_by_length(rows)] == [
+    assert [list(map(len, batch)) for batch in scoring.batch_by_length(rows)] == [
         [12],
         [5, 3],
         [3, 2, 1],
@@ -229,7 +229,7 @@ def test_words_of_one_token_after_the_same_text_are_computed_once(monkeypatch):
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     seen = []
-    monkeypatch.setattr(lm_eval, 'pad', lambda batch, device: seen.extend(batch) or pad(batch))
+    monkeypatch.setattr(scoring, 'pad', lambda batch, device: seen.extend(batch) or pad(batch))
     pad = lambda batch: (torch.tensor(batch), None)  # noqa: E731
     scores = lm.loglikelihood(asked(('Answer:', 'A'), ('Answer:', 'B'), ('Answer:', 'C')))
     assert len(seen) == 1
@@ -279,7 +279,7 @@ def test_sampled_text_depends_on_its_place_and_the_seed_alone(monkeypatch):
     requests = asked(*[('One' * i, how) for i in (3, 1, 1, 2)])
     texts = lm_eval.Scorer(model, tokenizer).generate_until(requests)
     assert texts[1] != texts[2]
-    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 1)
+    monkeypatch.setattr(scoring, 'BATCH_TOKENS', 1)
     assert lm_eval.Scorer(model, tokenizer).generate_until(requests) == texts
     assert lm_eval.Scorer(model, tokenizer, seed=2).generate_until(requests) != texts
 
@@ -462,7 +462,7 @@ def test_the_error_of_a_perplexity_is_that_of_resampling(metric):
 
 def test_progress_is_lines_where_nobody_watches(monkeypatch, capsys):
     monkeypatch.setattr(lm_eval, 'PROGRESS_SECONDS', -1)
-    monkeypatch.setattr(lm_eval, 'BATCH_TOKENS', 1)
+    monkeypatch.setattr(scoring, 'BATCH_TOKENS', 1)
     tokenizer = byte_tokenizer()
     lm = lm_eval.Scorer(own(tokenizer), tokenizer)
     lm.task = 'task'

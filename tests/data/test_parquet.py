@@ -1,8 +1,5 @@
 """Datasets from parquet files: from folders, and from a local imitation of the hub."""
 
-import hashlib
-import http.server
-import json
 import os
 import shutil
 import signal
@@ -12,7 +9,6 @@ import textwrap
 import threading
 import time
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -28,6 +24,7 @@ from flatgpt.errors import UserError
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('pyarrow.parquet')
 
+pytest_plugins = ['hub']
 BYTES = byte_tokenizer()
 
 
@@ -511,157 +508,30 @@ def test_at_least_one_process_is_needed(source):
 # --- from the hub
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The API of the hub for reading datasets: the files of a revision, and their content."""
-
-    protocol_version = 'HTTP/1.1'
-    repositories: dict[str, dict[str, dict[str, bytes]]]  # name -> revision -> file -> content
-    log: list[str]  # files fetched, once per attempt
-    trouble: dict[str, list]  # file -> what happens at each attempt to fetch it
-
-    def do_HEAD(self):
-        self.answer(send_body=False)
-
-    def do_GET(self):
-        self.answer(send_body=True)
-
-    def answer(self, send_body: bool) -> None:
-        path = [unquote(piece) for piece in urlsplit(self.path).path.strip('/').split('/')]
-        if path[:2] == ['api', 'datasets']:
-            self.describe('/'.join(path[2:4]), path[5], tree=path[4] == 'tree')
-        elif path[0] == 'datasets' and path[3] == 'resolve':
-            self.resolve('/'.join(path[1:3]), path[4], '/'.join(path[5:]))
-        elif path[0] == 'cdn':
-            self.send_file('/'.join(path[1:3]), path[3], '/'.join(path[4:]), send_body)
-        else:
-            self.reply(404)
-
-    def describe(self, name: str, revision: str, tree: bool) -> None:
-        branches = self.repositories.get(name, {})
-        branch = next((b for b in branches if revision in (b, commit(b))), None)
-        if branch is None:
-            missing = 'RevisionNotFound' if branches else 'RepoNotFound'
-            self.reply(404, {'X-Error-Code': missing})
-            return
-        files = [
-            {
-                'type': 'file',
-                'path': file,
-                'rfilename': file,
-                'size': len(raw),
-                'oid': hashlib.sha1(raw).hexdigest(),
-                'blobId': hashlib.sha1(raw).hexdigest(),
-                'lfs': {
-                    'oid': sha256(raw),
-                    'sha256': sha256(raw),
-                    'size': len(raw),
-                    'pointerSize': 1,
-                },
-            }
-            for file, raw in branches[branch].items()
-        ]
-        found = files if tree else {'id': name, 'sha': commit(branch), 'siblings': files}
-        self.reply(200, {'Content-Type': 'application/json'}, json.dumps(found).encode())
-
-    def resolve(self, name: str, revision: str, file: str) -> None:
-        """Redirect to a large file, and report its hash and size."""
-        branch = next((b for b in self.repositories[name] if commit(b) == revision), None)
-        if branch is None:
-            self.reply(404, {'X-Error-Code': 'RevisionNotFound'})
-            return
-        content = self.repositories[name][branch][file]
-        self.reply(
-            302,
-            {
-                'Location': f'http://localhost:{self.server.server_port}/cdn/{name}/{revision}/{file}',
-                'X-Repo-Commit': revision,
-                'X-Linked-Etag': f'"{sha256(content)}"',
-                'X-Linked-Size': str(len(content)),
-            },
-        )
-
-    def send_file(self, name: str, revision: str, file: str, send_body: bool) -> None:
-        branch = next(b for b in self.repositories[name] if commit(b) == revision)
-        content = self.repositories[name][branch][file]
-        begin = int((self.headers.get('Range') or 'bytes=0-').removeprefix('bytes=').split('-')[0])
-        headers = {'ETag': f'"{sha256(content)}"', 'Accept-Ranges': 'bytes'}
-        if begin:
-            headers['Content-Range'] = f'bytes {begin}-{len(content) - 1}/{len(content)}'
-        if not send_body:
-            self.reply(200, headers | {'Content-Length': str(len(content))})
-            return
-        self.log.append(file.rsplit('/', 1)[-1])
-        troubles = self.trouble.get(self.log[-1], [])
-        trouble = troubles.pop(0) if troubles else None
-        if callable(trouble):
-            trouble()
-        if trouble == 'fail':
-            self.reply(503)
-            return
-        headers['Content-Length'] = str(len(content) - begin)
-        self.reply(206 if begin else 200, headers)
-        content = content[begin:]
-        self.wfile.write(content[: len(content) // 2] if trouble == 'cut' else content)
-        self.close_connection = trouble == 'cut'
-
-    def reply(self, status: int, headers: dict | None = None, body: bytes = b'') -> None:
-        self.send_response(status)
-        for key, value in {'Content-Length': str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body and self.command != 'HEAD':
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def commit(revision: str) -> str:
-    return hashlib.sha1(revision.encode()).hexdigest()
+FULL, DEV = f'datasets/{openwebtext.FULL}', f'datasets/{openwebtext.DEV}'
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(hub):
     """A hub with both repositories: one has parquet files, the other a converted revision."""
-    constants = pytest.importorskip('huggingface_hub.constants')
-    Hub.log, Hub.trouble = [], {}
     full = {
         f'plain_text/train-{i:05d}-of-00003.parquet': parquet('p.parquet', stories(60 * i, 60))
         for i in range(3)
     }
     sample = parquet('p.parquet', stories(0, 100))
     os.unlink('p.parquet')
-    Hub.repositories = {
-        openwebtext.FULL: {
+    converted = {'plain_text/train/0000.parquet': sample}
+    hub.repositories = {
+        FULL: {
             'main': {'.gitattributes': b'', 'README.md': b'# OpenWebText', **full},
-            'refs/convert/parquet': {'plain_text/train/0000.parquet': sample},
+            'refs/convert/parquet': converted,
         },
-        openwebtext.DEV: {
+        DEV: {
             'main': {'README.md': b'', 'openwebtext-10k.py': b'raise SystemExit'},
-            'refs/convert/parquet': {
-                '.gitattributes': b'',
-                'plain_text/train/0000.parquet': sample,
-            },
+            'refs/convert/parquet': {'.gitattributes': b'', **converted},
         },
     }
-    monkeypatch.setenv('NO_PROXY', '*')
-    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        url = f'http://127.0.0.1:{server.server_port}'
-        monkeypatch.setattr(constants, 'ENDPOINT', url)
-        template = url + '/{repo_id}/resolve/{revision}/{filename}'
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-        monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-        yield Hub
-        server.shutdown()
-        thread.join()
+    return hub
 
 
 def prepare_locally(hub, name: str, revision: str, *argv: str) -> dict[str, bytes]:
@@ -678,18 +548,18 @@ def prepare_locally(hub, name: str, revision: str, *argv: str) -> dict[str, byte
 def test_the_full_set_is_read_from_the_files_of_its_main_branch(hub):
     prepare()
     assert hub.log == [f'train-{i:05d}-of-00003.parquet' for i in range(3)]
-    assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
+    assert content('out') == prepare_locally(hub, FULL, 'main')
 
 
 def test_the_sample_is_read_from_the_hub_s_conversion(hub):
     prepare('--dev')
-    expected = prepare_locally(hub, openwebtext.DEV, 'refs/convert/parquet', '--dev')
+    expected = prepare_locally(hub, DEV, 'refs/convert/parquet', '--dev')
     assert content('out') == expected
 
 
 def test_two_processes_read_the_hub_like_one(hub):
     prepare('--workers=2')
-    assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
+    assert content('out') == prepare_locally(hub, FULL, 'main')
 
 
 def test_only_the_dataset_is_left_on_the_disk(hub):
@@ -702,7 +572,7 @@ def test_an_interrupted_download_is_resumed(hub):
     hub.trouble = {'train-00001-of-00003.parquet': ['cut', 'fail']}
     prepare()
     assert hub.log.count('train-00001-of-00003.parquet') == 3
-    assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
+    assert content('out') == prepare_locally(hub, FULL, 'main')
 
 
 @error_line('cannot be fetched ({}); run')
@@ -715,7 +585,7 @@ def test_a_file_that_cannot_be_fetched_is_reported_and_the_same_command_resumes(
     hub.trouble, hub.log[:] = {}, []
     prepare()
     assert hub.log == [f'train-{i:05d}-of-00003.parquet' for i in (1, 2)]
-    assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
+    assert content('out') == prepare_locally(hub, FULL, 'main')
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
@@ -724,8 +594,7 @@ def test_a_run_killed_while_fetching_resumes_with_that_file(hub, workers):
     last = 'train-00002-of-00003.parquet'
     reached, goes_on = threading.Event(), threading.Event()
     hub.trouble = {last: [lambda: (reached.set(), goes_on.wait(30))]}
-    constants = sys.modules['huggingface_hub.constants']
-    process = start(f'--workers={workers}', HF_ENDPOINT=constants.ENDPOINT, HF_HOME='home')
+    process = start(f'--workers={workers}', **hub.environment('home'))
     try:
         assert reached.wait(30), process.communicate()
         deadline = time.monotonic() + 30
@@ -739,18 +608,18 @@ def test_a_run_killed_while_fetching_resumes_with_that_file(hub, workers):
     hub.log.clear()
     prepare()
     assert hub.log == [last]
-    assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
+    assert content('out') == prepare_locally(hub, FULL, 'main')
 
 
 def test_a_damaged_download_is_not_kept(hub):
-    files = hub.repositories[openwebtext.FULL]['main']
+    files = hub.repositories[FULL]['main']
     name = 'plain_text/train-00001-of-00003.parquet'
     whole = files[name]
     files[name] = bytes(len(whole))
     assert f'{Path(name).name}: invalid parquet file' in refused()
     files[name] = whole
     prepare()
-    assert content('out') == prepare_locally(hub, openwebtext.FULL, 'main')
+    assert content('out') == prepare_locally(hub, FULL, 'main')
 
 
 def test_files_in_the_hub_s_cache_are_not_fetched_and_work_offline(hub, monkeypatch):
@@ -784,7 +653,7 @@ def test_an_incomplete_dataset_in_the_cache_is_not_used(hub, monkeypatch):
 @error_line('is not cached and cannot be fetched')
 @pytest.mark.parametrize('how', ['offline', 'no server', 'no such repository'])
 def test_without_hub_and_cache_the_files_can_be_downloaded_by_other_means(hub, monkeypatch, how):
-    for file, raw in hub.repositories[openwebtext.FULL]['main'].items():
+    for file, raw in hub.repositories[FULL]['main'].items():
         path = Path('FOLDER') / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(raw)
@@ -804,7 +673,7 @@ def test_without_hub_and_cache_the_files_can_be_downloaded_by_other_means(hub, m
 
 @error_line('no complete set')
 def test_an_incomplete_conversion_of_the_hub_is_not_used(hub, monkeypatch):
-    branches = hub.repositories[openwebtext.FULL]
+    branches = hub.repositories[FULL]
     branches['main'].clear()
     converted = branches['refs/convert/parquet']
     converted['plain_text/partial-train/0000.parquet'] = converted.popitem()[1]

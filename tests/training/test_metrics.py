@@ -62,8 +62,8 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
 def test_each_loss_is_printed_once_whatever_a_dataset_of_the_mixture_is_called():
     losses = {'train_loss': 1, 'val_loss': 2, 'val_loss_on_my_loss': 3, 'val_reward_margin': 4}
     losses |= {'train_loss_on_my_loss': 5, 'val_bpb': 6}
-    shown = 'train loss 1.0000, val loss 2.0000, on my_loss 3.0000, reward margin 4.0000'
-    assert format_losses(7, losses) == f'step 7: {shown}'
+    shown = 'train loss 1.0000, val loss 2.0000, val bpb 6.0000, on my_loss 3.0000'
+    assert format_losses(7, losses) == f'step 7: {shown}, reward margin 4.0000'
 
 
 @pytest.mark.parametrize(
