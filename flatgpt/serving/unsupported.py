@@ -17,14 +17,8 @@ from pydantic_core import PydanticCustomError
 UNSET = (None, '', [], {})
 UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     # the format of the response
-    'response_format': ({'type': 'text'},),
     'text_format': (),
-    'guided_json': (),
-    'guided_regex': (),
-    'guided_choice': (),
-    'guided_grammar': (),
     'guided_whitespace_pattern': (),
-    'structured_outputs': (),
     'json_schema': (),
     'regex': (),
     'ebnf': (),
@@ -96,8 +90,7 @@ UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     'return_token_ids': (False,),
 }
 # an empty value is a request, too: any JSON, for example
-CONSTRAINT_FIELDS = """response_format text_format guided_json guided_regex guided_choice
-guided_grammar structured_outputs json_schema regex ebnf grammar""".split()
+CONSTRAINT_FIELDS = 'text_format json_schema regex ebnf grammar'.split()
 IGNORED_FIELDS = """user metadata safety_identifier prompt_cache_key prompt_cache_retention
 service_tier parallel_tool_calls include_reasoning request_id session_id priority cache_prompt
 cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
