@@ -236,7 +236,11 @@ def parse_content(content: object) -> str:
 
 TEXT_PART = {
     'type': 'object',
-    'properties': {'type': {'const': 'text'}, 'text': {'type': 'string'}},
+    'properties': {
+        'type': {'const': 'text'},
+        'text': {'type': 'string'},
+        'prompt_cache_breakpoint': {'description': 'Ignored.'},
+    },
     'required': ['type', 'text'],
     'additionalProperties': False,
 }
