@@ -6,6 +6,7 @@ $ python sample.py "To be, or not" --num_samples=3   # three continuations of a 
 $ python sample.py --start=FILE:prompt.txt --temperature=0 --max_new_tokens=100
 $ python sample.py --out_dir=out/my_run --chat       # a console that remembers the conversation
 $ python sample.py --batch=prompts.jsonl --out=answers.jsonl
+$ python sample.py --json_schema=person.json         # every sample is JSON of this schema
 
 An argument that starts with -- is a setting. A .py file or the name of a config is a config. Any
 other argument is the prompt; --start= accepts every prompt, even one such as -x or seed=1.
@@ -44,8 +45,10 @@ import torch
 from configurator import configure, read_flag, setting_types, update_settings
 from flatgpt.checkpoint.load import load_model, newest_run
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.files import read_json
 from flatgpt.inference.batch import Batch
 from flatgpt.inference.engine import MAX_GENERATE_SLOTS, Engine, generate, run_and_drain
+from flatgpt.inference.grammar import Grammar, Grammars
 from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
@@ -70,6 +73,7 @@ out: str | None = None  # file for the completions of the batch
 rows = 16  # prompts of the batch that are computed at once
 num_samples = 10  # samples, computed as one batch
 max_new_tokens = 500  # maximum tokens per sample
+json_schema: str | None = None  # file with a JSON schema that each sample or reply follows
 stop = ''  # a sample ends before this string; '|' separates several; escapes: \n, \t, \| and \\
 # sampling
 seed = 1337  # the same seed gives the same samples
@@ -176,6 +180,16 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str):
         return [tokenizer.eot], ''
 
 
+def compile_schema(schema: dict | None, tokenizer: Tokenizer, path: str | None) -> Grammar | None:
+    """The grammar of --json_schema; None without it."""
+    if schema is None:
+        return None
+    try:
+        return Grammars(tokenizer).compile('json_schema', schema)
+    except UserError as error:
+        raise UserError(f'--json_schema={path}: {error}') from None
+
+
 def print_text(text: str) -> None:
     """Print text immediately. On a terminal, control characters are replaced."""
     sys.stdout.write(text.translate(CONTROL_CHARACTERS) if sys.stdout.isatty() else text)
@@ -207,9 +221,16 @@ class Console:
     """A conversation. With a chat template, the model replies to messages; without one, messages
     and replies form one text that the model continues."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, initial_prompt: str):
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        settings: dict,
+        initial_prompt: str,
+        grammar: Grammar | None = None,
+    ):
         self.engine, self.tokenizer = Engine(model, tokenizer, num_slots=1), tokenizer
-        self.initial_prompt = initial_prompt
+        self.initial_prompt, self.grammar = initial_prompt, grammar
         self.settings = {name: settings[name] for name in SAMPLING_SETTINGS}
         self.block_size = model.config.block_size
         self.reset()
@@ -287,7 +308,8 @@ class Console:
         if template:
             ids = self.tokenizer.encode_chat([{'role': 'user', 'content': line}]).tolist()
             end = template['assistant'][1]
-            if end and self.tokenizer.delimiter_id(end) is None:
+            # a grammar ends a reply by itself, and may have this text in its strings
+            if end and self.tokenizer.delimiter_id(end) is None and not self.grammar:
                 sampling = replace(sampling, stop=(*sampling.stop, end))
         else:
             ids = self.encode((self.newline if self.ids else '') + line)
@@ -297,7 +319,8 @@ class Console:
             self.context_start += max(1, self.block_size // 8)
         # a seed for each reply, so that equal messages get different replies
         outputs, prompt = deque(), self.ids[self.context_start :]
-        request = Request(prompt, sampling, outputs.append, seed=(sampling.seed, self.turn))
+        seed = sampling.seed, self.turn
+        request = Request(prompt, sampling, outputs.append, seed=seed, grammar=self.grammar)
         before, printed = len(self.ids), ''
         self.engine.submit(request)
         try:
@@ -404,21 +427,25 @@ def main(settings: dict) -> None:
                 f'--out={out}: needs --batch; to save samples, omit --out and add > {out}'
             )
         prompt = read_prompt(settings['start'])
+    path = settings['json_schema']
+    schema = None if path is None else read_json(Path(path), '--json_schema')
     model, tokenizer = load(settings)
+    grammar = compile_schema(schema, tokenizer, path)
     device = str(model.embedding.weight.device)
     on_out_of_memory(device, lambda: fewer_samples(settings, model))
     if settings['batch']:
-        return batch.run(model, tokenizer)
+        return batch.run(model, tokenizer, grammar)
     if settings['chat']:
         with suppress(ImportError):
             import readline  # noqa: F401 - line editing and history, if the platform has it
         prompt = '' if prompt == DEFAULT_START else prompt
-        return Console(model, tokenizer, settings, prompt).run()
+        return Console(model, tokenizer, settings, prompt, grammar).run()
     ids, prompt = prompt_ids(tokenizer, prompt)
     size = model.config.block_size
     if len(ids) > size:
         print(f'the prompt has {len(ids)} tokens; only the last {size} are used', file=sys.stderr)
-    print_samples(generate(model, tokenizer, [ids] * samples, sampling), prompt, samples)
+    outputs = generate(model, tokenizer, [ids] * samples, sampling, grammar=grammar)
+    print_samples(outputs, prompt, samples)
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ PIP_NAMES = {  # module -> its name on PyPI; no other missing module gets a pip 
     for name in """torch numpy safetensors filelock tqdm matplotlib tiktoken regex tokenizers
     requests huggingface-hub flask waitress pydantic spectree prometheus-client
     flask-openapi3-swagger gigatoken gguf transformers pyarrow wandb tensorboard
-    datasets lm_eval""".split()
+    datasets lm_eval llguidance""".split()
 } | {'bs4': 'beautifulsoup4'}
 
 

@@ -26,7 +26,7 @@ ROLE_ALIASES = {  # in lower case
     'bot': ASSISTANT,
     'developer': 'system',  # OpenAI's name for it since o1
 }
-PART_KEYS = {'type', 'text'}
+PART_KEYS = {'type', 'text', 'prompt_cache_breakpoint'}  # OpenAI's, of the price: ignored
 CONVERSATION_KEYS = ('messages', 'conversations', 'conversation')
 PROMPT_KEYS = ('prompt', 'instruction', 'question', 'query', 'input')
 CONTEXT_KEYS = ('input', 'context')  # 'input' only beside 'instruction'

@@ -25,6 +25,7 @@ from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, did_you_mean, short_repr
 from flatgpt.files import strict_json
 from flatgpt.inference.engine import NOT_FINITE, Engine
+from flatgpt.inference.grammar import Grammar
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from model import GPT
@@ -67,7 +68,9 @@ class Batch:
         if not self.lines:
             raise UserError(f'--batch={self.path}: is empty; write a prompt per line')
 
-    def run(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def run(self, model: GPT, tokenizer: Tokenizer, grammar: Grammar | None = None) -> None:
+        """Complete all prompts. grammar: of each completion."""
+        self.grammar = grammar
         lock = FileLock(f'{self.out}.lock', timeout=0)
         try:
             with lock:
@@ -134,6 +137,7 @@ class Batch:
         where = ('out_dir', 'init_from', 'checkpoint', 'dtype', 'quantize', 'tokenizer')
         return {name: self.settings[name] for name in (*self.names, *where)} | {
             'kind': self.path.suffix,
+            **({'grammar': self.grammar.text} if self.grammar else {}),
             'model': fingerprint(model),
             'batch': hashlib.sha256(b'\n'.join(self.lines)).hexdigest(),
         }
@@ -174,9 +178,10 @@ class Batch:
             if output.finish_reason:
                 completion['text'] = ''.join(texts)
             if output.finish_reason == 'error':
-                completion['error'] = NOT_FINITE
+                completion['error'] = output.problem or NOT_FINITE
 
-        engine.submit(Request(ids, sampling, on_token, index=number))
+        request = Request(ids, sampling, on_token, index=number, grammar=self.grammar)
+        engine.submit(request)
         return completion
 
     def parse(self, line: bytes) -> tuple[str, SamplingParams, dict]:

@@ -18,6 +18,7 @@ import torch
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError
 from flatgpt.inference.decode_graph import DecodeGraphs, free_graphs, keep_graphs, take_graphs
+from flatgpt.inference.grammar import Grammar
 from flatgpt.inference.model_runner import ModelRunner, Sample
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
@@ -193,12 +194,14 @@ def generate(
     prompts: list,
     sampling: SamplingParams,
     seeds: list | None = None,
+    grammar: Grammar | None = None,
 ) -> Iterator[TokenOutput]:
     """Complete all prompts in one batch, yielding each token as it is sampled.
 
     prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
     seeds: of each completion's random numbers, by default (sampling.seed, its index); completions
-    do not depend on each other. Raises UserError for logits that are not finite.
+    do not depend on each other. grammar: of each completion. Raises UserError for logits that are
+    not finite, or a grammar that the vocabulary cannot follow.
 
     On a GPU, the cache and its CUDA graphs are kept for the next call with this model;
     free_graphs(model) frees their memory.
@@ -211,7 +214,7 @@ def generate(
     engine = Engine(model, tokenizer, num_slots, max_length=max_length, graphs=graphs)
     for index, prompt in enumerate(prompts):
         seed = seeds[index] if seeds else None
-        engine.submit(Request(prompt, sampling, outputs.append, index, seed))
+        engine.submit(Request(prompt, sampling, outputs.append, index, seed, grammar=grammar))
     yield from run_and_drain(engine, outputs)
     keep_graphs(model, engine.runner.graphs)
 
@@ -219,12 +222,14 @@ def generate(
 def run_and_drain(engine: Engine, outputs: deque[TokenOutput]) -> Iterator[TokenOutput]:
     """Run the engine until it is idle, yielding what its requests append to `outputs`.
 
-    Raises UserError for logits that are not finite.
+    Raises UserError for a request that ends in an error.
     """
     while engine.step():
         while outputs:
             output = outputs.popleft()
             if output.finish_reason == 'error':
+                if output.problem:
+                    raise UserError(output.problem)
                 raise UserError(NOT_FINITE)
             yield output
 

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.decode_graph import DecodeGraphs, Step, can_capture
+from flatgpt.inference.grammar import mask_logits
 from flatgpt.inference.kv_cache import KVCache
 from flatgpt.inference.request import Request
 from flatgpt.inference.sampling import (
@@ -145,15 +146,15 @@ class ModelRunner:
         self, requests: list[Request], rows: list[int], size: int, columns: int
     ) -> list[Sample]:
         """Decode and sample the first `size` rows, whose inputs are uploaded, by one graph; by two
-        if penalties edit the logits in between. columns 0: the logits are computed already."""
+        if the logits are edited in between. columns 0: the logits are computed already."""
         graphs, work = self.graphs, max(request.sampling.work for request in requests)
         logits = graphs.logits[:size]
-        if any(request.sampling.has_penalties for request in requests):
+        if any(request.sampling.has_penalties or request.grammar for request in requests):
             if columns:
                 graphs.replay(self.forward, Step(size, columns, work=None))
             if any(request.top_logprobs is not None for request in requests):
-                logits = logits.clone()  # log-probabilities are of logits before penalties
-            apply_penalties(graphs.logits, edits_of(requests, rows))
+                logits = logits.clone()  # log-probabilities are of logits before these
+            edit_logits(graphs.logits, requests, rows)
             columns = 0
         graphs.replay(self.forward, Step(size, columns, work))
         tokens = graphs.read_tokens(rows)
@@ -193,7 +194,7 @@ class ModelRunner:
     def sample_requests(self, requests: list[Request], logits) -> list[int]:
         """A token for each request from its row of logits (R, V), batched by equal filters."""
         logits = logits.float().masked_fill(self.suppressed, -math.inf)
-        apply_penalties(logits, edits_of(requests, range(len(requests))))
+        edit_logits(logits, requests, range(len(requests)))
         groups: dict[tuple, list[int]] = {}
         for i, r in enumerate(requests):
             groups.setdefault(r.sampling.filters, []).append(i)
@@ -229,13 +230,17 @@ def settings_of(requests: list[Request]) -> np.ndarray:
     return np.array(columns, np.float32).T
 
 
-def edits_of(requests: list[Request], rows: list[int]) -> list[tuple]:
-    """The argument of apply_penalties(): the rows that it changes."""
-    return [
+def edit_logits(logits, requests: list[Request], rows: list[int]) -> None:
+    """Apply the grammars, and then the penalties, to rows of logits (R, V), in place."""
+    states = [(row, r.grammar) for row, r in zip(rows, requests, strict=True) if r.grammar]
+    if states:
+        mask_logits(logits, states)
+    edits = [
         (row, r.sampling, r.prompt_tokens, r.counts)
         for row, r in zip(rows, requests, strict=True)
         if r.sampling.has_penalties
     ]
+    apply_penalties(logits, edits)
 
 
 def pad(parts: list[list[int]], device, width: int | None = None):

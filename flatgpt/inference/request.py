@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.inference.grammar import Grammar
 from flatgpt.inference.sampling import SamplingParams
 
 
@@ -25,6 +26,7 @@ class TokenOutput(NamedTuple):
     # of the token, in nats, before penalties and filters; if requested
     logprob: float | None = None
     top_logprobs: tuple = ()  # the most likely tokens, (id, logprob), if requested
+    problem: str = ''  # why it is 'error': of the grammar, or '' if the logits are not finite
 
 
 class StopString:
@@ -102,7 +104,8 @@ class Request:
     prompt: token ids, at least one; the last block_size of them count. on_token: called with each
     TokenOutput, in the thread that runs the engine. seed: of the random numbers, by default
     (sampling.seed, index). top_logprobs: return log-probabilities, of each token and of this many
-    most likely ones; None: neither. score_prompt: compute prompt_logprobs, too.
+    most likely ones; None: neither. score_prompt: compute prompt_logprobs, too. grammar: of the
+    completion, which ends with it.
     """
 
     def __init__(
@@ -114,12 +117,14 @@ class Request:
         seed=None,
         top_logprobs: int | None = None,
         score_prompt: bool = False,
+        grammar: Grammar | None = None,
     ):
         self.prompt, self.sampling, self.on_token = list(map(int, prompt)), sampling, on_token
         assert self.prompt, 'the prompt is empty'
         self.index, self.top_logprobs, self.score_prompt = index, top_logprobs, score_prompt
         self.random = np.random.default_rng((sampling.seed, index) if seed is None else seed)
         self.stream = TextStream(sampling.stop)
+        self.grammar = grammar.start() if grammar else None  # how far the completion is in it
         self.output_ids: list[int] = []
         self.counts: Counter[int] = Counter()  # of the tokens in `output_ids`, for penalties
         self.prompt_logprobs: list[tuple] = [(None, ())]  # (logprob, top_logprobs) per token
@@ -155,13 +160,16 @@ class Request:
     ) -> TokenOutput:
         """Add a sampled token to the completion -> its output."""
         if token < 0:  # logits that are not finite: in float16 it depends on the prompt
-            return TokenOutput(self.index, None, '', 'error')
+            problem = self.grammar.problem if self.grammar else ''
+            return TokenOutput(self.index, None, '', 'error', problem=problem)
         self.output_ids.append(token)
         self.counts[token] += 1
         last = len(self.output_ids) == self.sampling.max_new_tokens
         end = token in tokenizer.stop_ids
-        text, stopped = self.stream.add(b'' if end else tokenizer.token_bytes[token], end or last)
-        finish_reason = 'stop' if end or stopped else 'length' if last else None
+        complete = end or bool(self.grammar and self.grammar.accept(token))
+        new = b'' if end else tokenizer.token_bytes[token]
+        text, stopped = self.stream.add(new, final=complete or last)
+        finish_reason = 'stop' if complete or stopped else 'length' if last else None
         return TokenOutput(self.index, token, text, finish_reason, logprob, top_logprobs)
 
     def emit(self, output: TokenOutput) -> None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from flatgpt.inference.engine import NOT_FINITE, Engine
+from flatgpt.inference.grammar import Grammar
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.serving.api_error import APIError, shutting_down
 from flatgpt.serving.choices import ChoiceBuilder
@@ -64,7 +65,8 @@ class CompletionJob:
     """The completions that one HTTP request asks for.
 
     client_disconnected(): whether the client disconnected. seconds: the time limit.
-    builder: makes the response's choices, a ChoiceBuilder or a subclass.
+    builder: makes the response's choices, a ChoiceBuilder or a subclass. grammar: of each
+    completion.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class CompletionJob:
         client_disconnected: Callable[[], bool],
         seconds: float,
         builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
+        grammar: Grammar | None = None,
     ):
         sampling, n, echo = body.sampling(), body.n or 1, bool(body.echo)
         # clients of llama.cpp and vLLM send -1 for "no seed"
@@ -90,6 +93,7 @@ class CompletionJob:
                 seed=(seed, j),
                 top_logprobs=body.logprobs,
                 score_prompt=echo and body.logprobs is not None,
+                grammar=grammar,
             )
             for i, ids in enumerate(prompts)
             for j in range(n)
@@ -162,6 +166,9 @@ class CompletionJob:
             return APIError(504, message, code='timeout', headers={'X-Should-Retry': 'false'})
         if self.client_disconnected():
             return APIError(499, 'the client disconnected')  # nginx's status; only for the log
+        problems = [r.grammar.problem for r in self.requests if r.grammar and r.grammar.problem]
+        if problems:
+            return APIError(400, problems[0], code='grammar')
         if self.engine.error is None and any(r.finish_reason == 'error' for r in self.requests):
             LOG.error(NOT_FINITE)
             return APIError(500, NOT_FINITE, code='not_finite')

@@ -67,10 +67,64 @@ def parse_token_ids(biases: object) -> object:
     return {int(i) if canonical.fullmatch(str(i)) else i: bias for i, bias in biases.items()}
 
 
+Grammars = list[tuple[str, object]]  # (kind, source), see inference/grammar.py
+ANY_OBJECT = {'type': 'object'}
+GUIDED_FIELDS = {  # vLLM's name: the kind of the grammar
+    'guided_json': 'json_schema',
+    'guided_regex': 'regex',
+    'guided_choice': 'choice',
+    'guided_grammar': 'grammar',
+}
+
+
 class StreamOptions(Body):
     include_usage: bool | None = nullable('Report the number of tokens in a last event.')
     continuous_usage_stats: unsupported_field(False) = None
     include_obfuscation: ignored_field() = None
+
+
+class JsonSchema(Body):
+    name: str | None = nullable('Ignored.')
+    description: str | None = nullable('Ignored.')
+    schema_: dict[str, Any] | None = Field(None, alias='schema', description='The schema.')
+    strict: bool | None = nullable('Ignored: a schema is always followed.')
+
+
+class ResponseFormat(Body):
+    type: Literal['text', 'json_object', 'json_schema']
+    json_schema: JsonSchema | None = nullable('With the type json_schema.')
+
+    @field_validator('json_schema')
+    def check_type(cls, value: JsonSchema | None, info: ValidationInfo):
+        if value and info.data.get('type') not in (None, 'json_schema'):
+            raise field_error('needs "type": "json_schema"')
+        return value
+
+    def grammars(self) -> Grammars:
+        """The grammar of this format, if it needs one: see Options.grammars()."""
+        if self.type == 'json_schema':
+            schema = self.json_schema and self.json_schema.schema_
+            return [('json_schema', schema or {})]
+        return [('json_schema', ANY_OBJECT)] if self.type == 'json_object' else []
+
+
+Choices = Annotated[list[str], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
+class StructuredOutputs(Body):
+    """The grammar of a completion, by vLLM's names. Only one may be given."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias='json', description='A JSON schema.')
+    regex: str | None = nullable("In the syntax of Rust's regex.")
+    choice: Choices | None = nullable('One of these.')
+    grammar: str | None = nullable('In Lark or GBNF.')
+    json_object: bool | None = nullable('true: any JSON object.')
+
+    def grammars(self) -> Grammars:
+        given = {'json_schema': self.json_, 'regex': self.regex, 'choice': self.choice}
+        given |= {'grammar': self.grammar}
+        found = [(kind, source) for kind, source in given.items() if source is not None]
+        return found + [('json_schema', ANY_OBJECT)] * bool(self.json_object)
 
 
 class Options(Unsupported):
@@ -107,6 +161,12 @@ class Options(Unsupported):
         'Subtracted once if the completion has the token (default 0).'
     )
     logit_bias: Biases | None = nullable('Token id -> number added to its logit.')
+    response_format: ResponseFormat | None = nullable('The format of each completion.')
+    structured_outputs: StructuredOutputs | None = nullable('The grammar of each completion.')
+    guided_json: dict[str, Any] | str | None = nullable('A JSON schema for each completion.')
+    guided_regex: str | None = nullable('Its regular expression.')
+    guided_choice: Choices | None = nullable('Its choices.')
+    guided_grammar: str | None = nullable('Its grammar, in Lark or GBNF.')
     best_of: bounded(1, 2**16, kind=int) | None = nullable('Not supported: must be 1 or n.')
 
     @field_validator('best_of')
@@ -114,6 +174,17 @@ class Options(Unsupported):
         if value not in (None, 1, info.data.get('n')):
             raise field_error('this server does not support it; leave it out, or give 1 or n')
         return value
+
+    def grammars(self) -> list[tuple[str, str, object]]:
+        """(field, kind, source) of each grammar that is given; see Grammars.compile()."""
+        found = []
+        for field in ('response_format', 'structured_outputs'):
+            value = getattr(self, field)
+            found += [(field, *each) for each in value.grammars()] if value else []
+        for field, kind in GUIDED_FIELDS.items():
+            value = getattr(self, field)
+            found += [] if value is None else [(field, kind, value)]
+        return found
 
     def sampling(self) -> SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -165,7 +236,11 @@ def parse_content(content: object) -> str:
 
 TEXT_PART = {
     'type': 'object',
-    'properties': {'type': {'const': 'text'}, 'text': {'type': 'string'}},
+    'properties': {
+        'type': {'const': 'text'},
+        'text': {'type': 'string'},
+        'prompt_cache_breakpoint': {'description': 'Ignored.'},
+    },
     'required': ['type', 'text'],
     'additionalProperties': False,
 }
@@ -225,7 +300,8 @@ class ChatRequest(Options):
         fields = {name: getattr(self, name) for name in Options.__annotations__}
         fields['max_tokens'] = self.max_completion_tokens or self.max_tokens or max(most_new, 1)
         fields['logprobs'] = (self.top_logprobs or 0) if self.logprobs else None
-        fields |= {'prompt': ids, 'stop': stop + [end] * bool(end)}
+        # a grammar ends a turn by itself, and may have the text that ends others in its strings
+        fields |= {'prompt': ids, 'stop': stop + [end] * bool(end and not self.grammars())}
         # already validated, and the end of a turn may exceed the limits for clients' stop strings
         return CompletionRequest.model_construct(**fields)
 

@@ -15,8 +15,9 @@ import time
 from collections.abc import Callable
 
 from flatgpt.data.messages import template_role
-from flatgpt.errors import UserError, counted
+from flatgpt.errors import UserError, counted, reason_of
 from flatgpt.inference.engine import Engine
+from flatgpt.inference.grammar import Grammar, Grammars
 from flatgpt.runtime import is_out_of_memory, out_of_memory
 from flatgpt.serving.api_error import APIError, shutting_down
 from flatgpt.serving.choices import ChoiceBuilder
@@ -45,7 +46,8 @@ class Service:
         self.tokenizer, self.block_size = engine.tokenizer, engine.model.config.block_size
         self.max_completions = len(engine.slots) + settings['max_queue']  # running and queued
         self.metrics = Metrics(engine)
-        self.lock = threading.Lock()
+        self.lock, self.grammar_lock = threading.Lock(), threading.Lock()
+        self.grammars: Grammars | None = None  # once a request needs them
         self.jobs: set[CompletionJob] = set()
         self.draining = False
         self.closed = threading.Event()
@@ -151,10 +153,28 @@ class Service:
             raise APIError(400, self.no_such_token('logit_bias', largest), 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
+        grammar = self.compile_grammar(body)
         seconds = self.settings['max_seconds']
-        job = CompletionJob(body, prompts, self.engine, client_disconnected, seconds, builder)
+        job = CompletionJob(
+            body, prompts, self.engine, client_disconnected, seconds, builder, grammar
+        )
         self.start(job)
         return job
+
+    def compile_grammar(self, body: CompletionRequest) -> Grammar | None:
+        """The grammar of a request, None if it has none. APIError if it is not supported."""
+        found = body.grammars()
+        if not found:
+            return None
+        field, kind, source = found[-1]
+        if len(found) > 1:
+            raise APIError(400, f'{field}: a completion has one grammar; give only one', field)
+        try:
+            with self.grammar_lock:
+                self.grammars = self.grammars or Grammars(self.tokenizer)
+            return self.grammars.compile(kind, source)
+        except (UserError, ModuleNotFoundError) as error:
+            raise APIError(400, f'{field}: {reason_of(error)}', field) from None
 
     def to_ids(self, prompt: str | list[int], field: str) -> list[int]:
         if isinstance(prompt, str):

@@ -17,14 +17,8 @@ from pydantic_core import PydanticCustomError
 UNSET = (None, '', [], {})
 UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     # the format of the response
-    'response_format': ({'type': 'text'},),
     'text_format': (),
-    'guided_json': (),
-    'guided_regex': (),
-    'guided_choice': (),
-    'guided_grammar': (),
     'guided_whitespace_pattern': (),
-    'structured_outputs': (),
     'json_schema': (),
     'regex': (),
     'ebnf': (),
@@ -33,6 +27,7 @@ UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     'modalities': (['text'],),
     'audio': (),
     'prediction': (),
+    'moderation': (),
     'verbosity': ('medium',),
     'reasoning_effort': ('none',),
     'reasoning': (),
@@ -96,13 +91,13 @@ UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     'return_token_ids': (False,),
 }
 # an empty value is a request, too: any JSON, for example
-CONSTRAINT_FIELDS = """response_format text_format guided_json guided_regex guided_choice
-guided_grammar structured_outputs json_schema regex ebnf grammar""".split()
+CONSTRAINT_FIELDS = 'text_format json_schema regex ebnf grammar'.split()
 IGNORED_FIELDS = """user metadata safety_identifier prompt_cache_key prompt_cache_retention
-service_tier parallel_tool_calls include_reasoning request_id session_id priority cache_prompt
-cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
-spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length
-dry_penalty_last_n dry_sequence_breakers dynatemp_exponent smoothing_curve""".split()
+prompt_cache_options service_tier parallel_tool_calls include_reasoning request_id session_id
+priority cache_prompt cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend
+add_special_tokens spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base
+dry_allowed_length dry_penalty_last_n dry_sequence_breakers dynatemp_exponent
+smoothing_curve""".split()
 
 
 def field_error(message: str) -> PydanticCustomError:

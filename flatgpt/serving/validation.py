@@ -28,6 +28,7 @@ NEEDS = {  # likewise, for values of the wrong type or size
     'float_type': 'a number',
     'finite_number': 'a number below 1.8e308',
     'bool_type': 'true or false',
+    'literal_error': '{expected}',
     'string_type': 'a string',
     'list_type': 'a list',
     'dict_type': 'an object',
@@ -36,6 +37,7 @@ NEEDS = {  # likewise, for values of the wrong type or size
     'greater_than_equal': 'at least {ge}',
     'less_than_equal': 'at most {le}',
 }
+OBJECTS = ('messages', 'stream_options', 'tokens', 'response_format', 'structured_outputs')
 SHAPES = {  # fields for whose parts pydantic reports errors: all types that are allowed, and items
     'prompt': 'must be a string, a list of token ids, or a list of either; none may be empty',
     'stop': f'must be a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most '
@@ -58,7 +60,7 @@ def first_error(error: ValidationError) -> tuple[str, str | None]:
     else:
         problem = PROBLEMS[kind].format(**limits) if kind in PROBLEMS else first['msg']
     # pydantic's path in other fields has names of types, too
-    path = inner if param in ('messages', 'stream_options', 'tokens') else ()
+    path = inner if param in OBJECTS else ()
     where = ''.join(f'[{each}]' if isinstance(each, int) else f'.{each[:99]}' for each in path)
     return f'{param or "the body"}{where}: {problem}', param
 

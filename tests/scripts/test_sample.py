@@ -1,5 +1,6 @@
 """The command line: prompts, samples, the console."""
 
+import json
 import os
 import re
 import select
@@ -258,6 +259,27 @@ def test_a_training_config_selects_the_model_of_its_run(out_dir, tmp_path):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     saved(tmp_path, char_tokenizer(LETTERS), vocab_size=5)
     assert 'the tokenizer has 10 ids and the model 5; give' in fails(f'--out_dir={tmp_path}')
+
+
+@error_line('--json_schema={}: {}')
+def test_samples_replies_and_batches_follow_a_json_schema(tmp_path):
+    pytest.importorskip('llguidance', reason='llguidance is not installed')
+    run, schema = saved(tmp_path / 'run', byte_tokenizer(), block_size=64), tmp_path / 'a.json'
+    flags = (f'--out_dir={run}', f'--json_schema={schema}')
+    schema.write_text('{"not": {}}')
+    result = sample(*flags)
+    assert (result.returncode, 'Unimplemented keys: ["not"]' in result.stderr) == (2, True)
+    schema.write_text('{"enum": [{"a": 1}, ["b"]]}')
+    allowed = {'{"a":1}', '["b"]'}
+    result = sample('x', *flags, '--num_samples=4')
+    texts = {''.join(text.split())[1:] for text in result.stdout.split('---------------')}
+    assert texts <= allowed
+    result = sample(*flags, '--chat', input='hello\n')
+    assert any(text in ''.join(result.stdout.split()) for text in allowed)
+    (tmp_path / 'p.txt').write_text('one\ntwo\n')
+    sample(*flags, f'--batch={tmp_path / "p.txt"}', f'--out={tmp_path / "out.jsonl"}')
+    lines = (tmp_path / 'out.jsonl').read_text().splitlines()
+    assert {''.join(json.loads(line)['text'].split()) for line in lines} <= allowed
 
 
 def test_help_lists_the_settings_and_importing_parses_nothing():

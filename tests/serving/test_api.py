@@ -1763,12 +1763,12 @@ def test_openai_sends_text_parts_and_its_bytes_come_back(chatting):
         with openai.OpenAI(base_url=base, api_key='-', max_retries=0) as client:
             answer = client.chat.completions.create(**given, logprobs=True, top_logprobs=20)
             with pytest.raises(openai.BadRequestError) as caught:
-                client.chat.completions.create(**given, response_format={'type': 'json_object'})
+                client.chat.completions.create(**given, prediction={'type': 'content'})
     scores = answer.choices[0].logprobs.content
     assert b''.join(bytes(score.bytes) for score in scores) == 'né'.encode()
     assert answer.choices[0].message.content == 'né'
     assert all(len({*map(str, score.top_logprobs)}) == 20 for score in scores)
-    assert caught.value.param == 'response_format'
+    assert caught.value.param == 'prediction'
 
 
 def test_openai_lists_the_model(openai_client):

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import random_model
+from schemas import random_schema
 from server import (
     GOES_ON,
     PATH,
@@ -55,6 +57,39 @@ def together(count, work):
     """Run work(number) in as many threads -> what each returned."""
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
+
+
+# -----------------------------------------------------------------------------
+# structured output
+
+
+def test_1000_varied_schemas_give_valid_json_or_are_cut_off(make_app, capsys):
+    validator = pytest.importorskip('jsonschema', reason='not installed').Draft202012Validator
+    pytest.importorskip('llguidance', reason='llguidance is not installed')
+    client = make_app(model=random_model(VOCABULARY, 512)).test_client()
+
+    def complete(seed):
+        format = {'type': 'json_schema', 'json_schema': {'schema': random_schema(seed)}}
+        body = {'prompt': 'a', 'max_tokens': 400, 'seed': seed, 'response_format': format}
+        reply = client.post(PATH, json=body)
+        if reply.status_code != 200:
+            assert reply.status_code == 400, reply.text
+            return reply.json['error']['message'], 'refused'
+        (choice,) = reply.json['choices']
+        if choice['finish_reason'] == 'stop':
+            validator(random_schema(seed)).validate(json.loads(choice['text']))
+        return choice['text'], choice['finish_reason']
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(complete, range(times(1000))))
+    counts = Counter(end for _, end in found)
+    assert counts['stop'] > 0.8 * len(found)
+    assert counts['refused'] < 0.15 * len(found)
+    assert {*counts} <= {'stop', 'length', 'refused'}
+    with capsys.disabled():
+        print(f'\nof {len(found)} schemas: {dict(counts)}')
+        for message, count in Counter(text for text, end in found if end == 'refused').items():
+            print(f'  {count:3} refused: {message}')
 
 
 # -----------------------------------------------------------------------------
