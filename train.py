@@ -379,12 +379,13 @@ while True:
     micro_batches = batches.next_update(schedule_step)
     if stop_signal.failed and runtime.world_size == 1:
         continue
-    if rollouts:  # complete the prompts and reward the completions
+    if rollouts:  # complete the prompts, score the completions
         keep_alive = partial(watchdog.keep_alive, step, 'completing prompts')
-        micro_batches = rollouts.micro_batches(micro_batches, stop_signal, keep_alive)
-        if micro_batches is None:  # a signal, or the reward failed
+        completions = rollouts.sample(micro_batches, stop_signal, keep_alive)
+        if completions is None:  # a signal, or the reward failed
             stopping = True
             continue
+        micro_batches = rollouts.micro_batches(completions, batches.micro_batch_size)
     watchdog.enter_phase(step, 'computing gradients')
     runtime.seed(seed, step)
     lr = get_lr(schedule_step)

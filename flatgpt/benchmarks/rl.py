@@ -67,7 +67,8 @@ class FlatGPTStep:
 
     def step(self) -> tuple[float, dict]:
         begin = time.perf_counter()
-        batches = self.rollouts.micro_batches(self.asked, self.stop_signal, lambda: None)
+        completions = self.rollouts.sample(self.asked, self.stop_signal, lambda: None)
+        batches = self.rollouts.micro_batches(completions, AT_ONCE)
         synchronize(self.runtime.device)
         completed = time.perf_counter()
         for batch, divisor in batches:

@@ -216,7 +216,7 @@ def load_model(
         model, found, state = load_checkpoint(find_checkpoint(where, which), dropout)
     if model.config.score and not reward_model:
         raise CheckpointError(
-            f'{where} is a reward model, which writes no text; give the model that it judges, or '
+            f'{where} is a reward model, which cannot generate text; give the model that it scores, or '
             f'train one with --objective=rl --reward={where}'
         )
     model, found = merge_lora(model), replacement or found

@@ -3,7 +3,7 @@ Rewards for reinforcement learning: plain Python functions, built-in ones, and r
 
     reward = load_reward('rewards.py:shorter')          # or 'exact', 'regex', 'length'
     values = reward(prompts, completions, records)      # a float each
-    reward = RewardModel('out/judge', tokenizer, runtime, longest=256)
+    reward = RewardModel('out/reward_model', tokenizer, runtime, longest=256)
     values = reward(sequences)                          # of ids, each a prompt with its completion
 
 A file has def reward(prompt: str, completion: str, row: dict) -> float; with the parameters
@@ -175,11 +175,11 @@ def is_model(name: str) -> bool:
 
 
 def load_reward_model(where: str, device: str = 'cpu') -> tuple[GPT, Tokenizer | None]:
-    """ConfigError if it is no reward model."""
+    """ConfigError if it is not a reward model."""
     model, tokenizer, _ = load_model(where, device=device, reward_model=True)
     if not model.config.score:
         raise ConfigError(
-            f'reward={where!r}: is no reward model; train one with --objective=reward '
+            f'reward={where!r}: is not a reward model; train one with --objective=reward '
             f'--init_from={where}, or give a function'
         )
     return model.requires_grad_(False), tokenizer
@@ -197,12 +197,12 @@ class RewardModel:
         self.runtime, config = runtime, self.model.config
         if own is not None and own != tokenizer:
             raise ConfigError(
-                f'reward={where!r}: has the {own.name} tokenizer, and the model that writes '
+                f'reward={where!r}: uses the {own.name} tokenizer, and the model that it scores '
                 f'another one ({tokenizer.name}); train a reward model from that model'
             )
         if config.block_size < longest:
             raise ConfigError(
-                f'reward={where!r}: reads {config.block_size} tokens, and a prompt with its '
+                f'reward={where!r}: has a context of {config.block_size} tokens, and a prompt with its '
                 f'completion may have {longest}; lower --rl_tokens, or train one with a longer '
                 'context'
             )

@@ -1,14 +1,14 @@
 """
-Rollouts of reinforcement learning: the present weights complete prompts, and a reward judges them.
+Rollouts of reinforcement learning: the current weights complete prompts, a reward scores them.
 
     rollouts = Rollouts(model, tokenizer, data, config, runtime)
-    micro_batches = rollouts.micro_batches(prompts)     # for loss_of(), of one update
-    rollouts.evaluate(stop_signal)                      # {'val_reward': 0.4, ...}
+    completions = rollouts.sample(prompts, stop_signal, keep_alive)     # with rewards
+    micro_batches = rollouts.micro_batches(completions, rows=4)         # for loss_of(), of one update
+    rollouts.evaluate(stop_signal)                                      # {'val_reward': 0.4, ...}
 
-A completion depends on nothing but the weights, the run's seed, its prompt and its number: not on
-what is completed beside it, nor on the number of processes, so that a resumed run needs none of
-the completions before it. The same weights complete and learn, so there is no ratio of two
-policies to correct.
+A completion is a function of the weights, the run's seed, its prompt and its number: not of what is
+completed beside it, nor of the number of processes, so that a resumed run samples the same ones
+again. Each is used for one update, so there is no importance ratio.
 """
 
 import copy
@@ -38,10 +38,10 @@ from flatgpt.training.reward import BatchReward, RewardModel, is_model, load_rew
 from model import GPT
 
 SLOTS = 64  # completions at once, on every machine: the rounding depends on it
-PASSED = 1.0  # a completion with such a reward passes, for pass@k
-MIN_STD = 1e-4  # added to a standard deviation before it divides, as in TRL
-SHOWN = 3  # completions that an evaluation prints
-EVALUATION = 1  # of the random numbers; 0 for training
+PASS_REWARD = 1.0  # at least that of a completion that passes, for pass@k
+STD_EPSILON = 1e-4  # added to a standard deviation before it divides, as in TRL
+SAMPLES_SHOWN = 3  # completions that an evaluation prints
+EVALUATION = 1  # in the seeds of an evaluation, between prompt and number; training has none
 
 
 class Completion(NamedTuple):
@@ -88,7 +88,7 @@ class Rollouts:
 
     @torch.no_grad()
     def policy(self) -> GPT:
-        """The model that completes, with the present weights."""
+        """The model that completes, with the current weights."""
         if self.copy is None:
             return self.model.eval()
         for mine, trained in zip(self.copy.parameters(), self.model.parameters(), strict=True):
@@ -134,7 +134,7 @@ class Rollouts:
         self.model.train()
         return [completion_of(prompt, each) for (prompt, _), each in zip(jobs, tokens, strict=True)]
 
-    def judged(
+    def complete_and_score(
         self,
         prompts: list[Prompt],
         seeds: list[tuple],
@@ -150,7 +150,7 @@ class Rollouts:
         completions = None
         try:
             if found := self.complete(prompts, seeds, keep_going):
-                completions = self.judge(found)
+                completions = self.score(found)
         except UserError as error:
             stop_signal.fail(error)
         if any(self.runtime.all_reduce([stop_signal.signal])):
@@ -158,7 +158,7 @@ class Rollouts:
             return None
         return completions or []  # a rank may have none to evaluate
 
-    def judge(self, completions: list[Completion]) -> list[Completion]:
+    def score(self, completions: list[Completion]) -> list[Completion]:
         """The completions with their rewards. UserError if the reward fails."""
         if isinstance(self.reward, RewardModel):
             values = self.reward([[*c.prompt.ids, *c.ids] for c in completions])
@@ -170,23 +170,21 @@ class Rollouts:
 
     # --- training
 
-    def micro_batches(
+    def sample(
         self,
-        prompts: list[tuple[dict, float]],
+        micro_batches: list[tuple[dict, float]],
         stop_signal: StopSignal,
         keep_alive: Callable[[], None],
-    ) -> list[tuple[dict, float]] | None:
-        """The micro-batches of an update, as BatchLoader's; None if a signal or a reward that
-        failed stopped any rank.
+    ) -> list[Completion] | None:
+        """rl_samples completions, with their rewards, of each prompt of BatchLoader's micro-batches;
+        None if a signal or a reward that failed stopped any rank."""
+        seeds = [(self.config['seed'], n) for batch, _ in micro_batches for n in batch['samples']]
+        prompts = [prompt for batch, _ in micro_batches for prompt in batch['prompts']]
+        return self.complete_and_score(prompts, seeds, stop_signal, keep_alive)
 
-        prompts: BatchLoader's micro-batches, of prompts.
-        """
-        size = len(prompts[0][0]['prompts']) * self.samples  # completions of a micro-batch
-        seeds = [(self.config['seed'], n) for batch, _ in prompts for n in batch['samples']]
-        asked = [prompt for batch, _ in prompts for prompt in batch['prompts']]
-        completions = self.judged(asked, seeds, stop_signal, keep_alive)
-        if completions is None:
-            return None
+    def micro_batches(self, completions: list[Completion], rows: int) -> list[tuple[dict, float]]:
+        """The micro-batches of an update, as BatchLoader's, of `rows` prompts at most."""
+        size = rows * self.samples
         rewards = self.rewards_of(completions)
         total = self.measure(completions, rewards)
         weights = advantages(rewards, self.config['rl_baseline']).flatten().tolist()
@@ -274,11 +272,11 @@ class Rollouts:
         mine = numbers[runtime.rank :: runtime.world_size]
         seeds = [(c['seed'], number, EVALUATION) for number in mine.tolist()]
         prompts = self.data.prompts('val', mine)
-        completions = self.judged(prompts, seeds, stop_signal, lambda: None)
+        completions = self.complete_and_score(prompts, seeds, stop_signal, lambda: None)
         if completions is None:
             return None
         rewards = self.rewards_of(completions)
-        passed = rewards >= PASSED
+        passed = rewards >= PASS_REWARD
         gap, divergence = self.compare(completions)
         sums = [rewards.sum(), passed.sum(), passed.any(1).sum(), rewards.numel()]
         sums += [sum(len(c.ids) for c in completions), sum(not c.ended for c in completions)]
@@ -321,7 +319,7 @@ class Rollouts:
 
     def show(self, completions: list[Completion]) -> None:
         """Print the first completion of some prompts with its reward."""
-        for each in completions[:: self.samples][:SHOWN]:
+        for each in completions[:: self.samples][:SAMPLES_SHOWN]:
             prompt = prompt_text(each.prompt, self.tokenizer)
             text = f'{short_repr(prompt)} -> {short_repr(each.text)}'
             self.runtime.print0(f'reward {each.reward:g}: {text}')
@@ -355,7 +353,7 @@ def advantages(rewards: torch.Tensor, baseline: str) -> torch.Tensor:
     centered = rewards - rewards.mean(1, keepdim=True)
     centered[is_flat(rewards)] = 0.0  # without the rounding of the mean
     if baseline == 'std':
-        return centered / (rewards.std(1, keepdim=True) + MIN_STD)
+        return centered / (rewards.std(1, keepdim=True) + STD_EPSILON)
     if baseline == 'leave_one_out':
         return centered * rewards.size(1) / (rewards.size(1) - 1)
     return centered

@@ -197,7 +197,7 @@ def test_a_modern_one_has_no_class_in_transformers(tmp_path):
     export_transformers(reward_model(), BYTES, {}, tmp_path / 'out')
 
 
-@error_line('is a reward model, which writes no text')
+@error_line('is a reward model, which cannot generate text')
 def test_it_cannot_write(tmp_path, judge, base):
     gguf = ['export', str(judge), str(tmp_path / 'x.gguf'), '--format=gguf']
     for call in (lambda: load_model(judge), lambda: checkpoint_command(gguf)):
@@ -231,14 +231,16 @@ def test_reinforcement_learning_raises_the_score(run_here, base, asked, judge, t
 
 
 @error_line(
-    'is no reward model', 'has the {} tokenizer, and the model that writes', 'reads {} tokens'
+    'is not a reward model',
+    'uses the {} tokenizer, and the model that it scores',
+    'has a context of {} tokens',
 )
 def test_a_reward_model_that_does_not_fit_is_one_line(
     run_here, base, asked, judge, tmp_path, capsys
 ):
     other = saved(tmp_path / 'other', char_tokenizer([chr(300 + n) for n in range(257)]))
     letters = char_tokenizer([chr(300 + n) for n in range(257)])
-    with pytest.raises(ConfigError, match='is no reward model'):
+    with pytest.raises(ConfigError, match='is not a reward model'):
         RewardModel(str(other), letters, RUNTIME, 8)
     with pytest.raises(ConfigError, match='tokenizer'):
         RewardModel(str(judge), letters, RUNTIME, 8)
@@ -248,6 +250,6 @@ def test_a_reward_model_that_does_not_fit_is_one_line(
     flags = rewarded(base, asked, judge)
     assert run_here(*flags, '--rl_tokens=81', '--check') == 2
     assert 'no       reward: ' in capsys.readouterr().out
-    with pytest.raises(ConfigError, match='is no reward model'):
+    with pytest.raises(ConfigError, match='is not a reward model'):
         run_here(*flags, f'--reward={base}', f'--out_dir={tmp_path}/run')
     assert not (tmp_path / 'run').exists()

@@ -95,7 +95,8 @@ def test_only_completions_are_targets_and_the_divisor_counts_all_of_them(asked):
     groups = [{'samples': range(n, n + 2), 'prompts': rl.data.prompts('train', [n, n + 1])}
               for n in (0, 2)]  # fmt: skip
     rl.reward = lambda prompts, texts, rows: [float(n * n) for n in range(len(texts))]
-    batches = rl.micro_batches([(group, 1.0) for group in groups], stop, lambda: None)
+    completions = rl.sample([(group, 1.0) for group in groups], stop, lambda: None)
+    batches = rl.micro_batches(completions, rows=2)
     targets = [(batch['y'] >= 0).sum().item() for batch, _ in batches]
     assert [divisor for _, divisor in batches] == [sum(targets) / n for n in targets]
     batch, prompt = batches[0][0], groups[0]['prompts'][0]
@@ -116,7 +117,8 @@ def test_what_has_no_advantage_is_left_out_and_changes_nothing(asked):
     # of the first two prompts all are equal, and of the third one is at the mean
     rl.reward = lambda *_: [0.1] * 6 + [0.0, 0.5, 1.0] + [1.0, 0.0, 0.0]
     groups = [({'samples': range(n, n + 2), 'prompts': prompts[n : n + 2]}, 1.0) for n in (0, 2)]
-    batches = rl.micro_batches(groups, StopSignal(rl.runtime), lambda: None)
+    sampled = rl.sample(groups, StopSignal(rl.runtime), lambda: None)
+    batches = rl.micro_batches(sampled, rows=2)
     assert [len(batch['x']) for batch, _ in batches] == [5]
     assert rl.stats['flat_groups'] == 0.5
     loss = sum(loss_of(rl.model, **batch) / divisor for batch, divisor in batches)
@@ -125,8 +127,8 @@ def test_what_has_no_advantage_is_left_out_and_changes_nothing(asked):
     weights = advantages(torch.tensor(rl.reward()).view(4, 3), 'mean').flatten()
     expected = loss_of(rl.model, **whole, advantages=weights, suppressed=rl.suppressed)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
-    rl.reward = lambda *_: [0.1] * 12
-    ((batch, _),) = rl.micro_batches(groups, StopSignal(rl.runtime), lambda: None)
+    equal = [c._replace(reward=0.1) for c in sampled]
+    ((batch, _),) = rl.micro_batches(equal, rows=2)
     assert loss_of(rl.model, **batch).item() == 0
 
 
