@@ -216,8 +216,8 @@ def load_model(
         model, found, state = load_checkpoint(find_checkpoint(where, which), dropout)
     if model.config.score and not reward_model:
         raise CheckpointError(
-            f'{where} is a reward model, which cannot generate text; give the model that it scores, or '
-            f'train one with --objective=rl --reward={where}'
+            f'{where} is a reward model, which cannot generate text; give the model that it '
+            f'scores, or train one with --objective=rl --reward={where}'
         )
     model, found = merge_lora(model), replacement or found
     if found and found.vocab_size > model.config.vocab_size:

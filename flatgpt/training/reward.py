@@ -202,8 +202,8 @@ class RewardModel:
             )
         if config.block_size < longest:
             raise ConfigError(
-                f'reward={where!r}: has a context of {config.block_size} tokens, and a prompt with its '
-                f'completion may have {longest}; lower --rl_tokens, or train one with a longer '
+                f'reward={where!r}: has a context of {config.block_size} tokens, and a prompt with '
+                f'its completion may have {longest}; lower --rl_tokens, or train one with a longer '
                 'context'
             )
 

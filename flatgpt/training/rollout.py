@@ -3,7 +3,7 @@ Rollouts of reinforcement learning: the current weights complete prompts, a rewa
 
     rollouts = Rollouts(model, tokenizer, data, config, runtime)
     completions = rollouts.sample(prompts, stop_signal, keep_alive)     # with rewards
-    micro_batches = rollouts.micro_batches(completions, rows=4)         # for loss_of(), of one update
+    micro_batches = rollouts.micro_batches(completions, rows=4)         # of one update
     rollouts.evaluate(stop_signal)                                      # {'val_reward': 0.4, ...}
 
 A completion is a function of the weights, the run's seed, its prompt and its number: not of what is
@@ -176,8 +176,8 @@ class Rollouts:
         stop_signal: StopSignal,
         keep_alive: Callable[[], None],
     ) -> list[Completion] | None:
-        """rl_samples completions, with their rewards, of each prompt of BatchLoader's micro-batches;
-        None if a signal or a reward that failed stopped any rank."""
+        """rl_samples completions of each prompt of BatchLoader's micro-batches, with rewards; None
+        if a signal or a reward that failed stopped any rank."""
         seeds = [(self.config['seed'], n) for batch, _ in micro_batches for n in batch['samples']]
         prompts = [prompt for batch, _ in micro_batches for prompt in batch['prompts']]
         return self.complete_and_score(prompts, seeds, stop_signal, keep_alive)
