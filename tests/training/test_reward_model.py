@@ -244,7 +244,7 @@ def test_a_reward_model_that_does_not_fit_is_one_line(
         RewardModel(str(other), letters, RUNTIME, 8)
     with pytest.raises(ConfigError, match='tokenizer'):
         RewardModel(str(judge), letters, RUNTIME, 8)
-    with pytest.raises(ConfigError, match=f'reads {CONTEXT} tokens'):
+    with pytest.raises(ConfigError, match=f'context of {CONTEXT} tokens'):
         RewardModel(str(judge), BYTES, RUNTIME, CONTEXT + 1)
     RewardModel(str(judge), BYTES, RUNTIME, CONTEXT)
     flags = rewarded(base, asked, judge)
