@@ -329,6 +329,8 @@ if rollouts:
 if eval_only:
     if losses := evaluate(stop_signal):
         runtime.print0(', '.join(f'{name} {value:.4f}' for name, value in losses.items()))
+    if stop_signal.error:  # of the reward
+        raise stop_signal.error
     runtime.exit(stop_signal.status)
 run.exit_if_finished(max_iters)
 run.open(max_iters, batches.reference)

@@ -214,11 +214,8 @@ def load_model(
         model, found, state = load_external(where, dropout, replacement)
     else:
         model, found, state = load_checkpoint(find_checkpoint(where, which), dropout)
-    if model.config.score and not reward_model:
-        raise CheckpointError(
-            f'{where} is a reward model, which cannot generate text; give the model that it '
-            f'scores, or train one with --objective=rl --reward={where}'
-        )
+    if not reward_model:
+        reject_reward_model(model.config, where)
     model, found = merge_lora(model), replacement or found
     if found and found.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -226,6 +223,14 @@ def load_model(
             f'{model.config.vocab_size}; give the one it was trained with as --tokenizer'
         )
     return model.to(device).eval(), found, state
+
+
+def reject_reward_model(shape: GPTConfig, where: str | Path) -> None:
+    if shape.score:
+        raise CheckpointError(
+            f'{where} is a reward model, which cannot generate text; give the model that it '
+            f'scores, or train one with --objective=rl --reward={where}'
+        )
 
 
 def load_adapted(

@@ -1,5 +1,5 @@
 """
-Prepare prompts for reinforcement learning: the model completes them, and a reward judges that.
+Prepare prompts for reinforcement learning: the model completes them, and a reward scores that.
 
 $ python data/prompts/prepare.py sums.jsonl --name=sums --tokenizer=out/chat
 $ python train.py train_rl --dataset=sums --init_from=out/chat --reward=exact

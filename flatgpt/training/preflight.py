@@ -28,6 +28,7 @@ from flatgpt.checkpoint.load import (
     find_checkpoint,
     list_checkpoints,
     read_state,
+    reject_reward_model,
     shape_in,
     tokenizer_in,
     verify_checkpoint,
@@ -157,7 +158,10 @@ class Preflight:
             if not self.resuming:
                 shape['block_size'] = min(shape.get('block_size', 1024), config['block_size'])
             with as_config_error():
-                self.shape = GPTConfig(**{**shape, 'dropout': config['dropout']})
+                found = GPTConfig(**{**shape, 'dropout': config['dropout']})
+            if config['objective'] != 'reward':
+                reject_reward_model(found, config['init_from'])
+            self.shape = found
         return self.shape
 
     def model_source(self) -> Path | str:

@@ -197,6 +197,14 @@ def test_a_modern_one_has_no_class_in_transformers(tmp_path):
     export_transformers(reward_model(), BYTES, {}, tmp_path / 'out')
 
 
+def test_the_checks_know_that_it_cannot_write(run_here, base, asked, judge, capsys):
+    flags = rewarded(base, asked, judge)
+    for flag in ('--check', '--plan'):
+        assert run_here(*flags, f'--init_from={judge}', flag) == 2
+        assert f'{judge} is a reward model' in capsys.readouterr().out
+        assert run_here(*flags, flag) == 0
+
+
 @error_line('is a reward model, which cannot generate text')
 def test_it_cannot_write(tmp_path, judge, base):
     gguf = ['export', str(judge), str(tmp_path / 'x.gguf'), '--format=gguf']

@@ -232,6 +232,13 @@ def test_settings_without_a_meaning_are_refused(
     assert run_here(*flags, *good) == 0
 
 
+def test_a_reward_that_fails_in_an_evaluation_alone_is_one_line(run_here, base, asked, letters):
+    flags = (*tuning(base, asked, letters), '--eval_only')
+    with pytest.raises(UserError, match='returned None'):
+        run_here(*flags, f'--reward={letters}:none')
+    assert run_here(*flags) == 0
+
+
 @error_line('the logits of a completion are not finite')
 def test_weights_that_an_update_broke_are_one_line(run_here, base, asked, letters, tmp_path):
     flags = (*tuning(base, asked, letters), f'--out_dir={tmp_path}/run', '--max_iters=2')
