@@ -128,8 +128,9 @@ def attention(q, k, v, p=0.0, cache=None, mask=None, layer=None):
     if cache is not None:
         k, v = cache.append(layer, k, v)  # (B, G, S, D): past and new tokens
     if cache is not None and cache.mask is not None:
-        q, mask = q.to(k.dtype), cache.mask
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).to(dtype)
+        q, mask = cache.unpack(q).to(k.dtype), cache.mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        y = cache.pack(y).to(dtype)
     elif q.dtype == torch.bfloat16 and q.device.type == 'cpu' and q.size(2) <= 512:
         y = eager_attention(q, k, v, p, mask)
     else:

@@ -23,6 +23,7 @@ from flatgpt.inference.model_runner import ModelRunner, Sample
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.inference.scheduler import ScheduledBatch, Scheduler, Slot
+from flatgpt.inference.speculation import MAX_GUESSES, MAX_PASS_TOKENS, build_draft
 from model import GPT
 
 NOT_FINITE = (
@@ -40,7 +41,10 @@ class Engine:
     tokens per slot of the cache, by default block_size. deterministic: a request's logits are
     bit-identical whatever else runs: all slots are always computed, prompts one by one, and no
     prefix is shared. batch_prompts: with deterministic, several are computed at once, padded to one
-    shape, and all before the next token: faster if there are many.
+    shape, and all before the next token: faster if there are many. draft: NGRAM, or a smaller model
+    with the same tokenizer, guesses tokens, with the same completions (speculation.py); without
+    effect if deterministic, since several tokens of a text computed at once are not bit-identical
+    to single ones, or with CUDA graphs.
     graphs: of an earlier engine for this model, with a cache as large.
     """
 
@@ -54,6 +58,7 @@ class Engine:
         deterministic: bool = False,
         batch_prompts: bool = False,
         graphs: DecodeGraphs | None = None,
+        draft: GPT | str | None = None,
     ):
         assert not model.training, 'dropout would be on'
         self.model, self.tokenizer = model, tokenizer
@@ -63,6 +68,8 @@ class Engine:
         self.scheduler = Scheduler(
             num_slots, block_size, prefill_chunk, deterministic, batch_prompts
         )
+        speculates = not (deterministic or self.runner.graphs)
+        self.draft = build_draft(draft if speculates else None, tokenizer, num_slots)
         self.work_available = threading.Condition()
         self.closed = False
         self.error: BaseException | None = None
@@ -152,20 +159,50 @@ class Engine:
 
     def decode(self) -> bool:
         if batch := self.scheduler.schedule_decode():
-            self.emit_samples(batch, self.runner.decode(batch))
+            batch = self.add_guesses(batch) if self.draft else batch
+            samples = self.runner.decode(batch)
+            for slot, tokens, own in zip(batch.slots, batch.tokens, samples, strict=True):
+                if len(tokens) > 1:
+                    self.draft.record(slot.request, len(tokens) - 1, len(own) - 1)
+            self.emit_samples(batch, samples)
         return batch is not None
 
-    def emit_samples(self, batch: ScheduledBatch, samples: list[Sample | None]) -> None:
-        """Emit the next token of each slot whose prompt is complete."""
+    def add_guesses(self, batch: ScheduledBatch) -> ScheduledBatch:
+        """The batch with guesses of the tokens after each slot's, as far as there is room.
+
+        Not for a request with a grammar, whose mask depends on the tokens before it.
+        """
+        length, requests = self.runner.cache.max_length, [slot.request for slot in batch.slots]
+        room = [
+            0 if r.grammar else min(length - len(slot.cached_ids), r.tokens_left) - 1
+            for slot, r in zip(batch.slots, requests, strict=True)
+        ]
+        guesses = self.draft.guess(requests, room)
+        most, spare = MAX_GUESSES, max(0, MAX_PASS_TOKENS - len(batch.slots))
+        while sum(min(len(own), most) for own in guesses) > spare:
+            most -= 1
+        tokens = [own + more[:most] for own, more in zip(batch.tokens, guesses, strict=True)]
+        return batch._replace(tokens=tokens)
+
+    def emit_samples(self, batch: ScheduledBatch, samples: list[list[Sample]]) -> None:
+        """Emit the next tokens of each slot whose prompt is complete."""
         self.scheduler.mark_cached(batch)
-        for slot, sample in zip(batch.slots, samples, strict=True):
+        for slot, own in zip(batch.slots, samples, strict=True):
             if slot.uncached_ids:  # its prompt is not complete
                 continue
             if reason := slot.request.ended_by_prompt():
                 self.emit(slot, TokenOutput(slot.request.index, None, '', reason))
-            else:
-                token, *scores = sample
-                self.emit(slot, slot.request.append_token(token, self.tokenizer, *scores))
+            self.emit_tokens(slot, own)
+
+    def emit_tokens(self, slot: Slot, samples: list[Sample]) -> None:
+        """Emit sampled tokens until one ends the request. All but the last were guessed."""
+        request = slot.request
+        for number, (token, *scores) in enumerate(samples):
+            if number and (slot.request is not request or request.cancelled):
+                return
+            if number:
+                slot.mark_cached(1)
+            self.emit(slot, request.append_token(token, self.tokenizer, *scores))
 
     def emit(self, slot: Slot, output: TokenOutput) -> None:
         """Send a request its next token, and free its slot if it is the last."""
@@ -195,13 +232,14 @@ def generate(
     sampling: SamplingParams,
     seeds: list | None = None,
     grammar: Grammar | None = None,
+    draft: GPT | str | None = None,
 ) -> Iterator[TokenOutput]:
     """Complete all prompts in one batch, yielding each token as it is sampled.
 
     prompts: token ids, at least one each; the last block_size count. model: in evaluation mode.
     seeds: of each completion's random numbers, by default (sampling.seed, its index); completions
-    do not depend on each other. grammar: of each completion. Raises UserError for logits that are
-    not finite, or a grammar that the vocabulary cannot follow.
+    do not depend on each other. grammar: of each completion. draft: see Engine. Raises UserError
+    for logits that are not finite, or a grammar that the vocabulary cannot follow.
 
     On a GPU, the cache and its CUDA graphs are kept for the next call with this model;
     free_graphs(model) frees their memory.
@@ -211,7 +249,7 @@ def generate(
     max_length = min(model.config.block_size, longest)
     num_slots = min(len(prompts), MAX_GENERATE_SLOTS) or 1
     graphs = take_graphs(model, num_slots, max_length)
-    engine = Engine(model, tokenizer, num_slots, max_length=max_length, graphs=graphs)
+    engine = Engine(model, tokenizer, num_slots, max_length=max_length, graphs=graphs, draft=draft)
     for index, prompt in enumerate(prompts):
         seed = seeds[index] if seeds else None
         engine.submit(Request(prompt, sampling, outputs.append, index, seed, grammar=grammar))

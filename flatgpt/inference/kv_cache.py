@@ -78,6 +78,14 @@ class KVCache:
             return k, v
         return self.kv[layer, :, :B, :, : self.mask.size(-1)].unbind()
 
+    def unpack(self, q):
+        """Queries (B, H, T, D) of one forward pass, a row of them for each row of the cache."""
+        return q
+
+    def pack(self, y):
+        """The opposite of unpack()."""
+        return y
+
     def view(self, rows: list[int], max_pos: int) -> 'KVCache':
         """A view of one row, or of several empty ones, as a cache of its own.
 
@@ -103,3 +111,50 @@ class KVCache:
     def set_pos(self, row: int, count: int) -> None:
         """Set the number of tokens in a row; pos[row] = count would wait for the GPU."""
         self.pos[row].fill_(count)
+
+    def clear_columns(self, row: int, begin: int, end: int) -> None:
+        """Overwrite entries that may not be finite: a mask does not hide NaN."""
+        self.kv[:, :, row, :, begin:end] = 0
+
+
+class PackedCache:
+    """A view of a cache for one forward pass of several tokens of some rows, without padding.
+
+    The N tokens are packed into one row (1, N): the matrices are applied to these alone, and only
+    attention has a row for each row of the cache. `pos` of the cache is left as it was.
+    places: (row of the cache, tokens in it). counts: new tokens of each, at least one.
+    """
+
+    def __init__(self, cache: KVCache, places: list[tuple[int, int]], counts: list[int]):
+        self.kv, device = cache.kv, cache.kv.device
+        self.shape = max(places)[0] + 1, max(counts)  # of attention: (R, T)
+        packed, first, longest = [], [0] * self.shape[0], 0
+        for (row, start), count in zip(places, counts, strict=True):
+            packed += [(row, start + t, t) for t in range(count)]
+            first[row], longest = start, max(longest, start + count)
+        self.rows, self.columns, self.steps = to_device(torch.tensor(packed).T.contiguous(), device)
+        pos = to_device(torch.tensor(first), device)[:, None] + cache.arange[: self.shape[1]]
+        width = -(-longest // cache.stride) * cache.stride  # whole strides, see above
+        unseen = cache.arange[:width] > pos[..., None]
+        self.mask = cache.zeros[:width].masked_fill(unseen, -math.inf)[:, None]  # (R, 1, T, S)
+
+    def extend(self, B: int, T: int, lengths=None):
+        """Positions (1, N) of the tokens."""
+        return self.columns[None]
+
+    def append(self, layer: int, k, v):
+        """Store a layer's keys and values (1, G, N, D) -> all of the rows (R, G, S, D)."""
+        both = torch.stack((k[0], v[0])).permute(2, 0, 1, 3)  # (N, 2, G, D)
+        self.kv[layer, :, self.rows, :, self.columns] = both.to(self.kv.dtype)
+        return self.kv[layer, :, : self.shape[0], :, : self.mask.size(-1)].unbind()
+
+    def unpack(self, q):
+        """(1, H, N, D) -> (R, H, T, D), zeros where a row has fewer tokens."""
+        R, T = self.shape
+        rows = q.new_zeros(R, T, q.size(1), q.size(3))
+        rows[self.rows, self.steps] = q[0].transpose(0, 1)
+        return rows.transpose(1, 2)
+
+    def pack(self, y):
+        """(R, H, T, D) -> (1, H, N, D)."""
+        return y.transpose(1, 2)[self.rows, self.steps].transpose(0, 1)[None]

@@ -6,8 +6,9 @@ logits of each slot's next token.
 """
 
 import math
+from collections import Counter
 from contextlib import nullcontext
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.decode_graph import DecodeGraphs, Step, can_capture
 from flatgpt.inference.grammar import mask_logits
-from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.kv_cache import KVCache, PackedCache
 from flatgpt.inference.request import Request
 from flatgpt.inference.sampling import (
     ARGMAX,
@@ -76,11 +77,11 @@ class ModelRunner:
 
     # --- batches
 
-    def prefill(self, batch: ScheduledBatch) -> list[Sample | None]:
+    def prefill(self, batch: ScheduledBatch) -> list[list[Sample]]:
         """Compute tokens of one prompt, or of several uncached ones -> the next token of each slot;
-        None if its prompt is not complete yet, or if its request ends with the prompt."""
+        none if its prompt is not complete yet, or if its request ends with the prompt."""
         self.copy_rows(batch)
-        logits, samples = self.forward_prompts(batch), [None] * len(batch.slots)
+        logits, samples = self.forward_prompts(batch), [[] for _ in batch.slots]
         sampled = [
             i
             for i, (slot, tokens) in enumerate(zip(batch.slots, batch.tokens, strict=True))
@@ -90,12 +91,18 @@ class ModelRunner:
             requests = [batch.slots[i].request for i in sampled]
             found = self.sample_with_logprobs(requests, take_rows(logits, sampled))
             for i, sample in zip(sampled, found, strict=True):
-                samples[i] = sample
+                samples[i] = [sample]
         return samples
 
-    def decode(self, batch: ScheduledBatch) -> list[Sample]:
-        """Compute one more token of each slot -> the next one."""
+    def decode(self, batch: ScheduledBatch) -> list[list[Sample]]:
+        """Compute one more token of each slot, and guesses of those after it -> the next one, and
+        those after each guess that was right."""
         self.copy_rows(batch)
+        if any(len(tokens) > 1 for tokens in batch.tokens):
+            return self.verify_guesses(batch)
+        return [[sample] for sample in self.decode_one_token(batch)]
+
+    def decode_one_token(self, batch: ScheduledBatch) -> list[Sample]:
         rows, requests = zip(*((slot.row, slot.request) for slot in batch.slots), strict=True)
         given = [token for (token,) in batch.tokens]
         self.cache.max_pos = max(len(slot.cached_ids) for slot in batch.slots)
@@ -106,6 +113,42 @@ class ModelRunner:
         tokens[[*rows]], lengths[[*rows]] = given, 1
         logits = self.forward_one_token(tokens, lengths)
         return self.sample_with_logprobs(requests, take_rows(logits, rows))
+
+    def verify_guesses(self, batch: ScheduledBatch) -> list[list[Sample]]:
+        """Compute each slot's token and its guesses in one pass -> samples up to the first that
+        differs from its guess (Leviathan et al. 2023). The later guesses leave the cache.
+
+        A sample follows from the logits and the random number of its position (sample_tokens()), so
+        it is accepted if and only if it would be sampled without guesses.
+        """
+        counts = [len(tokens) for tokens in batch.tokens]
+        places = [(slot.row, len(slot.cached_ids)) for slot in batch.slots]
+        logits = self.forward_packed(places, batch.tokens)
+        requests = [
+            slot.request for slot, n in zip(batch.slots, counts, strict=True) for _ in range(n)
+        ]
+        guessed = [tokens[1 : 1 + t] for tokens in batch.tokens for t in range(len(tokens))]
+        samples = iter(self.sample_with_logprobs(requests, logits, guessed))
+        accepted = []
+        for slot, tokens in zip(batch.slots, batch.tokens, strict=True):
+            own, start = [*islice(samples, len(tokens))], len(slot.cached_ids)
+            if len(tokens) > 1 and any(sample.token < 0 for sample in own):
+                own = self.decode_without_guesses(batch, slot, tokens)
+            else:
+                right = [s.token == guess for s, guess in zip(own, tokens[1:], strict=False)]
+                own = own[: 1 + [*right, False].index(False)]
+                self.cache.set_pos(slot.row, start + len(own))
+            accepted.append(own)
+        return accepted
+
+    def decode_without_guesses(
+        self, batch: ScheduledBatch, slot: Slot, tokens: list[int]
+    ) -> list[Sample]:
+        """Compute a slot again, in whose pass logits were not finite: a guess may be the cause."""
+        start = len(slot.cached_ids)
+        self.cache.clear_columns(slot.row, start, start + len(tokens))
+        self.cache.set_pos(slot.row, start)
+        return self.decode_one_token(batch._replace(slots=[slot], tokens=[tokens[:1]]))
 
     # --- forward passes
 
@@ -139,6 +182,17 @@ class ModelRunner:
         inputs = to_device(torch.from_numpy(np.stack((tokens, lengths))), self.cache.pos.device)
         lengths = None if lengths.all() else inputs[1]
         return self.forward(inputs[0, :, None], cache=self.cache, lengths=lengths)
+
+    def forward_packed(self, places: list[tuple[int, int]], tokens: list[list[int]]):
+        """Logits (N, V) after each of the N tokens of some rows; places: (row, tokens in it)."""
+        idx = to_device(torch.tensor([[*chain(*tokens)]]), self.cache.pos.device)
+        cache = PackedCache(self.cache, places, [*map(len, tokens)])
+        return self.forward(idx, cache=cache, all_positions=True)[0]
+
+    def forward_row(self, row: int, start: int, tokens: list[int]):
+        """Logits (1, V) after some tokens of a row that holds `start` tokens."""
+        idx = to_device(torch.tensor([tokens]), self.cache.pos.device)
+        return self.forward(idx, cache=self.cache.view([row], max_pos=start))
 
     # --- CUDA graphs
 
@@ -180,27 +234,35 @@ class ModelRunner:
         scores = logprobs_of(logits[: len(following)], following, request.top_logprobs or 0)
         request.prompt_logprobs += scores
 
-    def sample_with_logprobs(self, requests: list[Request], logits) -> list[Sample]:
-        """Each request's next token from its row of logits (R, V)."""
+    def sample_with_logprobs(
+        self, requests: list[Request], logits, guessed: list[list[int]] | None = None
+    ) -> list[Sample]:
+        """Each request's next token from its row of logits (R, V); guessed: see below."""
         rows = [*range(len(requests))]
         if self.graphs:
             size = min(2 ** (len(rows) - 1).bit_length(), len(self.graphs.logits))
             self.graphs.logits[: len(rows)] = logits
             self.graphs.upload(rows, settings_of(requests))
             return self.replay(requests, rows, size, columns=0)
-        tokens = self.sample_requests(requests, logits)
+        tokens = self.sample_requests(requests, logits, guessed)
         return self.add_logprobs(requests, rows, tokens, logits)
 
-    def sample_requests(self, requests: list[Request], logits) -> list[int]:
-        """A token for each request from its row of logits (R, V), batched by equal filters."""
+    def sample_requests(
+        self, requests: list[Request], logits, guessed: list[list[int]] | None = None
+    ) -> list[int]:
+        """A token for each request from its row of logits (R, V), batched by equal filters.
+
+        guessed: for each row, tokens that are assumed to follow the request's output.
+        """
+        guessed = guessed or [[]] * len(requests)
         logits = logits.float().masked_fill(self.suppressed, -math.inf)
-        edit_logits(logits, requests, range(len(requests)))
+        edit_logits(logits, requests, range(len(requests)), guessed)
         groups: dict[tuple, list[int]] = {}
         for i, r in enumerate(requests):
             groups.setdefault(r.sampling.filters, []).append(i)
         parts = []
         for group in groups.values():
-            draws = [[requests[i].random.random(dtype=np.float32)] for i in group]
+            draws = [[requests[i].uniform(len(guessed[i]))] for i in group]
             uniforms = to_device(torch.tensor(draws), logits.device)
             sampling = requests[group[0]].sampling
             parts.append(sample_tokens(take_rows(logits, group), sampling, uniforms))
@@ -226,18 +288,24 @@ class ModelRunner:
 
 def settings_of(requests: list[Request]) -> np.ndarray:
     """The settings of sample_rows() (NUM_SETTINGS, R), with each request's next random number."""
-    columns = [(r.random.random(dtype=np.float32), *r.sampling.row_settings) for r in requests]
+    columns = [(r.uniform(), *r.sampling.row_settings) for r in requests]
     return np.array(columns, np.float32).T
 
 
-def edit_logits(logits, requests: list[Request], rows: list[int]) -> None:
-    """Apply the grammars, and then the penalties, to rows of logits (R, V), in place."""
+def edit_logits(
+    logits, requests: list[Request], rows: list[int], guessed: list[list[int]] | None = None
+) -> None:
+    """Apply the grammars, and then the penalties, to rows of logits (R, V), in place.
+
+    guessed: see sample_requests(); of a request with a grammar, none.
+    """
     states = [(row, r.grammar) for row, r in zip(rows, requests, strict=True) if r.grammar]
     if states:
         mask_logits(logits, states)
+    guessed = guessed or [[]] * len(requests)
     edits = [
-        (row, r.sampling, r.prompt_tokens, r.counts)
-        for row, r in zip(rows, requests, strict=True)
+        (row, r.sampling, r.prompt_tokens, r.counts + Counter(ids) if ids else r.counts)
+        for row, r, ids in zip(rows, requests, guessed, strict=True)
         if r.sampling.has_penalties
     ]
     apply_penalties(logits, edits)

@@ -123,6 +123,7 @@ class Request:
         assert self.prompt, 'the prompt is empty'
         self.index, self.top_logprobs, self.score_prompt = index, top_logprobs, score_prompt
         self.random = np.random.default_rng((sampling.seed, index) if seed is None else seed)
+        self.uniforms: list[np.float32] = []  # of its tokens, as far as they were needed
         self.stream = TextStream(sampling.stop)
         self.grammar = grammar.start() if grammar else None  # how far the completion is in it
         self.output_ids: list[int] = []
@@ -142,6 +143,18 @@ class Request:
     def needs_prompt_logprobs(self) -> bool:
         """Whether its prompt's log-probabilities are still to be computed."""
         return self.score_prompt and not self.output_ids
+
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens it may still get."""
+        return self.sampling.max_new_tokens - len(self.output_ids)
+
+    def uniform(self, ahead: int = 0) -> np.float32:
+        """The random number of its next token, or of the one that is so many further ahead."""
+        at = len(self.output_ids) + ahead
+        while len(self.uniforms) <= at:
+            self.uniforms.append(self.random.random(dtype=np.float32))
+        return self.uniforms[at]
 
     def cancel(self) -> None:
         """Make the engine drop it before its next step. From any thread, at any time."""

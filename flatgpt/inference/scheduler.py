@@ -46,6 +46,11 @@ class Slot:
             self.uncached_ids = self.cached_ids[max(1, block_size // 8) :] + [token]
             self.cached_ids, self.prompt = [], []
 
+    def mark_cached(self, count: int) -> None:
+        """Move the first `count` of uncached_ids to cached_ids."""
+        self.cached_ids += self.uncached_ids[:count]
+        del self.uncached_ids[:count]
+
     def end(self) -> None:
         self.request, self.uncached_ids, self.last_used = None, [], time.monotonic()
 
@@ -63,7 +68,8 @@ class ScheduledBatch(NamedTuple):
     """The input of one forward pass."""
 
     slots: list[Slot]
-    tokens: list[list[int]]  # of each slot: the first of its uncached_ids
+    # of each slot: the first of its uncached_ids; in decoding, guesses may follow
+    tokens: list[list[int]]
     rows: int  # to compute; for decoding, the first rows of the cache
     copies: list[tuple[int, int, int]]  # (from row, to row, tokens), copied before the pass
     width: int | None = None  # tokens per row, with padding; None: of the longest
@@ -246,10 +252,9 @@ class Scheduler:
     # --- results
 
     def mark_cached(self, batch: ScheduledBatch) -> None:
-        """Move the tokens of a computed batch to cached_ids."""
+        """Move the tokens of a computed batch to cached_ids, without guesses."""
         for slot, tokens in zip(batch.slots, batch.tokens, strict=True):
-            slot.cached_ids += tokens
-            del slot.uncached_ids[: len(tokens)]
+            slot.mark_cached(len(tokens))
 
     def append(self, slot: Slot, token: int) -> None:
         """Add a sampled token to a request."""

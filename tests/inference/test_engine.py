@@ -217,10 +217,10 @@ def record_logits(monkeypatch):
     """Record the logits that tokens are sampled from, by request."""
     seen, sample_requests = {}, ModelRunner.sample_requests
 
-    def watch(self, requests, logits):
+    def watch(self, requests, logits, guessed=None):
         for request, row in zip(requests, logits, strict=True):
             seen.setdefault(request.index, []).append(row.clone())
-        return sample_requests(self, requests, logits)
+        return sample_requests(self, requests, logits, guessed)
 
     monkeypatch.setattr(ModelRunner, 'sample_requests', watch)
     return seen

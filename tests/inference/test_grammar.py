@@ -20,6 +20,7 @@ from flatgpt.inference.engine import Engine, generate
 from flatgpt.inference.grammar import Grammars, mask_logits
 from flatgpt.inference.request import Request
 from flatgpt.inference.sampling import SamplingParams
+from flatgpt.inference.speculation import NGRAM
 
 jsonschema = pytest.importorskip('jsonschema', reason='jsonschema is not installed')
 pytest.importorskip('llguidance', reason='llguidance is not installed')
@@ -64,6 +65,18 @@ def test_a_random_model_writes_json_of_a_schema_with_every_tokenizer(tokenizers,
     for text, reason in write(tokenizers[kind], 'json_schema', PERSON):
         assert reason == 'stop'
         jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_an_engine_that_guesses_does_not_for_a_request_with_a_grammar(tokenizers):
+    tokenizer = tokenizers['byte']
+    model = random_model(tokenizer.vocab_size, 512)
+    grammar = Grammars(tokenizer).compile('regex', '(again and again, ){20}')
+    completions = []
+    for draft in (None, NGRAM):
+        outputs = generate(model, tokenizer, [[1]] * 3, SamplingParams(400), None, grammar, draft)
+        completions.append([(output.index, output.token) for output in outputs])
+    assert completions[0] == completions[1]
+    assert len(completions[0]) == 3 * len('again and again, ') * 20
 
 
 @pytest.mark.skipif('TIKTOKEN_CACHE_DIR' not in os.environ, reason='needs the GPT-2 vocabulary')
