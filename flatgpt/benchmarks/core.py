@@ -105,11 +105,11 @@ class Bundle:
     def examples(self, task: CoreTask, limit: int | None) -> list[dict] | None:
         """The examples in nanochat's order; None if their file is missing."""
         try:
-            lines = self.read(f'eval_data/{task.file}').decode().splitlines()
+            lines = self.read(f'eval_data/{task.file}').splitlines()
         except (OSError, KeyError):
             return None
         try:
-            examples = [json.loads(line) for line in lines]
+            examples = [json.loads(line) for line in lines]  # of bytes: text has more line ends
         except ValueError as error:
             raise UserError(
                 f'core_data={self.path}: {task.file} is damaged ({reason_of(error)}); get {URL} '

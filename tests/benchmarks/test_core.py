@@ -37,13 +37,13 @@ def make_bundle(folder, examples=12, shots=2):
             return {'query': say(4), 'choices': [say(1), say(2)], 'gold': draw.randrange(2)}
         if kind == 'schema':
             return SCHEMA | {'context_options': [say(3), say(4)], 'continuation': say(2)}
-        return {'context': say(5), 'continuation': say(1)[0]}
+        return {'context': f'{say(5)}\u2028', 'continuation': say(1)[0]}
 
     (folder / 'eval_data').mkdir(parents=True)
     tasks, rows = ['icl_tasks:'], ['Eval Task,Random baseline']
     for kind in EXAMPLES:
-        lines = [json.dumps(example(kind)) for _ in range(examples)]
-        (folder / f'eval_data/{kind}.jsonl').write_text('\n'.join(lines))
+        lines = [json.dumps(example(kind), ensure_ascii=False) for _ in range(examples)]
+        (folder / f'eval_data/{kind}.jsonl').write_text('\n'.join(lines), encoding='utf-8')
         fields = f'icl_task_type: {kind}, dataset_uri: {kind}.jsonl, num_fewshot: [{shots}]'
         tasks.append(f'- {{label: my_{kind}, {fields}}}')
         rows.append(f'my_{kind},{0 if kind == "language_modeling" else 50}')
