@@ -49,6 +49,7 @@ from flatgpt.inference.engine import MAX_GENERATE_SLOTS, Engine, generate, run_a
 from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
+from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import keep_freed_memory, on_out_of_memory, pick_device, pick_dtype
 from model import GPT
 
@@ -62,6 +63,9 @@ device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
 # 'int8': weights in half the memory of 16 bits; faster on a CPU for few samples, not on a GPU
 quantize: str | None = None
+# guesses tokens, to compute several at once with the same result: 'ngram' from the text itself, a
+# run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
+draft: str | None = 'ngram'
 # generation
 start = '\n'  # the prompt; FILE:prompt.txt reads a file; may contain <|endoftext|>
 chat = False  # an interactive console instead of samples
@@ -88,6 +92,7 @@ CONTROL_CHARACTERS = dict.fromkeys(CONTROL_CODES, '\N{REPLACEMENT CHARACTER}')
 MAX_PROMPT_BYTES = 2**24
 # torch's kernel computes each output in one thread; this has not been measured
 INT8_ON_GPU = '--quantize=int8: on a GPU this saves memory; bfloat16 is probably faster'
+DRAFT_ON_GPU = '--draft: has no effect on a GPU'
 # settings that a line of a batch file and the console can change
 SAMPLING_SETTINGS = [f.name for f in fields(SamplingParams) if f.name in globals()]
 HELP = """Type text, and the model continues it. It remembers the conversation as far as its context
@@ -207,9 +212,16 @@ class Console:
     """A conversation. With a chat template, the model replies to messages; without one, messages
     and replies form one text that the model continues."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, settings: dict, initial_prompt: str):
-        self.engine, self.tokenizer = Engine(model, tokenizer, num_slots=1), tokenizer
-        self.initial_prompt = initial_prompt
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        settings: dict,
+        initial_prompt: str,
+        draft: GPT | str | None = None,
+    ):
+        self.engine = Engine(model, tokenizer, num_slots=1, draft=draft)
+        self.tokenizer, self.initial_prompt = tokenizer, initial_prompt
         self.settings = {name: settings[name] for name in SAMPLING_SETTINGS}
         self.block_size = model.config.block_size
         self.reset()
@@ -358,6 +370,23 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     return prepare_for_inference(model, settings['quantize']), tokenizer
 
 
+def load_draft(settings: dict, tokenizer: Tokenizer) -> GPT | str | None:
+    """What guesses tokens (see Engine), as the settings specify."""
+    source = settings['draft']
+    if source in (None, NGRAM):
+        return source
+    if pick_device(settings['device']).startswith('cuda'):
+        print(DRAFT_ON_GPU, file=sys.stderr)
+        return None
+    model, own = load({**settings, 'out_dir': source, 'checkpoint': None})
+    if own != tokenizer:
+        raise UserError(
+            f'draft={source}: has another tokenizer than the model; give a run that was trained '
+            'with the same one, or use --draft=ngram'
+        )
+    return model
+
+
 def smaller_weights(device: str, dtype: torch.dtype) -> str:
     """Advice if the weights do not fit in memory."""
     if device == 'cpu':  # where they are read in float32
@@ -405,20 +434,22 @@ def main(settings: dict) -> None:
             )
         prompt = read_prompt(settings['start'])
     model, tokenizer = load(settings)
+    draft = load_draft(settings, tokenizer)
     device = str(model.embedding.weight.device)
     on_out_of_memory(device, lambda: fewer_samples(settings, model))
     if settings['batch']:
-        return batch.run(model, tokenizer)
+        return batch.run(model, tokenizer, draft)
     if settings['chat']:
         with suppress(ImportError):
             import readline  # noqa: F401 - line editing and history, if the platform has it
         prompt = '' if prompt == DEFAULT_START else prompt
-        return Console(model, tokenizer, settings, prompt).run()
+        return Console(model, tokenizer, settings, prompt, draft).run()
     ids, prompt = prompt_ids(tokenizer, prompt)
     size = model.config.block_size
     if len(ids) > size:
         print(f'the prompt has {len(ids)} tokens; only the last {size} are used', file=sys.stderr)
-    print_samples(generate(model, tokenizer, [ids] * samples, sampling), prompt, samples)
+    outputs = generate(model, tokenizer, [ids] * samples, sampling, draft=draft)
+    print_samples(outputs, prompt, samples)
 
 
 if __name__ == '__main__':
