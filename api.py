@@ -31,6 +31,7 @@ from configurator import check_known, configure, setting_annotations, update_set
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import Engine
+from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
 from flatgpt.serving.api_error import APIError
@@ -60,7 +61,7 @@ from flatgpt.serving.openapi import (
 from flatgpt.serving.origins import Origins
 from flatgpt.serving.service import Service, api_key_of, memory_advice
 from model import GPT
-from sample import checkpoint_source, load
+from sample import checkpoint_source, load, load_draft
 
 # -----------------------------------------------------------------------------
 # model
@@ -72,6 +73,9 @@ device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
 # 'int8': weights in half the memory of 16 bits; faster on a CPU for few completions, not on a GPU
 quantize: str | None = None
+# guesses tokens, to compute several at once with the same result: 'ngram' from the text itself, a
+# run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
+draft: str | None = 'ngram'
 name: str | None = None  # the model's name for clients; None: the name of its folder
 # server
 host = '127.0.0.1'  # address to listen at; one that other machines can reach needs an API key
@@ -151,10 +155,12 @@ def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Fla
 
 def build_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine:
     model, tokenizer = loaded or load(settings)
+    draft = load_draft(settings, tokenizer)
     on_cpu = model.embedding.weight.device.type == 'cpu'
     slots, deterministic = settings['max_rows'] or (8 if on_cpu else 32), settings['deterministic']
     try:
-        engine = Engine(model, tokenizer, slots, settings['chunk'], deterministic=deterministic)
+        options = {'deterministic': deterministic, 'draft': draft}
+        engine = Engine(model, tokenizer, slots, settings['chunk'], **options)
         begin = time.monotonic()
         if graphs := engine.capture_graphs():
             seconds = time.monotonic() - begin
@@ -172,6 +178,11 @@ def check_settings(settings: dict) -> None:
     check_range(0, None, settings, 'max_queue')
     check_range(0, 65535, settings, 'port')
     check_range(0.001, None, settings, 'max_seconds', 'max_body')
+    if settings['deterministic'] and settings['draft'] not in (None, NGRAM):
+        raise ConfigError(
+            f'draft={settings["draft"]}: deterministic=True computes tokens one by one; omit one '
+            'of the two'
+        )
     Origins(settings)  # ConfigError for an invalid origin
 
 

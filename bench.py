@@ -12,6 +12,7 @@ $ python bench.py --only=rl --n_layer=6 --n_head=6 --n_embd=384  # beside TRL
 $ python bench.py --only=saving,processes             # the cost of checkpoints and of two processes
 $ python bench.py --only=pieces                       # parts written out here, beside torch's
 $ python bench.py --only=grammar --rows=16            # what structured output adds to a step
+$ python bench.py --only=speculation                  # guesses on texts that repeat themselves
 $ python bench.py --only=scaling --dataset=pydocs     # the runs behind config/auto.py
 $ python bench.py --only=rivals --dataset=mine --minutes=4  # config/auto.py and other shapes
 $ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
@@ -47,6 +48,7 @@ from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.pieces import bench_pieces
 from flatgpt.benchmarks.report import Report, print_row
 from flatgpt.benchmarks.scaling import bench_rivals, bench_scaling
+from flatgpt.benchmarks.speculation import bench_speculation
 from flatgpt.benchmarks.training import bench_processes, bench_rl, bench_saving, bench_training
 from flatgpt.benchmarks.validate import (
     check_benchmark_settings,
@@ -63,8 +65,8 @@ from sample import load
 
 # -----------------------------------------------------------------------------
 # benchmarks
-# '': training,prefill,decode,quality,data,startup; also
-# rl,saving,processes,pieces,grammar,scaling,rivals
+# '': training,prefill,decode,quality,data,startup; also rl,saving,processes,pieces,grammar,
+# speculation,scaling,rivals
 only = ''
 quick = False  # fewer rounds and, unless a shape is given, a small model
 rounds = 5  # repetitions: each implementation is measured once per round
@@ -130,11 +132,14 @@ BENCHMARKS = {  # in this order
     'processes': bench_processes,
     'pieces': bench_pieces,
     'grammar': bench_grammar,
+    'speculation': bench_speculation,
     'scaling': bench_scaling,
     'rivals': bench_rivals,
 }
 # only when `only` names them
-EXTRA_BENCHMARKS = ('rl', 'saving', 'processes', 'pieces', 'grammar', 'scaling', 'rivals')
+EXTRA_BENCHMARKS = (
+    'rl', 'saving', 'processes', 'pieces', 'grammar', 'speculation', 'scaling', 'rivals',
+)  # fmt: skip
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
 
 

@@ -52,6 +52,7 @@ from flatgpt.inference.grammar import Grammar, Grammars
 from flatgpt.inference.quantize import check_int8_device, prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
+from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import keep_freed_memory, on_out_of_memory, pick_device, pick_dtype
 from model import GPT
 
@@ -65,6 +66,9 @@ device = 'auto'  # 'cpu', 'mps', 'cuda', 'cuda:1' ...; 'auto': a GPU if there is
 dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that is safe on the device
 # 'int8': weights in half the memory of 16 bits; faster on a CPU for few samples, not on a GPU
 quantize: str | None = None
+# guesses tokens, to compute several at once with the same result: 'ngram' from the text itself, a
+# run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
+draft: str | None = 'ngram'
 # generation
 start = '\n'  # the prompt; FILE:prompt.txt reads a file; may contain <|endoftext|>
 chat = False  # an interactive console instead of samples
@@ -92,6 +96,7 @@ CONTROL_CHARACTERS = dict.fromkeys(CONTROL_CODES, '\N{REPLACEMENT CHARACTER}')
 MAX_PROMPT_BYTES = 2**24
 # torch's kernel computes each output in one thread; this has not been measured
 INT8_ON_GPU = '--quantize=int8: on a GPU this saves memory; bfloat16 is probably faster'
+DRAFT_ON_GPU = '--draft: has no effect on a GPU'
 # settings that a line of a batch file and the console can change
 SAMPLING_SETTINGS = [f.name for f in fields(SamplingParams) if f.name in globals()]
 HELP = """Type text, and the model continues it. It remembers the conversation as far as its context
@@ -228,9 +233,10 @@ class Console:
         settings: dict,
         initial_prompt: str,
         grammar: Grammar | None = None,
+        draft: GPT | str | None = None,
     ):
-        self.engine, self.tokenizer = Engine(model, tokenizer, num_slots=1), tokenizer
-        self.initial_prompt, self.grammar = initial_prompt, grammar
+        self.engine = Engine(model, tokenizer, num_slots=1, draft=draft)
+        self.tokenizer, self.initial_prompt, self.grammar = tokenizer, initial_prompt, grammar
         self.settings = {name: settings[name] for name in SAMPLING_SETTINGS}
         self.block_size = model.config.block_size
         self.reset()
@@ -381,6 +387,23 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     return prepare_for_inference(model, settings['quantize']), tokenizer
 
 
+def load_draft(settings: dict, tokenizer: Tokenizer) -> GPT | str | None:
+    """What guesses tokens (see Engine), as the settings specify."""
+    source = settings['draft']
+    if source in (None, NGRAM):
+        return source
+    if pick_device(settings['device']).startswith('cuda'):
+        print(DRAFT_ON_GPU, file=sys.stderr)
+        return None
+    model, own = load({**settings, 'out_dir': source, 'checkpoint': None})
+    if own != tokenizer:
+        raise UserError(
+            f'draft={source}: has another tokenizer than the model; give a run that was trained '
+            'with the same one, or use --draft=ngram'
+        )
+    return model
+
+
 def smaller_weights(device: str, dtype: torch.dtype) -> str:
     """Advice if the weights do not fit in memory."""
     if device == 'cpu':  # where they are read in float32
@@ -430,21 +453,21 @@ def main(settings: dict) -> None:
     path = settings['json_schema']
     schema = None if path is None else read_json(Path(path), '--json_schema')
     model, tokenizer = load(settings)
-    grammar = compile_schema(schema, tokenizer, path)
+    grammar, draft = compile_schema(schema, tokenizer, path), load_draft(settings, tokenizer)
     device = str(model.embedding.weight.device)
     on_out_of_memory(device, lambda: fewer_samples(settings, model))
     if settings['batch']:
-        return batch.run(model, tokenizer, grammar)
+        return batch.run(model, tokenizer, grammar, draft)
     if settings['chat']:
         with suppress(ImportError):
             import readline  # noqa: F401 - line editing and history, if the platform has it
         prompt = '' if prompt == DEFAULT_START else prompt
-        return Console(model, tokenizer, settings, prompt, grammar).run()
+        return Console(model, tokenizer, settings, prompt, grammar, draft).run()
     ids, prompt = prompt_ids(tokenizer, prompt)
     size = model.config.block_size
     if len(ids) > size:
         print(f'the prompt has {len(ids)} tokens; only the last {size} are used', file=sys.stderr)
-    outputs = generate(model, tokenizer, [ids] * samples, sampling, grammar=grammar)
+    outputs = generate(model, tokenizer, [ids] * samples, sampling, grammar=grammar, draft=draft)
     print_samples(outputs, prompt, samples)
 
 

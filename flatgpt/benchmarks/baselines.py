@@ -24,7 +24,7 @@ from flatgpt.checkpoint.weights import meta_model
 from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.engine import Engine, generate
-from flatgpt.inference.kv_cache import KVCache
+from flatgpt.inference.kv_cache import KVCache, PackedCache
 from flatgpt.inference.quantize import prepare_for_inference
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams
@@ -173,6 +173,30 @@ def build_flatgpt(settings: dict, runtime: Runtime):
     return Training(settings, model, lambda x, y: run(x, y)[1], optimizers, runtime.autocast)
 
 
+def follow_text(forward: Callable, ids: list[int], passes: list) -> Callable:
+    """A forward pass whose most likely token after each position of a text is its next one; each
+    call is added to `passes`."""
+    following = torch.tensor([*ids[1:], ids[0]])
+
+    def followed(idx, cache, **options):
+        passes.append(idx.numel())
+        logits = forward(idx, cache=cache, **options)
+        packed = isinstance(cache, PackedCache)
+        at = cache.columns if packed else cache.pos[: len(logits)] - 1
+        rows = logits[0] if packed else logits
+        rows[torch.arange(len(rows)), following[at.clamp(0, len(ids) - 1)]] += 1e4
+        return logits
+
+    return followed
+
+
+def run_requests(engine: Engine, requests: list[Request]) -> None:
+    for request in requests:
+        engine.submit(request)
+    while engine.step():
+        pass
+
+
 class FlatGPTGeneration:
     def __init__(self, settings: dict, runtime: Runtime):
         self.settings, self.device = settings, runtime.device
@@ -204,6 +228,25 @@ class FlatGPTGeneration:
         first_row = [output.token for output in outputs if output.index == 0]
         result = comparable_prefix(first_row, self.settings)
         return seconds, {'tokens': len(outputs) - rows, 'result': result}
+
+    @torch.inference_mode()
+    def follow(self, ids: list[int], rows: int, draft: str | None) -> tuple[float, dict]:
+        """Complete the prompt at the start of `ids` `rows` times with the rest of them.
+
+        The prompt is in the cache already. draft: see Engine.
+        """
+        prompt, outputs, passes = ids[: self.settings['prompt_tokens']], [], []
+        engine = Engine(self.model, self.tokenizer, rows, max_length=len(ids), draft=draft)
+        engine.runner.forward = follow_text(engine.runner.forward, ids, passes)
+        run_requests(engine, [Request(prompt, SamplingParams(1), outputs.append)])
+        outputs.clear()
+        passes.clear()
+        sampling = SamplingParams(len(ids) - len(prompt), temperature=0.8, top_k=200)
+        begin = time.perf_counter()
+        run_requests(engine, [Request(prompt, sampling, outputs.append, i) for i in range(rows)])
+        seconds = time.perf_counter() - begin
+        result = [output.token for output in outputs if output.index == rows - 1]
+        return seconds, {'tokens': len(outputs), 'passes': len(passes), 'result': result}
 
     def generate(self, rows: int) -> tuple[float, dict]:
         """Prefill and decoding of one batch."""

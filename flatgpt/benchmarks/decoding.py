@@ -25,6 +25,7 @@ from flatgpt.benchmarks.baselines import (
     transformers_model,
     with_precision,
 )
+from flatgpt.benchmarks.cpp_baselines import FORMATS, installed_baselines
 from flatgpt.benchmarks.implementations import (
     Implementation,
     Measurement,
@@ -54,8 +55,14 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
     formats = formats_of(settings)
     names = [('flatGPT', kind) for kind in formats]
     names += [('transformers', kind) for kind in formats if kind != 'int8']
+    others, missing = installed_baselines(settings, formats)
+    names += others
+    for name in missing:
+        print_row('generation', name, '', 'not installed')
     row_counts = [int(count) for count in settings['rows'].split(',')]
     with start_implementations(names, settings, 'generation') as implementations:
+        for about in dict.fromkeys(filter(None, (each.about for each in implementations))):
+            print(about)
         for method in ('prefill', 'decode'):
             if method not in settings['benchmarks']:
                 continue
@@ -76,7 +83,7 @@ def formats_of(settings: dict) -> list[str]:
 
 
 def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
-    """How far apart the results of transformers and of flatGPT may be, in each format."""
+    """How far apart the results of others and of flatGPT may be, in each format."""
     tolerances = {
         f'transformers {kind}': {f'flatGPT {kind}': 1e-3 if kind == 'float32' else 0.05}
         for kind in formats
@@ -84,6 +91,11 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
     }
     if {'bfloat16', 'int8'} <= {*formats}:  # compared with its 16 bits, as it has no int8
         tolerances['transformers bfloat16']['flatGPT int8'] = 0.2
+    for name, table in FORMATS.items():
+        for ours in {*table} & {*formats}:
+            tolerance = {'float32': 1e-3, 'int8': 0.2}.get(ours, 0.05)
+            for theirs in table[ours]:
+                tolerances.setdefault(f'{name} {theirs}', {})[f'flatGPT {ours}'] = tolerance
     return tolerances
 
 

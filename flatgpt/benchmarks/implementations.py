@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from flatgpt.benchmarks import baselines, rl
+from flatgpt.benchmarks import baselines, cpp_baselines, rl
 from flatgpt.benchmarks.machine import reset_peak_memory
 from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, init_runtime, is_out_of_memory, pick_dtype
@@ -43,7 +43,7 @@ class Failure(str):
 
 
 class Implementation:
-    """A program of baselines.py or rl.py, such as flatGPT or TRL, in a process of its own."""
+    """A program of baselines.py, cpp_baselines.py or rl.py, in a process of its own."""
 
     def __init__(self, name: str, settings: dict):
         self.name = name
@@ -58,6 +58,7 @@ class Implementation:
         signal.signal(signal.SIGINT, before)
         other.close()
         self.failure: Failure | None = Failure('it is not ready')
+        self.about = ''  # its version and build, if it has one to report
 
     @property
     def label(self) -> str:
@@ -66,6 +67,7 @@ class Implementation:
     def wait_until_ready(self) -> None:
         reply = self.receive()
         self.failure = reply if isinstance(reply, Failure) else None
+        self.about = '' if self.failure else reply
 
     def measure(self, method: str, *arguments) -> Measurement | None:
         """One measurement, by a method of the program; None after a failure."""
@@ -157,13 +159,14 @@ def print_profile(implementation: Implementation, settings: dict, method: str, *
 
 
 def run_implementation(pipe, name: str, settings: dict) -> None:
-    """Build a program and send None; then answer each request with its measurement."""
+    """Build a program and send what it is; then answer each request with its measurement."""
     with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             runtime = open_runtime(name, settings)
-            builders = rl.BUILDERS if settings['workload'] == 'rl' else baselines.BUILDERS
+            generation = {**baselines.BUILDERS, **cpp_baselines.BUILDERS}
+            builders = rl.BUILDERS if settings['workload'] == 'rl' else generation
             program = builders[name](settings, runtime)
-            pipe.send(None)
+            pipe.send(getattr(program, 'about', ''))
             while (request := pipe.recv()) is not None:
                 pipe.send(measure(program, runtime, *request))
         except (EOFError, BrokenPipeError):  # the parent is gone

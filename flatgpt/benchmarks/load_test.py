@@ -218,6 +218,7 @@ def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
     flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
     flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
+    flags['draft'] = None  # greedy text of random weights soon repeats itself
     with (
         tempfile.TemporaryDirectory() as folder,
         start_implementations(names, settings, 'generation') as (ours, theirs),

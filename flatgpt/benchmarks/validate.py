@@ -89,7 +89,8 @@ def check_benchmark_settings(settings: dict, benchmarks: list[str]) -> None:
     if settings['text'] and not Path(settings['text']).is_dir():
         raise UserError(f'text={settings["text"]}: no such folder; give an existing one')
     prompt, new, size = (settings[k] for k in ('prompt_tokens', 'new_tokens', 'block_size'))
-    if {'prefill', 'decode', 'rl', 'grammar'} & {*benchmarks} and prompt + new > size:
+    generating = {'prefill', 'decode', 'rl', 'grammar', 'speculation'} & {*benchmarks}
+    if generating and prompt + new > size:
         raise UserError(
             f'prompt_tokens={prompt} and new_tokens={new} do not fit into block_size={size}; '
             f'lower one of them, or use --block_size={prompt + new}'

@@ -68,13 +68,19 @@ class Batch:
         if not self.lines:
             raise UserError(f'--batch={self.path}: is empty; write a prompt per line')
 
-    def run(self, model: GPT, tokenizer: Tokenizer, grammar: Grammar | None = None) -> None:
-        """Complete all prompts. grammar: of each completion."""
+    def run(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        grammar: Grammar | None = None,
+        draft: GPT | str | None = None,
+    ) -> None:
+        """Complete the prompts that are not complete yet; grammar, draft: see generate()."""
         self.grammar = grammar
         lock = FileLock(f'{self.out}.lock', timeout=0)
         try:
             with lock:
-                errors = self.complete_all(model, tokenizer)
+                errors = self.complete_all(model, tokenizer, draft)
         except Timeout:
             raise UserError(
                 f'--out={self.out}: another batch is writing it; wait, or choose another file'
@@ -87,11 +93,12 @@ class Batch:
         if errors:
             raise SystemExit(1)
 
-    def complete_all(self, model: GPT, tokenizer: Tokenizer) -> list[dict]:
+    def complete_all(self, model: GPT, tokenizer: Tokenizer, draft: GPT | str | None) -> list[dict]:
         """Write all completions that are still missing -> those of all that are errors."""
         done = self.resume(model)
         errors = [completion for completion in done if 'error' in completion]
-        engine = Engine(model, tokenizer, min(self.settings['rows'], len(self.lines)))
+        rows = min(self.settings['rows'], len(self.lines))
+        engine = Engine(model, tokenizer, rows, draft=draft)
         bar = tqdm(total=len(self.lines), initial=len(done), unit='prompt', disable=None)
         with self.part.open('ab') as file, bar:
             for completion in self.completions(engine, len(done)):

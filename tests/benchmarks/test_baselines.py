@@ -4,7 +4,7 @@ import pytest
 import torch
 from benches import settings
 
-from flatgpt.benchmarks import baselines, implementations
+from flatgpt.benchmarks import baselines, decoding, implementations
 from flatgpt.benchmarks.decoding import bench_generation
 from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report
@@ -15,6 +15,8 @@ RUNTIME = Runtime('cpu', torch.float32)
 
 class ImplementationHere(implementations.Implementation):
     """One in this process: importing torch and transformers takes another some seconds."""
+
+    about = ''
 
     def __init__(self, name, settings):
         self.name, self.format, self.failure = name, settings['format'], None
@@ -38,6 +40,7 @@ class ImplementationHere(implementations.Implementation):
 def test_all_implementations_generate_as_many_tokens_from_the_same_weights(arch, monkeypatch):
     pytest.importorskip('transformers', reason='transformers is not installed')
     monkeypatch.setattr(implementations, 'Implementation', ImplementationHere)
+    monkeypatch.setattr(decoding, 'installed_baselines', lambda *args: ([], []))
     config = settings(f'--arch={arch}', '--rows=1,3', '--formats=float32')
     report = Report(config, measure_machine(RUNTIME))
     bench_generation({**config, 'benchmarks': ['prefill', 'decode']}, RUNTIME, report)

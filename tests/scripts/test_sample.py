@@ -90,6 +90,27 @@ def test_int8_on_a_gpu_is_said_to_save_only_memory(out_dir, monkeypatch, capsys,
     assert len(capsys.readouterr().err.splitlines()) == lines
 
 
+@error_line('has another tokenizer than the model')
+def test_a_draft_model_with_the_same_tokenizer_changes_no_text(out_dir, tmp_path):
+    saved(tmp_path / 'small', char_tokenizer(LETTERS))
+    saved(tmp_path / 'other', byte_tokenizer())
+    args = ['abc', f'--out_dir={out_dir}', '--num_samples=3', '--max_new_tokens=30', '--device=cpu']
+    refused = fails(*args, f'--draft={tmp_path / "other"}')
+    (advised,) = re.findall(r'--draft=\w+$', refused)
+    plain = sample(*args, '--draft=None')
+    assert plain.returncode == 0
+    for draft in (f'--draft={tmp_path / "small"}', advised):
+        assert sample(*args, draft).stdout == plain.stdout
+
+
+def test_a_draft_on_a_gpu_is_said_to_have_no_effect(tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(sample_module, 'pick_device', lambda name: 'cuda:0')
+    settings = {'draft': 'out/small', 'device': 'auto'}
+    assert sample_module.load_draft(settings, tokenizer) is None
+    assert capsys.readouterr().err.splitlines() == [sample_module.DRAFT_ON_GPU]
+    assert sample_module.load_draft({'draft': 'ngram'}, tokenizer) == 'ngram'
+
+
 def test_if_one_sample_does_not_fit_the_advice_is_smaller_weights(monkeypatch):
     settings = {'batch': None, 'chat': True, 'num_samples': 10, 'rows': 16, 'quantize': None}
     with torch.device('meta'):

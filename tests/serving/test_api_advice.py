@@ -391,6 +391,13 @@ def test_an_application_is_made_without_what_it_cannot_use(make_app, bad):
     assert send(make_app().test_client(), {'prompt': 'a'}).json['choices']
 
 
+@error_line('computes tokens one by one; omit one')
+def test_a_deterministic_server_has_no_draft_model(make_app):
+    with pytest.raises(UserError):
+        make_app(draft='out/small', deterministic=True)
+    assert send(make_app(deterministic=True).test_client(), {'prompt': 'a'}).json['choices']
+
+
 @error_line('the cache does not fit in memory; try')
 def test_fewer_slots_fit_into_memory(tmp_path, monkeypatch):
     class SmallEngine(api.Engine):
@@ -402,7 +409,7 @@ def test_fewer_slots_fit_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(api, 'Engine', SmallEngine)
     model = random_model(VOCABULARY, SIZE)
     model.int8 = True
-    settings = {'device': 'cpu', 'deterministic': False, 'chunk': 8, 'max_rows': 8}
+    settings = {'device': 'cpu', 'deterministic': False, 'chunk': 8, 'max_rows': 8, 'draft': None}
     for expected in (4, 2):
         with pytest.raises(UserError) as caught:
             api.build_engine((model, byte_tokenizer()), settings)
