@@ -19,6 +19,7 @@ $ python bench.py --serve --block_size=1024           # api.py under load, besid
 $ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
 $ python bench.py --task=core --out_dir=gpt2          # DCLM's CORE, as nanochat reports it
 $ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
+$ python bench.py --report=out/a,out/b                # losses, settings, samples ... in report.html
 
 Each implementation that is compared runs in its own process, with the same weights. Measurements
 are interleaved: a round measures every implementation once, so that a machine's changing speed
@@ -47,6 +48,7 @@ from flatgpt.benchmarks.load_test import bench_serving
 from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.pieces import bench_pieces
 from flatgpt.benchmarks.report import Report, print_row
+from flatgpt.benchmarks.run_report import write_report
 from flatgpt.benchmarks.scaling import bench_rivals, bench_scaling
 from flatgpt.benchmarks.speculation import bench_speculation
 from flatgpt.benchmarks.training import bench_processes, bench_rl, bench_saving, bench_training
@@ -75,6 +77,8 @@ serve = False  # load-test api.py instead of these benchmarks
 profile = False  # measure flatGPT once under torch's profiler, and write the trace
 json = 'bench.json'  # output file with all figures
 compare: str | None = None  # run directories 'a,b': plot their losses into runs.png instead
+report: str | None = None  # run directories 'a,b': write report.html about them instead
+start: str | None = None  # report: the prompt of its samples, or the message to a chat model
 # training
 steps = 3  # training steps per round
 optimizer = 'adamw'  # or 'muon'
@@ -190,7 +194,9 @@ def bench_tasks(settings: dict) -> None:
 def main(settings: dict) -> None:
     check_modes(settings)
     if settings['compare'] is not None:
-        print(metrics.draw_runs(compared_runs(settings), 'runs.png'))
+        print(metrics.draw_runs(compared_runs(settings, 'compare'), 'runs.png'))
+    elif settings['report'] is not None:
+        print(write_report(settings, compared_runs(settings, 'report'), load))
     elif settings['task']:
         bench_tasks(settings)
     else:

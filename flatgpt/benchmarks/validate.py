@@ -20,15 +20,17 @@ USED_BY = {
     'quantize': ('task',),
     'tokenizer': ('task',),
     'core_data': ('core',),
+    'start': ('report',),
 }
-TASKS = {'task': '--task=', 'core': '--task=core'}
+MODES = {'task': '--task=', 'core': '--task=core', 'report': '--report='}
 FORMATS = (*DTYPES, 'int8')
 SERVING = ('flask', 'waitress', 'pydantic', 'spectree', 'prometheus_client')  # that api.py needs
 
 
 def check_modes(settings: dict) -> None:
-    """UserError for more than one of --compare, --task, --serve and --only."""
-    modes = [name for name in ('compare', 'task', 'serve', 'only') if settings[name]]
+    """UserError for more than one of --compare, --report, --task, --serve and --only."""
+    names = ('compare', 'report', 'task', 'serve', 'only')
+    modes = [name for name in names if settings[name]]
     if len(modes) > 1:
         raise UserError(f'--{modes[0]} and --{modes[1]}: give one of them')
     if settings['serve'] and (missing := [name for name in SERVING if not find_spec(name)]):
@@ -37,13 +39,14 @@ def check_modes(settings: dict) -> None:
         raise UserError('--serve: measures random weights of the given shape; omit --out_dir')
 
 
-def compared_runs(settings: dict) -> list[str]:
-    """The run directories of --compare=a,b; UserError for one that does not exist."""
-    runs = settings['compare'].split(',')
+def compared_runs(settings: dict, name: str) -> list[str]:
+    """The run directories of --compare=a,b, or of --report; UserError for one that does not
+    exist."""
+    runs = settings[name].split(',')
     for run in runs:
         if not run or not Path(run).is_dir():
             raise UserError(
-                f'compare={run}: no such run directory; give existing ones, separated by commas'
+                f'{name}={run}: no such run directory; give existing ones, separated by commas'
             )
     return runs
 
@@ -52,7 +55,7 @@ def check_used(settings: dict, benchmarks: list[str]) -> None:
     """UserError for a setting that none of the benchmarks uses."""
     for name, users in USED_BY.items():
         if settings[name] and not {*users} & {*benchmarks}:
-            flags = ' or '.join(TASKS.get(user, f'--only={user}') for user in users)
+            flags = ' or '.join(MODES.get(user, f'--only={user}') for user in users)
             raise UserError(f'{name}={settings[name]!r}: is only for {flags}; omit it')
 
 

@@ -263,17 +263,24 @@ def draw_rewards(lines: list[dict], figure, axes, out_dir: Path) -> Path:
     return write(figure, out_dir / 'loss.png')
 
 
+def evaluated_metrics(out_dir: str | Path, *keys: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl. UserError unless one has a validation loss, or another of
+    these keys."""
+    if not (Path(out_dir) / 'metrics.jsonl').is_file():
+        raise UserError(f'{out_dir}: has no metrics.jsonl; give a run directory')
+    lines = read_metrics(out_dir)
+    if not any(points(lines, 'seconds', key)[0] for key in ('val_loss', *keys)):
+        raise UserError(
+            f'{out_dir}: its metrics.jsonl has no evaluation; give a run with at least one'
+        )
+    return lines
+
+
 def draw_runs(out_dirs: list[str | Path], picture: str | Path) -> Path:
     """Plot the losses of several runs against steps and seconds."""
     figure, panels = plot('step', 'seconds since the start, including evaluation')
     for number, out_dir in enumerate(out_dirs):
-        if not (Path(out_dir) / 'metrics.jsonl').is_file():
-            raise UserError(f'{out_dir}: has no metrics.jsonl; give a run directory')
-        lines = read_metrics(out_dir)
-        if not points(lines, 'seconds', 'val_loss')[0]:
-            raise UserError(
-                f'{out_dir}: its metrics.jsonl has no evaluation; give a run with at least one'
-            )
+        lines = evaluated_metrics(out_dir)
         for axes, x in zip(panels, ('step', 'seconds'), strict=True):
             axes.plot(*points(lines, x, 'loss'), color=f'C{number}', lw=0.8, alpha=0.4)
             along, losses = points(lines, x, 'val_loss')

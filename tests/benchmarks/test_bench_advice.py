@@ -161,9 +161,9 @@ def test_quality_is_measured_on_data_with_the_tokenizer_of_the_model(here):
 
 @error_line('no such run directory; give existing ones, separated by commas')
 def test_runs_that_exist_are_compared(tmp_path):
-    refused(validate.compared_runs, {'compare': f'{tmp_path}/a'})
+    refused(validate.compared_runs, {'report': f'{tmp_path}/a'}, 'report')
     (tmp_path / 'a').mkdir()
-    assert validate.compared_runs({'compare': f'{tmp_path}/a,{tmp_path}'})
+    assert validate.compared_runs({'report': f'{tmp_path}/a,{tmp_path}'}, 'report')
 
 
 @error_line('requests failed; lower --clients')

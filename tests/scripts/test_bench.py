@@ -15,7 +15,7 @@ from flatgpt.errors import UserError
 def test_help_has_the_meaning_of_every_setting():
     lines = help_text({'__file__': bench.__file__, **vars(bench)}).splitlines()
     listed = [line for line in lines if re.match(r'  \w+ = ', line)]
-    assert len(listed) == 42
+    assert len(listed) == 44
     meaning = r"  \w+ = ('[^']*'|\S+) +\S"
     assert [line for line in listed if not re.match(meaning, line)] == []
 
@@ -66,6 +66,8 @@ def test_figures_are_written_even_if_a_later_benchmark_fails(tmp_path, monkeypat
         (['--n_layer=8', '--n_embd=65536'], 'GiB'),
         (['--rounds=0'], 'rounds'),
         (['--limit=3'], 'limit=3: is only for --task=; omit it'),
+        (['--start=x'], "start='x': is only for --report=; omit it"),
+        (['--report=a', '--compare=a'], '--compare and --report: give one of them'),
         (['--only=decode', '--nanogpt=x'], "nanogpt='x': is only for --only=training"),
         (['--only=training', '--text=x'], "text='x': is only for --only=data"),
         (['--serve', '--profile'], 'profile=True: is only for --only=training or --only=prefill'),
