@@ -15,7 +15,7 @@ from flatgpt.errors import UserError
 def test_help_has_the_meaning_of_every_setting():
     lines = help_text({'__file__': bench.__file__, **vars(bench)}).splitlines()
     listed = [line for line in lines if re.match(r'  \w+ = ', line)]
-    assert len(listed) == 44
+    assert len(listed) == 45
     meaning = r"  \w+ = ('[^']*'|\S+) +\S"
     assert [line for line in listed if not re.match(meaning, line)] == []
 
