@@ -2,7 +2,7 @@
 bench.py's generation benchmarks: speed, perplexity in each number format, and start-up time.
 
 $ python bench.py --only=prefill,decode --rows=1,16      # beside transformers
-$ python bench.py --only=quality --out_dir=out/mine      # perplexity in 32, 16 and 8 bits
+$ python bench.py --only=quality --out_dir=out/mine      # perplexity in 32, 16, 8 bits, GGUF
 $ python bench.py --only=startup                         # from the command to the first token
 """
 
@@ -12,10 +12,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import (
@@ -34,16 +37,19 @@ from flatgpt.benchmarks.implementations import (
     start_implementations,
 )
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
+from flatgpt.checkpoint.gguf import check_gguf, export_gguf
 from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.data.dataset import DATA, Dataset, is_prepared
-from flatgpt.data.tokenizer import char_tokenizer
+from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, counted
 from flatgpt.runtime import Runtime
 from model import GPT
 
 WEIGHT_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}
 QUICK_WINDOWS = 64  # of the validation split, with --quick
+GGUF = 'llama.cpp, GGUF'  # float16
+LossOf = Callable[[np.ndarray, np.ndarray], float]  # of ids x, y (B, T): nats per target
 
 
 # -----------------------------------------------------------------------------
@@ -141,11 +147,11 @@ def cache_bytes(settings: dict, machine: dict, kind: str) -> float:
 
 
 def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
-    """Perplexity of a run's model on its own validation split, in each format."""
-    found = {}
-    for kind in formats_of(settings):
+    """Perplexity of a run's model on its own validation split, in each format, and of its GGUF file
+    in llama.cpp."""
+    windows, found = QUICK_WINDOWS if settings['quick'] else None, {}
+    for kind in [*formats_of(settings), GGUF]:
         model, tokenizer, state = load_model(settings['out_dir'], 'best', runtime.device)
-        model = with_precision(model, kind)
         data = Dataset(dataset_of(state, settings['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
             source = settings['out_dir']
@@ -153,8 +159,14 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
                 f'{data.folder}: was not prepared with the tokenizer of {source}; '
                 'give a dataset that was by --dataset='
             )
-        windows = QUICK_WINDOWS if settings['quick'] else None
-        found[kind], tokens = perplexity(model, data, runtime.device, windows)
+        if kind != GGUF:
+            loss_of = torch_loss(with_precision(model, kind), runtime.device)
+        elif reason := why_no_gguf(model, data.tokenizer):
+            print_row('quality', kind, '', reason)
+            continue
+        else:
+            loss_of = gguf_loss(model, data.tokenizer, state)
+        found[kind], tokens = perplexity(loss_of, data, windows)
         change = found[kind] / next(iter(found.values())) - 1
         beside = f' ({change:+.3%})' if len(found) > 1 else ''
         note = f'perplexity {found[kind]:.4f}{beside}, {tokens:,} tokens of {data.folder.name}'
@@ -162,17 +174,56 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
         report.add('quality', kind, note, perplexity=found[kind])
 
 
-def perplexity(model: GPT, data: Dataset, device: str, count: int | None) -> tuple[float, int]:
+def perplexity(loss_of: LossOf, data: Dataset, count: int | None) -> tuple[float, int]:
     """The perplexity of the validation split, or `count` windows of it, and its tokens."""
     starts = data.eval_starts('val', count)
     total = tokens = 0
     for batch in np.array_split(starts, math.ceil(len(starts) / 8)):
-        x, y = (torch.from_numpy(ids).to(device) for ids in data.eval_batch('val', batch))  # (B, T)
-        with torch.inference_mode():
-            loss = model(x, y)[1].item()
+        x, y = data.eval_batch('val', batch)  # (B, T)
         targets = int((y >= 0).sum())
-        total, tokens = total + loss * targets, tokens + targets
+        total, tokens = total + loss_of(x, y) * targets, tokens + targets
     return math.exp(total / tokens), tokens
+
+
+def torch_loss(model: GPT, device: str) -> LossOf:
+    @torch.inference_mode()
+    def loss_of(x, y):
+        return model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))[1].item()
+
+    return loss_of
+
+
+def why_no_gguf(model: GPT, tokenizer: Tokenizer) -> str:
+    """Why llama.cpp cannot compute this model, '' if it can."""
+    if not (find_spec('llama_cpp') and find_spec('gguf')):
+        return 'needs pip install llama-cpp-python gguf'
+    try:
+        check_gguf(model, tokenizer)
+    except UserError as error:
+        return str(error)
+    return ''
+
+
+def gguf_loss(model: GPT, tokenizer: Tokenizer, state: dict) -> LossOf:
+    """The loss as llama.cpp computes it from the model's GGUF file, on the CPU."""
+    from llama_cpp import Llama
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'model.gguf'
+        export_gguf(model, tokenizer, state, path)
+        size = model.config.block_size
+        llama = Llama(str(path), n_ctx=size, logits_all=True, n_gpu_layers=0, verbose=False)
+
+    def loss_of(x, y):
+        logits = []
+        for row in x:
+            llama.reset()
+            llama.eval(row.tolist())
+            logits.append(torch.from_numpy(llama.scores[: len(row)].copy()))  # (T, V)
+        targets = torch.from_numpy(y).flatten()
+        return F.cross_entropy(torch.cat(logits), targets, ignore_index=-1).item()
+
+    return loss_of
 
 
 def dataset_of(state: dict, dataset: str | None) -> Path:

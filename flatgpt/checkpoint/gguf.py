@@ -1,4 +1,4 @@
-"""Export GPT-2 models to GGUF, the format of llama.cpp."""
+"""Export GPT-2 models to GGUF, the format of llama.cpp, which has no NanoChat (0.3.36)."""
 
 import os
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from flatgpt.data.hf_options import GPT2_PATTERN
-from flatgpt.data.hf_tokenizer import chat_jinja, vocabulary_and_merges
+from flatgpt.data.hf_tokenizer import PATTERNS, chat_jinja, vocabulary_and_merges
 from flatgpt.data.tokenizer import Tokenizer, byte_alphabet
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.files import atomic_file
@@ -20,17 +20,8 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
         import gguf
     except ImportError:
         raise UserError('GGUF export needs the package gguf: pip install gguf') from None
+    check_gguf(model, tokenizer)
     c = model.config
-    if c.arch != 'gpt2':
-        raise ConfigError(
-            f'arch={c.arch!r}: llama.cpp does not support it; export without --format=gguf'
-        )
-    if tokenizer is None:
-        raise UserError(
-            'a GGUF file needs a tokenizer, and this model has none; give the one it was trained '
-            'with as --tokenizer'
-        )
-    check_gguf_tokenizer(tokenizer)
     if os.path.lexists(path):
         raise UserError(f'{path} already exists; choose another file')
     try:
@@ -53,12 +44,23 @@ def export_gguf(model: GPT, tokenizer: Tokenizer | None, state: dict, path: Path
         raise UserError(f'{path} cannot be written: {reason}; choose another path') from error
 
 
-def check_gguf_tokenizer(tokenizer: Tokenizer) -> None:
-    """UserError for a tokenizer that llama.cpp cannot reproduce."""
-    if tokenizer.name not in ('gpt2', 'byte') and tokenizer.pattern != GPT2_PATTERN:
+def check_gguf(model: GPT, tokenizer: Tokenizer | None) -> None:
+    """UserError for an architecture or a tokenizer that llama.cpp cannot reproduce."""
+    arch = model.config.arch
+    if arch != 'gpt2':
+        raise ConfigError(
+            f'arch={arch!r}: llama.cpp does not support it; export without --format=gguf'
+        )
+    if tokenizer is None:
         raise UserError(
-            f"tokenizer {tokenizer.name}: llama.cpp splits text like 'gpt2' or 'byte'; export "
-            'without --format=gguf'
+            'a GGUF file needs a tokenizer, and this model has none; give the one it was trained '
+            'with as --tokenizer'
+        )
+    pattern = PATTERNS.get(tokenizer.name, tokenizer.pattern)
+    if tokenizer.kind not in ('byte', 'char') and pattern != GPT2_PATTERN:
+        raise UserError(
+            f"tokenizer {tokenizer.name}: llama.cpp splits text like 'gpt2', 'byte' or 'char'; "
+            'export without --format=gguf'
         )
     for token in tokenizer.added or ():
         if token.single_word or token.lstrip or token.rstrip:
@@ -84,7 +86,8 @@ def add_gguf_shape(writer, gguf, c: GPTConfig) -> None:
 
 
 def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> None:
-    vocabulary, merges = vocabulary_and_merges(tokenizer)
+    is_char = tokenizer.kind == 'char'
+    vocabulary, merges = (characters_and_merges if is_char else vocabulary_and_merges)(tokenizer)
     words = [f'[unused{i}]' for i in range(vocab_size)]
     kinds = [gguf.TokenType.UNUSED] * vocab_size
     for word, i in vocabulary.items():
@@ -109,6 +112,17 @@ def add_gguf_vocabulary(writer, gguf, tokenizer: Tokenizer, vocab_size: int) -> 
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(chat_jinja(tokenizer))
+
+
+def characters_and_merges(tokenizer: Tokenizer) -> tuple[dict[str, int], list[list[str]]]:
+    """{character: id} in the byte-level alphabet, and merges that join the bytes of each.
+
+    llama.cpp merges bytes to what need not be a token, such as the first two of three.
+    """
+    letters = {byte: letter for letter, byte in byte_alphabet().items()}
+    words = {''.join(letters[b] for b in token): i for token, i in tokenizer.ranks.items()}
+    merges = dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word)))
+    return words, [list(pair) for pair in merges]
 
 
 GGUF_NAMES = {

@@ -1,6 +1,7 @@
 """Import and export: transformers, nanoGPT and GGUF, with the same logits."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import random_model, refused
 from error_lines import error_line
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +29,7 @@ from flatgpt.data.hf_options import GPT2_PATTERN
 from flatgpt.data.hf_tokenizer import tokenizer_json, vocabulary_and_merges
 from flatgpt.data.tokenizer import (
     EOT,
+    byte_alphabet,
     byte_tokenizer,
     char_tokenizer,
     get_tokenizer,
@@ -630,6 +632,43 @@ def test_a_gguf_file_has_llama_cpps_names(tmp_path, bias):
     assert set(tensors) == needed
     up = np.array(tensors['blk.1.ffn_up.weight'].data, np.float32)
     np.testing.assert_allclose(up, model.transformer.h[1].mlp.c_fc.weight.detach(), atol=1e-3)
+
+
+def test_a_gguf_file_merges_bytes_into_the_characters_of_a_char_tokenizer(tmp_path):
+    gguf = pytest.importorskip('gguf', reason='gguf is not installed')
+    tokenizer = char_tokenizer('ab é→😀', eot=True)
+    export_gguf(own(vocab_size=8), tokenizer, {}, tmp_path / 'm.gguf')
+    fields = gguf.GGUFReader(tmp_path / 'm.gguf').fields
+    words = fields['tokenizer.ggml.tokens'].contents()
+    merges = fields['tokenizer.ggml.merges'].contents()
+    rank = {tuple(pair.split(' ')): i for i, pair in enumerate(merges)}
+    for word in words[: tokenizer.vocab_size - 1]:
+        parts = [*word]
+        while len(parts) > 1:  # as llama.cpp does
+            pairs = [rank.get(pair, len(rank)) for pair in itertools.pairwise(parts)]
+            at = pairs.index(min(pairs))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        assert parts == [word]
+    letters = byte_alphabet()
+    texts = [bytes(letters[letter] for letter in word) for word in words[:6]]
+    assert texts == tokenizer.token_bytes[:6]
+
+
+LLAMA = 'llama-cpp-python is not installed'
+
+
+@pytest.mark.parametrize('make', [byte_tokenizer, lambda: char_tokenizer('ab é→😀', eot=True)])
+def test_llama_cpp_reads_and_writes_the_same_ids(tmp_path, make):
+    llama_cpp = pytest.importorskip('llama_cpp', reason=LLAMA)
+    tokenizer, path = make(), tmp_path / 'm.gguf'
+    model = random_model(tokenizer.vocab_size, 256)
+    export_gguf(model, tokenizer, {}, path)
+    llama = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False)
+    ids = tokenizer.encode('ab é→ a😀→é').tolist()
+    assert llama.tokenize('ab é→ a😀→é'.encode(), add_bos=False) == ids
+    llama.eval(ids)
+    ours = model(torch.tensor([ids]))[0][0].argmax(-1)
+    assert llama.scores[: len(ids)].argmax(-1).tolist() == ours.tolist()
 
 
 def test_what_llama_cpp_does_not_support_is_an_error(tmp_path, bpe):

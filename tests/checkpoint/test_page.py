@@ -15,6 +15,7 @@ from flatgpt.checkpoint.load import load_model
 from flatgpt.checkpoint.page import MAX_PARAMETERS, export_page
 from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.data.bpe import train_bpe
+from flatgpt.data.hf_options import GPT2_PATTERN
 from flatgpt.data.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, self_check_text
 from flatgpt.inference.engine import generate
 from flatgpt.inference.quantize import prepare_for_inference
@@ -35,7 +36,10 @@ def bpe(**fields):
 MODELS = {  # tokenizer, shape
     'gpt2, bytes': (byte_tokenizer, {'bias': True}),
     'gpt2, characters': (lambda: char_tokenizer(CHARACTERS, eot=True), {'bias': False}),
-    'gpt2, odd width': (bpe, {'bias': True, 'n_embd': 36, 'n_head': 3}),
+    'gpt2, odd width': (
+        lambda: bpe(pattern=GPT2_PATTERN),
+        {'bias': True, 'n_embd': 36, 'n_head': 3},
+    ),
     'modern, bytes': (byte_tokenizer, {'arch': 'modern', 'n_embd': 64}),
     'modern, grouped': (bpe, {'arch': 'modern', 'n_embd': 64, 'n_head': 4, 'n_kv_head': 2}),
 }
@@ -303,6 +307,13 @@ def test_a_page_is_written_to_a_new_path_and_with_a_tokenizer(run, tmp_path):
     for bad in ('file.html', 'file.html/m.html'):
         refused(main, ['export', where, str(tmp_path / bad), '--tokenizer=byte'])
     main(['export', where, good, '--tokenizer=byte'])
+
+
+def test_a_reward_model_has_no_page(run, tmp_path):
+    judge = random_model(257)
+    judge.become_reward_model()
+    where = str(run(judge, byte_tokenizer()))
+    assert 'is a reward model' in refused(main, ['export', where, str(tmp_path / 'm.html')])
 
 
 @error_line('are too many for a page')

@@ -199,7 +199,7 @@ def settings_of(script, argv):
 
 def check_bench(settings):
     bench_rules.check_modes(settings)
-    if not (settings['compare'] or settings['task']):
+    if not (settings['compare'] or settings['report'] or settings['task']):
         names = bench_rules.requested_benchmarks(
             settings, [*bench.BENCHMARKS], bench.EXTRA_BENCHMARKS
         )
