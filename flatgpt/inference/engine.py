@@ -41,7 +41,8 @@ class Engine:
     bit-identical whatever else runs: all slots are always computed, prompts one by one, and no
     prefix is shared. batch_prompts: with deterministic, several are computed at once, padded to one
     shape, and all before the next token: faster if there are many.
-    graphs: of an earlier engine for this model, with a cache as large.
+    graphs: of an earlier engine for this model, with a cache as large. adapters: models by name
+    that share the model's weights; requests of different ones wait for one another.
     """
 
     def __init__(
@@ -54,17 +55,18 @@ class Engine:
         deterministic: bool = False,
         batch_prompts: bool = False,
         graphs: DecodeGraphs | None = None,
+        adapters: dict[str, GPT] | None = None,
     ):
         assert not model.training, 'dropout would be on'
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.adapters = model, tokenizer, [*(adapters or {})]
         # allocates the cache first, so that too many slots fail at once
-        self.runner = ModelRunner(model, tokenizer, num_slots, max_length, graphs)
+        self.runner = ModelRunner(model, tokenizer, num_slots, max_length, graphs, adapters)
         block_size = model.config.block_size
         self.scheduler = Scheduler(
             num_slots, block_size, prefill_chunk, deterministic, batch_prompts
         )
         self.work_available = threading.Condition()
-        self.closed = False
+        self.closed = self.retired = False
         self.error: BaseException | None = None
 
     @property
@@ -95,7 +97,10 @@ class Engine:
             while not self.closed:
                 if not self.step():
                     with self.work_available:
-                        self.work_available.wait_for(lambda: self.waiting or self.closed)
+                        self.work_available.wait_for(
+                            lambda: self.waiting or self.closed or self.retired
+                        )
+                        self.closed |= self.retired and not self.waiting
             self.finish_all('cancelled')
         except BaseException as error:
             self.error = error
@@ -106,6 +111,12 @@ class Engine:
         """Make serve() cancel all requests and return."""
         with self.work_available:
             self.closed = True
+            self.work_available.notify()
+
+    def retire(self) -> None:
+        """Make serve() return once all requests are finished."""
+        with self.work_available:
+            self.retired = True
             self.work_available.notify()
 
     def finish_all(self, finish_reason: str) -> None:
@@ -127,6 +138,7 @@ class Engine:
         """One prefill batch and one token of every decoding request -> whether there was any."""
         self.drop_cancelled()
         self.scheduler.admit()
+        self.runner.use(self.scheduler.adapter)
         prefilled = self.prefill()
         return self.decode() or prefilled
 
