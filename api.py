@@ -29,13 +29,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from configurator import check_known, configure, setting_annotations, update_settings
 from flatgpt import ROOT
+from flatgpt.checkpoint.load import read_adapters
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.inference.adapters import adapted_model
 from flatgpt.inference.engine import Engine
 from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
-from flatgpt.serving.api_error import APIError
-from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder
+from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder, ToolBuilder
+from flatgpt.serving.engines import memory_advice
 from flatgpt.serving.http_server import (
     CONNECTIONS,
     Server,
@@ -44,6 +46,7 @@ from flatgpt.serving.http_server import (
     drain_on_signals,
     listen,
     log_to_stderr,
+    reload_on_signal,
     wait_until_drained,
 )
 from flatgpt.serving.middleware import current_service
@@ -59,7 +62,7 @@ from flatgpt.serving.openapi import (
     document,
 )
 from flatgpt.serving.origins import Origins
-from flatgpt.serving.service import Service, api_key_of, memory_advice
+from flatgpt.serving.service import Service, api_key_of
 from model import GPT
 from sample import checkpoint_source, load, load_draft
 
@@ -77,6 +80,7 @@ quantize: str | None = None
 # run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
 draft: str | None = 'ngram'
 name: str | None = None  # the model's name for clients; None: the name of its folder
+adapters: str | None = None  # LoRA adapters of it, name:path with commas; clients choose by `model`
 # server
 host = '127.0.0.1'  # address to listen at; one that other machines can reach needs an API key
 port = 8000  # port to listen at; 0: any free one
@@ -96,6 +100,7 @@ deterministic = False  # compute each completion bit for bit the same under any 
 
 # settings that load a model
 MODEL_SETTINGS = ('out_dir', 'init_from', 'checkpoint', 'tokenizer', 'device', 'dtype', 'quantize')
+MODEL_SETTINGS += ('adapters',)
 
 # -----------------------------------------------------------------------------
 # the application
@@ -137,12 +142,15 @@ def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Fla
     if loaded is None:
         settings['name'] = settings['name'] or Path(checkpoint_source(settings)[0]).name
     settings['name'] = settings['name'] or 'flatgpt'
-    # GNU OpenMP keeps a team of workers for each live thread that has computed. With more workers
-    # than cores, the engine's would sleep between any two matmuls. This thread ends.
-    with ThreadPoolExecutor(1) as temporary:
-        engine = temporary.submit(build_engine, loaded, settings).result()
+
+    def build() -> Engine:
+        # GNU OpenMP keeps a team of workers for each live thread that has computed. With more
+        # workers than cores, the engine's would sleep between any two matmuls. This thread ends.
+        with ThreadPoolExecutor(1) as temporary:
+            return temporary.submit(build_engine, loaded, settings).result()
+
     app = flask.Flask('flatgpt', static_folder=None)
-    app.extensions['flatgpt'] = Service(engine, settings)
+    app.extensions['flatgpt'] = Service(build(), settings, None if loaded else build)
     app.extensions['origins'] = Origins(settings)
     app.config['MAX_CONTENT_LENGTH'] = int(settings['max_body'] * 2**20)
     app.url_map.strict_slashes = app.url_map.merge_slashes = False
@@ -154,13 +162,24 @@ def build_app(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> flask.Fla
 
 
 def build_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine:
-    model, tokenizer = loaded or load(settings)
+    paths, layers = parse_adapters(settings), {}
+    base = loaded or checkpoint_source(settings)[0]
+    read = lambda model: layers.update(read_adapters(paths, model, base))  # noqa: E731
+    model, tokenizer = loaded or load(settings, read)
+    adapters = {name: adapted_model(model, found) for name, found in layers.items()}
     draft = load_draft(settings, tokenizer)
     on_cpu = model.embedding.weight.device.type == 'cpu'
     slots, deterministic = settings['max_rows'] or (8 if on_cpu else 32), settings['deterministic']
     try:
-        options = {'deterministic': deterministic, 'draft': draft}
-        engine = Engine(model, tokenizer, slots, settings['chunk'], **options)
+        engine = Engine(
+            model,
+            tokenizer,
+            slots,
+            settings['chunk'],
+            deterministic=deterministic,
+            draft=draft,
+            adapters=adapters,
+        )
         begin = time.monotonic()
         if graphs := engine.capture_graphs():
             seconds = time.monotonic() - begin
@@ -171,6 +190,20 @@ def build_engine(loaded: tuple[GPT, Tokenizer] | None, settings: dict) -> Engine
             raise
         message = f'max_rows={slots}: the cache does not fit in memory; try {memory_advice(slots)}'
         raise UserError(message) from error
+
+
+def parse_adapters(settings: dict) -> dict[str, str]:
+    """{name: path} of the setting `adapters`; ConfigError if it has another form."""
+    text = settings['adapters']
+    pairs = [part.strip().partition(':') for part in (text or '').split(',') if part.strip()]
+    names = [name for name, _, _ in pairs]
+    if any(not (name and path) for name, _, path in pairs) or len({*names}) < len(names):
+        raise ConfigError(
+            f'adapters={text!r}: must be name:path, with commas between; each name once'
+        )
+    if settings['name'] in names:
+        raise ConfigError(f'adapters={text!r}: {settings["name"]} is the base; choose another name')
+    return {name: path for name, _, path in pairs}
 
 
 def check_settings(settings: dict) -> None:
@@ -184,6 +217,7 @@ def check_settings(settings: dict) -> None:
             'of the two'
         )
     Origins(settings)  # ConfigError for an invalid origin
+    parse_adapters(settings)
 
 
 # -----------------------------------------------------------------------------
@@ -255,24 +289,27 @@ def completions(json: schema.CompletionRequest):
 def chat_completions(json: schema.ChatRequest):
     """Respond to a conversation. The tokenizer must have a chat template."""
     service = current_service()
-    ids, end = service.encode_messages(json.messages)
+    ids, end = service.encode_messages(json)
     body = json.completion(ids, service.max_new_tokens(ids), end)
     kind, part = 'chat.completion', 'message'
     if body.stream:
         kind, part = 'chat.completion.chunk', 'delta'
-    return respond(body, 'chatcmpl', kind, partial(ChatBuilder, part))
+    builder = partial(ToolBuilder if json.calls_tools else ChatBuilder, part)
+    return respond(body, 'chatcmpl', kind, builder, json.tool_grammars())
 
 
-def respond(body: schema.CompletionRequest, prefix: str, kind: str, builder=ChoiceBuilder):
+def respond(
+    body: schema.CompletionRequest, prefix: str, kind: str, builder=ChoiceBuilder, grammars=()
+):
     """The response to a completion request, or its stream. builder: makes the choices."""
     service, g = current_service(), flask.g
     disconnected = flask.request.environ.get('waitress.client_disconnected', lambda: False)
-    job = g.job = service.submit(body, disconnected, builder)
+    job = g.job = service.submit(body, disconnected, builder, grammars)
     envelope = {
         'id': f'{prefix}-{g.id}',
         'object': kind,
         'created': int(time.time()),
-        'model': service.name,
+        'model': job.requests[0].adapter or service.name,
     }
     if not body.stream:
         try:
@@ -291,8 +328,9 @@ def respond(body: schema.CompletionRequest, prefix: str, kind: str, builder=Choi
 @routes.get('/v1/models')
 @api.validate(resp=Responses(schema.ModelList, *ACCESS_ERRORS), security=KEY)
 def models():
-    """List the model."""
-    return {'object': 'list', 'data': [current_service().model_info()]}
+    """List the model, and its adapters."""
+    service = current_service()
+    return {'object': 'list', 'data': [service.model_info(name) for name in service.names]}
 
 
 @routes.get('/v1/models/<path:model>')
@@ -300,9 +338,17 @@ def models():
 def one_model(model: str):
     """Describe the model with this name."""
     service = current_service()
-    if model != service.name:
-        raise APIError(404, f'there is no model {model!r}; use {service.name!r}', 'model')
-    return service.model_info()
+    service.check_name(model)
+    return service.model_info(model)
+
+
+@routes.post('/reload')
+@api.validate(resp=Responses(schema.Model, 400, *ACCESS_ERRORS, 429, 503), security=KEY)
+def reload():
+    """Load the weights that the checkpoint has now; running requests finish on the old ones."""
+    service = current_service()
+    service.reload()
+    return service.model_info(service.name)
 
 
 @routes.get('/tokenizer_info')
@@ -346,6 +392,7 @@ def main(settings: dict) -> None:
     server.set_max_completions(service.max_completions)
     log_to_stderr()
     drain_on_signals(service)
+    reload_on_signal(service)
     startup.app = app
     address = f'[{address}]' if ':' in address else address
     print(f'{service.name} at http://{address}:{port}, documentation at /docs')

@@ -22,7 +22,7 @@ From Python: load() here, and generate(), complete() or an Engine of flatgpt/inf
 import re
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -360,8 +360,13 @@ def checkpoint_source(settings: dict) -> tuple[str | Path, str]:
     return where, which
 
 
-def load(settings: dict) -> tuple[GPT, Tokenizer]:
-    """The model, ready for inference, and the tokenizer that the settings specify."""
+def load(
+    settings: dict, inspect: Callable[[GPT], object] = lambda model: None
+) -> tuple[GPT, Tokenizer]:
+    """The model, ready for inference, and the tokenizer that the settings specify.
+
+    inspect: gets the model as it was stored, in float32.
+    """
     device = pick_device(settings['device'])
     if device == 'cpu':
         keep_freed_memory()
@@ -383,6 +388,7 @@ def load(settings: dict) -> tuple[GPT, Tokenizer]:
     print(f'{where}{step}: {model.num_params() / 1e6:.2f}M parameters on {device}', file=sys.stderr)
     if settings['quantize'] and device.startswith('cuda'):
         print(INT8_ON_GPU, file=sys.stderr)
+    inspect(model)
     model.to(dtype).to(device)  # in this order: float32 takes twice the memory there
     return prepare_for_inference(model, settings['quantize']), tokenizer
 

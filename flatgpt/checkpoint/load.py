@@ -18,14 +18,20 @@ from pathlib import Path
 import torch
 
 from flatgpt.checkpoint.convert import RELEASED, is_external, load_external
-from flatgpt.checkpoint.peft import ADAPTER_CONFIG, base_of, is_adapter, read_adapter
+from flatgpt.checkpoint.peft import (
+    ADAPTER_CONFIG,
+    adapter_layers,
+    base_of,
+    is_adapter,
+    read_adapter,
+)
 from flatgpt.checkpoint.weights import model_from_tensors, open_weights, read_tensor
 from flatgpt.data.hf_tokenizer import find_tokenizer, with_saved_chat_template
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
 from flatgpt.errors import CheckpointError, UserError, did_you_mean
 from flatgpt.files import is_same_path, sha256
-from flatgpt.lora import merge_lora
+from flatgpt.lora import LoRALinear, merge_lora
 from flatgpt.parallel import shard_like
 from model import GPT, GPTConfig
 
@@ -256,6 +262,29 @@ def load_adapted(
         ) from error
     read_adapter(model, folder, base)
     return model, with_saved_chat_template(found, folder), {}
+
+
+def read_adapters(
+    paths: dict[str, str], model: GPT, base: str | Path
+) -> dict[str, dict[str, LoRALinear]]:
+    """{name: its layers} of adapters of a model in float32; base: the model in error lines.
+
+    paths: folders of `peft`, or runs with --lora_rank. CheckpointError if one does not fit.
+    """
+    return {name: adapter_layers(model, find_adapter(path), base) for name, path in paths.items()}
+
+
+def find_adapter(path: str) -> Path:
+    """The folder of an adapter: the path itself, or inside of the best checkpoint of a run."""
+    if is_adapter(path):
+        return Path(path)
+    folder = find_checkpoint(path) / ADAPTER_FOLDER
+    if not is_adapter(folder):
+        raise CheckpointError(
+            f'there is no LoRA adapter in {path}; train one with --lora_rank, or serve it as '
+            '--out_dir'
+        )
+    return folder
 
 
 def load_optimizer(path: Path, model: GPT, optimizers: list[torch.optim.Optimizer]) -> None:

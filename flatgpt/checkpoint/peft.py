@@ -110,7 +110,15 @@ def adapter_files(model: GPT, base: str | None) -> dict[str, bytes]:
 
 
 def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
-    """Add the adapters of a folder to their base model, which is frozen.
+    """Add the adapters of a folder to their base model, which is frozen; see adapter_layers()."""
+    layers = adapter_layers(model, folder, base)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+
+
+def adapter_layers(model: GPT, folder: Path, base: str | Path) -> dict[str, LoRALinear]:
+    """{matrix of the model: it with the adapter of a folder}; the model itself is not changed.
 
     base: the model's name in error lines. CheckpointError if they do not fit.
     """
@@ -135,7 +143,7 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
             f'{folder}: {base} is not its base: the weights differ; correct '
             f'base_model_name_or_path in {ADAPTER_CONFIG}'
         )
-    model.requires_grad_(False)
+    layers = {}
     for name, (A, B) in pairs.items():
         rank, scale = rank_and_scale(config, name, folder)
         if rank != A.size(0):
@@ -146,7 +154,8 @@ def read_adapter(model: GPT, folder: Path, base: str | Path) -> None:
         linear = LoRALinear(model.get_submodule(name), rank, scale, config['lora_dropout'])
         linear.lora_A.weight.data.copy_(A)
         linear.lora_B.weight.data.copy_(B)
-        replace_module(model, name, linear)
+        layers[name] = linear
+    return layers
 
 
 def read_adapter_config(folder: Path) -> dict:

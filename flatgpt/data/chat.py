@@ -15,6 +15,9 @@ kind. A .json file can be one array of them. These formats are supported:
     {"question": "Who?", "context": "Ada wrote", "answer": "Ada"}
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}  # or whole conversations in both
 
+"messages" may have "tools" beside them, and in them "tool_calls" and the role "tool", as in
+OpenAI's API.
+
 A string can also be a list of messages, whose content can be a list of text parts (one per line),
 or a dialogue, "\\n\\nHuman: Hi\\n\\nAssistant: Hello!". "system" and "history", a list of
 [question, answer] pairs, come first. A line that mixes two formats is an error.
@@ -46,10 +49,17 @@ from tqdm import tqdm
 
 from flatgpt.data.dataset import FIRST, PADDING, SPLITS, TARGET, Writer
 from flatgpt.data.hf_tokenizer import context_of, find_tokenizer
-from flatgpt.data.messages import METADATA_KEYS, Message, RecordReader, SkipRecord
+from flatgpt.data.messages import (
+    CONVERSATION_KEYS,
+    METADATA_KEYS,
+    Message,
+    RecordReader,
+    SkipRecord,
+)
 from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
 from flatgpt.data.text import check_val_fraction, dataset_folder, train_command
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
+from flatgpt.data.tools import without_tools
 from flatgpt.errors import ArgumentParser, UserError, counted, short_repr
 from flatgpt.files import strict_json
 
@@ -253,7 +263,8 @@ def read_samples(files: list[Path], args: argparse.Namespace, tokenizer: Tokeniz
         for path in files:
             for where, block, size in read_records(path):
                 try:
-                    add_sample(samples, reader, parse_record(block), args, tokenizer)
+                    record = flat_record(parse_record(block), reader)
+                    add_sample(samples, reader, record, args, tokenizer)
                 except SkipRecord as reason:
                     samples.skipped[str(reason)] += 1
                 except UserError as error:
@@ -353,6 +364,22 @@ def parse_record(block: bytes) -> dict:
     if not isinstance(record, dict):
         raise UserError(f'must be an object with "messages", not {short_repr(record)}')
     return record
+
+
+def flat_record(record: dict, reader: RecordReader) -> dict:
+    """A record whose tools, calls and results, if it has any, are text in its messages."""
+    key = next((key for key in CONVERSATION_KEYS if isinstance(record.get(key), list)), None)
+    tools = None if 'tools' in reader.ignored else record.get('tools')
+    if key is None or not all(isinstance(message, dict) for message in record[key]):
+        return record
+    messages = [reader.without_ignored(message) for message in record[key]]
+    if not (
+        tools or any(each.get('tool_calls') or each.get('role') == 'tool' for each in messages)
+    ):
+        return record
+    tools = strict_json(tools) if isinstance(tools, str) else tools
+    rest = {name: record[name] for name in record if name != 'tools'}
+    return rest | {key: without_tools(messages, tools, reader.template)}
 
 
 def is_message(item: object) -> bool:

@@ -44,8 +44,9 @@ class Engine:
     shape, and all before the next token: faster if there are many. draft: NGRAM, or a smaller model
     with the same tokenizer, guesses tokens, with the same completions (speculation.py); without
     effect if deterministic, since several tokens of a text computed at once are not bit-identical
-    to single ones, or with CUDA graphs.
-    graphs: of an earlier engine for this model, with a cache as large.
+    to single ones, or with CUDA graphs. adapters: models by name that share the model's weights;
+    requests of different ones wait for one another. graphs: of an earlier engine for this model,
+    with a cache as large.
     """
 
     def __init__(
@@ -59,11 +60,12 @@ class Engine:
         batch_prompts: bool = False,
         graphs: DecodeGraphs | None = None,
         draft: GPT | str | None = None,
+        adapters: dict[str, GPT] | None = None,
     ):
         assert not model.training, 'dropout would be on'
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.adapters = model, tokenizer, [*(adapters or {})]
         # allocates the cache first, so that too many slots fail at once
-        self.runner = ModelRunner(model, tokenizer, num_slots, max_length, graphs)
+        self.runner = ModelRunner(model, tokenizer, num_slots, max_length, graphs, adapters)
         block_size = model.config.block_size
         self.scheduler = Scheduler(
             num_slots, block_size, prefill_chunk, deterministic, batch_prompts
@@ -71,7 +73,7 @@ class Engine:
         speculates = not (deterministic or self.runner.graphs)
         self.draft = build_draft(draft if speculates else None, tokenizer, num_slots)
         self.work_available = threading.Condition()
-        self.closed = False
+        self.closed = self.retired = False
         self.error: BaseException | None = None
 
     @property
@@ -102,7 +104,10 @@ class Engine:
             while not self.closed:
                 if not self.step():
                     with self.work_available:
-                        self.work_available.wait_for(lambda: self.waiting or self.closed)
+                        self.work_available.wait_for(
+                            lambda: self.waiting or self.closed or self.retired
+                        )
+                        self.closed |= self.retired and not self.waiting
             self.finish_all('cancelled')
         except BaseException as error:
             self.error = error
@@ -113,6 +118,12 @@ class Engine:
         """Make serve() cancel all requests and return."""
         with self.work_available:
             self.closed = True
+            self.work_available.notify()
+
+    def retire(self) -> None:
+        """Make serve() return once all requests are finished."""
+        with self.work_available:
+            self.retired = True
             self.work_available.notify()
 
     def finish_all(self, finish_reason: str) -> None:
@@ -134,6 +145,7 @@ class Engine:
         """One prefill batch and one token of every decoding request -> whether there was any."""
         self.drop_cancelled()
         self.scheduler.admit()
+        self.runner.use(self.scheduler.adapter)
         prefilled = self.prefill()
         return self.decode() or prefilled
 

@@ -16,15 +16,20 @@ import numpy as np
 import torch
 
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.data.tools import BEGIN, END, HEAD
 from flatgpt.errors import UserError
 from flatgpt.runtime import to_device
 
-KINDS = {'json_schema': 'schema', 'regex': 'regex', 'choice': 'choices', 'grammar': 'grammar'}
+KINDS = {
+    **{'json_schema': 'schema', 'regex': 'regex', 'choice': 'choices', 'grammar': 'grammar'},
+    'tools': 'tools',
+}
 # Between the parts of JSON: a space, or a new line and its indentation. Without a limit, a small
 # model may write nothing but whitespace.
 WHITESPACE = r'( |\n[ \t]{0,32})'
 # Of one completion. The library's own limit on states allows half a gigabyte.
 LIMITS = {'max_lexer_states': 25_000, 'verbose_errors': False}
+MAX_SOURCE = 2**18  # characters of a grammar: compiling it takes seconds at most
 DEAD_END = 'no token of this vocabulary continues the text as {} requires; use another model'
 
 
@@ -67,10 +72,16 @@ class Grammars:
         """The grammar of a source, or a UserError that says what is not supported.
 
         kind: 'json_schema' (a dict, true or false, or any of them as JSON text), 'regex' (in the
-        syntax of Rust's regex), 'choice' (a list of strings) or 'grammar' (Lark or GBNF).
+        syntax of Rust's regex), 'choice' (a list of strings), 'grammar' (Lark or GBNF), or 'tools'
+        (the arguments of tool_grammar()).
         """
+        given = source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
+        if len(given) > MAX_SOURCE:
+            raise UserError(
+                f'the {KINDS[kind]} has {len(given):,} characters; the limit is {MAX_SOURCE:,}'
+            )
         try:
-            text = self.translate(kind, source)
+            text = self.translate(kind, given)
         except Exception as error:  # the library's converters raise plain Exceptions
             raise UserError(f'{short(error)}; correct the {KINDS[kind]}') from None
         matcher = self.library.LLMatcher(self.tokenizer, text, log_level=0, limits=self.limits)
@@ -81,16 +92,17 @@ class Grammars:
             raise UserError(problem)
         return grammar
 
-    def translate(self, kind: str, source: object) -> str:
-        """A source in the library's own form; any exception if it has none."""
+    def translate(self, kind: str, source: str) -> str:
+        """A source (choices and schemas as JSON) in the library's form, or any exception."""
         matcher, translate = self.library.LLMatcher, self.library.grammar_from
         if kind == 'json_schema':
             options = {'whitespace_pattern': WHITESPACE, 'lenient': False, 'coerce_one_of': False}
-            schema = source if isinstance(source, str) else json.dumps(source)
-            return matcher.grammar_from_json_schema(schema, overrides=options)
+            return matcher.grammar_from_json_schema(source, overrides=options)
         if kind == 'choice':
-            choices = ' | '.join(json.dumps(choice, ensure_ascii=False) for choice in source)
-            return matcher.grammar_from_lark(f'start: {choices}')
+            choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(source))
+            return matcher.grammar_from_lark(f'start: {" | ".join(choices)}')
+        if kind == 'tools':
+            return matcher.grammar_from_lark(tool_grammar(**json.loads(source)))
         return translate(kind, source)
 
 
@@ -131,6 +143,29 @@ class GrammarState:
         """Continue with a token -> whether the text is complete and nothing can follow."""
         self.matcher.consume_token(token)
         return self.matcher.is_stopped() and not self.matcher.is_error()
+
+
+def tool_grammar(functions: list, several: bool, text: bool) -> str:
+    """The calls of functions in the form of data/tools.py, in Lark.
+
+    functions: (name, JSON schema of its arguments, or None) each. several: of calls. text: whether
+    there may be text before calls, after them, and instead of them.
+    """
+    bodies = []
+    for name, schema in functions:
+        # as json.dumps() writes it
+        options = {'whitespace_flexible': False, 'item_separator': ', ', 'key_separator': ': '}
+        schema = {'type': 'object', **(schema or {}), 'x-guidance': options}
+        head = json.dumps(HEAD % json.dumps(name, ensure_ascii=False), ensure_ascii=False)
+        bodies.append(f'{head} %json {json.dumps(schema)} {json.dumps("}" + END)}')
+    begin, call = json.dumps(BEGIN), f'({" | ".join(bodies)})'
+    if not text:
+        return f'start: call{"+" * several}\ncall: {begin} {call}'
+    start = 'call* rest' if several else 'call | rest'
+    return (
+        f'start: {start}\nrest: TEXT\nTEXT: /(.|\\n)*/\n'
+        f'begin[lazy]: TEXT {begin}\ncall: begin {call}'
+    )
 
 
 def mask_logits(logits, rows: list[tuple[int, GrammarState]]) -> None:

@@ -49,7 +49,10 @@ class Sample(NamedTuple):
 
 
 class ModelRunner:
-    """Computes batches. max_length None: the model's block_size. graphs: of an earlier runner."""
+    """Computes batches. max_length None: the model's block_size. graphs: of an earlier runner.
+
+    adapters: by name, the models that use() chooses from besides `model`.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class ModelRunner:
         num_slots: int,
         max_length: int | None,
         graphs: DecodeGraphs | None = None,
+        adapters: dict[str, GPT] | None = None,
     ):
         self.model = model
         self.cache = graphs.cache if graphs else KVCache(model, num_slots, max_length)
@@ -66,6 +70,17 @@ class ModelRunner:
         if can_capture(self.cache.kv):
             self.graphs = graphs or DecodeGraphs(model, self.cache)
             self.graphs.suppress(self.suppressed)
+        self.variants = {None: (model, self.graphs)}
+        for name, adapted in (adapters or {}).items():
+            own = None
+            if self.graphs:
+                own = DecodeGraphs(adapted, self.cache)
+                own.suppress(self.suppressed)
+            self.variants[name] = adapted, own
+
+    def use(self, adapter: str | None) -> None:
+        """Compute the next batches with this adapter; None: with the base model."""
+        self.model, self.graphs = self.variants[adapter]
 
     def clear_row(self, row: int) -> None:
         """Overwrite a row whose entries may not be finite: a mask does not hide NaN."""

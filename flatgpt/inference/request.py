@@ -105,7 +105,7 @@ class Request:
     TokenOutput, in the thread that runs the engine. seed: of the random numbers, by default
     (sampling.seed, index). top_logprobs: return log-probabilities, of each token and of this many
     most likely ones; None: neither. score_prompt: compute prompt_logprobs, too. grammar: of the
-    completion, which ends with it.
+    completion, which ends with it. adapter: of the engine, None for the base model.
     """
 
     def __init__(
@@ -118,10 +118,12 @@ class Request:
         top_logprobs: int | None = None,
         score_prompt: bool = False,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ):
         self.prompt, self.sampling, self.on_token = list(map(int, prompt)), sampling, on_token
         assert self.prompt, 'the prompt is empty'
         self.index, self.top_logprobs, self.score_prompt = index, top_logprobs, score_prompt
+        self.adapter = adapter
         self.random = np.random.default_rng((sampling.seed, index) if seed is None else seed)
         self.uniforms: list[np.float32] = []  # of its tokens, as far as they were needed
         self.stream = TextStream(sampling.stop)

@@ -95,6 +95,7 @@ class Scheduler:
         self.deterministic, self.batch_prompts = deterministic, batch_prompts
         self.slots = [Slot(row) for row in range(num_slots)]
         self.waiting: deque[Request] = deque()
+        self.adapter: str | None = None  # of all requests in the slots
         self.copies: list[tuple[int, int, int]] = []  # for the next batch
         powers = [2**i for i in range(num_slots.bit_length()) if 2**i < num_slots]
         # of decoding
@@ -109,11 +110,22 @@ class Scheduler:
     def admit(self) -> None:
         """Assign the free slots to waiting requests."""
         while self.waiting and (free := [slot for slot in self.slots if slot.request is None]):
+            if self.waiting[0].adapter != self.adapter and not self.switch_adapter():
+                break
             batch_size = self.batch_size_for(self.running + 1)
             preferred = [slot for slot in free if slot.row < batch_size] or free
             # its KV entries are the least likely to be reused
             slot = min(preferred, key=lambda slot: slot.last_used)
             slot.begin(self.waiting.popleft(), self.block_size)
+
+    def switch_adapter(self) -> bool:
+        """Use the adapter of the next request once no other runs -> whether it is used now."""
+        if self.running:
+            return False
+        self.adapter = self.waiting[0].adapter
+        for slot in self.slots:  # the KV entries are those of other weights
+            slot.cached_ids, slot.prompt = [], []
+        return True
 
     def batch_size_for(self, rows: int) -> int:
         return next(size for size in self.batch_sizes if size >= rows)

@@ -6,8 +6,10 @@ The choices of a completion or a chat completion, built from the engine's output
 """
 
 import codecs
+import secrets
 
 from flatgpt.data.tokenizer import Tokenizer
+from flatgpt.data.tools import Call, CallParser
 from flatgpt.inference.request import Request, TokenOutput
 
 MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot express
@@ -109,4 +111,44 @@ class ChatBuilder(ChoiceBuilder):
                 {**one(token, logprob), 'top_logprobs': [one(*other) for other in top]}
                 for token, logprob, top in scores
             ]
+        }
+
+
+class ToolBuilder(ChatBuilder):
+    """A choice of a chat with tools, whose calls are taken from the text.
+
+    In a stream, each call comes as a whole.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.parser, self.calls, self.final = CallParser(), 0, False
+
+    def choice(self, outputs: list[TokenOutput]) -> dict | None:
+        self.final = outputs[-1].finish_reason is not None
+        choice = super().choice(outputs)
+        if choice and self.calls and choice['finish_reason'] == 'stop':
+            choice['finish_reason'] = 'tool_calls'
+        # text that may be the beginning of a call is held back
+        held = choice and choice[self.part] == {'content': ''}
+        return None if held and not (self.final or choice['logprobs']) else choice
+
+    def text_fields(self, text: str) -> dict:
+        content, calls = self.parser.feed(text, self.final)
+        fields = super().text_fields(content)
+        if calls:
+            fields[self.part]['tool_calls'] = [self.call(each) for each in calls]
+        if calls and not content and self.part == 'message':
+            fields[self.part]['content'] = None
+        return fields
+
+    def call(self, call: Call) -> dict:
+        function = {'name': call.name, 'arguments': call.arguments}
+        index = {} if self.part == 'message' else {'index': self.calls}
+        self.calls += 1
+        return {
+            **index,
+            'id': f'call_{secrets.token_hex(12)}',
+            'type': 'function',
+            'function': function,
         }

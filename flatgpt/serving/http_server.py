@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -242,6 +243,20 @@ def drain_on_signals(service: Service) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+
+
+def reload_on_signal(service: Service) -> None:
+    """Reload the model at SIGHUP. In a terminal, it still ends the server: the terminal closes."""
+
+    def reload() -> None:
+        try:
+            service.reload()
+        except APIError as error:
+            LOG.error('%s', error)
+
+    if hasattr(signal, 'SIGHUP') and not (sys.stdin and sys.stdin.isatty()):
+        start = lambda number, stack: threading.Thread(target=reload, daemon=True).start()  # noqa: E731
+        signal.signal(signal.SIGHUP, start)
 
 
 def wait_until_drained(service: Service, server: Server) -> None:

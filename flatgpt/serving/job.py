@@ -65,8 +65,8 @@ class CompletionJob:
     """The completions that one HTTP request asks for.
 
     client_disconnected(): whether the client disconnected. seconds: the time limit.
-    builder: makes the response's choices, a ChoiceBuilder or a subclass. grammar: of each
-    completion.
+    builder: makes the response's choices, a ChoiceBuilder or a subclass. grammar, adapter:
+    of each completion.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class CompletionJob:
         seconds: float,
         builder: Callable[..., ChoiceBuilder] = ChoiceBuilder,
         grammar: Grammar | None = None,
+        adapter: str | None = None,
     ):
         sampling, n, echo = body.sampling(), body.n or 1, bool(body.echo)
         # clients of llama.cpp and vLLM send -1 for "no seed"
@@ -94,6 +95,7 @@ class CompletionJob:
                 top_logprobs=body.logprobs,
                 score_prompt=echo and body.logprobs is not None,
                 grammar=grammar,
+                adapter=adapter,
             )
             for i, ids in enumerate(prompts)
             for j in range(n)

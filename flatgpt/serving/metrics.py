@@ -2,20 +2,21 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
-from flatgpt.inference.engine import Engine
+from flatgpt.serving.engines import Engines
 from flatgpt.serving.job import CompletionJob
 
 
 class Metrics:
-    def __init__(self, engine: Engine):
+    def __init__(self, engines: Engines):
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         for name, read, about in (
-            ('slots', lambda: len(engine.slots), 'Completions that can run at once'),
-            ('requests_running', lambda: engine.running, 'Completions that are running'),
-            ('requests_waiting', lambda: len(engine.waiting), 'Completions waiting for a slot'),
+            ('slots', lambda e: len(e.slots), 'Completions that can run at once'),
+            ('requests_running', lambda e: e.running, 'Completions that are running'),
+            ('requests_waiting', lambda e: len(e.waiting), 'Completions waiting for a slot'),
         ):
-            Gauge(f'flatgpt_{name}', about, registry=self.registry).set_function(read)
+            gauge = Gauge(f'flatgpt_{name}', about, registry=self.registry)
+            gauge.set_function(lambda read=read: sum(map(read, engines.open)))
         self.prompt_tokens = self.counter('prompt_tokens', 'Prompt tokens, counted once for all n')
         self.generation_tokens = self.counter('generation_tokens', 'Generated tokens')
         self.finished = self.counter('requests_finished', 'Finished completions', 'reason')

@@ -102,7 +102,7 @@ def before_request():
     current_origins().check(headers.get('Origin'), headers.get('Host'))
     if is_preflight(flask.request.method, headers.get):
         return flask.Response()  # a preflight has no key; after_request() adds the CORS headers
-    guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize'))
+    guarded = flask.request.path.startswith(('/v1/', '/tokenize', '/detokenize', '/reload'))
     key = api_key_of(current_service().settings)
     sent = re.sub('(?i)^bearer +', '', headers.get('Authorization', ''))
     if key and guarded and not hmac.compare_digest(sent.encode('latin-1', 'replace'), key.encode()):

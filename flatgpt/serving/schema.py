@@ -130,7 +130,7 @@ class StructuredOutputs(Body):
 class Options(Unsupported):
     """The fields that completions and chat completions share."""
 
-    model: str | None = nullable('Ignored: the server has one model.')
+    model: str | None = nullable('The base model or an adapter; ignored if it has none.')
     n: bounded(1, 2**16, kind=int) | None = nullable('Completions per prompt (default 1).')
     max_tokens: bounded(0, 2**31, kind=int) | None = nullable('Most tokens in a completion.')
     stream: bool | None = nullable('Stream the completion as server-sent events.')
@@ -221,13 +221,21 @@ class CompletionRequest(Options):
         'Report the log-probabilities of each token and of this many of the most likely ones.'
     )
 
+    tools: unsupported_field() = None
+    tool_choice: unsupported_field('none', 'auto') = None
+    parallel_tool_calls: ignored_field() = None
+
     def prompts(self) -> list:
         """Its prompts, each a string or token ids."""
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if one else self.prompt
 
 
-def parse_content(content: object) -> str:
+def parse_content(content: object, info: ValidationInfo) -> str | None:
+    if content is None:
+        if info.data.get('tool_calls'):
+            return None
+        raise field_error('is missing; add it')
     try:
         return content_text(content)
     except UserError as error:
@@ -247,13 +255,26 @@ TEXT_PART = {
 CONTENT = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': TEXT_PART, 'minItems': 1}]}
 
 
+class CalledFunction(Body):
+    name: Text
+    arguments: str = Field(description='A JSON object.')
+
+
+class ToolCall(Body):
+    id: str | None = nullable('Ignored: results follow the order of their calls.')
+    type: Literal['function'] = 'function'
+    function: CalledFunction
+
+
 class ChatMessage(Body):
     role: str
-    content: Annotated[Any, AfterValidator(parse_content), WithJsonSchema(CONTENT)]
+    tool_calls: list[ToolCall] | None = nullable('Of the assistant.')
+    content: Annotated[Any, AfterValidator(parse_content), WithJsonSchema(CONTENT)] = Field(
+        None, validate_default=True, description='May be null beside tool_calls.'
+    )
+    tool_call_id: str | None = nullable('Ignored: results follow the order of their calls.')
     type: unsupported_field('text', 'message') = None
     name: unsupported_field() = None
-    tool_calls: unsupported_field() = None
-    tool_call_id: unsupported_field() = None
     function_call: unsupported_field() = None
     refusal: unsupported_field() = None
     audio: unsupported_field() = None
@@ -262,6 +283,27 @@ class ChatMessage(Body):
     reasoning_content: unsupported_field() = None
     prefix: unsupported_field(False) = None
     id: ignored_field() = None
+
+
+class Function(Body):
+    name: Annotated[str, Field(pattern=r'^[\w.-]{1,64}$')]
+    description: str | None = nullable('What the model reads about it.')
+    parameters: dict[str, Any] | None = nullable('A JSON schema, which calls follow.')
+    strict: bool | None = nullable('Ignored: a schema is always followed.')
+
+
+class Tool(Body):
+    type: Literal['function']
+    function: Function
+
+
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal['function']
+    function: FunctionName
 
 
 class ChatRequest(Options):
@@ -280,6 +322,41 @@ class ChatRequest(Options):
         'And of this many of the most likely ones.'
     )
     echo: unsupported_field(False) = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = nullable('Functions to call.')
+    tool_choice: Literal['none', 'auto', 'required'] | NamedTool | None = nullable(
+        'Whether to call a function, or which (default auto).'
+    )
+    parallel_tool_calls: bool | None = nullable(
+        'Whether there may be several calls (default true).'
+    )
+
+    @field_validator('tool_choice')
+    def check_tool_choice(cls, value: str | NamedTool | None, info: ValidationInfo):
+        names = [tool.function.name for tool in info.data.get('tools') or []]
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise field_error(f'there is no tool {value.function.name!r}; add it to "tools"')
+        if value == 'required' and not names:
+            raise field_error('needs "tools" as well')
+        return value
+
+    @property
+    def calls_tools(self) -> bool:
+        return bool(self.tools) and self.tool_choice != 'none'
+
+    def tool_grammars(self) -> list[tuple[str, str, object]]:
+        """The grammar of calls; see grammars()."""
+        if not self.calls_tools:
+            return []
+        functions = [(tool.function.name, tool.function.parameters) for tool in self.tools]
+        if isinstance(self.tool_choice, NamedTool):
+            functions = [each for each in functions if each[0] == self.tool_choice.function.name]
+        several = self.parallel_tool_calls is not False and not isinstance(
+            self.tool_choice, NamedTool
+        )
+        required = self.tool_choice not in (None, 'auto')
+        return [
+            ('tools', 'tools', {'functions': functions, 'several': several, 'text': not required})
+        ]
 
     @field_validator('max_completion_tokens')
     def check_one_limit(cls, value: int | None, info: ValidationInfo):
@@ -369,9 +446,17 @@ class ChatLogprobs(BaseModel):
     content: list[ChatScores]
 
 
+class ChatCall(BaseModel):
+    index: int | None = Field(None, description='In streams, which have each call as a whole.')
+    id: str
+    type: Literal['function']
+    function: CalledFunction
+
+
 class ChatText(BaseModel):
     role: Literal['assistant'] | None = None
     content: str | None = None
+    tool_calls: list[ChatCall] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -379,7 +464,7 @@ class ChatChoice(BaseModel):
     message: ChatText | None = Field(None, description='Without stream.')
     delta: ChatText | None = Field(None, description='With stream: what this event adds.')
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal['stop', 'length'] | None
+    finish_reason: Literal['stop', 'length', 'tool_calls'] | None
 
 
 class Usage(BaseModel):

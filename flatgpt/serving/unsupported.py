@@ -33,8 +33,6 @@ UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
     'reasoning': (),
     'thinking': ({'type': 'disabled'},),
     'web_search_options': (),
-    'tools': (),
-    'tool_choice': ('none', 'auto'),
     'functions': (),
     'function_call': ('none', 'auto'),
     'store': (False,),
@@ -93,11 +91,10 @@ UNSUPPORTED_FIELDS = {  # name: values that request nothing, besides UNSET
 # an empty value is a request, too: any JSON, for example
 CONSTRAINT_FIELDS = 'text_format json_schema regex ebnf grammar'.split()
 IGNORED_FIELDS = """user metadata safety_identifier prompt_cache_key prompt_cache_retention
-prompt_cache_options service_tier parallel_tool_calls include_reasoning request_id session_id
-priority cache_prompt cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend
-add_special_tokens spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base
-dry_allowed_length dry_penalty_last_n dry_sequence_breakers dynatemp_exponent
-smoothing_curve""".split()
+prompt_cache_options service_tier include_reasoning request_id session_id priority cache_prompt
+cache_salt id_slot keep_alive kv_transfer_params guided_decoding_backend add_special_tokens
+spaces_between_special_tokens mirostat_tau mirostat_eta xtc_threshold dry_base dry_allowed_length
+dry_penalty_last_n dry_sequence_breakers dynatemp_exponent smoothing_curve""".split()
 
 
 def field_error(message: str) -> PydanticCustomError:

@@ -29,6 +29,7 @@ NEEDS = {  # likewise, for values of the wrong type or size
     'finite_number': 'a number below 1.8e308',
     'bool_type': 'true or false',
     'literal_error': '{expected}',
+    'string_pattern_mismatch': 'text like {pattern}',
     'string_type': 'a string',
     'list_type': 'a list',
     'dict_type': 'an object',
@@ -37,7 +38,7 @@ NEEDS = {  # likewise, for values of the wrong type or size
     'greater_than_equal': 'at least {ge}',
     'less_than_equal': 'at most {le}',
 }
-OBJECTS = ('messages', 'stream_options', 'tokens', 'response_format', 'structured_outputs')
+OBJECTS = 'messages stream_options tokens response_format structured_outputs tools'.split()
 SHAPES = {  # fields for whose parts pydantic reports errors: all types that are allowed, and items
     'prompt': 'must be a string, a list of token ids, or a list of either; none may be empty',
     'stop': f'must be a string of 1 to {MAX_STOP_LENGTH} characters, or a list of at most '

@@ -251,7 +251,7 @@ def test_an_ignored_field_is_ignored_in_rows_and_messages(tmp_path):
 
 
 def test_invalid_rows_are_skipped_with_bad_drop(tmp_path, capsys):
-    bad = {'messages': [ASK, TELL | {'tool_calls': [{}]}]}
+    bad = {'messages': [ASK, TELL | {'function_call': [{}]}]}
     data = prepared(tmp_path, [bad, [ASK, TELL], {'prompt': 'a'}, 7], '--bad=drop')
     assert len(packed(data)) == 1
     out = capsys.readouterr().out
@@ -259,7 +259,7 @@ def test_invalid_rows_are_skipped_with_bad_drop(tmp_path, capsys):
     assert f'{tmp_path / "source.jsonl"}, line 1: messages[1]: has unknown fields' in out
     message = refused(prepared, tmp_path, [bad], '--bad=drop')
     assert 'skipped 1 record with errors (' in message
-    assert 'tool_calls' in message
+    assert 'function_call' in message
 
 
 @pytest.mark.parametrize('indent', [None, 1])
@@ -558,8 +558,8 @@ def test_a_pair_that_truncation_makes_equal_is_skipped(tmp_path, capsys):
         ('[{"role": "user", "content": "Hi"}]', 'no message of the assistant'),
         ('[{"messages": []}, {"messages": []}]', 'an array of conversations'),
         (
-            '[{"role": "tool", "content": "1"}]',
-            "messages[0]: unknown role 'tool'; use one of system",
+            '[{"role": "judge", "content": "1"}]',
+            "messages[0]: unknown role 'judge'; use one of system",
         ),
         ('{"instruction": 1, "output": "a"}', "'instruction' is 1"),
         ('{"prompt": "a", "chosen": "b"}', "no 'rejected'; a preference pair needs"),
@@ -623,7 +623,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
                 {'messages': [ASK, {'role': 'assistant', 'content': None, name: 'x'}]},
                 f'messages[1]: has unknown fields that might affect training: {name!r}',
             )
-            for name in ('tool_calls', 'function_call', 'reasoning_content', 'thinking', 'audio')
+            for name in ('function_call', 'reasoning_content', 'thinking', 'audio')
         ),
         *(
             ({'messages': [ASK, TELL | {name: True}]}, f'{name!r}; if not, add --ignore={name}')
@@ -631,7 +631,7 @@ CHOICE = {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
         ),
         *(
             (GOOD | {name: 4}, f'training: {name!r}; if not, add --ignore={name}')
-            for name in ('score', 'rating', 'tools', 'train_on_input', 'text', 'functions')
+            for name in ('score', 'rating', 'train_on_input', 'text', 'functions')
         ),
         ({'messages': [ASK | {'train': True}, TELL]}, "'train' is set on a message of 'user'"),
         ({'messages': [ASK, TELL | {'train': True, 'weight': 0}]}, "'weight', 'train' contradict"),

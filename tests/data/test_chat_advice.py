@@ -200,9 +200,9 @@ def test_the_formats_in_the_help_are_read(tmp_path, capsys):
 
 @error_line('or add the role with', 'unknown role {}; use one of')
 def test_a_role_can_be_added_to_the_template(tmp_path):
-    source = lines(tmp_path / 'rows.jsonl', [FINE, [ASK | {'role': 'tool'}, TELL], FINE])
+    source = lines(tmp_path / 'rows.jsonl', [FINE, [ASK | {'role': 'judge'}, TELL], FINE])
     assert 'add the role with --template=FILE' in refused(run, source)
-    template = prepare.TEMPLATE | {'tool': ['Tool:\n', '\n']}
+    template = prepare.TEMPLATE | {'judge': ['Judge:\n', '\n']}
     (tmp_path / 'template.json').write_text(json.dumps(template))
     assert run(source, f'--template={tmp_path / "template.json"}') == {'Seven.'}
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 
 import pytest
@@ -231,6 +232,15 @@ def test_a_source_that_cannot_be_read_is_one_line(kind, bad, good):
     with pytest.raises(UserError, match=r'; correct the (schema|grammar)$'):
         Grammars(byte_tokenizer()).compile(kind, bad)
     assert write(byte_tokenizer(), kind, good, 1)[0][1] == 'stop'
+
+
+@error_line('characters; the limit is')
+def test_a_source_has_a_limit_which_the_line_says():
+    grammars = Grammars(byte_tokenizer())
+    with pytest.raises(UserError) as error:
+        grammars.compile('choice', ['a' * 300_000])
+    limit = int(re.search(r'the limit is ([\d,]+)', str(error.value))[1].replace(',', ''))
+    assert grammars.compile('choice', ['a' * (limit - 4)])
 
 
 def test_a_vocabulary_that_cannot_begin_a_text_is_refused_at_once():

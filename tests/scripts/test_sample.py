@@ -293,8 +293,9 @@ def test_samples_replies_and_batches_follow_a_json_schema(tmp_path):
     schema.write_text('{"enum": [{"a": 1}, ["b"]]}')
     allowed = {'{"a":1}', '["b"]'}
     result = sample('x', *flags, '--num_samples=4')
-    texts = {''.join(text.split())[1:] for text in result.stdout.split('---------------')}
-    assert texts <= allowed
+    parts = result.stdout.split('---------------')
+    texts = {''.join(part.split()).removeprefix('x') for part in parts}
+    assert texts - {''} <= allowed  # after the last separator
     result = sample(*flags, '--chat', input='hello\n')
     assert any(text in ''.join(result.stdout.split()) for text in allowed)
     (tmp_path / 'p.txt').write_text('one\ntwo\n')

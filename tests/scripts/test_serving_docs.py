@@ -9,12 +9,13 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import ROOT, random_model
+from conftest import ROOT, saved
 from server import (
     documented_paths,
     served,
 )
 
+import api
 from flatgpt.data.tokenizer import byte_tokenizer
 
 pytest_plugins = ['server']
@@ -23,11 +24,14 @@ EXAMPLES = re.findall(r'^curl .*$', PAGE, re.M)
 
 
 @pytest.fixture
-def port(make_app):
+def port(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = {role: [f'{role}: ', '\n'] for role in ('user', 'assistant')}
-    with served(make_app(tokenizer, random_model(tokenizer.vocab_size, 256))) as port:
+    run = saved(tmp_path / 'mine', tokenizer, block_size=1024)
+    app = api.create_app(out_dir=str(run), device='cpu', dtype='float32')
+    with served(app) as port:
         yield port
+    app.extensions['flatgpt'].close()
 
 
 def run_in_shell(line, port):

@@ -761,7 +761,7 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
 @pytest.mark.parametrize(
     ('body', 'says'),
     [
-        ({'messages': [{'role': 'tool', 'content': 'x'}]}, "messages[0]: unknown role 'tool'"),
+        ({'messages': [{'role': 'judge', 'content': 'x'}]}, "messages[0]: unknown role 'judge'"),
         ({'messages': []}, 'messages: is empty; it needs at least one entry'),
         ({'messages': [{'role': 'user'}]}, 'messages[0].content: is missing; add it'),
         ({'messages': [{'role': 'user', 'content': 'x' * 60}]}, "the model's context holds 64"),
@@ -769,7 +769,10 @@ def test_a_turn_ends_at_its_token_or_at_its_text(chatting, make_app):
         ({'messages': [{**TALK[1], 'content': None}]}, 'messages[0].content: '),
         ({'messages': [{**TALK[1], 'content': [{'type': 'image_url'}]}]}, "type 'image_url'"),
         ({'messages': [{**TALK[1], 'name': 'Bob'}]}, 'messages[0].name: '),
-        ({'messages': [{**TALK[1], 'tool_calls': [{}]}]}, 'messages[0].tool_calls: '),
+        (
+            {'messages': [{**TALK[1], 'tool_calls': [{}]}]},
+            'messages[0].tool_calls[0].function: is missing',
+        ),
         ({'messages': [{**TALK[1], 'other': 1}]}, 'messages[0].other: no such field'),
         ({'messages': TALK, 'max_tokens': 0}, 'max_tokens: must be at least 1, not 0'),
         ({'messages': TALK, 'max_completion_tokens': 0}, 'max_completion_tokens: '),

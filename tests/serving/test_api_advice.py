@@ -188,7 +188,7 @@ def test_an_unknown_field_is_found_in_the_documentation(chat_client):
     ('bad', 'status'),
     [
         case('no text in them; add some', {'role': 'user', 'content': ''}, 400),
-        case('messages[{}]: {}', {'role': 'tool', 'content': 'abc'}, 400),
+        case('messages[{}]: {}', {'role': 'judge', 'content': 'abc'}, 400),
         case('messages: {}', {'role': 'user', 'content': 'abcd'}, 400),
     ],
 )
@@ -409,7 +409,8 @@ def test_fewer_slots_fit_into_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(api, 'Engine', SmallEngine)
     model = random_model(VOCABULARY, SIZE)
     model.int8 = True
-    settings = {'device': 'cpu', 'deterministic': False, 'chunk': 8, 'max_rows': 8, 'draft': None}
+    settings = {'device': 'cpu', 'deterministic': False, 'chunk': 8, 'max_rows': 8}
+    settings |= {'adapters': None, 'name': None, 'draft': None}
     for expected in (4, 2):
         with pytest.raises(UserError) as caught:
             api.build_engine((model, byte_tokenizer()), settings)

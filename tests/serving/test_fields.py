@@ -57,7 +57,7 @@ def test_the_fields_of_messages_and_of_options_are_known():
     kinds = [getattr(chat, f'ChatCompletion{kind}MessageParam') for kind in MESSAGES]
     for name in fields_of(*kinds):
         state = state_of(schema.ChatMessage, name)
-        assert (state == 'works') == (name in ('role', 'content'))
+        assert (state == 'works') == (name in ('role', 'content', 'tool_calls'))
         assert state == 'works' or f'`{name}`' in PAGE
     for name in fields_of(chat.ChatCompletionStreamOptionsParam):
         state_of(schema.StreamOptions, name)
