@@ -31,7 +31,6 @@ from configurator import check_known, configure, setting_annotations, update_set
 from flatgpt import ROOT
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import Engine
-from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
 from flatgpt.serving.api_error import APIError
@@ -75,7 +74,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that i
 quantize: str | None = None
 # guesses tokens, to compute several at once with the same result: 'ngram' from the text itself, a
 # run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
-draft: str | None = 'ngram'
+draft: str | None = None
 name: str | None = None  # the model's name for clients; None: the name of its folder
 # server
 host = '127.0.0.1'  # address to listen at; one that other machines can reach needs an API key
@@ -178,7 +177,7 @@ def check_settings(settings: dict) -> None:
     check_range(0, None, settings, 'max_queue')
     check_range(0, 65535, settings, 'port')
     check_range(0.001, None, settings, 'max_seconds', 'max_body')
-    if settings['deterministic'] and settings['draft'] not in (None, NGRAM):
+    if settings['deterministic'] and settings['draft']:
         raise ConfigError(
             f'draft={settings["draft"]}: deterministic=True computes tokens one by one; omit one '
             'of the two'
