@@ -33,7 +33,6 @@ from flatgpt.checkpoint.load import read_adapters
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.adapters import adapted_model
 from flatgpt.inference.engine import Engine
-from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
 from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder, ToolBuilder
@@ -78,7 +77,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that i
 quantize: str | None = None
 # guesses tokens, to compute several at once with the same result: 'ngram' from the text itself, a
 # run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
-draft: str | None = 'ngram'
+draft: str | None = None
 name: str | None = None  # the model's name for clients; None: the name of its folder
 adapters: str | None = None  # LoRA adapters of it, name:path with commas; clients choose by `model`
 # server
@@ -211,7 +210,7 @@ def check_settings(settings: dict) -> None:
     check_range(0, None, settings, 'max_queue')
     check_range(0, 65535, settings, 'port')
     check_range(0.001, None, settings, 'max_seconds', 'max_body')
-    if settings['deterministic'] and settings['draft'] not in (None, NGRAM):
+    if settings['deterministic'] and settings['draft']:
         raise ConfigError(
             f'draft={settings["draft"]}: deterministic=True computes tokens one by one; omit one '
             'of the two'

@@ -68,7 +68,7 @@ dtype = 'auto'  # 'float32', 'bfloat16' or 'float16'; 'auto': the fastest that i
 quantize: str | None = None
 # guesses tokens, to compute several at once with the same result: 'ngram' from the text itself, a
 # run from a smaller model with the same tokenizer; None: no guesses; without effect on a GPU
-draft: str | None = 'ngram'
+draft: str | None = None
 # generation
 start = '\n'  # the prompt; FILE:prompt.txt reads a file; may contain <|endoftext|>
 chat = False  # an interactive console instead of samples
