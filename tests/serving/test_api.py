@@ -1131,7 +1131,7 @@ def test_another_error_is_not_reported_as_out_of_memory(make_app, monkeypatch):
 def test_a_completion_without_finite_logits_is_an_error_and_the_engine_continues(client, caplog):
     service = service_of(client)
     sample_requests = service.engine.runner.sample_requests
-    service.engine.runner.sample_requests = lambda requests, logits: [-1] * len(requests)
+    service.engine.runner.sample_requests = lambda requests, *_: [-1] * len(requests)
     error = ask(client, 500, prompt='a', n=2)['error']
     assert (error['message'], error['code']) == (NOT_FINITE, 'not_finite')
     assert caplog.text.count(NOT_FINITE) == 1

@@ -65,7 +65,7 @@ def calls_of(choice):
 def written(client, text, **body):
     """The choice for a text that the engine is made to write."""
     service = client.application.extensions['flatgpt']
-    service.engine.runner.sample_requests = lambda requests, logits: [
+    service.engine.runner.sample_requests = lambda requests, *_: [
         [*text.encode(), 256][len(request.output_ids)] for request in requests
     ]
     return ask(client, **body)['choices'][0]
@@ -111,7 +111,7 @@ def test_text_that_begins_a_call_becomes_a_call_of_the_schema(client):
     service = client.application.extensions['flatgpt']
     sample, begin = service.engine.runner.sample_requests, b'Hm <tool_call>'
 
-    def begun(requests, logits):
+    def begun(requests, logits, guessed):
         tokens = sample(requests, logits)
         at = len(requests[0].output_ids)
         return [begin[at]] if at < len(begin) else tokens
