@@ -252,7 +252,8 @@ TEXT_PART = {
     'required': ['type', 'text'],
     'additionalProperties': False,
 }
-CONTENT = {'anyOf': [{'type': 'string'}, {'type': 'array', 'items': TEXT_PART, 'minItems': 1}]}
+PARTS = {'type': 'array', 'items': TEXT_PART, 'minItems': 1}
+CONTENT = {'anyOf': [{'type': 'string'}, PARTS, {'type': 'null'}]}
 
 
 class CalledFunction(Body):

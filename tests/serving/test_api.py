@@ -827,8 +827,8 @@ def test_a_turn_ends_at_the_token_that_the_end_of_text_stands_for(make_app):
     tokens, special = [*byte_tokenizer().token_bytes[:256], b'</s>'], {'</s>': 256}
     tokenizer = Tokenizer('byte', 'byte', tokens, special, '', template, end_ids=[256])
     client = make_app(tokenizer).test_client()
-    messages = schema.ChatRequest(messages=TALK[1:]).messages
-    assert service_of(client).encode_messages(messages)[1] == ''  # no stop string
+    body = schema.ChatRequest(messages=TALK[1:])
+    assert service_of(client).encode_messages(body)[1] == ''  # no stop string
     write(service_of(client), [*b'yes ', *EOT.encode(), 256])  # spelt, which is not the token
     answer = ask(client, path=CHAT, messages=TALK[1:], max_tokens=30)
     assert answer['choices'][0]['message']['content'] == f'yes {EOT}'
@@ -1346,7 +1346,7 @@ def test_the_openapi_document_is_valid_and_has_every_path(client, app):
     for path, methods in document['paths'].items():
         for method, operation in methods.items():
             guarded = '401' in operation['responses']
-            assert guarded == path.startswith(('/v1', '/tok', '/detok'))
+            assert guarded == path.startswith(('/v1', '/tok', '/detok', '/reload'))
             assert ('requestBody' in operation) <= (method == 'post')
 
 
