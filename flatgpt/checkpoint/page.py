@@ -149,7 +149,7 @@ def page_pattern(tokenizer: Tokenizer) -> str:
     There, only escapes that mean something are allowed, and whitespace has U+FEFF and lacks U+0085.
     """
     pattern = PATTERNS.get(tokenizer.name, tokenizer.pattern)
-    if re.search(r'\(\?i|\\-|[?*+}]\+', pattern):
+    if re.search(r'\(\?i|\\-|(?:[?*+]|\{\d[\d,]*})\+', pattern):  # possessive quantifiers, too
         raise UserError(
             f'tokenizer {tokenizer.name}: a page splits text like byte, char, gpt2 or our own bpe; '
             'serve the model with api.py'
