@@ -21,7 +21,7 @@ pytestmark = [
 ]
 MOMENTS = {  # where a signal arrives: during the completions, the reward, or the update
     'completions': (Engine, 'step'),
-    'reward': (Rollouts, 'judge'),
+    'reward': (Rollouts, 'score'),
     'update': (run_module.Progress, 'advance'),
 }
 
