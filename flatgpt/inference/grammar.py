@@ -29,7 +29,7 @@ KINDS = {
 WHITESPACE = r'( |\n[ \t]{0,32})'
 # Of one completion. The library's own limit on states allows half a gigabyte.
 LIMITS = {'max_lexer_states': 25_000, 'verbose_errors': False}
-MAX_SOURCE = 2**18  # characters of a grammar: compiling it takes seconds at most
+MAX_SOURCE = 2**16  # characters of a grammar: the time to compile a regex is quadratic, up to 2 s
 DEAD_END = 'no token of this vocabulary continues the text as {} requires; use another model'
 
 
