@@ -98,8 +98,9 @@ deterministic = False  # compute each completion bit for bit the same under any 
 # -----------------------------------------------------------------------------
 
 # settings that load a model
-MODEL_SETTINGS = ('out_dir', 'init_from', 'checkpoint', 'tokenizer', 'device', 'dtype', 'quantize')
-MODEL_SETTINGS += ('adapters',)
+MODEL_SETTINGS = (
+    'out_dir', 'init_from', 'checkpoint', 'tokenizer', 'device', 'dtype', 'quantize', 'adapters',
+)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # the application

@@ -124,6 +124,14 @@ def meets_its_error_lines(request, monkeypatch):
         assert any(map(met.search, REPORTED)), f'did not meet {part!r}'
 
 
+def finish(engine, *requests):
+    """Run an engine until it has completed these requests."""
+    for request in requests:
+        engine.submit(request)
+    while engine.step():
+        pass
+
+
 def random_model(vocab_size, block_size=16, seed=0, **changes):
     """An untrained model whose predictions are far from uniform."""
     torch.manual_seed(seed)

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from flatgpt.benchmarks.scoring import score
@@ -31,6 +30,7 @@ from flatgpt.data.download import download, download_folder
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, counted, reason_of
 from flatgpt.files import atomic_file
+from flatgpt.inference.batch import fingerprint
 from model import GPT
 
 URL = 'https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip'
@@ -224,15 +224,6 @@ class Scored:
             with self.path.open('a', encoding='utf-8') as file:
                 file.write(f'\n{json.dumps(record)}')  # below a line that was cut off
         return self.found[key, first]
-
-
-@torch.inference_mode()
-def fingerprint(model: GPT) -> str:
-    """What tells models apart, whatever their format: some of their logits."""
-    size = min(64, model.config.block_size)
-    ids = torch.arange(size, device=model.embedding.weight.device) % model.config.vocab_size
-    logits, _ = model(ids[None])  # (1, T, V)
-    return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
 
 
 def score_group(

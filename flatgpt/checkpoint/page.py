@@ -22,7 +22,7 @@ from flatgpt.files import atomic_file
 from flatgpt.inference.quantize import Int8Linear, prepare_for_inference
 from model import GPT
 
-MAX_PARAMETERS = 32_000_000  # about 40 MB, and 30 tokens/s
+MAX_PARAMETERS = 32_000_000  # about 40 MB; the speed of so large a page was not measured
 ALIGNMENT = 16  # bytes: a tensor begins at a multiple, where a typed array may
 TEMPLATE = Path(__file__).with_name('page.html')
 PLAYGROUND = ROOT / 'flatgpt' / 'serving' / 'playground.html'

@@ -10,6 +10,7 @@ import threading
 
 import torch
 
+from flatgpt.checkpoint.weights import meta_model
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import (
     available_host_memory,
@@ -19,7 +20,6 @@ from flatgpt.runtime import (
 )
 from flatgpt.serving.api_error import APIError
 from flatgpt.serving.job import LOG
-from model import GPT
 
 
 def memory_advice(slots: int) -> str:
@@ -90,8 +90,7 @@ class Engines:
     def second_engine_bytes(self) -> tuple[int, int]:
         """Bytes of main memory and of the device that another engine needs while it is loaded."""
         model, cache = self.current.model, self.current.runner.cache.kv
-        with torch.device('meta'):
-            parameters = sum(p.numel() for p in GPT(model.config).parameters())
+        parameters = sum(p.numel() for p in meta_model(model.config).parameters())
         weights = parameters * model.embedding.weight.element_size()
         loaded = parameters * 4  # checkpoints are read in float32
         if cache.device.type == 'cpu':

@@ -210,10 +210,8 @@ class Service:
             raise APIError(400, self.no_such_token('logit_bias', largest), 'logit_bias')
         prompts = [self.to_ids(prompt, 'prompt') for prompt in prompts]
         self.check_lengths(max(map(len, prompts)), body.sampling().max_new_tokens)
-        grammar, adapter = (
-            self.compile_grammar([*body.grammars(), *grammars]),
-            self.adapter_of(body),
-        )
+        grammar = self.compile_grammar([*body.grammars(), *grammars])
+        adapter = self.adapter_of(body)
         seconds = self.settings['max_seconds']
         job = CompletionJob(
             body, prompts, self.engine, client_disconnected, seconds, builder, grammar, adapter

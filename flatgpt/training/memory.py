@@ -27,7 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from flatgpt import ROOT
 from flatgpt.checkpoint.load import list_checkpoints
 from flatgpt.checkpoint.save import SYNC_SAVE_BYTES
-from flatgpt.checkpoint.weights import SkipRandom
+from flatgpt.checkpoint.weights import SkipRandom, meta_model
 from flatgpt.data.dataset import read_meta, resolve_dataset
 from flatgpt.errors import UserError, as_config_error
 from flatgpt.inference.kv_cache import cache_dtype
@@ -149,8 +149,7 @@ def rollout_length(config: dict, shape: GPTConfig) -> int:
 
 def copies_bytes(shape: GPTConfig, dtype: torch.dtype, has_reference: bool) -> int:
     """Bytes of the weights in 16 bits, which complete prompts, and of the reference."""
-    with torch.device('meta'), SkipRandom():
-        parameters = sum(p.numel() for p in GPT(shape).parameters())
+    parameters = sum(p.numel() for p in meta_model(shape).parameters())
     return parameters * ((dtype != torch.float32) * dtype.itemsize + 4 * has_reference)
 
 
@@ -176,8 +175,7 @@ def will_compile(
     setting = config['compile']
     if setting != 'auto' or not runtime.wants_compile(setting):
         return runtime.wants_compile(setting)
-    with torch.device('meta'), SkipRandom():
-        flops = GPT(shape).flops_per_token()
+    flops = meta_model(shape).flops_per_token()
     tokens = rows * sequences_of_each(config) * shape.block_size
     passes, shapes = config['max_iters'] * micro_steps, 1 + (config['short_iters'] > 0)
     work = ComputeWorkload(passes, tokens * flops, shape.n_layer, shapes)
@@ -600,8 +598,7 @@ def report(
     lines = [
         f'memory of {process} on {where}: {whole / 1e6:,.1f}M parameters with all embeddings'
         f'{trained_part}; {workload.micro_batch_size * workload.sequences} x {shape.block_size} '
-        f'tokens at a time, '
-        f'{str(workload.dtype).removeprefix("torch.")}',
+        f'tokens at a time, {str(workload.dtype).removeprefix("torch.")}',
         *(f'  {name:<36}{size / 1e6:10,.0f} MB' for name, size in peak.items() if size),
         f'  {f"total at the peak of {step}":<36}{peak.total() / 1e6:10,.0f} MB',
     ]

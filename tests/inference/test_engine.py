@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import finish, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -798,13 +798,6 @@ def count_computed(engine):
 
     engine.model.forward = counted
     return counts
-
-
-def finish(engine, *requests):
-    for request in requests:
-        engine.submit(request)
-    while engine.step():
-        pass
 
 
 @pytest.mark.parametrize('rows', [1, 3])

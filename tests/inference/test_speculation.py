@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import finish, random_model
 
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.inference import model_runner
@@ -59,13 +59,6 @@ def engine_with(model, draft, slots):
     engine = Engine(model, TOKENIZER, slots, draft=draft if known else None)
     engine.draft = engine.draft if known else draft
     return engine
-
-
-def finish(engine, *requests):
-    for request in requests:
-        engine.submit(request)
-    while engine.step():
-        pass
 
 
 def complete(model, prompts, sampling, draft=None, slots=4, **options):
