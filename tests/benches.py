@@ -1,11 +1,15 @@
 """What the tests of bench.py and its package share: tiny settings, and how a mistake ends."""
 
 import pytest
+import torch
 
 import bench
 from configurator import configure
+from flatgpt.benchmarks import baselines, implementations
 from flatgpt.errors import UserError
+from flatgpt.runtime import Runtime
 
+RUNTIME = Runtime('cpu', torch.float32)
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--vocab_size=40', '--block_size=16']
 TINY += ['--prompt_tokens=4', '--new_tokens=5', '--rounds=1', '--steps=1', '--device=cpu']
 
@@ -19,3 +23,31 @@ def refused(*flags) -> str:
         bench.main(settings(*flags))
     assert '\n' not in str(caught.value)
     return str(caught.value)
+
+
+class ImplementationHere(implementations.Implementation):
+    """One in this process: importing torch and transformers takes another some seconds."""
+
+    about = ''
+
+    def __init__(self, name, settings):
+        self.name, self.format, self.failure = name, settings.get('format', ''), None
+        self.program = baselines.BUILDERS[name](settings, RUNTIME)
+
+    def wait_until_ready(self):
+        pass
+
+    def ask(self, method, arguments, trace):
+        return implementations.measure(self.program, RUNTIME, method, arguments, trace)
+
+    def dismiss(self):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Implementations run in the test's process."""
+    monkeypatch.setattr(implementations, 'Implementation', ImplementationHere)

@@ -11,6 +11,8 @@ name.
 """
 
 import ctypes
+import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -23,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
+PORTS = itertools.count(20_000 + 64 * os.getpid() % 10_000)  # test processes have their own
 
 
 # -----------------------------------------------------------------------------
@@ -56,6 +59,7 @@ def become(task: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
+    faulthandler.enable(2)
     os.environ.clear()
     os.environ.update(task['env'])
     if task['host']:
@@ -99,7 +103,10 @@ class Rank:
         """Wait for the process -> its exit status."""
         deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
-            assert time.monotonic() < deadline, f'running: {self.out[-500:]} {self.err[-2000:]}'
+            if time.monotonic() > deadline:
+                self.send(signal.SIGABRT)  # then it prints where each of its threads is
+                time.sleep(1)
+                raise AssertionError(f'running: {self.out[-500:]} {self.err[-4000:]}')
             time.sleep(0.01)
         return status
 
@@ -180,9 +187,11 @@ class Forks:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+    """A port below those that the system gives to connections, which could take it meanwhile."""
+    for port in PORTS:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(('127.0.0.1', port))
+            return port
 
 
 if __name__ == '__main__':

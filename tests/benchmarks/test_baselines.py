@@ -4,42 +4,20 @@ import pytest
 import torch
 from benches import settings
 
-from flatgpt.benchmarks import baselines, decoding, implementations
+from flatgpt.benchmarks import baselines, decoding
 from flatgpt.benchmarks.decoding import bench_generation
 from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report
 from flatgpt.runtime import Runtime
 
+pytest_plugins = ['benches']
 RUNTIME = Runtime('cpu', torch.float32)
 
 
-class ImplementationHere(implementations.Implementation):
-    """One in this process: importing torch and transformers takes another some seconds."""
-
-    about = ''
-
-    def __init__(self, name, settings):
-        self.name, self.format, self.failure = name, settings['format'], None
-        self.program = baselines.BUILDERS[name](settings, RUNTIME)
-
-    def wait_until_ready(self):
-        pass
-
-    def measure(self, method, *arguments):
-        return implementations.Measurement(*getattr(self.program, method)(*arguments))
-
-    def dismiss(self):
-        pass
-
-    def close(self):
-        pass
-
-
-@pytest.mark.usefixtures('small_machine')
+@pytest.mark.usefixtures('small_machine', 'in_this_process')
 @pytest.mark.parametrize('arch', ['gpt2', 'modern'])
 def test_all_implementations_generate_as_many_tokens_from_the_same_weights(arch, monkeypatch):
     pytest.importorskip('transformers', reason='transformers is not installed')
-    monkeypatch.setattr(implementations, 'Implementation', ImplementationHere)
     monkeypatch.setattr(decoding, 'installed_baselines', lambda *args: ([], []))
     config = settings(f'--arch={arch}', '--rows=1,3', '--formats=float32')
     report = Report(config, measure_machine(RUNTIME))

@@ -9,6 +9,7 @@ from flatgpt.benchmarks import cpp_baselines
 from flatgpt.benchmarks.baselines import FlatGPTGeneration
 from flatgpt.runtime import Runtime
 
+pytest_plugins = ['benches']
 RUNTIME = Runtime('cpu', torch.float32)
 
 
@@ -47,7 +48,7 @@ def test_a_baseline_does_the_same_work_with_the_same_weights(shape, name, kind, 
                 assert work['result'] == expected['result']
 
 
-@pytest.mark.usefixtures('small_machine')
+@pytest.mark.usefixtures('small_machine', 'in_this_process')
 def test_a_baseline_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cpp_baselines, 'find_spec', lambda module: None)

@@ -103,8 +103,8 @@ def quiet_harness():
 
 @pytest.fixture(scope='module')
 def every_task():
-    """Looking through fifteen thousand task files takes seconds, so it is done once."""
-    return lm_eval.task_index(['no such task'])
+    """The usual tasks: looking through all fifteen thousand task files takes seconds."""
+    return lm_eval.task_index(['lambada'])
 
 
 @pytest.fixture
@@ -494,6 +494,22 @@ def test_a_mistake_is_one_line_and_writes_nothing(flags, line, run, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     assert line in refused(f'--out_dir={run}', *flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_tasks_are_looked_through_for_one_that_is_not_usual(monkeypatch):
+    indexed = []
+
+    class Index:
+        all_tasks = ('lambada_openai',)
+
+        def __init__(self, include_path, include_defaults=True):
+            indexed.append(include_defaults)
+
+    monkeypatch.setattr(lm_eval, 'TaskManager', Index)
+    lm_eval.task_index(['lambada'])
+    assert indexed == [False]
+    lm_eval.task_index(['lambada', 'mmlu'])
+    assert indexed == [False, False, True]
 
 
 @pytest.mark.parametrize(

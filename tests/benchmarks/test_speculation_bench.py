@@ -12,6 +12,8 @@ from flatgpt.benchmarks.speculation import texts
 from flatgpt.inference.speculation import NGRAM
 from flatgpt.runtime import Runtime
 
+pytest_plugins = ['benches']
+
 
 @pytest.fixture
 def shape():
@@ -34,7 +36,7 @@ def test_the_engine_writes_the_prescribed_text(shape):
                 assert guessed['passes'] == plain['passes']
 
 
-@pytest.mark.usefixtures('small_machine')
+@pytest.mark.usefixtures('small_machine', 'in_this_process')
 def test_guesses_are_compared_with_none_for_each_text(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     flags = '--prompt_tokens=40', '--new_tokens=30', '--block_size=70', '--vocab_size=300'

@@ -110,11 +110,11 @@ def test_a_transformers_folder_gives_the_same_logits(tmp_path, write):
 
 @pytest.mark.parametrize('name', RELEASED_SHAPES)
 def test_each_released_size_gives_the_same_logits(tmp_path, name):
-    """Its layers, heads and proportions; a quarter of the width, and few tokens."""
+    """Its layers, heads and proportions; an eighth of the width, and few tokens."""
     layers, heads, width = RELEASED_SHAPES[name]
-    quarter = width // 4 // heads * heads
+    narrow = width // 8 // heads * heads
     config = transformers.GPT2Config(
-        vocab_size=500, n_positions=32, n_layer=layers, n_head=heads, n_embd=quarter
+        vocab_size=500, n_positions=32, n_layer=layers, n_head=heads, n_embd=narrow
     )
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(config).eval()

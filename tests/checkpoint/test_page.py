@@ -254,7 +254,7 @@ def test_the_quickstart_s_shape_is_small_and_fast(visit, tmp_path, capsys):
     page = visit(random_model(257, 256, **shape), byte_tokenizer())
     assert (tmp_path / 'mine.html').stat().st_size < 3e6
     code = """const began = performance.now()
-        const settings = {temperature: 0.8, topK: 200, maxTokens: 400, seed: 1, stop: []}
+        const settings = {temperature: 0.8, topK: 200, maxTokens: 120, seed: 1, stop: []}
         return complete(encode('The '), settings).then(({written}) =>
             [written.length, 1000 * written.length / (performance.now() - began)])"""
     rates = []

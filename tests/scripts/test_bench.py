@@ -11,6 +11,8 @@ import bench
 from configurator import help_text
 from flatgpt.errors import UserError
 
+pytest_plugins = ['benches']
+
 
 def test_help_has_the_meaning_of_every_setting():
     lines = help_text({'__file__': bench.__file__, **vars(bench)}).splitlines()
@@ -20,7 +22,7 @@ def test_help_has_the_meaning_of_every_setting():
     assert [line for line in listed if not re.match(meaning, line)] == []
 
 
-@pytest.mark.usefixtures('small_machine')
+@pytest.mark.usefixtures('small_machine', 'in_this_process')
 def test_implementations_alternate_and_a_training_step_is_profiled(tmp_path, monkeypatch, capsys):
     pytest.importorskip('transformers', reason='transformers is not installed')
     monkeypatch.chdir(tmp_path)

@@ -36,7 +36,7 @@ LAPTOP = Machine({64: 1e11, 128: 2.5e11, 256: 3.5e11}, 2.0)
 @pytest.fixture
 def auto_here(run_here, byte_dataset, monkeypatch):
     """Run config/auto.py in this process, on a machine of known speed."""
-    monkeypatch.setattr(auto, 'measure', lambda *args: Machine({64: 2e10}, 0.1))
+    monkeypatch.setattr(auto, 'measure', lambda *args: Machine({64: 1e11}, 0.1))
 
     def run(*args):
         monkeypatch.setattr(auto, 'STARTED', time.perf_counter())
@@ -59,6 +59,7 @@ def settings_in(out_dir):
 
 BYTES = byte_tokenizer()
 SMALL = ('--n_layer=2', '--n_embd=64')
+BRIEF = '--minutes=0.05'
 SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps': 40}
 SETTINGS |= {'optimizer': 'muon', 'sample_tokens': 600, 'arch': 'modern', 'bias': False}
 SETTINGS |= {'n_kv_head': None, 'dataset': 'mine', 'block_size': 64}
@@ -297,12 +298,12 @@ def test_two_ranks_choose_and_change_the_same(ranks, byte_dataset, tmp_path):
 def test_the_same_command_resumes_with_the_settings_that_were_chosen(
     auto_here, tmp_path, monkeypatch, capsys
 ):
-    args = ('--minutes=0.1', *SMALL, f'--out_dir={tmp_path / "out"}', '--auto_resume')
+    args = (BRIEF, *SMALL, f'--out_dir={tmp_path / "out"}', '--auto_resume')
     assert auto_here(*args) == 0
     (tmp_path / 'out/DONE').unlink()
     monkeypatch.setattr(auto, 'make_plan', None)
     assert auto_here(*args) == 0
-    assert '--minutes=0.1 is ignored' in capsys.readouterr().out
+    assert f'{BRIEF} is ignored' in capsys.readouterr().out
     assert (tmp_path / 'out/DONE').exists()
 
 
@@ -413,23 +414,23 @@ def test_a_dial_that_cannot_be_followed_is_refused(auto_here, tmp_path, bad, goo
     with pytest.raises(ConfigError):
         auto_here('--minutes=0.1', out, *bad)
     assert not (tmp_path / 'out').exists()
-    assert auto_here('--minutes=0.1', *SMALL, out, *good) == 0
+    assert auto_here('--minutes=0.1', *SMALL, out, *good, '--plan') == 0
 
 
 def test_a_run_that_exists_is_refused_before_the_machine_is_measured(
     auto_here, tmp_path, monkeypatch
 ):
     out = f'--out_dir={tmp_path / "out"}'
-    assert auto_here('--minutes=0.1', *SMALL, out) == 0
+    assert auto_here(BRIEF, *SMALL, out) == 0
     with monkeypatch.context() as patch:
         patch.setattr(auto, 'make_plan', None)
         with pytest.raises(UserError, match='has checkpoints already'):
-            auto_here('--minutes=0.1', *SMALL, out)
-    assert auto_here('--minutes=0.1', *SMALL, out, '--overwrite') == 0
+            auto_here(BRIEF, *SMALL, out)
+    assert auto_here(BRIEF, *SMALL, out, '--overwrite') == 0
 
 
 def test_a_prediction_for_another_architecture_has_a_warning(auto_here, capsys):
-    plan = ('--minutes=0.1', *SMALL, '--plan')
+    plan = (BRIEF, *SMALL, '--plan')
     assert auto_here(*plan) == 0
     assert 'warning' not in capsys.readouterr().out
     assert auto_here(*plan, '--arch=gpt2') == 0
@@ -449,16 +450,16 @@ def test_a_text_that_is_too_short_is_refused_until_there_is_more(auto_here, tmp_
         auto_here(dataset('tiny', 200), out)
     with pytest.raises(ConfigError, match='gpt2 tokenizer has 50,257 tokens'):
         auto_here(dataset('gpt2', 3000, get_tokenizer('gpt2')), out)
-    assert auto_here(dataset('enough', 3000), '--minutes=0.1', *SMALL, out) == 0
+    assert auto_here(dataset('enough', 3000), BRIEF, *SMALL, out) == 0
 
 
 @error_line('chose the settings when this run began')
 def test_minutes_are_refused_with_a_run_that_is_resumed(auto_here, tmp_path):
     out = f'--out_dir={tmp_path / "out"}'
-    assert auto_here('--minutes=0.1', *SMALL, out) == 0
+    assert auto_here(BRIEF, *SMALL, out) == 0
     (tmp_path / 'out/DONE').unlink()
     with pytest.raises(ConfigError):
-        auto_here('--minutes=0.1', out, '--init_from=resume')
+        auto_here(BRIEF, out, '--init_from=resume')
     assert auto_here(out, '--init_from=resume') == 0
 
 
@@ -469,7 +470,7 @@ def test_a_plan_prepares_no_dataset(auto_here, byte_dataset, tmp_path, monkeypat
     folder.mkdir(parents=True)
     (folder / 'prepare.py').write_text('')
     with pytest.raises(ConfigError):
-        auto_here('--minutes=0.1', *SMALL, '--plan', '--dataset=small')
+        auto_here(BRIEF, *SMALL, '--plan', '--dataset=small')
     assert len([*folder.iterdir()]) == 1
     shutil.copytree(byte_dataset, folder, dirs_exist_ok=True)  # as the command does
-    assert auto_here('--minutes=0.1', *SMALL, '--plan', '--dataset=small') == 0
+    assert auto_here(BRIEF, *SMALL, '--plan', '--dataset=small') == 0

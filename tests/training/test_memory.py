@@ -56,7 +56,7 @@ def test_parameters_gradients_and_optimizer_are_counted_to_the_byte():
 
 
 def test_activations_grow_with_the_rows_and_shrink_with_gradient_checkpointing():
-    deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=6))
+    deep = replace(SMALL, shape=replace(SMALL.shape, n_layer=4))
     peaks = {
         rows: step_peak(replace(deep, micro_batch_size=rows))['activations'] for rows in (8, 16)
     }
