@@ -212,7 +212,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, repository: str, commit: str, name: str) -> None:
         content = self.hub.commits[repository, commit][name]
-        begin = int((self.headers.get('Range') or 'bytes=0-').removeprefix('bytes=').split('-')[0])
+        wanted = (self.headers.get('Range') or 'bytes=0-').removeprefix('bytes=')
+        begin, last = (int(number) if number else None for number in wanted.split('-'))
+        end = len(content) if last is None else min(last + 1, len(content))
         headers = {'ETag': f'"{etag(name, content)}"', 'Accept-Ranges': 'bytes'}
         headers['X-Repo-Commit'] = commit
         if self.command == 'HEAD':
@@ -232,17 +234,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reply(416, {'Content-Range': f'bytes */{len(content)}'})
             return
         if self.headers.get('Range'):
-            headers['Content-Range'] = f'bytes {begin}-{len(content) - 1}/{len(content)}'
-        headers['Content-Length'] = str(len(content) - begin)
+            headers['Content-Range'] = f'bytes {begin}-{end - 1}/{len(content)}'
+        headers['Content-Length'] = str(end - begin)
         self.reply(206 if self.headers.get('Range') else 200, headers)
-        half = begin + (len(content) - begin) // 2
+        half = begin + (end - begin) // 2
         self.wfile.write(content[begin:half])
         if callable(trouble):
             trouble()
         if trouble == 'cut':
             self.close_connection = True
         else:
-            self.wfile.write(content[half:])
+            self.wfile.write(content[half:end])
 
     def reply(self, status: int, headers: dict | None = None, body: bytes = b'') -> None:
         self.send_response(status)

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from flatgpt.data.dataset import SPLITS, Writer, read_meta
 from flatgpt.data.download import network_problem
 from flatgpt.data.encode import cores, encode_job, group_chunks, map_in_processes, split_text
 from flatgpt.data.hf_tokenizer import find_tokenizer
+from flatgpt.data.parquet import open_parquet, texts
 from flatgpt.data.parts import combine, is_finished, part_name
 from flatgpt.data.text import output_folder, train_command
 from flatgpt.data.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ COMMAND = 'python data/hub/prepare.py'
 PART_BYTES = 200_000_000  # of text in a part
 VAL_EVERY = 200  # one in so many documents is for validation, in a dataset without such a split
 VALIDATION = 'validation'  # the usual name of the split on the Hub
+FETCHED = 2**25  # bytes of a parquet file fetched at a time
 TEXT_TYPES = ('string', 'large_string')
 
 
@@ -116,12 +119,14 @@ def open_streams(args: argparse.Namespace, revision: str) -> dict:
     """{'val': the validation split, if there is one, 'train': the split to train on}, as streams of
     rows that have only the field."""
     import datasets
+    from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
     with hub_errors(args.repository):
         configs = datasets.get_dataset_config_names(args.repository, revision=revision)
     config = choose_config(args, configs)
     with hub_errors(args.repository):
-        found = datasets.load_dataset(args.repository, config, revision=revision, streaming=True)
+        builder = datasets.load_dataset_builder(args.repository, config, revision=revision)
+        found = builder.as_streaming_dataset()
     if args.split not in found:
         raise UserError(
             f'{args.repository}: has no split {args.split}; choose one with --split=: '
@@ -130,7 +135,14 @@ def open_streams(args: argparse.Namespace, revision: str) -> dict:
     streams = {'train': found[args.split]}
     if VALIDATION in found and args.split != VALIDATION:
         streams = {'val': found[VALIDATION], **streams}
-    return {name: select_field(args, stream) for name, stream in streams.items()}
+    for stream in streams.values():
+        check_field(args, stream)
+    if isinstance(builder.config, ParquetConfig):
+        files = builder.config.data_files
+        return {
+            name: ParquetRows(files[stream.split], args.field) for name, stream in streams.items()
+        }
+    return {name: stream.select_columns([args.field]) for name, stream in streams.items()}
 
 
 def choose_config(args: argparse.Namespace, configs: list[str]) -> str:
@@ -145,8 +157,8 @@ def choose_config(args: argparse.Namespace, configs: list[str]) -> str:
     return config
 
 
-def select_field(args: argparse.Namespace, stream):
-    """A stream of rows that have only the field. UserError unless it is text."""
+def check_field(args: argparse.Namespace, stream) -> None:
+    """UserError unless the rows of a stream have the field, and it is text."""
     with hub_errors(args.repository):
         features = stream.features
         if features is None:  # of files without a schema: what the first row has
@@ -157,7 +169,36 @@ def select_field(args: argparse.Namespace, stream):
             f'{args.repository}: has no field {args.field} with text; choose one with --field=: '
             f'{", ".join(f"{name} ({kind})" for name, kind in kinds.items())}'
         )
-    return stream.select_columns([args.field])
+
+
+class ParquetRows:
+    """The rows of parquet files: a stream like those of `datasets`, which read whole row groups.
+
+    For files of one row group of 200 MB, those took 1.4 GB of memory and this takes 0.5 GB.
+    """
+
+    def __init__(self, files: list[str], field: str):
+        self.files, self.field, self.file, self.row = files, field, 0, 0
+
+    def __iter__(self) -> Iterator[dict]:
+        from huggingface_hub import HfFileSystem
+
+        system = HfFileSystem()
+        while self.file < len(self.files):
+            with (
+                system.open(self.files[self.file], block_size=FETCHED) as file,
+                open_parquet(file) as rows,
+            ):
+                for text in islice(texts(rows, self.field), self.row, None):
+                    self.row += 1
+                    yield {self.field: text}
+            self.file, self.row = self.file + 1, 0
+
+    def state_dict(self) -> dict:
+        return {'file': self.file, 'row': self.row}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.file, self.row = state['file'], state['row']
 
 
 class Documents:

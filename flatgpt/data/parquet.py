@@ -243,7 +243,7 @@ def read_documents(path: Path) -> Iterator[str | None]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=BUFFER) as file:
+        with open_parquet(path) as file:
             columns = {field.name: str(field.type) for field in file.schema_arrow}
             if columns.get(COLUMN) not in ('string', 'large_string'):
                 raise UserError(
@@ -251,13 +251,27 @@ def read_documents(path: Path) -> Iterator[str | None]:
                     f'{", ".join(f"{name} ({kind})" for name, kind in columns.items())}; rename or '
                     'convert a column'
                 )
-            for batch in file.iter_batches(BATCH_ROWS, columns=[COLUMN]):
-                yield from batch.column(0).to_pylist()
+            yield from texts(file, COLUMN)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(
             f'{path}: invalid parquet file ({reason_of(error)}); replace it and run the same '
             'command again to resume'
         ) from error
+
+
+def open_parquet(source):
+    """A ParquetFile of a path or an open file, which is not read as a whole.
+
+    By default a column of a whole row group is read at once, which may be all of the file.
+    """
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(source, pre_buffer=False, buffer_size=BUFFER)
+
+
+def texts(file, column: str) -> Iterator[str | None]:
+    for batch in file.iter_batches(BATCH_ROWS, columns=[column]):
+        yield from batch.column(0).to_pylist()
 
 
 def merge(folder: Path) -> str:

@@ -81,6 +81,12 @@ class Engine:
         return self.scheduler.slots
 
     @property
+    def runners(self) -> list[ModelRunner]:
+        """Those of the model and of the draft, if that is a model."""
+        draft = getattr(self.draft, 'runner', None)
+        return [self.runner, draft] if draft else [self.runner]
+
+    @property
     def waiting(self) -> deque[Request]:
         return self.scheduler.waiting
 

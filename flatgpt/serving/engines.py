@@ -89,10 +89,11 @@ class Engines:
 
     def second_engine_bytes(self) -> tuple[int, int]:
         """Bytes of main memory and of the device that another engine needs while it is loaded."""
-        model, cache = self.current.model, self.current.runner.cache.kv
-        parameters = sum(p.numel() for p in meta_model(model.config).parameters())
-        weights = parameters * model.embedding.weight.element_size()
-        loaded = parameters * 4  # checkpoints are read in float32
-        if cache.device.type == 'cpu':
-            return loaded + weights + cache.nbytes, 0
-        return loaded, weights + cache.nbytes
+        loaded = kept = 0
+        for runner in self.current.runners:
+            parameters = sum(p.numel() for p in meta_model(runner.model.config).parameters())
+            loaded += parameters * 4  # checkpoints are read in float32
+            kept += parameters * runner.model.embedding.weight.element_size()
+            kept += runner.cache.kv.nbytes
+        on_cpu = self.current.model.embedding.weight.device.type == 'cpu'
+        return (loaded + kept, 0) if on_cpu else (loaded, kept)

@@ -14,9 +14,10 @@ from server import PATH, in_background, started, wait_until
 import api
 from flatgpt.checkpoint import save
 from flatgpt.data.tokenizer import byte_tokenizer, char_tokenizer
-from flatgpt.inference.engine import complete
+from flatgpt.inference.engine import Engine, complete
 from flatgpt.inference.sampling import SamplingParams
 from flatgpt.serving import engines
+from flatgpt.serving.engines import Engines
 
 pytest_plugins = ['server']
 BODY = {'prompt': 'a', 'max_tokens': 12, 'temperature': 0}
@@ -123,6 +124,19 @@ def test_without_memory_for_two_models_nothing_changes(client, monkeypatch):
     assert error['code'] == 'memory'
     assert text(client) == expected(random_model(257, 32, seed=1))
     ask(client, path='/reload')
+
+
+def test_a_second_engine_needs_memory_for_its_draft_too():
+    def needed(draft):
+        model = random_model(257, 32)
+        engine = Engine(model, byte_tokenizer(), 2, draft=draft)
+        parameters = sum(p.numel() for p in model.parameters())
+        with contextlib.closing(Engines(engine)) as running:
+            return parameters, engine.runner.cache.kv.nbytes, running.second_engine_bytes()
+
+    parameters, cache, (alone, device) = needed(None)
+    assert (alone, device) == (8 * parameters + cache, 0)
+    assert needed(random_model(257, 32))[2] == (2 * alone, 0)
 
 
 @error_line('the model was not loaded again')
