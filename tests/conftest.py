@@ -52,7 +52,7 @@ NEEDED = {
 }
 collect_ignore = [name for package in NEEDED if not find_spec(package) for name in NEEDED[package]]
 # before a test file imports it
-pytest.register_assert_rewrite('benches', 'browser', 'hub', 'rl_runs', 'server')
+pytest.register_assert_rewrite('benches', 'browser', 'growth', 'hub', 'rl_runs', 'server')
 # A shell ignores these signals in background jobs, and tested programs would inherit that
 for name in ('SIGINT', 'SIGHUP'):
     if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:

@@ -8,12 +8,12 @@ import math
 import os
 import re
 import shlex
-import time
 
 import numpy as np
 import pytest
 from conftest import ROOT, WORDS, metrics, random_model, refused
 from error_lines import error_line
+from growth import check_growth
 
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.checkpoint.gguf import export_gguf
@@ -770,19 +770,15 @@ LARGE = {  # size in bytes -> the text of a file
 @pytest.mark.load
 @pytest.mark.parametrize('kind', LARGE)
 def test_time_is_linear_in_the_size_of_the_data(tmp_path, kind):
-    path, seconds = tmp_path / ('a.json' if kind == 'an array' else 'a.jsonl'), []
+    path = tmp_path / ('a.json' if kind == 'an array' else 'a.jsonl')
     command = [str(path), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
-    for size in (1, 2, 4):
+
+    def run(size):
         path.write_text(LARGE[kind](size * MEGABYTE))
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            with contextlib.suppress(UserError):  # every row may be too long
-                prepare.main(command)
-            times.append(time.process_time() - start)
-        seconds.append(max(min(times), 0.3))  # shorter times depend on the machine's caches
-    # over both doublings, since Python's garbage collector runs during one of them
-    assert seconds[2] / seconds[0] < 2.3**2, seconds
+        with contextlib.suppress(UserError):  # every row may be too long
+            prepare.main(command)
+
+    check_growth(run)
 
 
 def test_a_conversation_that_is_too_long_is_reported_with_long_error(tmp_path):

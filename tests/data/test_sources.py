@@ -2,7 +2,6 @@
 
 import bz2
 import contextlib
-import gc
 import gzip
 import json
 import os
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import saved
 from error_lines import error_line
+from growth import check_growth
 from test_prepare import (
     WORDS,
     ids_of,
@@ -511,24 +511,8 @@ def test_the_worst_input_of_a_few_kilobytes_is_read(name):
 @pytest.mark.load
 @pytest.mark.parametrize('name', WORST)
 def test_time_grows_with_the_length_of_the_worst_input(name):
-    """1, 2 and 4 MB (pages a fifth of that): at most 2.3 times as long for twice as much, over both
-    doublings, without Python's garbage collector.
-
-    Process time is measured, which other programs do not change."""
-    seconds = []
-    for megabytes in (1, 2, 4):
-        best = float('inf')
-        for _ in range(3):
-            gc.collect()
-            gc.disable()  # a collection could fall into any one of the sizes
-            start = time.process_time()
-            try:
-                WORST[name](megabytes * 1_000_000)
-            finally:
-                best = min(best, time.process_time() - start)
-                gc.enable()
-        seconds.append(best)
-    assert seconds[2] < 2.3**2 * max(seconds[0], 0.3), seconds
+    """1 and 4 MB (pages a fifth of that)."""
+    check_growth(lambda megabytes: WORST[name](megabytes * 1_000_000))
 
 
 @pytest.mark.load

@@ -5,7 +5,6 @@ $ FLATGPT_LOAD=10 python -m pytest -m load          # a tenth of the counts
 """
 
 import contextlib
-import gc
 import http.client
 import json
 import os
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import random_model
+from growth import check_growth
 from schemas import random_schema
 from server import (
     GOES_ON,
@@ -381,31 +381,19 @@ def small_client():
 
 @pytest.mark.parametrize('name', LARGE)
 def test_time_grows_with_the_size_of_the_worst_body(small_client, name):
-    """1, 2 and 4 MB: at most 5.3 times as long for four times as much, without Python's garbage
-    collector, in the time of this process: other programs do not count. At a share of the counts,
-    a quarter of these sizes."""
+    """1 and 4 MB; at a share of the counts, a quarter of these sizes."""
     unit = 1_000_000 if SHARE >= 1 else 250_000
-    field, seconds = LARGE[name](99).partition(':')[0], []
+    field = LARGE[name](99).partition(':')[0]
     paths = {'"messages"': [CHAT], '"tokens"': ['/detokenize']}.get(field, [PATH, '/tokenize'])
-    for megabytes in (1, 2, 4):
-        body, best = ('{' + LARGE[name](megabytes * unit) + '}').encode(), float('inf')
-        for _ in range(3):
-            gc.collect()
-            gc.disable()  # it comes when it likes, and looks through all there is
-            start = time.process_time()
-            try:
-                for path in paths:
-                    reply = small_client.post(path, data=body, content_type='application/json')
-                    assert reply.status_code in (200, 400)
-            finally:
-                best = min(best, time.process_time() - start)
-                gc.enable()
-        seconds.append(best)
+    bodies = {size: ('{' + LARGE[name](size * unit) + '}').encode() for size in (1, 4)}
+
+    def run(size):
+        for path in paths:
+            reply = small_client.post(path, data=bodies[size], content_type='application/json')
+            assert reply.status_code in (200, 400)
         assert len(reply.data) < 1000 or reply.status_code == 200
-    print(f'{name}: {", ".join(f"{each:.3f}" for each in seconds)} s')
-    # a shorter time tells what fits into the processor's cache: json.loads alone takes 7 times as
-    # long for four times as many keys, and then twice as long for twice as many
-    assert seconds[2] < 5.3 * max(seconds[0], 0.3), seconds
+
+    check_growth(run)
 
 
 # -----------------------------------------------------------------------------
