@@ -1,4 +1,5 @@
-"""What the tests of bench.py and its package share: tiny settings, and how a mistake ends."""
+"""What the tests of bench.py and its package share: tiny settings, how a mistake ends,
+and implementations in the test's process."""
 
 import pytest
 import torch

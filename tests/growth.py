@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 LEAST_SECONDS = 0.3  # shorter times tell what fits into the processor's cache
 MOST = 2.3**2  # times as long for four times as much
-ATTEMPTS = 4
+ATTEMPTS = 3
 
 
 def check_growth(run: Callable[[int], object]) -> None:
     """run(4) takes at most 5.3 times as long as run(1), in the time of this process.
 
-    The best times count, of a few attempts if needed: other programs, which use the same memory,
-    may slow down any one of them, and Python's garbage collector, which is off.
+    The best times count, for run(4) of a few attempts if needed: other programs, which use the same
+    memory, may slow down any one of them. Python's garbage collector, which comes when it likes, is
+    off.
     """
-    small = large = float('inf')
+    small, large = min(seconds_of(run, 1) for _ in range(ATTEMPTS)), float('inf')
     for _ in range(ATTEMPTS):
-        small = min(small, seconds_of(run, 1), seconds_of(run, 1))
         large = min(large, seconds_of(run, 4))
         if large < MOST * max(small, LEAST_SECONDS):
             return

@@ -240,7 +240,7 @@ def read_chunks(path: Path, val_every: int, empty: list[int]) -> Iterator[Chunk]
 
 
 def read_documents(path: Path) -> Iterator[str | None]:
-    import pyarrow.parquet
+    import pyarrow
 
     try:
         with open_parquet(path) as file:

@@ -1,17 +1,14 @@
 """flatGPT and transformers do the same work from the same weights."""
 
 import pytest
-import torch
-from benches import settings
+from benches import RUNTIME, settings
 
 from flatgpt.benchmarks import baselines, decoding
 from flatgpt.benchmarks.decoding import bench_generation
 from flatgpt.benchmarks.machine import measure_machine
 from flatgpt.benchmarks.report import Report
-from flatgpt.runtime import Runtime
 
 pytest_plugins = ['benches']
-RUNTIME = Runtime('cpu', torch.float32)
 
 
 @pytest.mark.usefixtures('small_machine', 'in_this_process')

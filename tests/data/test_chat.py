@@ -770,13 +770,14 @@ LARGE = {  # size in bytes -> the text of a file
 @pytest.mark.load
 @pytest.mark.parametrize('kind', LARGE)
 def test_time_is_linear_in_the_size_of_the_data(tmp_path, kind):
-    path = tmp_path / ('a.json' if kind == 'an array' else 'a.jsonl')
-    command = [str(path), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte']
+    suffix, files = '.json' if kind == 'an array' else '.jsonl', {}
+    for size in (1, 4):
+        files[size] = tmp_path / f'{size}{suffix}'
+        files[size].write_text(LARGE[kind](size * MEGABYTE))
 
     def run(size):
-        path.write_text(LARGE[kind](size * MEGABYTE))
         with contextlib.suppress(UserError):  # every row may be too long
-            prepare.main(command)
+            prepare.main([str(files[size]), f'--out_dir={tmp_path / "data"}', '--tokenizer=byte'])
 
     check_growth(run)
 

@@ -120,9 +120,10 @@ def test_lines_of_json_and_another_field_and_fewer_documents(hub, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='SIGKILL')
-def test_a_killed_command_resumes_after_its_last_part_with_the_same_revision(hub, tmp_path):
+@pytest.mark.parametrize('file', ['train-00001-of-00003.parquet', 'train-00002-of-00003.parquet'])
+def test_a_killed_command_resumes_after_its_last_part_with_the_same_revision(hub, file, tmp_path):
     begun, over = threading.Event(), threading.Event()
-    hub.trouble = {'train-00002-of-00003.parquet': [lambda: (begun.set(), over.wait(60))]}
+    hub.trouble = {file: [lambda: (begun.set(), over.wait(60))]}
     code = 'import sys; from flatgpt.data import hub; hub.PART_BYTES = 300; hub.main(sys.argv[1:])'
     command = [sys.executable, '-c', code, NAME, '--out_dir=out', '--tokenizer=byte']
     kept = {k: v for k, v in os.environ.items() if not k.startswith('HF_')}

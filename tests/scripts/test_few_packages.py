@@ -56,6 +56,8 @@ def test_a_benchmark_needs_no_other_packages(few):
     done = few('bench.py', *turn, *shape)
     assert done.returncode == 0, done.stderr
     assert 'flatGPT' in done.stdout
+    few_lines = few('bench.py', '--help').stdout
+    assert '--only=' in few_lines
 
 
 @pytest.mark.parametrize(

@@ -736,7 +736,7 @@ def test_a_done_file_that_cannot_be_written_is_a_warning(run_here, tmp_path, mon
 @pytest.mark.skipif(os.name == 'nt', reason='a shell of POSIX')
 @pytest.mark.parametrize(
     'streams',
-    ['>&-', '<&- >&- 2>&-', '>/dev/full 2>&1', '| head -n 1'],
+    ['>&-', '2>&-', '<&- >&- 2>&-', '>/dev/full', '>/dev/full 2>&1', '| head -n 1'],
 )
 def test_a_closed_or_full_output_stream_does_not_stop_training(
     environment, tiny, tmp_path, streams

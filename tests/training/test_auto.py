@@ -414,7 +414,7 @@ def test_a_dial_that_cannot_be_followed_is_refused(auto_here, tmp_path, bad, goo
     with pytest.raises(ConfigError):
         auto_here('--minutes=0.1', out, *bad)
     assert not (tmp_path / 'out').exists()
-    assert auto_here('--minutes=0.1', *SMALL, out, *good, '--plan') == 0
+    assert auto_here(BRIEF, *SMALL, out, *good) == 0
 
 
 def test_a_run_that_exists_is_refused_before_the_machine_is_measured(
