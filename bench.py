@@ -42,7 +42,12 @@ from configurator import configure
 from flatgpt.benchmarks.baselines import SMALL
 from flatgpt.benchmarks.core import score_core
 from flatgpt.benchmarks.data import bench_data
-from flatgpt.benchmarks.decoding import bench_generation, bench_quality, bench_startup
+from flatgpt.benchmarks.decoding import (
+    bench_generation,
+    bench_quality,
+    bench_startup,
+    choose_formats,
+)
 from flatgpt.benchmarks.grammar import bench_grammar
 from flatgpt.benchmarks.load_test import bench_serving
 from flatgpt.benchmarks.machine import measure_machine
@@ -89,10 +94,12 @@ compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, as in a long run
 rows = '1,8,32'  # batch sizes, in sequences
 prompt_tokens = 64  # tokens in each prompt
 new_tokens = 64  # tokens generated after each prompt
-formats = 'float32,bfloat16,int8'  # number formats of the weights
+formats = (
+    'auto'  # number formats of the weights: float32,bfloat16,int8; 'auto': those that are fast here
+)
 # serving
 clients = 16  # concurrent clients; each sends its next request when the previous one is complete
-serve_format = 'bfloat16'  # number format of the weights
+serve_format = 'auto'  # number format of the weights; 'auto': bfloat16 if it is fast here
 # quality (perplexity in each format), and tasks (instead of benchmarks)
 out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
 dataset: str | None = None  # of quality; None: that of the run
@@ -144,7 +151,7 @@ BENCHMARKS = {  # in this order
 EXTRA_BENCHMARKS = (
     'rl', 'saving', 'processes', 'pieces', 'grammar', 'speculation', 'scaling', 'rivals',
 )  # fmt: skip
-QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'formats': 'bfloat16,int8', 'text_bytes': 5_000_000}
+QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'text_bytes': 5_000_000}
 
 
 def run_benchmarks(settings: dict) -> None:
@@ -155,7 +162,7 @@ def run_benchmarks(settings: dict) -> None:
     check_writable(settings)
     device = pick_device(settings['device'])
     runtime = Runtime(device, pick_dtype(settings['dtype'], device, training=True))
-    settings = {**settings, 'device': device}
+    settings = {**settings, 'device': device, **choose_formats(settings, device)}
     check_memory(settings, runtime, names)
     report = Report(settings, measure_machine(runtime))
     settings['benchmarks'] = names

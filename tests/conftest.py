@@ -84,8 +84,9 @@ SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100  # of the fault suite
 MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 
 torch.set_num_threads(1)  # more threads are slower for tiny models
-# matplotlib caches its fonts, by default in the user's home directory
+# matplotlib caches its fonts, by default in the user's home directory; its settings are in tests/
 os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')
+os.environ['MATPLOTLIBRC'] = str(Path(__file__).with_name('matplotlibrc'))
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -43,7 +43,7 @@ from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.data.dataset import DATA, Dataset, is_prepared
 from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, counted
-from flatgpt.runtime import Runtime
+from flatgpt.runtime import Runtime, cpu_has_bf16
 from model import GPT
 
 WEIGHT_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}
@@ -84,6 +84,18 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
             print_profile(implementations[0], settings, method, row_counts[0])
 
 
+def choose_formats(settings: dict, device: str) -> dict[str, str]:
+    """The formats for those settings that are 'auto': bfloat16 only where it is fast."""
+    fast = fast_format(device)
+    formats = [fast, 'int8'] if settings['quick'] else ['float32', fast, 'int8']
+    chosen = {'formats': ','.join(dict.fromkeys(formats)), 'serve_format': fast}
+    return {name: value for name, value in chosen.items() if settings[name] == 'auto'}
+
+
+def fast_format(device: str) -> str:
+    return 'bfloat16' if device != 'cpu' or cpu_has_bf16() else 'float32'
+
+
 def formats_of(settings: dict) -> list[str]:
     return [*dict.fromkeys(settings['formats'].split(','))]
 
@@ -95,8 +107,9 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
         for kind in formats
         if kind != 'int8'
     }
-    if {'bfloat16', 'int8'} <= {*formats}:  # compared with its 16 bits, as it has no int8
-        tolerances['transformers bfloat16']['flatGPT int8'] = 0.2
+    closest = [kind for kind in ('bfloat16', 'float32') if kind in formats]
+    if 'int8' in formats and closest:  # compared with its 16 bits, as it has no int8
+        tolerances[f'transformers {closest[0]}']['flatGPT int8'] = 0.2
     for name, table in FORMATS.items():
         for ours in {*table} & {*formats}:
             tolerance = {'float32': 1e-3, 'int8': 0.2}.get(ours, 0.05)

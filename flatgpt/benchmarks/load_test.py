@@ -27,6 +27,7 @@ from pathlib import Path
 
 from flatgpt import ROOT
 from flatgpt.benchmarks.baselines import build_random_model, placeholder_tokenizer, random_prompts
+from flatgpt.benchmarks.decoding import fast_format
 from flatgpt.benchmarks.implementations import Implementation, Measurement, start_implementations
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.checkpoint.save import save_checkpoint
@@ -215,7 +216,8 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def bench_serving(settings: dict, runtime: Runtime, report: Report) -> None:
     """Compare clients of api.py with the engine without HTTP, and with transformers."""
     kind, clients = settings['serve_format'], settings['clients']
-    names = [('flatGPT', kind), ('transformers', kind.replace('int8', 'bfloat16'))]
+    theirs = fast_format(runtime.device) if kind == 'int8' else kind
+    names = [('flatGPT', kind), ('transformers', theirs)]
     flags = {'quantize': 'int8'} if kind == 'int8' else {'dtype': kind}
     flags |= {'device': runtime.device, 'max_rows': clients, 'max_queue': 1000}
     flags['draft'] = None  # greedy text of random weights soon repeats itself

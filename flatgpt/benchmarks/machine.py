@@ -16,6 +16,7 @@ from flatgpt.runtime import Runtime, synchronize
 # Sizes of the measurements: large enough to saturate the device
 READ_BYTES = {'cpu': 2**29, 'gpu': 2**32}
 MATRIX_SIZE = {'cpu': 2048, 'gpu': 8192}
+MATRIX_SECONDS = 0.5  # smaller, where one would take longer: bfloat16 on CPUs without it
 
 
 def measure_machine(runtime: Runtime) -> dict:
@@ -42,9 +43,14 @@ def measure_bandwidth(device: str) -> float:
 
 def measure_matmul(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of multiplying square matrices."""
-    size = MATRIX_SIZE['cpu' if device == 'cpu' else 'gpu']
-    a = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / time_repeatedly(lambda: a @ a, device)
+    largest = MATRIX_SIZE['cpu' if device == 'cpu' else 'gpu']
+    size = min(256, largest)
+    while True:
+        a = torch.randn(size, size, device=device).to(dtype)
+        seconds = time_repeatedly(lambda a=a: a @ a, device, times=1)
+        if size == largest or 8 * seconds > MATRIX_SECONDS:  # of the next size
+            return 2 * size**3 / time_repeatedly(lambda a=a: a @ a, device)
+        size *= 2
 
 
 def print_machine(found: dict) -> None:

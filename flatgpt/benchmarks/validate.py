@@ -111,8 +111,8 @@ def check_values(settings: dict) -> None:
     check_range(2, None, settings, 'block_size', 'vocab_size', 'new_tokens')
     check_choice((True, False, 'auto'), settings, 'compile')
     check_choice(('adamw', 'muon'), settings, 'optimizer')
-    check_choice(FORMATS, settings, 'serve_format')
-    for kind in settings['formats'].split(','):
+    check_choice((*FORMATS, 'auto'), settings, 'serve_format')
+    for kind in settings['formats'].split(',') if settings['formats'] != 'auto' else ():
         check_choice(FORMATS, {'formats': kind}, 'formats')
     for count in settings['rows'].split(','):
         if not count.isdigit() or not int(count):

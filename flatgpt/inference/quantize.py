@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatgpt.errors import ConfigError
+from flatgpt.runtime import cpu_has_bf16
 from model import GPT, ModernAttention
 
 PACKED_ROWS = 8  # batch size that the packed layout is optimized for
@@ -47,13 +48,17 @@ class Int8Linear:
         weight = (weight / self.scale[:, None].float()).round()
         self.weight = weight.clamp(-127, 127).to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach()
+        # a processor without 16-bit units multiplies bfloat16 four times as slowly as float32
+        slow = weight.device.type == 'cpu' and not cpu_has_bf16()
+        self.wide = torch.float32 if slow else linear.weight.dtype
 
     def __call__(self, x):
         flat = x if x.dim() == 2 else x.flatten(0, -2)
         if flat.size(0) < DEQUANTIZE_ROWS:
             y = torch._weight_int8pack_mm(flat, self.weight, self.scale)
         else:
-            y = F.linear(flat, self.weight.to(x.dtype)) * self.scale
+            y = F.linear(flat.to(self.wide), self.weight.to(self.wide)) * self.scale
+            y = y.to(x.dtype)
         y = y if self.bias is None else y + self.bias
         return y if x.dim() == 2 else y.unflatten(0, x.shape[:-1])
 

@@ -309,7 +309,11 @@ def plot(*xlabels: str):
     """A figure with one panel per x-label; the y-axis is the loss."""
     from matplotlib.figure import Figure  # not pyplot: no display is needed
 
-    figure = Figure(figsize=(2 + 6 * len(xlabels), 4.5), dpi=120, layout='tight')
+    width, height = 2 + 6 * len(xlabels), 4.5
+    figure = Figure(figsize=(width, height), dpi=120)
+    # in inches; a layout that fits them to the labels would draw everything twice
+    margins = {'left': 0.8 / width, 'right': 1 - 0.2 / width}
+    figure.subplots_adjust(**margins, bottom=0.55 / height, top=1 - 0.4 / height, wspace=0.05)
     panels = figure.subplots(1, len(xlabels), sharey=True, squeeze=False)[0]
     for axes, xlabel in zip(panels, xlabels, strict=True):
         axes.set_xlabel(xlabel)

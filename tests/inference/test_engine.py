@@ -390,6 +390,8 @@ class Recording(TorchDispatchMode):
 
 
 def tensors_in(tree):
+    if isinstance(tree, torch.Tensor):  # as most results; tree_leaves() takes much longer
+        return [tree]
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 

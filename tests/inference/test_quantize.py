@@ -82,6 +82,19 @@ def test_int8_barely_changes_the_log_probabilities(changes):
     assert 0 < (exact - rounded).abs().mean() < 0.03
 
 
+@pytest.mark.parametrize('has_bf16', [True, False])
+def test_dequantized_weights_are_multiplied_in_what_the_processor_is_fast_in(monkeypatch, has_bf16):
+    monkeypatch.setattr(quantize, 'cpu_has_bf16', lambda: has_bf16)
+    linear = nn.Linear(32, 48).bfloat16()
+    x = torch.randn(2, quantize.DEQUANTIZE_ROWS, 32).bfloat16()
+    expected, packed, kinds, product = linear(x), Int8Linear(linear), [], quantize.F.linear
+    monkeypatch.setattr(quantize.F, 'linear', lambda x, w: kinds.append(x.dtype) or product(x, w))
+    y = packed(x)
+    assert kinds == [torch.bfloat16 if has_bf16 else torch.float32]
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, atol=0.05, rtol=0.05)
+
+
 def test_int8_with_another_dtype_is_an_error():
     with pytest.raises(ConfigError, match=r"'float16'.*--dtype=bfloat16"):
         prepare_for_inference(tiny(torch.float16), 'int8')

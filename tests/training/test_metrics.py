@@ -3,6 +3,7 @@
 import json
 import sys
 
+import matplotlib
 import pytest
 
 from flatgpt.errors import UserError
@@ -16,6 +17,13 @@ from flatgpt.training.metrics import (
 )
 
 PLAIN = {'tensorboard_log': False, 'wandb_log': False, 'wandb_project': 'p', 'wandb_run_name': 'n'}
+
+
+@pytest.fixture(autouse=True)
+def pictures_as_users_get_them():
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
 
 
 def write(folder, steps, start=-1):

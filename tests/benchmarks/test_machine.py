@@ -1,0 +1,46 @@
+"""Measuring the machine, and the formats that suit it."""
+
+import pytest
+import torch
+
+from flatgpt.benchmarks import decoding, machine
+
+
+@pytest.mark.parametrize(('seconds_of_2048', 'size'), [(0.01, 2048), (64 * 0.1, 512)])
+def test_slow_products_are_measured_with_small_matrices(monkeypatch, seconds_of_2048, size):
+    sizes = []
+    monkeypatch.setattr(
+        torch, 'randn', lambda *shape, device: sizes.append(shape[0]) or torch.ones(1)
+    )
+
+    def time_repeatedly(run, device, times=9):
+        return seconds_of_2048 * (sizes[-1] / 2048) ** 3
+
+    monkeypatch.setattr(machine, 'time_repeatedly', time_repeatedly)
+    flops = machine.measure_matmul('cpu', torch.float32)
+    assert sizes[-1] == size
+    assert flops == pytest.approx(2 * 2048**3 / seconds_of_2048)
+
+
+@pytest.mark.parametrize(
+    ('device', 'has_bf16', 'quick', 'formats'),
+    [
+        ('cpu', True, False, 'float32,bfloat16,int8'),
+        ('cpu', False, False, 'float32,int8'),
+        ('cpu', True, True, 'bfloat16,int8'),
+        ('cpu', False, True, 'float32,int8'),
+        ('cuda:0', False, True, 'bfloat16,int8'),
+    ],
+)
+def test_formats_are_chosen_that_are_fast_here(monkeypatch, device, has_bf16, quick, formats):
+    monkeypatch.setattr(decoding, 'cpu_has_bf16', lambda: has_bf16)
+    settings = {'formats': 'auto', 'serve_format': 'auto', 'quick': quick}
+    chosen = decoding.choose_formats(settings, device)
+    assert chosen == {
+        'formats': formats,
+        'serve_format': 'bfloat16' if 'bfl' in formats else 'float32',
+    }
+    assert (
+        decoding.choose_formats({**settings, 'formats': 'int8', 'serve_format': 'int8'}, device)
+        == {}
+    )
