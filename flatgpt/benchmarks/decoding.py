@@ -139,8 +139,9 @@ def share_of_limit(
     head = settings['vocab_size'] * settings['n_embd']  # applied to one token per row
     tokens = settings['prompt_tokens'] if prefill else 1
     flops = 2 * rows * ((model.num_params() - head) * tokens + head)
-    dtype = 'bfloat16' if implementation.format == 'int8' else implementation.format
-    computing = flops / machine.get(f'flops_{dtype}', math.inf)
+    # int8 weights are multiplied in what is faster here
+    dtypes = ('bfloat16', 'float32') if implementation.format == 'int8' else [implementation.format]
+    computing = flops / max(machine.get(f'flops_{dtype}', math.inf) for dtype in dtypes)
     seconds = statistics.median(measurement.seconds for measurement in measurements) / steps
     limit = 'memory-bandwidth' if reading > computing else 'compute'
     return f'{max(reading, computing) / seconds:.0%} of the {limit} limit'

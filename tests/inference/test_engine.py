@@ -378,15 +378,18 @@ class Recording(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs))}
         made = [t.untyped_storage().data_ptr() not in given for t in tensors_in(result)]
-        self.operations.append((func, args, kwargs or {}, result, made))
+        if any(made) or func._schema.is_mutable:  # else it is a view, which stays what it is
+            self.operations.append((func, args, kwargs or {}, result, made))
         return result
 
     def replay(self):
         for func, args, kwargs, result, made in self.operations:
-            pairs = zip(tensors_in(result), tensors_in(func(*args, **kwargs)), made, strict=True)
-            for memory, now, is_new in pairs:
-                if is_new:  # else it is a part of what was there
-                    memory.copy_(now)
+            again = func(*args, **kwargs)
+            if any(made):  # else it has written into what was there
+                pairs = zip(tensors_in(result), tensors_in(again), made, strict=True)
+                for memory, now, is_new in pairs:
+                    if is_new:
+                        memory.copy_(now)
 
 
 def tensors_in(tree):
