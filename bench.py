@@ -94,9 +94,7 @@ compile: bool | str = 'auto'  # torch.compile; 'auto': on CUDA, as in a long run
 rows = '1,8,32'  # batch sizes, in sequences
 prompt_tokens = 64  # tokens in each prompt
 new_tokens = 64  # tokens generated after each prompt
-formats = (
-    'auto'  # number formats of the weights: float32,bfloat16,int8; 'auto': those that are fast here
-)
+formats = 'auto'  # of the weights, such as float32,bfloat16,int8; 'auto': those that are fast here
 # serving
 clients = 16  # concurrent clients; each sends its next request when the previous one is complete
 serve_format = 'auto'  # number format of the weights; 'auto': bfloat16 if it is fast here

@@ -16,7 +16,7 @@ from flatgpt.runtime import Runtime, synchronize
 # Sizes of the measurements: large enough to saturate the device
 READ_BYTES = {'cpu': 2**29, 'gpu': 2**32}
 MATRIX_SIZE = {'cpu': 2048, 'gpu': 8192}
-MATRIX_SECONDS = 0.5  # smaller, where one would take longer: bfloat16 on CPUs without it
+MATRIX_SECONDS = 0.5  # matrices are smaller where a product takes longer: bfloat16 on many CPUs
 
 
 def measure_machine(runtime: Runtime) -> dict:

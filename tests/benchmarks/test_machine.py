@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from flatgpt.benchmarks import decoding, machine
+from flatgpt.benchmarks.decoding import choose_formats
 
 
 @pytest.mark.parametrize(('seconds_of_2048', 'size'), [(0.01, 2048), (64 * 0.1, 512)])
@@ -35,12 +36,7 @@ def test_slow_products_are_measured_with_small_matrices(monkeypatch, seconds_of_
 def test_formats_are_chosen_that_are_fast_here(monkeypatch, device, has_bf16, quick, formats):
     monkeypatch.setattr(decoding, 'cpu_has_bf16', lambda: has_bf16)
     settings = {'formats': 'auto', 'serve_format': 'auto', 'quick': quick}
-    chosen = decoding.choose_formats(settings, device)
-    assert chosen == {
-        'formats': formats,
-        'serve_format': 'bfloat16' if 'bfl' in formats else 'float32',
-    }
-    assert (
-        decoding.choose_formats({**settings, 'formats': 'int8', 'serve_format': 'int8'}, device)
-        == {}
-    )
+    fast = 'bfloat16' if 'bfloat16' in formats else 'float32'
+    assert choose_formats(settings, device) == {'formats': formats, 'serve_format': fast}
+    given = {**settings, 'formats': 'int8', 'serve_format': 'int8'}
+    assert choose_formats(given, device) == {}
