@@ -38,8 +38,8 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, capsys, monkeypat
     state = {'step': 1, 'val_loss': 5.0, 'config': {'dataset': str(tmp_path / 'data')}}
     save.save_checkpoint(tmp_path / 'run', model, [], tokenizer, state, keep_evaluated=False)
     report = Report({'json': 'bench.json'}, {})
-    flags = [f'--out_dir={tmp_path / "run"}', '--formats=float32,bfloat16,int8']
-    config = settings('--only=quality', *flags)
+    formats = '--formats=float32,bfloat16,int8'
+    config = settings('--only=quality', f'--out_dir={tmp_path / "run"}', formats)
     decoding.bench_quality(config, Runtime('cpu', torch.float32), report)
     found = {entry['side']: entry['perplexity'] for entry in report.entries}
     assert [*found] == ['float32', 'bfloat16', 'int8']
@@ -50,7 +50,7 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, capsys, monkeypat
 
     export_transformers(model, tokenizer, {}, tmp_path / 'theirs')
     assert '--dataset=' in refused('--only=quality', f'--out_dir={tmp_path / "theirs"}')
-    flags = [f'--out_dir={tmp_path / "theirs"}', f'--dataset={tmp_path / "data"}']
+    flags = [f'--out_dir={tmp_path / "theirs"}', f'--dataset={tmp_path / "data"}', formats]
     again = Report({'json': 'bench.json'}, {})
     decoding.bench_quality(settings(*flags), Runtime('cpu', torch.float32), again)
     assert again.entries[0]['perplexity'] == found['float32']
