@@ -118,9 +118,9 @@ def random_prompts(settings: dict, rows: int) -> torch.Tensor:
     return torch.randint(settings['vocab_size'], shape, generator=generator)
 
 
-def comparable_prefix(tokens: list[int], settings: dict) -> list[int]:
+def comparable_prefix(tokens: list[int], settings: dict) -> list[int] | None:
     """The first tokens, which all should generate in float32; fewer bits may flip a near tie."""
-    return tokens[:16] if settings['format'] == 'float32' else []
+    return tokens[:16] if settings['format'] == 'float32' else None
 
 
 class Training:

@@ -131,7 +131,7 @@ class LlamaCpp:
         for step in range(steps - 1):
             start = prompts.shape[1] + step
             tokens = self.forward(context, batch, tokens[:, None], start).argmax(-1)
-        return time.perf_counter() - begin, {'tokens': rows * (steps - 1), 'result': []}
+        return time.perf_counter() - begin, {'tokens': rows * (steps - 1), 'result': None}
 
 
 # -----------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def test_results_may_differ_by_the_tolerance_only():
     assert difference(a, b, 0.01) == ''
     assert difference(a, b, 0.001)
     assert difference(a, {'tokens': 1, 'result': [1.0]}, 1.0)
+    assert difference(a, {'tokens': 1, 'result': []}, 1.0)
+    assert difference(a, {'tokens': 1, 'result': None}, 0.001) == ''  # ids in fewer bits
     assert difference(a, {'tokens': 1, 'result': [float('nan'), 2.0]}, 1.0)
 
 
