@@ -674,6 +674,19 @@ def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
     return DTYPES['float32' if name == 'auto' else name]
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of products that 16 bits are enough for: bfloat16, where the hardware has it.
+
+    Elsewhere it would be emulated: float32 on a CPU, float16 on GPUs before Ampere.
+    """
+    if device.type == 'cpu':
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    if device.type != 'cuda' or not torch.cuda.is_available():  # --plan has fake CUDA tensors
+        return torch.bfloat16
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float16
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 in hardware; if not, float32 is faster."""
     capabilities = getattr(torch.cpu, 'get_capabilities', dict)()

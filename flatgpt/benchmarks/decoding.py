@@ -43,7 +43,7 @@ from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.data.dataset import DATA, Dataset, is_prepared
 from flatgpt.data.tokenizer import Tokenizer, char_tokenizer
 from flatgpt.errors import UserError, counted
-from flatgpt.runtime import Runtime, cpu_has_bf16
+from flatgpt.runtime import Runtime, product_dtype
 from model import GPT
 
 WEIGHT_BYTES = {'float32': 4, 'bfloat16': 2, 'float16': 2, 'int8': 1}
@@ -85,7 +85,7 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def choose_formats(settings: dict, device: str) -> dict[str, str]:
-    """The formats for those settings that are 'auto': bfloat16 only where it is fast."""
+    """The formats for those settings that are 'auto': 16 bits only where they are fast."""
     fast = fast_format(device)
     formats = [fast, 'int8'] if settings['quick'] else ['float32', fast, 'int8']
     chosen = {'formats': ','.join(dict.fromkeys(formats)), 'serve_format': fast}
@@ -93,7 +93,7 @@ def choose_formats(settings: dict, device: str) -> dict[str, str]:
 
 
 def fast_format(device: str) -> str:
-    return 'bfloat16' if device != 'cpu' or cpu_has_bf16() else 'float32'
+    return str(product_dtype(torch.device(device))).removeprefix('torch.')
 
 
 def formats_of(settings: dict) -> list[str]:
@@ -108,7 +108,7 @@ def tolerances_of(formats: list[str]) -> dict[str, dict[str, float]]:
         if kind != 'int8'
     }
     closest = [kind for kind in ('bfloat16', 'float32') if kind in formats]
-    if 'int8' in formats and closest:  # compared with its 16 bits, as it has no int8
+    if 'int8' in formats and closest:  # compared with its 16 or 32 bits, as it has no int8
         tolerances[f'transformers {closest[0]}']['flatGPT int8'] = 0.2
     for name, table in FORMATS.items():
         for ours in {*table} & {*formats}:

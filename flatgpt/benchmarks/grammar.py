@@ -9,6 +9,7 @@ import time
 from statistics import median
 
 from flatgpt.benchmarks.baselines import build_random_model, with_precision
+from flatgpt.benchmarks.decoding import formats_of
 from flatgpt.benchmarks.report import Report, format_spread, print_row, summarize
 from flatgpt.data.tokenizer import Tokenizer, get_tokenizer
 from flatgpt.errors import counted
@@ -38,9 +39,7 @@ def bench_grammar(settings: dict, runtime: Runtime, report: Report) -> None:
     tokenizer = get_tokenizer('gpt2')
     grammar = Grammars(tokenizer).compile('json_schema', PEOPLE)
     shape = {**settings, 'vocab_size': max(settings['vocab_size'], tokenizer.vocab_size)}
-    for kind, rows in itertools.product(
-        settings['formats'].split(','), settings['rows'].split(',')
-    ):
+    for kind, rows in itertools.product(formats_of(settings), settings['rows'].split(',')):
         model = with_precision(build_random_model(shape).to(runtime.device), kind)
         found: dict[bool, list[float]] = {False: [], True: []}
         for constrained in [False, True] * (settings['rounds'] + 1):

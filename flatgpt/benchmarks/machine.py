@@ -47,7 +47,8 @@ def measure_matmul(device: str, dtype: torch.dtype) -> float:
     size = min(256, largest)
     while True:
         a = torch.randn(size, size, device=device).to(dtype)
-        seconds = time_repeatedly(lambda a=a: a @ a, device, times=1)
+        # the median of three: the first also starts threads and libraries
+        seconds = time_repeatedly(lambda a=a: a @ a, device, times=3)
         if size == largest or 8 * seconds > MATRIX_SECONDS:  # of the next size
             return 2 * size**3 / time_repeatedly(lambda a=a: a @ a, device)
         size *= 2

@@ -15,6 +15,7 @@ import statistics
 import numpy as np
 
 from flatgpt import ROOT
+from flatgpt.benchmarks.decoding import formats_of
 from flatgpt.benchmarks.implementations import Implementation, start_implementations
 from flatgpt.benchmarks.report import Report
 from flatgpt.errors import counted
@@ -27,7 +28,7 @@ EDITED = 25  # every so many pieces of the passage, one is replaced
 
 def bench_speculation(settings: dict, runtime: Runtime, report: Report) -> None:
     """Each text with and without guesses, in each format, for each number of rows."""
-    formats = [*dict.fromkeys(settings['formats'].split(','))]
+    formats = formats_of(settings)
     row_counts = [int(count) for count in settings['rows'].split(',')]
     names = [('flatGPT', kind) for kind in formats]
     with start_implementations(names, settings, 'generation') as implementations:

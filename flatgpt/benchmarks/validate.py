@@ -112,8 +112,9 @@ def check_values(settings: dict) -> None:
     check_choice((True, False, 'auto'), settings, 'compile')
     check_choice(('adamw', 'muon'), settings, 'optimizer')
     check_choice((*FORMATS, 'auto'), settings, 'serve_format')
-    for kind in settings['formats'].split(',') if settings['formats'] != 'auto' else ():
-        check_choice(FORMATS, {'formats': kind}, 'formats')
+    if settings['formats'] != 'auto':
+        for kind in settings['formats'].split(','):
+            check_choice(FORMATS, {'formats': kind}, 'formats')
     for count in settings['rows'].split(','):
         if not count.isdigit() or not int(count):
             raise UserError(f'rows={settings["rows"]!r}: give batch sizes, such as 1,8,32')

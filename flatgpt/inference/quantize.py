@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flatgpt.errors import ConfigError
-from flatgpt.runtime import cpu_has_bf16
+from flatgpt.runtime import product_dtype
 from model import GPT, ModernAttention
 
 PACKED_ROWS = 8  # batch size that the packed layout is optimized for
@@ -48,9 +48,9 @@ class Int8Linear:
         weight = (weight / self.scale[:, None].float()).round()
         self.weight = weight.clamp(-127, 127).to(torch.int8)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        # a processor without 16-bit units multiplies bfloat16 four times as slowly as float32
-        slow = weight.device.type == 'cpu' and not cpu_has_bf16()
-        self.wide = torch.float32 if slow else linear.weight.dtype
+        # without 16-bit units, bfloat16 is four times as slow as float32
+        is_float32 = linear.weight.dtype == torch.float32
+        self.wide = torch.float32 if is_float32 else product_dtype(weight.device)
 
     def __call__(self, x):
         flat = x if x.dim() == 2 else x.flatten(0, -2)

@@ -18,7 +18,7 @@ import torch
 
 from flatgpt.errors import ConfigError
 from flatgpt.parallel import MatrixExchange, compute_device, shard_count, to_local
-from flatgpt.runtime import cpu_has_bf16
+from flatgpt.runtime import product_dtype
 
 SMALL_MATRIX = 512  # up to this size, three polynomials; measured for 160, where five are no better
 BUCKET_SIZE = 2**27  # matrix elements that Muon updates at once: bounds its temporary memory
@@ -56,19 +56,6 @@ def orthogonalize(x, dtype=torch.bfloat16):
 def update_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of updates before and after products in `dtype`: float16 could underflow."""
     return torch.float32 if dtype == torch.float32 else torch.bfloat16
-
-
-def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of Muon's products: bfloat16, where the hardware multiplies it.
-
-    Otherwise it would be emulated: float32 on a CPU, float16 on GPUs before Ampere.
-    """
-    if device.type == 'cpu':
-        return torch.bfloat16 if cpu_has_bf16() else torch.float32
-    if device.type != 'cuda' or not torch.cuda.is_available():  # --plan has fake CUDA tensors
-        return torch.bfloat16
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 class UnwrappedOptimizer(torch.optim.Optimizer):

@@ -1,26 +1,36 @@
 """Measuring the machine, and the formats that suit it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from flatgpt.benchmarks import decoding, machine
+from flatgpt import runtime
+from flatgpt.benchmarks import machine
 from flatgpt.benchmarks.decoding import choose_formats
 
 
-@pytest.mark.parametrize(('seconds_of_2048', 'size'), [(0.01, 2048), (64 * 0.1, 512)])
-def test_slow_products_are_measured_with_small_matrices(monkeypatch, seconds_of_2048, size):
-    sizes = []
-    monkeypatch.setattr(
-        torch, 'randn', lambda *shape, device: sizes.append(shape[0]) or torch.ones(1)
-    )
+@pytest.mark.parametrize(('seconds', 'size'), [(0.01, 2048), (64 * 0.1, 512)])
+def test_slow_products_are_measured_with_small_matrices(monkeypatch, seconds, size):
+    clock, sizes = [0.0], []
 
-    def time_repeatedly(run, device, times=9):
-        return seconds_of_2048 * (sizes[-1] / 2048) ** 3
+    class Matrix:
+        """Multiplied in a time that its size determines; the first product takes longer."""
 
-    monkeypatch.setattr(machine, 'time_repeatedly', time_repeatedly)
+        def __init__(self, size, columns, device):
+            sizes.append(size)
+
+        def to(self, dtype):
+            return self
+
+        def __matmul__(self, other):
+            clock[0] += seconds * (sizes[-1] / 2048) ** 3 + (not clock[0])
+
+    monkeypatch.setattr(torch, 'randn', Matrix)
+    monkeypatch.setattr(machine, 'time', SimpleNamespace(perf_counter=lambda: clock[0]))
     flops = machine.measure_matmul('cpu', torch.float32)
     assert sizes[-1] == size
-    assert flops == pytest.approx(2 * 2048**3 / seconds_of_2048)
+    assert flops == pytest.approx(2 * 2048**3 / seconds)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +44,7 @@ def test_slow_products_are_measured_with_small_matrices(monkeypatch, seconds_of_
     ],
 )
 def test_formats_are_chosen_that_are_fast_here(monkeypatch, device, has_bf16, quick, formats):
-    monkeypatch.setattr(decoding, 'cpu_has_bf16', lambda: has_bf16)
+    monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: has_bf16)
     settings = {'formats': 'auto', 'serve_format': 'auto', 'quick': quick}
     fast = 'bfloat16' if 'bfloat16' in formats else 'float32'
     assert choose_formats(settings, device) == {'formats': formats, 'serve_format': fast}

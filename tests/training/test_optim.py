@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flatgpt import runtime
 from flatgpt.checkpoint.load import load_optimizer
 from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.errors import ConfigError
@@ -117,7 +118,7 @@ def test_a_gpu_without_bfloat16_multiplies_in_float16(monkeypatch):
 
 def test_a_cpu_without_bfloat16_multiplies_in_float32(monkeypatch):
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(optim, 'cpu_has_bf16', lambda has=has_bf16: has)
+        monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda has=has_bf16: has)
         assert optim.product_dtype(torch.device('cpu')) == dtype
 
 
