@@ -200,6 +200,7 @@ if __name__ == '__main__':
 
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
+    import torch._dynamo  # which DDP imports: two seconds
     import torch.distributed.device_mesh
     import torch.distributed.fsdp
     import torch.distributed.tensor

@@ -196,9 +196,12 @@ def step_peak(workload: MemoryWorkload) -> Counter[str]:
             apply_fsdp(model, Runtime(workload.device, workload.dtype, 0, workload.ranks))
         with fake:
             optimizers, batch = build_fake_optimizers(workload, model), build_fake_batch(workload)
-            # creates the optimizer's state and fills DTensor's sharding cache, which allocates fake
-            # tensors that a tracker would count for the step
-            run_step(replace(workload, micro_steps=1), model, optimizers, batch)
+            # before the tracker, which would count these for the step: the optimizers' state, and
+            # fake tensors that DTensor keeps from its first step
+            if workload.shard:
+                run_step(replace(workload, micro_steps=1), model, optimizers, batch)
+            else:
+                create_state(model, optimizers)
             tracker = build_memory_tracker(workload, model, optimizers)
             with tracker:
                 run_step(workload, model, optimizers, batch, tracker.reset_mod_stats)
@@ -260,6 +263,17 @@ def run_step(
         loss.backward()
         del loss
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    update(model, optimizers)
+
+
+def create_state(model: GPT, optimizers: list) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    update(model, optimizers)
+
+
+def update(model: GPT, optimizers: list) -> None:
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

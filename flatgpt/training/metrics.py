@@ -260,7 +260,7 @@ def draw_rewards(lines: list[dict], figure, axes, out_dir: Path) -> Path:
         axes.plot(*points(lines, 'step', key), '--', lw=1, label=label)
     axes.plot(*points(lines, 'step', 'val_reward'), 'o-', ms=4, label='validation split')
     axes.set_title(printable(out_dir), parse_math=False)
-    return write(figure, out_dir / 'loss.png')
+    return write(figure, out_dir / 'loss.png', legend='lower right')
 
 
 def evaluated_metrics(out_dir: str | Path, *keys: str) -> list[dict]:
@@ -322,8 +322,9 @@ def plot(*xlabels: str):
     return figure, panels
 
 
-def write(figure, path: Path) -> Path:
-    for text in figure.axes[0].legend(frameon=False).get_texts():
+def write(figure, path: Path, legend: str = 'upper right') -> Path:
+    """Save the figure, with a legend at this place: to find the best one takes long."""
+    for text in figure.axes[0].legend(frameon=False, loc=legend).get_texts():
         text.set_parse_math(False)  # a name may contain $
     with atomic_file(path) as part:
         figure.savefig(part, format=path.suffix[1:])
