@@ -27,20 +27,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from flatgpt.parallel import apply_fsdp, compile_blocks, full_tensor, reshard, sync_gradients
-from flatgpt.runtime import StopSignal, init_runtime, on_out_of_memory
+from flatgpt.runtime import init_runtime, on_out_of_memory
 from flatgpt.streams import ignore_output_errors
 from flatgpt.training.auto import choose_settings
 from flatgpt.training.batches import BatchLoader
+from flatgpt.training.compiling import decide_compile
 from flatgpt.training.evaluate import estimate_loss
 from flatgpt.training.finish import finish
 from flatgpt.training.loss import find_or_compute_reference, loss_of, reference_fingerprint
-from flatgpt.training.memory import suggest_smaller_model
+from flatgpt.training.memory_report import suggest_smaller_model
 from flatgpt.training.metrics import format_losses, format_setup
 from flatgpt.training.optim import build_optimizers, set_lr
 from flatgpt.training.preflight import preflight
 from flatgpt.training.resume import build, saved_settings, set_trainable
 from flatgpt.training.rollout import Rollouts, load_reference
 from flatgpt.training.run import Run
+from flatgpt.training.stop_signal import StopSignal
 from flatgpt.training.update import GraphedUpdate, PendingNumbers, should_capture
 from flatgpt.training.validate import steps_of, validate, validate_machine
 from flatgpt.training.watchdog import Watchdog
@@ -56,7 +58,7 @@ seed = 1337  # for the initial weights, data order and dropout
 # evaluation and checkpoints
 eval_interval: int | None = 2000  # steps between evaluations (which save); None: only at the end
 eval_iters: int | None = 200  # batches per split and evaluation; None: the whole validation split
-eval_train = True  # evaluate the training split too, on as many batches
+eval_train = True  # also evaluate the training split, on the same number of batches
 eval_only = False  # evaluate once, print the loss and exit; writes nothing
 save_interval: int | None = None  # steps between additional checkpoints; None: only at evaluations
 # keep every evaluated checkpoint; False: only the last two and the best
@@ -193,7 +195,7 @@ peak_flops = runtime.peak_flops(peak_tflops)
 work = batches.work(raw_model, max_iters)
 use_graph = should_capture(config, work, peak_flops, runtime)
 work = work._replace(graphed=use_graph)
-should_compile = not eval_only and runtime.decide_compile(compile, work, peak_flops, runtime.print0)
+should_compile = not eval_only and decide_compile(compile, work, peak_flops, runtime)
 batches.fixed_width = should_compile
 if shard:  # FSDP2: compile each block, then shard
     if should_compile:

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -20,7 +19,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,31 +75,6 @@ PEAK_TFLOPS = {
     'MI300X': 1307,
     'MI250X': 383,
 }
-
-
-# Estimates of what torch.compile costs and saves. The seconds are those of one core of a processor,
-# with a stub of the CUDA libraries and an empty cache; the other two were not measured.
-COMPILE_SECONDS, COMPILE_LAYER_SECONDS = 10, 1  # per batch shape; per layer in each
-COMPILE_SAVING = 1 / 3  # of a run's time
-EAGER_MFU = 0.25  # of large models without it
-EAGER_LAYER_SECONDS = 5e-4  # to launch a layer's 46 kernels ('modern': 86), forward and backward
-ASSUMED_TFLOPS = 50  # if a GPU's peak is unknown
-
-
-class ComputeWorkload(NamedTuple):
-    """What a process computes in a run."""
-
-    passes: int  # forward and backward
-    flops: float  # of one pass
-    layers: int
-    batch_shapes: int = 1  # torch.compile makes kernels for each
-    graphed: bool = False  # a CUDA graph launches all kernels at once
-
-    def pass_seconds(self, peak_flops: float | None) -> tuple[float, float]:
-        """Estimates of the seconds to compute a pass, and to launch its kernels."""
-        speed = EAGER_MFU * (peak_flops or ASSUMED_TFLOPS * 1e12)
-        launching = 0.0 if self.graphed else self.layers * EAGER_LAYER_SECONDS
-        return self.flops / speed, launching
 
 
 @dataclass(frozen=True)
@@ -301,23 +274,6 @@ class Runtime:
         """Whether `compile` allows torch.compile: True, or 'auto' on CUDA."""
         return setting is True or (setting == 'auto' and self.device_type == 'cuda')
 
-    def decide_compile(
-        self,
-        setting: bool | str,
-        work: ComputeWorkload,
-        peak_flops: float | None,
-        print0: Callable,
-    ) -> bool:
-        """Whether to compile for this work, the same on all ranks; prints why 'auto' does or not.
-
-        peak_flops: FLOP/s of the device, None if unknown.
-        """
-        if setting != 'auto' or not self.wants_compile(setting):
-            return self.wants_compile(setting)
-        pays, why = self.broadcast_from_rank0(lambda: compile_pays(work, peak_flops))
-        print0(f'torch.compile: {"on" if pays else "off"}, {why}')
-        return pays
-
     def try_compile(self, model, batches: list, print0: Callable, loss_of: Callable):
         """(the compiled model, True) after a pass over each batch; (model, False) if one fails."""
         print0('compiling the model, which takes about a minute ...')
@@ -348,86 +304,6 @@ class Runtime:
             sys.stderr.flush()
             os._exit(status)
         raise SystemExit(status)
-
-
-def compile_pays(work: ComputeWorkload, peak_flops: float | None) -> tuple[bool, str]:
-    """Whether torch.compile is estimated to save more time than it takes, and the reason."""
-    seconds = max(0, work.passes) * max(work.pass_seconds(peak_flops))
-    takes = work.batch_shapes * (COMPILE_SECONDS + work.layers * COMPILE_LAYER_SECONDS)
-    pays, short = COMPILE_SAVING * seconds > takes, tqdm.format_interval
-    why = (
-        f'since the run would take about {short(seconds)} without it, and compiling {short(takes)}'
-    )
-    if not peak_flops:
-        why += f' (assuming {ASSUMED_TFLOPS} TFLOP/s for this GPU; set --peak_tflops)'
-    return pays, why + ('' if pays else '; --compile=True compiles anyway')
-
-
-class StopSignal:
-    """Records a signal that asks this process to stop, which the training loop checks each step.
-
-    A second Ctrl-C exits at once, except under torchrun, which forwards the first one again.
-    An error while reading data stops a run like a signal: see fail().
-    """
-
-    FAILED = 2**10  # instead of a signal number, and larger than any
-
-    def __init__(self, runtime: Runtime):
-        self.signal, self.runtime, self.numbers = 0, runtime, []
-        self.error: UserError | None = None  # of this process
-        self.nothing = torch.zeros(0, dtype=runtime.sum_dtype, device=runtime.device)
-        for name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGHUP'):
-            number = getattr(signal, name, None)  # Windows has only the first two
-            under_nohup = name == 'SIGHUP' and number and signal.getsignal(number) == signal.SIG_IGN
-            if number and not under_nohup:
-                self.numbers.append(number)
-                signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame) -> None:
-        if self.signal == number == signal.SIGINT and self.runtime.world_size == 1:
-            raise KeyboardInterrupt
-        if not self.signal and self.runtime.is_main:  # print() is not safe inside a signal handler
-            with suppress(OSError):  # the terminal may be closed
-                os.write(2, b'\nstopping after this step ...\n')
-        # torchrun sends its own signal after the first, which decides the exit status
-        if not self.signal or (self.runtime.world_size == 1 and not self.failed):
-            self.signal = number
-
-    def fail(self, error: UserError) -> None:
-        """Stop because of an error; all ranks skip the update in progress."""
-        self.error = self.error or error
-        self.signal = self.FAILED
-
-    @property
-    def failed(self) -> bool:
-        return self.signal == self.FAILED
-
-    def to_device(self) -> torch.Tensor:
-        """What the other ranks must know: 1 after a signal, NaN after fail(), else 0.
-
-        Empty if there are none.
-        """
-        if self.runtime.world_size == 1:
-            return self.nothing
-        value = math.nan if self.failed else float(self.signal > 0)
-        return to_device(torch.tensor([value], dtype=self.runtime.sum_dtype), self.runtime.device)
-
-    def sync_ranks(self) -> None:
-        """Give all ranks the signal that one received, so that they exit with the same status."""
-        (number,) = self.runtime.all_reduce([self.signal], 'MAX')
-        self.signal = int(number)
-
-    @property
-    def status(self) -> int:
-        """The exit status: 128 + the signal's number, as shells expect; 0 without a signal."""
-        if self.failed:
-            return 2
-        return 128 + self.signal if self.signal else 0
-
-    def raise_interrupts(self) -> None:
-        """From now on a signal raises KeyboardInterrupt."""
-        for number in self.numbers:
-            signal.signal(number, signal.default_int_handler)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,14 +1,14 @@
 """The runtime: choice of device, dtype and backend, collectives, and errors of the machine."""
 
 import re
-import runpy
 import socket
 import threading
 import time
 from contextlib import nullcontext
 from datetime import timedelta
-from types import SimpleNamespace
+from functools import partial
 
+import conftest
 import pytest
 import torch
 from error_lines import case, error_line
@@ -16,7 +16,6 @@ from error_lines import case, error_line
 from flatgpt import ROOT, runtime
 from flatgpt.errors import ConfigError, UserError
 from flatgpt.runtime import (
-    ComputeWorkload,
     Runtime,
     init_runtime,
     pick_backend,
@@ -24,8 +23,6 @@ from flatgpt.runtime import (
     pick_dtype,
     to_device,
 )
-from flatgpt.training.batches import BatchLoader
-from model import GPT, GPTConfig
 
 CPU = Runtime('cpu', torch.float32)
 
@@ -53,11 +50,7 @@ def gpus(monkeypatch):
     return pretend
 
 
-def refused(function, *args):
-    with pytest.raises(ConfigError) as caught:
-        function(*args)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+refused = partial(conftest.refused, error=ConfigError)
 
 
 def test_auto_selects_the_best_available_device(no_gpu, gpus, monkeypatch):
@@ -244,86 +237,6 @@ def test_the_peak_is_unknown_for_a_cpu_and_for_float32(gpus):
     assert CPU.peak_flops() is None
     assert Runtime('cpu', torch.bfloat16).peak_flops() is None
     assert Runtime('cuda:0', torch.float32).peak_flops() is None
-
-
-def work_of(config, steps):
-    """The ComputeWorkload of a process in `steps` steps of a shipped config."""
-    declared = (ROOT / 'train.py').read_text(encoding='utf-8').split('config = configure')[0]
-    c: dict = {}
-    exec(declared[declared.index('out_dir: str') :], c)
-    c |= runpy.run_path(ROOT / 'config' / f'{config}.py')
-    shape = {name: c[name] for name in ('arch', 'block_size', 'n_layer', 'n_head', 'n_embd')}
-    with torch.device('meta'):
-        model = GPT(GPTConfig(vocab_size=65, **shape))
-    sizes = {'block_size': c['block_size'], 'window_tokens': c['block_size']}
-    data = SimpleNamespace(**sizes, has_pairs=False)
-    state = SimpleNamespace(step=0, samples=0)
-    return BatchLoader(data, state, c, CPU).work(model, steps or c['max_iters'])
-
-
-@pytest.mark.parametrize(
-    ('config', 'steps', 'pays'),
-    [
-        ('train_gpt2', None, True),
-        ('train_gpt2', 1, False),
-        ('speedrun_shakespeare_char_cpu', None, False),  # which trains for seconds
-        ('speedrun_shakespeare_char_cpu', 10**6, True),  # whose kernels are short, but many
-    ],
-)
-@pytest.mark.parametrize('name', ['NVIDIA H100 80GB HBM3', 'Tesla T4', 'NVIDIA Future X1'])
-def test_auto_compiles_long_runs_only(gpus, name, config, steps, pays):
-    gpus(name)
-    machine, said = Runtime('cuda:0', torch.bfloat16), []
-    work, peak = work_of(config, steps), machine.peak_flops()
-    assert machine.decide_compile('auto', work, peak, said.append) == pays
-    (line,) = said
-    assert line.startswith(
-        f'torch.compile: {"on" if pays else "off"}, since the run would take about'
-    )
-    assert '\n' not in line
-    assert ('--peak_tflops' in line) == (peak is None)
-    assert ('--compile=True' in line) == (not pays)
-
-
-def test_compiling_saves_no_launches_that_a_cuda_graph_saves():
-    tiny = ComputeWorkload(passes=100_000, flops=1e9, layers=6)
-    assert runtime.compile_pays(tiny, 989e12)[0]
-    assert not runtime.compile_pays(tiny._replace(graphed=True), 989e12)[0]
-
-
-def test_compiling_pays_sooner_on_a_slower_gpu():
-    middling = ComputeWorkload(passes=2000, flops=1e12, layers=6)
-    assert not runtime.compile_pays(middling, 989e12)[0]
-    assert runtime.compile_pays(middling, 65e12)[0]
-    assert not runtime.compile_pays(middling._replace(batch_shapes=6), 65e12)[0]
-    past_the_end = middling._replace(passes=-5)
-    assert not runtime.compile_pays(past_the_end, None)[0]
-
-
-@pytest.mark.parametrize(
-    # processor seconds of torch 2.11 for an H100, with an empty cache: 'gpt2', then 'modern'
-    ('layers', 'seconds'),
-    [(2, 7.4), (6, 9.8), (12, 15.3), (2, 12.0), (6, 15.3), (12, 23.7)],
-)
-def test_compiling_is_assumed_to_take_about_as_long_as_it_took(layers, seconds):
-    takes = runtime.COMPILE_SECONDS + layers * runtime.COMPILE_LAYER_SECONDS
-    assert 0.9 < takes / seconds < 1.7
-    # on a GPU of unlimited speed a run is as long as its launches
-    passes = takes / runtime.COMPILE_SAVING / (layers * runtime.EAGER_LAYER_SECONDS)
-    for factor, pays in ((0.9, False), (1.1, True)):
-        work = ComputeWorkload(round(factor * passes), flops=1e6, layers=layers)
-        assert runtime.compile_pays(work, 1e18)[0] == pays
-
-
-def test_nothing_is_estimated_without_auto_or_cuda():
-    work, said = work_of('train_gpt2', None), []
-    for device, setting, compiles in (
-        *(('cpu', 'auto', False), ('mps', 'auto', False), ('cpu', True, True)),
-        *(('cuda:0', True, True), ('cuda:0', False, False)),
-    ):
-        machine = Runtime(device, torch.float32)
-        assert machine.decide_compile(setting, work, None, said.append) == compiles
-    assert said == []
 
 
 def test_freed_memory_is_kept_if_the_c_library_supports_it(monkeypatch):

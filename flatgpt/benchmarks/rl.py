@@ -27,10 +27,11 @@ from flatgpt.benchmarks.baselines import (
 from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.data.dataset import Prompt
 from flatgpt.data.tokenizer import byte_tokenizer
-from flatgpt.runtime import Runtime, StopSignal, synchronize
+from flatgpt.runtime import Runtime, synchronize
 from flatgpt.training.loss import loss_of
 from flatgpt.training.optim import build_optimizers
 from flatgpt.training.rollout import Rollouts
+from flatgpt.training.stop_signal import StopSignal
 
 PROMPTS, SAMPLES, AT_ONCE = 64, 8, 8  # AT_ONCE: prompts of a micro-batch
 

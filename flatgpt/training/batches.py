@@ -19,7 +19,8 @@ import torch
 
 from flatgpt.data.dataset import Dataset
 from flatgpt.errors import UserError
-from flatgpt.runtime import ComputeWorkload, Runtime, to_device
+from flatgpt.runtime import Runtime, to_device
+from flatgpt.training.compiling import ComputeWorkload
 from flatgpt.training.loss import last_tokens, trim_padding
 from flatgpt.training.state import TrainState
 from flatgpt.training.validate import global_batch_size

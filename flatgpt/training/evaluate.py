@@ -13,9 +13,10 @@ import torch
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.inference.engine import generate_sample
-from flatgpt.runtime import Runtime, StopSignal
+from flatgpt.runtime import Runtime
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import METRIC_NAMES, compute_metrics
+from flatgpt.training.stop_signal import StopSignal
 from model import GPT
 
 

@@ -12,9 +12,9 @@ from flatgpt.checkpoint.load import step_of
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import UserError, warn_on_failure
-from flatgpt.runtime import StopSignal
 from flatgpt.training.metrics import draw_loss, format_result
 from flatgpt.training.run import Run
+from flatgpt.training.stop_signal import StopSignal
 from model import GPT
 
 

@@ -55,12 +55,12 @@ from flatgpt.runtime import Runtime, available_memory
 from flatgpt.training import run_directory
 from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import (
-    check_fit,
     checkpoint_size,
     host_memory_problem,
     min_bytes,
     workload_of,
 )
+from flatgpt.training.memory_report import check_fit
 from flatgpt.training.reward import RewardModel, is_model, load_reward, load_reward_model
 from flatgpt.training.validate import (
     check_new_model,

@@ -6,8 +6,8 @@ Rollouts of reinforcement learning: the current weights complete prompts, a rewa
     micro_batches = rollouts.micro_batches(completions, rows=4)         # of one update
     rollouts.evaluate(stop_signal)                                      # {'val_reward': 0.4, ...}
 
-A completion is a function of the weights, the run's seed, its prompt and its number: not of what is
-completed beside it, nor of the number of processes, so that a resumed run samples the same ones
+A completion is a function of the weights, the run's seed, its prompt and its number: not of the
+rest of the batch, nor of the number of processes, so that a resumed run samples the same ones
 again. Each is used for one update, so there is no importance ratio.
 """
 
@@ -26,7 +26,7 @@ from flatgpt.errors import UserError, short_repr
 from flatgpt.inference.engine import Engine
 from flatgpt.inference.request import Request, TokenOutput
 from flatgpt.inference.sampling import SamplingParams, suppressed_ids
-from flatgpt.runtime import Runtime, StopSignal
+from flatgpt.runtime import Runtime
 from flatgpt.training.loss import (
     REFERENCE_FILE,
     kl_estimate,
@@ -35,6 +35,7 @@ from flatgpt.training.loss import (
     token_logps,
 )
 from flatgpt.training.reward import BatchReward, RewardModel, is_model, load_reward
+from flatgpt.training.stop_signal import StopSignal
 from model import GPT
 
 SLOTS = 64  # completions at once, on every machine: the rounding depends on it
@@ -344,7 +345,7 @@ def is_flat(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def advantages(rewards: torch.Tensor, baseline: str) -> torch.Tensor:
-    """What each completion is better than the others of its prompt by, (P, S) as the rewards.
+    """How much better each completion is than the baseline of its prompt, (P, S) as the rewards.
 
     baseline: 'mean' of the group (Shao et al. 2024, GRPO, without its division); 'std': also
     divided by the group's standard deviation; 'leave_one_out': the mean of the others (Ahmadian et

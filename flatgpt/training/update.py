@@ -17,7 +17,8 @@ from functools import partial
 import torch
 
 from flatgpt.cuda_graph import capture, capture_stream
-from flatgpt.runtime import ComputeWorkload, Runtime
+from flatgpt.runtime import Runtime
+from flatgpt.training.compiling import ComputeWorkload
 from flatgpt.training.validate import graph_obstacles
 
 EAGER_UPDATES = 3  # before the capture: libraries and optimizers allocate what they need

@@ -17,7 +17,7 @@ from error_lines import error_line
 
 from flatgpt.benchmarks import gpu_day
 from flatgpt.benchmarks.gpu_day import Job, JobRunner, Table
-from flatgpt.training import memory
+from flatgpt.training import memory, memory_report
 from model import GPTConfig
 
 JOBS = """
@@ -143,7 +143,7 @@ def test_the_total_of_a_memory_plan_is_found_in_its_output(compiled, monkeypatch
     workload = memory.MemoryWorkload(
         GPTConfig(), 'cuda', torch.bfloat16, 'adamw', micro_batch_size=1, compiled=compiled
     )
-    _, plan = memory.report(workload, 'cuda:0', memory=None, fresh=True)
+    _, plan = memory_report.tabulate(workload, 'cuda:0', memory=None, fresh=True)
     assert re.search(gpu_day.PLAN_TOTAL, plan)[1] == '10,000'
 
 

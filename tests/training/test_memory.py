@@ -17,6 +17,7 @@ from flatgpt.data.tokenizer import byte_tokenizer
 from flatgpt.inference.kv_cache import KVCache
 from flatgpt.runtime import Runtime
 from flatgpt.training import memory as memory_module
+from flatgpt.training import memory_report
 from flatgpt.training.batches import BatchLoader
 from flatgpt.training.loss import loss_of
 from flatgpt.training.memory import (
@@ -160,8 +161,8 @@ def test_the_cache_of_rollouts_is_freed_before_an_update():
 
 def test_what_reinforcement_learning_refuses_is_not_advised():
     prompts = replace(SMALL, objective='rl', sequences=4, micro_batch_size=8)
-    advised = ' '.join(text for text, _ in memory_module.suggest_savings(prompts, 1, fresh=False))
-    tried = [flags for group in memory_module.changes(prompts) for flags in group]
+    advised = ' '.join(text for text, _ in memory_report.suggest_savings(prompts, 1, fresh=False))
+    tried = [flags for group in memory_report.possible_savings(prompts) for flags in group]
     assert tried
     assert not any(each.shard for each in tried)
     assert '--batch_size' in advised
@@ -246,7 +247,7 @@ def test_another_step_is_estimated_as_an_eager_one(changed, monkeypatch):
     monkeypatch.setattr(memory_module, 'eager_peak', lambda workload: Counter(parameters=1))
     workload = replace(COMPILED, offload=True, **changed)
     assert memory_module.estimate(workload)['parameters'] == 1
-    _, table = memory_module.report(workload, 'cuda:0', None, fresh=True)
+    _, table = memory_report.tabulate(workload, 'cuda:0', None, fresh=True)
     assert 'total at the peak of an eager step' in table
     assert ('torch.compile keeps' in table) == workload.compiled
 
@@ -278,7 +279,7 @@ def test_the_plan_is_of_a_compiled_step_where_the_run_will_compile(flags, device
 )
 def test_a_larger_micro_batch_is_suggested_where_it_fits_with_room(memory, rows, monkeypatch):
     monkeypatch.setattr(memory_module, 'eager_peak', lambda workload: Counter())
-    fits, table = memory_module.report(
+    fits, table = memory_report.tabulate(
         replace(COMPILED, micro_steps=40), 'cuda:0', memory, fresh=True
     )
     assert fits
@@ -296,7 +297,7 @@ def test_no_larger_micro_batch_is_suggested_where_it_would_not_be_faster(monkeyp
         COMPILED,  # a single micro-batch
         replace(COMPILED, device='cpu', micro_steps=40),
     ):
-        assert memory_module.suggest_larger_batch(workload, 1e12) is None
+        assert memory_report.suggest_larger_batch(workload, 1e12) is None
 
 
 def test_on_a_gpu_only_some_logits_are_there_at_a_time():
@@ -340,7 +341,7 @@ def test_what_does_not_fit_gets_changes_that_do(monkeypatch):
         monkeypatch.setattr(memory_module, name, 0)
     workload = replace(SMALL, micro_batch_size=16, micro_steps=1, saves=False)
     memory = 0.6 * memory_module.max_bytes(workload)
-    found = memory_module.suggest_savings(workload, memory)
+    found = memory_report.suggest_savings(workload, memory)
     assert all(size <= memory for _, size in found)
     texts = [text for text, _ in found]
     fewer = next(text for text in texts if text.startswith('--batch_size'))
@@ -402,27 +403,29 @@ def test_a_resumed_run_is_not_advised_to_change_its_shape(monkeypatch):
 def test_a_model_that_does_not_fit_is_followed_by_one_that_can_be():
     config = {'init_from': 'scratch', 'n_head': 6, 'n_embd': 100, 'n_layer': 9, 'arch': 'modern'}
     config |= {'objective': 'lm'}
-    assert memory_module.suggest_smaller_model(config) == 'a smaller model, such as --n_embd=48'
+    assert memory_report.suggest_smaller_model(config) == 'a smaller model, such as --n_embd=48'
     GPTConfig(arch='modern', n_head=6, n_embd=48)
-    few = memory_module.suggest_smaller_model({**config, 'n_embd': 12})
+    few = memory_report.suggest_smaller_model({**config, 'n_embd': 12})
     assert few == 'a smaller model, such as --n_layer=4'
-    assert '--n_' not in memory_module.suggest_smaller_model({**config, 'init_from': 'gpt2-xl'})
+    assert '--n_' not in memory_report.suggest_smaller_model({**config, 'init_from': 'gpt2-xl'})
 
 
 def test_where_nothing_fits_the_nearest_is_named():
-    (only,) = memory_module.suggest_savings(SMALL, memory=1e6)
+    (only,) = memory_report.suggest_savings(SMALL, memory=1e6)
     assert only[1] > 1e6
 
 
 @pytest.mark.parametrize('shape', [XL, SEVEN_B], ids=['gpt2-xl', '7B'])
 def test_a_large_model_is_refused_with_a_change_that_fits(shape, monkeypatch):
-    monkeypatch.setattr(memory_module, 'available_memory', lambda runtime: 24e9)
+    monkeypatch.setattr(memory_report, 'available_memory', lambda runtime: 24e9)
     workload = MemoryWorkload(
         shape, 'cpu', torch.bfloat16, 'adamw', micro_batch_size=1, saves=False
     )
     assert memory_module.min_bytes(workload) > 24e9
-    monkeypatch.setattr(memory_module, 'changes', lambda workload: [])  # each takes a second
-    fits, table = memory_module.check_fit(workload, CPU)
+    monkeypatch.setattr(
+        memory_report, 'possible_savings', lambda workload: []
+    )  # each takes a second
+    fits, table = memory_report.check_fit(workload, CPU)
     assert not fits
     assert 'does not fit in the 24.0 GB free on cpu' in table
     assert '--n_layer=' in table

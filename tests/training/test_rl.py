@@ -13,9 +13,10 @@ from flatgpt.checkpoint.convert import export_transformers
 from flatgpt.data.dataset import Dataset
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.errors import ConfigError, UserError
-from flatgpt.runtime import Runtime, StopSignal
+from flatgpt.runtime import Runtime
 from flatgpt.training.loss import loss_of, token_logps
 from flatgpt.training.rollout import Rollouts, advantages
+from flatgpt.training.stop_signal import StopSignal
 
 pytest_plugins = ['rl_runs']
 CONFIG = {'seed': 3, 'rl_samples': 3, 'rl_tokens': 6, 'batch_size': 2, 'reward': 'length'}
@@ -215,8 +216,8 @@ def test_two_processes_give_the_same_result_as_one(
     [
         case("objective='rl' needs a reward", ['--reward=None'], []),
         (['--rl_samples=1'], ['--rl_samples=2']),
-        case("is not for objective='rl'", ['--mask_documents'], []),
-        case("is not for objective='rl'", ['--dropout=0.1'], ['--dropout=0']),
+        case("is not supported with objective='rl'", ['--mask_documents'], []),
+        case("is not supported with objective='rl'", ['--dropout=0.1'], ['--dropout=0']),
         case('leave room for {} in a context', ['--rl_tokens=99'], ['--rl_tokens=16']),
         case('leave room for {} in a context', ['--block_size=8'], []),
         case(' needs {}: give --init_from=RUN_DIRECTORY', ['--init_from=scratch'], []),

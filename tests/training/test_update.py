@@ -13,9 +13,10 @@ import torch
 from conftest import hashes, metrics, steps
 
 from flatgpt.checkpoint.load import list_checkpoints, load_model
-from flatgpt.runtime import ComputeWorkload, Runtime
+from flatgpt.runtime import Runtime
 from flatgpt.training import metrics as metrics_module
 from flatgpt.training import update as update_module
+from flatgpt.training.compiling import ComputeWorkload
 from flatgpt.training.optim import set_lr
 from flatgpt.training.update import EAGER_UPDATES, GraphedUpdate, should_capture
 from model import GPT
