@@ -8,15 +8,15 @@ $ python bench.py train_shakespeare_char_cpu --vocab_size=65 --only=training --n
 $ python bench.py --only=quality --out_dir=out/mine   # its perplexity in 32, 16 and 8 bits
 $ python bench.py --only=data --text=corpus/          # tokenizers on your own files, and reading
 $ python bench.py --only=training --profile           # the slowest operators, and a trace
-$ python bench.py --only=rl --n_layer=6 --n_head=6 --n_embd=384  # beside TRL
+$ python bench.py --only=rl --n_layer=6 --n_head=6 --n_embd=384  # compared with TRL
 $ python bench.py --only=saving,processes             # the cost of checkpoints and of two processes
-$ python bench.py --only=pieces                       # parts written out here, beside torch's
+$ python bench.py --only=pieces                       # parts written out here, and torch's
 $ python bench.py --only=grammar --rows=16            # what structured output adds to a step
 $ python bench.py --only=speculation                  # guesses on texts that repeat themselves
 $ python bench.py --only=scaling --dataset=pydocs     # the runs behind config/auto.py
 $ python bench.py --only=rivals --dataset=mine --minutes=4  # config/auto.py and other shapes
-$ python bench.py --serve --block_size=1024           # api.py under load, beside transformers
-$ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, beside GPT-2's scores
+$ python bench.py --serve --block_size=1024           # api.py under load, and transformers
+$ python bench.py --task=lambada,cbt --out_dir=gpt2   # benchmark tasks, with GPT-2's scores
 $ python bench.py --task=core --out_dir=gpt2          # DCLM's CORE, as nanochat reports it
 $ python bench.py --compare=out/a,out/b               # plot the losses of runs into runs.png
 $ python bench.py --report=out/a,out/b                # losses, settings, samples ... in report.html
@@ -105,7 +105,7 @@ task = ''  # core; lambada,hellaswag,wikitext2,wikitext103,cbt,blimp and others 
 core_data: str | None = None  # task=core: its data, a folder or zip file; None: downloaded once
 limit: int | None = None  # tasks: use only this many examples of each, the first; None: all
 init_from = 'resume'  # tasks, without out_dir: 'resume' (the newest run in out/), or as out_dir
-checkpoint: str | None = None  # tasks: None or 'best' (lowest validation loss), 'last', or a path
+checkpoint: str | None = None  # of out_dir: None or 'best' (lowest validation loss), 'last', a path
 tokenizer: str | None = None  # tasks: tokenizer for a model without one
 quantize: str | None = None  # tasks: 'int8' for the scores of the quantized model
 # scaling (also uses dataset, a list 'a,b', and seed) and rivals
@@ -152,10 +152,19 @@ EXTRA_BENCHMARKS = (
 QUICK = {**SMALL, 'rounds': 3, 'rows': '1,8', 'text_bytes': 5_000_000}
 
 
+def read_settings(argv: list[str]) -> dict:
+    """The settings; with --quick, QUICK instead of the defaults."""
+    given: dict[str, str] = {}
+    settings = configure(globals(), argv, given=given)
+    if settings['quick']:
+        settings |= {name: value for name, value in QUICK.items() if name not in given}
+    return settings
+
+
 def run_benchmarks(settings: dict) -> None:
     """Run the benchmarks, or the load test of api.py."""
     names = requested_benchmarks(settings, [*BENCHMARKS], EXTRA_BENCHMARKS)
-    check_used(settings, ['serve'] if settings['serve'] else names)
+    check_used(settings, names)
     check_benchmark_settings(settings, names)
     check_writable(settings)
     device = pick_device(settings['device'])
@@ -209,8 +218,4 @@ def main(settings: dict) -> None:
 
 
 if __name__ == '__main__':
-    defaults = {name: globals()[name] for name in QUICK}
-    config = configure(globals(), sys.argv[1:])
-    if config['quick']:  # keeps what a config or a flag changed
-        config |= {name: QUICK[name] for name in QUICK if config[name] == defaults[name]}
-    main(config)
+    main(read_settings(sys.argv[1:]))

@@ -53,8 +53,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         action='append',
         help='glob pattern or folder of the files to use; may be repeated; default: all files',
     )
-    add('--name', help='name of the dataset; it is written to data/NAME')
-    add('--out_dir', type=Path, help='write the dataset to this folder instead')
+    text.add_output_options(parser)
     text.add_decoding_options(parser)
     text.add_options(parser)
     parser.set_defaults(**text.PLAIN_TEXT_DEFAULTS)

@@ -1,7 +1,7 @@
 """
 bench.py's generation benchmarks: speed, perplexity in each number format, and start-up time.
 
-$ python bench.py --only=prefill,decode --rows=1,16      # beside transformers
+$ python bench.py --only=prefill,decode --rows=1,16      # and by transformers
 $ python bench.py --only=quality --out_dir=out/mine      # perplexity in 32, 16, 8 bits, GGUF
 $ python bench.py --only=startup                         # from the command to the first token
 """
@@ -164,11 +164,11 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
     """Perplexity of a run's model on its own validation split, in each format, and of its GGUF file
     in llama.cpp."""
     windows, found = QUICK_WINDOWS if settings['quick'] else None, {}
+    source, checkpoint = settings['out_dir'], settings['checkpoint'] or 'best'
     for kind in [*formats_of(settings), GGUF]:
-        model, tokenizer, state = load_model(settings['out_dir'], 'best', runtime.device)
+        model, tokenizer, state = load_model(source, checkpoint, runtime.device)
         data = Dataset(dataset_of(state, settings['dataset']), model.config.block_size)
         if tokenizer not in (None, data.tokenizer) or data.vocab_size > model.config.vocab_size:
-            source = settings['out_dir']
             raise UserError(
                 f'{data.folder}: was not prepared with the tokenizer of {source}; '
                 'give a dataset that was by --dataset='
@@ -182,8 +182,8 @@ def bench_quality(settings: dict, runtime: Runtime, report: Report) -> None:
             loss_of = gguf_loss(model, data.tokenizer, state)
         found[kind], tokens = perplexity(loss_of, data, windows)
         change = found[kind] / next(iter(found.values())) - 1
-        beside = f' ({change:+.3%})' if len(found) > 1 else ''
-        note = f'perplexity {found[kind]:.4f}{beside}, {tokens:,} tokens of {data.folder.name}'
+        changed = f' ({change:+.3%})' if len(found) > 1 else ''
+        note = f'perplexity {found[kind]:.4f}{changed}, {tokens:,} tokens of {data.folder.name}'
         print_row('quality', kind, '', note)
         report.add('quality', kind, note, perplexity=found[kind])
 

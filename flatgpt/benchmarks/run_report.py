@@ -54,7 +54,8 @@ def write_report(
 ) -> Path:
     """Write the report of run directories -> its path. load: as in score_tasks()."""
     metrics = {run: evaluated_metrics(run, 'val_reward') for run in runs}
-    states = {run: read_state(find_checkpoint(run)) for run in runs}
+    which = settings['checkpoint'] or 'best'
+    states = {run: read_state(find_checkpoint(run, which)) for run in runs}
     figures = {run: figures_of(run) for run in runs}
     samples = {run: samples_of({**settings, 'out_dir': run}, load) for run in runs}
     parts = [
@@ -105,7 +106,7 @@ def table_of(title: str, runs: list[str], rows: dict[str, list]) -> str:
 
 
 def marked(number: int, run: str) -> str:
-    """A run's name beside its color in the charts."""
+    """A run's name after its color in the charts."""
     return f'<i style="background: {color(number)}"></i>{text(run)}'
 
 
@@ -116,7 +117,7 @@ def color(number: int) -> str:
 def summary(metrics: dict[str, list[dict]], states: dict[str, dict]) -> str:
     rows = {'steps': [lines[-1]['step'] for lines in metrics.values()]}
     for key, name, best in (
-        ('val_loss', 'best validation loss, nats per token', min),
+        ('val_loss', 'best validation loss, nats', min),
         ('val_bpb', 'best validation loss, bits per byte', min),
         ('val_reward', 'best validation reward', max),
         ('seconds', 'seconds of training, with evaluation', max),
@@ -174,7 +175,7 @@ def curves(metrics: dict[str, list[dict]]) -> list[str]:
     """A chart of losses and one of rewards, against steps and seconds, if runs have them."""
     parts = []
     for title, key, faint in (
-        ('Loss, nats per token', 'val_loss', 'loss'),
+        ('Loss, nats', 'val_loss', 'loss'),
         ('Reward', 'val_reward', 'reward'),
     ):
         if any(points(lines, 'step', key)[0] for lines in metrics.values()):

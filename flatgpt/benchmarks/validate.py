@@ -68,7 +68,9 @@ def check_writable(settings: dict) -> None:
 def requested_benchmarks(
     settings: dict, benchmarks: list[str], extra: tuple[str, ...]
 ) -> list[str]:
-    """The benchmarks in `only`, in their own order; by default all except `extra`."""
+    """'serve', or those in `only`, in their own order; by default all except `extra`."""
+    if settings['serve']:
+        return ['serve']
     named = [name for name in settings['only'].split(',') if name]
     for name in named:
         check_choice(tuple(benchmarks), {'only': name}, 'only')
@@ -87,12 +89,13 @@ def check_benchmark_settings(settings: dict, benchmarks: list[str]) -> None:
     check_values(settings)
     if settings['out_dir']:
         external = is_external(settings['out_dir'])
-        state = {} if external else read_state(find_checkpoint(settings['out_dir']))
+        which = settings['checkpoint'] or 'best'
+        state = {} if external else read_state(find_checkpoint(settings['out_dir'], which))
         dataset_of(state, settings['dataset'])
     if settings['text'] and not Path(settings['text']).is_dir():
         raise UserError(f'text={settings["text"]}: no such folder; give an existing one')
     prompt, new, size = (settings[k] for k in ('prompt_tokens', 'new_tokens', 'block_size'))
-    generating = {'prefill', 'decode', 'rl', 'grammar', 'speculation'} & {*benchmarks}
+    generating = {'prefill', 'decode', 'rl', 'grammar', 'speculation', 'serve'} & {*benchmarks}
     if generating and prompt + new > size:
         raise UserError(
             f'prompt_tokens={prompt} and new_tokens={new} do not fit into block_size={size}; '
@@ -129,6 +132,7 @@ def check_memory(settings: dict, runtime: Runtime, benchmarks: list[str]) -> Non
         'rl': 32,
         'prefill': 16,
         'decode': 16,
+        'serve': 16,
     }  # of all implementations together
     needed = parameters * max(bytes_each.get(name, 4) for name in benchmarks)
     free = available_memory(runtime)

@@ -57,7 +57,12 @@ from flatgpt.data.messages import (
     SkipRecord,
 )
 from flatgpt.data.sources import exclude_files, find_files, strip_bom, total_bytes
-from flatgpt.data.text import check_val_fraction, dataset_folder, train_command
+from flatgpt.data.text import (
+    add_output_options,
+    check_val_fraction,
+    output_folder,
+    train_command,
+)
 from flatgpt.data.tokenizer import ASSISTANT, EOT, Tokenizer
 from flatgpt.data.tools import without_tools
 from flatgpt.errors import ArgumentParser, UserError, counted, short_repr
@@ -103,12 +108,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
     add('files', nargs='*', help='JSON Lines files, folders and glob patterns')
-    add('--name', help='name of the dataset, written to data/NAME')
-    add(
-        '--out_dir',
-        type=lambda text: Path(text) if text else None,
-        help='write to this folder instead',
-    )
+    add_output_options(parser)
     add(
         '--tokenizer',
         default='gpt2',
@@ -181,15 +181,6 @@ def set_block_size(args: argparse.Namespace) -> None:
             f'--block_size={args.block_size}: the context of {args.tokenizer} has only {context} '
             f'tokens; use --block_size={context} or less'
         )
-
-
-def output_folder(args: argparse.Namespace) -> Path:
-    if not args.out_dir and not re.fullmatch(r'\w[\w.-]*', args.name or ''):
-        raise UserError(
-            'the dataset needs a --name of letters, digits, _, - and .: '
-            f'{COMMAND} {args.files[0]} --name=talks'
-        )
-    return dataset_folder(args)
 
 
 # --- the tokenizer

@@ -49,8 +49,7 @@ def main(argv: list[str] | None, sets: dict[str, dict[int, str]]) -> None:
     parser = ArgumentParser(description=__doc__)
     add = parser.add_argument
     add('books', nargs='*', help=f'book numbers, or {" or ".join(sets)}')
-    add('--name', help='name of the dataset, written to data/NAME')
-    add('--out_dir', type=Path, help='write here instead')
+    text.add_output_options(parser)
     add('--site', default=SITE, help='the mirror to use; default: %(default)s')
     text.add_options(parser)
     parser.set_defaults(**text.PLAIN_TEXT_DEFAULTS)

@@ -31,7 +31,7 @@ from flatgpt.data.encode import cores, encode_job, group_chunks, map_in_processe
 from flatgpt.data.hf_tokenizer import find_tokenizer
 from flatgpt.data.parquet import open_parquet, texts
 from flatgpt.data.parts import combine, is_finished, part_name
-from flatgpt.data.text import output_folder, train_command
+from flatgpt.data.text import add_output_options, output_folder, train_command
 from flatgpt.data.tokenizer import Tokenizer
 from flatgpt.errors import ArgumentParser, UserError, counted, did_you_mean
 
@@ -68,8 +68,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add('--config', help='name of the subset, for a dataset that has several')
     add('--split', default='train', help='split to train on; default train')
     add('--limit', type=int, help='use only this many documents of each split, the first')
-    add('--name', help='name of the dataset; it is written to data/NAME')
-    add('--out_dir', type=Path, help='write the dataset to this folder instead')
+    add_output_options(parser)
     add('--tokenizer', default='gpt2', help='gpt2 (default), byte, a tiktoken name, or a path')
     add('--workers', type=int, help='processes; default: one, or one per core where it is faster')
     args = parser.parse_args(argv)

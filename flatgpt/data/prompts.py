@@ -26,7 +26,12 @@ from flatgpt.data.dataset import FIRST, PADDING, SPLITS, Writer
 from flatgpt.data.hf_tokenizer import context_of, find_tokenizer
 from flatgpt.data.messages import Message, Record, RecordReader, SkipRecord, missing_error
 from flatgpt.data.sources import exclude_files, find_files
-from flatgpt.data.text import check_val_fraction, output_folder, train_command
+from flatgpt.data.text import (
+    add_output_options,
+    check_val_fraction,
+    output_folder,
+    train_command,
+)
 from flatgpt.data.tokenizer import ASSISTANT, Tokenizer
 from flatgpt.errors import ArgumentParser, UserError, counted, short_repr
 
@@ -57,12 +62,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
     add('files', nargs='*', help='JSON Lines files, folders and glob patterns')
-    add('--name', help='name of the dataset, written to data/NAME')
-    add(
-        '--out_dir',
-        type=lambda text: Path(text) if text else None,
-        help='write to this folder instead',
-    )
+    add_output_options(parser)
     add(
         '--tokenizer',
         default='gpt2',

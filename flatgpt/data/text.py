@@ -108,12 +108,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
     add('files', nargs='*', help='files, folders and glob patterns, such as "corpus/**/*.md"')
-    add('--name', help='name of the dataset; it is written to data/NAME')
-    add(
-        '--out_dir',
-        type=lambda text: Path(text) if text else None,
-        help='write the dataset to this folder instead',
-    )
+    add_output_options(parser)
     add(
         '--val',
         action='append',
@@ -136,10 +131,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if not args.files:
         raise UserError(f'no files; run {COMMAND} FILES --name=mine (see --help)')
     check_options(args)
-    if args.name and args.out_dir:
-        raise UserError(
-            f'--name={args.name} and --out_dir={args.out_dir} both set the output folder; give one'
-        )
     return args
 
 
@@ -229,18 +220,27 @@ def check_val_fraction(args: argparse.Namespace) -> None:
         raise UserError(f'--val_fraction={args.val_fraction}: give a number above 0 and up to 0.5')
 
 
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--name', help='name of the dataset; it is written to data/NAME')
+    parser.add_argument(
+        '--out_dir',
+        type=lambda text: Path(text) if text else None,
+        help='write the dataset to this folder instead',
+    )
+
+
 def output_folder(args: argparse.Namespace) -> Path:
+    """The folder that --name or --out_dir chooses."""
+    if args.name and args.out_dir:
+        raise UserError(
+            f'--name={args.name} and --out_dir={args.out_dir} both set the output folder; give one'
+        )
     if not args.out_dir and not args.name:
         raise UserError('no name for the dataset; add one, for example --name=mine')
     if not args.out_dir and not re.fullmatch(r'\w[\w.-]*', args.name):
         raise UserError(
             f'--name={args.name}: use letters, digits, _, - and . only, the first not - or .'
         )
-    return dataset_folder(args)
-
-
-def dataset_folder(args: argparse.Namespace) -> Path:
-    """The output folder; UserError for that of a dataset that comes with flatGPT."""
     folder = args.out_dir or DATA / args.name
     if prepare_script(folder):
         raise UserError(

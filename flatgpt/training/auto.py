@@ -29,9 +29,10 @@ from flatgpt.training.recipe import (
     EVALUATION_SHARE,
     Choice,
     Shape,
-    batch,
+    batch_settings,
     possible_block_sizes,
     possible_shapes,
+    sequences_per_step,
     settings_of,
     steps_of,
     tokens_per_step,
@@ -54,8 +55,8 @@ LEAST_TOKENS = 2_000  # of a training split
 MEASURED_WITH = {'arch': 'modern', 'optimizer': 'muon'}  # all runs of the law
 
 
-class Plan(NamedTuple):
-    """settings: what was chosen. lines: to print. Only with minutes: the cost of steps, and the
+class Chosen(NamedTuple):
+    """The settings, and lines to print. Only with minutes: the cost of the steps, and the
     seconds after the last one."""
 
     settings: dict
@@ -83,18 +84,18 @@ def choose_settings(
         # before it is measured for a run that cannot start
         runtime.broadcast_from_rank0(lambda: reject_existing_run(Path(config['out_dir']), config))
     value = config[dial]
-    plan = runtime.broadcast_from_rank0(lambda: make_plan(dial, config, given, runtime))
-    for line in plan.lines:
+    chosen = runtime.broadcast_from_rank0(lambda: choose(dial, config, given, runtime))
+    for line in chosen.lines:
         runtime.print0(f'auto: {line}')
     # plain settings: a run with them measures nothing
-    config |= plan.settings | dict.fromkeys(DIALS)
-    if plan.cost is None:
+    config |= chosen.settings | dict.fromkeys(DIALS)
+    if chosen.cost is None:
         return None
-    ends, alone = STARTED + 60 * value - plan.closing, runtime.world_size == 1
-    return Deadline(ends, plan.cost, config['max_iters'], alone)
+    ends, alone = STARTED + 60 * value - chosen.closing, runtime.world_size == 1
+    return Deadline(ends, chosen.cost, config['max_iters'], alone)
 
 
-def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
+def choose(dial: str, config: dict, given: dict, runtime: Runtime) -> Chosen:
     """Measure, compare and choose. ConfigError if the dial allows no run."""
     text, memory = read_text(config), available_memory(runtime) or math.inf
     search = Search(text, config, given, runtime.world_size, memory)
@@ -117,11 +118,11 @@ def make_plan(dial: str, config: dict, given: dict, runtime: Runtime) -> Plan:
     final = {**config, **settings}
     lines = [*describe_choice(ranked, text, final)]
     if not machine:
-        return Plan(settings, ['nothing is measured without --minutes', *lines])
+        return Chosen(settings, ['nothing is measured without --minutes', *lines])
     shape = ranked[0].shape
     cost = step_cost(final, shape, text, machine)
     closing = closing_seconds(shape, config['sample_tokens'], machine) + cost.evaluation
-    return Plan(settings, [describe_time(machine, final, cost, closing), *lines], cost, closing)
+    return Chosen(settings, [describe_time(machine, final, cost, closing), *lines], cost, closing)
 
 
 def read_text(config: dict) -> Text:
@@ -173,7 +174,7 @@ class Search:
         self.options = [*product(shapes, possible_block_sizes(config, given, text))]
         self.text, self.config = text, config
         self.split = partial(
-            batch, text=text, config=config, given=given, ranks=ranks, memory=memory
+            batch_settings, text=text, config=config, given=given, ranks=ranks, memory=memory
         )
 
     def rank(self, tokens_of: Callable[[Shape, int], float]) -> list[Choice]:
@@ -186,7 +187,7 @@ class Search:
         return sorted(choices, key=lambda choice: predicted_loss(choice, self.text))
 
     def rank_for_tokens(self, tokens: float) -> list[Choice]:
-        """First the largest model for which so many tokens are the best use of its operations."""
+        """Like rank(), but the largest model for which so many tokens are compute-optimal first."""
         ranked = self.rank(lambda shape, size: tokens)
         for choice in sorted(ranked, key=lambda choice: choice.shape.parameters, reverse=True):
             best = self.rank(tokens_for_flops(flops_of(choice, self.text), self.text))[0]
@@ -198,7 +199,7 @@ class Search:
         """The least value of the dial for LEAST_STEPS steps of the smallest model, and a margin."""
         choices = []
         for shape, size in self.options:
-            step = size * math.prod(self.split(Choice(shape, size, 1.0)).values())
+            step = size * sequences_per_step(self.split(Choice(shape, size, 1.0)))
             choices.append(Choice(shape, size, LEAST_STEPS * max(step, tokens_per_step(1))))
         best = min(choices, key=lambda choice: flops_of(choice, self.text))
         if dial == 'tokens':
@@ -212,7 +213,7 @@ class Search:
 
 
 def valid_shapes(shapes: Iterable[Shape], config: dict) -> list[Shape]:
-    """Those that go with the settings. ValueError if none does."""
+    """The shapes that fit the settings. ValueError if none does."""
     valid, errors = [], []
     for shape in shapes:
         try:
@@ -232,7 +233,7 @@ def predicted_loss(choice: Choice, text: Text) -> float:
 
 
 def flops_of(choice: Choice, text: Text) -> float:
-    """Of its training."""
+    """FLOPs of its training."""
     return choice.tokens * choice.shape.mean_flops(text.vocab_size, choice.block_size)
 
 
@@ -275,15 +276,15 @@ def describe_choice(ranked: list[Choice], text: Text, config: dict) -> Iterator[
     )
     others = '; '.join(compare(other, best, text) for other in runners_up(ranked))
     yield f'model: {describe(best)}' + (f'; predicted loss of others: {others}' if others else '')
-    rows = config['batch_size'] * config['gradient_accumulation_steps']
     short = f'the first {config["short_iters"]:,} in sequences of {config["short_block_size"]}'
-    steps = f'{config["max_iters"]:,} steps of {rows * best.block_size:,} tokens'
+    tokens = sequences_per_step(config) * best.block_size
+    steps = f'{config["max_iters"]:,} steps of {tokens:,} tokens'
     yield f'schedule: {steps}' + (f', {short}' if config['short_iters'] else '')
     values = {'parameters': best.shape.parameters, 'tokens': best.tokens, 'epochs': epochs}
     outside = [k for k, v in values.items() if not FITTED[k][0] <= v <= FITTED[k][1]]
     if outside:
         what = ', '.join(outside)
-        yield f'the prediction is extrapolated: no measured run had such a number of {what}'
+        yield f'the prediction is extrapolated: {what} outside the range of the measured runs'
     else:
         yield 'the prediction is interpolated between measured runs, see docs/results.md'
     now = {name: config[name] for name in MEASURED_WITH}

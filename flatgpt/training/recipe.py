@@ -4,7 +4,7 @@ The recipe of config/auto.py: all settings of a run that follow from its size an
     choice = Choice(Shape(n_layer=5, n_head=2, n_embd=160), block_size=256, tokens=4e6)
     settings = settings_of(choice, text, config, given)
 
-The rules follow runs of 0.2 to 13 million tokens on CPUs. What the command gives stays as it is.
+The rules follow runs of 0.2 to 13 million tokens on CPUs. Settings that the user gives are kept.
 """
 
 import math
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     @property
     def parameters(self) -> int:
-        """Of the blocks."""
+        """Parameters in the blocks."""
         return 12 * self.n_layer * self.n_embd**2
 
     def flops_per_token(self, vocab_size: int, block_size: float) -> float:
@@ -92,7 +92,7 @@ def possible_block_sizes(config: dict, given: dict, text: Text) -> tuple[int, ..
 
 
 def tokens_per_step(tokens: float) -> float:
-    """Of a run on so many tokens."""
+    """Tokens per step for a run on this many tokens."""
     return max(2048.0, 3072 * (tokens / 2.4e6) ** 0.3)
 
 
@@ -106,8 +106,8 @@ def settings_of(
 ) -> dict:
     """The settings of a run, without those that are given. memory: bytes of each rank."""
     shape, block_size, tokens = choice
-    rows = batch(choice, text, config, given, ranks, memory)
-    steps = steps_of(choice, rows)
+    batch = batch_settings(choice, text, config, given, ranks, memory)
+    steps, short_block_size = steps_of(choice, batch), short_block_size_of(block_size)
     evaluations = EVALUATIONS
     if 'eval_interval' in given:
         evaluations = max(1, steps // (config['eval_interval'] or steps))
@@ -115,28 +115,39 @@ def settings_of(
     settings = {
         **shape._asdict(),
         'block_size': block_size,
-        'short_block_size': max(1, block_size // 4),
-        'short_iters': round(SHORT * steps),
-        **rows,
+        'short_block_size': short_block_size,
+        'short_iters': round(SHORT * steps) if short_block_size else 0,
+        **batch,
         'max_iters': steps,
         'lr_decay_iters': None,  # the last step
         **(muon_settings(steps) if config['optimizer'] == 'muon' else {}),
         'warmup_iters': min(10, steps // 150),
         'dropout': dropout_after(tokens / text.tokens),
         'eval_interval': -(-steps // EVALUATIONS),
-        'eval_iters': max(1, round(evaluated / evaluations / rows['batch_size'] / block_size)),
+        'eval_iters': max(1, round(evaluated / evaluations / batch['batch_size'] / block_size)),
         'log_interval': max(1, steps // 100),
     }
     return {name: value for name, value in settings.items() if name not in given}
 
 
-def steps_of(choice: Choice, rows: dict[str, int]) -> int:
-    """rows: see batch()."""
-    return max(1, round(choice.tokens / math.prod(rows.values()) / choice.block_size))
+def short_block_size_of(block_size: int) -> int | None:
+    """A quarter of block_size, or the next shorter length that divides it; None if there is none
+    of at least an eighth."""
+    lengths = range(block_size // 4, max(1, block_size // 8) - 1, -1)
+    return next((n for n in lengths if block_size % n == 0), None)
+
+
+def steps_of(choice: Choice, batch: dict[str, int]) -> int:
+    """batch: see batch_settings()."""
+    return max(1, round(choice.tokens / sequences_per_step(batch) / choice.block_size))
+
+
+def sequences_per_step(batch: dict[str, int]) -> int:
+    return batch['batch_size'] * batch['gradient_accumulation_steps']
 
 
 def muon_settings(steps: int) -> dict[str, float]:
-    """The learning rates of Muon and of AdamW beside it, and the momentum."""
+    """The learning rates of Muon and of the AdamW that trains the rest, and the momentum."""
     muon_lr = min(0.06, max(0.01, 0.04 * (400 / steps) ** 0.3))
     return {
         'muon_lr': float(f'{muon_lr:.2g}'),
@@ -145,7 +156,7 @@ def muon_settings(steps: int) -> dict[str, float]:
     }
 
 
-def batch(
+def batch_settings(
     choice: Choice, text: Text, config: dict, given: dict, ranks: int, memory: float
 ) -> dict[str, int]:
     """batch_size and gradient_accumulation_steps, in micro-batches that half the memory holds."""

@@ -17,7 +17,14 @@ import torch
 
 from flatgpt.runtime import Runtime, synchronize
 from flatgpt.training.optim import build_optimizers
-from flatgpt.training.recipe import FORWARD_SHARE, STATE_BYTES, Shape, heads, token_bytes
+from flatgpt.training.recipe import (
+    FORWARD_SHARE,
+    STATE_BYTES,
+    Shape,
+    heads,
+    sequences_per_step,
+    token_bytes,
+)
 from flatgpt.training.scaling import Text
 from model import GPT, GPTConfig
 
@@ -59,7 +66,7 @@ class StepCost(NamedTuple):
     eval_interval: int | None
 
     def seconds(self, first: int, last: int) -> float:
-        """Of the steps from `first` to `last`, with the evaluations before them."""
+        """Seconds of the steps from `first` to `last`, with the evaluations before them."""
         short = max(0, min(last, self.short_iters) - first)
         steps = short * self.short + (last - first - short) * self.full
         if not self.eval_interval:
@@ -68,7 +75,7 @@ class StepCost(NamedTuple):
         return steps + evaluations * self.evaluation
 
     def stretched(self, step: int, factor: float) -> 'StepCost':
-        """That of a run with `factor` times as many steps after `step`, short ones included."""
+        """The cost if the steps after `step`, short ones included, are multiplied by `factor`."""
         short = max(0, self.short_iters - step)
         return self._replace(short_iters=self.short_iters + short * (factor - 1))
 
@@ -130,10 +137,10 @@ def train_step(model: GPT, optimizers: list, x, runtime: Runtime) -> float:
 def step_cost(config: dict, shape: Shape, text: Text, machine: Machine) -> StepCost:
     """What the steps and evaluations of a run with these settings take."""
     speed, length = machine.speed(shape.n_embd), config['block_size']
-    tokens = config['batch_size'] * config['gradient_accumulation_steps'] * length
+    tokens = sequences_per_step(config) * length
     short, full = (
         tokens * shape.flops_per_token(text.vocab_size, n) / speed
-        for n in (config['short_block_size'], length)
+        for n in (config['short_block_size'] or length, length)
     )
     evaluated = text.val_tokens
     if config['eval_iters'] is not None:

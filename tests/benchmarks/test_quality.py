@@ -62,6 +62,27 @@ def test_perplexity_in_eight_bits_is_near_that_in_32(tmp_path, capsys, monkeypat
         decoding.bench_quality(settings(*flags), Runtime('cpu', torch.float32), again)
 
 
+def test_the_checkpoint_that_is_asked_for_is_measured(tmp_path):
+    tokenizer, run = byte_tokenizer(), tmp_path / 'run'
+    with Writer(tmp_path / 'data', tokenizer) as writer:
+        for split in ('train', 'val'):
+            writer.write(split, np.arange(100) % 97)
+    for step, loss in ((1, 5.0), (2, 6.0)):
+        torch.manual_seed(step)
+        model = GPT(GPTConfig(16, tokenizer.vocab_size, 1, 1, 8))
+        config = {'dataset': str(tmp_path / 'data')}
+        state = {'step': step, 'val_loss': loss, 'evaluated': True, 'config': config}
+        save.save_checkpoint(run, model, [], tokenizer, state, keep_evaluated=True)
+    found = {}
+    for checkpoint in ('None', 'best', 'last'):
+        report = Report({'json': 'bench.json'}, {})
+        flags = ['--only=quality', f'--out_dir={run}', '--formats=float32']
+        config = settings(*flags, f'--checkpoint={checkpoint}')
+        decoding.bench_quality(config, Runtime('cpu', torch.float32), report)
+        found[checkpoint] = report.entries[0]['perplexity']
+    assert found['None'] == found['best'] != found['last']
+
+
 def test_a_run_whose_data_is_gone_is_refused(tmp_path):
     with pytest.raises(UserError, match='no prepared dataset'):
         decoding.dataset_of({'config': {'dataset': str(tmp_path)}}, None)

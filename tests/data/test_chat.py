@@ -793,7 +793,7 @@ def test_a_conversation_that_is_too_long_is_reported_with_long_error(tmp_path):
     ('flags', 'problem'),
     [
         ((), 'FILES --name='),
-        (('s.jsonl', '--name=a/b'), 'needs a --name'),
+        (('s.jsonl', '--name=a/b'), 'use letters, digits'),
         (('s.jsonl', '--name=text'), 'comes with flatGPT'),
         (('s.jsonl', '--name=a', '--val_fraction=2'), 'above 0'),
         (('s.jsonl', '--name=a', '--block_size=1'), 'must be between 2'),

@@ -353,14 +353,20 @@ def prepare_in(tmp_path, monkeypatch, *flags):
 @pytest.mark.parametrize(
     'flags',
     [
-        case('no FILES; run', ['--block_size=64']),
-        case('the dataset needs a --name', ['rows.jsonl']),
-        case('the dataset needs a --name', ['rows.jsonl', '--name=a/b']),
-        case('the dataset needs a --name', ['rows.jsonl', '--name=.a']),
+        case('no name for the dataset', []),
+        case('use letters, digits', ['--name=a/b']),
+        case('use letters, digits', ['--name=.a']),
+        case('both set the output folder', ['--name=talks', '--out_dir=o']),
     ],
 )
-def test_the_command_in_an_error_line_works(tmp_path, monkeypatch, flags):
-    message = refused(prepare_in, tmp_path, monkeypatch, *flags)
+def test_a_dataset_with_one_valid_name_is_prepared(tmp_path, monkeypatch, flags):
+    assert '--name=' in refused(prepare_in, tmp_path, monkeypatch, 'rows.jsonl', *flags)
+    assert prepare_in(tmp_path, monkeypatch, 'rows.jsonl', '--name=talks') == {'Seven.'}
+
+
+@error_line('no FILES; run')
+def test_the_command_in_an_error_line_works(tmp_path, monkeypatch):
+    message = refused(prepare_in, tmp_path, monkeypatch, '--block_size=64')
     command = re.search(rf'{prepare.COMMAND} (\S+ --name=\S+)', message)[1]
     command = command.replace('FILES', 'rows.jsonl').split()
     assert prepare_in(tmp_path, monkeypatch, *command) == {'Seven.'}

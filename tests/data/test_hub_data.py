@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -18,7 +20,6 @@ from hub import TOKEN
 from flatgpt.data import hub as module
 from flatgpt.data.dataset import Dataset, read_meta
 from flatgpt.data.tokenizer import EOT, byte_tokenizer
-from flatgpt.errors import UserError
 
 pyarrow = pytest.importorskip('pyarrow')
 pytest.importorskip('pyarrow.parquet')
@@ -66,11 +67,7 @@ def prepare(*argv, name=NAME, out='out') -> Dataset:
     return Dataset(out, 1)
 
 
-def refused(*argv, **options) -> str:
-    with pytest.raises(UserError) as error:
-        prepare(*argv, **options)
-    assert '\n' not in str(error.value)
-    return str(error.value)
+refused = partial(conftest.refused, prepare)
 
 
 def documents(split, out='out') -> list[str]:

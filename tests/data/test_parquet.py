@@ -8,8 +8,10 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -54,11 +56,7 @@ def prepare(*argv: str, out: str = 'out') -> Dataset:
     return Dataset(out, 1)
 
 
-def refused(*argv: str) -> str:
-    with pytest.raises(UserError) as error:
-        prepare(*argv)
-    assert '\n' not in str(error.value)
-    return str(error.value)
+refused = partial(conftest.refused, prepare)
 
 
 def text_of(split: str, folder: str = 'out') -> str:

@@ -1,8 +1,10 @@
 """The error lines of data/text/prepare.py: each is provoked, and its advice followed."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from error_lines import case, error_line
@@ -10,7 +12,6 @@ from error_lines import case, error_line
 from flatgpt.data import text
 from flatgpt.data.tokenizer import char_tokenizer
 from flatgpt.data.tokenizer import load as load_tokenizer
-from flatgpt.errors import UserError
 
 WORDS = 'The cat sat on the mat, and the dog ran off. '
 ROWS = [json.dumps({'text': i, 'body': f'row {i}. '}) + '\n' for i in range(10)]
@@ -66,11 +67,7 @@ def prepare(argv: str) -> str:
     return ''.join(map(tokenizer.decode, ids))
 
 
-def refused(argv: str) -> str:
-    with pytest.raises(UserError) as error:
-        prepare(argv)
-    assert '\n' not in str(error.value)
-    return str(error.value)
+refused = partial(conftest.refused, prepare)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,14 @@ def test_help_has_the_meaning_of_every_setting():
     assert [line for line in listed if not re.match(meaning, line)] == []
 
 
+def test_quick_changes_only_what_no_flag_sets():
+    flags = ['--n_layer=12', '--rounds=5', '--n_embd=64']  # two of them as by default
+    quick = bench.read_settings(['--quick', *flags])
+    assert [quick[name] for name in ('n_layer', 'rounds', 'n_embd')] == [12, 5, 64]
+    assert (quick['vocab_size'], quick['rows']) == (8192, '1,8')
+    assert bench.read_settings(flags)['vocab_size'] == 50304
+
+
 @pytest.mark.usefixtures('small_machine', 'in_this_process')
 def test_implementations_alternate_and_a_training_step_is_profiled(tmp_path, monkeypatch, capsys):
     pytest.importorskip('transformers', reason='transformers is not installed')

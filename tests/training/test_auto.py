@@ -27,6 +27,7 @@ from flatgpt.training.recipe import (
 from flatgpt.training.scaling import Text
 from flatgpt.training.speed import Machine, StepCost
 from flatgpt.training.state import TrainState
+from flatgpt.training.validate import check_short_blocks
 
 AUTO = ROOT / 'config' / 'auto.py'
 TEXT = Text(2_500_000, 257, 1.0)
@@ -37,6 +38,7 @@ LAPTOP = Machine({64: 1e11, 128: 2.5e11, 256: 3.5e11}, 2.0)
 def auto_here(run_here, byte_dataset, monkeypatch):
     """Run config/auto.py in this process, on a machine of known speed."""
     monkeypatch.setattr(auto, 'measure', lambda *args: Machine({64: 1e11}, 0.1))
+    monkeypatch.setattr(speed, 'PLOT_SECONDS', 0.1)  # small pictures
 
     def run(*args):
         monkeypatch.setattr(auto, 'STARTED', time.perf_counter())
@@ -59,7 +61,7 @@ def settings_in(out_dir):
 
 BYTES = byte_tokenizer()
 SMALL = ('--n_layer=2', '--n_embd=64')
-BRIEF = '--minutes=0.05'
+BRIEF = '--minutes=0.03'
 SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps': 40}
 SETTINGS |= {'optimizer': 'muon', 'sample_tokens': 600, 'arch': 'modern', 'bias': False}
 SETTINGS |= {'n_kv_head': None, 'dataset': 'mine', 'block_size': 64}
@@ -121,6 +123,19 @@ def test_what_is_given_stays():
     rows = settings_of(choice, TEXT, SETTINGS, {'batch_size': 12})
     assert 'batch_size' not in rows
     assert rows['gradient_accumulation_steps'] * 12 * 64 == pytest.approx(3072, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ('block_size', 'short'),
+    [(256, 64), (250, 50), (149, None), (90, 18), (4, 1), (3, None), (2, None)],
+)
+def test_short_sequences_divide_any_context(block_size, short):
+    choice = choose_in(240)._replace(block_size=block_size)
+    settings = SETTINGS | settings_of(choice, TEXT, SETTINGS, {'block_size': block_size})
+    assert settings['short_block_size'] == short
+    assert bool(settings['short_iters']) == bool(short)
+    check_short_blocks(settings, block_size)
+    speed.step_cost(settings | {'block_size': block_size}, choice.shape, TEXT, LAPTOP)
 
 
 def test_a_shape_that_the_given_heads_cannot_have_is_no_choice():
@@ -230,7 +245,7 @@ def test_a_run_writes_plain_settings_and_an_equal_run_needs_no_measuring(
     settings = settings_in(out)
     assert settings['minutes'] == settings['tokens'] == 'None'
     assert int(settings['max_iters']) >= auto.LEAST_STEPS
-    monkeypatch.setattr(auto, 'make_plan', None)
+    monkeypatch.setattr(auto, 'choose', None)
     assert run_here(f'--out_dir={again}', config=out / 'config.py') == 0
     name = f'checkpoints/step-{int(settings["max_iters"]):08d}'
     assert hashes(out / name) == hashes(again / name)
@@ -301,7 +316,7 @@ def test_the_same_command_resumes_with_the_settings_that_were_chosen(
     args = (BRIEF, *SMALL, f'--out_dir={tmp_path / "out"}', '--auto_resume')
     assert auto_here(*args) == 0
     (tmp_path / 'out/DONE').unlink()
-    monkeypatch.setattr(auto, 'make_plan', None)
+    monkeypatch.setattr(auto, 'choose', None)
     assert auto_here(*args) == 0
     assert f'{BRIEF} is ignored' in capsys.readouterr().out
     assert (tmp_path / 'out/DONE').exists()
@@ -423,7 +438,7 @@ def test_a_run_that_exists_is_refused_before_the_machine_is_measured(
     out = f'--out_dir={tmp_path / "out"}'
     assert auto_here(BRIEF, *SMALL, out) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(auto, 'make_plan', None)
+        patch.setattr(auto, 'choose', None)
         with pytest.raises(UserError, match='has checkpoints already'):
             auto_here(BRIEF, *SMALL, out)
     assert auto_here(BRIEF, *SMALL, out, '--overwrite') == 0
