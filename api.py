@@ -81,8 +81,8 @@ draft: str | None = None
 name: str | None = None  # the model's name for clients; None: the name of its folder
 adapters: str | None = None  # LoRA adapters of it, name:path with commas; clients choose by `model`
 # server
-host = '127.0.0.1'  # address to listen at; one that other machines can reach needs an API key
-port = 8000  # port to listen at; 0: any free one
+host = '127.0.0.1'  # address to listen on; one that other machines can reach needs an API key
+port = 8000  # port to listen on; 0: any free one
 api_key: str | None = None  # API key that clients must send; None: FLATGPT_API_KEY, if set
 allow_origins: str | None = None  # allowed CORS origins; None: any if there is a key, else local
 log_prompts = False  # write prompts and completions to the log
@@ -116,12 +116,12 @@ def create_app(loaded: tuple[GPT, Tokenizer] | None = None, **changes) -> flask.
     for key in changes:
         check_known(key, settings, f'create_app({key}=)')
         if key in ('host', 'port'):
-            raise ConfigError(f'create_app({key}=): the WSGI server sets its address; leave it out')
+            raise ConfigError(f'create_app({key}=): the WSGI server sets its address; omit it')
         same = changes[key] == settings[key]
         if loaded and key == 'device':
             same |= is_device(changes[key], loaded[0].embedding.weight.device)
         if loaded and key in MODEL_SETTINGS and not same:
-            raise ConfigError(f'create_app({key}=): the model is already loaded; leave it out')
+            raise ConfigError(f'create_app({key}=): the model is already loaded; omit it')
     settings = update_settings(__file__, settings, changes, 'create_app({}=)')
     check_settings(settings)
     return build_app(loaded, settings | {'host': None, 'port': None})

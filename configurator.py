@@ -31,7 +31,7 @@ from flatgpt.errors import ConfigError, Mistakes, did_you_mean, one_line_errors,
 
 SCALARS = (bool, int, float, str, type(None))
 # An error as a flag, but ignored in a config file: the config.py of an older run has it.
-# 'published': a loss from the literature, printed beside the loss of eval_only
+# 'published': a loss from the literature, printed next to the loss of eval_only
 REMOVED_SETTINGS = ('published',)
 TYPES = {  # type -> how an error line describes it, and an example
     'bool': ('True or False', True),

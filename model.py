@@ -515,8 +515,8 @@ class GPT(nn.Module):
     ):
         """(logits, None) without targets, (None, loss) with them: the mean cross-entropy in nats.
 
-        The logits are the largest tensor of a training step, and autograd would keep them and their
-        gradient for a caller, used or not.
+        No logits are returned with targets: they are the largest tensor of a training step, and
+        would be kept in memory with their gradient.
         idx (B, T): token ids. targets (B, T): the next token of each; -1 is ignored.
         cache: a KVCache of B rows, to which idx is appended.
         lengths (B,): with a cache, the number of tokens in each row before its padding.

@@ -1,13 +1,13 @@
 """What the tests of bench.py and its package share: tiny settings, how a mistake ends,
 and implementations in the test's process."""
 
+import conftest
 import pytest
 import torch
 
 import bench
 from configurator import configure
 from flatgpt.benchmarks import baselines, implementations
-from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime
 
 RUNTIME = Runtime('cpu', torch.float32)
@@ -20,10 +20,7 @@ def settings(*flags):
 
 
 def refused(*flags) -> str:
-    with pytest.raises(UserError) as caught:
-        bench.main(settings(*flags))
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+    return conftest.refused(bench.main, settings(*flags))
 
 
 class ImplementationHere(implementations.Implementation):

@@ -344,9 +344,9 @@ def sample(*args, input=''):
     return subprocess.CompletedProcess(arguments, status, *written)
 
 
-def refused(call, *args, **options):
+def refused(call, *args, error=UserError, **options) -> str:
     """The one line that a call is refused with."""
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(error) as caught:
         call(*args, **options)
     assert '\n' not in str(caught.value)
     return str(caught.value)

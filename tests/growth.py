@@ -4,7 +4,7 @@ import gc
 import time
 from collections.abc import Callable
 
-LEAST_SECONDS = 0.3  # shorter times tell what fits into the processor's cache
+LEAST_SECONDS = 0.3  # shorter times measure the processor's cache instead
 MOST = 2.3**2  # times as long for four times as much
 ATTEMPTS = 3
 

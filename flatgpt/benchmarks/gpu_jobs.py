@@ -412,23 +412,23 @@ def bench(*flags: str) -> list[dict]:
         return json.loads(path.read_text())['results']
 
 
-# --- beside other programs
+# --- compared with other programs
 
 
-def beside_gpt2(options: dict, rows: Rows) -> None:
+def compare_gpt2(options: dict, rows: Rows) -> None:
     flags = [f'--nanogpt={options["nanogpt"]}'] if options['nanogpt'] else []
     results = bench_training(*flags)
-    report_beside('gpt2 beside transformers', 'transformers', results, rows)
-    row = 'gpt2 beside nanoGPT'
+    report_ratio('gpt2 vs transformers', 'transformers', results, rows)
+    row = 'gpt2 vs nanoGPT'
     if not options['nanogpt']:
         return print_row(row, SKIPPED, 'needs --nanogpt=DIR')
     bar = f'{NANOGPT_BAR} times; goal {NANOGPT_GOAL} times'
-    report_beside(row, 'nanoGPT', results, rows, NANOGPT_BAR, bar)
+    report_ratio(row, 'nanoGPT', results, rows, NANOGPT_BAR, bar)
 
 
-def beside_modern(options: dict, rows: Rows) -> None:
+def compare_modern(options: dict, rows: Rows) -> None:
     results = bench_training('--arch=modern', '--n_head=6')
-    report_beside('modern beside transformers', 'transformers', results, rows)
+    report_ratio('modern vs transformers', 'transformers', results, rows)
 
 
 def bench_training(*flags: str) -> dict[str, dict]:
@@ -438,7 +438,7 @@ def bench_training(*flags: str) -> dict[str, dict]:
     return {entry['side']: entry for entry in results}
 
 
-def report_beside(
+def report_ratio(
     row: str, side: str, results: dict, rows: Rows, least: float = 0.0, bar: str = ''
 ) -> None:
     ours, other = results['flatGPT'], results[side]
@@ -555,7 +555,7 @@ def decode(options: dict, rows: Rows) -> None:
 def decode_static(options: dict, rows: Rows) -> None:
     dtype = pick_dtype('auto', 'cuda')
     static = TheirGenerate(dtype, cache_implementation='static')  # which transformers compiles
-    compare_decoding('decode beside a static cache', static, OurEngine('cuda', dtype), rows, 0)
+    compare_decoding('decode vs a static cache', static, OurEngine('cuda', dtype), rows, 0)
 
 
 def prefill(options: dict, rows: Rows) -> None:
@@ -575,7 +575,7 @@ def prefill(options: dict, rows: Rows) -> None:
 
     mine, its = map(statistics.median, time_in_turns(ours, theirs))
     result = f'{its / mine:.2f} times: {mine * 1e3:.2f} and {its * 1e3:.2f} ms for 1,024 tokens'
-    rows.measured('prefill beside transformers', result)
+    rows.measured('prefill vs transformers', result)
     found = []
     for name, backend in (
         ('flash', SDPBackend.FLASH_ATTENTION),
@@ -587,7 +587,7 @@ def prefill(options: dict, rows: Rows) -> None:
                 found.append(f'{name} {statistics.median(time_in_turns(ours)[0]) * 1e3:.2f} ms')
         except RuntimeError as error:
             found.append(f'{name} is not available ({str(error).partition(chr(10))[0][:60]})')
-    rows.measured('flash beside cuDNN', ', '.join(found))
+    rows.measured('flash vs cuDNN', ', '.join(found))
 
 
 # -----------------------------------------------------------------------------

@@ -353,7 +353,7 @@ def bench_latency(settings: dict, report: Report, server: ServerProcess) -> None
     health = percentiles(probe.seconds)
     note = f'/health meanwhile: {format_milliseconds(health)}, {probe.failed} failed'
     print_row('serving', '64 streams', '', note)
-    report.add('serving', '/health beside 64 streams', note, seconds=health)
+    report.add('serving', '/health during 64 streams', note, seconds=health)
 
 
 def report_latency(report: Report, variant: str, completions: list[Completion]) -> None:

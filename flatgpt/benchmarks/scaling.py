@@ -2,9 +2,9 @@
 bench.py's runs behind config/auto.py: what loss each shape of model reaches, and in what time.
 
 $ python bench.py --only=scaling --dataset=pydocs,mine       # fits the law that predicts the loss
-$ python bench.py --only=rivals --dataset=mine --minutes=4   # auto beside four other shapes
+$ python bench.py --only=rivals --dataset=mine --minutes=4   # auto and four other shapes
 
-Each run is one line of a table beside this file. A run that is in the table is not repeated, so
+Each run is one line of a table next to this file. A run that is in the table is not repeated, so
 that a stopped command continues; the rivals were written down before any of them ran.
 """
 

@@ -152,7 +152,7 @@ class Request:
         return self.sampling.max_new_tokens - len(self.output_ids)
 
     def uniform(self, ahead: int = 0) -> np.float32:
-        """The random number of its next token, or of the one that is so many further ahead."""
+        """The random number of its next token, or of the token `ahead` positions later."""
         at = len(self.output_ids) + ahead
         while len(self.uniforms) <= at:
             self.uniforms.append(self.random.random(dtype=np.float32))

@@ -37,8 +37,8 @@ class Pace:
     """How many tokens to guess next, and when: decided by how many were right so far.
 
     Guesses that are all right double the number, others lower it. If fewer than half are right, it
-    lets occasions pass, each time twice as many: a text that cannot be guessed is soon computed as
-    if there was no draft.
+    pauses, each time twice as long: a text that cannot be guessed is soon computed as if there were
+    no draft.
     Only counts decide, no times, so that a text is computed in the same way on each occasion.
     """
 

@@ -4,7 +4,7 @@ ERRORS = {  # status: type, and an example's message, param and code
     400: ('invalid_request_error', 'n: must be a whole number, not 1.5', 'n', None),
     401: ('authentication_error', 'the API key is missing', None, 'invalid_api_key'),
     403: ('permission_error', 'pages of X may not use this server', None, 'origin_not_allowed'),
-    404: ('not_found_error', "there is no model 'other'; use 'mine'", 'model', None),
+    404: ('not_found_error', "model 'other' does not exist; use 'mine'", 'model', None),
     405: ('invalid_request_error', '/tokenize does not accept GET; use POST', None, None),
     413: ('invalid_request_error', 'the body is larger than 4 MiB; send less', None, None),
     415: ('invalid_request_error', 'send JSON, with Content-Type: application/json', None, None),

@@ -132,7 +132,7 @@ class Options(Unsupported):
 
     model: str | None = nullable('The base model or an adapter; ignored if it has none.')
     n: bounded(1, 2**16, kind=int) | None = nullable('Completions per prompt (default 1).')
-    max_tokens: bounded(0, 2**31, kind=int) | None = nullable('Most tokens in a completion.')
+    max_tokens: bounded(0, 2**31, kind=int) | None = nullable('Maximum tokens in a completion.')
     stream: bool | None = nullable('Stream the completion as server-sent events.')
     stream_options: StreamOptions | None = nullable('Options for streams.')
     stop: Stop | Stops | None = nullable('Stop before this string, or before any of these.')
@@ -172,7 +172,7 @@ class Options(Unsupported):
     @field_validator('best_of')
     def check_best_of(cls, value: int | None, info: ValidationInfo):
         if value not in (None, 1, info.data.get('n')):
-            raise field_error('this server does not support it; leave it out, or give 1 or n')
+            raise field_error('this server does not support it; omit it, or give 1 or n')
         return value
 
     def grammars(self) -> list[tuple[str, str, object]]:
@@ -214,7 +214,7 @@ class CompletionRequest(Options):
         description='A string, a list of token ids, or a list of either.'
     )
     max_tokens: bounded(0, 2**31, kind=int) | None = nullable(
-        'Most tokens in a completion (default 16). 0, with echo, only scores the prompt.'
+        'Maximum tokens in a completion (default 16). 0, with echo, only scores the prompt.'
     )
     echo: bool | None = nullable('Prepend the prompt to each completion.')
     logprobs: bounded(0, MAX_LOGPROBS, kind=int) | None = nullable(
@@ -315,7 +315,7 @@ class ChatRequest(Options):
     )
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_tokens: bounded(1, 2**31, kind=int) | None = nullable(
-        'Most tokens in a completion (default: as many as fit in the context).'
+        'Maximum tokens in a completion (default: as many as fit in the context).'
     )
     max_completion_tokens: bounded(1, 2**31, kind=int) | None = nullable('The same as max_tokens.')
     logprobs: bool | None = nullable('Report the log-probability of each token.')
@@ -551,7 +551,7 @@ class Model(BaseModel):
     object: Literal['model']
     created: int
     owned_by: str
-    max_model_len: int = Field(description='Most tokens of a prompt and its completion together.')
+    max_model_len: int = Field(description='Maximum tokens of a prompt and its completion.')
 
 
 class ModelList(BaseModel):

@@ -85,7 +85,7 @@ class Service:
             raise APIError(429, 'a reload is running; wait for it', headers={'Retry-After': '5'})
         try:
             if len(self.engines.open) > 1:
-                message = 'requests still finish on the weights before; try again later'
+                message = 'requests are still running on the previous weights; try again later'
                 raise APIError(429, message, headers={'Retry-After': '5'})
             self.engines.check_memory()
             engine = self.build_another()
@@ -102,7 +102,7 @@ class Service:
         except (UserError, RuntimeError, MemoryError) as error:
             if not (isinstance(error, UserError) or is_out_of_memory(error)):
                 raise
-            message = f'the model was not loaded again: {reason_of(error)}'
+            message = f'the reload failed: {reason_of(error)}'
             raise APIError(503, message, code='not_reloaded') from None
         old, new = self.tokenizer, engine.tokenizer
         if old != new or (old.chat_template, self.block_size) != (
@@ -131,7 +131,7 @@ class Service:
         """APIError for a model that is not here."""
         if name not in self.names:
             names = ', '.join(map(repr, self.names))
-            raise APIError(404, f'there is no model {name!r}; use {names}', 'model')
+            raise APIError(404, f'model {name!r} does not exist; use {names}', 'model')
 
     def adapter_of(self, body: CompletionRequest) -> str | None:
         """The adapter that a request chooses. Without adapters, every name means the one model."""

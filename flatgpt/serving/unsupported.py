@@ -111,7 +111,7 @@ def unsupported_field(*neutral, empty: bool = True):
         # 0 == False in Python, but not in JSON
         same = (value == v and isinstance(value, bool) == isinstance(v, bool) for v in allowed)
         if not any(same):
-            raise field_error(f'this server does not support it; leave it out{hint}')
+            raise field_error(f'this server does not support it; omit it{hint}')
         return value
 
     described = {'enum': list(allowed), 'description': 'Not supported.'}

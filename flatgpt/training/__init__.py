@@ -1,1 +1,1 @@
-"""What train.py is made of besides its loop."""
+"""The parts of train.py outside its loop."""

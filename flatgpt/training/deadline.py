@@ -61,7 +61,7 @@ class Deadline:
         left, needed = self.ends - now, self.slowdown * self.cost.seconds(step, max_iters)
         if abs(needed - left) <= self.tolerance + EARLY_TOLERANCE * max(0.0, left):
             return None
-        # a run whose time is over still lowers its learning rate, in a hundredth of its steps
+        # past the deadline, the learning rate is still decayed, in 1 % of the steps so far
         steps = max((max_iters - step) * left / needed, step / 100, 1)
         new = step + round(steps)
         self.cost = self.cost.stretched(step, (new - step) / (max_iters - step))

@@ -318,7 +318,7 @@ def plot(*xlabels: str):
     for axes, xlabel in zip(panels, xlabels, strict=True):
         axes.set_xlabel(xlabel)
         axes.grid(alpha=0.25)
-    panels[0].set_ylabel('loss (nats per token)')
+    panels[0].set_ylabel('loss (nats)')  # per token, or per pair
     return figure, panels
 
 

@@ -85,7 +85,7 @@ def find_function(path: Path, name: str, setting: str) -> Callable:
     module.__file__, namespace = str(path), vars(module)
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.append(folder)  # for what the file imports from beside it
+        sys.path.append(folder)  # for modules next to the file
     try:
         exec(compile(path.read_bytes(), str(path), 'exec'), namespace)
     except OSError as error:

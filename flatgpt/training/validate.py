@@ -185,7 +185,7 @@ def check_rl(config: dict) -> None:
     for name, off in useless.items():
         if config[name] != off:
             raise ConfigError(
-                f"{name}={config[name]!r}: is not for objective='rl'; use --{name}={off}"
+                f"{name}={config[name]!r}: is not supported with objective='rl'; use --{name}={off}"
             )
 
 
@@ -272,8 +272,8 @@ def check_dial(config: dict, given: dict) -> str | None:
         )
     if config['init_from'] not in ('scratch', 'resume'):  # 'resume' found no checkpoint
         raise ConfigError(
-            f'{shown}: chooses the shape of a new model, but init_from={config["init_from"]!r} '
-            f'gives one; use --max_iters and --{dial}=None'
+            f'{shown}: chooses the shape of a new model, but that of '
+            f'init_from={config["init_from"]!r} is fixed; use --max_iters and --{dial}=None'
         )
     if config['objective'] != 'lm':
         raise ConfigError(

@@ -61,7 +61,7 @@ def test_a_report_has_what_differs_between_runs_and_what_they_write(report):
     assert cells(page, 'learning_rate') == ['0.1', '0.2']
     assert cells(page, 'note') == ['&lt;b&gt;', '-']
     assert '<td>seed</td>' not in page
-    assert cells(page, 'best validation loss, nats per token') == ['1.5000', '2.5000']
+    assert cells(page, 'best validation loss, nats') == ['1.5000', '2.5000']
     assert cells(page, 'cbt, acc') == ['0.5000 ± 0.0100', '-']
     assert cells(page, 'perplexity, int8') == ['4.5000', '-']
     assert page.count('<svg') == 2

@@ -5,9 +5,11 @@ import json
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
 from conftest import ROOT
@@ -89,11 +91,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def refused(function, *args, **options):
-    with pytest.raises(CheckpointError) as caught:
-        function(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+refused = partial(conftest.refused, error=CheckpointError)
 
 
 # -----------------------------------------------------------------------------

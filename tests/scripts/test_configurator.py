@@ -4,7 +4,9 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 
+import conftest
 import pytest
 from conftest import ROOT
 from error_lines import case, error_line
@@ -92,11 +94,7 @@ def project(tmp_path, monkeypatch):
     return root
 
 
-def refused(run, *args, **options):
-    with pytest.raises(ConfigError) as caught:
-        run(*args, **options)
-    assert '\n' not in str(caught.value)
-    return str(caught.value)
+refused = partial(conftest.refused, error=ConfigError)
 
 
 # -----------------------------------------------------------------------------

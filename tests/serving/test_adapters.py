@@ -98,10 +98,10 @@ def test_the_base_and_the_adapters_are_listed(client):
     assert client.get('/v1/models/three').status_code == 404
 
 
-@error_line('there is no model {}; use {}')
+@error_line('model {} does not exist; use {}')
 def test_an_unknown_model_is_404_if_there_are_adapters(client):
     error = ask(client, 404, model='three')['error']
-    assert error['message'] == "there is no model 'three'; use 'base', 'one', 'two'"
+    assert error['message'] == "model 'three' does not exist; use 'base', 'one', 'two'"
     assert ask(client, model='two')['choices']
 
 

@@ -488,12 +488,12 @@ def test_tokens_with_the_same_text_have_unique_keys_and_infinity_is_a_number():
         ({'prompt': 'a', 'temprature': 1}, 'temprature', 'did you mean temperature?'),
         ({'prompt': 'a', 'xyzzy': None}, 'xyzzy', 'no such field'),
         ({'prompt': 'a', 'messages': []}, 'messages', 'is a field of /v1/chat/completions'),
-        ({'prompt': 'a', 'suffix': 'b'}, 'suffix', 'leave it out'),
+        ({'prompt': 'a', 'suffix': 'b'}, 'suffix', 'omit it'),
         ({'prompt': 'a', 'best_of': 2}, 'best_of', 'give 1 or n'),
         ({'prompt': 'a', 'use_beam_search': True}, 'use_beam_search', 'or give false'),
         ({'prompt': 'a', 'min_tokens': 3}, 'min_tokens', 'or give 0'),
         ({'prompt': 'a', 'min_tokens': False}, 'min_tokens', 'or give 0'),
-        ({'prompt': 'a', 'prompt_logprobs': 0}, 'prompt_logprobs', 'leave it out'),
+        ({'prompt': 'a', 'prompt_logprobs': 0}, 'prompt_logprobs', 'omit it'),
         ({'prompt': 'a', 'skip_special_tokens': False}, 'skip_special_tokens', 'give true'),
         ({'prompt': 'a', 'stream_options': {'x': 1}}, 'stream_options', 'x: no such field'),
     ],
@@ -1398,7 +1398,7 @@ def test_the_documentation_page_loads_nothing_from_other_servers(client):
 def test_every_setting_is_explained(monkeypatch):
     text = help_text(vars(api))
     assert 'python api.py' in text
-    assert re.search(r"host = '127.0.0.1' +address to listen at", text)
+    assert re.search(r"host = '127.0.0.1' +address to listen on", text)
     for line in text.partition('Settings')[2].splitlines():
         if line.startswith('  '):
             assert re.fullmatch(r'  \w+ = .*\S  .*', line) or len(line) > 46
@@ -1790,7 +1790,7 @@ def test_openai_raises_its_own_error_classes(openai_client):
     assert caught.value.type == 'invalid_request_error'
     with pytest.raises(openai.BadRequestError, match='no chat template'):
         service.chat.completions.create(model='tiny', messages=[{'role': 'user', 'content': 'a'}])
-    with pytest.raises(openai.NotFoundError, match='there is no model'):
+    with pytest.raises(openai.NotFoundError, match='does not exist'):
         service.models.retrieve('other')
     with pytest.raises(openai.AuthenticationError) as caught:
         service.with_options(api_key='wrong').completions.create(**given)

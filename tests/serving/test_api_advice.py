@@ -50,9 +50,9 @@ def send(client, body, path=PATH):
         case('are the limit of this server; send fewer', {'n': 137}, {'n': 2}),
         case('is not a token id; use 0 to', {'prompt': [257]}, {'prompt': [256]}),
         case('model\'s context holds', {'max_tokens': 64}, {'max_tokens': 63}),
-        case('does not support it; leave it out{}', {'suffix': 'b'}, {}),
-        case('does not support it; leave it out{}', {'min_tokens': 3}, {'min_tokens': 0}),
-        case('leave it out, or give 1 or n', {'best_of': 2}, {'best_of': 1}),
+        case('does not support it; omit it{}', {'suffix': 'b'}, {}),
+        case('does not support it; omit it{}', {'min_tokens': 3}, {'min_tokens': 0}),
+        case('omit it, or give 1 or n', {'best_of': 2}, {'best_of': 1}),
         case('must be a string, a list of token ids', {'prompt': ['']}, {'prompt': ['b']}),
         case('must be a string of 1 to', {'stop': ['']}, {'stop': ['b']}),
         case('must have token ids as keys', {'logit_bias': {'a': 1}}, {'logit_bias': {'97': 1}}),
@@ -231,7 +231,7 @@ def test_without_a_chat_template_prompts_are_completed(client):
     assert send(client, {'prompt': 'abc'}, path).json['choices']
 
 
-@error_line('there is no model {}; use {}')
+@error_line('model {} does not exist; use {}')
 def test_the_model_has_the_name_that_an_error_advises(client):
     error = message_of(client.get('/v1/models/other'), 404)
     assert client.get(f'/v1/models/{re.findall("use .(.*).$", error)[0]}').json['id'] == 'tiny'
@@ -381,8 +381,8 @@ def test_another_port_or_host_can_be_listened_at():
 @pytest.mark.parametrize(
     'bad',
     [
-        case('the WSGI server sets its address; leave it out', {'port': 8000}),
-        case('the model is already loaded; leave it out', {'quantize': 'int8'}),
+        case('the WSGI server sets its address; omit it', {'port': 8000}),
+        case('the model is already loaded; omit it', {'quantize': 'int8'}),
     ],
 )
 def test_an_application_is_made_without_what_it_cannot_use(make_app, bad):

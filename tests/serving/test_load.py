@@ -274,7 +274,7 @@ def test_health_responds_beside_many_streams(make_app):
                 time.sleep(0.01)
         assert all(b'[DONE]' in stream()[2] for stream in streams)
     print(
-        f'/health beside 64 streams: p99 {sorted(took)[int(0.99 * len(took))]:.4f} s of {len(took)}'
+        f'/health during 64 streams: p99 {sorted(took)[int(0.99 * len(took))]:.4f} s of {len(took)}'
     )
 
 
