@@ -1,6 +1,7 @@
 """Every request field of OpenAI's API is one that works, is ignored on purpose, or is rejected."""
 
 import re
+import sys
 from typing import get_type_hints
 
 import pytest
@@ -10,11 +11,16 @@ from flatgpt.data.messages import PART_KEYS
 from flatgpt.serving import schema
 from flatgpt.serving.unsupported import Body
 
-chat = pytest.importorskip('openai.types.chat', reason='openai is not installed')
-shared = pytest.importorskip('openai.types.shared_params', reason='openai is not installed')
-types = pytest.importorskip('openai.types', reason='openai is not installed')
 PAGE = (ROOT / 'docs' / 'serving.md').read_text(encoding='utf-8')
 MESSAGES = ('Developer', 'System', 'User', 'Assistant', 'Tool', 'Function')
+
+
+@pytest.fixture(scope='module')
+def types():
+    """OpenAI's types, which take a second to import."""
+    for part in ('chat', 'shared_params'):
+        pytest.importorskip(f'openai.types.{part}', reason='openai is not installed')
+    return sys.modules['openai.types']
 
 
 def fields_of(*kinds):
@@ -38,11 +44,11 @@ def paragraph(begin):
     return {*re.findall(r'\w+', listed)}
 
 
-def test_the_page_lists_every_field_of_openai_as_it_is_treated():
+def test_the_page_lists_every_field_of_openai_as_it_is_treated(types):
     states = {'works': set(), 'rejected': set(), 'ignored': set()}
     for model, params in (
         (schema.CompletionRequest, types.CompletionCreateParams),
-        (schema.ChatRequest, chat.CompletionCreateParams),
+        (schema.ChatRequest, types.chat.CompletionCreateParams),
     ):
         for name in fields_of(params):
             states[state_of(model, name)].add(name)
@@ -53,7 +59,8 @@ def test_the_page_lists_every_field_of_openai_as_it_is_treated():
     assert paragraph('These are ignored') == states['ignored']
 
 
-def test_the_fields_of_messages_and_of_options_are_known():
+def test_the_fields_of_messages_and_of_options_are_known(types):
+    chat = types.chat
     kinds = [getattr(chat, f'ChatCompletion{kind}MessageParam') for kind in MESSAGES]
     for name in fields_of(*kinds):
         state = state_of(schema.ChatMessage, name)
@@ -64,9 +71,10 @@ def test_the_fields_of_messages_and_of_options_are_known():
     assert fields_of(chat.ChatCompletionContentPartTextParam) == PART_KEYS
 
 
-def test_the_fields_of_a_response_format_are_known():
+def test_the_fields_of_a_response_format_are_known(types):
     from openai.types.shared_params.response_format_json_schema import JSONSchema
 
+    shared = types.shared_params
     kinds = [getattr(shared, f'ResponseFormat{kind}') for kind in ('Text', 'JSONObject')]
     for name in fields_of(*kinds, shared.ResponseFormatJSONSchema):
         state_of(schema.ResponseFormat, name)
