@@ -33,7 +33,7 @@ WITHOUT = {
     'the client disconnected': 'nobody receives it; it is for the log',
     'startup: {}': 'the last line of another program',
     'serving: {}: {}': 'what made an implementation fail',
-    'serving: api.py exited with status': 'needs a server that fails after its flags were checked',
+    'serving: api.py exited with status': 'the last line of another program',
     'processes: {}': 'an error line of train.py',
     'train.py: {}': 'an error line of train.py',
     'out of main memory while using {}': 'needs a GPU, and main memory that is full',

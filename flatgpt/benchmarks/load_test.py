@@ -54,10 +54,11 @@ class ServerProcess:
     def __init__(self, out_dir: Path, **settings):
         flags = [f'--{name}={value}' for name, value in settings.items()]
         command = [sys.executable, ROOT / 'api.py', f'--out_dir={out_dir}']
+        self.errors = tempfile.TemporaryFile('w+', encoding='utf-8', errors='replace')
         self.process = subprocess.Popen(
             [*map(str, command), '--port=0', *flags],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self.errors,
             text=True,
             encoding='utf-8',
         )
@@ -67,10 +68,10 @@ class ServerProcess:
             if found := re.search(r'http://([\d.]+):(\d+)', text):
                 self.address = found[1], int(found[2])
                 return self
-        command = ' '.join(self.process.args)
-        raise UserError(
-            f'serving: api.py exited with status {self.process.wait()}; for its error run {command}'
-        )
+        status = self.process.wait()
+        self.errors.seek(0)
+        last = (self.errors.read().strip().splitlines() or ['it printed no error'])[-1]
+        raise UserError(f'serving: api.py exited with status {status}: {last}')
 
     def __exit__(self, *error) -> None:
         self.process.send_signal(signal.SIGTERM)

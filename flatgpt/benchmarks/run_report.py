@@ -15,7 +15,7 @@ from pathlib import Path
 from flatgpt.checkpoint.load import find_checkpoint, read_state
 from flatgpt.checkpoint.page import playground_style
 from flatgpt.data.tokenizer import Tokenizer
-from flatgpt.errors import UserError, counted
+from flatgpt.errors import UserError, check_choice, counted
 from flatgpt.files import atomic_file, read_json
 from flatgpt.inference.engine import generate
 from flatgpt.inference.sampling import SamplingParams
@@ -55,6 +55,7 @@ def write_report(
     """Write the report of run directories -> its path. load: as in score_tasks()."""
     metrics = {run: evaluated_metrics(run, 'val_reward') for run in runs}
     which = settings['checkpoint'] or 'best'
+    check_choice(('best', 'last'), {'checkpoint': which}, 'checkpoint')
     states = {run: read_state(find_checkpoint(run, which)) for run in runs}
     figures = {run: figures_of(run) for run in runs}
     samples = {run: samples_of({**settings, 'out_dir': run}, load) for run in runs}

@@ -135,12 +135,18 @@ def check_memory(settings: dict, runtime: Runtime, benchmarks: list[str]) -> Non
         'serve': 16,
     }  # of all implementations together
     needed = parameters * max(bytes_each.get(name, 4) for name in benchmarks)
+    if 'serve' in benchmarks:
+        heads = settings['n_kv_head'] or settings['n_head']
+        width = settings['n_embd'] // settings['n_head'] * heads
+        tokens = settings['clients'] * settings['block_size']
+        needed += 2 * 4 * tokens * settings['n_layer'] * width  # keys and values
     free = available_memory(runtime)
     if free is not None and needed > free:
         raise UserError(
-            f'{parameters / 1e6:,.0f}M parameters in each implementation need '
-            f'{needed / 2**30:.0f} GiB and {runtime.device} has {free / 2**30:.0f} GiB free; '
-            'lower --n_layer or --n_embd'
+            f'{parameters / 1e6:,.0f}M parameters in each implementation, and what they compute '
+            f'with, need {needed / 2**30:.0f} GiB and {runtime.device} has '
+            f'{free / 2**30:.0f} GiB free; '
+            'lower --n_layer, --n_embd or --block_size'
         )
 
 

@@ -722,7 +722,8 @@ def reject_script_folder(folder: Path) -> None:
 
 
 def is_prepared(folder: Path) -> bool:
-    has_data = (folder / 'meta.json').exists() or (folder / 'train.bin').exists()
+    # os.path: False for a name that is too long
+    has_data = any(os.path.exists(folder / name) for name in ('meta.json', 'train.bin'))
     return has_data and not (folder / UNFINISHED).exists()
 
 
@@ -754,7 +755,7 @@ def prepare_script(folder: Path) -> tuple[Path, list[str]] | None:
 
     Most have their own prepare.py; that of gutenberg prepares the book sets that it lists.
     """
-    if (folder / 'prepare.py').exists():
+    if os.path.exists(folder / 'prepare.py'):
         return folder / 'prepare.py', []
     if folder.parent == DATA and folder.name in book_sets():
         return DATA / 'gutenberg' / 'prepare.py', [folder.name]

@@ -334,7 +334,10 @@ class Preflight:
         if self.data is None:
             return
         validate_data({**self.config, 'block_size': self.model_shape().block_size}, self.data)
-        steps = steps_of(self.config, self.data)
+        steps, source = steps_of(self.config, self.data), self.model_source()
+        if self.resuming and isinstance(source, Path):  # an event may have changed the number
+            events = (read_state(source) or {}).get('events') or [(0, steps)]
+            steps = events[-1][1]
         rows = global_batch_size(self.config)
         yield 'ok', f'{counted(steps, "step")}, {steps * rows / self.data.n_windows:,.2f} epochs'
         for warning in lint_settings(self.config, self.data):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
+from flatgpt.errors import ConfigError
 from flatgpt.training.scaling import Text, fits_text
 
 # layers and width; widths are multiples of 64, since on CPUs the products of others were up to a
@@ -24,6 +25,7 @@ LADDER = (
 )
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 SHORT = 0.53  # of the steps use sequences of a quarter of the length: cheaper attention
+LEAST_SHORT = 16  # tokens; those of 64, the shortest of BLOCK_SIZES
 EVALUATIONS = 4  # and one before the first step
 EVALUATION_SHARE = 0.03  # of the time
 FORWARD_SHARE = 1 / 3  # of the time of a training step
@@ -87,6 +89,11 @@ def heads(n_embd: int) -> int:
 
 def possible_block_sizes(config: dict, given: dict, text: Text) -> tuple[int, ...]:
     if 'block_size' in given:
+        if config['block_size'] >= text.val_tokens:
+            raise ConfigError(
+                f'block_size={config["block_size"]}: is longer than the validation split of '
+                f'{text.val_tokens:,} tokens; use --block_size={text.max_context}'
+            )
         return (config['block_size'],)
     return tuple(n for n in BLOCK_SIZES if n <= text.max_context) or (text.max_context,)
 
@@ -107,7 +114,8 @@ def settings_of(
     """The settings of a run, without those that are given. memory: bytes of each rank."""
     shape, block_size, tokens = choice
     batch = batch_settings(choice, text, config, given, ranks, memory)
-    steps, short_block_size = steps_of(choice, batch), short_block_size_of(block_size)
+    steps = steps_of(choice, batch)
+    short_block_size = None if 'short_iters' in given else short_block_size_of(block_size)
     evaluations = EVALUATIONS
     if 'eval_interval' in given:
         evaluations = max(1, steps // (config['eval_interval'] or steps))
@@ -131,9 +139,10 @@ def settings_of(
 
 
 def short_block_size_of(block_size: int) -> int | None:
-    """A quarter of block_size, or the next shorter length that divides it; None if there is none
-    of at least an eighth."""
-    lengths = range(block_size // 4, max(1, block_size // 8) - 1, -1)
+    """A quarter of block_size, or the next shorter length that divides it; None if that is less
+    than an eighth, or than LEAST_SHORT."""
+    least = max(LEAST_SHORT, -(-block_size // 8))
+    lengths = range(block_size // 4, least - 1, -1)
     return next((n for n in lengths if block_size % n == 0), None)
 
 

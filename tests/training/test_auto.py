@@ -127,7 +127,7 @@ def test_what_is_given_stays():
 
 @pytest.mark.parametrize(
     ('block_size', 'short'),
-    [(256, 64), (250, 50), (149, None), (90, 18), (4, 1), (3, None), (2, None)],
+    [(256, 64), (250, 50), (149, None), (90, 18), (64, 16), (60, None), (7, None), (1, None)],
 )
 def test_short_sequences_divide_any_context(block_size, short):
     choice = choose_in(240)._replace(block_size=block_size)
@@ -136,6 +136,8 @@ def test_short_sequences_divide_any_context(block_size, short):
     assert bool(settings['short_iters']) == bool(short)
     check_short_blocks(settings, block_size)
     speed.step_cost(settings | {'block_size': block_size}, choice.shape, TEXT, LAPTOP)
+    given = {'block_size': block_size, 'short_iters': 0}
+    assert settings_of(choice, TEXT, SETTINGS, given)['short_block_size'] is None
 
 
 def test_a_shape_that_the_given_heads_cannot_have_is_no_choice():
@@ -283,6 +285,8 @@ def test_a_shortened_run_still_cools_down_and_a_resumed_one_follows_its_events(
     for step in (25, 26):
         shutil.rmtree(cut / f'checkpoints/step-{step:08d}')
     monkeypatch.setattr(Deadline, 'is_due', None)
+    assert run_here('--init_from=resume', '--check', config=cut / 'config.py') == 0
+    assert 'schedule: 26 steps' in capsys.readouterr().out
     assert run_here('--init_from=resume', config=cut / 'config.py') == 0
     last = 'checkpoints/step-00000026'
     assert hashes(whole / last) == hashes(cut / last)
@@ -409,6 +413,7 @@ def test_a_run_without_events_has_the_schedule_of_its_steps():
         case('is too little for', ['--minutes=0.001'], []),
         case('is too little for', ['--batch_size=999'], ['--batch_size=4']),
         case('is too little for', ['--minutes=None', '--tokens=1e5', '--batch_size=999'], []),
+        case('is longer than the validation split', ['--block_size=1000000'], ['--block_size=16']),
         case('is for text, not for objective', ['--objective=sft'], []),
         case('which eval_only does not do', ['--eval_only'], []),
         case(
