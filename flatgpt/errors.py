@@ -78,12 +78,13 @@ def explain_errors(explain: Callable[[BaseException], UserError | None]) -> None
 
 
 def as_user_error(error: BaseException) -> UserError | None:
-    """The UserError for a missing package, a full disk or a denied permission; else None."""
+    """The UserError for a missing package, a full disk, a denied permission or a name that is too
+    long; else None."""
     if isinstance(error, UserError):
         return error
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    if isinstance(error, OSError) and error.errno in {*DISK_ERRORS, errno.ENAMETOOLONG}:
         return UserError(f'{error.filename or "output"}: {error.strerror}')
     if isinstance(error, PermissionError) and error.filename:
         return UserError(f'{error.filename}: {error.strerror}')

@@ -87,6 +87,7 @@ def test_a_failure_that_a_run_does_not_depend_on_is_a_warning():
         (ModuleNotFoundError('x', name='gguf.part'), 'package gguf: pip install gguf'),
         (OSError(errno.ENOSPC, 'full', 'a/b'), 'a/b: full'),
         (PermissionError(errno.EACCES, 'no', 'a/b'), 'a/b: no'),
+        (OSError(errno.ENAMETOOLONG, 'too long', 'a/b'), 'a/b: too long'),
     ],
 )
 def test_an_error_of_the_machine_is_one_line(error, line, monkeypatch):

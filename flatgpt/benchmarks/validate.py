@@ -146,7 +146,7 @@ def check_memory(settings: dict, runtime: Runtime, benchmarks: list[str]) -> Non
             f'{parameters / 1e6:,.0f}M parameters in each implementation, and what they compute '
             f'with, need {needed / 2**30:.0f} GiB and {runtime.device} has '
             f'{free / 2**30:.0f} GiB free; '
-            'lower --n_layer, --n_embd or --block_size'
+            'lower --n_layer, --n_embd, --block_size or --clients'
         )
 
 

@@ -722,8 +722,7 @@ def reject_script_folder(folder: Path) -> None:
 
 
 def is_prepared(folder: Path) -> bool:
-    # os.path: False for a name that is too long
-    has_data = any(os.path.exists(folder / name) for name in ('meta.json', 'train.bin'))
+    has_data = (folder / 'meta.json').exists() or (folder / 'train.bin').exists()
     return has_data and not (folder / UNFINISHED).exists()
 
 
@@ -755,7 +754,7 @@ def prepare_script(folder: Path) -> tuple[Path, list[str]] | None:
 
     Most have their own prepare.py; that of gutenberg prepares the book sets that it lists.
     """
-    if os.path.exists(folder / 'prepare.py'):
+    if (folder / 'prepare.py').exists():
         return folder / 'prepare.py', []
     if folder.parent == DATA and folder.name in book_sets():
         return DATA / 'gutenberg' / 'prepare.py', [folder.name]
