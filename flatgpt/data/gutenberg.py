@@ -80,9 +80,6 @@ def output_and_config(args: argparse.Namespace, sets: dict) -> tuple[Path, str]:
     recipe = f'finetune_{name}' if name and args.tokenizer == 'gpt2' else 'auto'
     if name and not (args.name or args.out_dir):
         return DATA / name, recipe
-    if not (args.name or args.out_dir):
-        books = ' '.join(args.books)
-        raise UserError(f'give the dataset a name: {COMMAND} {books} --name=novels')
     return text.output_folder(args), recipe
 
 

@@ -323,8 +323,8 @@ def test_a_kept_file_that_is_not_the_book_is_reported(site):
     ('argv', 'message'),
     [
         ([], 'give book numbers: python data/gutenberg/prepare.py 1342 84 --name=novels'),
-        (['7'], 'give the dataset a name: python data/gutenberg/prepare.py 7 --name=novels'),
-        (['poe', '7'], 'give the dataset a name: python data/gutenberg/prepare.py poe 7 --name='),
+        (['7'], 'no name for the dataset; add one, for example --name='),
+        (['poe', '7'], 'no name for the dataset; add one, for example --name='),
         (['po', '--name=x'], 'po: give the number of a book, or a set: poe, poems'),
         (['7', '--name=poe'], 'poe is a dataset that comes with flatGPT'),
         (['7', '--name=x', '--val_fraction=2'], '--val_fraction=2.0: give'),
@@ -339,7 +339,7 @@ def test_a_mistake_is_one_line_before_anything_is_fetched(site, argv, message):
     ('bad', 'good'),
     [
         case('give book numbers', [], ['1342', '84', '--name=novels']),
-        case('give the dataset a name', ['7', '12'], ['7', '12', '--name=novels']),
+        case('no name for the dataset', ['7', '12'], ['7', '12', '--name=novels']),
         case('give the number of a book', ['po', '--name=x'], ['7', '--name=x']),
         case('give the number of a book', ['po', '--name=x'], ['poems', '--name=x']),
         case('must begin with http', ['7', '--name=x', '--site=here'], ['7', '--name=x']),
