@@ -208,9 +208,10 @@ class Engine:
         for slot, own in zip(batch.slots, samples, strict=True):
             if slot.uncached_ids:  # its prompt is not complete
                 continue
-            if reason := slot.request.ended_by_prompt():
+            if reason := slot.request.ended_by_prompt():  # also if the cache had its prompt
                 self.emit(slot, TokenOutput(slot.request.index, None, '', reason))
-            self.emit_tokens(slot, own)
+            else:
+                self.emit_tokens(slot, own)
 
     def emit_tokens(self, slot: Slot, samples: list[Sample]) -> None:
         """Emit sampled tokens until one ends the request. All but the last were guessed."""

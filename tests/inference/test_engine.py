@@ -484,6 +484,19 @@ def test_captured_steps_compute_the_same(
             assert dict(one.top_logprobs) == pytest.approx(dict(other.top_logprobs), abs=1e-4)
 
 
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_a_request_for_no_tokens_ends_also_if_its_prompt_is_in_the_cache(tokenizer, deterministic):
+    model, outputs = random_model(len(LETTERS) + 1, 70), []
+    engine = Engine(model, tokenizer, 2, 8, deterministic=deterministic)
+    for index, tokens in enumerate((0, 3, 0, 0)):
+        for prompt in (LONG[:40], [1]):  # of one token, there is nothing to compute before it
+            finish(engine, Request(prompt, SamplingParams(tokens), outputs.append, index))
+    scored = Request([1], SamplingParams(0), outputs.append, top_logprobs=1, score_prompt=True)
+    finish(engine, scored)
+    none = [(each.token, each.finish_reason) for each in outputs if each.index != 1]
+    assert none == [(None, 'length')] * 7
+
+
 def rows_of_any_filters(draw, rows):
     """As many different filters, and uniform numbers."""
     filters = [
