@@ -150,10 +150,14 @@ def share_of_limit(
 def cache_bytes(settings: dict, machine: dict, kind: str) -> float:
     """Bytes of one row's keys and values, halfway through its decoding."""
     tokens = settings['prompt_tokens'] + settings['new_tokens'] / 2
-    heads = settings['n_kv_head'] or settings['n_head']
-    width = settings['n_embd'] // settings['n_head'] * heads
     itemsize = 4 if machine['device'] == 'cpu' else max(WEIGHT_BYTES[kind], 2)
-    return 2 * settings['n_layer'] * width * tokens * itemsize
+    return keys_and_values(settings) * tokens * itemsize
+
+
+def keys_and_values(settings: dict) -> int:
+    """The numbers in the cache for each token."""
+    heads = settings['n_kv_head'] or settings['n_head']
+    return 2 * settings['n_layer'] * (settings['n_embd'] // settings['n_head']) * heads
 
 
 # -----------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class ServerProcess:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        self.errors.close()
 
 
 def request_completion(connection: http.client.HTTPConnection, body: dict) -> Completion:

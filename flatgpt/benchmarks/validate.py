@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flatgpt.benchmarks.baselines import build_meta_model, import_nanogpt
-from flatgpt.benchmarks.decoding import dataset_of
+from flatgpt.benchmarks.decoding import dataset_of, keys_and_values
 from flatgpt.checkpoint.convert import is_external
 from flatgpt.checkpoint.load import find_checkpoint, read_state
 from flatgpt.errors import UserError, check_choice, check_range
@@ -136,10 +136,7 @@ def check_memory(settings: dict, runtime: Runtime, benchmarks: list[str]) -> Non
     }  # of all implementations together
     needed = parameters * max(bytes_each.get(name, 4) for name in benchmarks)
     if 'serve' in benchmarks:
-        heads = settings['n_kv_head'] or settings['n_head']
-        width = settings['n_embd'] // settings['n_head'] * heads
-        tokens = settings['clients'] * settings['block_size']
-        needed += 2 * 4 * tokens * settings['n_layer'] * width  # keys and values
+        needed += 4 * settings['clients'] * settings['block_size'] * keys_and_values(settings)
     free = available_memory(runtime)
     if free is not None and needed > free:
         raise UserError(

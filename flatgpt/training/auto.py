@@ -32,7 +32,6 @@ from flatgpt.training.recipe import (
     batch_settings,
     possible_block_sizes,
     possible_shapes,
-    sequences_per_step,
     settings_of,
     steps_of,
     tokens_per_step,
@@ -45,6 +44,7 @@ from flatgpt.training.validate import (
     SHAPE,
     check_dial,
     check_resumed_dial,
+    global_batch_size,
     padded_vocab_size,
 )
 from model import GPTConfig
@@ -199,7 +199,7 @@ class Search:
         """The least value of the dial for LEAST_STEPS steps of the smallest model, and a margin."""
         choices = []
         for shape, size in self.options:
-            step = size * sequences_per_step(self.split(Choice(shape, size, 1.0)))
+            step = size * global_batch_size(self.split(Choice(shape, size, 1.0)))
             choices.append(Choice(shape, size, LEAST_STEPS * max(step, tokens_per_step(1))))
         best = min(choices, key=lambda choice: flops_of(choice, self.text))
         if dial == 'tokens':
@@ -277,7 +277,7 @@ def describe_choice(ranked: list[Choice], text: Text, config: dict) -> Iterator[
     others = '; '.join(compare(other, best, text) for other in runners_up(ranked))
     yield f'model: {describe(best)}' + (f'; predicted loss of others: {others}' if others else '')
     short = f'the first {config["short_iters"]:,} in sequences of {config["short_block_size"]}'
-    tokens = sequences_per_step(config) * best.block_size
+    tokens = global_batch_size(config) * best.block_size
     steps = f'{config["max_iters"]:,} steps of {tokens:,} tokens'
     yield f'schedule: {steps}' + (f', {short}' if config['short_iters'] else '')
     values = {'parameters': best.shape.parameters, 'tokens': best.tokens, 'epochs': epochs}

@@ -251,17 +251,17 @@ def run_step(
         loss.backward()
         del loss
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    update(model, optimizers)
+    apply_update(model, optimizers)
 
 
 def create_state(model: GPT, optimizers: list) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    update(model, optimizers)
+    apply_update(model, optimizers)
 
 
-def update(model: GPT, optimizers: list) -> None:
+def apply_update(model: GPT, optimizers: list) -> None:
     for optimizer in optimizers:
         optimizer.step()
     model.zero_grad(set_to_none=True)

@@ -62,6 +62,7 @@ from flatgpt.training.memory import (
 )
 from flatgpt.training.memory_report import check_fit
 from flatgpt.training.reward import RewardModel, is_model, load_reward, load_reward_model
+from flatgpt.training.state import TrainState
 from flatgpt.training.validate import (
     check_new_model,
     check_short_blocks,
@@ -336,8 +337,7 @@ class Preflight:
         validate_data({**self.config, 'block_size': self.model_shape().block_size}, self.data)
         steps, source = steps_of(self.config, self.data), self.model_source()
         if self.resuming and isinstance(source, Path):  # an event may have changed the number
-            events = (read_state(source) or {}).get('events') or [(0, steps)]
-            steps = events[-1][1]
+            steps = TrainState.from_saved(read_state(source) or {}, '').max_iters(steps)
         rows = global_batch_size(self.config)
         yield 'ok', f'{counted(steps, "step")}, {steps * rows / self.data.n_windows:,.2f} epochs'
         for warning in lint_settings(self.config, self.data):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from flatgpt.errors import ConfigError
 from flatgpt.training.scaling import Text, fits_text
+from flatgpt.training.validate import global_batch_size
 
 # layers and width; widths are multiples of 64, since on CPUs the products of others were up to a
 # tenth slower
@@ -148,11 +149,7 @@ def short_block_size_of(block_size: int) -> int | None:
 
 def steps_of(choice: Choice, batch: dict[str, int]) -> int:
     """batch: see batch_settings()."""
-    return max(1, round(choice.tokens / sequences_per_step(batch) / choice.block_size))
-
-
-def sequences_per_step(batch: dict[str, int]) -> int:
-    return batch['batch_size'] * batch['gradient_accumulation_steps']
+    return max(1, round(choice.tokens / global_batch_size(batch) / choice.block_size))
 
 
 def muon_settings(steps: int) -> dict[str, float]:

@@ -22,10 +22,10 @@ from flatgpt.training.recipe import (
     STATE_BYTES,
     Shape,
     heads,
-    sequences_per_step,
     token_bytes,
 )
 from flatgpt.training.scaling import Text
+from flatgpt.training.validate import global_batch_size
 from model import GPT, GPTConfig
 
 PROBES = (64, 128, 256, 512, 1024, 2048)  # widths of the models whose speed is measured
@@ -137,7 +137,7 @@ def train_step(model: GPT, optimizers: list, x, runtime: Runtime) -> float:
 def step_cost(config: dict, shape: Shape, text: Text, machine: Machine) -> StepCost:
     """What the steps and evaluations of a run with these settings take."""
     speed, length = machine.speed(shape.n_embd), config['block_size']
-    tokens = sequences_per_step(config) * length
+    tokens = global_batch_size(config) * length
     short, full = (
         tokens * shape.flops_per_token(text.vocab_size, n) / speed
         for n in (config['short_block_size'] or length, length)
