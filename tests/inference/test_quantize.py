@@ -85,7 +85,7 @@ def test_int8_barely_changes_the_log_probabilities(changes):
 
 @pytest.mark.parametrize('has_bf16', [True, False])
 def test_dequantized_weights_are_multiplied_in_what_the_processor_is_fast_in(monkeypatch, has_bf16):
-    monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: has_bf16)
+    monkeypatch.setattr(runtime, 'bf16_is_faster', lambda: has_bf16)
     linear = nn.Linear(32, 48).bfloat16()
     x = torch.randn(2, quantize.DEQUANTIZE_ROWS, 32).bfloat16()
     expected, packed, kinds, product = linear(x), Int8Linear(linear), [], quantize.F.linear

@@ -116,9 +116,9 @@ def test_a_gpu_without_bfloat16_multiplies_in_float16(monkeypatch):
         assert optim.product_dtype(cuda) == dtype
 
 
-def test_a_cpu_without_bfloat16_multiplies_in_float32(monkeypatch):
+def test_a_cpu_multiplies_in_what_it_is_faster_in(monkeypatch):
     for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda has=has_bf16: has)
+        monkeypatch.setattr(runtime, 'bf16_is_faster', lambda has=has_bf16: has)
         assert optim.product_dtype(torch.device('cpu')) == dtype
 
 
