@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny dataset, tiny settings, and ways to run the scripts."""
 
 import functools
+import gc
 import io
 import json
 import os
@@ -84,6 +85,7 @@ SHARE = int(os.environ.get('FLATGPT_FAULTS', '100')) / 100  # of the fault suite
 MODERN = ('--arch=modern', '--n_kv_head=1', '--optimizer=muon', '--muon_lr=0.05')
 
 torch.set_num_threads(1)  # more threads are slower for tiny models
+os.environ['OMP_NUM_THREADS'] = '1'  # also in other processes
 # matplotlib caches its fonts, by default in the user's home directory; its settings are in tests/
 os.environ['MPLCONFIGDIR'] = str(Path(tempfile.gettempdir()) / 'flatgpt-tests-matplotlib')
 os.environ['MATPLOTLIBRC'] = str(Path(__file__).with_name('matplotlibrc'))
@@ -100,6 +102,11 @@ def pytest_xdist_auto_num_workers(config):
         return max(1, min(cores() + 1, int((available_host_memory() or 2**34) / 2**31)))
     config.option.dist = 'no'
     return 0
+
+
+def pytest_collection_finish():
+    """Keep the collected tests and imported packages out of the garbage collector's searches."""
+    gc.freeze()
 
 
 REPORTED = []  # error lines of the running test, if it is marked with some
@@ -206,21 +213,31 @@ def environment(shared):
 
 
 @pytest.fixture(scope='session')
-def script(environment, shared):
-    """Run a script or module in a process of its own and wait for its end."""
+def script(environment, shared, request):
+    """Run a script or module in a process of its own and wait for its end.
+
+    A script of this checkout is forked, which saves its imports, unless options of the interpreter,
+    environment variables or an input are given.
+    """
 
     def program(name):
         return [str(ROOT / name)] if str(name).endswith('.py') else ['-m', name]
 
     def run(name, *args, cwd=None, env=None, python=(), input=None):
-        done = subprocess.run(
-            [sys.executable, *python, *program(name), *map(str, args)],
-            cwd=cwd or shared,
-            env={**environment, **(env or {})},
-            input=input,
-            capture_output=True,
-            encoding='utf-8',
-        )
+        needs_interpreter = isinstance(name, Path) or env or python or input is not None
+        if hasattr(os, 'fork') and not needs_interpreter:
+            process = request.getfixturevalue('forks').script(name, *args, cwd=cwd)
+            status = process.end()
+            done = subprocess.CompletedProcess([name, *args], status, process.out, process.err)
+        else:
+            done = subprocess.run(
+                [sys.executable, *python, *program(name), *map(str, args)],
+                cwd=cwd or shared,
+                env={**environment, **(env or {})},
+                input=input,
+                capture_output=True,
+                encoding='utf-8',
+            )
         REPORTED.extend((done.stdout, done.stderr))
         return done
 

@@ -244,7 +244,7 @@ def draw_loss(out_dir: str | Path) -> Path:
         steps, losses = points(lines, 'step', key)
         if steps:
             axes.plot(steps, losses, 'o-', ms=4, label=label)
-    axes.set_title(printable(out_dir), parse_math=False)
+    axes.set_title(printable(out_dir), parse_math=False, y=1.0)  # to find the place is slow
     if losses:  # of the validation split
         label = f'best validation {min(losses):.4f}'
         axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
@@ -259,7 +259,7 @@ def draw_rewards(lines: list[dict], figure, axes, out_dir: Path) -> Path:
         label = key.removeprefix('val_').replace('pass_at_', 'pass@')
         axes.plot(*points(lines, 'step', key), '--', lw=1, label=label)
     axes.plot(*points(lines, 'step', 'val_reward'), 'o-', ms=4, label='validation split')
-    axes.set_title(printable(out_dir), parse_math=False)
+    axes.set_title(printable(out_dir), parse_math=False, y=1.0)
     return write(figure, out_dir / 'loss.png', legend='lower right')
 
 

@@ -173,7 +173,7 @@ def test_only_one_of_several_processes_copies(source, tmp_path):
         print(cache.copy_to_cache(sys.argv[1], sys.argv[2]))
         """
     command = [sys.executable, '-c', textwrap.dedent(code), str(source), str(tmp_path / 'near')]
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     ranks = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)

@@ -41,7 +41,7 @@ def refusal(folder, block_size=8) -> str:
 
 def run(code: str, *args) -> subprocess.CompletedProcess:
     code = textwrap.dedent(code)
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     command = [sys.executable, '-c', code, *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
@@ -491,7 +491,7 @@ def test_a_missing_dataset_is_prepared_by_one_of_several_processes(tmp_path):
         print(mixture.open_data('fresh', 8).tokens['train'])
         """
     command = [sys.executable, '-c', textwrap.dedent(code), str(tmp_path)]
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     ranks = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(3)

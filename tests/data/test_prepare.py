@@ -108,7 +108,7 @@ def run_script(*argv: str) -> subprocess.CompletedProcess:
 
 
 def start_script(*argv: str) -> subprocess.Popen:
-    environment = os.environ | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
     return subprocess.Popen(
         [sys.executable, ROOT / 'data' / 'text' / 'prepare.py', *argv],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

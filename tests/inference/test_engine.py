@@ -452,7 +452,7 @@ def outputs_of_scene(model, tokenizer, scene, scored, deterministic):
             odd, third = row % 2, row % 3
             rules = {'top_p': 1 - third / 4, 'presence_penalty': odd / 2}
             biases = ((tokenizer.eot, -math.inf),)  # so that none ends early
-            sampling = SamplingParams(20 + 5 * third, odd, logit_bias=biases, **rules)
+            sampling = SamplingParams(18 + 2 * third, odd, logit_bias=biases, **rules)
             top = model.config.vocab_size if row % 4 else None
             request = Request(
                 prompt, sampling, outputs.append, row, top_logprobs=top, score_prompt=scored

@@ -131,7 +131,7 @@ def test_if_one_sample_does_not_fit_the_advice_is_smaller_weights(monkeypatch):
 
 def in_a_process(*args):
     """sample.py as its user starts it; conftest's sample() runs it inside this process."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'error', 'PYTHONUTF8': '0'}
+    env = {**os.environ, 'PYTHONWARNINGS': 'error', 'PYTHONUTF8': '0'}
     return subprocess.run(
         [sys.executable, str(SCRIPT), '--dtype=float32', *map(str, args)],
         env=env,
@@ -419,7 +419,7 @@ def test_ctrl_c_stops_a_reply_and_twice_at_the_prompt_exits(out_dir):
 
     terminal, theirs = pty.openpty()
     command = [sys.executable, str(SCRIPT), f'--out_dir={out_dir}', '--chat']
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'TERM': 'dumb'}
+    env = {**os.environ, 'TERM': 'dumb'}
     process = subprocess.Popen(
         [*command, '--max_new_tokens=100000000'],
         stdin=theirs,
