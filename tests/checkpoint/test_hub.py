@@ -158,10 +158,17 @@ def test_a_hub_that_is_always_busy_ends_in_one_line_and_the_same_command_resumes
 
 
 def test_a_hub_that_becomes_busy_between_two_files_keeps_the_first(hub, expected):
+    limited = threading.Event()
+
     def limit():
         hub.limited = '7'
+        limited.set()
 
-    hub.trouble = {'config.json': [limit]}
+    def cut_when_limited():  # files are fetched at the same time
+        limited.wait(60)
+        raise ConnectionError
+
+    hub.trouble = {'config.json': [limit], WEIGHTS: [cut_when_limited]}
     assert 'HTTP 429, retry after 7' in refused(load_model, 'owner/name')
     hub.limited = None
     assert torch.equal(logits('owner/name'), expected)
