@@ -35,6 +35,7 @@ from flatgpt.inference.adapters import adapted_model
 from flatgpt.inference.engine import Engine
 from flatgpt.runtime import is_out_of_memory
 from flatgpt.serving import middleware, schema
+from flatgpt.serving.api_error import APIError
 from flatgpt.serving.choices import ChatBuilder, ChoiceBuilder, ToolBuilder
 from flatgpt.serving.engines import memory_advice
 from flatgpt.serving.http_server import (
@@ -346,6 +347,9 @@ def one_model(model: str):
 @api.validate(resp=Responses(schema.Model, 400, *ACCESS_ERRORS, 429, 503), security=KEY)
 def reload():
     """Load the weights that the checkpoint has now; running requests finish on the old ones."""
+    if flask.request.get_data().strip() not in (b'', b'{}'):
+        message = '/reload takes no fields: it loads the newest checkpoint; send no body'
+        raise APIError(400, message)
     service = current_service()
     service.reload()
     return service.model_info(service.name)

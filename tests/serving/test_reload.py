@@ -165,6 +165,16 @@ def test_an_application_that_was_given_a_model_cannot_reload(make_app):
     ask(make_app().test_client(), 400, path='/reload')
 
 
+@error_line('/reload takes no fields')
+def test_a_reload_that_asks_for_something_is_refused(client):
+    before = text(client)
+    error = client.post('/reload', json={'checkpoint': 'last'})
+    assert error.status_code == 400
+    assert text(client) == before
+    assert client.post('/reload', json={}).status_code == 200
+    assert text(client) != before
+
+
 def test_a_reload_replaces_an_engine_that_failed(client):
     service = service_of(client)
     service.engine.drop_cancelled = lambda: 1 / 0
