@@ -347,8 +347,8 @@ def one_model(model: str):
 @api.validate(resp=Responses(schema.Model, 400, *ACCESS_ERRORS, 429, 503), security=KEY)
 def reload():
     """Load the weights that the checkpoint has now; running requests finish on the old ones."""
-    if flask.request.get_data().strip() not in (b'', b'{}'):
-        message = '/reload takes no fields: it loads the newest checkpoint; send no body'
+    if flask.request.args or flask.request.get_data().strip() not in (b'', b'{}', b'null'):
+        message = '/reload takes no fields: it loads the newest checkpoint; send none'
         raise APIError(400, message)
     service = current_service()
     service.reload()

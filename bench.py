@@ -97,7 +97,7 @@ new_tokens = 64  # tokens generated after each prompt
 formats = 'auto'  # of the weights, such as float32,bfloat16,int8; 'auto': those that are fast here
 # serving
 clients = 16  # concurrent clients; each sends its next request when the previous one is complete
-serve_format = 'auto'  # number format of the weights; 'auto': bfloat16 if it is fast here
+serve_format = 'auto'  # number format of the weights; 'auto': bfloat16 if the hardware has it
 # quality (perplexity in each format), and tasks (instead of benchmarks)
 out_dir: str | None = None  # a run directory, gpt2, owner/name on the Hub, or a model folder
 dataset: str | None = None  # of quality; None: that of the run

@@ -6,7 +6,6 @@ The runtime of a script: device, dtype, process group and collectives.
 """
 
 import ctypes
-import functools
 import hashlib
 import json
 import math
@@ -382,6 +381,8 @@ def init_runtime(
     kind = device.partition(':')[0]
     found = {'device': kind, 'dtype': runtime.dtype_name, 'backend': backend}
     found |= {'torch': torch.__version__}
+    if (facts or {}).get('optimizer') == 'muon':  # otherwise the ranks' weights would drift apart
+        found['dtype of products'] = str(product_dtype(torch.device(device)))
     # `found` has the values that 'auto' resolved to
     check_ranks_match(runtime, store, {'code': code_hash(), **(facts or {}), **found})
     here = local_world_size()
@@ -531,8 +532,8 @@ def check_architecture(index: int) -> None:
 def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
     """The dtype for matrix products; 'auto' is the fastest that is safe on `device`.
 
-    Generation, which waits for the weights to be read, is fastest with small ones: on a CPU with
-    bfloat16 instructions, even if training is faster in float32.
+    Decoding waits for the weights to be read, so that small ones are faster even on a CPU that
+    trains faster in float32, if it has bfloat16 instructions at all.
     """
     kind = device.partition(':')[0]
     if name != 'auto' and name not in DTYPES:
@@ -556,9 +557,9 @@ def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of products that 16 bits are enough for: bfloat16, where it is faster.
+    """The dtype of products that 16 bits are enough for: bfloat16, where it is fast.
 
-    Elsewhere float32 on a CPU, and float16 on GPUs before Ampere, which emulate bfloat16.
+    On other CPUs it is float32, and float16 on GPUs before Ampere, where bfloat16 is emulated.
     """
     if device.type == 'cpu':
         return torch.bfloat16 if bf16_is_faster() else torch.float32
@@ -574,24 +575,17 @@ def cpu_has_bf16() -> bool:
     return bool(capabilities.get('avx512_bf16') or capabilities.get('amx_bf16'))
 
 
-@functools.cache
 def bf16_is_faster() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32.
 
-    With AMX it does. With AVX512-BF16 alone, it takes half the time on AMD's processors and twice
-    the time on Intel's, so both are measured, for 5 ms.
+    With AMX it does. With AVX512-BF16 alone, bfloat16 takes half as long as float32 on AMD's
+    processors, and twice as long on Intel's (bench.py measures both). It is not timed here: all
+    ranks and all parts of a resumed run must find the same.
     """
-    if not cpu_has_bf16() or cpu_capabilities().get('amx_bf16'):
-        return cpu_has_bf16()
-    matrices, seconds = [torch.ones(256, 256, dtype=d) for d in (torch.float32, torch.bfloat16)], {}
-    for matrix in matrices * 6:
-        began = time.perf_counter()
-        matrix @ matrix
-        # other programs can slow down some, but not all
-        seconds[matrix.dtype] = min(
-            time.perf_counter() - began, seconds.get(matrix.dtype, math.inf)
-        )
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+    capabilities = cpu_capabilities()
+    if capabilities.get('amx_bf16'):
+        return True
+    return cpu_has_bf16() and 'Intel' not in capabilities.get('cpu_name', '')
 
 
 def cpu_capabilities() -> dict:

@@ -213,31 +213,21 @@ def environment(shared):
 
 
 @pytest.fixture(scope='session')
-def script(environment, shared, request):
-    """Run a script or module in a process of its own and wait for its end.
-
-    A script of this checkout is forked, which saves its imports, unless options of the interpreter,
-    environment variables or an input are given.
-    """
+def script(environment, shared):
+    """Run a script or module in a process of its own and wait for its end."""
 
     def program(name):
         return [str(ROOT / name)] if str(name).endswith('.py') else ['-m', name]
 
     def run(name, *args, cwd=None, env=None, python=(), input=None):
-        needs_interpreter = isinstance(name, Path) or env or python or input is not None
-        if hasattr(os, 'fork') and not needs_interpreter:
-            process = request.getfixturevalue('forks').script(name, *args, cwd=cwd)
-            status = process.end()
-            done = subprocess.CompletedProcess([name, *args], status, process.out, process.err)
-        else:
-            done = subprocess.run(
-                [sys.executable, *python, *program(name), *map(str, args)],
-                cwd=cwd or shared,
-                env={**environment, **(env or {})},
-                input=input,
-                capture_output=True,
-                encoding='utf-8',
-            )
+        done = subprocess.run(
+            [sys.executable, *python, *program(name), *map(str, args)],
+            cwd=cwd or shared,
+            env={**environment, **(env or {})},
+            input=input,
+            capture_output=True,
+            encoding='utf-8',
+        )
         REPORTED.extend((done.stdout, done.stderr))
         return done
 

@@ -1,12 +1,10 @@
 """
-Starts the scripts quickly: an interpreter that has imported everything forks.
+Starts train.py quickly: an interpreter that has imported everything forks.
 
     crew = Forks(environment, folder).start(2, '--shard', config='tiny.py')
     crew.end() -> [0, 0]
-    process = Forks(environment, folder).script('sample.py', '--help', cwd=folder)
-    process.end() -> 0
 
-Each is a separate process in its own process group, and exits like any interpreter. torchrun
+Each rank is a separate process in its own process group, and exits like any interpreter. torchrun
 takes five seconds for two ranks, most of it imports. `before`: Python code that runs before the
 script, to inject a fault. hosts: the network namespace of each rank, as a machine of that
 name.
@@ -64,10 +62,9 @@ def become(task: dict) -> None:
     faulthandler.enable(2)
     os.environ.clear()
     os.environ.update(task['env'])
-    os.chdir(task['cwd'])
     if task['host']:
         enter(task['host'])
-    sys.argv = [task['program'], *task['args']]
+    sys.argv = [str(ROOT / 'train.py'), *task['args']]
 
 
 def enter(host: str) -> None:
@@ -162,22 +159,16 @@ class Forks:
         for rank in range(max(1, world)):
             mine = {'RANK': rank, 'LOCAL_RANK': 0 if hosts else rank, **meeting} if world else {}
             own = [of(rank) if callable(of) else of for of in (before, env or {}, config, *args)]
-            fault, variables, *arguments = own
-            options = {'before': fault, 'env': mine | variables}
-            options['host'] = hosts[rank].name if hosts else ''
-            crew.append(self.script('train.py', *arguments, **options))
+            crew.append(self.fork(*own, mine=mine, host=hosts[rank].name if hosts else ''))
         return crew
 
-    def script(self, program, *args, cwd=None, before='', env=None, host='') -> Rank:
-        """Start a script, or a module as `python -m` does."""
+    def fork(self, before, env, *args, mine, host) -> Rank:
         self.count += 1
         files = {name: str(self.folder / f'{self.count}.{name}') for name in OUTPUTS}
         for path in files.values():
             Path(path).touch()
-        env = {name: str(value) for name, value in {**self.environment, **(env or {})}.items()}
-        program = str(ROOT / program) if str(program).endswith('.py') else program
-        task = {'program': program, 'args': list(map(str, args)), 'before': before, 'env': env}
-        task |= {'host': host, 'cwd': str(cwd or self.folder), **files}
+        env = {name: str(value) for name, value in {**self.environment, **mine, **env}.items()}
+        task = {'args': list(map(str, args)), 'before': before, 'host': host, 'env': env, **files}
         rank = Rank(self, self.ask(task), files)
         self.started.append(rank)
         return rank
@@ -228,8 +219,4 @@ if __name__ == '__main__':
     task = serve()
     become(task)
     exec(task['before'])
-    if task['program'].endswith('.py'):
-        sys.path[0] = str(Path(task['program']).parent)
-        runpy.run_path(task['program'], run_name='__main__')
-    else:
-        runpy.run_module(task['program'], run_name='__main__', alter_sys=True)
+    runpy.run_path(sys.argv[0], run_name='__main__')

@@ -265,6 +265,7 @@ def only(rank, code):
 
 OTHER_CODE = "from flatgpt import runtime; runtime.code_hash = lambda: 'abc'"
 OTHER_DEVICE = "from flatgpt import runtime; runtime.pick_device = lambda name: 'mps'"
+OTHER_PRODUCTS = "from flatgpt import runtime; runtime.product_dtype = lambda device: 'float8'"
 OTHER_TORCH = "import torch; torch.__version__ = '2.0'"
 ON_APPLE = "from flatgpt import runtime; runtime.pick_device = lambda name: 'mps'"
 ON_ONE_GPU = """
@@ -283,6 +284,11 @@ UNLIKE = [
     ((), only(1, OTHER_CODE), r'rank 1 on \S+ runs another version of the code than rank 0'),
     ((), only(1, OTHER_DEVICE), r"rank 1 on \S+ has device 'mps', but rank 0 on \S+ has 'cpu'"),
     ((), only(0, OTHER_TORCH), r"rank 1 on \S+ has torch '2\.\S+', but rank 0 on \S+ has '2\.0'"),
+    (
+        ('--optimizer=muon',),
+        only(1, OTHER_PRODUCTS),
+        r"rank 1 on \S+ has dtype of products 'float8', but rank 0 on \S+ has 'torch\.\w+'",
+    ),
     (
         ('--batch_size=3', '--gradient_accumulation_steps=1'),
         '',

@@ -85,7 +85,7 @@ def bench_generation(settings: dict, runtime: Runtime, report: Report) -> None:
 
 
 def choose_formats(settings: dict, device: str) -> dict[str, str]:
-    """The formats for those settings that are 'auto': 16 bits only where they are fast."""
+    """The formats for those settings that are 'auto': 16 bits only where the hardware has them."""
     fast = fast_format(device)
     formats = [fast, 'int8'] if settings['quick'] else ['float32', fast, 'int8']
     chosen = {'formats': ','.join(dict.fromkeys(formats)), 'serve_format': fast}

@@ -244,7 +244,7 @@ def draw_loss(out_dir: str | Path) -> Path:
         steps, losses = points(lines, 'step', key)
         if steps:
             axes.plot(steps, losses, 'o-', ms=4, label=label)
-    axes.set_title(printable(out_dir), parse_math=False, y=1.0)  # to find the place is slow
+    axes.set_title(printable(out_dir), parse_math=False, y=1.0)  # without y, it is moved around
     if losses:  # of the validation split
         label = f'best validation {min(losses):.4f}'
         axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)

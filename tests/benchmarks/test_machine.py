@@ -45,6 +45,7 @@ def test_slow_products_are_measured_with_small_matrices(monkeypatch, seconds, si
 )
 def test_formats_are_chosen_that_are_fast_here(monkeypatch, device, has_bf16, quick, formats):
     monkeypatch.setattr(runtime, 'cpu_has_bf16', lambda: has_bf16)
+    monkeypatch.setattr(runtime, 'bf16_is_faster', lambda: False)  # only for training
     settings = {'formats': 'auto', 'serve_format': 'auto', 'quick': quick}
     fast = 'bfloat16' if 'bfloat16' in formats else 'float32'
     assert choose_formats(settings, device) == {'formats': formats, 'serve_format': fast}

@@ -83,15 +83,17 @@ def test_int8_barely_changes_the_log_probabilities(changes):
     assert 0 < (exact - rounded).abs().mean() < 0.03
 
 
-@pytest.mark.parametrize('has_bf16', [True, False])
-def test_dequantized_weights_are_multiplied_in_what_the_processor_is_fast_in(monkeypatch, has_bf16):
-    monkeypatch.setattr(runtime, 'bf16_is_faster', lambda: has_bf16)
+@pytest.mark.parametrize('bf16_is_faster', [True, False])
+def test_dequantized_weights_are_multiplied_in_what_the_processor_is_fast_in(
+    monkeypatch, bf16_is_faster
+):
+    monkeypatch.setattr(runtime, 'bf16_is_faster', lambda: bf16_is_faster)
     linear = nn.Linear(32, 48).bfloat16()
     x = torch.randn(2, quantize.DEQUANTIZE_ROWS, 32).bfloat16()
     expected, packed, kinds, product = linear(x), Int8Linear(linear), [], quantize.F.linear
     monkeypatch.setattr(quantize.F, 'linear', lambda x, w: kinds.append(x.dtype) or product(x, w))
     y = packed(x)
-    assert kinds == [torch.bfloat16 if has_bf16 else torch.float32]
+    assert kinds == [torch.bfloat16 if bf16_is_faster else torch.float32]
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, atol=0.05, rtol=0.05)
 

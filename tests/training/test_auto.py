@@ -39,6 +39,7 @@ def auto_here(run_here, byte_dataset, monkeypatch):
     """Run config/auto.py in this process, on a machine of known speed."""
     monkeypatch.setattr(auto, 'measure', lambda *args: Machine({64: 1e11}, 0.1))
     monkeypatch.setattr(speed, 'PLOT_SECONDS', 0.1)  # small pictures
+    monkeypatch.setattr(auto, 'SETUP_SECONDS', 0.1)  # all is imported
 
     def run(*args):
         monkeypatch.setattr(auto, 'STARTED', time.perf_counter())
@@ -61,7 +62,7 @@ def settings_in(out_dir):
 
 BYTES = byte_tokenizer()
 SMALL = ('--n_layer=2', '--n_embd=64')
-BRIEF = '--minutes=0.03'
+BRIEF = '--minutes=0.02'
 SETTINGS = {'eval_train': False, 'batch_size': 12, 'gradient_accumulation_steps': 40}
 SETTINGS |= {'optimizer': 'muon', 'sample_tokens': 600, 'arch': 'modern', 'bias': False}
 SETTINGS |= {'n_kv_head': None, 'dataset': 'mine', 'block_size': 64}

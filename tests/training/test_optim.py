@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flatgpt import runtime
 from flatgpt.checkpoint.load import load_optimizer
 from flatgpt.checkpoint.save import save_checkpoint
 from flatgpt.errors import ConfigError
@@ -114,12 +113,6 @@ def test_a_gpu_without_bfloat16_multiplies_in_float16(monkeypatch):
         supported = lambda including_emulation, has=has_bf16: has or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, 'is_bf16_supported', supported)
         assert optim.product_dtype(cuda) == dtype
-
-
-def test_a_cpu_multiplies_in_what_it_is_faster_in(monkeypatch):
-    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(runtime, 'bf16_is_faster', lambda has=has_bf16: has)
-        assert optim.product_dtype(torch.device('cpu')) == dtype
 
 
 class CountOperations(TorchDispatchMode):
