@@ -532,8 +532,8 @@ def check_architecture(index: int) -> None:
 def pick_dtype(name: str, device: str, training: bool = False) -> torch.dtype:
     """The dtype for matrix products; 'auto' is the fastest that is safe on `device`.
 
-    Decoding waits for the weights to be read, so that small ones are faster even on a CPU that
-    trains faster in float32, if it has bfloat16 instructions at all.
+    A CPU with bfloat16 instructions generates in bfloat16 even if it trains faster in float32,
+    since decoding waits for the weights to be read.
     """
     kind = device.partition(':')[0]
     if name != 'auto' and name not in DTYPES:
@@ -583,12 +583,12 @@ def bf16_is_faster() -> bool:
     ranks and all parts of a resumed run must find the same.
     """
     capabilities = cpu_capabilities()
-    if capabilities.get('amx_bf16'):
-        return True
-    return cpu_has_bf16() and 'Intel' not in capabilities.get('cpu_name', '')
+    is_intel = 'Intel' in capabilities.get('cpu_name', '')
+    return bool(capabilities.get('amx_bf16')) if is_intel else cpu_has_bf16()
 
 
 def cpu_capabilities() -> dict:
+    """The processor's instructions and name; empty if torch does not report them."""
     return getattr(torch.cpu, 'get_capabilities', dict)()
 
 

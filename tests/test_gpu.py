@@ -159,7 +159,7 @@ def run(*command: str) -> str:
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
     done = subprocess.run(
         [sys.executable, *command],
-        env={**os.environ, 'PYTHONPATH': paths, 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'PYTHONPATH': paths, 'HF_HUB_OFFLINE': '1'},
         capture_output=True,
         encoding='utf-8',
     )

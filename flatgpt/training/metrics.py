@@ -237,6 +237,8 @@ def draw_loss(out_dir: str | Path) -> Path:
     """Plot the training and validation loss of a run -> the path of the image."""
     lines = read_metrics(out_dir)
     figure, (axes,) = plot('step')
+    # a place for the title, which would be searched for otherwise
+    axes.set_title(printable(out_dir), parse_math=False, y=1.0)
     if points(lines, 'step', 'val_reward')[0]:
         return draw_rewards(lines, figure, axes, Path(out_dir))
     axes.plot(*points(lines, 'step', 'loss'), lw=1, alpha=0.5, label='training batch')
@@ -244,7 +246,6 @@ def draw_loss(out_dir: str | Path) -> Path:
         steps, losses = points(lines, 'step', key)
         if steps:
             axes.plot(steps, losses, 'o-', ms=4, label=label)
-    axes.set_title(printable(out_dir), parse_math=False, y=1.0)  # without y, it is moved around
     if losses:  # of the validation split
         label = f'best validation {min(losses):.4f}'
         axes.axhline(min(losses), color='grey', lw=0.8, ls=':', label=label)
@@ -259,7 +260,6 @@ def draw_rewards(lines: list[dict], figure, axes, out_dir: Path) -> Path:
         label = key.removeprefix('val_').replace('pass_at_', 'pass@')
         axes.plot(*points(lines, 'step', key), '--', lw=1, label=label)
     axes.plot(*points(lines, 'step', 'val_reward'), 'o-', ms=4, label='validation split')
-    axes.set_title(printable(out_dir), parse_math=False, y=1.0)
     return write(figure, out_dir / 'loss.png', legend='lower right')
 
 
