@@ -90,6 +90,9 @@ flops: float | None = None  # choose them so that training takes this many opera
 # 'lm': text; 'sft': assistant messages; 'dpo': preference pairs; 'reward': a reward model, from
 # preference pairs; 'rl': completions with rewards
 objective = 'lm'
+# 'lm': mix the next tokens with the predictions of an n-gram model of the training split
+ngram_order: int | None = None  # tokens per n-gram, 5 for characters; None: next tokens alone
+ngram_decay = 2.0  # its weight is (1 - step / max_iters) ** ngram_decay; 0: 1, for very short runs
 dpo_beta = 0.1  # strength of the KL penalty: larger stays closer to the initial model
 # reinforcement learning, objective='rl'
 # FILE.py:function, 'exact', 'regex' or 'length', or the run directory of a reward model

@@ -429,6 +429,19 @@ class Dataset:
             file.seek(0)
             return np.fromfile(file, dtype)
 
+    def first_tokens(self, count: int) -> np.ndarray:
+        """The first `count` tokens of the training split."""
+        found = [np.empty(0, self._dtype)]
+        for name, tokens in self._shards['train']:
+            with self._files.open(name) as file:
+                file.seek(0)
+                found.append(np.fromfile(file, self._dtype, min(count, tokens)))
+            count -= len(found[-1])
+        ids = np.concatenate(found)
+        if ids.max(initial=0) >= self.vocab_size:
+            self._raise_invalid_id('train', ids[None], np.zeros(1, np.int64))
+        return ids
+
     def windows(self, first: int, count: int) -> np.ndarray:
         """
         The window of each of the training samples first..first+count-1. Samples are numbered over

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
@@ -22,8 +23,9 @@ from flatgpt.errors import UserError
 from flatgpt.runtime import Runtime, to_device
 from flatgpt.training.compiling import ComputeWorkload
 from flatgpt.training.loss import last_tokens, trim_padding
+from flatgpt.training.ngram import NGramModel
 from flatgpt.training.state import TrainState
-from flatgpt.training.validate import global_batch_size
+from flatgpt.training.validate import global_batch_size, steps_of
 from model import GPT
 
 PREFETCH = 8  # micro-batches read ahead, or one update: a slow read must not stall training
@@ -72,9 +74,25 @@ class BatchLoader:
     def next_update(self, schedule_step: float) -> list[tuple[dict, float]]:
         """The micro-batches of an update, cut into short sequences up to step short_iters."""
         micro_batches = [next(self) for _ in range(self.micro_steps)]
-        if schedule_step >= self.config['short_iters']:
-            return micro_batches
-        return [(with_length(b, self.short_length), divisor) for b, divisor in micro_batches]
+        if schedule_step < self.config['short_iters']:
+            micro_batches = [(with_length(b, self.short_length), d) for b, d in micro_batches]
+        if self.config['ngram_order']:
+            micro_batches = [
+                (self.with_soft_targets(b, schedule_step), d) for b, d in micro_batches
+            ]
+        return micro_batches
+
+    @cached_property
+    def ngrams(self) -> NGramModel:
+        return NGramModel(self.data, self.config['ngram_order'], self.runtime.device)
+
+    def with_soft_targets(self, batch: dict, schedule_step: float) -> dict:
+        """The batch with soft targets: the next token, mixed with the n-gram model's prediction."""
+        left = 1.0 - schedule_step / max(1, steps_of(self.config, self.data))
+        weight = max(0.0, left) ** self.config['ngram_decay']
+        soft = self.ngrams.predict(batch['x']) * weight
+        soft.scatter_add_(2, batch['y'][..., None], torch.full_like(soft[..., :1], 1.0 - weight))
+        return batch | {'soft_targets': soft}
 
     @property
     def short_length(self) -> int:
@@ -162,10 +180,15 @@ class BatchLoader:
     def shapes_to_compile(self) -> list[dict]:
         """One batch of each sequence length in training: short ones, if any, and full-length."""
         batch, _ = self.micro_batch(0)
-        if self.first_step >= self.config['short_iters']:
-            return [batch]
-        lengths = sorted({self.short_length, self.data.block_size})
-        return [with_length(batch, length) for length in lengths]
+        batches = [batch]
+        if self.first_step < self.config['short_iters']:
+            lengths = sorted({self.short_length, self.data.block_size})
+            batches = [with_length(batch, length) for length in lengths]
+        return (
+            [self.with_soft_targets(b, 0) for b in batches]
+            if self.config['ngram_order']
+            else batches
+        )
 
     def work(self, model: GPT, max_iters: int) -> ComputeWorkload:
         """The work of this rank up to step max_iters."""

@@ -6,6 +6,7 @@ REINFORCE).
 
     loss = loss_of(model, x, y)                         # 'lm', 'sft': -1 in y is not a target
     loss = loss_of(model, x, y, documents=numbers)      # no attention across documents
+    loss = loss_of(model, x, y, soft_targets=p)         # 'lm': a distribution per token
     loss = loss_of(model, x, y, reference, beta=0.1)    # 'dpo': rows chosen, rejected, chosen, ...
     loss = loss_of(model, x, ends=positions)            # 'reward': the same rows; last tokens
     loss = loss_of(model, x, y, advantages=values)      # 'rl': a value per row
@@ -49,13 +50,16 @@ def loss_of(
     suppressed=None,
     at=None,
     ends=None,
+    soft_targets=None,
 ):
     """Mean loss of a batch, in nats per target; for pairs, per pair. suppressed, at: see
-    token_logps()."""
+    token_logps(). soft_targets: see soft_loss()."""
     if ends is not None:
         return preference_loss(model(x, ends=ends)[0])[0].mean()
     if advantages is not None:
         return rl_loss(token_logps(model, x, y, suppressed, at), y, advantages, reference, beta)
+    if soft_targets is not None:
+        return soft_loss(model(x, documents=documents)[0], soft_targets)
     if reference is None:
         return model(x, y, documents=documents)[1]
     return dpo_loss(completion_logps(model, x, y), reference, beta)[0].mean()
@@ -73,6 +77,13 @@ def compute_metrics(
         losses, margins = dpo_loss(completion_logps(model, x, y), reference, beta)
     means = [values.mean() for values in (losses, (margins > 0).float(), margins)]
     return means, losses.new_tensor(len(losses))
+
+
+def soft_loss(logits, soft_targets):
+    """Mean cross-entropy with a distribution per token. soft_targets (B, T, V) may have fewer
+    columns than the logits: a model's vocabulary may be padded."""
+    logps = F.log_softmax(logits.float(), dim=-1)[..., : soft_targets.size(-1)]
+    return -(soft_targets * logps).sum(-1).mean()
 
 
 def completion_logps(model, x, y):

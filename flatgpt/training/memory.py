@@ -80,6 +80,7 @@ class MemoryWorkload:
     objective: str = 'lm'
     sequences: int = 1  # per item of the micro-batch: 2 of a pair, rl_samples of a prompt
     copies: int = 0  # bytes of further models, objective='rl': of rollouts, reference, reward
+    soft_targets: int = 0  # bytes of an update's soft targets, with ngram_order
     cache: int = 0  # bytes of the KV cache of rollouts, which is freed before an update
     saves: bool = True  # checkpoints during training, not only at the end
     compiled: bool = False  # by torch.compile
@@ -88,6 +89,7 @@ class MemoryWorkload:
     def compiled_whole(self) -> bool:
         """Whether compiled_peak() applies: to a model compiled with its loss, for CUDA."""
         others = self.shard or self.objective not in ('lm', 'sft') or self.freeze is not None
+        others = others or self.soft_targets
         return self.compiled and self.device == 'cuda' and not others
 
 
@@ -104,8 +106,12 @@ def workload_of(config: dict, shape: GPTConfig, runtime: Runtime) -> MemoryWorkl
         cache = cache_bytes(shape, runtime)
     if config['objective'] == 'reward':
         shape = replace(shape, score=True)
+    soft_targets = 0
+    if config['ngram_order']:
+        soft_targets = 4 * batch * shape.block_size * shape.vocab_size
     return MemoryWorkload(
         shape=shape,
+        soft_targets=soft_targets,
         sequences=sequences_of_each(config),
         copies=copies,
         cache=cache,
@@ -363,6 +369,7 @@ def estimate(workload: MemoryWorkload) -> Counter[str]:
         rollouts = Counter(rollouts | {'KV cache of rollouts': workload.cache})
         peak = max(peak, rollouts, key=Counter.total)
     peak['further models'] = workload.copies
+    peak['soft targets'] = workload.soft_targets
     if workload.device == 'cpu':
         saved = (state.parameters + state.optimizer) / shards
         if workload.saves and saved >= SYNC_SAVE_BYTES:  # the copy is written during training
@@ -427,7 +434,7 @@ def min_bytes(workload: MemoryWorkload) -> float:
     on_cpu = workload.shard and workload.device == 'cpu'
     whole = state.parameters if on_cpu else 0  # built there before sharding
     needed = max(whole, sum(state) / (workload.ranks if workload.shard else 1))
-    return logits + needed + workload.copies
+    return logits + needed + workload.copies + workload.soft_targets
 
 
 def host_memory_problem(workload: MemoryWorkload) -> str | None:

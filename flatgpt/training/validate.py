@@ -29,6 +29,7 @@ from flatgpt.errors import (
 )
 from flatgpt.files import is_utf8_path, nearest_existing
 from flatgpt.runtime import Runtime
+from flatgpt.training.ngram import max_order
 from model import GPTConfig
 
 SHAPE = ('arch', 'block_size', 'n_layer', 'n_head', 'n_kv_head', 'n_embd', 'bias')
@@ -46,6 +47,8 @@ RANGES = (  # minimum, maximum, settings; None is always valid
     (1, None, ('lora_rank', 'lora_alpha', 'hang_timeout')),
     (0, None, ('freeze', 'sample_tokens', 'eval_sample_tokens', 'peak_tflops')),
     (0, 2**63 - 1, ('seed',)),
+    (1, None, ('ngram_order',)),
+    (0, None, ('ngram_decay',)),
     (0, 1, ('cooldown',)),
     (1e-9, None, ('dpo_beta',)),
     (2, None, ('rl_samples',)),  # one has nothing to be compared with
@@ -72,6 +75,7 @@ NO_EFFECT_UNLESS = {
     ('lr_schedule', 'linear'): {'cooldown': 0.4},
     ('decay_lr', True): {'lr_schedule': 'cosine'},
     ('short_iters', 400): {'short_block_size': None},
+    ('ngram_order', 5): {'ngram_decay': 2.0},
     ('eval_interval', 250): {'patience': None, 'eval_sample_tokens': 0},
     ('lora_rank', 8): {name: LORA[name] for name in LORA if name != 'lora_rank'},
 }
@@ -189,6 +193,19 @@ def check_rl(config: dict) -> None:
             )
 
 
+def check_ngram(config: dict) -> None:
+    if config['ngram_order'] and config['objective'] != 'lm':
+        raise ConfigError(
+            f'ngram_order={config["ngram_order"]}: needs text, which '
+            f'objective={config["objective"]!r} does not train on; use --ngram_order=None'
+        )
+    if config['ngram_order'] and config['mask_documents']:
+        raise ConfigError(
+            f'ngram_order={config["ngram_order"]}: the n-grams cross documents, which '
+            'mask_documents=True forbids; use --ngram_order=None or --mask_documents=False'
+        )
+
+
 def check_mirror_setting(config: dict) -> None:
     if config['checkpoint_mirror']:
         check_mirror(config['checkpoint_mirror'], config['out_dir'])
@@ -202,6 +219,7 @@ RULES = (
     check_mirror_setting,
     check_eval_only,
     check_rl,
+    check_ngram,
 )
 
 
@@ -328,6 +346,8 @@ def validate_data(config: dict, data: Dataset) -> None:
     check_short_blocks(config, config['block_size'])
     if config['objective'] == 'rl':
         check_room(config, data)
+    if config['ngram_order']:
+        check_ngram_order(config, data)
     if not config['mask_documents']:
         return
     if config['objective'] in ('dpo', 'reward'):
@@ -352,6 +372,15 @@ def check_room(config: dict, data: Dataset) -> None:
             f'rl_tokens={config["rl_tokens"]}: the prompts of {config["dataset"]}, of up to '
             f'{data.block_size} tokens, leave room for {room} in a context of '
             f'{config["block_size"]}; {fix} shorter prompts'
+        )
+
+
+def check_ngram_order(config: dict, data: Dataset) -> None:
+    order, most = config['ngram_order'], max_order(data.vocab_size)
+    if order > most:
+        raise ConfigError(
+            f'ngram_order={order}: is too high for a vocabulary of {data.vocab_size:,} tokens, as '
+            f'that of {config["dataset"]}; use --ngram_order={most}'
         )
 
 

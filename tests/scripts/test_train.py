@@ -1097,6 +1097,7 @@ def test_settings_that_conflict_are_reported(run_here, tmp_path, capsys):
         (['--dpo_beta=1'], '--objective=dpo', '--dpo_beta'),
         (['--cooldown=0.1'], '--lr_schedule=linear', '--cooldown'),
         (['--short_block_size=8'], '--short_iters=400', '--short_block_size'),
+        (['--ngram_decay=0'], '--ngram_order=5', '--ngram_decay'),
         (['--decay_lr=False', '--lr_schedule=constant'], '--decay_lr=True', '--lr_schedule'),
         (['--eval_interval=None', '--patience=3'], '--eval_interval=250', '--patience'),
         (

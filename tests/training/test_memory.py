@@ -273,6 +273,17 @@ def test_the_plan_is_of_a_compiled_step_where_the_run_will_compile(flags, device
     assert memory_module.workload_of(config, GPT2, runtime).compiled == compiled
 
 
+def test_the_plan_counts_the_soft_targets_of_an_update():
+    peaks = []
+    for order in ('None', '4'):
+        flags = ['--batch_size=2', '--gradient_accumulation_steps=3', f'--ngram_order={order}']
+        config = settings_of(str(ROOT / 'train.py'), flags)
+        peaks.append(
+            memory_module.estimate(memory_module.workload_of(config, SMALL.shape, CPU)).total()
+        )
+    assert peaks[1] - peaks[0] == 4 * 2 * 3 * SMALL.shape.block_size * SMALL.shape.vocab_size
+
+
 @pytest.mark.parametrize(
     ('memory', 'rows'),
     [(85e9, 48), (24e9, 40), (16e9, 24), (9e9, None), (7.5e9, None)],

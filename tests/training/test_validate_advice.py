@@ -58,6 +58,16 @@ def rejected(check, *args):
             '--checkpoint=out/b',
             ['--checkpoint=out/b --init_from=out/b', '--checkpoint=out/b --init_from=resume'],
         ),
+        case(
+            'does not train on; use',
+            '--ngram_order=5 --objective=sft',
+            ['--ngram_order=None --objective=sft', '--ngram_order=5'],
+        ),
+        case(
+            'the n-grams cross documents',
+            '--ngram_order=5 --mask_documents',
+            ['--ngram_order=None --mask_documents', '--ngram_order=5 --mask_documents=False'],
+        ),
         case('needs a sharded model', '--offload', ['--offload --shard', '']),
         case(
             'an update cannot be captured with',
@@ -119,7 +129,9 @@ def test_a_graph_without_a_gpu_is_refused_and_auto_accepted(configured):
     rules.validate_machine(configured('--cuda_graph=auto'), CPU)
 
 
-TEXT = SimpleNamespace(is_chat=False, tokenizer=SimpleNamespace(name='char', eot=None))
+CHARACTERS = SimpleNamespace(name='char', eot=None)
+TEXT = SimpleNamespace(is_chat=False, vocab_size=65, tokenizer=CHARACTERS)
+GPT2 = SimpleNamespace(is_chat=False, vocab_size=50257)
 CHAT = SimpleNamespace(is_chat=True, tokenizer=SimpleNamespace(name='byte', eot=256))
 
 
@@ -134,6 +146,8 @@ CHAT = SimpleNamespace(is_chat=True, tokenizer=SimpleNamespace(name='byte', eot=
             CHAT,
         ),
         case('nothing separates the', '--mask_documents', '--mask_documents=False', TEXT),
+        case('is too high for a vocabulary of', '--ngram_order=5', '--ngram_order=4', GPT2),
+        case('is too high for a vocabulary of', '--ngram_order=12', '--ngram_order=10', TEXT),
     ],
 )
 def test_a_setting_that_does_not_suit_the_dataset_is_accepted_once_it_is_changed(
