@@ -1,6 +1,6 @@
 # Reaches the loss that nanoGPT prints after the 2,000 steps of its laptop recipe, 1.8857. Three
 # runs of the command took 4.8 to 5.0 s on 2 cores of an Intel Xeon without fast 16-bit products,
-# where nanoGPT took 64 s. Less than half of it is training.
+# where nanoGPT took 64 s. About half of it is training.
 # $ python train.py config/speedrun_laptop.py
 
 dataset = 'shakespeare_char'

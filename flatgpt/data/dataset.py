@@ -424,18 +424,17 @@ class Dataset:
         for name, _ in self._shards['train']:
             yield self._whole_file(mask_file(name), np.uint8).reshape(-1, self.stride)
 
-    def _whole_file(self, name: str, dtype: np.dtype) -> np.ndarray:
+    def _whole_file(self, name: str, dtype: np.dtype, count: int = -1) -> np.ndarray:
+        """The items of a file, or the first `count` of them."""
         with self._files.open(name) as file:
             file.seek(0)
-            return np.fromfile(file, dtype)
+            return np.fromfile(file, dtype, count)
 
     def first_tokens(self, count: int) -> np.ndarray:
         """The first `count` tokens of the training split."""
         found = [np.empty(0, self._dtype)]
         for name, tokens in self._shards['train']:
-            with self._files.open(name) as file:
-                file.seek(0)
-                found.append(np.fromfile(file, self._dtype, min(count, tokens)))
+            found.append(self._whole_file(name, self._dtype, min(count, tokens)))
             count -= len(found[-1])
         ids = np.concatenate(found)
         if ids.max(initial=0) >= self.vocab_size:

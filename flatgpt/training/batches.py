@@ -76,18 +76,17 @@ class BatchLoader:
         micro_batches = [next(self) for _ in range(self.micro_steps)]
         if schedule_step < self.config['short_iters']:
             micro_batches = [(with_length(b, self.short_length), d) for b, d in micro_batches]
-        if self.config['ngram_order']:
-            micro_batches = [
-                (self.with_soft_targets(b, schedule_step), d) for b, d in micro_batches
-            ]
-        return micro_batches
+        return [(self.with_soft_targets(b, schedule_step), d) for b, d in micro_batches]
 
     @cached_property
     def ngrams(self) -> NGramModel:
         return NGramModel(self.data, self.config['ngram_order'], self.runtime.device)
 
     def with_soft_targets(self, batch: dict, schedule_step: float) -> dict:
-        """The batch with soft targets: the next token, mixed with the n-gram model's prediction."""
+        """The batch and, with ngram_order, soft targets: the next token, mixed with the prediction
+        of the n-gram model."""
+        if not self.config['ngram_order']:
+            return batch
         left = 1.0 - schedule_step / max(1, steps_of(self.config, self.data))
         weight = max(0.0, left) ** self.config['ngram_decay']
         soft = self.ngrams.predict(batch['x']) * weight
@@ -184,11 +183,7 @@ class BatchLoader:
         if self.first_step < self.config['short_iters']:
             lengths = sorted({self.short_length, self.data.block_size})
             batches = [with_length(batch, length) for length in lengths]
-        return (
-            [self.with_soft_targets(b, 0) for b in batches]
-            if self.config['ngram_order']
-            else batches
-        )
+        return [self.with_soft_targets(b, 0) for b in batches]
 
     def work(self, model: GPT, max_iters: int) -> ComputeWorkload:
         """The work of this rank up to step max_iters."""

@@ -59,7 +59,7 @@ def loss_of(
     if advantages is not None:
         return rl_loss(token_logps(model, x, y, suppressed, at), y, advantages, reference, beta)
     if soft_targets is not None:
-        return soft_loss(model(x, documents=documents)[0], soft_targets)
+        return soft_loss(model(x)[0], soft_targets)
     if reference is None:
         return model(x, y, documents=documents)[1]
     return dpo_loss(completion_logps(model, x, y), reference, beta)[0].mean()

@@ -88,8 +88,8 @@ class MemoryWorkload:
     @property
     def compiled_whole(self) -> bool:
         """Whether compiled_peak() applies: to a model compiled with its loss, for CUDA."""
-        others = self.shard or self.objective not in ('lm', 'sft') or self.freeze is not None
-        others = others or self.soft_targets
+        others = self.objective not in ('lm', 'sft') or self.freeze is not None
+        others = others or self.shard or self.soft_targets
         return self.compiled and self.device == 'cuda' and not others
 
 

@@ -150,9 +150,8 @@ def test_a_run_learns_more_with_it_and_its_validation_loss_is_that_of_the_tokens
     losses = {name: metrics(tmp_path / name, 'val_loss')[60] for name in ('plain', 'soft')}
     assert losses['soft'] < losses['plain']
     model = load_model(tmp_path / 'soft', 'last')[0]
-    x, y = map(
-        torch.from_numpy, Dataset(data, 16).eval_batch('val', Dataset(data, 16).eval_starts('val'))
-    )
+    text = Dataset(data, 16)
+    x, y = map(torch.from_numpy, text.eval_batch('val', text.eval_starts('val')))
     with torch.no_grad():
         assert losses['soft'] == pytest.approx(model(x, y)[1].item(), rel=1e-5)
 
